@@ -1,0 +1,41 @@
+# Two commands set everything up on a machine with Python 3.11 or later and make:
+#   make demo   runs the quickstart and says where its page is
+#   make test   checks the code and runs the tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/demo-ready
+	$(BIN)/helios simulate scenarios/quickstart.toml --out runs/quickstart
+	@echo "Open $(CURDIR)/runs/quickstart/report.html in a browser."
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/test-ready
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/test-ready
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo-ready: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/test-ready: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@ $(VENV)/demo-ready

@@ -1,0 +1,1 @@
+"""helios-sim: simulate, calibrate and plan early-exit language model serving with HELIOS."""

@@ -1,0 +1,142 @@
+"""What an early-exit model costs in bytes: layers, exits, weights and KV of k loaded layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["opt", "llama"]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions of a decoder-only transformer, enough to count its parameters.
+
+    `ffn` is the width of the feed-forward layer; `tied_head` says that the output head shares
+    the embedding's weights.
+    """
+
+    family: Family
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    tied_head: bool
+
+    def attention_params(self) -> int:
+        """Weights of one layer's attention: queries, keys, values and output (with OPT's biases)."""
+        query_width = self.heads * self.head_dim
+        kv_width = self.kv_heads * self.head_dim
+        weights = 2 * self.hidden * query_width + 2 * self.hidden * kv_width
+        biases = query_width + 2 * kv_width + self.hidden if self.family == "opt" else 0
+        return weights + biases
+
+    def feed_forward_params(self) -> int:
+        """Weights of one layer's feed-forward block: two matrices for OPT, three for Llama."""
+        if self.family == "opt":
+            return 2 * self.hidden * self.ffn + self.ffn + self.hidden
+        return 3 * self.hidden * self.ffn
+
+    def layer_params(self) -> int:
+        """Weights of one decoder layer with its norms."""
+        norms = 4 * self.hidden if self.family == "opt" else 2 * self.hidden
+        return self.attention_params() + self.feed_forward_params() + norms
+
+    def embedding_params(self) -> int:
+        """Token embedding, and OPT's learned positions (two rows more than the context)."""
+        positions = (self.max_positions + 2) * self.hidden if self.family == "opt" else 0
+        return self.vocab * self.hidden + positions
+
+    def head_params(self) -> int:
+        """Final norm and output head; a tied head adds no weights of its own."""
+        norm = 2 * self.hidden if self.family == "opt" else self.hidden
+        return norm + (0 if self.tied_head else self.vocab * self.hidden)
+
+    def total_params(self) -> int:
+        """All weights of the full model, without separate exit heads."""
+        return self.embedding_params() + self.layers * self.layer_params() + self.head_params()
+
+
+@dataclass(frozen=True)
+class EarlyExitModel:
+    """An early-exit model: a shape, its exit layers and the bytes they take.
+
+    `exit_layers` counts from 1 and means "after that layer"; the last exit is the full depth.
+    `exit_head_params` are the weights each early exit adds (0 where norm and head are shared,
+    as in LayerSkip).
+    """
+
+    name: str
+    shape: ModelShape
+    exit_layers: tuple[int, ...]
+    tokenizer: str
+    bytes_per_param: int = 2
+    bytes_per_kv_element: int = 2
+    exit_head_params: int = 0
+
+    def __post_init__(self) -> None:
+        exits = self.exit_layers
+        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1:
+            raise ValueError(
+                f"Model {self.name!r} was given exit_layers {list(exits)}; "
+                "they must be ascending, distinct and at least 1."
+            )
+        if exits[-1] != self.shape.layers:
+            raise ValueError(
+                f"Model {self.name!r} was given exit_layers {list(exits)}; "
+                f"the last exit must be its full depth of {self.shape.layers} layers."
+            )
+
+    @property
+    def num_exits(self) -> int:
+        """Exits counted with the full depth."""
+        return len(self.exit_layers)
+
+    def resident_params(self) -> int:
+        """Weights that stay loaded at any depth: embedding, head and every exit head."""
+        early_exits = len(self.exit_layers) - 1
+        return (
+            self.shape.embedding_params()
+            + self.shape.head_params()
+            + early_exits * self.exit_head_params
+        )
+
+    def layer_weight_bytes(self) -> int:
+        """Bytes of one decoder layer."""
+        return self.shape.layer_params() * self.bytes_per_param
+
+    def weight_bytes(self, loaded_layers: int) -> int:
+        """Bytes of the weights with the first `loaded_layers` layers loaded."""
+        if not 0 <= loaded_layers <= self.shape.layers:
+            raise ValueError(
+                f"Model {self.name!r} was asked for {loaded_layers} loaded layers; "
+                f"allowed are 0 to {self.shape.layers}."
+            )
+        return self.resident_params() * self.bytes_per_param + (
+            loaded_layers * self.layer_weight_bytes()
+        )
+
+    def kv_bytes_per_token(self, loaded_layers: int) -> int:
+        """KV cache bytes that one token takes in `loaded_layers` layers."""
+        per_layer = 2 * self.shape.kv_heads * self.shape.head_dim * self.bytes_per_kv_element
+        return loaded_layers * per_layer
+
+
+def kv_pool_blocks(
+    memory_bytes: int,
+    utilisation: float,
+    reserve_bytes: int,
+    weight_bytes: int,
+    workspace_bytes: int,
+    block_bytes: int,
+) -> int:
+    """KV blocks that fit beside the weights: (memory x utilisation - reserve - weights - workspace) / block.
+
+    Returns 0 when nothing is left.
+    """
+    free = int(memory_bytes * utilisation) - reserve_bytes - weight_bytes - workspace_bytes
+    return max(0, free // block_bytes)
