@@ -1,0 +1,120 @@
+"""What a candidate is worth at a depth: predictions from its card and its last evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from helios_sim.policy.contract import Candidate, Objective, Slo, Telemetry
+from helios_sim.policy.history import mean_executed_layers
+
+OBJECTIVES: Final[tuple[Objective, ...]] = (
+    "throughput",
+    "response-time",
+    "energy",
+    "quality",
+    "memory",
+)
+
+
+def interpolate(exit_layers: Sequence[int], values: Sequence[float], layers: float) -> float:
+    """`values` per exit level read at any number of layers: linear between exits, held outside."""
+    if layers <= exit_layers[0]:
+        return values[0]
+    for level in range(1, len(exit_layers)):
+        if layers <= exit_layers[level]:
+            low, high = exit_layers[level - 1], exit_layers[level]
+            share = (layers - low) / (high - low)
+            return values[level - 1] + share * (values[level] - values[level - 1])
+    return values[-1]
+
+
+def slowdown(candidate: Candidate, evaluation: Telemetry | None) -> float:
+    """Measured TPOT over the card's prediction at the layers executed; 1 if unmeasured."""
+    if evaluation is None or evaluation.mean_tpot_s is None:
+        return 1.0
+    layers = mean_executed_layers(evaluation)
+    if layers is None:
+        return 1.0
+    card_s = interpolate(candidate.exit_layers, candidate.decode_iteration_s, layers)
+    return evaluation.mean_tpot_s / card_s if card_s > 0 else 1.0
+
+
+def predicted_tpot_s(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:
+    """Seconds per output token when every token leaves at `level`."""
+    return candidate.decode_iteration_s[level] * slowdown(candidate, evaluation)
+
+
+def predicted_ttft_s(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:
+    """Seconds to the first token at `level`, without queueing.
+
+    The measured TTFT is not used: it holds the time its requests waited for the candidate to be
+    brought in, so it would rank candidates by the order of their evaluation.
+    """
+    return candidate.prefill_s[level] * slowdown(candidate, evaluation)
+
+
+def predicted_token_j(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:
+    """Joules per output token when every token leaves at `level`."""
+    card_j = candidate.decode_iteration_j
+    if evaluation is not None and evaluation.num_tokens:
+        layers = mean_executed_layers(evaluation)
+        if layers is not None:
+            at_measured_j = interpolate(candidate.exit_layers, card_j, layers)
+            if at_measured_j > 0:
+                measured_j = evaluation.energy_j / evaluation.num_tokens
+                return measured_j * card_j[level] / at_measured_j
+    return card_j[level] / candidate.reference_batch
+
+
+def memory_bytes(candidate: Candidate, level: int) -> int:
+    """Weights at `level` and the KV cache of the reference batch of typical requests."""
+    kv_tokens = candidate.typical_tokens * candidate.reference_batch
+    return candidate.weight_bytes[level] + candidate.kv_bytes_per_token[level] * kv_tokens
+
+
+def score(
+    objective: Objective,
+    candidate: Candidate,
+    level: int,
+    evaluation: Telemetry | None,
+    max_batch: int,
+) -> float:
+    """How well a candidate at `level` serves the objective; more is better.
+
+    Quality is known from an evaluation only: without one it scores minus infinity.
+    """
+    if objective == "throughput":
+        batch = min(candidate.batch_limit[level], max_batch)
+        tpot_s = predicted_tpot_s(candidate, level, evaluation)
+        return batch / tpot_s if tpot_s > 0 else math.inf
+    if objective == "response-time":
+        return -predicted_ttft_s(candidate, level, evaluation)
+    if objective == "energy":
+        return -predicted_token_j(candidate, level, evaluation)
+    if objective == "memory":
+        return -float(memory_bytes(candidate, level))
+    if evaluation is None or not evaluation.num_tokens:
+        return -math.inf
+    return -evaluation.nll_nats / evaluation.num_tokens
+
+
+def describe(objective: Objective, value: float) -> str:
+    """A score as a person reads it, with its unit."""
+    if objective == "throughput":
+        return f"{value:.3g} tokens/s"
+    if objective == "response-time":
+        return f"{-value:.3g} s to the first token"
+    if objective == "energy":
+        return f"{-value:.3g} J per token"
+    if objective == "memory":
+        return f"{-value / 1e9:.3g} GB"
+    return f"{-value:.3g} nats per token"
+
+
+def meets_slo(candidate: Candidate, level: int, evaluation: Telemetry | None, slo: Slo) -> bool:
+    """Whether the predicted TTFT and TPOT at `level` keep the service level objectives."""
+    if slo.ttft_s is not None and predicted_ttft_s(candidate, level, evaluation) > slo.ttft_s:
+        return False
+    return slo.tpot_s is None or predicted_tpot_s(candidate, level, evaluation) <= slo.tpot_s

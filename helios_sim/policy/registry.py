@@ -1,0 +1,284 @@
+"""Policies by name: the shipped ones, and a user's own class in a module or file."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+from helios_sim.errors import InputError
+from helios_sim.policy import rules
+from helios_sim.policy.baselines import (
+    Always,
+    Clairvoyant,
+    EeSingle,
+    LoadOnly,
+    Never,
+    StaticDepth,
+    SwitchOnly,
+    Vanilla,
+)
+from helios_sim.policy.contract import Policy, Watching
+from helios_sim.policy.helios import Helios
+from helios_sim.policy.options import listed, nearest
+
+SHIPPED: Final[dict[str, type[Any]]] = {
+    policy.name: policy
+    for policy in (
+        Helios,
+        Vanilla,
+        EeSingle,
+        StaticDepth,
+        SwitchOnly,
+        LoadOnly,
+        Clairvoyant,
+        Never,
+        Always,
+    )
+}
+"""Shipped policies by the name a scenario uses."""
+
+HOT_RULES: Final[dict[str, Callable[..., Any]]] = {
+    name: rule
+    for name, rule in vars(rules).items()
+    if inspect.isfunction(rule) and rule.__module__ == rules.__name__ and name[0] != "_"
+}
+"""The hot rules a policy may replace, by name."""
+
+OFF: Final = "off"
+"""How a scenario writes None for an option that can be switched off."""
+
+
+def policy_names() -> tuple[str, ...]:
+    """The shipped policies."""
+    return tuple(SHIPPED)
+
+
+def make_policy(
+    use: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    search_path: str | Path | None = None,
+    where: str | None = None,
+) -> Policy:
+    """The policy that `use` names, with its options.
+
+    `use` is a shipped name, or "module:Class" where the module is importable or a .py file under
+    `search_path`. `where` is the place that errors name.
+    """
+    given = dict(options or {})
+    try:
+        policy_class = _find_class(use, search_path)
+        policy = _build(use, policy_class, given)
+        _check_protocol(use, policy)
+        hot_rules_of(policy)
+    except InputError as error:
+        raise InputError(error.message, where or error.where or f"policy {use}") from error
+    return policy
+
+
+def policy_options(
+    use: str, *, search_path: str | Path | None = None
+) -> dict[str, tuple[Any, str]]:
+    """Options of a policy: name to (default, meaning); `inspect.Parameter.empty` if required."""
+    policy_class = _find_class(use, search_path)
+    target, fixed = _settings_of(policy_class)
+    meanings = (
+        {f.name: str(f.metadata.get("doc", "")) for f in dataclasses.fields(target)}
+        if dataclasses.is_dataclass(target)
+        else {}
+    )
+    return {
+        name: (parameter.default, meanings.get(name, ""))
+        for name, parameter in _keyword_parameters(target).items()
+        if name not in fixed
+    }
+
+
+def option_grades(use: str) -> dict[str, str]:
+    """Grades of a shipped policy's options: paper, open (left open by the paper) or ours."""
+    target, fixed = _settings_of(SHIPPED[use])
+    return {
+        f.name: str(f.metadata["grade"]) for f in dataclasses.fields(target) if f.name not in fixed
+    }
+
+
+def hot_rules_of(policy: object) -> dict[str, Callable[..., Any]]:
+    """The hot rules a policy replaces, checked: known names, and as many arguments as ours."""
+    replaced = getattr(policy, "hot_rules", {})
+    if not isinstance(replaced, Mapping):
+        raise InputError(
+            f"hot_rules was given {replaced!r}; it must be a mapping from rule names to functions."
+        )
+    for name, rule in replaced.items():
+        if name not in HOT_RULES:
+            raise InputError(
+                f"hot_rules names {name!r}; it must be one of {listed(HOT_RULES)}."
+                f"{nearest(str(name), HOT_RULES)}"
+            )
+        if not callable(rule):
+            raise InputError(f"hot_rules gives {rule!r} for {name!r}; it must be a function.")
+        wanted = len(inspect.signature(HOT_RULES[name]).parameters)
+        # A function already compiled by numba keeps the Python one in py_func.
+        plain: Any = getattr(rule, "py_func", rule)
+        taken = len(inspect.signature(plain).parameters)
+        if taken != wanted:
+            raise InputError(
+                f"hot_rules gives a function of {taken} arguments for {name!r}; it must take "
+                f"{wanted}: {', '.join(inspect.signature(HOT_RULES[name]).parameters)}."
+            )
+    return dict(replaced)
+
+
+def _find_class(use: str, search_path: str | Path | None) -> type[Any]:
+    if use in SHIPPED:
+        return SHIPPED[use]
+    module_name, colon, class_name = use.partition(":")
+    if not colon or not module_name or not class_name:
+        raise InputError(
+            f"Policy {use!r} is not known; it must be one of {listed(SHIPPED)}, or a class of "
+            f"your own as 'module:Class'.{nearest(use, SHIPPED)}"
+        )
+    module = _import(use, module_name, search_path)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type) and value.__module__ == module.__name__
+        ]
+        raise InputError(
+            f"Policy {use!r} names the class {class_name!r}, which module {module_name!r} does not "
+            f"have; its classes are {listed(classes) or 'none'}.{nearest(class_name, classes)}"
+        )
+    return found
+
+
+def _import(use: str, module_name: str, search_path: str | Path | None) -> ModuleType:
+    dotted = module_name.removesuffix(".py")
+    try:
+        if search_path is not None:
+            file = Path(search_path).joinpath(*dotted.split(".")).with_suffix(".py")
+            if file.is_file():
+                return _import_file(file)
+        return importlib.import_module(dotted)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (dotted + ".").startswith(error.name + "."):
+            beside = f" and no file {dotted}.py in {search_path}" if search_path else ""
+            raise InputError(
+                f"Policy {use!r} names the module {dotted!r}, but there is no such module on the "
+                f"Python path{beside}."
+            ) from error
+        raise _broken(use, dotted, error) from error
+    except Exception as error:
+        raise _broken(use, dotted, error) from error
+
+
+def _broken(use: str, module_name: str, error: Exception) -> InputError:
+    return InputError(
+        f"Policy {use!r} could not be read: importing {module_name!r} failed with "
+        f"{type(error).__name__}: {error}."
+    )
+
+
+def _import_file(file: Path) -> ModuleType:
+    """Import a file under a name of its own, so that files of one name in two folders differ."""
+    key = zlib.crc32(str(file.resolve()).encode())
+    name = f"_policy_{file.stem}_{key:08x}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"The policy file {file} could not be read as Python source.")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up while it is being executed.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _settings_of(policy_class: type[Any]) -> tuple[type[Any], Mapping[str, Any]]:
+    """What takes a policy's options, and those of them that are not to be chosen."""
+    target: type[Any] = getattr(policy_class, "settings_type", policy_class)
+    fixed: Mapping[str, Any] = getattr(policy_class, "fixed_settings", {})
+    return target, fixed
+
+
+def _keyword_parameters(target: type[Any]) -> dict[str, inspect.Parameter]:
+    by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind in by_keyword
+    }
+
+
+def _build(use: str, policy_class: type[Any], given: dict[str, Any]) -> Policy:
+    target, fixed = _settings_of(policy_class)
+    parameters = _keyword_parameters(target)
+    known = [name for name in parameters if name not in fixed]
+    for name in given:
+        if name not in known:
+            allowed = f"its options are {listed(known)}" if known else "it has no options"
+            raise InputError(
+                f"Policy {use!r} was given the unknown option {name!r}; {allowed}."
+                f"{nearest(str(name), known)}"
+            )
+    for name in known:
+        if parameters[name].default is inspect.Parameter.empty and name not in given:
+            raise InputError(f"Policy {use!r} needs the option {name!r}, which was not given.")
+    values = _off_becomes_none(target, given)
+    try:
+        built = target(**values)
+        policy: Policy = built if target is policy_class else policy_class(built)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"Policy {use!r} could not be built from the options {given!r}: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    return policy
+
+
+def _off_becomes_none(target: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(target):
+        return given
+    can_be_off = {f.name for f in dataclasses.fields(target) if f.metadata.get("can_be_off")}
+    return {
+        name: None if name in can_be_off and value == OFF else value
+        for name, value in given.items()
+    }
+
+
+def _check_protocol(use: str, policy: object) -> None:
+    """Refuse what is not a policy, naming every member that is missing or of the wrong kind."""
+    threshold = getattr(policy, "confidence_threshold", "missing")
+    is_threshold = threshold is None or (
+        isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    )
+    name = getattr(policy, "name", None)
+    wrong = [
+        member
+        for member, right in (
+            ("name (a word)", isinstance(name, str) and bool(name)),
+            ("sees_future (true or false)", isinstance(getattr(policy, "sees_future", None), bool)),
+            ("watching (a Watching)", isinstance(getattr(policy, "watching", None), Watching)),
+            ("confidence_threshold (a number or None)", is_threshold),
+            ("decide (a method)", callable(getattr(policy, "decide", None))),
+        )
+        if not right
+    ]
+    if wrong:
+        raise InputError(
+            f"Policy {use!r} is not a policy: it lacks, or has of another kind, {', '.join(wrong)}."
+        )

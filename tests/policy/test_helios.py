@@ -1,0 +1,425 @@
+"""HELIOS by pencil: its algorithm as a script, its depths, its overheads, its scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from helios_sim.errors import InputError
+from helios_sim.policy.contract import (
+    Assignment,
+    Candidate,
+    Decision,
+    Evaluate,
+    Event,
+    ExitMode,
+    Keep,
+    LoadLayers,
+    Serve,
+    Slo,
+    Snapshot,
+    Switch,
+    Telemetry,
+    Watching,
+)
+from helios_sim.policy.contract_suite import (
+    ScriptedHost,
+    example_candidates,
+    example_evaluation,
+)
+from helios_sim.policy.depth import dominant_level, fixed_level, greedy_level, quantile_level
+from helios_sim.policy.helios import Helios, HeliosSettings
+from helios_sim.policy.history import exit_shares, mean_executed_layers
+from helios_sim.policy.objective import interpolate, meets_slo, score, slowdown
+from helios_sim.policy.overhead import iteration_shares, overhead_of_load, overhead_of_switch
+from helios_sim.policy.shortlist import make_shortlist
+
+SMALL, LARGE, MIDDLE, OTHER = example_candidates()
+PAIR = (SMALL, LARGE)
+
+# Published exit histograms in per mille of the tokens.
+SMALL_EXITS = (730, 47, 223)
+LARGE_EXITS = (736, 48, 216)
+EVALUATIONS = {
+    SMALL.name: example_evaluation(SMALL, SMALL_EXITS, nll_nats=2000.0),
+    LARGE.name: example_evaluation(LARGE, LARGE_EXITS, nll_nats=1000.0),
+}
+
+
+def served(model: str, depth: int, exit_mode: ExitMode = ExitMode.LOADED_DEPTH) -> Assignment:
+    return Assignment(model, depth, exit_mode)
+
+
+def snapshot(
+    event: Event = Event.BREACHED,
+    *,
+    assignment: Assignment | None = None,
+    candidates: tuple[Candidate, ...] = PAIR,
+    evaluations: dict[str, Telemetry] | None = None,
+    round_evaluated: tuple[str, ...] = (),
+    load_s: dict[str, tuple[float, ...]] | None = None,
+    expected_tokens: float = 1000.0,
+    max_batch: int = 1,
+    num_waiting: int = 0,
+    slo: Slo | None = None,
+) -> Snapshot:
+    known = EVALUATIONS if evaluations is None else evaluations
+    return Snapshot(
+        now_s=1.0,
+        event=event,
+        assignment=assignment,
+        telemetry=None,
+        candidates=candidates,
+        history={c.name: (known[c.name],) if c.name in known else () for c in candidates},
+        round_evaluated=round_evaluated,
+        load_s=load_s or {c.name: (0.0,) * len(c.exit_layers) for c in candidates},
+        num_waiting=num_waiting,
+        num_running=1,
+        max_batch=max_batch,
+        expected_tokens=expected_tokens,
+        slo=slo or Slo(),
+    )
+
+
+def transfers(small: tuple[float, ...], large: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
+    return {SMALL.name: small, LARGE.name: large}
+
+
+class TestAlgorithm:
+    """The sentence of the algorithm, event by event."""
+
+    def test_a_run_reads_as_the_paper_tells_it(self) -> None:
+        """Shortlist, evaluate each, serve greedily, react to breaches, reassess, serve again."""
+        host = ScriptedHost(Helios(), PAIR, max_batch=1)
+        told: list[tuple[str, Decision]] = []
+
+        def ask(event: Event, evaluated: str | None = None) -> None:
+            telemetry = EVALUATIONS[evaluated] if evaluated else None
+            decision, _ = host.ask(event, telemetry)
+            told.append((str(event), replace(decision, reason="")))
+
+        def evaluate(model: str) -> Evaluate:
+            return Evaluate(model, 5, ExitMode.WAIT, "")
+
+        ask(Event.START)
+        ask(Event.EVALUATED, SMALL.name)
+        ask(Event.EVALUATED, LARGE.name)
+        ask(Event.BREACHED)
+        ask(Event.REASSESS)
+        ask(Event.EVALUATED, LARGE.name)
+        ask(Event.EVALUATED, SMALL.name)
+        assert told == [
+            ("start", evaluate(SMALL.name)),
+            ("evaluated", evaluate(LARGE.name)),
+            ("evaluated", Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, "")),
+            ("breached", Switch(LARGE.name, 9, ExitMode.LOADED_DEPTH, "")),
+            ("reassess", evaluate(LARGE.name)),
+            ("evaluated", evaluate(SMALL.name)),
+            ("evaluated", Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, "")),
+        ]
+
+    def test_one_candidate_is_evaluated_all_the_same(self) -> None:
+        """Its exit histogram is needed for the greedy depth."""
+        host = ScriptedHost(Helios(), (SMALL,), max_batch=1)
+        first, _ = host.ask(Event.START)
+        assert isinstance(first, Evaluate)
+        then, _ = host.ask(Event.EVALUATED, EVALUATIONS[SMALL.name])
+        assert then == Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, then.reason)
+
+    def test_without_an_evaluation_at_the_start_the_shallowest_exit_is_served(self) -> None:
+        """Nothing is measured yet, so the shortlist's first is loaded to its first exit."""
+        policy = Helios(HeliosSettings(evaluate_at_start=False))
+        decision = policy.decide(snapshot(Event.START, evaluations={}))
+        assert decision == Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, decision.reason)
+
+    def test_only_the_best_three_are_evaluated(self) -> None:
+        """TopK = 3 of four candidates of one tokenizer, in the order of the objective."""
+        fourth = replace(SMALL, name="slow", decode_iteration_s=(0.1, 0.2, 0.3))
+        host = ScriptedHost(Helios(), (fourth, *PAIR, MIDDLE), max_batch=1)
+        decisions = [decision for decision, _ in host.round(Event.START)]
+        evaluated = [d.model for d in decisions if isinstance(d, Evaluate)]
+        assert evaluated == [SMALL.name, MIDDLE.name, LARGE.name]
+
+    def test_defaults_are_the_published_ones(self) -> None:
+        """TopK 3, 5 requests, RI 150, CBCmax 50 in 100 tokens."""
+        settings = HeliosSettings()
+        assert (settings.top_k, settings.evaluation_requests) == (3, 5)
+        assert Helios().watching == Watching(150, 100, 50, "tumbling")
+        assert Helios().confidence_threshold is None
+
+
+class TestDepth:
+    """Greedy depth on the published histograms."""
+
+    def test_the_dominant_exit_of_the_opt_pair_is_6_of_24_and_9_of_32(self) -> None:
+        """Nearly three quarters of the tokens leave at the first exit of each."""
+        assert SMALL.exit_layers[dominant_level(SMALL_EXITS)] == 6
+        assert LARGE.exit_layers[dominant_level(LARGE_EXITS)] == 9
+
+    def test_equal_exits_give_the_shallower(self) -> None:
+        """A tie costs nothing to break towards fewer layers."""
+        assert dominant_level((0.2, 0.4, 0.4)) == 1
+
+    @pytest.mark.parametrize(
+        ("quantile", "depth"), [(0.73, 6), (0.731, 12), (0.777, 12), (0.778, 24), (1.0, 24)]
+    )
+    def test_a_quantile_takes_the_shallowest_exit_that_covers_it(
+        self, quantile: float, depth: int
+    ) -> None:
+        """OPT-1.3B leaves 73.0, 77.7 and 100 % by layers 6, 12 and 24."""
+        shares = exit_shares(EVALUATIONS[SMALL.name])
+        assert shares is not None
+        assert SMALL.exit_layers[quantile_level(shares, quantile)] == depth
+
+    @pytest.mark.parametrize(("asked", "given"), [(1, 6), (6, 6), (7, 12), (24, 24), (99, 24)])
+    def test_a_fixed_depth_takes_the_first_exit_that_reaches_it(
+        self, asked: int, given: int
+    ) -> None:
+        """Seven layers are not an exit of OPT-1.3B, twelve are."""
+        assert SMALL.exit_layers[fixed_level(SMALL.exit_layers, asked)] == given
+
+    def test_nothing_measured_gives_the_shallowest_exit(self) -> None:
+        """Neither rule has a histogram to look at."""
+        assert greedy_level("dominant", None, SMALL.exit_layers, 0.9, None) == 0
+        assert greedy_level("quantile", None, SMALL.exit_layers, 0.9, None) == 0
+
+    def test_mean_executed_layers_are_the_published_ones(self) -> None:
+        """10.30 and 14.35 layers a token when each model serves alone."""
+        small = mean_executed_layers(EVALUATIONS[SMALL.name])
+        large = mean_executed_layers(EVALUATIONS[LARGE.name])
+        assert small == pytest.approx(10.296)
+        assert large == pytest.approx(14.352)
+
+
+class TestOverhead:
+    """Load or switch at 1 ms a layer and batch 1; 1,000 tokens are expected."""
+
+    def test_loading_costs_the_transfer_and_the_mean_exit_layer(self) -> None:
+        """2 s and 1,000 tokens of 10.296 layers at 1 ms: 2 + 10.296 s."""
+        asked = snapshot(load_s=transfers((0, 1, 2), (3, 4, 5)))
+        cost = overhead_of_load(SMALL, EVALUATIONS[SMALL.name], ExitMode.WAIT, asked)
+        assert cost.transfer_s == 2
+        assert cost.serving_s == pytest.approx(10.296)
+
+    def test_switching_costs_the_transfer_and_the_other_ones_depth(self) -> None:
+        """3 s and 1,000 tokens of 9 layers at 1 ms: 3 + 9 s."""
+        asked = snapshot(load_s=transfers((0, 1, 2), (3, 4, 5)))
+        cost = overhead_of_switch(LARGE, 0, EVALUATIONS[LARGE.name], asked)
+        assert cost.transfer_s == 3
+        assert cost.serving_s == pytest.approx(9.0)
+
+    @pytest.mark.parametrize(("switch_s", "expected"), [(3.29, Switch), (3.30, LoadLayers)])
+    def test_the_smaller_expected_overhead_wins(
+        self, switch_s: float, expected: type[Decision]
+    ) -> None:
+        """Loading costs 2 + 10.296 s, so a switch at 9 s of serving may take up to 3.296 s."""
+        now = served(SMALL.name, 6)
+        asked = snapshot(assignment=now, load_s=transfers((0, 1, 2), (switch_s, 9, 9)))
+        decision = Helios().decide(asked)
+        assert isinstance(decision, expected)
+        if isinstance(decision, LoadLayers):
+            assert (decision.depth, decision.exit_mode) == (24, ExitMode.WAIT)
+        assert "12.3 s" in decision.reason
+
+    @pytest.mark.parametrize(("switch_s", "expected"), [(1.9, Switch), (2.1, LoadLayers)])
+    def test_the_transfer_rule_compares_transfers_alone(
+        self, switch_s: float, expected: type[Decision]
+    ) -> None:
+        """2 s to load the remaining layers are the line."""
+        policy = Helios(HeliosSettings(overhead_rule="transfer"))
+        now = served(SMALL.name, 6)
+        asked = snapshot(assignment=now, load_s=transfers((0, 1, 2), (switch_s, 9, 9)))
+        assert isinstance(policy.decide(asked), expected)
+
+    def test_equal_overheads_load_rather_than_switch(self) -> None:
+        """Both transfers take 2 s: the model stays."""
+        policy = Helios(HeliosSettings(overhead_rule="transfer"))
+        now = served(SMALL.name, 6)
+        asked = snapshot(assignment=now, load_s=transfers((0, 1, 2), (2, 9, 9)))
+        assert isinstance(policy.decide(asked), LoadLayers)
+
+    @pytest.mark.parametrize("rule", ["expected", "transfer"])
+    @pytest.mark.parametrize("switch_s", [1e9, math.inf])
+    def test_a_prohibitive_switch_cost_means_no_switch(self, rule: str, switch_s: float) -> None:
+        """Whatever the rule, thirty years of transfer are not chosen beside two seconds."""
+        policy = Helios(HeliosSettings(overhead_rule=rule))  # type: ignore[arg-type]
+        now = served(SMALL.name, 6)
+        asked = snapshot(assignment=now, load_s=transfers((0, 1, 2), (switch_s,) * 3))
+        assert isinstance(policy.decide(asked), LoadLayers)
+
+    def test_nothing_possible_keeps_with_the_reason(self) -> None:
+        """No other candidate and no layer left, or an unreachable one, or no action allowed."""
+        full = served(SMALL.name, 24, ExitMode.WAIT)
+        alone = snapshot(assignment=full, candidates=(SMALL,), load_s={SMALL.name: (0, 0, 0)})
+        assert isinstance(Helios().decide(alone), Keep)
+        unreachable = snapshot(assignment=full, load_s=transfers((0, 0, 0), (math.inf,) * 3))
+        assert isinstance(Helios().decide(unreachable), Keep)
+        idle = Helios(HeliosSettings(actions=()))
+        decision = idle.decide(snapshot(assignment=served(SMALL.name, 6)))
+        assert decision == Keep(decision.reason)
+        assert "none" in decision.reason
+
+    def test_a_waiting_batch_runs_to_its_deepest_token(self) -> None:
+        """With 73.0 / 77.7 / 100 % covered, two tokens both stop at 6 with 53.29 %."""
+        shares = (0.73, 0.047, 0.223)
+        assert iteration_shares(shares, ExitMode.WAIT, 1) == pytest.approx(list(shares))
+        pair = iteration_shares(shares, ExitMode.WAIT, 2)
+        assert pair == pytest.approx([0.5329, 0.777**2 - 0.5329, 1 - 0.777**2])
+        assert iteration_shares(shares, ExitMode.REBATCH, 2) == list(shares)
+        assert iteration_shares(shares, ExitMode.FULL, 2) == [0, 0, 1]
+
+    def test_a_batch_shares_the_seconds_of_serving(self) -> None:
+        """Three waiting beside one running, four allowed: a switch serves four at once."""
+        asked = snapshot(max_batch=4, num_waiting=9)
+        cost = overhead_of_switch(LARGE, 0, EVALUATIONS[LARGE.name], asked)
+        assert cost.serving_s == pytest.approx(9.0 / 4)
+        solo = overhead_of_load(SMALL, EVALUATIONS[SMALL.name], ExitMode.SOLO, asked)
+        assert solo.serving_s == pytest.approx(10.296)
+
+    def test_an_unmeasured_model_is_taken_to_need_full_depth(self) -> None:
+        """Without a histogram loading costs 24 ms a token."""
+        cost = overhead_of_load(SMALL, None, ExitMode.WAIT, snapshot())
+        assert cost.serving_s == pytest.approx(24.0)
+
+
+class TestObjective:
+    """Scores of OPT-1.3B at 1 ms a layer."""
+
+    def test_throughput_is_the_batch_over_the_predicted_tpot(self) -> None:
+        """At 6 ms a token and batch 3: 500 tokens a second; the card's limit may be lower."""
+        assert score("throughput", SMALL, 0, None, 3) == pytest.approx(500.0)
+        narrow = replace(SMALL, batch_limit=(2, 1, 1))
+        assert score("throughput", narrow, 0, None, 3) == pytest.approx(2 / 0.006)
+
+    def test_a_slower_measurement_slows_every_depth_alike(self) -> None:
+        """20.592 ms measured where the card says 10.296: twice the time at any depth."""
+        slow = example_evaluation(SMALL, SMALL_EXITS, mean_tpot_s=0.020592)
+        assert slowdown(SMALL, slow) == pytest.approx(2.0)
+        assert score("throughput", SMALL, 0, slow, 1) == pytest.approx(1 / 0.012)
+        assert score("response-time", SMALL, 0, slow, 1) == pytest.approx(-0.024)
+
+    def test_the_card_is_read_between_exits(self) -> None:
+        """Halfway from 6 to 12 layers is halfway between their values; outside they are held."""
+        assert interpolate((6, 12, 24), (1.0, 3.0, 4.0), 9) == 2.0
+        assert interpolate((6, 12, 24), (1.0, 3.0, 4.0), 3) == 1.0
+        assert interpolate((6, 12, 24), (1.0, 3.0, 4.0), 99) == 4.0
+
+    def test_energy_is_joules_a_token_scaled_to_the_depth(self) -> None:
+        """200 W for 6 ms are 1.2 J; twice the measured joules are twice that."""
+        assert score("energy", SMALL, 0, None, 1) == pytest.approx(-1.2)
+        double = example_evaluation(SMALL, SMALL_EXITS, energy_j=2 * 1000 * 10.296 * 0.2)
+        assert score("energy", SMALL, 0, double, 1) == pytest.approx(-2.4)
+        assert score("energy", replace(SMALL, reference_batch=4), 0, None, 1) == -0.3
+
+    def test_quality_is_measured_or_unknown(self) -> None:
+        """2,000 nats over 1,000 tokens; nothing measured is never preferred."""
+        assert score("quality", SMALL, 0, EVALUATIONS[SMALL.name], 1) == -2.0
+        assert score("quality", SMALL, 0, None, 1) == -math.inf
+
+    def test_memory_is_weights_and_a_typical_kv_cache(self) -> None:
+        """Ten layers' worth of 100 MB and 1,000 tokens of 6 x 8,192 bytes."""
+        assert score("memory", SMALL, 0, None, 1) == -(1_000_000_000 + 49_152_000)
+
+    def test_the_objective_chooses_the_model(self) -> None:
+        """The small model is faster, the large one better: each wins its own objective."""
+        for objective, winner in (
+            ("throughput", Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, "")),
+            ("memory", Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, "")),
+            ("quality", Serve(LARGE.name, 9, ExitMode.LOADED_DEPTH, "")),
+        ):
+            policy = Helios(HeliosSettings(objective=objective))  # type: ignore[arg-type]
+            asked = snapshot(
+                Event.EVALUATED,
+                assignment=served(LARGE.name, 32, ExitMode.WAIT),
+                round_evaluated=(SMALL.name, LARGE.name),
+            )
+            assert replace(policy.decide(asked), reason="") == winner
+
+    def test_a_candidate_that_keeps_the_slo_beats_a_better_one_that_does_not(self) -> None:
+        """Measured at twice its card, the large model misses 15 ms a token; quality gives way."""
+        slow = example_evaluation(LARGE, LARGE_EXITS, mean_tpot_s=2 * 0.014352, nll_nats=1000.0)
+        asked = snapshot(
+            Event.EVALUATED,
+            assignment=served(LARGE.name, 32, ExitMode.WAIT),
+            evaluations={**EVALUATIONS, LARGE.name: slow},
+            round_evaluated=(SMALL.name, LARGE.name),
+            slo=Slo(tpot_s=0.015),
+        )
+        decision = Helios(HeliosSettings(objective="quality")).decide(asked)
+        assert decision == Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, decision.reason)
+
+
+class TestShortlist:
+    """TopK under SLO and hardware."""
+
+    def test_ranks_by_the_objective_at_the_shallowest_exit(self) -> None:
+        """6, 8 and 9 ms a token at batch 1; the lone model of another tokenizer is left out."""
+        found = make_shortlist(example_candidates(), Slo(), "throughput", 1, 3)
+        assert [c.name for c in found.candidates] == [SMALL.name, MIDDLE.name, LARGE.name]
+
+    def test_an_slo_bounds_ttft_and_tpot_at_the_shallowest_exit(self) -> None:
+        """9 ms a token miss 8 ms; 18 ms to the first token miss 17 ms."""
+        for slo in (Slo(tpot_s=0.008), Slo(ttft_s=0.017)):
+            found = make_shortlist((SMALL, MIDDLE, LARGE), slo, "throughput", 1, 3)
+            assert [c.name for c in found.candidates] == [SMALL.name, MIDDLE.name]
+        assert meets_slo(LARGE, 0, None, Slo(ttft_s=0.0181, tpot_s=0.0091))
+
+    def test_an_slo_that_nobody_meets_takes_the_best_and_says_so(self) -> None:
+        """One candidate goes on, and the reason names the broken promise."""
+        found = make_shortlist(PAIR, Slo(tpot_s=1e-6), "throughput", 1, 3)
+        assert [c.name for c in found.candidates] == [SMALL.name]
+        assert "no candidate meets the SLO" in found.reason
+
+    def test_a_model_that_does_not_fit_is_left_out_and_none_is_an_error(self) -> None:
+        """Full depth must fit too, since candidates are evaluated there."""
+        too_big = replace(LARGE, batch_limit=(9, 1, 0))
+        found = make_shortlist((SMALL, too_big), Slo(), "throughput", 1, 3)
+        assert [c.name for c in found.candidates] == [SMALL.name]
+        with pytest.raises(InputError, match=r"None of the models 'opt-6.7b' fits in memory"):
+            make_shortlist((too_big,), Slo(), "throughput", 1, 3)
+
+    def test_equal_groups_of_tokenizers_go_by_name(self) -> None:
+        """One model each: "opt" comes before "other"."""
+        found = make_shortlist((OTHER, SMALL), Slo(), "throughput", 1, 3)
+        assert [c.name for c in found.candidates] == [SMALL.name]
+
+    def test_quality_ranks_the_larger_model_first(self) -> None:
+        """No card knows quality, so size stands in for the order of evaluation."""
+        found = make_shortlist(example_candidates(), Slo(), "quality", 1, 3)
+        assert [c.name for c in found.candidates] == [LARGE.name, MIDDLE.name, SMALL.name]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"top_k": 0}, "'top_k' was given 0; it must be a whole number of at least 1"),
+        ({"top_k": True}, "'top_k' was given True"),
+        ({"top_k": 2.5}, "'top_k' was given 2.5"),
+        ({"evaluation_requests": 0}, "'evaluation_requests' was given 0"),
+        ({"reassess_requests": 0}, r"at least 1, or None \(never\)"),
+        ({"breach_window_tokens": -1}, "'breach_window_tokens' was given -1"),
+        ({"breach_limit": 100}, "below the 100 tokens of breach_window_tokens"),
+        ({"window_kind": "slide"}, "Did you mean 'sliding'"),
+        ({"confidence_threshold": 1.5}, "a number from 0 to 1"),
+        ({"confidence_threshold": math.nan}, "a number from 0 to 1"),
+        ({"objective": "speed"}, "it must be one of 'throughput', 'response-time'"),
+        ({"depth_rule": "deepest"}, "it must be one of 'dominant', 'quantile', 'fixed'"),
+        ({"depth_rule": "fixed"}, "'fixed_depth' was given None"),
+        ({"fixed_depth": 6}, "it belongs to depth_rule 'fixed'"),
+        ({"depth_quantile": 0}, "above 0 and at most 1"),
+        ({"overhead_rule": []}, "it must be one of 'expected', 'transfer'"),
+        ({"evaluation_exit_mode": "full"}, "one of 'solo', 'wait', 'rebatch'"),
+        ({"after_load_exit_mode": "loaded-depth"}, "one of 'solo', 'wait', 'rebatch', 'full'"),
+        ({"evaluate_at_start": "yes"}, "true or false"),
+        ({"actions": ["load", "load"]}, "distinct names out of 'load', 'switch'"),
+        ({"actions": "load"}, "a list of distinct names"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_in_a_sentence(
+    options: dict[str, object], sentence: str
+) -> None:
+    """What was given and what is allowed, for every setting."""
+    with pytest.raises(InputError, match=sentence):
+        HeliosSettings(**options)  # type: ignore[arg-type]

@@ -1,0 +1,250 @@
+"""Policies by name, a user's own class from a file, and the sentences for what is wrong."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helios_sim.errors import InputError
+from helios_sim.policy import (
+    hot_rules_of,
+    make_policy,
+    option_grades,
+    policy_names,
+    policy_options,
+    rules,
+)
+from helios_sim.policy.contract import Event, ExitMode, Keep, Policy, Serve
+from helios_sim.policy.contract_suite import PolicyContract, ScriptedHost, example_candidates
+from helios_sim.policy.helios import Helios, HeliosSettings
+
+PAGE = Path(__file__).parents[2] / "docs" / "policy.md"
+
+MINE = """
+from dataclasses import dataclass
+from helios_sim.policy.contract import Keep, Watching
+
+@dataclass(frozen=True)
+class Mine:
+    patience: int = 3
+    name = "mine"
+    sees_future = False
+    watching = Watching()
+    confidence_threshold = None
+
+    def decide(self, snapshot):
+        return Keep("Mine.")
+
+class Needy(Mine):
+    def __init__(self, model):
+        if model != "opt":
+            raise RuntimeError("not my model")
+
+class HalfDone:
+    name = "half"
+    sees_future = 0
+    def decide(self, snapshot):
+        return None
+
+def may_join(num_running, max_batch, needed_blocks, free_blocks, watermark_blocks):
+    return num_running < 1
+
+class Hot(Mine):
+    hot_rules = {"may_join": may_join}
+
+class Misspelt(Mine):
+    hot_rules = {"may_jion": may_join}
+
+class Short(Mine):
+    hot_rules = {"is_breach": may_join}
+
+class Uncallable(Mine):
+    hot_rules = {"is_breach": 3}
+
+class Listed(Mine):
+    hot_rules = ["is_breach"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "broken.py").write_text("import no_such_module_of_anybody\n")
+    (tmp_path / "garbled.py").write_text("class :\n")
+    return tmp_path
+
+
+def test_the_shipped_names_are_the_documented_ones() -> None:
+    """Each name makes a policy that calls itself so."""
+    assert set(policy_names()) == {
+        "helios",
+        "vanilla",
+        "ee-single",
+        "static-depth",
+        "switch-only",
+        "load-only",
+        "clairvoyant",
+        "never",
+        "always",
+    }
+    for name in policy_names():
+        assert make_policy(name).name == name
+
+
+def test_options_reach_the_settings() -> None:
+    """Words become exit modes, lists become tuples, "off" becomes None where that is allowed."""
+    policy = make_policy(
+        "helios",
+        {
+            "top_k": 2,
+            "reassess_requests": "off",
+            "after_load_exit_mode": "rebatch",
+            "actions": ["switch"],
+        },
+    )
+    assert isinstance(policy, Helios)
+    wanted = HeliosSettings(
+        top_k=2, reassess_requests=None, after_load_exit_mode=ExitMode.REBATCH, actions=("switch",)
+    )
+    assert policy.settings == wanted
+    with pytest.raises(InputError, match="'confidence_threshold' was given 'off'"):
+        make_policy("helios", {"confidence_threshold": "off"})
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "sentence"),
+    [
+        ("helois", {}, "Policy 'helois' is not known; .* Did you mean 'helios'"),
+        ("helios", {"topk": 3}, "unknown option 'topk'; its options are .* Did you mean 'top_k'"),
+        ("switch-only", {"actions": ["load"]}, "unknown option 'actions'"),
+        ("never", {"reassess_requests": 10}, "unknown option 'reassess_requests'"),
+        ("helios", {"top_k": "three"}, "^policy helios: Option 'top_k' was given 'three'"),
+        ("vanilla", {"model": 3}, "'model' was given 3; it must be the name of a candidate"),
+        ("ee-single", {"exit_mode": "full"}, "one of 'solo', 'wait', 'rebatch'"),
+        ("static-depth", {"depth": 0}, "at least 1, or None"),
+        ("always", {"reassess_requests": 0}, "'reassess_requests' was given 0"),
+        ("clairvoyant", {"depth_rule": "fixed"}, "'fixed_depth' was given None"),
+        ("mine:Other", {}, "names the class 'Other', which module 'mine' does not have"),
+        ("mine:mine", {}, "Did you mean 'Mine'"),
+        ("nowhere:Mine", {}, "names the module 'nowhere', but there is no such module"),
+        ("no.where:Mine", {}, "names the module 'no.where', but there is no such module"),
+        ("broken:Mine", {}, "importing 'broken' failed with ModuleNotFoundError: No module named"),
+        ("garbled:Mine", {}, "importing 'garbled' failed with SyntaxError"),
+        ("mine:", {}, "or a class of your own as 'module:Class'"),
+        ("mine:HalfDone", {}, "sees_future .*, watching .*, confidence_threshold"),
+        ("mine:Mine", {"patients": 1}, "unknown option 'patients'; .* Did you mean 'patience'"),
+        ("mine:Needy", {}, "needs the option 'model'"),
+        ("mine:Needy", {"model": "x"}, "could not be built .* RuntimeError: not my model"),
+        ("mine:Misspelt", {}, "hot_rules names 'may_jion'; .* Did you mean 'may_join'"),
+        ("mine:Short", {}, "a function of 5 arguments for 'is_breach'; it must take 3"),
+        ("mine:Uncallable", {}, "gives 3 for 'is_breach'; it must be a function"),
+        ("mine:Listed", {}, "it must be a mapping from rule names to functions"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_in_a_sentence(
+    folder: Path, use: str, options: dict[str, Any], sentence: str
+) -> None:
+    """Unknown names name the nearest; wrong values name what is allowed."""
+    with pytest.raises(InputError, match=sentence):
+        make_policy(use, options, search_path=folder)
+
+
+def test_an_error_names_the_place_it_was_given() -> None:
+    """A scenario passes its file and key on."""
+    with pytest.raises(InputError) as error:
+        make_policy("helios", {"top_k": 0}, where="a.toml, policies[0]")
+    assert error.value.where == "a.toml, policies[0]"
+
+
+@pytest.mark.parametrize("use", ["mine:Mine", "mine.py:Mine"])
+def test_a_class_in_a_file_beside_the_scenario_is_a_policy(folder: Path, use: str) -> None:
+    """Its options are the parameters of its constructor."""
+    policy = make_policy(use, {"patience": 5}, search_path=folder)
+    assert (policy.name, getattr(policy, "patience", None)) == ("mine", 5)
+    assert policy_options(use, search_path=folder) == {"patience": (3, "")}
+
+
+def test_an_importable_module_needs_no_search_path() -> None:
+    """A class in an installed package is named by its dotted module."""
+    policy = make_policy("helios_sim.policy.baselines:Vanilla", {"model": "opt"})
+    assert policy.name == "vanilla"
+
+
+def test_files_of_one_name_in_two_folders_do_not_meet(folder: Path) -> None:
+    """The second file is read, not the first one again."""
+    other = folder / "other"
+    other.mkdir()
+    (other / "mine.py").write_text(MINE.replace("patience: int = 3", "patience: int = 4"))
+    assert policy_options("mine:Mine", search_path=folder)["patience"][0] == 3
+    assert policy_options("mine:Mine", search_path=other)["patience"][0] == 4
+
+
+def test_hot_rules_are_passed_through(folder: Path) -> None:
+    """A policy that replaces none has none; the names are those of the rules module."""
+    assert hot_rules_of(make_policy("helios")) == {}
+    replaced = hot_rules_of(make_policy("mine:Hot", search_path=folder))
+    assert list(replaced) == ["may_join"]
+    assert replaced["may_join"](1, 8, 1, 9, 0) is False
+    assert rules.may_join(1, 8, 1, 9, 0) is True
+
+
+def test_the_example_of_the_documentation_is_a_working_policy(tmp_path: Path) -> None:
+    """The file on the page keeps the contract, and gives layers up when the queue grows."""
+    blocks = PAGE.read_text(encoding="utf-8").split("```python\n")[1:]
+    source = next(block.split("```")[0] for block in blocks if "class Patient" in block)
+    (tmp_path / "my_policy.py").write_text(source)
+
+    class Suite(PolicyContract):
+        def make_policy(self) -> Policy:
+            return make_policy("my_policy:Patient", {"patience": 20}, search_path=tmp_path)
+
+    for name in dir(Suite):
+        if name.startswith("test_"):
+            getattr(Suite(), name)()
+    small = example_candidates()[0]
+    host = ScriptedHost(Suite().make_policy(), (small,))
+    kinds = []
+    for event, num_waiting in ((Event.START, 0), (Event.REASSESS, 20), (Event.REASSESS, 21)):
+        host.num_waiting = num_waiting
+        decision, _ = host.ask(event)
+        kinds.append((type(decision), host.assignment and host.assignment.depth))
+    assert kinds == [(Serve, 24), (Keep, 24), (Serve, 6)]
+
+
+def test_every_option_of_a_shipped_policy_has_a_default_a_meaning_and_a_grade() -> None:
+    """The documentation and the schema are made of these."""
+    for name in policy_names():
+        options = policy_options(name)
+        assert set(option_grades(name)) == set(options)
+        assert set(option_grades(name).values()) <= {"paper", "open", "ours"}
+        for default, meaning in options.values():
+            assert default is not inspect.Parameter.empty
+            assert meaning.strip()
+
+
+def test_the_documentation_lists_every_option_with_its_default_and_grade() -> None:
+    """docs/policy.md has one table row for each, so that neither falls behind."""
+    page = PAGE.read_text(encoding="utf-8")
+    grades = {"paper": "paper default", "open": "left open by the paper", "ours": "ours"}
+    for name in policy_names():
+        section = page.split(f"### `{name}`\n")[1].split("\n### ")[0].split("\n## ")[0]
+        for option, (default, _) in policy_options(name).items():
+            if name in ("switch-only", "load-only", "never"):
+                continue
+            row = next(row for row in section.splitlines() if row.startswith(f"| `{option}` |"))
+            assert f"| {written(default)} |" in row
+            assert grades[option_grades(name)[option]] in row
+
+
+def written(default: object) -> str:
+    """A default as the documentation writes it: in TOML's way."""
+    if default is None:
+        return "unset"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, tuple):
+        return "`[" + ", ".join(f'"{item}"' for item in default) + "]`"
+    return f'`"{default}"`' if isinstance(default, str) else f"`{default}`"
