@@ -1,0 +1,259 @@
+"""Seconds and joules of an iteration: plain functions over one array of coefficients.
+
+Written in the subset of Python that numba compiles; the batch loop compiles them, everyone else
+calls them as they are, and both get the same bits. A layer takes the largest of three times
+(launch floor, memory, compute), each linear in what the iteration carries. A token row is one
+running request in decode; `context` is the number of KV tokens those rows read; a prefill
+carries tokens, the KV tokens they read back (`prefill_context`, zero for a whole prompt) and the
+query-key pairs they attend to (`prefill_pairs`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from helios_sim.compiled import compilable
+
+LAUNCH: Final = 0
+MEMORY: Final = 1
+COMPUTE: Final = 2
+REGIMES: Final = ("launch", "memory", "compute")
+
+COEFFICIENTS: Final = (
+    "decode.launch_s",
+    "decode.memory_s_per_layer",
+    "decode.memory_s_per_row",
+    "decode.memory_s_per_context_token",
+    "decode.compute_s_per_layer",
+    "decode.compute_s_per_row",
+    "decode.compute_s_per_context_token",
+    "prefill.launch_s",
+    "prefill.memory_s_per_layer",
+    "prefill.memory_s_per_token",
+    "prefill.memory_s_per_context_token",
+    "prefill.compute_s_per_layer",
+    "prefill.compute_s_per_token",
+    "prefill.compute_s_per_pair",
+    "decode.fixed_s",
+    "prefill.fixed_s",
+    "head.floor_s",
+    "head.base_s",
+    "head.s_per_row",
+    "check.floor_s",
+    "check.base_s",
+    "check.s_per_row",
+    "kv_fill.floor_s_per_layer",
+    "kv_fill.base_s_per_layer",
+    "kv_fill.s_per_row_layer",
+    "rebatch.overhead_s",
+    "power.active_w",
+    "decode.j_per_layer",
+    "decode.j_per_row_layer",
+    "decode.j_per_context_token_layer",
+    "prefill.j_per_layer",
+    "prefill.j_per_token_layer",
+    "prefill.j_per_pair_layer",
+    "head.j_base",
+    "head.j_per_row",
+    "check.j_base",
+    "check.j_per_row",
+    "kv_fill.j_per_layer",
+    "kv_fill.j_per_row_layer",
+)
+"""Names of the coefficients, in the order of the array; units are in the names.
+
+All are per layer unless they say `fixed`, `head`, `check` or `rebatch`.
+"""
+
+DECODE_FIXED_S: Final = COEFFICIENTS.index("decode.fixed_s")
+REBATCH_OVERHEAD_S: Final = COEFFICIENTS.index("rebatch.overhead_s")
+ACTIVE_W: Final = COEFFICIENTS.index("power.active_w")
+
+
+@compilable
+def layer_seconds(
+    c: Any,
+    rows: float,
+    context: float,
+    prefill_tokens: float,
+    prefill_context: float,
+    prefill_pairs: float,
+) -> tuple[float, int]:
+    """Seconds of one layer over the whole iteration, and the regime that bounds it.
+
+    Decode rows and prefill tokens of one iteration share the reading of the weights.
+    """
+    launch = 0.0
+    memory = 0.0
+    compute = 0.0
+    if rows > 0.0:
+        launch = c[0]
+        memory = c[1] + c[2] * rows + c[3] * context
+        compute = c[4] + c[5] * rows + c[6] * context
+    if prefill_tokens > 0.0:
+        if c[7] > launch:
+            launch = c[7]
+        weights = 0.0 if rows > 0.0 else c[8]
+        memory = memory + weights + c[9] * prefill_tokens + c[10] * prefill_context
+        compute = compute + c[11] + c[12] * prefill_tokens + c[13] * prefill_pairs
+    if memory >= launch and memory >= compute:
+        return memory, MEMORY
+    if compute >= launch:
+        return compute, COMPUTE
+    return launch, LAUNCH
+
+
+@compilable
+def layer_joules(
+    c: Any, rows: float, context: float, prefill_tokens: float, prefill_pairs: float
+) -> float:
+    """Joules of one layer over the whole iteration, above the active power."""
+    joules = 0.0
+    if rows > 0.0:
+        joules = c[27] + c[28] * rows + c[29] * context
+    if prefill_tokens > 0.0:
+        weights = 0.0 if rows > 0.0 else c[30]
+        joules = joules + weights + c[31] * prefill_tokens + c[32] * prefill_pairs
+    return joules
+
+
+@compilable
+def fixed_seconds(c: Any, has_decode: bool, has_prefill: bool) -> float:
+    """Seconds an iteration takes before its first layer."""
+    fixed = 0.0
+    if has_decode:
+        fixed = c[14]
+    if has_prefill and c[15] > fixed:
+        fixed = c[15]
+    return fixed
+
+
+@compilable
+def head_seconds(c: Any, rows: float) -> float:
+    """Seconds of the final norm, output head and sampling over `rows` tokens."""
+    return max(c[16], c[17] + c[18] * rows)
+
+
+@compilable
+def head_joules(c: Any, rows: float) -> float:
+    """Joules of the final norm, output head and sampling, above the active power."""
+    return c[33] + c[34] * rows
+
+
+@compilable
+def check_seconds(c: Any, rows: float) -> float:
+    """Seconds of one exit check: norm, exit head and confidence over `rows` tokens."""
+    return max(c[19], c[20] + c[21] * rows)
+
+
+@compilable
+def check_joules(c: Any, rows: float) -> float:
+    """Joules of one exit check, above the active power."""
+    return c[35] + c[36] * rows
+
+
+@compilable
+def kv_fill_seconds(c: Any, rows: float, layers: float) -> float:
+    """Seconds to fill the KV cache of `layers` skipped layers for `rows` tokens."""
+    return layers * max(c[22], c[23] + c[24] * rows)
+
+
+@compilable
+def kv_fill_joules(c: Any, rows: float, layers: float) -> float:
+    """Joules to fill the KV cache of skipped layers, above the active power."""
+    return layers * (c[37] + c[38] * rows)
+
+
+@compilable
+def decode_seconds(
+    c: Any,
+    rows: float,
+    context: float,
+    layers: float,
+    num_checks: float,
+    num_heads: float,
+    filled_layers: float,
+    fill_rows: float,
+    residual: float,
+) -> tuple[float, int]:
+    """Seconds of a decode iteration and its regime.
+
+    `rows` carry the layers (with tokens fed again, where KV is recomputed), `fill_rows` the exit
+    checks, the head and the KV filling.
+    """
+    layer_s, regime = layer_seconds(c, rows, context, 0.0, 0.0, 0.0)
+    seconds = c[14] + layers * (layer_s * residual)
+    seconds = seconds + num_checks * check_seconds(c, fill_rows)
+    seconds = seconds + num_heads * head_seconds(c, fill_rows)
+    seconds = seconds + kv_fill_seconds(c, fill_rows, filled_layers)
+    return seconds, regime
+
+
+@compilable
+def decode_joules(
+    c: Any,
+    rows: float,
+    context: float,
+    layers: float,
+    num_checks: float,
+    num_heads: float,
+    filled_layers: float,
+    fill_rows: float,
+    seconds: float,
+) -> float:
+    """Joules of a decode iteration that took `seconds`, active power included."""
+    joules = c[26] * seconds + layers * layer_joules(c, rows, context, 0.0, 0.0)
+    joules = joules + num_checks * check_joules(c, fill_rows)
+    joules = joules + num_heads * head_joules(c, fill_rows)
+    return joules + kv_fill_joules(c, fill_rows, filled_layers)
+
+
+@compilable
+def mixed_seconds(
+    c: Any,
+    rows: float,
+    context: float,
+    prefill_tokens: float,
+    prefill_context: float,
+    prefill_pairs: float,
+    layers: float,
+    num_checks: float,
+    head_rows: float,
+    residual: float,
+) -> tuple[float, int]:
+    """Seconds of an iteration that carries prefill tokens, alone or beside decode rows.
+
+    It runs to the loaded depth, so nothing is filled; `head_rows` tokens are emitted.
+    """
+    layer_s, regime = layer_seconds(
+        c, rows, context, prefill_tokens, prefill_context, prefill_pairs
+    )
+    seconds = fixed_seconds(c, rows > 0.0, True) + layers * (layer_s * residual)
+    if rows > 0.0:
+        seconds = seconds + num_checks * check_seconds(c, rows)
+    if head_rows > 0.0:
+        seconds = seconds + head_seconds(c, head_rows)
+    return seconds, regime
+
+
+@compilable
+def mixed_joules(
+    c: Any,
+    rows: float,
+    context: float,
+    prefill_tokens: float,
+    prefill_pairs: float,
+    layers: float,
+    num_checks: float,
+    head_rows: float,
+    seconds: float,
+) -> float:
+    """Joules of an iteration that carries prefill tokens, active power included."""
+    joules = c[26] * seconds + layers * layer_joules(
+        c, rows, context, prefill_tokens, prefill_pairs
+    )
+    if rows > 0.0:
+        joules = joules + num_checks * check_joules(c, rows)
+    if head_rows > 0.0:
+        joules = joules + head_joules(c, head_rows)
+    return joules
