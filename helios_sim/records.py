@@ -1,0 +1,742 @@
+"""The run on disk: one schema for simulated and real runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final, get_type_hints
+
+import numpy as np
+import polars as pl
+from polars.exceptions import PolarsError
+
+from helios_sim.errors import InputError
+
+SCHEMA_VERSION = 1
+
+STATUSES = ("finished", "refused", "running", "waiting")
+
+REQUEST_COLUMNS: dict[str, str] = {
+    "request_id": "position in the workload, from 0",
+    "replica": "replica that served it",
+    "domain": "domain of its text",
+    "arrival_s": "when it was sent",
+    "admitted_s": "when its first prefill began; null if never",
+    "first_token_s": "when its first token was emitted; null if never",
+    "finished_s": "when its last token was emitted; null if never",
+    "prompt_tokens": "tokens of the prompt as served",
+    "output_tokens": "tokens asked for",
+    "generated_tokens": "tokens emitted",
+    "trace_start": "place in its domain's exit trace where it starts",
+    "status": "finished, refused, running or waiting at the end of the run",
+    "model": "model that emitted its last token; null if never admitted",
+    "depth": "loaded layers of that model",
+    "evaluated": "whether it was served in an evaluation",
+    "num_preemptions": "times it was preempted or recomputed",
+    "decoded_tokens": "tokens emitted by decode iterations (all but those a prefill emits)",
+    "executed_layers": "layers executed for its decoded tokens",
+    "agree_tokens": "emitted tokens equal to the full model's",
+    "nll_nats": "negative log-likelihood of the emitted tokens' true text, summed",
+    "breaches": "tokens emitted below the confidence threshold at a loaded depth under full depth",
+    "breaches_relative": "those of them that a deeper exit of the same model would have satisfied",
+}
+
+TIMELINE_COLUMNS: dict[str, str] = {
+    "replica": "replica",
+    "time_s": "end of the interval",
+    "interval_s": "length of the interval",
+    "mean_running": "running requests, averaged over the interval",
+    "waiting": "waiting requests at its end",
+    "kv_blocks_used": "KV blocks in use at its end",
+    "kv_blocks": "KV blocks of the pool at its end",
+    "model": "model loaded at its end",
+    "depth": "layers loaded at its end",
+    "state": "serving, evaluating, draining, loading or idle at its end",
+    "power_w": "mean power over the interval",
+    "tokens": "tokens emitted in the interval",
+    "breaches": "confidence breaches in the interval",
+}
+
+DECISION_COLUMNS: dict[str, str] = {
+    "time_s": "when the policy was asked",
+    "replica": "replica it was asked for",
+    "event": "why it was asked",
+    "decision": "what it decided: keep, evaluate, serve, load-layers or switch",
+    "model": "model that serves from then on",
+    "depth": "layers loaded from then on",
+    "exit_mode": "how tokens leave from then on",
+    "reason": "the policy's own words",
+    "ready_s": "when the decision was carried out; null if the run ended before",
+    "moved_bytes": "weight bytes brought in for it",
+    "snapshot": "the snapshot the policy saw, as JSON",
+}
+
+
+REQUEST_SCHEMA: Final[dict[str, pl.DataType]] = {
+    "request_id": pl.Int64(),
+    "replica": pl.Int32(),
+    "domain": pl.String(),
+    "arrival_s": pl.Float64(),
+    "admitted_s": pl.Float64(),
+    "first_token_s": pl.Float64(),
+    "finished_s": pl.Float64(),
+    "prompt_tokens": pl.Int32(),
+    "output_tokens": pl.Int32(),
+    "generated_tokens": pl.Int32(),
+    "trace_start": pl.Int32(),
+    "status": pl.String(),
+    "model": pl.String(),
+    "depth": pl.Int32(),
+    "evaluated": pl.Boolean(),
+    "num_preemptions": pl.Int32(),
+    "decoded_tokens": pl.Int32(),
+    "executed_layers": pl.Int64(),
+    "agree_tokens": pl.Int32(),
+    "nll_nats": pl.Float64(),
+    "breaches": pl.Int32(),
+    "breaches_relative": pl.Int32(),
+}
+TIMELINE_SCHEMA: Final[dict[str, pl.DataType]] = {
+    "replica": pl.Int32(),
+    "time_s": pl.Float64(),
+    "interval_s": pl.Float64(),
+    "mean_running": pl.Float64(),
+    "waiting": pl.Int32(),
+    "kv_blocks_used": pl.Int64(),
+    "kv_blocks": pl.Int64(),
+    "model": pl.String(),
+    "depth": pl.Int32(),
+    "state": pl.String(),
+    "power_w": pl.Float64(),
+    "tokens": pl.Int64(),
+    "breaches": pl.Int64(),
+}
+DECISION_SCHEMA: Final[dict[str, pl.DataType]] = {
+    "time_s": pl.Float64(),
+    "replica": pl.Int32(),
+    "event": pl.String(),
+    "decision": pl.String(),
+    "model": pl.String(),
+    "depth": pl.Int32(),
+    "exit_mode": pl.String(),
+    "reason": pl.String(),
+    "ready_s": pl.Float64(),
+    "moved_bytes": pl.Int64(),
+    "snapshot": pl.String(),
+}
+ITL_SCHEMA: Final[dict[str, pl.DataType]] = {
+    "lower_s": pl.Float64(),
+    "upper_s": pl.Float64(),
+    "count": pl.Int64(),
+}
+
+SCENARIO_FILE: Final = "scenario.toml"
+SUMMARY_FILE: Final = "summary.json"
+TOTALS_FILE: Final = "totals.json"
+REPORT_FILE: Final = "report.html"
+RUN_FILES: Final = (
+    SCENARIO_FILE,
+    SUMMARY_FILE,
+    TOTALS_FILE,
+    "requests.parquet",
+    "decisions.parquet",
+    "timeline.parquet",
+    "itl.parquet",
+)
+"""Files every run has; the report is drawn from them and may be absent."""
+
+_IDENTITY: Final = (
+    "schema_version",
+    "label",
+    "policy",
+    "objective",
+    "seed",
+    "origin",
+    "closed_loop",
+)
+_ITL_COLUMNS_OF: Final = ("itl_bins_s", "itl_counts")
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """What a run adds up to beside its request rows; all replicas summed unless named a mean.
+
+    Energies are NaN where no meter was there: unavailable is not zero. `busy_s`, `idle_s` and
+    `load_s` do not overlap: seconds in iterations, without work, and waiting for weights;
+    `drain_s` and `evaluation_s` are seconds spent in those states, whatever else went on. Weight
+    bytes are of one replica: the most at once, and the mean over time and replicas.
+    `decode_rows` counts the running requests of every decode iteration; `batch_seconds`
+    integrates the running requests over time. `max_batch_size_supported` counts requests of the
+    workload's mean length that fit on one replica beside the weights, at the model and depth that
+    served longest.
+
+    `exit_counts` maps a model to its decoded tokens by exit level (see `exit_layers`), by the
+    exit at which each token left; `depth_seconds` maps "model@depth" to seconds spent serving
+    there; `regime_s` are busy seconds by the bound of the layer time. `itl_bins_s` are the
+    edges of the pooled inter-token gaps' histogram (geometric bins about 1 % wide; one edge more
+    than there are counts) and `itl_counts` its counts; the sums are exact.
+    """
+
+    end_s: float
+    num_replicas: int
+    num_gpus: int
+    energy_j: float
+    energy_idle_j: float
+    energy_load_j: float
+    busy_s: float
+    idle_s: float
+    load_s: float
+    drain_s: float
+    evaluation_s: float
+    num_iterations: int
+    num_decode_iterations: int
+    decode_rows: int
+    decode_s: float
+    batch_seconds: float
+    max_running: int
+    max_batch_size_supported: float
+    peak_weight_bytes: int
+    mean_weight_bytes: float
+    num_switches: int
+    num_loads: int
+    num_evaluations: int
+    num_breach_events: int
+    switch_time_s: float
+    regime_s: dict[str, float]
+    exit_layers: dict[str, tuple[int, ...]]
+    exit_counts: dict[str, tuple[int, ...]]
+    depth_seconds: dict[str, float]
+    kv_block_tokens: int
+    mean_kv_use: float
+    itl_bins_s: tuple[float, ...]
+    itl_counts: tuple[int, ...]
+    itl_sum_s: float
+    itl_sum_square_s2: float
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A finished run in memory: who ran, what was asked, what happened.
+
+    `scenario` is the resolved scenario as plain data (TOML types), `environment` names versions
+    and profile hashes. `closed_loop` says that arrivals depend on finishes, so that they differ
+    between policies on the same workload.
+    """
+
+    label: str
+    policy: str
+    objective: str
+    seed: int
+    scenario: dict[str, Any]
+    environment: dict[str, Any]
+    requests: pl.DataFrame
+    decisions: pl.DataFrame
+    timeline: pl.DataFrame
+    totals: RunTotals
+    origin: str = "simulated"
+    closed_loop: bool = False
+    schema_version: int = SCHEMA_VERSION
+
+
+class IntegrityError(ValueError):
+    """A run that breaks one of its own laws: the host that recorded it is wrong."""
+
+    def __init__(self, violations: Sequence[str]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("The run breaks its own laws: " + " ".join(violations))
+
+
+def conform(frame: pl.DataFrame, schema: Mapping[str, pl.DataType], table: str) -> pl.DataFrame:
+    """The frame with exactly the schema's columns and types, in its order.
+
+    Narrower or wider numbers and categorical text are converted when no value changes; a missing
+    or unknown column, or a value that does not fit, is an `InputError` that names it.
+    """
+    missing = [name for name in schema if name not in frame.columns]
+    if missing:
+        raise InputError(
+            f"The columns {', '.join(missing)} are missing; needed are {', '.join(schema)}.",
+            table,
+        )
+    unknown = [name for name in frame.columns if name not in schema]
+    if unknown:
+        raise InputError(
+            f"The columns {', '.join(unknown)} are unknown; allowed are {', '.join(schema)}.",
+            table,
+        )
+    try:
+        return frame.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+    except PolarsError as error:
+        raise InputError(f"A value does not fit its column's type: {error}", table) from None
+
+
+def run_violations(run: RunData) -> list[str]:
+    """What is wrong with a run, one sentence a law; empty for a sound run."""
+    return [
+        *_status_violations(run.requests),
+        *_time_violations(run.requests, run.totals),
+        *_token_violations(run.requests, run.totals),
+        *_energy_violations(run.timeline, run.totals),
+    ]
+
+
+def check_run(run: RunData) -> None:
+    """Raise `IntegrityError` unless the run obeys the laws of status, time, tokens and energy."""
+    violations = run_violations(run)
+    if violations:
+        raise IntegrityError(violations)
+
+
+def _broken(frame: pl.DataFrame, laws: Mapping[str, pl.Expr]) -> list[str]:
+    """For each law the number of rows that break it and the first of them; nulls break nothing."""
+    counts = frame.select(
+        (~law).fill_null(value=False).sum().alias(sentence) for sentence, law in laws.items()
+    ).row(0, named=True)
+    found = []
+    for sentence, count in counts.items():
+        if count:
+            first = frame.filter((~laws[sentence]).fill_null(value=False)).row(0, named=True)
+            place = first.get("request_id", first.get("time_s"))
+            found.append(f"{sentence} ({count} rows do not, the first at {place}).")
+    return found
+
+
+def _status_violations(requests: pl.DataFrame) -> list[str]:
+    status = pl.col("status")
+    found = _broken(
+        requests,
+        {
+            f"Every status is one of {', '.join(STATUSES)}": status.is_in(list(STATUSES)),
+            "A finished request was admitted, emitted and ended": (status != "finished")
+            | (
+                pl.col("admitted_s").is_not_null()
+                & pl.col("first_token_s").is_not_null()
+                & pl.col("finished_s").is_not_null()
+            ),
+            "Only a finished request has a finish time": (status == "finished")
+            | pl.col("finished_s").is_null(),
+            "A refused request was never admitted": (status != "refused")
+            | (pl.col("admitted_s").is_null() & (pl.col("generated_tokens") == 0)),
+            "A running request was admitted": (status != "running")
+            | pl.col("admitted_s").is_not_null(),
+        },
+    )
+    if requests["request_id"].n_unique() != requests.height:
+        found.append("Every request is recorded once (a request_id is repeated).")
+    return found
+
+
+def _time_violations(requests: pl.DataFrame, totals: RunTotals) -> list[str]:
+    end_s = totals.end_s
+    return _broken(
+        requests,
+        {
+            "A request is admitted at or after its arrival": pl.col("arrival_s")
+            <= pl.col("admitted_s"),
+            "A first token follows its admission": pl.col("admitted_s") <= pl.col("first_token_s"),
+            "A finish follows the first token": pl.col("first_token_s") <= pl.col("finished_s"),
+            "Nothing finishes after the end of the run": pl.col("finished_s") <= end_s + 1e-9,
+            "Nothing arrives before the start of the run": pl.col("arrival_s") >= 0.0,
+        },
+    )
+
+
+def _token_violations(requests: pl.DataFrame, totals: RunTotals) -> list[str]:
+    generated = pl.col("generated_tokens")
+    found = _broken(
+        requests,
+        {
+            "A finished request emitted what was asked for": (pl.col("status") != "finished")
+            | (generated == pl.col("output_tokens")),
+            "No request emits more than was asked for": generated <= pl.col("output_tokens"),
+            "A request emits a token exactly if it has a first-token time": (generated > 0)
+            == pl.col("first_token_s").is_not_null(),
+            "Decoded tokens are among the emitted ones": pl.col("decoded_tokens").is_between(
+                0, generated
+            ),
+            "A decoded token executes at least one layer": pl.col("executed_layers")
+            >= pl.col("decoded_tokens"),
+            "Agreeing tokens are among the emitted ones": pl.col("agree_tokens").is_between(
+                0, generated
+            ),
+            "Breaches are among the emitted tokens": pl.col("breaches").is_between(0, generated),
+            "Relative breaches are among the breaches": pl.col("breaches_relative").is_between(
+                0, pl.col("breaches")
+            ),
+            "Negative log-likelihoods are not negative": pl.col("nll_nats") >= 0.0,
+        },
+    )
+    decoded = int(requests["decoded_tokens"].sum())
+    left = sum(sum(counts) for counts in totals.exit_counts.values())
+    if left != decoded:
+        found.append(f"Exits count every decoded token ({left} counted, {decoded} decoded).")
+    gaps = int((requests["generated_tokens"] - 1).clip(lower_bound=0).sum())
+    if sum(totals.itl_counts) != gaps:
+        found.append(f"Gaps lie between tokens ({sum(totals.itl_counts)} counted, {gaps} there).")
+    if totals.itl_counts and len(totals.itl_bins_s) != len(totals.itl_counts) + 1:
+        found.append("A gap histogram has one edge more than counts.")
+    return found
+
+
+def _energy_violations(timeline: pl.DataFrame, totals: RunTotals) -> list[str]:
+    found = []
+    for name in ("energy_j", "energy_idle_j", "energy_load_j"):
+        if getattr(totals, name) < 0.0:
+            found.append(f"Energies are not negative ({name} is {getattr(totals, name)}).")
+    found += _broken(
+        timeline,
+        {
+            "Power is not negative": pl.col("power_w") >= 0.0,
+            "Used KV blocks are within the pool": pl.col("kv_blocks_used").is_between(
+                0, pl.col("kv_blocks")
+            ),
+            "An interval has a length": pl.col("interval_s") >= 0.0,
+        },
+    )
+    covered_s = float(timeline["interval_s"].sum())
+    whole = math.isclose(covered_s, totals.end_s * totals.num_replicas, rel_tol=1e-9)
+    if whole and math.isfinite(totals.energy_j) and timeline["power_w"].null_count() == 0:
+        summed_j = float((timeline["power_w"] * timeline["interval_s"]).sum())
+        if not math.isclose(summed_j, totals.energy_j, rel_tol=1e-6, abs_tol=1e-6):
+            found.append(
+                f"The run's energy is the sum of its intervals ({totals.energy_j} J against "
+                f"{summed_j} J)."
+            )
+    return found
+
+
+def write_run(
+    run: RunData,
+    summary: Mapping[str, Any],
+    out_dir: Path,
+    finish: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a run's folder, whole or not at all; returns its path.
+
+    Everything is written under a temporary name beside the target; `finish` may add the report
+    there; then the folder is moved into place. A run that is already there is put aside first
+    and removed after, or put back if the move fails; anything else there is refused. The same
+    run gives the same bytes.
+    """
+    target = out_dir.resolve()
+    check_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(
+        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    )
+    try:
+        _write_files(run, summary, partial)
+        if finish is not None:
+            finish(partial)
+        partial.chmod(0o777 & ~_umask())
+        move_into_place(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return target
+
+
+def check_target(out_dir: Path) -> None:
+    """Raise `InputError` unless a run may be written here: nothing, an empty folder or a run."""
+    if not out_dir.exists() and not out_dir.is_symlink():
+        return
+    if not out_dir.is_dir():
+        raise InputError("It is a file; allowed is a new folder or a run to replace.", str(out_dir))
+    present = sorted(entry.name for entry in out_dir.iterdir())
+    foreign = [name for name in present if name not in RUN_FILES and name != REPORT_FILE]
+    if foreign or (present and TOTALS_FILE not in present):
+        named = ", ".join((foreign or present)[:3])
+        raise InputError(
+            f"The folder is not a run: it holds {named}; allowed is a new folder, an empty one or "
+            "a run to replace.",
+            str(out_dir),
+        )
+
+
+def toml_text(data: Mapping[str, Any]) -> str:
+    """Plain data as TOML, in the order given; a type TOML does not have is a `TypeError`."""
+    lines: list[str] = []
+    _toml_table(data, (), lines)
+    return "\n".join(lines).strip("\n") + "\n"
+
+
+def _write_files(run: RunData, summary: Mapping[str, Any], folder: Path) -> None:
+    totals = {
+        name: value for name, value in asdict(run.totals).items() if name not in _ITL_COLUMNS_OF
+    }
+    identity = {name: getattr(run, name) for name in _IDENTITY}
+    _write_json(
+        {**identity, "environment": run.environment, "totals": totals},
+        folder / TOTALS_FILE,
+    )
+    _write_json(summary, folder / SUMMARY_FILE)
+    header = [
+        f"# The resolved scenario of the run {run.label!r}; running it again gives this run.",
+        f"# seed {run.seed}, policy {run.policy}, objective {run.objective}",
+        *(f"# {name}: {text}" for name, text in flat_items(run.environment)),
+    ]
+    comments = [re.sub(r"[\x00-\x08\x0a-\x1f\x7f]", " ", line) for line in header]
+    (folder / SCENARIO_FILE).write_text(
+        "\n".join(comments) + "\n\n" + toml_text(run.scenario),
+        encoding="utf-8",
+        newline="\n",
+    )
+    itl = pl.DataFrame(
+        {
+            "lower_s": run.totals.itl_bins_s[:-1],
+            "upper_s": run.totals.itl_bins_s[1:],
+            "count": run.totals.itl_counts,
+        },
+        schema=ITL_SCHEMA,
+    )
+    for name, frame, schema in (
+        ("requests", run.requests, REQUEST_SCHEMA),
+        ("decisions", run.decisions, DECISION_SCHEMA),
+        ("timeline", run.timeline, TIMELINE_SCHEMA),
+        ("itl", itl, ITL_SCHEMA),
+    ):
+        conform(frame, schema, name).write_parquet(
+            folder / f"{name}.parquet",
+            compression="zstd",
+            compression_level=3,
+            statistics=True,
+            row_group_size=1 << 18,
+        )
+
+
+def _write_json(data: Mapping[str, Any], path: Path) -> None:
+    text = json.dumps(_without_nan(data), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def _without_nan(value: Any) -> Any:
+    """The same data with NaN as None: JSON has no NaN."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(one) for one in value]
+    return value
+
+
+def move_into_place(partial: Path, target: Path) -> None:
+    """Give a finished folder its name; what had the name before is removed, or kept on failure."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    kept = aside / target.name
+    try:
+        target.rename(kept)
+        partial.rename(target)
+    except BaseException:
+        if kept.exists() and not target.exists():
+            kept.rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flat_items(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested plain data as dotted names and text, in order."""
+    items: list[tuple[str, str]] = []
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            items += flat_items(value, f"{name}.")
+        elif isinstance(value, list | tuple):
+            items.append((name, ", ".join(str(one) for one in value)))
+        else:
+            items.append((name, str(value)))
+    return items
+
+
+def _toml_table(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+    """A table's own values first, then its tables: TOML's order."""
+    inner: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        if not isinstance(key, str):
+            raise TypeError(f"The key {key!r} of {'.'.join(path) or 'the top'} is not text.")
+        if isinstance(value, Mapping) or _is_table_array(value):
+            inner.append((key, value))
+        else:
+            lines.append(f"{_toml_key(key)} = {_toml_value(value, (*path, key))}")
+    for key, value in inner:
+        here = (*path, key)
+        name = ".".join(_toml_key(part) for part in here)
+        if isinstance(value, Mapping):
+            lines += ["", f"[{name}]"]
+            _toml_table(value, here, lines)
+        else:
+            for element in value:
+                lines += ["", f"[[{name}]]"]
+                _toml_table(element, here, lines)
+
+
+def _is_table_array(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(isinstance(one, Mapping) for one in value)
+    )
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_string(key)
+
+
+def _toml_string(text: str) -> str:
+    short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    escaped = (
+        short.get(one) or (f"\\u{ord(one):04X}" if ord(one) < 32 or ord(one) == 127 else one)
+        for one in text
+    )
+    return '"' + "".join(escaped) + '"'
+
+
+def _toml_value(value: Any, path: tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _toml_string(str(value))
+    if isinstance(value, int):
+        return str(int(value))
+    if isinstance(value, float):
+        return repr(float(value))
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml_value(one, path) for one in value) + "]"
+    if isinstance(value, Mapping):
+        pairs = (f"{_toml_key(key)} = {_toml_value(one, path)}" for key, one in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    raise TypeError(
+        f"{'.'.join(path)} is {value!r} of type {type(value).__name__}; TOML has text, integers, "
+        "floats, booleans, arrays and tables."
+    )
+
+
+def read_run(path: Path) -> RunData:
+    """Read a run's folder back; whatever is missing, foreign or broken is an `InputError`."""
+    if not path.is_dir():
+        raise InputError("There is no such folder; allowed is the folder of a run.", str(path))
+    missing = [name for name in RUN_FILES if not (path / name).is_file()]
+    if missing:
+        raise InputError(
+            f"The folder is not a whole run: {', '.join(missing)} is missing.",
+            str(path),
+        )
+    facts = _read_json(path / TOTALS_FILE)
+    version = facts.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise InputError(
+            f"The run has schema version {version!r}; this program reads {SCHEMA_VERSION}.",
+            str(path / TOTALS_FILE),
+        )
+    absent = [name for name in (*_IDENTITY, "environment", "totals") if name not in facts]
+    if absent:
+        raise InputError(f"The keys {', '.join(absent)} are missing.", str(path / TOTALS_FILE))
+    requests = _read_table(path / "requests.parquet", REQUEST_SCHEMA)
+    if requests.height == 0:
+        raise InputError("The run is empty: it holds no request.", str(path / "requests.parquet"))
+    scenario_path = path / SCENARIO_FILE
+    try:
+        scenario = tomllib.loads(scenario_path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"The file is not TOML: {error}", str(scenario_path)) from None
+    itl = _read_table(path / "itl.parquet", ITL_SCHEMA)
+    run = RunData(
+        **{name: facts[name] for name in _IDENTITY},
+        scenario=scenario,
+        environment=facts["environment"],
+        requests=requests,
+        decisions=_read_table(path / "decisions.parquet", DECISION_SCHEMA),
+        timeline=_read_table(path / "timeline.parquet", TIMELINE_SCHEMA),
+        totals=_read_totals(facts["totals"], itl, str(path / TOTALS_FILE)),
+    )
+    violations = run_violations(run)
+    if violations:
+        raise InputError(f"The run breaks its own laws: {' '.join(violations)}", str(path))
+    return run
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of a run's folder."""
+    if not (path / SUMMARY_FILE).is_file():
+        raise InputError(f"The folder is not a run: {SUMMARY_FILE} is missing.", str(path))
+    return _read_json(path / SUMMARY_FILE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"The file is not JSON: {error}", str(path)) from None
+    if not isinstance(data, dict):
+        raise InputError("The file holds no JSON object.", str(path))
+    return data
+
+
+def _read_table(path: Path, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+    try:
+        frame = pl.read_parquet(path)
+    except (PolarsError, OSError) as error:
+        raise InputError(f"The file is not a Parquet table: {error}", str(path)) from None
+    conformed = conform(frame, schema, str(path))
+    changed = [name for name in schema if frame.schema[name] != schema[name]]
+    if changed:
+        raise InputError(
+            f"The column {changed[0]} is of type {frame.schema[changed[0]]}; "
+            f"needed is {schema[changed[0]]}.",
+            str(path),
+        )
+    return conformed
+
+
+def _read_totals(data: dict[str, Any], itl: pl.DataFrame, where: str) -> RunTotals:
+    """The totals with their tuples, and NaN again where an energy was not measured."""
+    names = [one.name for one in fields(RunTotals) if one.name not in _ITL_COLUMNS_OF]
+    missing = [name for name in names if name not in data]
+    unknown = [name for name in data if name not in names]
+    if missing or unknown:
+        said = f"lack {', '.join(missing)}" if missing else f"hold unknown {', '.join(unknown)}"
+        raise InputError(f"The totals {said}.", where)
+    values: dict[str, Any] = {}
+    types = get_type_hints(RunTotals)
+    for name in names:
+        value = data[name]
+        if types[name] is float:
+            value = math.nan if value is None else float(value)
+        elif types[name] == dict[str, tuple[int, ...]]:
+            value = {key: tuple(one) for key, one in value.items()}
+        values[name] = value
+    upper = itl["upper_s"].to_numpy()
+    lower = itl["lower_s"].to_numpy()
+    if not np.array_equal(lower[1:], upper[:-1]):
+        raise InputError("The bins of itl.parquet do not follow one another.", where)
+    edges = (*lower[:1].tolist(), *upper.tolist())
+    return RunTotals(**values, itl_bins_s=edges, itl_counts=tuple(itl["count"].to_list()))
+
+
+def conformed(run: RunData) -> RunData:
+    """The run with every table in the schema's types, as reading it back gives it."""
+    return replace(
+        run,
+        requests=conform(run.requests, REQUEST_SCHEMA, "requests"),
+        decisions=conform(run.decisions, DECISION_SCHEMA, "decisions"),
+        timeline=conform(run.timeline, TIMELINE_SCHEMA, "timeline"),
+    )

@@ -1,0 +1,7 @@
+"""A run, or several compared, becomes one self-contained page a person can look at."""
+
+from __future__ import annotations
+
+from helios_sim.report.page import render, write_report
+
+__all__ = ["render", "write_report"]

@@ -1,0 +1,682 @@
+"""Runs become figures: plain plotly data and layouts, thinned out so that a page stays small.
+
+Colours are names of the style sheet's variables ("@c1", "@m2/0.5"); the page's script puts the
+theme's values in their place.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+
+from helios_sim.metrics import Columns
+from helios_sim.records import RunData
+from helios_sim.report.style import NUM_MODEL_COLOURS, NUM_POLICY_COLOURS
+from helios_sim.report.words import number
+from helios_sim.slo import SloSpec
+
+Figure = dict[str, Any]
+
+MAX_CURVE_POINTS: Final = 400
+MAX_TIMELINE_POINTS: Final = 400
+MAX_SEGMENTS: Final = 2000
+MAX_MARKERS: Final = 800
+MAX_REPLICA_ROWS: Final = 8
+
+_FONT: Final = 'Inter, "Segoe UI", system-ui, -apple-system, "Helvetica Neue", Arial, sans-serif'
+_DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash")
+_MARKS: Final = {
+    "evaluate": ("circle", "@c6"),
+    "serve": ("circle", "@c1"),
+    "load-layers": ("triangle-up", "@c3"),
+    "switch": ("diamond", "@c2"),
+    "keep": ("square", "@c7"),
+}
+"""Symbol and colour of each decision, in the order of their lanes."""
+_STATE_COLOURS: Final = {
+    "evaluating": "@c6",
+    "draining": "@c7",
+    "loading": "@t4",
+    "idle": "@t5",
+}
+
+
+def policy_colour(place: int) -> str:
+    """Colour of the run at this place of the comparison."""
+    return f"@c{place % NUM_POLICY_COLOURS + 1}"
+
+
+def model_colours(runs: Sequence[RunData]) -> dict[str, str]:
+    """One colour a model, the same in every figure."""
+    names: dict[str, None] = {}
+    for run in runs:
+        names.update(dict.fromkeys(sorted(run.totals.exit_layers)))
+        names.update(dict.fromkeys(run.timeline["model"].drop_nulls().unique().sort().to_list()))
+    return {name: f"@m{i % NUM_MODEL_COLOURS + 1}" for i, name in enumerate(names)}
+
+
+def rounded(values: Any, digits: int = 5) -> list[float | None]:
+    """Numbers at so many significant digits, None for what is not finite: short in JSON."""
+    return [
+        float(f"{float(value):.{digits}g}") if math.isfinite(value) else None for value in values
+    ]
+
+
+def _layout(height: int, **more: Any) -> Figure:
+    return {
+        "height": height,
+        "margin": {"l": 60, "r": 16, "t": 28, "b": 44},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": _FONT, "size": 12.5, "color": "@ink"},
+        "hoverlabel": {
+            "bgcolor": "@panel",
+            "bordercolor": "@line",
+            "font": {"color": "@ink", "size": 12.5, "family": _FONT},
+            "align": "left",
+        },
+        "uirevision": "keep",
+        **more,
+    }
+
+
+def _axis(title: str | None = None, **more: Any) -> Figure:
+    axis = {
+        "gridcolor": "@grid",
+        "linecolor": "@line",
+        "zerolinecolor": "@line",
+        "tickfont": {"color": "@muted", "size": 11.5},
+        "automargin": True,
+        **more,
+    }
+    if title is not None:
+        axis["title"] = {"text": title, "font": {"size": 12, "color": "@muted"}, "standoff": 8}
+    return axis
+
+
+def _legend(**more: Any) -> Figure:
+    return {
+        "orientation": "h",
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.02,
+        "yanchor": "bottom",
+        "font": {"size": 12.5, "color": "@ink"},
+        "bgcolor": "rgba(0,0,0,0)",
+        **more,
+    }
+
+
+def latency_figure(
+    columns: Sequence[Columns], labels: Sequence[str], slo: SloSpec | None
+) -> Figure:
+    """Cumulative shares of TTFT, TPOT and E2E side by side, with the SLO's limits."""
+    data: list[Figure] = []
+    layout = _layout(
+        372,
+        legend=_legend(y=1.08),
+        hovermode="closest",
+        yaxis=_axis("requests within", range=[0, 1.02], tickformat=".0%", dtick=0.25),
+        shapes=[],
+        annotations=[],
+        margin={"l": 60, "r": 16, "t": 40, "b": 50},
+    )
+    parts = (
+        ("ttft", "TTFT", "ms", 1e3, (0.0, 0.315)),
+        ("tpot", "TPOT", "ms", 1e3, (0.345, 0.655)),
+        ("e2e", "E2E", "s", 1.0, (0.685, 1.0)),
+    )
+    for at, (metric, name, unit, scale, domain) in enumerate(parts):
+        suffix = "" if at == 0 else str(at + 1)
+        layout[f"xaxis{suffix}"] = _axis(f"{name} ({unit})", type="log", domain=list(domain))
+        drawn: list[float] = []
+        for place, (one, label) in enumerate(zip(columns, labels, strict=True)):
+            counted = one.measured & one.finished
+            if metric == "tpot":
+                counted = counted & one.several_tokens
+            values = getattr(one, f"{metric}_s")[counted]
+            seconds, shares = cumulative_curve(values)
+            drawn += [second * scale for second in seconds[:1] + seconds[-1:]]
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "name": escape(label),
+                    "legendgroup": str(place),
+                    "showlegend": at == 0,
+                    "x": rounded([scale * second for second in seconds]),
+                    "y": rounded(shares, 4),
+                    "xaxis": f"x{suffix}",
+                    "yaxis": "y",
+                    "line": {
+                        "color": policy_colour(place),
+                        "width": 2.1,
+                        "dash": _DASHES[place % len(_DASHES)],
+                    },
+                    "hovertemplate": (
+                        f"<b>{escape(label)}</b><br>%{{y:.1%}} within %{{x:.4~g}} {unit}"
+                        "<extra></extra>"
+                    ),
+                }
+            )
+        limit_s = slo.limit_s(metric) if slo is not None else None
+        if limit_s is not None:
+            layout["shapes"].append(
+                {
+                    "type": "line",
+                    "xref": f"x{suffix}",
+                    "yref": "y",
+                    "x0": limit_s * scale,
+                    "x1": limit_s * scale,
+                    "y0": 0,
+                    "y1": 1.02,
+                    "line": {"color": "@muted", "width": 1.3, "dash": "dot"},
+                }
+            )
+            layout["annotations"].append(
+                {
+                    "xref": f"x{suffix}",
+                    "yref": "y",
+                    "x": math.log10(limit_s * scale),
+                    "y": 0.03,
+                    "text": f"limit {number(limit_s * scale)} {unit}",
+                    "showarrow": False,
+                    "textangle": -90,
+                    "xanchor": "right",
+                    "yanchor": "bottom",
+                    "font": {"size": 11, "color": "@muted"},
+                }
+            )
+            drawn.append(limit_s * scale)
+        if drawn and min(drawn) > 0.0:
+            ticks = log_ticks(min(drawn), max(drawn))
+            layout[f"xaxis{suffix}"] |= {
+                "tickvals": ticks,
+                "ticktext": [number(tick) for tick in ticks],
+            }
+    return {"data": data, "layout": layout}
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round places on a logarithmic axis, the fewer a decade the more decades there are."""
+    decades = math.log10(high / low)
+    steps: tuple[float, ...] = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
+    for least, fewer in ((0.35, (1, 1.5, 2, 3, 4, 5, 7)), (0.8, (1, 2, 5)), (2.4, (1,))):
+        if decades > least:
+            steps = fewer
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{step}e{exponent}") for exponent in exponents for step in steps]
+    return [tick for tick in ticks if 0.7 * low <= tick <= 1.4 * high]
+
+
+def cumulative_curve(values: Any) -> tuple[list[float], list[float]]:
+    """At most 400 points of an empirical distribution, denser towards the tail."""
+    positive = np.sort(np.asarray(values, dtype=np.float64))
+    positive = positive[positive > 0.0]
+    if positive.size == 0:
+        return [], []
+    if positive.size <= MAX_CURVE_POINTS:
+        return positive.tolist(), (np.arange(1, positive.size + 1) / positive.size).tolist()
+    body = np.linspace(0.0, 0.98, 300)
+    tail = 1.0 - np.geomspace(0.02, 1.0 / positive.size, 99)
+    shares = np.append(np.append(body, tail[1:]), 1.0)
+    return np.quantile(positive, shares).tolist(), shares.tolist()
+
+
+def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
+    """Batch and queue, model and depth, KV use, power and breaches over one time axis."""
+    frame = _thinned(run.timeline)
+    time = rounded(frame["time_s"])
+    replicas = run.timeline["replica"].unique().sort().to_list()
+    single = len(replicas) == 1
+    lanes = [name for name in _MARKS if name in set(run.decisions["decision"])]
+    panels = [
+        ("batch", 0.85),
+        ("waiting", 0.6),
+        ("loaded layers" if single else "replica", 1.15 if single else 0.3 + 0.16 * len(replicas)),
+        ("decisions", 0.14 + 0.15 * len(lanes)),
+        ("KV use", 0.7),
+    ]
+    has_power = frame["power_w"].null_count() < frame.height
+    if has_power:
+        panels.append(("power (W)", 0.7))
+    panels.append(("breaches", 0.7))
+    gap = 0.035
+    whole = sum(share for _, share in panels)
+    layout = _layout(
+        int(170 + 100 * whole),
+        hovermode="closest",
+        legend=_legend(y=1.01),
+        barmode="overlay",
+        bargap=0.25,
+        margin={"l": 66, "r": 16, "t": 60, "b": 46},
+    )
+    top = 1.0
+    for at, (title, share) in enumerate(panels):
+        height = share / whole * (1.0 - gap * (len(panels) - 1))
+        suffix = "" if at == 0 else str(at + 1)
+        layout[f"yaxis{suffix}"] = _axis(
+            title, domain=[max(0.0, top - height), top], rangemode="tozero", nticks=5
+        )
+        top -= height + gap
+    layout["xaxis"] = _axis(
+        "seconds since the start",
+        anchor=f"y{len(panels)}",
+        range=[0, run.totals.end_s],
+        showspikes=True,
+        spikemode="across",
+        spikethickness=1,
+        spikedash="solid",
+        spikecolor="@line",
+    )
+    lines: list[tuple[str, str, int, str, str, bool]] = [
+        ("running", "mean_running", 1, "@c1", "%{y:.3~g} running", True),
+        ("waiting", "waiting", 2, "@c2", "%{y} waiting", True),
+        ("KV use", "kv_use", 5, "@c3", "%{y:.1%} of KV blocks", True),
+    ]
+    if has_power:
+        lines.append(("power", "power_w", 6, "@c5", "%{y:.4~g} W", True))
+    lines.append(("breaches", "breach_share", len(panels), "@c4", "%{y:.1%} of tokens", True))
+    data: list[Figure] = []
+    for name, column, axis, colour, hover, filled in lines:
+        trace: Figure = {
+            "type": "scatter",
+            "mode": "lines",
+            "name": name,
+            "x": time,
+            "y": rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
+            "yaxis": "y" if axis == 1 else f"y{axis}",
+            "showlegend": False,
+            "line": {"color": colour, "width": 1.4},
+            "hovertemplate": f"{hover} at %{{x:.4~g}} s<extra></extra>",
+        }
+        if filled:
+            trace |= {"fill": "tozeroy", "fillcolor": f"{colour}/0.16"}
+        data.append(trace)
+    for axis in (5, len(panels)):
+        layout[f"yaxis{axis}"]["tickformat"] = ".0%"
+    shown = replicas[:MAX_REPLICA_ROWS]
+    if single:
+        data += _depth_steps(run, replicas[0], colours)
+        data += _state_strip(run, replicas[0])
+    else:
+        data += _depth_rows(run, shown, colours)
+        layout["yaxis3"] |= {"type": "category", "autorange": "reversed", "rangemode": "normal"}
+    data += _decision_marks(run)
+    layout["yaxis4"] = {
+        **layout["yaxis4"],
+        "title": {"text": ""},
+        "type": "category",
+        "categoryorder": "array",
+        "categoryarray": lanes[::-1],
+        "range": [-0.6, len(lanes) - 0.4],
+        "rangemode": "normal",
+    }
+    return {"data": data, "layout": layout}
+
+
+def _thinned(timeline: pl.DataFrame) -> pl.DataFrame:
+    """All replicas together in at most 400 equal buckets of time, averages weighted by time."""
+    if timeline.height == 0:
+        return timeline.with_columns(
+            kv_use=pl.lit(None, pl.Float64), breach_share=pl.lit(None, pl.Float64)
+        )
+    end_s = float(timeline["time_s"].max())  # type: ignore[arg-type]
+    width_s = end_s / MAX_TIMELINE_POINTS if end_s > 0.0 else 1.0
+    weight = pl.col("interval_s")
+
+    def mean(name: str) -> pl.Expr:
+        known = weight.filter(pl.col(name).is_not_null()).sum()
+        return ((pl.col(name) * weight).sum() / known).alias(name)
+
+    middle = pl.col("time_s") - weight / 2
+    return (
+        timeline.with_columns(bucket=(middle / width_s).floor().clip(0, MAX_TIMELINE_POINTS - 1))
+        .group_by("bucket", "replica")
+        .agg(
+            mean("mean_running"),
+            mean("power_w"),
+            pl.col("waiting").max(),
+            (pl.col("kv_blocks_used") * weight).sum(),
+            (pl.col("kv_blocks") * weight).sum(),
+            pl.col("tokens").sum(),
+            pl.col("breaches").sum(),
+            pl.col("time_s").max(),
+        )
+        .group_by("bucket")
+        .agg(
+            pl.col("mean_running").sum(),
+            pl.when(pl.col("power_w").is_not_null().all()).then(pl.col("power_w").sum()).first(),
+            pl.col("waiting").sum(),
+            kv_use=pl.col("kv_blocks_used").sum() / pl.col("kv_blocks").sum(),
+            breach_share=pl.when(pl.col("tokens").sum() > 0)
+            .then(pl.col("breaches").sum() / pl.col("tokens").sum())
+            .first(),
+            time_s=pl.col("time_s").max(),
+        )
+        .sort("bucket")
+    )
+
+
+def segments(timeline: pl.DataFrame, replica: int, by: Sequence[str]) -> pl.DataFrame:
+    """Stretches of one replica's time in which the named columns stay the same.
+
+    Beyond 2,000 stretches the shortest are left out.
+    """
+    mine = timeline.filter(pl.col("replica") == replica).sort("time_s")
+    found = (
+        mine.with_columns(part=pl.struct(by).rle_id())
+        .group_by("part", maintain_order=True)
+        .agg(
+            *(pl.col(name).first() for name in by),
+            start_s=(pl.col("time_s") - pl.col("interval_s")).min(),
+            end_s=pl.col("time_s").max(),
+        )
+        .with_columns(length_s=pl.col("end_s") - pl.col("start_s"))
+    )
+    if found.height <= MAX_SEGMENTS:
+        return found
+    return found.sort("length_s", descending=True).head(MAX_SEGMENTS).sort("start_s")
+
+
+def _depth_steps(run: RunData, replica: int, colours: Mapping[str, str]) -> list[Figure]:
+    """A block as high as the loaded layers for each stretch of one model at one depth."""
+    parts = segments(run.timeline, replica, ("model", "depth"))
+    traces = []
+    for model in parts["model"].drop_nulls().unique().sort().to_list():
+        x: list[float | None] = []
+        y: list[float | None] = []
+        for row in parts.filter(pl.col("model") == model).iter_rows(named=True):
+            start, end = rounded((row["start_s"], row["end_s"]), 7)
+            x += [start, start, end, end, None]
+            y += [0, row["depth"], row["depth"], 0, None]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": escape(model),
+                "x": x,
+                "y": y,
+                "yaxis": "y3",
+                "fill": "toself",
+                "fillcolor": f"{colours[model]}/0.5",
+                "line": {"color": colours[model], "width": 0.8, "shape": "linear"},
+                "hoveron": "points",
+                "hovertemplate": f"<b>{escape(model)}</b>, %{{y}} layers at %{{x:.4~g}} s"
+                "<extra></extra>",
+            }
+        )
+    return traces
+
+
+def _state_strip(run: RunData, replica: int) -> list[Figure]:
+    """A thin strip under the depth that marks evaluating, draining, loading and idle time."""
+    parts = segments(run.timeline, replica, ("state",))
+    deepest = max((max(layers) for layers in run.totals.exit_layers.values()), default=1)
+    traces: list[Figure] = []
+    for state, colour in _STATE_COLOURS.items():
+        rows = parts.filter(pl.col("state") == state)
+        if rows.height == 0:
+            continue
+        traces.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": state,
+                "x": rounded(rows["length_s"], 6),
+                "base": rounded(rows["start_s"], 7),
+                "y": [-0.07 * deepest] * rows.height,
+                "width": 0.09 * deepest,
+                "yaxis": "y3",
+                "marker": {"color": colour, "line": {"width": 0}},
+                "customdata": rounded(rows["length_s"], 4),
+                "hovertemplate": f"{state} for %{{customdata}} s<extra></extra>",
+            }
+        )
+    return traces
+
+
+def _depth_rows(run: RunData, replicas: Sequence[int], colours: Mapping[str, str]) -> list[Figure]:
+    """A row a replica, coloured by model, the stronger the more layers are loaded."""
+    traces: list[Figure] = []
+    named: set[str] = set()
+    parts = pl.concat(
+        segments(run.timeline, replica, ("model", "depth")).with_columns(
+            row=pl.lit(str(replica), pl.String)
+        )
+        for replica in replicas
+    ).filter(pl.col("model").is_not_null())
+    for (model, depth), rows in sorted(parts.group_by("model", "depth"), key=lambda one: one[0]):
+        full = max(run.totals.exit_layers.get(model, (depth,)))
+        traces.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": escape(model),
+                "legendgroup": model,
+                "showlegend": model not in named,
+                "x": rounded(rows["length_s"], 6),
+                "base": rounded(rows["start_s"], 7),
+                "y": rows["row"].to_list(),
+                "yaxis": "y3",
+                "marker": {
+                    "color": f"{colours[model]}/{0.3 + 0.7 * depth / full:.2f}",
+                    "line": {"width": 0},
+                },
+                "hovertemplate": f"<b>{escape(model)}</b>, {depth} layers<extra></extra>",
+            }
+        )
+        named.add(model)
+    return traces
+
+
+def _decision_marks(run: RunData) -> list[Figure]:
+    """A lane for each kind of decision, a mark where it was made, its reason on hover."""
+    decisions = run.decisions
+    if decisions.height > MAX_MARKERS:
+        decisions = decisions.filter(pl.col("decision") != "keep").head(MAX_MARKERS)
+    crowded = decisions.height > 150
+    traces: list[Figure] = []
+    for decision, (symbol, colour) in _MARKS.items():
+        rows = decisions.filter(pl.col("decision") == decision)
+        if rows.height == 0:
+            continue
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": decision,
+                "showlegend": False,
+                "x": rounded(rows["time_s"], 7),
+                "y": [decision] * rows.height,
+                "yaxis": "y4",
+                "cliponaxis": False,
+                "marker": {
+                    "symbol": "line-ns-open" if crowded else symbol,
+                    "size": 9,
+                    "color": colour,
+                    "line": {"width": 1.2, "color": colour},
+                },
+                "text": [_marker_text(row) for row in rows.iter_rows(named=True)],
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )
+    return traces
+
+
+def _marker_text(decision: Mapping[str, Any]) -> str:
+    layers = "" if decision["depth"] is None else f" at {decision['depth']} layers"
+    reason = "<br>".join(escape(line) for line in textwrap.wrap(decision["reason"] or "", 64))
+    return (
+        f"<b>{decision['decision']}</b> {escape(decision['model'] or '')}{layers}<br>"
+        f"{decision['time_s']:,.1f} s, replica {decision['replica']}, "
+        f"asked on {escape(decision['event'])}<br>{reason}"
+    )
+
+
+def exits_figure(runs: Sequence[RunData], colours: Mapping[str, str]) -> Figure:
+    """Where decoded tokens left: a row a policy, a block an exit, deeper exits stronger."""
+    labels = [escape(run.label) for run in runs]
+    names = list(
+        dict.fromkeys(
+            name
+            for run in runs
+            for name, counts in sorted(run.totals.exit_counts.items())
+            if any(counts)
+        )
+    )
+    totals = [sum(map(sum, run.totals.exit_counts.values())) for run in runs]
+    data: list[Figure] = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": escape(name),
+            "x": [None],
+            "y": labels[:1],
+            "marker": {"color": colours[name]},
+        }
+        for name in names
+    ]
+    for name in names:
+        layers = next(r.totals.exit_layers[name] for r in runs if name in r.totals.exit_layers)
+        for level, layer in enumerate(layers):
+            shares = [
+                run.totals.exit_counts.get(name, (0,) * len(layers))[level] / total
+                if total
+                else 0.0
+                for run, total in zip(runs, totals, strict=True)
+            ]
+            strength = 0.28 + 0.72 * (level + 1) / len(layers)
+            data.append(
+                {
+                    "type": "bar",
+                    "orientation": "h",
+                    "showlegend": False,
+                    "x": rounded(shares),
+                    "y": labels,
+                    "marker": {
+                        "color": f"{colours[name]}/{strength:.2f}",
+                        "line": {"color": "@panel", "width": 1.5},
+                    },
+                    "text": [
+                        f"L{layer} {100 * share:.0f} %" if share >= 0.07 else "" for share in shares
+                    ],
+                    "textposition": "inside",
+                    "insidetextanchor": "middle",
+                    "textangle": 0,
+                    "textfont": {"color": "@ink" if strength < 0.7 else "@on", "size": 12},
+                    "hovertemplate": (
+                        f"<b>%{{y}}</b><br>{escape(name)}, layer {layer} of {layers[-1]}: "
+                        "%{x:.2%} of decoded tokens<extra></extra>"
+                    ),
+                }
+            )
+    return {"data": data, "layout": _rows_layout(len(runs), "share of decoded tokens")}
+
+
+def _rows_layout(num_rows: int, title: str, **more: Any) -> Figure:
+    """A layout of horizontal rows, shares from 0 to 100 %, first row on top."""
+    return _layout(
+        96 + 40 * num_rows,
+        barmode=more.pop("barmode", "stack"),
+        bargap=0.32,
+        legend=_legend(traceorder="normal"),
+        xaxis=_axis(title, range=[0, 1.001], tickformat=".0%", dtick=0.25),
+        yaxis=_axis(
+            autorange="reversed",
+            type="category",
+            showgrid=False,
+            ticks="outside",
+            ticklen=6,
+            tickcolor="rgba(0,0,0,0)",
+            tickfont={"color": "@ink", "size": 12.5},
+        ),
+        **more,
+    )
+
+
+def attainment_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
+    """Shares of the requests sent that met each limit, and all of them."""
+    named = list(
+        dict.fromkeys(
+            metric for one in summaries for metric in one["slo_attainment_by_metric"] or {}
+        )
+    )
+    rows = ["every limit", *(name.upper() for name in named)]
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": escape(summary["label"]),
+            "y": rows,
+            "x": [
+                summary["slo_attainment"],
+                *((summary["slo_attainment_by_metric"] or {}).get(name) for name in named),
+            ],
+            "marker": {"color": policy_colour(place)},
+            "text": [
+                "" if share is None else f"{100 * share:.1f} %"
+                for share in (
+                    summary["slo_attainment"],
+                    *((summary["slo_attainment_by_metric"] or {}).get(name) for name in named),
+                )
+            ],
+            "textposition": "outside",
+            "textfont": {"size": 11, "color": "@ink"},
+            "cliponaxis": False,
+            "hovertemplate": f"<b>{escape(summary['label'])}</b><br>%{{y}}: %{{x:.2%}} of the "
+            "requests sent<extra></extra>",
+        }
+        for place, summary in enumerate(summaries)
+    ]
+    layout = _rows_layout(len(rows), "share of the requests sent", barmode="group")
+    layout["height"] = 110 + len(rows) * (18 + 19 * len(summaries))
+    layout["bargap"] = 0.2
+    layout["xaxis"]["range"] = [0, 1.07]
+    return {"data": data, "layout": layout}
+
+
+def time_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
+    """Where the replicas' time went: by the bound of the layer time, loading, idle."""
+    labels = [escape(summary["label"]) for summary in summaries]
+    parts: list[tuple[str, str, str, list[float]]] = [
+        ("busy, launch-bound", "@t1", "@on", []),
+        ("busy, memory-bound", "@t2", "@ink", []),
+        ("busy, compute-bound", "@t3", "@on", []),
+        ("loading weights", "@t4", "@ink", []),
+        ("idle", "@t5", "@ink", []),
+        ("other", "@t6", "@ink", []),
+    ]
+    for summary in summaries:
+        time = summary["time_shares"] or {}
+        regime = summary["regime"] or {}
+        busy = time.get("busy", 0.0)
+        shares = [busy * regime.get(name, 0.0) for name in ("launch", "memory", "compute")]
+        shares += [time.get("loading", 0.0), time.get("idle", 0.0)]
+        for (_, _, _, row), share in zip(parts, [*shares, max(0.0, 1 - sum(shares))], strict=True):
+            row.append(share)
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": name,
+            "x": rounded(shares),
+            "y": labels,
+            "marker": {"color": colour, "line": {"color": "@panel", "width": 1.5}},
+            "text": [f"{100 * share:.0f} %" if share >= 0.05 else "" for share in shares],
+            "textposition": "inside",
+            "insidetextanchor": "middle",
+            "textangle": 0,
+            "textfont": {"color": ink, "size": 12},
+            "hovertemplate": f"<b>%{{y}}</b><br>{name}: %{{x:.2%}} of the time<extra></extra>",
+        }
+        for name, colour, ink, shares in parts
+        if any(share >= 5e-4 for share in shares)
+    ]
+    return {"data": data, "layout": _rows_layout(len(summaries), "share of all replicas' time")}

@@ -1,0 +1,572 @@
+"""The page: headline, comparison, figures, decisions, definitions and provenance in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+
+from helios_sim.errors import InputError
+from helios_sim.metrics import (
+    DEFINITIONS,
+    ComparisonRow,
+    check_comparable,
+    columns_of,
+    comparison_rows,
+    paired_differences,
+)
+from helios_sim.records import REPORT_FILE, RunData, flat_items, toml_text
+from helios_sim.report import figures
+from helios_sim.report.script import COLLECTOR, SCRIPT
+from helios_sim.report.style import STYLE
+from helios_sim.report.words import headline, limits, listed, number, remarks, size, span, times
+from helios_sim.slo import parse_slo
+
+Summary = Mapping[str, Any]
+
+CONTENT_POLICY: Final = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'"
+)
+"""Forbids the page every request to the network, so that it provably stands alone."""
+
+NUM_DECISIONS: Final = 12
+MAX_DECISIONS: Final = 300
+
+_PAIRED: Final = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "slo_attainment")
+_NOT_IN_TABLE: Final = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
+_DEFINED: Final = (
+    ("TTFT", "ttft_ms"),
+    ("TPOT", "tpot_ms"),
+    ("ITL", "itl_ms"),
+    ("E2E", "e2el_ms"),
+    ("Output tokens", "output_throughput"),
+    ("Goodput", "request_goodput"),
+    ("SLO attainment", "slo_attainment"),
+    ("Energy per output token", "energy_per_output_token"),
+    ("Batch size, mean", "mean_batch_size"),
+    ("Batch size supported", "max_batch_size_supported"),
+    ("Weights loaded", "weight_bytes_loaded"),
+    ("Executed layers", "mean_executed_layers"),
+    ("Agreement", "agreement"),
+    ("Perplexity", "perplexity"),
+    ("Breaches, relative", "breach_rate"),
+    ("Launch-, memory-, compute-bound", "regime"),
+    ("Intervals", "intervals"),
+)
+_SATURATION: Final = (
+    "overloaded: while requests arrive the backlog grows significantly, and afterwards it takes "
+    "longer to drain than bad luck explains; backlogged: requests wait longer than they are "
+    "served; stable: neither; a closed loop is never overloaded"
+)
+
+
+def render(
+    runs: Sequence[RunData],
+    summaries: Sequence[Summary],
+    title: str,
+    question: str | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """The page of one run, or of several policies compared; the first is what ratios refer to."""
+    if not runs or len(runs) != len(summaries):
+        raise InputError(
+            f"A report was asked of {len(runs)} runs with {len(summaries)} summaries; needed is at "
+            "least one run, with a summary each."
+        )
+    runs, summaries = _told_apart(runs, summaries)
+    drawn: dict[str, figures.Figure] = {}
+    sections = [
+        _opening(summaries, title, question),
+        _comparison(runs, summaries),
+        _latencies(runs, summaries, drawn),
+        _attainment(summaries, drawn),
+        _timelines(runs, drawn),
+        _exits(runs, drawn),
+        _time(summaries, drawn),
+        _decisions(runs),
+        _notes(notes),
+        _definitions(),
+        _provenance(runs),
+    ]
+    data = json.dumps(drawn, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return "\n".join(
+        (
+            "<!doctype html>",
+            '<html lang="en">',
+            "<head>",
+            f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{escape(title)}</title>",
+            f"<script>{COLLECTOR}</script>",
+            f"<style>{STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            *(section for section in sections if section),
+            "</main>",
+            f'<script type="application/json" id="figures">{data}</script>',
+            f"<script>{_plotly()}</script>",
+            f"<script>{SCRIPT}</script>",
+            "</body>",
+            "</html>",
+            "",
+        )
+    )
+
+
+def write_report(page: str, folder: Path) -> None:
+    """Put a page into a run's folder; fits `write_run`'s `finish` once the page is bound."""
+    (folder / REPORT_FILE).write_text(page, encoding="utf-8", newline="\n")
+
+
+def _plotly() -> str:
+    """The drawing library's own file, read without importing its Python side."""
+    resource = files("plotly").joinpath("package_data", "plotly.min.js")
+    return resource.read_text(encoding="utf-8").replace("</script", "<\\/script")
+
+
+def _told_apart(
+    runs: Sequence[RunData], summaries: Sequence[Summary]
+) -> tuple[list[RunData], list[dict[str, Any]]]:
+    """Runs whose labels are alike get a number, in tables and figures alike."""
+    seen: dict[str, int] = {}
+    told: list[RunData] = []
+    for run in runs:
+        seen[run.label] = seen.get(run.label, 0) + 1
+        again = seen[run.label]
+        told.append(run if again == 1 else replace(run, label=f"{run.label} ({again})"))
+    return told, [
+        {**summary, "label": run.label} for run, summary in zip(told, summaries, strict=True)
+    ]
+
+
+def _opening(summaries: Sequence[Summary], title: str, question: str | None) -> str:
+    said = "".join(f"<li>{escape(text)}</li>" for text in remarks(summaries))
+    asked = f'<p class="question">{escape(question)}</p>' if question else ""
+    return (
+        f"<header><h1>{escape(title)}</h1>{asked}"
+        f'<p class="headline">{escape(headline(summaries))}</p>'
+        f'<ul class="remarks">{said}</ul></header>'
+    )
+
+
+def _section(title: str, lead: str, *parts: str) -> str:
+    opening = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{opening}{''.join(parts)}</section>"
+
+
+def _plot(name: str, height: int, label: str, caption: str) -> str:
+    return (
+        f'<figure class="panel"><div class="plot" id="{name}" role="img" '
+        f'aria-label="{escape(label)}" style="height:{height}px"></div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _add(
+    drawn: dict[str, figures.Figure], name: str, figure: figures.Figure, label: str, caption: str
+) -> str:
+    drawn[name] = figure
+    return _plot(name, int(figure["layout"]["height"]), label, caption)
+
+
+def _swatch(place: int) -> str:
+    name = figures.policy_colour(place).removeprefix("@")
+    return f'<span class="swatch" style="background:var(--{name})"></span>'
+
+
+def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
+    several = len(runs) > 1
+    rows = [row for row in comparison_rows(summaries) if row.key not in _NOT_IN_TABLE]
+    head = "".join(
+        f'<th scope="col">{_swatch(place) if several else ""}{escape(summary["label"])}</th>'
+        for place, summary in enumerate(summaries)
+    )
+    body: list[str] = []
+    group = ""
+    for row in rows:
+        if row.group != group:
+            group = row.group
+            body.append(
+                f'<tr class="group"><th scope="rowgroup" colspan="{len(runs) + 1}">'
+                f"{escape(group)}</th></tr>"
+            )
+        body.append(_row(row, several))
+    caption = (
+        f"Ratios are to {summaries[0]['label']}; a green dot marks the best of a row."
+        if several
+        else "Figures of the run."
+    )
+    table = (
+        f'<div class="panel scroll"><table class="figures" style="{_width(len(runs))}">'
+        f"<caption>{escape(caption)}</caption>"
+        f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+    if not several:
+        return _section("Figures", _sent(runs, summaries), table)
+    paired, same = _paired(runs, summaries)
+    lead = _sent(runs, summaries)
+    if same:
+        lead += " Every policy met the same requests."
+    return _section("Comparison", lead, table, paired)
+
+
+def _width(num_columns: int) -> str:
+    """The least width at which that many columns of figures are readable; beyond, it scrolls."""
+    return f"min-width:{220 + 150 * num_columns}px"
+
+
+def _sent(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
+    """What was asked of the system, and what the figures leave out."""
+    first = summaries[0]
+    arrivals = runs[0].requests["arrival_s"].to_numpy()
+    text = (
+        f"{number(first['num_requests'])} requests sent within {span(float(np.ptp(arrivals)))} to "
+        f"{number(first['num_replicas'])} replica{'s' if first['num_replicas'] != 1 else ''} "
+        f"({number(first['num_gpus'])} GPU{'s' if first['num_gpus'] != 1 else ''})."
+    )
+    cut = first["num_requests"] - first["num_measured"]
+    if cut:
+        text += (
+            f" Latencies and attainment leave out the first {number(cut)} requests (warm-up); "
+            "throughput and energy are of the whole run."
+        )
+    return text
+
+
+def _row(row: ComparisonRow, several: bool) -> str:
+    unit = f' <span class="unit">{escape(row.unit)}</span>' if row.unit else ""
+    # Quality differs in later digits than the rest and matters there.
+    digits = 4 if row.key in {"perplexity", "agreement"} else 3
+    cells = []
+    for place, value in enumerate(row.values):
+        css = " ".join(
+            name
+            for name, holds in (
+                ("best", place in row.best),
+                ("overloaded", value == "overloaded"),
+            )
+            if holds
+        )
+        ratio = ""
+        if several:
+            shown = times(row.ratios[place]) if place and row.better is not None else ""
+            ratio = f'<span class="ratio">{shown}</span>'
+        best = '<span class="hidden"> (best)</span>' if place in row.best else ""
+        cells.append(
+            f'<td class="{css}"><span class="value">{escape(number(value, digits))}</span>'
+            f"{best}{ratio}</td>"
+        )
+    return f'<tr><th scope="row">{escape(row.title)}{unit}</th>{"".join(cells)}</tr>'
+
+
+def _paired(runs: Sequence[RunData], summaries: Sequence[Summary]) -> tuple[str, bool]:
+    """The table of paired differences or why there is none, and whether requests are the same."""
+    try:
+        check_comparable(runs)
+    except InputError as error:
+        return f'<p class="small">No paired differences: {escape(str(error))}</p>', False
+    rows = comparison_rows(summaries, paired_differences(runs, summaries))
+    shown = [row for row in rows if row.key in _PAIRED and any(row.differences)]
+    if not shown:
+        return '<p class="small">No paired differences: fewer than 40 common requests.</p>', True
+    head = "".join(
+        f'<th scope="col">{_swatch(place)}{escape(summary["label"])}</th>'
+        for place, summary in enumerate(summaries)
+        if place
+    )
+    body = []
+    for row in shown:
+        cells = "".join(
+            "<td>\N{EN DASH}</td>"
+            if one is None
+            else f"<td>{_signed(one.mean)} <span class='unit'>[{_signed(one.low)}, "
+            f"{_signed(one.high)}]</span></td>"
+            for one in row.differences[1:]
+        )
+        unit = f' <span class="unit">{escape(row.unit)}</span>'
+        body.append(f'<tr><th scope="row">{escape(row.title)}{unit}</th>{cells}</tr>')
+    table = (
+        f'<div class="panel scroll"><table class="figures" style="{_width(len(runs) - 1)}">'
+        f"<caption>Mean difference to {escape(summaries[0]['label'])}, request by request, with "
+        "its 95 % interval; an interval that holds 0 shows no difference.</caption>"
+        f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+    return table, True
+
+
+def _signed(value: float) -> str:
+    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else ""
+    return f"{sign}{number(abs(value))}"
+
+
+def _latencies(
+    runs: Sequence[RunData], summaries: Sequence[Summary], drawn: dict[str, figures.Figure]
+) -> str:
+    columns = [
+        columns_of(run, summary.get("warmup_s", 0.0), summary.get("warmup_requests", 0))
+        for run, summary in zip(runs, summaries, strict=True)
+    ]
+    text = summaries[0].get("slo")
+    figure = figures.latency_figure(
+        columns, [run.label for run in runs], parse_slo(text) if text else None
+    )
+    return _section(
+        "Latency",
+        "How many requests were answered within a given time. Further left is better.",
+        _add(
+            drawn,
+            "latency",
+            figure,
+            "Cumulative distributions of TTFT, TPOT and E2E",
+            "Cumulative share of finished requests by TTFT, TPOT (requests of two or more tokens) "
+            "and E2E, on logarithmic scales."
+            + (" Dotted lines are the limits of the SLO." if text else ""),
+        ),
+    )
+
+
+def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) -> str:
+    judged = [summary for summary in summaries if summary.get("slo")]
+    if not judged:
+        return _section("SLO attainment", "The scenario sets no SLO.")
+    verdicts = [
+        f"{summary['label']}: "
+        + listed(
+            [
+                f"{limits(one['limit'])} {'passed' if one['passed'] else 'missed'}"
+                for one in summary["slo_limits"]
+                if one["passed"] is not None
+            ]
+        )
+        for summary in judged
+        if summary["slo_passed"] is not None
+    ]
+    extra = "".join(f"<li>{escape(text)}</li>" for text in verdicts)
+    return _section(
+        "SLO attainment",
+        f"{limits(judged[0]['slo'])}.",
+        _add(
+            drawn,
+            "attainment",
+            figures.attainment_figure(summaries),
+            "Share of the requests sent that met each limit",
+            "Share of the requests sent (after the warm-up) that finished within each limit, and "
+            "within all of them. Refused and unfinished requests count as missed.",
+        ),
+        f'<ul class="notes small">{extra}</ul>' if extra else "",
+    )
+
+
+def _timelines(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str:
+    colours = figures.model_colours(runs)
+    several = len(runs) > 1
+    # The run in which most is decided says most; it is shown first.
+    first = max(range(len(runs)), key=lambda i: (runs[i].decisions.height, -i))
+    panes = []
+    for place, run in enumerate(runs):
+        if run.timeline.height == 0:
+            panes.append(f'<div id="pane{place}" data-tabs="timeline">No timeline recorded.</div>')
+            continue
+        plot = _add(
+            drawn,
+            f"timeline{place}",
+            figures.timeline_figure(run, colours),
+            f"Timeline of {run.label}",
+            _timeline_caption(run),
+        )
+        hidden = "" if place == first else " hidden"
+        panes.append(f'<div id="pane{place}" data-tabs="timeline"{hidden}>{plot}</div>')
+    tabs = ""
+    if several:
+        options = "".join(
+            f'<label><input type="radio" name="timeline" value="pane{place}"'
+            f"{' checked' if place == first else ''}>{_swatch(place)}{escape(run.label)}</label>"
+            for place, run in enumerate(runs)
+        )
+        tabs = f'<fieldset class="tabs"><legend class="hidden">Policy</legend>{options}</fieldset>'
+    return _section("Timeline", "What the system did, moment by moment.", tabs, *panes)
+
+
+def _timeline_caption(run: RunData) -> str:
+    replicas = run.timeline["replica"].n_unique()
+    text = (
+        "Running requests (batch, mean) and waiting ones (peak) per interval; loaded model and "
+        "layers; what the policy decided and when (hover for its reason); KV blocks in use; power; "
+        "tokens emitted below the confidence threshold. Drag to zoom, double-click to go back."
+    )
+    if replicas > 1:
+        text += f" Sums over {replicas} replicas; a row a replica, stronger with more layers."
+    if replicas > figures.MAX_REPLICA_ROWS:
+        text += f" Only the first {figures.MAX_REPLICA_ROWS} replicas have a row."
+    if run.timeline.height > figures.MAX_TIMELINE_POINTS * replicas:
+        text += (
+            f" Averaged over {figures.MAX_TIMELINE_POINTS} intervals; timeline.parquet holds all "
+            f"{number(run.timeline.height)}."
+        )
+    return text
+
+
+def _exits(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str:
+    figure = figures.exits_figure(runs, figures.model_colours(runs))
+    return _section(
+        "Exits",
+        "After how many layers tokens left, and in which model.",
+        _add(
+            drawn,
+            "exits",
+            figure,
+            "Share of decoded tokens by model and exit layer",
+            "Share of decoded tokens by the layer (L) at which they left; deeper exits are "
+            "stronger. Tokens emitted by a prefill are not counted.",
+        ),
+    )
+
+
+def _time(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) -> str:
+    rows = []
+    for summary in summaries:
+        shares = summary.get("time_shares") or {}
+        parts = [
+            f"{number(100 * shares[name])} % {name}"
+            for name in ("evaluating", "draining")
+            if shares.get(name)
+        ]
+        if parts:
+            rows.append(f"{summary['label']}: {listed(parts)}")
+    overlap = f" Of the same time, {'; '.join(rows)}." if rows else ""
+    return _section(
+        "Where the time went",
+        "What bounds the layers, and what was not serving.",
+        _add(
+            drawn,
+            "time",
+            figures.time_figure(summaries),
+            "Share of all replicas' time by what it was spent on",
+            "Busy time by what bounds the time of a layer: launching it, moving its weights and KV "
+            f"from memory, or computing; weight loading; idling.{overlap}",
+        ),
+    )
+
+
+def _decisions(runs: Sequence[RunData]) -> str:
+    parts = []
+    for run in runs:
+        decisions = run.decisions.sort("time_s", maintain_order=True)
+        count = decisions.height
+        parts.append(f"<h3>{escape(run.label)}, {count} decision{'' if count == 1 else 's'}</h3>")
+        if count == 0:
+            continue
+        parts.append(_decision_table(decisions.head(NUM_DECISIONS), run.label))
+        rest = decisions.slice(NUM_DECISIONS, MAX_DECISIONS)
+        if rest.height:
+            parts.append(
+                f"<details><summary>{rest.height} more</summary>"
+                f"{_decision_table(rest, run.label)}</details>"
+            )
+        left = count - NUM_DECISIONS - rest.height
+        if left > 0:
+            parts.append(
+                f'<p class="small">{number(left)} later decisions are in decisions.parquet.</p>'
+            )
+    return _section("Decisions", "What each policy decided, in its own words.", *parts)
+
+
+def _decision_table(decisions: pl.DataFrame, label: str) -> str:
+    rows = []
+    for row in decisions.iter_rows(named=True):
+        layers = "" if row["depth"] is None else f", {row['depth']} layers"
+        took = (
+            "\N{EN DASH}"
+            if row["ready_s"] is None
+            else span(max(0.0, row["ready_s"] - row["time_s"]))
+        )
+        moved = size(row["moved_bytes"]) if row["moved_bytes"] else "\N{EN DASH}"
+        rows.append(
+            f"<tr><td>{row['time_s']:,.1f} s</td><td>{row['replica']}</td>"
+            f"<td>{escape(row['event'])}</td><td>{escape(row['decision'])}</td>"
+            f"<td>{escape(row['model'] or '')}{layers}</td>"
+            f"<td>{escape(row['exit_mode'] or '')}</td>"
+            f"<td>{moved}</td><td>{took}</td><td>{escape(row['reason'])}</td></tr>"
+        )
+    names = ("At", "Replica", "Asked on", "Decision", "Serves", "Exits", "Moved", "Took", "Reason")
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    return (
+        '<div class="scroll"><table class="decisions">'
+        f'<caption class="hidden">Decisions of {escape(label)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return _section("Notes", "", f'<ul class="notes">{items}</ul>')
+
+
+def _definitions() -> str:
+    items = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(DEFINITIONS[key])}</dd>" for name, key in _DEFINED
+    )
+    items += f"<dt>Saturation</dt><dd>{escape(_SATURATION)}</dd>"
+    return _section(
+        "Definitions",
+        "Tools differ on these; here they mean the following.",
+        f"<dl>{items}</dl>",
+    )
+
+
+def _grades(data: Any) -> dict[str, int]:
+    """Counts of measured, published and assumed numbers anywhere in the environment."""
+    counts: dict[str, int] = {}
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if str(key).endswith("grades") and isinstance(value, Mapping):
+                for grade, count in value.items():
+                    counts[grade] = counts.get(grade, 0) + int(count)
+            else:
+                for grade, count in _grades(value).items():
+                    counts[grade] = counts.get(grade, 0) + count
+    return counts
+
+
+def _provenance(runs: Sequence[RunData]) -> str:
+    parts: list[str] = []
+    grades = _grades(runs[0].environment)
+    if sum(grades.values()):
+        said = listed([f"{number(count)} {grade}" for grade, count in grades.items()])
+        parts.append(
+            f"<p>Of the {number(sum(grades.values()))} numbers in the profile behind this page, "
+            f"{escape(said)}.</p>"
+        )
+    origins = listed(list(dict.fromkeys(run.origin for run in runs)))
+    seeds = listed(list(dict.fromkeys(str(run.seed) for run in runs)))
+    facts = [("origin", origins), ("seed", seeds), ("schema", str(runs[0].schema_version))]
+    shared = all(run.environment == runs[0].environment for run in runs)
+    for run in runs[:1] if shared else runs:
+        prefix = "" if shared else f"{run.label}: "
+        facts += [(f"{prefix}{name}", text) for name, text in flat_items(run.environment)]
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
+    parts.append(f"<dl>{items}</dl>")
+    texts: dict[str, list[str]] = {}
+    for run in runs:
+        texts.setdefault(toml_text(run.scenario), []).append(run.label)
+    for text, labels in texts.items():
+        parts.append(
+            f"<details><summary>Scenario of {escape(listed(labels))}</summary>"
+            f"<pre>{escape(text)}</pre></details>"
+        )
+    return _section("Provenance", "What this page was made from.", *parts)

@@ -1,0 +1,433 @@
+"""Every figure of a summary follows its definition, on numbers worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from helios_sim.errors import InputError
+from helios_sim.metrics import (
+    DEFINITIONS,
+    aggregate,
+    batch_interval,
+    columns_of,
+    compare,
+    gap_percentile_s,
+    meets_all,
+    rounded_figures,
+    saturation_of,
+    summarise,
+)
+from helios_sim.records import RunData, conformed
+from helios_sim.slo import parse_slo
+from tests.factories import ITL_EDGES_S, fifo_admission, make_run
+
+SLO = parse_slo("ttft:300 tpot:200")
+
+
+def pencil_run(**changes: Any) -> RunData:
+    """Four requests worked out by hand: 5 tokens, 1 token, refused, 3 tokens."""
+    run = make_run(num_requests=4)
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", [0.0, 0.2, 1.0, 2.0]),
+        pl.Series("admitted_s", [0.0, 0.5, None, 2.0]),
+        pl.Series("first_token_s", [0.1, 0.6, None, 2.2]),
+        pl.Series("finished_s", [0.5, 0.6, None, 3.2]),
+        pl.Series("prompt_tokens", [10, 20, 40, 30]),
+        pl.Series("output_tokens", [5, 1, 7, 3]),
+        pl.Series("generated_tokens", [5, 1, 0, 3]),
+        pl.Series("decoded_tokens", [4, 0, 0, 2]),
+        pl.Series("executed_layers", [24, 0, 0, 64]),
+        pl.Series("agree_tokens", [4, 1, 0, 3]),
+        pl.Series("nll_nats", [5.0, 1.0, 0.0, 3.0]),
+        pl.Series("breaches", [2, 0, 0, 1]),
+        pl.Series("breaches_relative", [1, 0, 0, 0]),
+        pl.Series("status", ["finished", "finished", "refused", "finished"]),
+    )
+    totals = replace(
+        run.totals,
+        end_s=4.0,
+        energy_j=90.0,
+        exit_layers={"opt-6.7b": (9, 32)},
+        exit_counts={"opt-6.7b": (4, 2)},
+        itl_bins_s=(0.1, 0.2, 0.4, 0.8),
+        itl_counts=(4, 0, 2),
+        itl_sum_s=1.4,
+        itl_sum_square_s2=0.54,
+        decode_rows=6,
+        num_decode_iterations=4,
+    )
+    return conformed(replace(run, requests=requests, totals=replace(totals, **changes)))
+
+
+def test_every_figure_of_the_pencil_run() -> None:
+    """The definitions, applied by hand to four requests, give the summary's figures."""
+    summary = summarise(pencil_run(), SLO)
+    expected = {
+        "duration": 4.0,
+        "num_requests": 4,
+        "completed": 3,
+        "failed": 1,
+        "num_refused": 1,
+        "num_unfinished": 0,
+        "total_input_tokens": 60,
+        "total_output_tokens": 9,
+        "request_throughput": 0.75,
+        "output_throughput": 2.25,
+        "total_token_throughput": 17.25,
+        "max_concurrent_requests": 2,
+        "mean_wait_ms": 100.0,
+        "mean_ttft_ms": 1e3 * (0.1 + 0.4 + 0.2) / 3,
+        "median_ttft_ms": 200.0,
+        "p50_ttft_ms": 200.0,
+        "mean_tpot_ms": 300.0,
+        "std_tpot_ms": 200.0,
+        "p90_tpot_ms": 460.0,
+        "mean_e2el_ms": 700.0,
+        "mean_itl_ms": 1e3 * 1.4 / 6,
+        "std_itl_ms": 1e3 * math.sqrt(0.54 / 6 - (1.4 / 6) ** 2),
+        "request_goodput": 0.25,
+        "slo": "ttft<=300ms;tpot<=200ms",
+        "slo_attainment": 0.25,
+        "slo_attainment_by_metric": {"ttft": 0.5, "tpot": 0.5},
+        "slo_passed": None,
+        "total_gpu_energy": 90.0,
+        "average_gpu_power": 22.5,
+        "energy_per_output_token": 10_000.0,
+        "energy_per_request": 30.0,
+        "output_tokens_per_joule": 0.1,
+        "mean_executed_layers": 88 / 6,
+        "exit_histogram": {"opt-6.7b": {"9": 4 / 6, "32": 2 / 6}},
+        "agreement": 8 / 9,
+        "perplexity": math.e,
+        "breach_rate": 1 / 9,
+        "breach_rate_observed": 3 / 9,
+        "mean_batch_size": 1.5,
+    }
+    for key, value in expected.items():
+        if isinstance(value, float | int):
+            assert summary[key] == pytest.approx(value, rel=1e-11), key
+        else:
+            assert summary[key] == rounded_figures(value), key
+
+
+def test_every_key_is_defined_and_documented() -> None:
+    """Each key of a summary has a definition, and the documentation holds the same words."""
+    summary = summarise(pencil_run(), SLO)
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    names = set()
+    for key in summary:
+        tail = key.split("_", 1)[-1]
+        names.add(tail if tail in DEFINITIONS and key not in DEFINITIONS else key)
+    assert names == set(DEFINITIONS)
+    for name, meaning in DEFINITIONS.items():
+        assert f"| `{name}` | {meaning} |" in page, name
+
+
+def test_figures_are_json_rounded_to_twelve_digits() -> None:
+    """No figure is NaN or infinite, and none carries more than 12 significant digits."""
+    summary = summarise(make_run("helios", num_refused=2), SLO)
+    json.dumps(summary, allow_nan=False)
+    floats = [value for value in summary.values() if isinstance(value, float)]
+    assert len(floats) > 30
+    assert all(value == float(f"{value:.12g}") for value in floats)
+
+
+def test_undefined_figures_are_null() -> None:
+    """A run that emitted nothing, without a meter, has nulls and not zeros."""
+    run = pencil_run(energy_j=math.nan, itl_counts=(0, 0, 0), exit_counts={"opt-6.7b": (0, 0)})
+    nothing = run.requests.with_columns(
+        pl.lit("waiting").alias("status"),
+        *(pl.lit(None, dtype=pl.Float64).alias(name) for name in ("finished_s", "first_token_s")),
+        *(pl.lit(0, dtype=pl.Int32).alias(name) for name in ("generated_tokens", "decoded_tokens")),
+    )
+    summary = summarise(replace(run, requests=nothing), SLO)
+    for key in (
+        "mean_ttft_ms",
+        "p99_tpot_ms",
+        "mean_itl_ms",
+        "total_gpu_energy",
+        "average_gpu_power",
+        "energy_per_request",
+        "perplexity",
+        "agreement",
+        "exit_histogram",
+        "drain_after_arrivals_s",
+    ):
+        assert summary[key] is None, key
+    assert summary["slo_attainment"] == 0.0
+    assert summary["num_unfinished"] == 4
+
+
+def test_one_token_requests_meet_tpot_but_stay_out_of_its_statistics() -> None:
+    """A one-token request counts as a TPOT of 0 for goodput and is no sample of TPOT."""
+    columns = columns_of(pencil_run())
+    assert meets_all(columns, parse_slo("tpot:1 e2e:500")).tolist() == [False, True, False, False]
+    assert summarise(pencil_run())["median_tpot_ms"] == 300.0
+
+
+def test_refused_requests_count_against_attainment() -> None:
+    """Refusing half of the requests halves attainment, though the rest meet every limit."""
+    run = make_run(num_requests=100, num_refused=50)
+    summary = summarise(run, parse_slo("e2e:10000s"))
+    assert summary["slo_attainment"] == 0.5
+    assert summary["slo_attainment_by_metric"] == {"e2e": 0.5}
+
+
+def test_percentile_limits_are_judged_over_the_requests_sent() -> None:
+    """A p50 limit that half of the sent requests meet passes, a p51 limit does not."""
+    passes = summarise(pencil_run(), parse_slo("ttft:p50<300ms"))
+    fails = summarise(pencil_run(), parse_slo("ttft:p51<300ms"))
+    assert passes["slo_passed"] is True
+    assert fails["slo_passed"] is False
+    assert passes["slo_limits"][0]["attainment"] == 0.5
+
+
+def test_itl_percentile_limits_are_judged_on_pooled_gaps() -> None:
+    """Four gaps of six lie within 200 ms, so p66 passes and p67 fails."""
+    assert summarise(pencil_run(), parse_slo("itl:p66<200ms"))["slo_passed"] is True
+    assert summarise(pencil_run(), parse_slo("itl:p67<200ms"))["slo_passed"] is False
+    assert summarise(pencil_run(), parse_slo("itl:p99<801ms"))["slo_passed"] is True
+
+
+def test_gap_percentiles_are_within_a_bin_of_the_exact_ones() -> None:
+    """Percentiles of the histogram are within one per cent of those of the gaps themselves."""
+    rng = np.random.Generator(np.random.PCG64(5))
+    gaps = 0.02 * np.exp(0.5 * np.sqrt(-2 * np.log(rng.random(50_000))))
+    counts = tuple(int(one) for one in np.histogram(gaps, ITL_EDGES_S)[0])
+    run = pencil_run(itl_bins_s=ITL_EDGES_S, itl_counts=counts)
+    for percentile in (1, 50, 90, 99, 100):
+        exact = float(np.percentile(gaps, percentile))
+        assert gap_percentile_s(run, percentile) == pytest.approx(exact, rel=0.011)
+
+
+def test_warm_up_cuts_latencies_and_attainment_only() -> None:
+    """Requests of the warm-up leave latencies and attainment; throughput stays whole."""
+    whole = summarise(pencil_run(), SLO)
+    by_time = summarise(pencil_run(), SLO, warmup_s=0.2)
+    by_count = summarise(pencil_run(), SLO, warmup_requests=1)
+    assert by_time["num_measured"] == by_count["num_measured"] == 3
+    assert by_time["mean_ttft_ms"] == by_count["mean_ttft_ms"] == 300.0
+    assert by_time["slo_attainment"] == 0.0
+    for key in ("duration", "output_throughput", "request_goodput", "total_gpu_energy"):
+        assert by_time[key] == whole[key]
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_s": 9.0}, {"warmup_requests": 4}])
+def test_a_warm_up_that_leaves_nothing_is_refused(warmup: dict[str, Any]) -> None:
+    """A warm-up longer than the run is an error, not an empty summary."""
+    with pytest.raises(InputError, match="leaves none of the 4 requests"):
+        summarise(pencil_run(), SLO, **warmup)
+
+
+def test_rows_out_of_arrival_order_change_no_figure() -> None:
+    """A table sorted otherwise gives the same summary."""
+    run = make_run("helios", num_refused=3)
+    mixed = replace(run, requests=run.requests.sort("output_tokens", "request_id"))
+    a, b = summarise(run, SLO, warmup_requests=7), summarise(mixed, SLO, warmup_requests=7)
+    assert a["perplexity"] == pytest.approx(b["perplexity"], rel=1e-12)
+    drop = {"perplexity", "intervals"}
+    assert {k: v for k, v in a.items() if k not in drop} == {
+        k: v for k, v in b.items() if k not in drop
+    }
+    assert a["intervals"] == b["intervals"]
+
+
+def test_a_million_requests_are_summarised_in_time() -> None:
+    """Summarising a million rows takes under 1.5 s of processor time."""
+    run = make_run(num_requests=1_000_000, rate_per_s=400.0, queueing=False)
+    started = time.process_time()
+    summary = summarise(run, SLO)
+    assert time.process_time() - started < 1.5
+    assert summary["completed"] == 1_000_000
+
+
+def md1_run(rho: float, seed: int, num_requests: int = 4000) -> RunData:
+    """A single server with unit service and Poisson arrivals at load rho."""
+    run = make_run(num_requests=num_requests)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    arrival = np.cumsum(-np.log1p(-rng.random(num_requests))) / rho
+    admitted = fifo_admission(arrival, np.ones(num_requests), 1)
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", arrival),
+        pl.Series("admitted_s", admitted),
+        pl.Series("first_token_s", admitted),
+        pl.Series("finished_s", admitted + 1.0),
+    )
+    return replace(
+        run, requests=requests, totals=replace(run.totals, end_s=float(admitted[-1]) + 1.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("rho", "verdict"), [(0.5, "stable"), (0.95, "backlogged"), (1.2, "overloaded")]
+)
+def test_saturation_of_a_single_server_queue(rho: float, verdict: str) -> None:
+    """An M/D/1 queue is stable at 0.5, backlogged at 0.95 and overloaded at 1.2, on any seed."""
+    for seed in range(5):
+        run = md1_run(rho, seed)
+        assert saturation_of(columns_of(run), run.totals.end_s).saturation == verdict
+
+
+def test_saturation_verdicts_hold_on_short_runs() -> None:
+    """With 200 requests at load 0.8 a queue is called overloaded at most once in fifty seeds."""
+    runs = [md1_run(0.8, seed, 200) for seed in range(50)]
+    verdicts = [saturation_of(columns_of(run), run.totals.end_s).saturation for run in runs]
+    assert verdicts.count("overloaded") <= 1
+
+
+def test_overload_is_seen_when_the_run_is_cut_at_the_last_arrival() -> None:
+    """A run that ends with its arrivals is judged by the drain that its backlog would take."""
+    run = md1_run(1.2, 1)
+    end_s = float(run.requests["arrival_s"].max())  # type: ignore[arg-type]
+    late = pl.col("finished_s") > end_s
+    cut = run.requests.with_columns(
+        status=pl.when(late).then(pl.lit("waiting")).otherwise("status"),
+        finished_s=pl.when(~late).then("finished_s"),
+        admitted_s=pl.when(pl.col("admitted_s") <= end_s).then("admitted_s"),
+    )
+    verdict = saturation_of(columns_of(replace(run, requests=cut)), end_s)
+    whole = saturation_of(columns_of(run), run.totals.end_s)
+    assert verdict.saturation == "overloaded"
+    assert verdict.drain_s == pytest.approx(whole.drain_s, rel=0.1)
+
+
+def test_a_backlog_that_levels_off_is_still_overload() -> None:
+    """Arrivals beyond capacity that slow down later, to just what is served, leave an overload."""
+    run = make_run(num_requests=3000)
+    arrival = np.concatenate([np.arange(2000) / 2.0, 1000.0 + np.arange(1000)])
+    admitted = fifo_admission(arrival, np.ones(3000), 1)
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", arrival),
+        pl.Series("admitted_s", admitted),
+        pl.Series("first_token_s", admitted),
+        pl.Series("finished_s", admitted + 1.0),
+    )
+    columns = columns_of(replace(run, requests=requests))
+    assert saturation_of(columns, 3000.0).saturation == "overloaded"
+
+
+def test_long_answers_without_a_queue_are_stable() -> None:
+    """A run of answers half as long as itself ramps up and drains slowly, yet nothing waits."""
+    run = make_run(num_requests=400, rate_per_s=4.0)
+    arrival = run.requests["arrival_s"]
+    requests = run.requests.with_columns(
+        admitted_s=arrival, first_token_s=arrival, finished_s=arrival + 50.0
+    )
+    columns = columns_of(replace(run, requests=requests))
+    assert saturation_of(columns, float(columns.finished_s.max())).saturation == "stable"
+
+
+def test_a_closed_loop_is_never_overloaded() -> None:
+    """Users who wait for their answers limit their own backlog."""
+    run = md1_run(1.2, 1)
+    assert saturation_of(columns_of(run), run.totals.end_s, closed_loop=True).saturation == (
+        "backlogged"
+    )
+
+
+def test_batch_means_cover_the_mean_of_a_correlated_series() -> None:
+    """Intervals of an autocorrelated series hold its true mean about 95 times in 100."""
+    rng = np.random.Generator(np.random.PCG64(3))
+    held = 0
+    for _ in range(200):
+        noise = rng.random(4000) - 0.5
+        series = np.convolve(noise, 0.8 ** np.arange(40), "valid")
+        interval = batch_interval(series)
+        assert interval is not None
+        held += interval["low"] <= 0.0 <= interval["high"]
+    assert 180 <= held <= 199
+
+
+def test_batch_interval_of_a_ratio_is_centred_on_the_ratio_of_sums() -> None:
+    """With a denominator the figure is the sum over the sum, and too few values give none."""
+    top, below = np.arange(1.0, 101.0), np.full(100, 2.0)
+    interval = batch_interval(top, below)
+    assert interval is not None
+    assert interval["mean"] == pytest.approx(top.sum() / below.sum())
+    assert batch_interval(np.ones(39)) is None
+    assert batch_interval(np.ones(100), np.zeros(100)) is None
+
+
+def test_aggregate_gives_student_intervals_over_seeds() -> None:
+    """Three replications give mean, deviation and the t interval of each figure."""
+    summaries = [
+        {"policy": "vanilla", "schema_version": 1, "seed": seed, "a": value, "b": {"c": value}}
+        for seed, value in enumerate((1.0, 2.0, 3.0))
+    ]
+    figures = aggregate([*summaries, {**summaries[0], "seed": 9, "a": None}])["figures"]
+    assert figures["a"]["mean"] == 2.0
+    assert figures["a"]["num"] == 3
+    assert figures["a"]["high"] == pytest.approx(2.0 + 4.302652729911 / math.sqrt(3))
+    assert figures["b.c"]["num"] == 4
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ({"seed": 0}, "different seeds"),
+        ({"policy": "helios"}, "policy differs"),
+        ({"schema_version": 2}, "schema_version differs"),
+    ],
+)
+def test_aggregate_refuses_what_are_no_replications(second: dict[str, Any], says: str) -> None:
+    """Summaries of one seed, of several policies or of several schemas are no replications."""
+    first = {"policy": "vanilla", "schema_version": 1, "seed": 0}
+    with pytest.raises(InputError, match=says):
+        aggregate([first, {**first, "seed": 1, **second}])
+    with pytest.raises(InputError, match="nothing to aggregate"):
+        aggregate([])
+
+
+def test_comparison_pairs_requests_and_marks_the_best() -> None:
+    """A policy that is faster on every request has a paired difference below zero and is marked."""
+    slow, fast = make_run("vanilla", tpot_s=0.02), make_run("helios", tpot_s=0.01)
+    rows = {row.key: row for row in compare([slow, fast])}
+    tpot = rows["mean_tpot_ms"]
+    assert tpot.best == (1,)
+    assert tpot.ratios[1] == pytest.approx(0.5)
+    difference = tpot.differences[1]
+    assert difference is not None
+    assert difference.mean == pytest.approx(-10.0, rel=0.05)
+    assert difference.low < difference.mean < difference.high < 0.0
+    assert tpot.differences[0] is None
+    assert rows["num_evaluations"].best == ()
+    assert rows["energy_per_output_token"].unit == "J"
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (make_run(num_requests=300), "300 requests"),
+        (make_run(seed=2), "different workloads"),
+        (make_run(rate_per_s=5.0), "arrival_s of vanilla differ"),
+        (make_run(schema_version=2), "schema version"),
+    ],
+)
+def test_comparison_refuses_other_workloads(other: RunData, says: str) -> None:
+    """Runs of other requests, arrivals or schema versions are refused with the reason."""
+    with pytest.raises(InputError, match=says):
+        compare([make_run(), other])
+
+
+def test_comparison_refuses_empty_runs() -> None:
+    """A run without requests, or no run at all, is refused."""
+    run = make_run()
+    with pytest.raises(InputError, match="empty"):
+        compare([run, replace(run, requests=run.requests.clear())])
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare([])
+
+
+def test_closed_loops_are_compared_though_arrivals_differ() -> None:
+    """In a closed loop arrivals follow finishes, so only the requests have to be the same."""
+    rows = compare([make_run(closed_loop=True), make_run(closed_loop=True, rate_per_s=5.0)])
+    assert {row.key for row in rows} >= {"output_throughput", "mean_ttft_ms"}

@@ -1,0 +1,429 @@
+"""The page stands alone: it answers the question, opens offline, and draws in both themes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+import pytest
+
+from helios_sim.errors import InputError
+from helios_sim.metrics import summarise
+from helios_sim.records import RunData, write_run
+from helios_sim.report import render, write_report
+from helios_sim.report.figures import (
+    MAX_CURVE_POINTS,
+    MAX_TIMELINE_POINTS,
+    cumulative_curve,
+    log_ticks,
+    segments,
+    timeline_figure,
+)
+from helios_sim.report.words import headline, limits, number, remarks, span, times
+from helios_sim.slo import parse_slo
+from tests.factories import make_run
+
+SLO = parse_slo("ttft:p95<500 tpot:24 e2e:30s")
+POLICIES = {"vanilla": 0.020, "ee-single": 0.016, "static-depth": 0.0105, "helios": 0.0085}
+
+
+def make_runs(**settings: Any) -> list[RunData]:
+    """Four policies on the same requests, the first two of them overloaded."""
+    settings = {"num_requests": 600, "rate_per_s": 8.0, "slots": 12} | settings
+    return [make_run(name, tpot_s=tpot_s, **settings) for name, tpot_s in POLICIES.items()]
+
+
+def make_page(runs: list[RunData], **settings: Any) -> str:
+    """The page of runs, judged by one SLO after a warm-up."""
+    summaries = [summarise(run, SLO, warmup_requests=20) for run in runs]
+    return render(runs, summaries, "Opt pair", "Who carries the load?", **settings)
+
+
+def text_of(page: str) -> str:
+    """What a reader reads: the page without scripts, styles and tags."""
+    body = re.sub(r"<(script|style)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", body)))
+
+
+def figures_of(page: str) -> dict[str, Any]:
+    """The figures embedded in a page."""
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page)
+    assert found is not None
+    figures: dict[str, Any] = json.loads(found[1])
+    return figures
+
+
+def test_the_page_answers_with_numbers() -> None:
+    """Headline, overload, quality, notes, decisions and provenance are there to read."""
+    text = text_of(make_page(make_runs(num_refused=2), notes=["Exits are <assumed>."]))
+    assert "Who carries the load?" in text
+    assert re.search(r"helios serves .* requests/s within the SLO", text)
+    assert "Overloaded: vanilla and ee-single." in text
+    assert "TTFT p95 ≤ 500 ms, TPOT ≤ 24 ms, E2E ≤ 30 s" in text
+    assert "Exits are <assumed>." in text
+    assert "51 of 100 breached; 0.4 s < 0.9 s." in text
+    assert "31 published" in text
+    assert "rate_per_s = 8.0" in text
+    assert "leave out the first 20 requests" in text
+
+
+@pytest.mark.parametrize("runs", [make_runs(), [make_run("helios", num_replicas=3)]])
+def test_every_figure_is_valid_and_has_its_place(runs: list[RunData]) -> None:
+    """Each figure passes the drawing library's own validation and has a captioned element."""
+    page = make_page(runs)
+    figures = figures_of(page)
+    assert {"latency", "attainment", "exits", "time", "timeline0"} <= set(figures)
+    for name, figure in figures.items():
+        text = re.sub(r'"@[a-z]+[0-9]*(/[0-9.]+)?"', '"#123456"', json.dumps(figure))
+        assert go.Figure(json.loads(text)).data, name
+        assert page.count(f'id="{name}"') == 1
+    assert page.count("<figcaption>") == len(figures)
+
+
+def test_colours_of_figures_are_variables_of_the_style_sheet() -> None:
+    """Every colour name a figure uses is defined for the light and for the dark theme."""
+    page = make_page(make_runs())
+    used = set(re.findall(r'"@([a-z]+[0-9]*)', json.dumps(figures_of(page))))
+    assert {"ink", "c1", "m1", "t1"} <= used
+    for name in used:
+        assert len(re.findall(rf"--{name}: #[0-9a-fA-F]{{6}};", page)) == 2, name
+
+
+def test_the_page_asks_nothing_of_the_network() -> None:
+    """No element names a source elsewhere, and the content policy forbids every request."""
+    page = make_page([make_run()])
+    head = page[: page.index("<style>")]
+    assert "default-src 'none'" in head
+    html = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert not re.search(r"(?:src|href)\s*=", html)
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_text_of_users_is_escaped() -> None:
+    """Titles, labels and reasons with markup are shown, never run."""
+    evil = "</script><script>alert(1)</script>"
+    run = make_run("helios", label=evil)
+    run = replace(run, decisions=run.decisions.with_columns(reason=pl.lit(evil)))
+    page = render([run], [summarise(run)], evil, evil, [evil])
+    assert "<script>alert" not in page
+    assert evil in text_of(page)
+
+
+def test_the_page_is_the_same_each_time() -> None:
+    """One run gives one page, byte for byte."""
+    assert make_page(make_runs()) == make_page(make_runs())
+
+
+def test_long_runs_stay_small() -> None:
+    """Four policies with a long timeline on three replicas give a page under 8 MB."""
+    runs = make_runs(num_requests=20_000, rate_per_s=2.0, num_replicas=3)
+    assert min(run.timeline.height for run in runs) > 25_000
+    page = make_page(runs)
+    assert len(page.encode()) < 8_000_000
+    for name, figure in figures_of(page).items():
+        for trace in figure["data"]:
+            if trace["type"] == "scatter" and trace["mode"] == "lines":
+                assert len(trace["x"]) <= max(MAX_CURVE_POINTS, MAX_TIMELINE_POINTS), name
+
+
+def test_thinned_timeline_keeps_averages_and_peaks() -> None:
+    """Thinning keeps the energy under the power line and the highest queue."""
+    run = make_run("vanilla", num_requests=6000, rate_per_s=4.0, tpot_s=0.1, slots=20)
+    traces = {trace["name"]: trace for trace in timeline_figure(run, {"opt-6.7b": "@m1"})["data"]}
+    assert run.timeline.height > 2 * MAX_TIMELINE_POINTS
+    assert max(traces["waiting"]["y"]) == run.timeline["waiting"].max()
+    power = np.array(traces["power"]["y"])
+    mean_w = run.totals.energy_j / run.totals.end_s
+    assert float(power.mean()) == pytest.approx(mean_w, rel=0.02)
+
+
+def test_curves_keep_the_tail() -> None:
+    """A thinned distribution still ends at its largest value and rises throughout."""
+    values = np.exp(np.linspace(0.0, 5.0, 50_000))
+    seconds, shares = cumulative_curve(values)
+    assert len(seconds) <= MAX_CURVE_POINTS
+    assert (seconds[-1], shares[-1]) == (values[-1], 1.0)
+    assert np.all(np.diff(seconds) >= 0.0)
+    assert np.all(np.diff(shares) > 0.0)
+    assert cumulative_curve([]) == ([], [])
+
+
+def test_segments_join_equal_neighbours() -> None:
+    """Stretches of one model at one depth follow one another from start to end."""
+    run = make_run("helios")
+    parts = segments(run.timeline, 0, ("model", "depth"))
+    assert parts["depth"].to_list() == [24, 6, 9, 12]
+    assert parts["start_s"][0] == 0.0
+    assert parts["end_s"][-1] == pytest.approx(run.totals.end_s)
+    assert parts["start_s"][1:].to_list() == parts["end_s"][:-1].to_list()
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    """Two runs of one policy get a number in tables and figures."""
+    page = make_page([make_run("vanilla"), make_run("vanilla", tpot_s=0.02)])
+    assert "vanilla (2)" in text_of(page)
+
+
+def test_runs_of_different_workloads_are_shown_unpaired() -> None:
+    """A page of runs that met different requests says why it pairs none."""
+    text = text_of(make_page([make_run(), make_run("helios", seed=2)]))
+    assert "No paired differences" in text
+    assert "Every policy met the same requests" not in text
+
+
+def test_summaries_must_match_runs() -> None:
+    """No run at all, or fewer summaries than runs, is an error."""
+    with pytest.raises(InputError, match="0 runs"):
+        render([], [], "Nothing")
+    with pytest.raises(InputError, match="1 runs with 0 summaries"):
+        render([make_run()], [], "Half")
+
+
+def test_a_page_without_energy_slo_or_timeline_is_drawn() -> None:
+    """What was not measured or asked is left out, not invented."""
+    run = make_run()
+    run = replace(
+        run,
+        timeline=run.timeline.clear(),
+        decisions=run.decisions.clear(),
+        totals=replace(run.totals, energy_j=float("nan")),
+    )
+    text = text_of(render([run], [summarise(run)], "Bare"))
+    assert "sets no SLO" in text
+    assert "No timeline recorded" in text
+    assert "Energy per output token J" not in text
+
+
+def test_the_page_is_written_with_its_run(tmp_path: Path) -> None:
+    """The report moves into place together with the run's files."""
+    run = make_run()
+    page = make_page([run])
+    folder = write_run(run, summarise(run), tmp_path / "run", lambda at: write_report(page, at))
+    assert (folder / "report.html").read_text(encoding="utf-8") == page
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (number(None), "\N{EN DASH}"),
+        (number(0.04251), "0.0425"),
+        (number(1234.5), "1,234"),
+        (number(12.345), "12.3"),
+        (number(10.104, 4), "10.10"),
+        (number(3.0), "3"),
+        (times(1.3249), "1.32\N{MULTIPLICATION SIGN}"),
+        (times(0.0004), "<0.001\N{MULTIPLICATION SIGN}"),
+        (times(None), ""),
+        (span(0.05), "50 ms"),
+        (span(90.0), "90 s"),
+        (span(5400.0), "90 min"),
+        (limits("ttft:p99<=450ms;e2e<=30s"), "TTFT p99 ≤ 450 ms, E2E ≤ 30 s"),
+    ],
+)
+def test_numbers_read_well(said: str, expected: str) -> None:
+    """Figures, ratios, durations and limits are written as people read them."""
+    assert said == expected
+
+
+def summary(label: str, tokens: float, tpot_ms: float, **more: Any) -> dict[str, Any]:
+    """The few figures a headline needs."""
+    return {
+        "label": label,
+        "output_throughput": tokens,
+        "request_throughput": tokens / 100,
+        "median_ttft_ms": 40.0,
+        "median_tpot_ms": tpot_ms,
+        "saturation": "stable",
+        "num_refused": 0,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("summaries", "expected"),
+    [
+        (
+            [summary("vanilla", 100.0, 20.0), summary("helios", 132.0, 10.0)],
+            "helios serves 1.32\N{MULTIPLICATION SIGN} the tokens of vanilla: 132 against 100 "
+            "tokens/s.",
+        ),
+        (
+            [summary("vanilla", 100.0, 20.0), summary("helios", 80.0, 10.0)],
+            "vanilla serves the most tokens, 100 tokens/s; helios comes next with 80 "
+            "(0.80\N{MULTIPLICATION SIGN}).",
+        ),
+        (
+            [summary("vanilla", 100.0, 20.0), summary("helios", 100.5, 10.0)],
+            "Both policies carry the load of 100 tokens/s; helios answers fastest, with a median "
+            "TPOT of 10 ms, 0.50\N{MULTIPLICATION SIGN} that of vanilla (20 ms).",
+        ),
+        (
+            [summary("vanilla", 100.0, 20.0), summary("helios", 100.0, 30.0)],
+            "Both policies carry the load of 100 tokens/s, and none is faster than vanilla: "
+            "median TPOT 20 ms.",
+        ),
+        (
+            [
+                summary("vanilla", 100.0, 20.0, request_goodput=0.1),
+                summary("helios", 100.0, 20.0, request_goodput=4.0),
+            ],
+            "helios serves 4 requests/s within the SLO; vanilla only 0.1.",
+        ),
+        (
+            [summary("vanilla", 100.0, 20.0)],
+            "vanilla serves 100 tokens/s (1 requests/s) at a median TTFT of 40 ms and TPOT of "
+            "20 ms; the system is stable.",
+        ),
+    ],
+)
+def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], expected: str) -> None:
+    """The headline follows the figures: more load, the baseline ahead, or equal load but faster."""
+    assert headline(summaries) == expected
+
+
+def test_remarks_name_the_price() -> None:
+    """Lost agreement, overload and refusals are said beside the headline."""
+    said = " ".join(
+        remarks(
+            [
+                summary("vanilla", 100.0, 20.0, saturation="overloaded", perplexity=10.0),
+                summary("helios", 150.0, 10.0, agreement=0.92, perplexity=10.5, num_refused=3),
+            ]
+        )
+    )
+    assert "92 % of the tokens of helios" in said
+    assert "Overloaded: vanilla." in said
+    assert "helios 3" in said
+
+
+def test_log_ticks_are_round_and_few() -> None:
+    """A logarithmic axis has round ticks, fewer a decade the wider it is."""
+    assert log_ticks(7.0, 10.0) == [5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0]
+    assert log_ticks(8.0, 25.0) == [7.0, 10.0, 15.0, 20.0, 30.0]
+    assert log_ticks(1.0, 100.0) == [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
+    assert log_ticks(1.0, 1e6) == [10.0**k for k in range(7)]
+
+
+CHROMIUM = next(
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
+)
+in_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome is installed"
+)
+
+Open = Callable[..., tuple[str, str]]
+
+
+@pytest.fixture
+def open_page(tmp_path: Path) -> Open:
+    """Opens a page in a headless browser; gives the document after its scripts, and the log."""
+
+    def opened(page: str, dark: bool = False) -> tuple[str, str]:
+        path = tmp_path / "page.html"
+        path.write_text(page, encoding="utf-8")
+        assert CHROMIUM is not None
+        done = subprocess.run(
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-background-networking",
+                "--no-first-run",
+                f"--user-data-dir={tmp_path / 'browser'}",
+                "--window-size=1280,900",
+                "--enable-logging=stderr",
+                "--v=0",
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+                "--virtual-time-budget=10000",
+                "--dump-dom",
+                path.as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
+        )
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        return done.stdout, "\n".join(console)
+
+    return opened
+
+
+@pytest.mark.browser
+@in_chromium
+@pytest.mark.parametrize(
+    ("dark", "ink"), [(False, "rgb(32, 36, 42)"), (True, "rgb(231, 228, 221)")]
+)
+def test_the_page_opens_in_both_themes_without_a_complaint(
+    dark: bool, ink: str, open_page: Open
+) -> None:
+    """Every visible figure is drawn in the theme's ink, with no error, no request, no message."""
+    page = make_page(make_runs(num_refused=2))
+    document, console = open_page(page, dark)
+    assert "data-errors" not in document[:2000]
+    assert 'data-ready="5"' in document[:2000]
+    assert console == ""
+    assert document.count('class="main-svg"') >= 10
+    assert f"fill: {ink}" in document
+
+
+@pytest.mark.browser
+@in_chromium
+def test_choosing_a_policy_and_changing_the_theme_redraw(open_page: Open) -> None:
+    """The page answers to its controls: another timeline is drawn, and new colours are taken."""
+    listen = (
+        "<script>window.matchMedia = () => ({ matches: false, addListener() {}, "
+        "addEventListener: (_, changed) => { window.themeChanged = changed; } });</script>"
+    )
+    act = (
+        "<script>const waiting = setInterval(() => {"
+        "if (!document.documentElement.dataset.ready) return; clearInterval(waiting);"
+        "document.querySelector('.tabs input[value=pane1]').click();"
+        "document.documentElement.style.setProperty('--ink', '#010203'); window.themeChanged();"
+        "}, 50);</script>"
+    )
+    page = make_page(make_runs())
+    page = page.replace("<style>", f"{listen}<style>", 1).replace("</body>", f"{act}</body>")
+    document, console = open_page(page)
+    assert "data-errors" not in document[:2000]
+    assert console == ""
+    assert re.search(r'<div id="pane1" data-tabs="timeline">', document)
+    assert re.search(r'<div id="pane3" data-tabs="timeline" hidden="">', document)
+    chosen = document[document.index('id="timeline1"') : document.index('id="pane2"')]
+    assert "main-svg" in chosen
+    assert "fill: rgb(1, 2, 3)" in chosen
+
+
+@pytest.mark.browser
+@in_chromium
+@pytest.mark.parametrize(
+    ("spoiled", "says"),
+    [
+        ('<img src="http://127.0.0.1:9/x.png">', "blocked"),
+        ("<script>nonsense();</script>", "nonsense"),
+    ],
+)
+def test_the_browser_check_would_notice(spoiled: str, says: str, open_page: Open) -> None:
+    """A request or an error on the page is seen by the check that finds none."""
+    page = make_page([make_run()]).replace("</main>", f"{spoiled}</main>")
+    document, console = open_page(page)
+    assert "data-errors" in document[:2000]
+    assert says in document[:2000]
+    assert console != ""
