@@ -1,0 +1,1 @@
+"""The calibration job: measures early-exit models on real hardware into profiles."""

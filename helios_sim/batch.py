@@ -1,0 +1,1056 @@
+"""The compiled batch loop: runs a replica until its next decision and not a token further.
+
+Between two decisions a replica's future is fixed: only its own queue, pool and profile matter.
+`advance` carries it from event to event: an iteration ends, requests arrive, the next iteration
+starts. Cutting the advance at any time changes nothing, because whatever starts is finished by a
+later call exactly as by the same one. The rules come from `policy.rules` and the costs from
+`cost`, compiled here as they stand.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from helios_sim import cost
+from helios_sim.compiled import compiled
+from helios_sim.memory import blocks_for, give_back_blocks, take_blocks, used_blocks
+from helios_sim.policy import rules
+from helios_sim.state import (
+    AGREE,
+    AT_HORIZON,
+    BETWEEN,
+    BREACHED,
+    CHUNKED,
+    CONTINUOUS,
+    DECODING,
+    DRAINED,
+    DRAINING_STATE,
+    EVALUATING_STATE,
+    FINISHED,
+    IDLE_STATE,
+    ITL_BINS_PER_OCTAVE,
+    ITL_OCTAVES,
+    ITL_SMALLEST_EXPONENT,
+    LOADED_DEPTH,
+    MIXED,
+    NLL,
+    NOBODY,
+    OBSERVED_BREACH,
+    OUT_OF_WORK,
+    PAUSED,
+    PREFILLING,
+    REASSESS_DUE,
+    REBATCH,
+    REFUSED,
+    RELATIVE_BREACH,
+    RUNNING,
+    SERVING_STATE,
+    SOLO,
+    STATIC,
+    TIMELINE_CAPACITY,
+    TUMBLING,
+    WAIT,
+    WAITING,
+    World,
+)
+
+may_join = compiled(rules.may_join)
+rebatch_pays = compiled(rules.rebatch_pays)
+watch_tumbling = compiled(rules.watch_tumbling)
+watch_sliding = compiled(rules.watch_sliding)
+
+
+@compiled
+def arrives_before(w: World, i: int, j: int) -> bool:
+    """Whether request `i` arrives before request `j`; at one instant the smaller id does."""
+    if w.requests[i].arrival_s != w.requests[j].arrival_s:
+        return w.requests[i].arrival_s < w.requests[j].arrival_s  # type: ignore[no-any-return]
+    return i < j
+
+
+@compiled
+def push_inbox(w: World, r: int, i: int) -> None:
+    """Hand replica `r` a request that arrives at its `arrival_s`, keeping arrivals in order."""
+    rep = w.replicas[r]
+    rep.num_inbox += 1
+    before = NOBODY
+    if rep.inbox_tail != NOBODY and arrives_before(w, rep.inbox_tail, i):
+        before = rep.inbox_tail
+    else:
+        at = rep.inbox_head
+        while at != NOBODY and arrives_before(w, at, i):
+            before = at
+            at = w.requests[at].next
+    after = rep.inbox_head if before == NOBODY else w.requests[before].next
+    w.requests[i].next = after
+    if before == NOBODY:
+        rep.inbox_head = i
+    else:
+        w.requests[before].next = i
+    if after == NOBODY:
+        rep.inbox_tail = i
+
+
+@compiled
+def push_waiting_last(w: World, rep: Any, i: int) -> None:
+    """Let a request wait behind all others."""
+    w.requests[i].next = NOBODY
+    w.requests[i].status = WAITING
+    if rep.waiting_head == NOBODY:
+        rep.waiting_head = i
+    else:
+        w.requests[rep.waiting_tail].next = i
+    rep.waiting_tail = i
+    rep.num_waiting += 1
+
+
+@compiled
+def push_waiting_first(w: World, rep: Any, i: int) -> None:
+    """Let a request wait ahead of all others."""
+    w.requests[i].next = rep.waiting_head
+    w.requests[i].status = WAITING
+    if rep.waiting_head == NOBODY:
+        rep.waiting_tail = i
+    rep.waiting_head = i
+    rep.num_waiting += 1
+
+
+@compiled
+def pop_waiting(w: World, rep: Any) -> int:
+    """Take the request at the head of the queue."""
+    i = rep.waiting_head
+    rep.waiting_head = w.requests[i].next
+    if rep.waiting_head == NOBODY:
+        rep.waiting_tail = NOBODY
+    rep.num_waiting -= 1
+    return i  # type: ignore[no-any-return]
+
+
+@compiled
+def take_arrivals(w: World, rep: Any) -> None:
+    """Move every request that has arrived by now from the inbox into the queue."""
+    while rep.inbox_head != NOBODY and w.requests[rep.inbox_head].arrival_s <= rep.now_s:
+        i = rep.inbox_head
+        rep.inbox_head = w.requests[i].next
+        if rep.inbox_head == NOBODY:
+            rep.inbox_tail = NOBODY
+        rep.num_inbox -= 1
+        push_waiting_last(w, rep, i)
+
+
+@compiled
+def send_successor(w: World, r: int, rep: Any, i: int) -> None:
+    """In a closed loop, send the user's next request once this one has ended."""
+    after = w.requests[i].successor
+    if after != NOBODY:
+        w.requests[after].arrival_s = rep.now_s + w.requests[after].think_s
+        w.requests[after].replica = r
+        push_inbox(w, r, after)
+
+
+@compiled
+def never_fits(w: World, rep: Any, i: int) -> bool:
+    """Whether a request exceeds the model's context or the whole pool."""
+    total = w.requests[i].prompt + w.requests[i].output
+    if total > w.max_positions[rep.model]:
+        return True
+    return blocks_for(total - 1, rep.block_tokens) > rep.pool_blocks  # type: ignore[no-any-return]
+
+
+@compiled
+def refuse(w: World, r: int, rep: Any, i: int) -> None:
+    """Turn a request away for good."""
+    w.requests[i].status = REFUSED
+    w.requests[i].replica = r
+    rep.num_refused += 1
+    send_successor(w, r, rep, i)
+
+
+@compiled
+def admit(w: World, r: int, rep: Any, i: int) -> None:
+    """Give a request a row and the blocks of all tokens it has so far."""
+    req = w.requests[i]
+    tokens = req.prompt + req.generated
+    num_blocks = blocks_for(tokens, rep.block_tokens)
+    take_blocks(rep, num_blocks)
+    row = w.rows[r, rep.num_rows]
+    first = req.domain * w.trace_length
+    row.request = i
+    row.context = 0
+    row.remaining = req.output - req.generated
+    row.place = first + (req.trace_start + req.generated) % w.trace_length
+    row.wrap = first + w.trace_length
+    row.to_prefill = tokens
+    row.chunk = 0
+    row.pending = 0
+    row.room = num_blocks * rep.block_tokens - tokens
+    row.held = 0
+    row.leaves_at = 0
+    row.joined_place = row.place
+    row.joined_remaining = row.remaining
+    row.layers_mark = 0
+    row.last_token_s = req.last_token_s
+    if req.admitted_s != req.admitted_s:
+        req.admitted_s = rep.now_s
+    req.status = RUNNING
+    req.replica = r
+    req.model = rep.model
+    req.depth = rep.depth
+    if rep.evaluating:
+        req.evaluated = 1
+    rep.num_rows += 1
+    rep.quota -= 1
+    if rep.num_rows > rep.max_rows:
+        rep.max_rows = rep.num_rows
+
+
+@compiled
+def next_may_join(w: World, r: int, rep: Any) -> bool:
+    """Whether the head of the queue may join now; refuses heads that can never fit."""
+    if rep.draining or rep.quota <= 0:
+        return False
+    while rep.waiting_head != NOBODY and never_fits(w, rep, rep.waiting_head):
+        refuse(w, r, rep, pop_waiting(w, rep))
+        take_arrivals(w, rep)
+    if rep.waiting_head == NOBODY:
+        return False
+    req = w.requests[rep.waiting_head]
+    return may_join(  # type: ignore[no-any-return]
+        rep.num_rows,
+        rep.batch_limit,
+        blocks_for(req.prompt + req.generated, rep.block_tokens),
+        rep.free_blocks,
+        int(rep.watermark * rep.pool_blocks),
+    )
+
+
+@compiled
+def admit_prompts(w: World, r: int, rep: Any, token_budget: int) -> int:
+    """Admit whole prompts, first come first served, up to a token budget; returns how many.
+
+    A prompt larger than the budget goes alone.
+    """
+    count = 0
+    tokens = 0
+    while next_may_join(w, r, rep):
+        req = w.requests[rep.waiting_head]
+        size = req.prompt + req.generated
+        if count > 0 and tokens + size > token_budget:
+            break
+        admit(w, r, rep, pop_waiting(w, rep))
+        count += 1
+        tokens += size
+    return count
+
+
+@compiled
+def settle(w: World, rep: Any, row: Any) -> None:
+    """Write what a row's decoded tokens came to into its request, up to its latest token.
+
+    Quality follows from where the tokens stand in the exit trace: a difference of running sums.
+    """
+    req = w.requests[row.request]
+    tokens = row.joined_remaining - row.remaining
+    req.generated = req.output - row.remaining
+    if tokens <= 0:
+        return
+    req.decoded += tokens
+    if rep.exit_mode != REBATCH:
+        layers = rep.cumulative_layers - row.layers_mark
+        req.executed_layers += layers
+        rep.executed_layers += layers
+        domain = (row.wrap - w.trace_length) // w.trace_length
+        start = row.joined_place + domain
+        wrap = row.wrap + domain
+        sums = w.prefix[rep.model, rep.column]
+        agree = 0
+        nll = 0
+        observed = 0
+        relative = 0
+        left = tokens
+        while left > 0:
+            stop = start + left
+            if stop > wrap:
+                stop = wrap
+            agree += sums[stop, AGREE] - sums[start, AGREE]
+            nll += sums[stop, NLL] - sums[start, NLL]
+            observed += sums[stop, OBSERVED_BREACH] - sums[start, OBSERVED_BREACH]
+            relative += sums[stop, RELATIVE_BREACH] - sums[start, RELATIVE_BREACH]
+            left -= stop - start
+            start = wrap - w.trace_length
+        req.agree += agree
+        req.nll += nll
+        req.breaches += observed
+        req.relative_breaches += relative
+        rep.nll += nll
+    row.joined_place = row.place
+    row.joined_remaining = row.remaining
+    row.layers_mark = rep.cumulative_layers
+
+
+@compiled
+def account_token(w: World, rep: Any, row: Any, column: int, counts_breach: bool) -> None:
+    """Write the quality of the single token at the row's place, left under `column`."""
+    req = w.requests[row.request]
+    domain = (row.wrap - w.trace_length) // w.trace_length
+    at = row.place + domain
+    sums = w.prefix[rep.model, column]
+    nll = sums[at + 1, NLL] - sums[at, NLL]
+    req.agree += sums[at + 1, AGREE] - sums[at, AGREE]
+    req.nll += nll
+    rep.nll += nll
+    if counts_breach:
+        observed = sums[at + 1, OBSERVED_BREACH] - sums[at, OBSERVED_BREACH]
+        req.breaches += observed
+        req.relative_breaches += sums[at + 1, RELATIVE_BREACH] - sums[at, RELATIVE_BREACH]
+        rep.num_breaches += observed
+
+
+@compiled
+def row_blocks(rep: Any, row: Any) -> int:
+    """Blocks a row holds between iterations; a held row has room for the token under way."""
+    started = 1 if row.held > 0 else 0
+    return blocks_for(row.context + row.to_prefill + started, rep.block_tokens)  # type: ignore[no-any-return]
+
+
+@compiled
+def preempt(w: World, r: int, rep: Any) -> None:
+    """Send the request admitted last back to the head of the queue; its KV is recomputed later."""
+    rep.num_rows -= 1
+    row = w.rows[r, rep.num_rows]
+    settle(w, rep, row)
+    give_back_blocks(rep, row_blocks(rep, row))
+    if row.to_prefill == 0:
+        rep.context_sum -= row.context
+        if row.held == 0 and row.room == 0:
+            rep.full_rows -= 1
+    w.requests[row.request].last_token_s = row.last_token_s
+    w.requests[row.request].preemptions += 1
+    rep.num_preemptions += 1
+    rep.quota += 1
+    push_waiting_first(w, rep, row.request)
+
+
+@compiled
+def make_room(w: World, r: int, rep: Any) -> None:
+    """Preempt until every decoding row whose last block is full can have another."""
+    while rep.full_rows > rep.free_blocks:
+        preempt(w, r, rep)
+
+
+@compiled
+def retire(w: World, r: int, rep: Any, row: Any) -> None:
+    """Finish a request: settle it, free its blocks and count it."""
+    settle(w, rep, row)
+    give_back_blocks(rep, blocks_for(row.context, rep.block_tokens))
+    rep.context_sum -= row.context
+    req = w.requests[row.request]
+    req.finished_s = rep.now_s
+    req.status = FINISHED
+    req.model = rep.model
+    req.depth = rep.depth
+    rep.num_finished += 1
+    rep.period_finished += 1
+    rep.finish_target -= 1
+    rep.ttft_sum_s += req.first_token_s - req.arrival_s
+    if req.output > 1:
+        rep.period_tpots += 1
+        rep.tpot_sum_s += (rep.now_s - req.first_token_s) / (req.output - 1)
+    send_successor(w, r, rep, row.request)
+
+
+@compiled
+def count_gap(w: World, r: int, rep: Any, gap_s: float, count: int) -> None:
+    """Add inter-token gaps of one length to the pooled histogram."""
+    if count <= 0:
+        return
+    rep.itl_sum_s += gap_s * count
+    rep.itl_sum_square_s2 += gap_s * gap_s * count
+    place = 0
+    if gap_s > 0.0:
+        mantissa, exponent = math.frexp(gap_s)
+        place = (exponent - ITL_SMALLEST_EXPONENT) * ITL_BINS_PER_OCTAVE + int(
+            (mantissa - 0.5) * 2.0 * ITL_BINS_PER_OCTAVE
+        )
+        place = min(max(place, 0), ITL_OCTAVES * ITL_BINS_PER_OCTAVE - 1)
+    w.itl_counts[r, place] += count
+
+
+@compiled
+def watch(w: World, r: int, rep: Any, breached: bool) -> None:
+    """Count one emitted token in the breach window."""
+    if rep.window_kind == TUMBLING:
+        seen, breaches, tripped = watch_tumbling(
+            rep.window_seen,
+            rep.window_breaches,
+            breached,
+            rep.window_tokens,
+            rep.breach_limit,
+        )
+    else:
+        seen, breaches, tripped = watch_sliding(
+            w.window[r, : rep.window_tokens],
+            rep.window_seen,
+            rep.window_breaches,
+            breached,
+            rep.breach_limit,
+        )
+    rep.window_seen = seen
+    rep.window_breaches = breaches
+    if tripped:
+        rep.tripped = 1
+
+
+@compiled
+def begin(rep: Any, phase: int, seconds: float, joules: float, regime: int) -> None:
+    """Start an iteration whose cost is known."""
+    rep.phase = phase
+    rep.iteration_start_s = rep.now_s
+    rep.end_s = rep.now_s + seconds
+    rep.iteration_j = joules
+    rep.regime = regime
+
+
+@compiled
+def start_prefill(w: World, r: int, rep: Any, count: int) -> None:
+    """Start an iteration that prefills the `count` rows admitted last, whole."""
+    tokens = 0
+    pairs = 0.0
+    for k in range(rep.num_rows - count, rep.num_rows):
+        row = w.rows[r, k]
+        row.chunk = row.to_prefill
+        tokens += row.chunk
+        pairs += row.chunk * (row.chunk + 1.0) * 0.5
+    c = w.coefficients[rep.model]
+    seconds, regime = cost.mixed_seconds(
+        c, 0.0, 0.0, float(tokens), 0.0, pairs, float(rep.depth), 0.0, float(count), 1.0
+    )
+    joules = cost.mixed_joules(
+        c, 0.0, 0.0, float(tokens), pairs, float(rep.depth), 0.0, float(count), seconds
+    )
+    begin(rep, PREFILLING, seconds, joules, regime)
+
+
+@compiled
+def start_decode(w: World, r: int, rep: Any) -> None:
+    """Start an iteration in which every row emits one token.
+
+    With exits active the batch runs to its deepest token; the KV of the layers beyond is filled,
+    or those tokens are fed again until a full pass has covered them.
+    """
+    count = rep.num_rows
+    model = rep.model
+    take_blocks(rep, rep.full_rows)
+    deepest = rep.level
+    pending = 0
+    num_checks = 0
+    num_heads = 1
+    if rep.exit_mode == WAIT or rep.exit_mode == SOLO:
+        deepest = 0
+        levels = w.leaving_level[model, rep.column]
+        for k in range(count):
+            row = w.rows[r, k]
+            level = levels[row.place]
+            w.exit_counts[r, model, level] += 1
+            deepest = max(deepest, level)
+            pending += row.pending
+        num_checks = min(deepest + 1, rep.level)
+        num_heads = 1 if deepest == rep.level else 0
+    else:
+        w.exit_counts[r, model, rep.level] += count
+    layers = w.exit_layers[model, deepest]
+    filled = 0 if rep.recompute_kv else rep.depth - layers
+    batch = rep.static_rows if rep.batching == STATIC else count
+    padded = w.padded[model, batch]
+    context = float(rep.context_sum + count)
+    c = w.coefficients[model]
+    seconds, regime = cost.decode_seconds(
+        c,
+        padded + pending,
+        context,
+        float(layers),
+        float(num_checks),
+        float(num_heads),
+        float(filled),
+        padded,
+        w.residual[model, batch],
+    )
+    joules = cost.decode_joules(
+        c,
+        padded + pending,
+        context,
+        float(layers),
+        float(num_checks),
+        float(num_heads),
+        float(filled),
+        padded,
+        seconds,
+    )
+    rep.iteration_layers = layers
+    rep.num_decode_iterations += 1
+    rep.decode_rows += count
+    rep.decode_s += seconds
+    begin(rep, DECODING, seconds, joules, regime)
+
+
+@compiled
+def held_level(w: World, r: int, rep: Any) -> int:
+    """The exits passed by the rows that run next: the deepest company as large as the fresh one."""
+    fresh = 0
+    for k in range(rep.num_rows):
+        row = w.rows[r, k]
+        if row.to_prefill == 0 and row.held == 0:
+            fresh += 1
+    for passed in range(rep.level, 0, -1):
+        company = 0
+        for k in range(rep.num_rows):
+            if w.rows[r, k].to_prefill == 0 and w.rows[r, k].held == passed:
+                company += 1
+        if company > 0 and company >= fresh:
+            return passed
+    return 0
+
+
+@compiled
+def remaining_pass(
+    w: World, rep: Any, first_level: int, padded: float, context: float, residual: float
+) -> tuple[float, float]:
+    """Seconds and joules from after exit `first_level - 1` to the loaded depth, head included."""
+    c = w.coefficients[rep.model]
+    layers = rep.depth
+    if first_level > 0:
+        layers = rep.depth - w.exit_layers[rep.model, first_level - 1]
+    layer_s, _ = cost.layer_seconds(c, padded, context, 0.0, 0.0, 0.0)
+    seconds = layers * (layer_s * residual) + cost.head_seconds(c, padded)
+    joules = layers * cost.layer_joules(c, padded, context, 0.0, 0.0)
+    joules = joules + cost.head_joules(c, padded)
+    checks = rep.level - first_level
+    seconds = seconds + checks * cost.check_seconds(c, padded)
+    joules = joules + checks * cost.check_joules(c, padded)
+    return seconds, joules
+
+
+@compiled
+def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
+    """Start an iteration of the rows that have passed `passed` exits, up to the first split.
+
+    At each exit those who are confident may leave; where the DREX inequality says it pays they
+    do, and the others are held after that exit until their company is large enough to go on.
+    """
+    model = rep.model
+    if passed == 0:
+        take_blocks(rep, rep.full_rows)
+    batch = 0
+    context = 0
+    for k in range(rep.num_rows):
+        row = w.rows[r, k]
+        row.leaves_at = 0
+        if row.to_prefill == 0 and row.held == passed:
+            batch += 1
+            context += row.context + 1
+            if passed == 0 and row.room == 0:
+                row.room = rep.block_tokens
+    c = w.coefficients[model]
+    padded = w.padded[model, batch]
+    residual = w.residual[model, batch]
+    layer_s, regime = cost.layer_seconds(c, padded, float(context), 0.0, 0.0, 0.0)
+    layer_j = cost.layer_joules(c, padded, float(context), 0.0, 0.0)
+    levels = w.leaving_level[model, rep.column]
+    seconds = c[cost.DECODE_FIXED_S]
+    joules = 0.0
+    before = 0 if passed == 0 else w.exit_layers[model, passed - 1]
+    shallow_s = 0.0
+    level = passed
+    while True:
+        segment = w.exit_layers[model, level] - before
+        before = w.exit_layers[model, level]
+        seconds = seconds + segment * (layer_s * residual)
+        joules = joules + segment * layer_j
+        shallow_s = shallow_s + segment * (layer_s * residual)
+        if level == rep.level:
+            seconds = seconds + cost.head_seconds(c, padded)
+            joules = joules + cost.head_joules(c, padded)
+            leaving = batch
+        else:
+            seconds = seconds + cost.check_seconds(c, padded)
+            joules = joules + cost.check_joules(c, padded)
+            shallow_s = shallow_s + cost.check_seconds(c, padded)
+            leaving = 0
+            for k in range(rep.num_rows):
+                row = w.rows[r, k]
+                if row.to_prefill == 0 and row.held == passed and levels[row.place] <= level:
+                    leaving += 1
+        if leaving == batch:
+            break
+        if leaving > 0:
+            rest_s, _ = remaining_pass(w, rep, level + 1, padded, float(context), residual)
+            overhead_s = c[cost.REBATCH_OVERHEAD_S]
+            if rebatch_pays(
+                leaving, batch, shallow_s, rest_s + overhead_s, shallow_s + rest_s
+            ):
+                seconds = seconds + overhead_s
+                break
+        level += 1
+    skipped = float(rep.depth - w.exit_layers[model, level])
+    leavers = w.padded[model, leaving]
+    seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
+    joules = joules + cost.kv_fill_joules(c, leavers, skipped)
+    for k in range(rep.num_rows):
+        row = w.rows[r, k]
+        if row.to_prefill == 0 and row.held == passed:
+            if leaving == batch or levels[row.place] <= level:
+                row.leaves_at = level + 1
+                w.exit_counts[r, model, level] += 1
+            else:
+                row.held = level + 1
+    joules = joules + c[cost.ACTIVE_W] * seconds
+    rep.num_decode_iterations += 1
+    rep.decode_rows += batch
+    rep.decode_s += seconds
+    begin(rep, DECODING, seconds, joules, regime)
+
+
+@compiled
+def plan_chunks(w: World, r: int, rep: Any) -> tuple[int, int, float]:
+    """Share the token budget that decoding rows leave among prompts, admitting new ones.
+
+    Returns the prefill tokens of the iteration, the KV tokens they read back and the query-key
+    pairs they attend to.
+    """
+    decoding = 0
+    for k in range(rep.num_rows):
+        row = w.rows[r, k]
+        if row.to_prefill == 0 and row.held == 0:
+            decoding += 1
+    budget = rep.chunk_tokens - decoding
+    tokens = 0
+    reread = 0
+    pairs = 0.0
+    k = 0
+    while budget > tokens:
+        if k == rep.num_rows:
+            if not next_may_join(w, r, rep):
+                break
+            admit(w, r, rep, pop_waiting(w, rep))
+        row = w.rows[r, k]
+        k += 1
+        if row.to_prefill > 0:
+            row.chunk = min(row.to_prefill, budget - tokens)
+            tokens += row.chunk
+            reread += row.context
+            pairs += row.chunk * (float(row.context) + (row.chunk + 1.0) * 0.5)
+    return tokens, reread, pairs
+
+
+@compiled
+def start_mixed(w: World, r: int, rep: Any, tokens: int, reread: int, pairs: float) -> None:
+    """Start an iteration of prompt chunks beside the decoding rows, through all loaded layers."""
+    model = rep.model
+    decoding = 0
+    context = 0
+    emitting = 0
+    pending = 0
+    levels = w.leaving_level[model, rep.column]
+    for k in range(rep.num_rows):
+        row = w.rows[r, k]
+        row.leaves_at = 0
+        if row.to_prefill > 0:
+            if row.chunk == row.to_prefill:
+                emitting += 1
+        elif row.held == 0:
+            decoding += 1
+            context += row.context + 1
+            pending += row.pending
+            if row.room == 0:
+                row.room = rep.block_tokens
+            level = levels[row.place]
+            row.leaves_at = level + 1
+            w.exit_counts[r, model, level] += 1
+    num_checks = 0
+    if rep.exit_mode == WAIT or rep.exit_mode == SOLO or rep.exit_mode == REBATCH:
+        num_checks = rep.level
+    c = w.coefficients[model]
+    padded = w.padded[model, decoding]
+    residual = w.residual[model, decoding] if decoding > 0 else 1.0
+    seconds, regime = cost.mixed_seconds(
+        c,
+        padded + pending,
+        float(context),
+        float(tokens),
+        float(reread),
+        pairs,
+        float(rep.depth),
+        float(num_checks),
+        padded + emitting,
+        residual,
+    )
+    joules = cost.mixed_joules(
+        c,
+        padded + pending,
+        float(context),
+        float(tokens),
+        pairs,
+        float(rep.depth),
+        float(num_checks),
+        padded + emitting,
+        seconds,
+    )
+    rep.iteration_layers = rep.depth
+    if decoding > 0:
+        rep.num_decode_iterations += 1
+        rep.decode_rows += decoding
+        rep.decode_s += seconds
+    begin(rep, MIXED, seconds, joules, regime)
+
+
+@compiled
+def start_iteration(w: World, r: int, rep: Any) -> bool:
+    """Start the next iteration, if there is one to start: prompts first, or chunks, then decode."""
+    while True:
+        if rep.batching == CHUNKED:
+            make_room(w, r, rep)
+            passed = held_level(w, r, rep) if rep.exit_mode == REBATCH else 0
+            if passed > 0:
+                start_rebatched(w, r, rep, passed)
+                return True
+            rep_full = rep.full_rows
+            take_blocks(rep, rep_full)
+            tokens, reread, pairs = plan_chunks(w, r, rep)
+            if tokens > 0:
+                start_mixed(w, r, rep, tokens, reread, pairs)
+                return True
+            give_back_blocks(rep, rep_full)
+        elif rep.batching == CONTINUOUS:
+            count = admit_prompts(w, r, rep, rep.max_prefill_tokens)
+            if count > 0:
+                start_prefill(w, r, rep, count)
+                return True
+        elif rep.num_rows == 0:
+            count = admit_prompts(w, r, rep, 1 << 60)
+            rep.static_rows = count
+            if count > 0:
+                start_prefill(w, r, rep, count)
+                return True
+        if rep.num_rows == 0:
+            return False
+        make_room(w, r, rep)
+        if rep.num_rows > 0:
+            break
+    if rep.exit_mode == REBATCH:
+        start_rebatched(w, r, rep, held_level(w, r, rep))
+    else:
+        start_decode(w, r, rep)
+    return True
+
+
+@compiled
+def finish_prefill(w: World, r: int, rep: Any, row: Any) -> None:
+    """Emit the token that a completed prefill yields, at the loaded depth."""
+    req = w.requests[row.request]
+    account_token(w, rep, row, rep.level, True)
+    if rep.watching:
+        watch(w, r, rep, w.breach[rep.model, rep.level, row.place] != 0)
+    if req.first_token_s != req.first_token_s:
+        req.first_token_s = rep.now_s
+    else:
+        count_gap(w, r, rep, rep.now_s - row.last_token_s, 1)
+    row.last_token_s = rep.now_s
+    row.remaining -= 1
+    row.place += 1
+    if row.place == row.wrap:
+        row.place = row.wrap - w.trace_length
+    row.joined_place = row.place
+    row.joined_remaining = row.remaining
+    row.layers_mark = rep.cumulative_layers
+    req.generated = req.output - row.remaining
+    rep.context_sum += row.context
+    rep.num_tokens += 1
+
+
+@compiled
+def emit_decoded(w: World, r: int, rep: Any) -> None:
+    """Emit one token of every row and retire those that are done, keeping the order."""
+    count = rep.num_rows
+    now_s = rep.now_s
+    rep.cumulative_layers += rep.iteration_layers
+    rep.context_sum += count
+    rep.num_tokens += count
+    counts_breaches = rep.depth < w.exit_layers[rep.model, w.exit_layers.shape[1] - 1]
+    breaches = w.breach[rep.model, rep.column]
+    rows = w.rows[r]
+    covered = rep.iteration_layers == rep.depth
+    kept = 0
+    full = 0
+    gap_from_s = rows[0].last_token_s
+    gap_count = 0
+    for k in range(count):
+        row = rows[k]
+        if row.last_token_s != gap_from_s:
+            count_gap(w, r, rep, now_s - gap_from_s, gap_count)
+            gap_from_s = row.last_token_s
+            gap_count = 0
+        gap_count += 1
+        row.last_token_s = now_s
+        if counts_breaches:
+            breached = breaches[row.place]
+            rep.num_breaches += breached
+            if rep.watching:
+                watch(w, r, rep, breached != 0)
+        row.place += 1
+        if row.place == row.wrap:
+            row.place = row.wrap - w.trace_length
+        row.context += 1
+        row.remaining -= 1
+        row.pending = 0 if covered else row.pending + rep.recompute_kv
+        if row.room == 0:
+            row.room = rep.block_tokens
+        row.room -= 1
+        if row.remaining == 0:
+            retire(w, r, rep, row)
+        else:
+            if row.room == 0:
+                full += 1
+            if kept != k:
+                rows[kept] = row
+            kept += 1
+    count_gap(w, r, rep, now_s - gap_from_s, gap_count)
+    rep.num_rows = kept
+    rep.full_rows = full
+
+
+@compiled
+def emit_mixed(w: World, r: int, rep: Any) -> None:
+    """Advance every row of an iteration in which some leave, some are held and some prefill."""
+    count = rep.num_rows
+    rows = w.rows[r]
+    if rep.phase == MIXED:
+        rep.cumulative_layers += rep.depth
+    kept = 0
+    full = 0
+    for k in range(count):
+        row = rows[k]
+        if row.chunk > 0:
+            row.context += row.chunk
+            row.to_prefill -= row.chunk
+            row.chunk = 0
+            if row.to_prefill == 0:
+                finish_prefill(w, r, rep, row)
+        elif row.leaves_at > 0:
+            emit_one(w, r, rep, row)
+        if row.to_prefill == 0 and row.remaining == 0:
+            retire(w, r, rep, row)
+        else:
+            if row.to_prefill == 0 and row.held == 0 and row.room == 0:
+                full += 1
+            if kept != k:
+                rows[kept] = row
+            kept += 1
+    rep.num_rows = kept
+    rep.full_rows = full
+
+
+@compiled
+def emit_one(w: World, r: int, rep: Any, row: Any) -> None:
+    """Emit the token with which a row leaves the iteration."""
+    level = row.leaves_at - 1
+    row.leaves_at = 0
+    row.held = 0
+    own = w.leaving_level[rep.model, rep.column, row.place]
+    if rep.exit_mode == REBATCH:
+        layers = rep.depth if rep.phase == MIXED else w.exit_layers[rep.model, level]
+        w.requests[row.request].executed_layers += layers
+        rep.executed_layers += layers
+        if level == own:
+            account_token(w, rep, row, rep.column, True)
+        else:
+            account_token(w, rep, row, level, False)
+    else:
+        rep.num_breaches += w.breach[rep.model, rep.column, row.place]
+    if rep.watching:
+        watch(w, r, rep, level == own and w.breach[rep.model, rep.column, row.place] != 0)
+    count_gap(w, r, rep, rep.now_s - row.last_token_s, 1)
+    row.last_token_s = rep.now_s
+    row.place += 1
+    if row.place == row.wrap:
+        row.place = row.wrap - w.trace_length
+    row.context += 1
+    row.remaining -= 1
+    row.room -= 1
+    row.pending = 0
+    rep.context_sum += 1
+    rep.num_tokens += 1
+
+
+@compiled
+def state_of(rep: Any) -> int:
+    """What a replica is doing, for the timeline."""
+    if rep.num_rows == 0 and rep.num_waiting == 0:
+        return IDLE_STATE
+    if rep.draining:
+        return DRAINING_STATE
+    if rep.evaluating:
+        return EVALUATING_STATE
+    return SERVING_STATE
+
+
+@compiled
+def sample(w: World, r: int, state: int) -> None:
+    """Write a line of the timeline now, halving its resolution when it is full."""
+    rep = w.replicas[r]
+    lines = w.samples[r]
+    if rep.num_samples == TIMELINE_CAPACITY:
+        for k in range(TIMELINE_CAPACITY // 2):
+            lines[k] = lines[2 * k + 1]
+        rep.num_samples = TIMELINE_CAPACITY // 2
+        rep.sample_interval_s *= 2.0
+    line = lines[rep.num_samples]
+    line.time_s = rep.now_s
+    line.energy_j = rep.energy_j
+    line.batch_seconds = rep.batch_seconds
+    line.tokens = rep.num_tokens
+    line.breaches = rep.num_breaches
+    line.waiting = rep.num_waiting
+    line.used_blocks = used_blocks(rep)
+    line.pool_blocks = rep.pool_blocks
+    line.model = rep.model
+    line.depth = rep.depth
+    line.state = state
+    rep.num_samples += 1
+    rep.next_sample_s = (
+        math.floor(rep.now_s / rep.sample_interval_s) + 1.0
+    ) * rep.sample_interval_s
+
+
+@compiled
+def complete(w: World, r: int, rep: Any) -> None:
+    """End the iteration under way: charge it, emit its tokens, retire who is done."""
+    seconds = rep.end_s - rep.iteration_start_s
+    rep.now_s = rep.end_s
+    rep.energy_j += rep.iteration_j
+    rep.busy_s += seconds
+    rep.regime_s[rep.regime] += seconds
+    rep.batch_seconds += seconds * rep.num_rows
+    rep.kv_block_seconds += seconds * used_blocks(rep)
+    rep.num_iterations += 1
+    if rep.phase == DECODING and rep.exit_mode != REBATCH:
+        emit_decoded(w, r, rep)
+    else:
+        emit_mixed(w, r, rep)
+    rep.phase = BETWEEN
+    if rep.now_s >= rep.next_sample_s:
+        sample(w, r, state_of(rep))
+
+
+@compiled
+def why_stop(rep: Any) -> int:
+    """Whether somebody has to decide now, and why."""
+    if rep.finish_target <= 0:
+        return REASSESS_DUE
+    if rep.tripped:
+        rep.tripped = 0
+        return BREACHED
+    if rep.draining and rep.num_rows == 0:
+        return DRAINED
+    if rep.pausing:
+        return PAUSED
+    return AT_HORIZON
+
+
+@compiled
+def pass_idle_time(rep: Any, until_s: float) -> None:
+    """Let an idle replica's clock run, at idle power."""
+    seconds = until_s - rep.now_s
+    rep.idle_s += seconds
+    rep.energy_j += rep.idle_w * seconds
+    rep.idle_energy_j += rep.idle_w * seconds
+    rep.now_s = until_s
+
+
+@compiled
+def advance(w: World, r: int, horizon_s: float) -> int:
+    """Run replica `r` until somebody must decide, its work runs out, or just before `horizon_s`.
+
+    What happens at the horizon itself is left for the next call: arrivals at that instant come
+    first. Returns AT_HORIZON, REASSESS_DUE, BREACHED, DRAINED, PAUSED or OUT_OF_WORK.
+    """
+    rep = w.replicas[r]
+    while True:
+        if rep.phase != BETWEEN:
+            if rep.end_s >= horizon_s:
+                return AT_HORIZON
+            complete(w, r, rep)
+            take_arrivals(w, rep)
+            cause = why_stop(rep)
+            if cause != AT_HORIZON:
+                return cause  # type: ignore[no-any-return]
+        elif rep.now_s >= horizon_s:
+            return AT_HORIZON
+        take_arrivals(w, rep)
+        if start_iteration(w, r, rep):
+            continue
+        if rep.inbox_head == NOBODY:
+            return OUT_OF_WORK
+        arrival_s = w.requests[rep.inbox_head].arrival_s
+        if arrival_s >= horizon_s:
+            return AT_HORIZON
+        pass_idle_time(rep, arrival_s)
+
+
+@compiled
+def preempt_all(w: World, r: int) -> None:
+    """Send every running request back to the queue in its order: its KV is worth nothing now."""
+    rep = w.replicas[r]
+    while rep.num_rows > 0:
+        preempt(w, r, rep)
+
+
+@compiled
+def settle_all(w: World, r: int) -> None:
+    """Bring the requests' sums up to date with the tokens emitted so far."""
+    rep = w.replicas[r]
+    for k in range(rep.num_rows):
+        if w.rows[r, k].to_prefill == 0:
+            settle(w, rep, w.rows[r, k])
+
+
+@compiled
+def push_all(w: World, requests: Any, places: Any) -> None:
+    """Hand requests to the replicas they were routed to beforehand."""
+    for k in range(len(requests)):
+        push_inbox(w, places[k], requests[k])
+
+
+@compiled
+def least_loaded(w: World, by_kv: bool) -> int:
+    """The replica with the fewest outstanding requests, or the largest free share of its pool.
+
+    Requests in the inbox and in the queue count as outstanding; for KV, so do the blocks the
+    queue will need. Ties go to the lowest number.
+    """
+    best = 0
+    best_load = math.inf
+    for r in range(len(w.replicas)):
+        rep = w.replicas[r]
+        load = float(rep.num_rows + rep.num_waiting + rep.num_inbox)
+        if by_kv:
+            load = (used_blocks(rep) + queued_blocks(w, rep)) / max(1.0, float(rep.pool_blocks))
+        if load < best_load:
+            best_load = load
+            best = r
+    return best
+
+
+@compiled
+def queued_blocks(w: World, rep: Any) -> int:
+    """Blocks that the requests in the queue and the inbox will need for their prompts."""
+    total = 0
+    at = rep.waiting_head
+    while at != NOBODY:
+        total += blocks_for(w.requests[at].prompt + w.requests[at].generated, rep.block_tokens)
+        at = w.requests[at].next
+    at = rep.inbox_head
+    while at != NOBODY:
+        total += blocks_for(w.requests[at].prompt, rep.block_tokens)
+        at = w.requests[at].next
+    return total

@@ -1,0 +1,732 @@
+"""The SimPy world: arrivals, routing, replicas, weight transfers and the policy's decisions.
+
+SimPy owns time and every event at which somebody decides; between two of them the compiled batch
+loop carries a replica on. A replica's life reads as the paper does: ask the policy, carry its
+decision out, serve until it has to be asked again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import simpy
+from simpy.events import NORMAL, URGENT
+
+from helios_sim import batch, cost
+from helios_sim.arrivals import stream
+from helios_sim.errors import InputError
+from helios_sim.exits import ExitTraces
+from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
+from helios_sim.model import kv_pool_blocks
+from helios_sim.policy.contract import (
+    Assignment,
+    Candidate,
+    Decision,
+    Evaluate,
+    Event,
+    ExitMode,
+    Keep,
+    LoadLayers,
+    Policy,
+    Slo,
+    Snapshot,
+    Switch,
+    Telemetry,
+)
+from helios_sim.policy.controller import Controller
+from helios_sim.profile import ModelProfile, Profile
+from helios_sim.scenario import FleetSettings, MeasureSettings, ServingSettings
+from helios_sim.state import (
+    AT_HORIZON,
+    BETWEEN,
+    BREACHED,
+    EXIT_MODES,
+    LOADING_STATE,
+    NLL_UNITS_PER_NAT,
+    NOBODY,
+    OUT_OF_WORK,
+    REASSESS_DUE,
+    World,
+)
+from helios_sim.workload import Requests
+from helios_sim.world import UNBOUNDED, build_world, trace_tables
+
+Process = Generator[simpy.Event, Any, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a run of one policy needs to know; nothing of it changes while it runs."""
+
+    profile: Profile
+    traces: ExitTraces
+    candidates: tuple[str, ...]
+    fleet: FleetSettings
+    serving: ServingSettings
+    measure: MeasureSettings
+    slo: Slo
+    seed: int
+    domains: tuple[str, ...] = ()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the GPUs of one replica."""
+        return self.fleet.memory_bytes or self.profile.device.memory_bytes
+
+    def pool_blocks(self, name: str, depth: int) -> int:
+        """KV blocks beside the weights of a model loaded to `depth` layers."""
+        model = self.profile.model(name)
+        return kv_pool_blocks(
+            self.memory_bytes,
+            self.fleet.memory_utilisation,
+            self.fleet.reserve_bytes,
+            model.model.weight_bytes(depth),
+            model.workspace_bytes,
+            self.block_bytes(name, depth),
+        )
+
+    def block_bytes(self, name: str, depth: int) -> int:
+        """Bytes of one KV block over the loaded layers."""
+        return self.serving.block_tokens * self.profile.model(name).model.kv_bytes_per_token(depth)
+
+    def requests_that_fit(self, name: str, depth: int, tokens_per_request: float) -> float:
+        """Requests of a length whose KV fits beside the weights, whatever the batch setting."""
+        blocks = math.ceil(tokens_per_request / self.serving.block_tokens)
+        return self.pool_blocks(name, depth) / max(1, blocks)
+
+
+@dataclass
+class DecisionEntry:
+    """A decision in the log; `ready_s` is filled when it has been carried out."""
+
+    time_s: float
+    replica: int
+    event: Event
+    decision: Decision
+    assignment: Assignment
+    snapshot: Snapshot
+    moved_bytes: int = 0
+    ready_s: float | None = None
+
+
+class Instant(simpy.Event):
+    """An event that has already succeeded and is met at a later instant."""
+
+    def __init__(self, env: simpy.Environment, delay_s: float, priority: Any) -> None:
+        super().__init__(env)
+        self._ok = True
+        self._value = None
+        env.schedule(self, priority, delay_s)
+
+
+class Clock:
+    """SimPy's environment, with waiting to the exact instant."""
+
+    def __init__(self) -> None:
+        self.env = simpy.Environment()
+
+    @property
+    def now_s(self) -> float:
+        """Simulated seconds."""
+        return float(self.env.now)
+
+    def at(self, time_s: float, *, first: bool = False) -> simpy.Event:
+        """An event at exactly `time_s`; `first` puts it ahead of others of that instant.
+
+        SimPy adds a delay to its clock, so the delay is nudged until the sum is exact.
+        """
+        now_s = self.now_s
+        delay_s = time_s - now_s
+        while now_s + delay_s < time_s:
+            delay_s = math.nextafter(delay_s, math.inf)
+        while now_s + delay_s > time_s:
+            delay_s = math.nextafter(delay_s, -math.inf)
+        return Instant(self.env, delay_s, URGENT if first else NORMAL)
+
+
+@dataclass
+class Host:
+    """A machine whose replicas share one disk and one link to their GPUs, first come first served."""
+
+    disk_free_s: float = 0.0
+    link_free_s: float = 0.0
+    in_memory: set[str] = field(default_factory=set)
+
+
+class Replica:
+    """One serving replica: its controller decides, this carries out and logs."""
+
+    def __init__(self, index: int, run: Run, host: Host, policy: Policy) -> None:
+        self.index = index
+        self.run = run
+        self.host = host
+        self.rep = run.world.replicas[index]
+        self.controller = Controller(policy, run.candidates)
+        self.policy = policy
+        self.assignment: Assignment | None = None
+        self.served_model: str | None = None
+        self.weight_bytes = 0
+        self.mark = _Mark()
+        self.until_reassessment = policy.watching.reassess_requests
+        self.wake: simpy.Event | None = None
+        self.totals = _ReplicaTotals()
+
+    def live(self) -> Process:
+        """Ask, carry out, serve, and ask again, until no work is left."""
+        event = Event.START
+        while True:
+            decision = self.ask(event)
+            yield from self.carry_out(decision)
+            cause = yield from self.serve(math.inf)
+            if cause == OUT_OF_WORK:
+                return
+            event = self.event_of(cause)
+
+    def event_of(self, cause: int) -> Event:
+        """What the batch loop's reason to stop means to the policy."""
+        if cause == BREACHED:
+            return Event.BREACHED
+        return Event.EVALUATED if self.rep.evaluating else Event.REASSESS
+
+    def ask(self, event: Event) -> DecisionEntry:
+        """Show the policy a snapshot and log what it decides."""
+        batch.settle_all(self.run.world, self.index)
+        telemetry = self.telemetry()
+        if event is Event.REASSESS or event is Event.START:
+            self.until_reassessment = self.policy.watching.reassess_requests
+        elif self.until_reassessment is not None and not self.rep.evaluating:
+            self.until_reassessment = max(1, int(self.rep.finish_target))
+        decision, snapshot = self.controller.consult(
+            now_s=float(self.rep.now_s),
+            event=event,
+            assignment=self.assignment,
+            telemetry=telemetry,
+            load_s=self.load_seconds(),
+            num_waiting=int(self.rep.num_waiting),
+            num_running=int(self.rep.num_rows),
+            max_batch=self.run.setup.serving.max_batch,
+            expected_tokens=self.expected_tokens(),
+            slo=self.run.setup.slo,
+            foresight=self.run.foresight(self) if self.policy.sees_future else None,
+        )
+        entry = DecisionEntry(
+            float(self.rep.now_s), self.index, event, decision, self.target(decision), snapshot
+        )
+        self.run.decisions.append(entry)
+        if event is Event.BREACHED:
+            self.totals.num_breach_events += 1
+        return entry
+
+    def target(self, decision: Decision) -> Assignment:
+        """What the replica is to run after a decision."""
+        if isinstance(decision, Keep):
+            assert self.assignment is not None
+            return self.assignment
+        if isinstance(decision, Evaluate):
+            depth = self.run.setup.profile.model(decision.model).model.shape.layers
+            return Assignment(decision.model, depth, decision.exit_mode)
+        if isinstance(decision, LoadLayers):
+            assert self.assignment is not None
+            return Assignment(self.assignment.model, decision.depth, decision.exit_mode)
+        return Assignment(decision.model, decision.depth, decision.exit_mode)
+
+    def carry_out(self, entry: DecisionEntry) -> Process:
+        """Bring the weights in, clear the rows that cannot stay, and take the assignment up."""
+        started_s = float(self.rep.now_s)
+        decision = entry.decision
+        if not isinstance(decision, Keep):
+            entry.moved_bytes = self.missing_bytes(entry.assignment)
+            yield from self.bring_in(entry)
+            if self.assignment != entry.assignment or isinstance(decision, Evaluate):
+                yield from self.clear_rows()
+            if self.assignment != entry.assignment:
+                self.take_up(entry.assignment)
+            self.count(entry, float(self.rep.now_s) - started_s)
+        self.aim(decision)
+        entry.ready_s = float(self.rep.now_s)
+        self.mark = self.marked()
+
+    def bring_in(self, entry: DecisionEntry) -> Process:
+        """Move the missing weights, beside the running requests if there is room for both."""
+        if entry.moved_bytes == 0:
+            return
+        staged = math.ceil(entry.moved_bytes / self.block_bytes())
+        overlaps = (
+            self.run.setup.serving.overlap_loads
+            and self.assignment is not None
+            and self.rep.num_rows > 0
+            and staged <= self.rep.free_blocks
+        )
+        if not overlaps:
+            yield from self.clear_rows()
+        ready_s, moving_s = self.reserve_transfer(entry)
+        load_j = (self.run.setup.profile.device.load_w - self.rep.idle_w) * moving_s
+        self.totals.energy_load_j += load_j
+        if overlaps:
+            stage_blocks(self.rep, staged)
+            self.hold_questions()
+            yield from self.serve(ready_s)
+            unstage_blocks(self.rep)
+            self.rep.energy_j += load_j
+        else:
+            seconds = ready_s - float(self.rep.now_s)
+            batch.sample(self.run.world, self.index, batch.state_of(self.rep))
+            self.totals.load_s += seconds
+            self.totals.energy_load_j += self.rep.idle_w * seconds
+            self.rep.energy_j += self.rep.idle_w * seconds
+            self.rep.now_s = ready_s
+            self.rep.energy_j += load_j
+            yield self.run.clock.at(ready_s)
+            batch.sample(self.run.world, self.index, LOADING_STATE)
+
+    def reserve_transfer(self, entry: DecisionEntry) -> tuple[float, float]:
+        """Take the host's disk and link in turn; returns when the weights are here and how long they moved."""
+        loading = self.run.setup.profile.loading
+        model = entry.assignment.model
+        at_s = float(self.rep.now_s)
+        moving_s = 0.0
+        if model not in self.host.in_memory:
+            whole = self.run.setup.profile.model(model).model
+            disk_s = loading.disk.seconds(whole.weight_bytes(whole.shape.layers))
+            at_s = max(at_s, self.host.disk_free_s) + disk_s
+            self.host.disk_free_s = at_s
+            self.host.in_memory.add(model)
+            moving_s += disk_s
+        link_s = loading.host.seconds(entry.moved_bytes)
+        at_s = max(at_s, self.host.link_free_s) + link_s
+        self.host.link_free_s = at_s
+        return at_s, moving_s + link_s
+
+    def clear_rows(self) -> Process:
+        """Let no request run on: finish them, or send them back to be prefilled anew."""
+        self.hold_questions()
+        started_s = self.run.clock.now_s
+        if self.run.setup.serving.on_change == "recompute":
+            self.rep.pausing = 1
+            if self.rep.phase != BETWEEN:
+                yield from self.serve(math.inf)
+            self.rep.pausing = 0
+            batch.preempt_all(self.run.world, self.index)
+        elif self.rep.num_rows > 0:
+            self.rep.draining = 1
+            yield from self.serve(math.inf)
+            self.rep.draining = 0
+        self.totals.drain_s += float(self.rep.now_s) - started_s
+
+    def hold_questions(self) -> None:
+        """Serve on without asking while a decision is carried out."""
+        self.rep.watching = self.rep.tripped = 0
+        self.rep.evaluating = 0
+        self.rep.quota = UNBOUNDED
+        self.rep.finish_target = UNBOUNDED
+
+    def take_up(self, assignment: Assignment) -> None:
+        """Run a model at a depth from now on, with a pool of what its weights leave free."""
+        setup = self.run.setup
+        model = setup.profile.model(assignment.model).model
+        pool = setup.pool_blocks(assignment.model, assignment.depth)
+        if pool == 0:
+            raise InputError(
+                f"Model {assignment.model!r} with {assignment.depth} of {model.shape.layers} layers "
+                f"does not fit: its weights take {model.weight_bytes(assignment.depth) / 2**30:.1f} "
+                f"GiB and nothing is left for KV of {setup.memory_bytes / 2**30:.1f} GiB at "
+                f"utilisation {setup.fleet.memory_utilisation:g}; choose a smaller model, a "
+                "shallower depth or more memory.",
+                "fleet",
+            )
+        self.account_weights()
+        level = model.exit_layers.index(assignment.depth)
+        mode = EXIT_MODES[assignment.exit_mode.value]
+        leaves_early = assignment.exit_mode in (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
+        rep = self.rep
+        rep.model = self.run.setup.candidates.index(assignment.model)
+        rep.level = level
+        rep.depth = assignment.depth
+        rep.exit_mode = mode
+        rep.column = self.run.world.exit_layers.shape[1] + level if leaves_early else level
+        rep.batch_limit = 1 if assignment.exit_mode is ExitMode.SOLO else rep.max_batch
+        resize_pool(rep, pool)
+        rep.window_seen = rep.window_breaches = rep.tripped = 0
+        self.assignment = assignment
+        self.weight_bytes = model.weight_bytes(assignment.depth)
+        self.totals.peak_weight_bytes = max(self.totals.peak_weight_bytes, self.weight_bytes)
+
+    def aim(self, decision: Decision) -> None:
+        """Tell the batch loop when to come back."""
+        rep = self.rep
+        rep.evaluating = int(isinstance(decision, Evaluate))
+        if isinstance(decision, Evaluate):
+            rep.quota = rep.finish_target = decision.num_requests
+            rep.watching = 0
+            return
+        watching = self.policy.watching
+        rep.quota = UNBOUNDED
+        rep.finish_target = (
+            UNBOUNDED if self.until_reassessment is None else self.until_reassessment
+        )
+        rep.watching = int(watching.breach_window_tokens is not None)
+
+    def serve(self, until_s: float) -> Process:
+        """Serve until somebody must decide, the work runs out, or the clock reaches `until_s`."""
+        run, rep = self.run, self.rep
+        cut_s = float(rep.now_s)
+        while True:
+            limit_s = min(until_s, run.next_arrival_s)
+            # The cut moves on even where an iteration or an idle time outlasts the slice.
+            cut_s = max(cut_s, float(rep.now_s)) + max(run.slice_s, float(rep.now_s) / 200)
+            cause = int(batch.advance(run.world, self.index, min(limit_s, cut_s)))
+            if cause == AT_HORIZON and cut_s < limit_s:
+                run.report_progress()
+                continue
+            if cause not in (AT_HORIZON, OUT_OF_WORK):
+                yield run.clock.at(float(rep.now_s))
+                return cause
+            if until_s <= run.next_arrival_s and until_s < math.inf:
+                yield run.clock.at(until_s)
+                if rep.phase == BETWEEN and rep.now_s < until_s:
+                    batch.pass_idle_time(rep, until_s)
+                return AT_HORIZON
+            if run.next_arrival_s == math.inf:
+                return OUT_OF_WORK
+            self.wake = run.clock.env.event()
+            yield self.wake
+
+    def count(self, entry: DecisionEntry, seconds: float) -> None:
+        """Add a decision that was carried out to the totals."""
+        totals, decision = self.totals, entry.decision
+        if isinstance(decision, Evaluate):
+            totals.num_evaluations += 1
+            return
+        if isinstance(decision, LoadLayers):
+            totals.num_loads += 1
+        elif self.served_model not in (None, entry.assignment.model):
+            totals.num_switches += 1
+        self.served_model = entry.assignment.model
+        totals.switch_time_s += seconds
+
+    def missing_bytes(self, target: Assignment) -> int:
+        """Weight bytes that the target needs and the GPU does not hold."""
+        model = self.run.setup.profile.model(target.model).model
+        needed = model.weight_bytes(target.depth)
+        if self.assignment is None or self.assignment.model != target.model:
+            return needed
+        return max(0, needed - model.weight_bytes(self.assignment.depth))
+
+    def block_bytes(self) -> int:
+        """Bytes of a KV block of the present pool."""
+        if self.assignment is None:
+            return 1
+        return self.run.setup.block_bytes(self.assignment.model, self.assignment.depth)
+
+    def load_seconds(self) -> dict[str, tuple[float, ...]]:
+        """Seconds to bring each candidate in at each exit, on an idle link."""
+        loading = self.run.setup.profile.loading
+        estimates = {}
+        for candidate in self.run.candidates:
+            model = self.run.setup.profile.model(candidate.name).model
+            disk_s = 0.0
+            if candidate.name not in self.host.in_memory:
+                disk_s = loading.disk.seconds(model.weight_bytes(model.shape.layers))
+            estimates[candidate.name] = tuple(
+                (disk_s if missing else 0.0) + loading.host.seconds(missing)
+                for depth in candidate.exit_layers
+                for missing in [
+                    self.missing_bytes(Assignment(candidate.name, depth, ExitMode.FULL))
+                ]
+            )
+        return estimates
+
+    def expected_tokens(self) -> float:
+        """Tokens until the next reassessment, as far as experience tells."""
+        rep = self.rep
+        if rep.num_finished:
+            per_request = float(rep.num_tokens) / float(rep.num_finished)
+        else:
+            per_request = float(self.run.setup.serving.expected_output_tokens)
+        return (self.until_reassessment or 0) * per_request
+
+    def marked(self) -> _Mark:
+        """The running sums as they stand, to take differences from."""
+        rep = self.rep
+        rep.ttft_sum_s = rep.tpot_sum_s = 0.0
+        rep.period_finished = rep.period_tpots = 0
+        counts = self.run.world.exit_counts[self.index, rep.model]
+        return _Mark(
+            time_s=float(rep.now_s),
+            num_tokens=int(rep.num_tokens),
+            exit_counts=tuple(int(count) for count in counts),
+            executed_layers=int(rep.executed_layers),
+            num_breaches=int(rep.num_breaches),
+            nll=int(rep.nll),
+            energy_j=float(rep.energy_j),
+            num_decode_iterations=int(rep.num_decode_iterations),
+            decode_rows=int(rep.decode_rows),
+        )
+
+    def telemetry(self) -> Telemetry | None:
+        """What the replica saw since its last decision was carried out."""
+        if self.assignment is None:
+            return None
+        rep, mark = self.rep, self.mark
+        num_exits = self.run.setup.profile.model(self.assignment.model).model.num_exits
+        counts = self.run.world.exit_counts[self.index, rep.model]
+        iterations = int(rep.num_decode_iterations) - mark.num_decode_iterations
+        return Telemetry(
+            assignment=self.assignment,
+            duration_s=float(rep.now_s) - mark.time_s,
+            num_finished=int(rep.period_finished),
+            num_tokens=int(rep.num_tokens) - mark.num_tokens,
+            exit_counts=tuple(
+                int(count) - before
+                for count, before in zip(counts[:num_exits], mark.exit_counts, strict=False)
+            ),
+            executed_layers=int(rep.executed_layers) - mark.executed_layers,
+            num_breaches=int(rep.num_breaches) - mark.num_breaches,
+            nll_nats=(int(rep.nll) - mark.nll) / NLL_UNITS_PER_NAT,
+            mean_ttft_s=_mean(rep.ttft_sum_s, rep.period_finished),
+            mean_tpot_s=_mean(rep.tpot_sum_s, rep.period_tpots),
+            mean_batch=(int(rep.decode_rows) - mark.decode_rows) / max(1, iterations),
+            energy_j=float(rep.energy_j) - mark.energy_j,
+            is_evaluation=bool(rep.evaluating),
+        )
+
+    def account_weights(self) -> None:
+        """Book the time spent with the weights that are about to change."""
+        now_s = float(self.rep.now_s)
+        if self.assignment is not None:
+            seconds = now_s - self.totals.weights_since_s
+            name = f"{self.assignment.model}@{self.assignment.depth}"
+            held = self.totals.depth_seconds
+            held[name] = held.get(name, 0.0) + seconds
+            self.totals.weight_byte_seconds += self.weight_bytes * seconds
+        self.totals.weights_since_s = now_s
+
+
+@dataclass
+class _Mark:
+    """Running sums at the moment the last decision was carried out."""
+
+    time_s: float = 0.0
+    num_tokens: int = 0
+    exit_counts: tuple[int, ...] = ()
+    executed_layers: int = 0
+    num_breaches: int = 0
+    nll: int = 0
+    energy_j: float = 0.0
+    num_decode_iterations: int = 0
+    decode_rows: int = 0
+
+
+@dataclass
+class _ReplicaTotals:
+    """What a replica's decisions add up to."""
+
+    energy_load_j: float = 0.0
+    load_s: float = 0.0
+    drain_s: float = 0.0
+    switch_time_s: float = 0.0
+    num_switches: int = 0
+    num_loads: int = 0
+    num_evaluations: int = 0
+    num_breach_events: int = 0
+    peak_weight_bytes: int = 0
+    weight_byte_seconds: float = 0.0
+    weights_since_s: float = 0.0
+    depth_seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """One policy's run over one workload: builds the fleet, plays it, keeps what happened."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        requests: Requests,
+        make: Callable[[], Policy],
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.setup = setup
+        self.requests = requests
+        self.on_progress = on_progress
+        self.policy = make()
+        names = setup.candidates
+        chosen = self.policy.confidence_threshold
+        thresholds = {
+            name: setup.profile.model(name).confidence.default_threshold
+            if chosen is None
+            else chosen
+            for name in names
+        }
+        self.thresholds = thresholds
+        tables = trace_tables(setup.traces, names, thresholds)
+        self.world: World = build_world(
+            requests,
+            setup.profile,
+            names,
+            tables,
+            setup.serving,
+            setup.measure,
+            self.policy.watching,
+            setup.fleet.num_replicas,
+        )
+        self.candidates = tuple(candidate_card(setup, name) for name in names)
+        self.clock = Clock()
+        self.decisions: list[DecisionEntry] = []
+        self.next_arrival_s = math.inf
+        per_host = setup.fleet.replicas_per_host
+        hosts = [Host() for _ in range(-(-setup.fleet.num_replicas // per_host))]
+        if setup.fleet.weights_start == "host":
+            for host in hosts:
+                host.in_memory.update(names)
+        self.replicas = [
+            Replica(index, self, hosts[index // per_host], make())
+            for index in range(setup.fleet.num_replicas)
+        ]
+        self.end_s = 0.0
+        # A compiled call answers to nobody until it returns, so it is cut into slices; cuts change
+        # no result.
+        self.slice_s = 60.0 + requests.span_s / 200
+
+    def play(self) -> None:
+        """Run the world until no work is left."""
+        self.send_requests()
+        for replica in self.replicas:
+            self.clock.env.process(replica.live())
+        self.clock.env.run()
+        self.finish()
+
+    def send_requests(self) -> None:
+        """Hand requests to replicas: at once where the router needs no load, else as they arrive."""
+        sent_alone = np.arange(len(self.requests))
+        if self.requests.user is not None:
+            _, sent_alone = np.unique(self.requests.user, return_index=True)
+            places = self.requests.user[sent_alone] % len(self.replicas)
+        elif self.setup.fleet.router == "random":
+            draws = stream(self.setup.seed, "router").random(len(self.requests))
+            places = (draws * len(self.replicas)).astype(np.int64)
+        elif self.setup.fleet.router == "round-robin" or len(self.replicas) == 1:
+            places = sent_alone % len(self.replicas)
+        else:
+            self.next_arrival_s = float(self.requests.arrival_s[0])
+            self.clock.env.process(self.traffic())
+            return
+        batch.push_all(self.world, sent_alone, places.astype(np.int64))
+
+    def traffic(self) -> Process:
+        """Route each request when it arrives, to the replica with the least load at that instant."""
+        arrivals = self.requests.arrival_s
+        by_kv = self.setup.fleet.router == "least-kv"
+        for i in range(len(arrivals)):
+            yield self.clock.at(float(arrivals[i]), first=True)
+            batch.push_inbox(self.world, batch.least_loaded(self.world, by_kv), i)
+            last = i + 1 == len(arrivals)
+            self.next_arrival_s = math.inf if last else float(arrivals[i + 1])
+            for replica in self.replicas:
+                if replica.wake is not None:
+                    wake, replica.wake = replica.wake, None
+                    wake.succeed()
+
+    def report_progress(self) -> None:
+        """Tell how much of the workload has ended, from 0 to 1."""
+        if self.on_progress is not None:
+            ended = sum(int(rep.num_finished + rep.num_refused) for rep in self.world.replicas)
+            self.on_progress(ended / len(self.requests))
+
+    def finish(self) -> None:
+        """Let every replica idle to the end of the run and close the books."""
+        self.end_s = max(float(rep.now_s) for rep in self.world.replicas)
+        for replica in self.replicas:
+            if replica.rep.now_s < self.end_s:
+                batch.pass_idle_time(replica.rep, self.end_s)
+            batch.settle_all(self.world, replica.index)
+            batch.sample(self.world, replica.index, batch.state_of(replica.rep))
+            replica.account_weights()
+
+    def foresight(self, replica: Replica) -> dict[str, tuple[float, ...]]:
+        """True exit shares of the requests to come, for policies that bound the others."""
+        coming = self.requests.arrival_s > replica.rep.now_s
+        horizon = self.policy.watching.reassess_requests or len(self.requests)
+        upcoming = np.flatnonzero(coming)[: horizon * len(self.replicas)]
+        if not len(upcoming):
+            upcoming = np.arange(len(self.requests))
+        weights = np.bincount(
+            self.requests.domain[upcoming],
+            weights=self.requests.output_tokens[upcoming],
+            minlength=len(self.requests.domains),
+        )
+        weights = weights / weights.sum()
+        shares = {}
+        for name in self.setup.candidates:
+            parts = [
+                self.setup.traces.share_by_exit(name, self.thresholds[name], domain) * weight
+                for domain, weight in zip(self.requests.domains, weights, strict=True)
+            ]
+            shares[name] = tuple(float(share) for share in np.sum(parts, axis=0))
+        return shares
+
+
+def _mean(total: float, count: float) -> float | None:
+    """A mean, or None of nothing."""
+    return float(total) / int(count) if count else None
+
+
+def candidate_card(setup: Setup, name: str) -> Candidate:
+    """What a policy may know of a model before it serves: bytes, limits and predicted costs."""
+    profile: ModelProfile = setup.profile.model(name)
+    model = profile.model
+    serving = setup.serving
+    prompt, output = serving.expected_prompt_tokens, serving.expected_output_tokens
+    tokens = prompt + output
+    reference = min(serving.max_batch, 4)
+    c = profile.coefficient_array()
+    rows = float(profile.padded_rows(reference)[reference])
+    residual = float(profile.residual(reference)[reference])
+    context = reference * (prompt + output / 2)
+    decode_s, decode_j, prefill_s, limits = [], [], [], []
+    for depth in model.exit_layers:
+        seconds, _ = cost.decode_seconds(
+            c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, residual
+        )
+        decode_s.append(float(seconds))
+        joules = cost.decode_joules(c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, seconds)
+        decode_j.append(float(joules))
+        pairs = prompt * (prompt + 1) / 2
+        first_s, _ = cost.mixed_seconds(
+            c, 0.0, 0.0, float(prompt), 0.0, pairs, float(depth), 0.0, 1.0, 1.0
+        )
+        prefill_s.append(float(first_s))
+        limits.append(int(setup.requests_that_fit(name, depth, tokens)))
+    return Candidate(
+        name=name,
+        tokenizer=model.tokenizer,
+        exit_layers=model.exit_layers,
+        weight_bytes=tuple(model.weight_bytes(depth) for depth in model.exit_layers),
+        kv_bytes_per_token=tuple(model.kv_bytes_per_token(depth) for depth in model.exit_layers),
+        batch_limit=tuple(limits),
+        decode_iteration_s=tuple(decode_s),
+        decode_iteration_j=tuple(decode_j),
+        prefill_s=tuple(prefill_s),
+        reference_batch=reference,
+        typical_tokens=tokens,
+    )
+
+
+def simulate(
+    setup: Setup,
+    requests: Requests,
+    make: Callable[[], Policy],
+    on_progress: Callable[[float], None] | None = None,
+) -> Run:
+    """Play one policy over one workload to the end."""
+    run = Run(setup, requests, make, on_progress)
+    run.play()
+    return run
+
+
+def decided(entries: Sequence[DecisionEntry]) -> list[DecisionEntry]:
+    """The decision log in order of time, ties by replica."""
+    return sorted(entries, key=lambda entry: (entry.time_s, entry.replica))

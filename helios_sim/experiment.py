@@ -1,0 +1,153 @@
+"""From a scenario to its runs: every policy on the same requests, replicated where asked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from helios_sim.engine import Setup, simulate
+from helios_sim.errors import InputError
+from helios_sim.exits import load_traces
+from helios_sim.metrics import aggregate, summarise
+from helios_sim.outcome import run_data
+from helios_sim.policy.contract import Slo
+from helios_sim.policy.registry import make_policy
+from helios_sim.profile import load_profile
+from helios_sim.records import RunData, check_run
+from helios_sim.scenario import PolicySettings, Scenario, resolved
+from helios_sim.slo import SloSpec
+from helios_sim.workload import Requests, fit_context, generate
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A policy's run with its figures; those of more seeds are under `replications`."""
+
+    run: RunData
+    summary: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A scenario with everything it names read and checked, ready to run."""
+
+    scenario: Scenario
+    base_dir: Path
+    setup: Setup
+    notes: tuple[str, ...]
+
+    def requests(self, seed: int) -> tuple[Requests, int]:
+        """The workload of one seed, and how many requests were shortened to the context."""
+        requests = generate(
+            self.scenario.workload, seed, self.base_dir, self.setup.traces.domains
+        )
+        return fit_context(
+            requests, self.context_tokens, self.scenario.workload.over_context
+        )
+
+    @property
+    def context_tokens(self) -> int:
+        """The shortest context among the candidates: a request may be served by any of them."""
+        profile = self.setup.profile
+        return min(
+            profile.model(name).model.shape.max_positions for name in self.setup.candidates
+        )
+
+
+def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Experiment:
+    """Read the profile and the exit traces that a scenario names."""
+    fleet = scenario.fleet
+    profile = load_profile(fleet.profile, base_dir)
+    candidates = fleet.candidates or tuple(profile.models)
+    for index, name in enumerate(candidates):
+        if name not in profile.models:
+            near = get_close_matches(name, profile.models, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"Profile {profile.name!r} has no model {name!r}.{hint} It has "
+                f"{', '.join(profile.models)}.",
+                f"{where}, fleet.candidates.{index}",
+            )
+    if len(set(candidates)) != len(candidates):
+        raise InputError("A candidate is named twice.", f"{where}, fleet.candidates")
+    setup = Setup(
+        profile=profile,
+        traces=load_traces(profile, candidates),
+        candidates=candidates,
+        fleet=fleet,
+        serving=scenario.serving,
+        measure=scenario.measure,
+        slo=policy_slo(scenario.slo_spec),
+        seed=scenario.seed,
+    )
+    return Experiment(scenario, base_dir, setup, tuple(scenario.notes))
+
+
+def policy_slo(spec: SloSpec) -> Slo:
+    """The limits that bound a shortlist."""
+    limits = {limit.metric: limit.limit_s for limit in spec.limits}
+    return Slo(limits.get("ttft"), limits.get("tpot"), limits.get("e2e"))
+
+
+def choose_policies(scenario: Scenario, names: Sequence[str]) -> tuple[PolicySettings, ...]:
+    """The scenario's policies of these labels or names; an unlisted shipped name gets defaults."""
+    if not names:
+        return scenario.policy
+    chosen: list[PolicySettings] = []
+    for name in names:
+        matching = [policy for policy in scenario.policy if name in (policy.name, policy.use)]
+        if not matching:
+            make_policy(name, {}, where=f"--policy {name}")
+            matching = [PolicySettings(use=name)]
+        chosen += [policy for policy in matching if policy not in chosen]
+    return tuple(chosen)
+
+
+def run_policy(
+    experiment: Experiment, policy: PolicySettings, progress: Progress | None = None
+) -> Result:
+    """Run one policy, over all replications, and summarise it."""
+    scenario = experiment.scenario
+    measure = scenario.measure
+    plain = resolved(scenario.model_copy(update={"policy": (policy,)}))
+    results: list[Result] = []
+    for replication in range(measure.replications):
+        seed = scenario.seed + replication
+        requests, num_shortened = experiment.requests(seed)
+
+        def report(share: float, done: int = replication) -> None:
+            if progress is not None:
+                progress(policy.name, (done + share) / measure.replications)
+
+        report(0.0)
+        played = simulate(
+            replace(experiment.setup, seed=seed),
+            requests,
+            lambda: make_policy(
+                policy.use, policy.options, search_path=experiment.base_dir
+            ),
+            report,
+        )
+        run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
+        check_run(run)
+        summary = summarise(
+            run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests
+        )
+        summary["num_shortened"] = num_shortened
+        results.append(Result(run, summary))
+        report(1.0)
+    first = results[0]
+    if len(results) > 1:
+        first.summary["replications"] = aggregate([result.summary for result in results])
+    return first
+
+
+def folder_name(label: str) -> str:
+    """A policy's label as the name of its run folder."""
+    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.") or "run"

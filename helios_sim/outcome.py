@@ -1,0 +1,285 @@
+"""What a played run amounts to: the world's arrays become the records of a run."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from helios_sim.cost import REGIMES
+from helios_sim.engine import DecisionEntry, Run, decided
+from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
+from helios_sim.policy.snapshot_json import snapshot_to_json
+from helios_sim.records import RunData, RunTotals
+from helios_sim.state import (
+    FINISHED,
+    ITL_BINS_PER_OCTAVE,
+    ITL_OCTAVES,
+    ITL_SMALLEST_EXPONENT,
+    NLL_UNITS_PER_NAT,
+    NOBODY,
+    REFUSED,
+    RUNNING,
+    STATE_NAMES,
+)
+
+_DECISION_NAMES = {
+    Keep: "keep",
+    Evaluate: "evaluate",
+    Serve: "serve",
+    LoadLayers: "load-layers",
+    Switch: "switch",
+}
+
+
+def run_data(
+    run: Run, label: str, policy: str, seed: int, scenario: Mapping[str, Any]
+) -> RunData:
+    """The records of a finished run."""
+    return RunData(
+        label=label,
+        policy=policy,
+        objective=objective_of(run),
+        seed=seed,
+        scenario=dict(scenario),
+        environment=environment(run),
+        requests=requests_table(run),
+        decisions=decisions_table(run),
+        timeline=timeline_table(run),
+        totals=totals(run),
+        closed_loop=run.requests.user is not None,
+    )
+
+
+def objective_of(run: Run) -> str:
+    """What the policy strives for; "none" for one that does not choose."""
+    settings = getattr(run.policy, "settings", run.policy)
+    return str(getattr(settings, "objective", "none"))
+
+
+def environment(run: Run) -> dict[str, Any]:
+    """Versions and the profile's identity: what a reader needs to get the same bytes again."""
+    profile = run.setup.profile
+    packages = ("helios-sim", "simpy", "numpy", "scipy", "polars", "numba")
+    return {
+        "versions": {name: version(name) for name in packages}
+        | {"python": ".".join(platform.python_version_tuple()[:2])},
+        "profile": profile.name,
+        "profile_hash": profile.hash,
+        "profile_origin": profile.provenance.origin,
+        "profile_grades": profile.grade_counts(),
+        "exit_traces": run.setup.traces.origin,
+        "confidence_thresholds": dict(run.thresholds),
+    }
+
+
+def requests_table(run: Run) -> pl.DataFrame:
+    """One row a request, in order of arrival."""
+    table = run.world.requests
+    names = np.array([*run.setup.candidates, ""])
+    domains = np.array(run.setup.traces.domains)
+    status = np.full(len(table), "waiting", dtype="<U8")
+    status[table["status"] == FINISHED] = "finished"
+    status[table["status"] == REFUSED] = "refused"
+    status[table["status"] == RUNNING] = "running"
+    served = table["model"] != NOBODY
+    columns: dict[str, Any] = {
+        "request_id": np.arange(len(table)),
+        "replica": table["replica"],
+        "domain": domains[table["domain"]],
+        "arrival_s": table["arrival_s"],
+        "admitted_s": table["admitted_s"],
+        "first_token_s": table["first_token_s"],
+        "finished_s": table["finished_s"],
+        "prompt_tokens": table["prompt"],
+        "output_tokens": table["output"],
+        "generated_tokens": table["generated"],
+        "trace_start": table["trace_start"],
+        "status": status,
+        "model": names[table["model"]],
+        "depth": table["depth"],
+        "evaluated": table["evaluated"] != 0,
+        "num_preemptions": table["preemptions"],
+        "decoded_tokens": table["decoded"],
+        "executed_layers": table["executed_layers"],
+        "agree_tokens": table["agree"],
+        "nll_nats": table["nll"] / NLL_UNITS_PER_NAT,
+        "breaches": table["breaches"],
+        "breaches_relative": table["relative_breaches"],
+    }
+    frame = pl.DataFrame({name: np.ascontiguousarray(column) for name, column in columns.items()})
+    times = ("admitted_s", "first_token_s", "finished_s")
+    return frame.with_columns(
+        *(pl.col(name).fill_nan(None) for name in times),
+        pl.when(pl.Series(served)).then(pl.col("model")).otherwise(None).alias("model"),
+        pl.when(pl.Series(served)).then(pl.col("depth")).otherwise(None).alias("depth"),
+    )
+
+
+def decisions_table(run: Run) -> pl.DataFrame:
+    """One row a decision, in order of time."""
+    entries = decided(run.decisions)
+
+    def column(pick: Any) -> list[Any]:
+        return [pick(entry) for entry in entries]
+
+    return pl.DataFrame(
+        {
+            "time_s": column(lambda e: e.time_s),
+            "replica": column(lambda e: e.replica),
+            "event": column(lambda e: e.event.value),
+            "decision": column(lambda e: _DECISION_NAMES[type(e.decision)]),
+            "model": column(lambda e: e.assignment.model),
+            "depth": column(lambda e: e.assignment.depth),
+            "exit_mode": column(lambda e: e.assignment.exit_mode.value),
+            "reason": column(_reason),
+            "ready_s": column(lambda e: e.ready_s),
+            "moved_bytes": column(lambda e: e.moved_bytes),
+            "snapshot": column(lambda e: snapshot_to_json(e.snapshot)),
+        },
+        strict=False,
+    )
+
+
+def _reason(entry: DecisionEntry) -> str:
+    """The policy's words."""
+    return entry.decision.reason
+
+
+def timeline_table(run: Run) -> pl.DataFrame:
+    """The replicas' timelines: running sums become means and counts over intervals."""
+    names = np.array([*run.setup.candidates, ""])
+    parts = []
+    for replica in run.replicas:
+        lines = run.world.samples[replica.index, : int(replica.rep.num_samples)]
+        # Of several lines at one instant the last holds all that happened until then.
+        lasts = np.append(lines["time_s"][1:] > lines["time_s"][:-1], True)
+        lines = lines[lasts & (lines["time_s"] > 0.0)]
+        interval_s = np.diff(np.concatenate([[0.0], lines["time_s"]]))
+
+        def per_interval(name: str, lines: Any = lines) -> Any:
+            return np.diff(np.concatenate([[0], lines[name]]))
+
+        parts.append(
+            pl.DataFrame(
+                {
+                    "replica": np.full(len(lines), replica.index),
+                    "time_s": np.ascontiguousarray(lines["time_s"]),
+                    "interval_s": interval_s,
+                    "mean_running": per_interval("batch_seconds") / interval_s,
+                    "waiting": np.ascontiguousarray(lines["waiting"]),
+                    "kv_blocks_used": np.ascontiguousarray(lines["used_blocks"]),
+                    "kv_blocks": np.ascontiguousarray(lines["pool_blocks"]),
+                    "model": names[lines["model"]],
+                    "depth": np.ascontiguousarray(lines["depth"]),
+                    "state": np.array(STATE_NAMES)[lines["state"]],
+                    "power_w": per_interval("energy_j") / interval_s,
+                    "tokens": per_interval("tokens"),
+                    "breaches": per_interval("breaches"),
+                }
+            )
+        )
+    return pl.concat(parts)
+
+
+def totals(run: Run) -> RunTotals:
+    """Sums over replicas."""
+    reps = run.world.replicas
+    parts = [replica.totals for replica in run.replicas]
+    setup = run.setup
+    depth_seconds: dict[str, float] = {}
+    for part in parts:
+        for name, seconds in part.depth_seconds.items():
+            depth_seconds[name] = depth_seconds.get(name, 0.0) + seconds
+    counts = run.world.exit_counts.sum(axis=0)
+    exit_layers = {name: setup.profile.model(name).model.exit_layers for name in setup.candidates}
+    per_request = run.requests.mean_prompt_tokens + run.requests.mean_output_tokens
+    model, _, depth = max(depth_seconds, key=lambda name: depth_seconds[name]).partition("@")
+    held_s = run.end_s * len(reps)
+    pool_seconds = sum(
+        seconds * setup.pool_blocks(*_assignment(name)) for name, seconds in depth_seconds.items()
+    )
+    return RunTotals(
+        end_s=run.end_s,
+        num_replicas=len(reps),
+        num_gpus=len(reps) * setup.profile.device.num_gpus,
+        energy_j=_sum(reps, "energy_j"),
+        energy_idle_j=_sum(reps, "idle_energy_j"),
+        energy_load_j=math.fsum(part.energy_load_j for part in parts),
+        busy_s=_sum(reps, "busy_s"),
+        idle_s=_sum(reps, "idle_s"),
+        load_s=math.fsum(part.load_s for part in parts),
+        drain_s=math.fsum(part.drain_s for part in parts),
+        evaluation_s=math.fsum(
+            stop - start for start, stop in evaluations(run)
+        ),
+        num_iterations=_count(reps, "num_iterations"),
+        num_decode_iterations=_count(reps, "num_decode_iterations"),
+        decode_rows=_count(reps, "decode_rows"),
+        decode_s=_sum(reps, "decode_s"),
+        batch_seconds=_sum(reps, "batch_seconds"),
+        max_running=int(reps["max_rows"].max()),
+        max_batch_size_supported=setup.requests_that_fit(model, int(depth), per_request),
+        peak_weight_bytes=max(part.peak_weight_bytes for part in parts),
+        mean_weight_bytes=sum(part.weight_byte_seconds for part in parts) / held_s,
+        num_switches=sum(part.num_switches for part in parts),
+        num_loads=sum(part.num_loads for part in parts),
+        num_evaluations=sum(part.num_evaluations for part in parts),
+        num_breach_events=sum(part.num_breach_events for part in parts),
+        switch_time_s=math.fsum(part.switch_time_s for part in parts),
+        regime_s={
+            name: math.fsum(float(rep.regime_s[k]) for rep in reps)
+            for k, name in enumerate(REGIMES)
+        },
+        exit_layers=exit_layers,
+        exit_counts={
+            name: tuple(int(count) for count in counts[m, : len(exit_layers[name])])
+            for m, name in enumerate(setup.candidates)
+        },
+        depth_seconds=depth_seconds,
+        kv_block_tokens=setup.serving.block_tokens,
+        mean_kv_use=_sum(reps, "kv_block_seconds") / pool_seconds if pool_seconds else 0.0,
+        itl_bins_s=itl_edges(),
+        itl_counts=tuple(int(count) for count in run.world.itl_counts.sum(axis=0)),
+        itl_sum_s=_sum(reps, "itl_sum_s"),
+        itl_sum_square_s2=_sum(reps, "itl_sum_square_s2"),
+    )
+
+
+def evaluations(run: Run) -> list[tuple[float, float]]:
+    """Start and end of each evaluation, from the decision to the next one."""
+    spans = []
+    for replica in run.replicas:
+        mine = [entry for entry in run.decisions if entry.replica == replica.index]
+        for k, entry in enumerate(mine):
+            if isinstance(entry.decision, Evaluate):
+                last = k + 1 == len(mine)
+                spans.append((entry.time_s, run.end_s if last else mine[k + 1].time_s))
+    return spans
+
+
+def itl_edges() -> tuple[float, ...]:
+    """Edges of the gap histogram: octaves cut into equal steps of the mantissa."""
+    return tuple(
+        math.ldexp(0.5 + step / (2 * ITL_BINS_PER_OCTAVE), ITL_SMALLEST_EXPONENT + octave)
+        for octave in range(ITL_OCTAVES)
+        for step in range(ITL_BINS_PER_OCTAVE)
+    ) + (math.ldexp(0.5, ITL_SMALLEST_EXPONENT + ITL_OCTAVES),)
+
+
+def _assignment(name: str) -> tuple[str, int]:
+    model, _, depth = name.partition("@")
+    return model, int(depth)
+
+
+def _sum(reps: Any, name: str) -> float:
+    return math.fsum(float(value) for value in reps[name])
+
+
+def _count(reps: Any, name: str) -> int:
+    return int(reps[name].sum())

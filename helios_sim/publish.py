@@ -1,0 +1,81 @@
+"""Runs and their pages written where the user asked: whole, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import InputError
+from helios_sim.experiment import Experiment, Result, folder_name
+from helios_sim.records import RUN_FILES, RunData, move_into_place, write_run
+from helios_sim.report import render
+
+PAGE = "report.html"
+
+
+def check_results_target(out_dir: Path) -> None:
+    """Raise `InputError` unless results may be written here: nothing, or results to replace."""
+    if not out_dir.exists():
+        return
+    if not out_dir.is_dir():
+        raise InputError("It is a file; allowed is a new folder.", str(out_dir))
+    for entry in out_dir.iterdir():
+        is_run = entry.is_dir() and {file.name for file in entry.iterdir()} <= {*RUN_FILES, PAGE}
+        if not is_run and entry.name != PAGE:
+            raise InputError(
+                f"The folder holds {entry.name!r}, which is no run of ours; allowed is a new folder, "
+                "an empty one, or earlier results to replace.",
+                str(out_dir),
+            )
+
+
+def write_results(experiment: Experiment, results: Sequence[Result], out_dir: Path) -> None:
+    """Write one folder a policy and the page that compares them, and move all into place."""
+    target = out_dir.resolve()
+    check_results_target(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        for result in results:
+            folder = partial / folder_name(result.run.label)
+            write_run(
+                result.run,
+                result.summary,
+                folder,
+                lambda made, result=result: _page(experiment, [result], made / PAGE),
+            )
+        _page(experiment, results, partial / PAGE)
+        partial.chmod(0o755)
+        move_into_place(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_page(
+    runs: Sequence[RunData], summaries: Sequence[Mapping[str, Any]], target: Path
+) -> None:
+    """Write the page of one run or of several compared, under a temporary name first."""
+    scenario = runs[0].scenario
+    text = render(
+        runs,
+        summaries,
+        title=str(scenario.get("name", runs[0].label)),
+        question=str(scenario.get("question", "")),
+        notes=[str(note) for note in scenario.get("notes", [])],
+    )
+    if not target.parent.is_dir():
+        raise InputError("There is no such folder to write the page to.", str(target.parent))
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _page(experiment: Experiment, results: Sequence[Result], target: Path) -> None:
+    write_page([result.run for result in results], [result.summary for result in results], target)

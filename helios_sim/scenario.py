@@ -1,0 +1,320 @@
+"""A scenario file becomes frozen settings: strict keys, checked values, errors that name the place."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from helios_sim.arrivals import ClosedArrivals, StrictSettings, as_tuple
+from helios_sim.errors import InputError
+from helios_sim.policy.registry import make_policy, policy_names, policy_options
+from helios_sim.slo import SloSpec, slo_from_table
+from helios_sim.workload import WorkloadSettings
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Bytes = Annotated[int, Field(ge=0, le=10**15)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
+Router = Literal["round-robin", "random", "least-outstanding", "least-kv"]
+
+
+class FleetSettings(StrictSettings):
+    """The `[fleet]` table: which profile, which candidates, how many replicas, how routed.
+
+    `memory_bytes` overrides the profile's device; `reserve_bytes` is kept free of weights and KV.
+    With `weights_start = "disk"` the first load of each model on a host comes from disk, later
+    ones from host memory. Replicas of one host share its disk and its link.
+    """
+
+    profile: str
+    candidates: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    num_replicas: Count = 1
+    replicas_per_host: Count = 8
+    router: Router = "round-robin"
+    memory_bytes: Annotated[int | None, Field(ge=1, le=10**15)] = None
+    memory_utilisation: Share = 0.9
+    reserve_bytes: Bytes = 0
+    weights_start: Literal["disk", "host"] = "disk"
+
+
+class ServingSettings(StrictSettings):
+    """The `[serving]` table: how a replica batches, caches and changes its assignment.
+
+    `on_change` says what becomes of running requests when the model or its depth changes:
+    `drain` finishes them first, `recompute` sends them back and prefills them again. The
+    expected lengths size the batch limits that a policy is told; a policy never sees the true
+    ones.
+    """
+
+    batching: Literal["static", "continuous", "chunked"] = "continuous"
+    max_batch: Annotated[int, Field(ge=1, le=4096)] = 256
+    block_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
+    max_prefill_tokens: Count = 8192
+    chunk_tokens: Count = 512
+    watermark: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    skipped_kv: Literal["filled", "recomputed"] = "filled"
+    on_change: Literal["drain", "recompute"] = "drain"
+    overlap_loads: bool = True
+    expected_prompt_tokens: Count = 512
+    expected_output_tokens: Count = 128
+
+    @model_validator(mode="after")
+    def _check_chunk(self) -> Self:
+        if self.batching == "chunked" and self.chunk_tokens < self.max_batch:
+            raise ValueError(
+                f"chunk_tokens is {self.chunk_tokens} but max_batch is {self.max_batch}; the token "
+                "budget of chunked batching must be at least max_batch, or prompts would starve."
+            )
+        return self
+
+
+class MeasureSettings(StrictSettings):
+    """The `[measure]` table: what is cut as warm-up and how often the run is repeated."""
+
+    warmup_s: Seconds = 0.0
+    warmup_requests: Annotated[int, Field(ge=0, le=50_000_000)] = 0
+    replications: Annotated[int, Field(ge=1, le=1000)] = 1
+    timeline_interval_s: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+
+
+class PolicySettings(BaseModel):
+    """One `[[policy]]`: the policy's name, a label for tables, and the policy's own options."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+    use: Annotated[str, Field(min_length=1)]
+    label: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The label, or the policy's name without one."""
+        return self.label or self.use
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The policy's own options, as given."""
+        return dict(self.model_extra or {})
+
+
+class Scenario(StrictSettings):
+    """A question to the simulator: workload, fleet, serving, objectives and policies."""
+
+    schema_version: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1)]
+    question: str = ""
+    notes: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 1
+    workload: WorkloadSettings
+    fleet: FleetSettings
+    serving: ServingSettings = ServingSettings()
+    slo: dict[str, Any] = Field(default_factory=dict)
+    measure: MeasureSettings = MeasureSettings()
+    policy: Annotated[tuple[PolicySettings, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check_policies(self) -> Self:
+        labels = [policy.name for policy in self.policy]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(
+                f"Two policies are called {twice[0]!r}; give each a label of its own."
+            )
+        return self
+
+    @property
+    def slo_spec(self) -> SloSpec:
+        """The service level objectives, parsed; without a table there are none."""
+        return slo_from_table(self.slo, "slo") if self.slo else SloSpec(())
+
+
+def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
+    """Read a scenario file, with `dotted.key=value` changes applied (values in TOML syntax)."""
+    if not path.is_file():
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        )
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"There is no scenario file{hint}", str(path))
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"This is not valid TOML: {error}.", str(path)) from error
+    except UnicodeDecodeError as error:
+        raise InputError("This is not UTF-8 text.", str(path)) from error
+    for change in changes:
+        apply_change(data, change)
+    return parse_scenario(data, str(path), path.parent)
+
+
+def parse_scenario(data: Mapping[str, Any], where: str, base_dir: Path) -> Scenario:
+    """Check plain data against the schema; `where` is named in errors."""
+    try:
+        scenario = Scenario.model_validate(data)
+    except ValidationError as error:
+        raise _first_error(error, data, where) from error
+    try:
+        scenario.slo_spec  # noqa: B018 - parsing is the check
+        for index, policy in enumerate(scenario.policy):
+            make_policy(
+                policy.use,
+                policy.options,
+                search_path=base_dir,
+                where=f"policy {index + 1} ({policy.name})",
+            )
+    except InputError as error:
+        raise InputError(error.message, f"{where}, {error.where}") from error
+    _check_together(scenario, where)
+    return scenario
+
+
+def _check_together(scenario: Scenario, where: str) -> None:
+    """Settings that are fine alone but not together."""
+    modes = [policy.options.get("exit_mode") for policy in scenario.policy]
+    if scenario.serving.skipped_kv == "recomputed" and "rebatch" in modes:
+        raise InputError(
+            'skipped_kv is "recomputed" but a policy uses exit_mode "rebatch", which fills the KV of '
+            'those who leave; use skipped_kv = "filled".',
+            f"{where}, serving.skipped_kv",
+        )
+
+
+def apply_change(data: dict[str, Any], change: str) -> None:
+    """Apply one `dotted.key=value`; a number in the path is an index, from 0."""
+    key, separator, text = change.partition("=")
+    path = key.strip().split(".")
+    if not separator or not all(path):
+        raise InputError(
+            f"{change!r} cannot be read; write dotted.key=value, such as fleet.num_replicas=2.",
+            "--set",
+        )
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    node: Any = data
+    for depth, part in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise InputError(
+                    f"{key!r} needs an index from 0 to {len(node) - 1} in place of {part!r}.",
+                    "--set",
+                )
+            if last:
+                node[int(part)] = value
+            else:
+                node = node[int(part)]
+        elif isinstance(node, dict):
+            if last:
+                node[part] = value
+            else:
+                node = node.setdefault(part, {})
+        else:
+            raise InputError(
+                f"{key!r} goes into {'.'.join(path[:depth])!r}, which is a plain value.", "--set"
+            )
+
+
+def resolved(scenario: Scenario) -> dict[str, Any]:
+    """The scenario as plain data with every default filled in, without unset keys."""
+    return scenario.model_dump(mode="json", exclude_none=True)
+
+
+def scenario_schema() -> dict[str, Any]:
+    """JSON Schema of scenario files, with the options of every shipped policy."""
+    schema = Scenario.model_json_schema()
+    schema["title"] = "helios scenario"
+    entry = schema["$defs"]["PolicySettings"]
+    entry["properties"]["use"]["examples"] = list(policy_names())
+    entry["allOf"] = [
+        {
+            "if": {"properties": {"use": {"const": name}}},
+            "then": {
+                "properties": {
+                    option: _option_schema(default, meaning)
+                    for option, (default, meaning) in policy_options(name).items()
+                }
+            },
+        }
+        for name in policy_names()
+    ]
+    return schema
+
+
+def _option_schema(default: Any, meaning: str) -> dict[str, Any]:
+    """What an editor may say of a policy's option."""
+    plain = list(default) if isinstance(default, tuple) else default
+    known = plain if isinstance(plain, (bool, int, float, str, list)) else None
+    return {"description": meaning} | ({} if known is None else {"default": known})
+
+
+def _first_error(error: ValidationError, data: Mapping[str, Any], where: str) -> InputError:
+    """The first thing wrong with a scenario, said in one sentence."""
+    first = error.errors(include_url=False)[0]
+    location = _place(first["loc"], data)
+    place = ".".join(str(part) for part in location) or "the file"
+    kind = first["type"]
+    given = first.get("input")
+    if kind == "extra_forbidden":
+        unknown = str(location[-1])
+        allowed = _allowed_keys(location[:-1])
+        near = difflib.get_close_matches(unknown, allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listed = f" Allowed are {', '.join(allowed)}." if allowed else ""
+        return InputError(f"Unknown key {unknown!r}.{hint}{listed}", f"{where}, {place}")
+    if kind == "missing":
+        return InputError(f"The key {str(location[-1])!r} is required.", f"{where}, {place}")
+    if kind == "value_error":
+        return InputError(str(first["ctx"]["error"]), f"{where}, {place}")
+    shown = "" if isinstance(given, (dict, list, tuple)) else f" was given {given!r};"
+    rule = first["msg"][0].lower() + first["msg"][1:]
+    return InputError(f"{place}{shown} {rule}.", f"{where}, {place}")
+
+
+def _place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
+    """The part of pydantic's location that exists in the file: union tags are left out."""
+    node = data
+    place: list[int | str] = []
+    for index, part in enumerate(location):
+        if isinstance(node, Mapping) and part in node:
+            node = node[str(part)]
+        elif isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif index < len(location) - 1:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys a table of the scenario may have."""
+    models: list[type[BaseModel]] = [Scenario]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        found: list[type[BaseModel]] = []
+        for model in models:
+            field = model.model_fields.get(str(part))
+            if field is not None:
+                found += _models_in(field.annotation)
+        models = found
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings tables that an annotation can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inner = getattr(annotation, "__value__", None)
+    parts = get_args(annotation) if inner is None else (inner,)
+    return [model for part in parts for model in _models_in(part)]
+
+
+def uses_closed_loop(scenario: Scenario) -> bool:
+    """Whether requests follow the end of earlier ones."""
+    return isinstance(scenario.workload.arrivals, ClosedArrivals)

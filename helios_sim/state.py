@@ -1,0 +1,281 @@
+"""The typed state of a simulated fleet: one record a replica, a row and a request, in one world.
+
+The batch loop works on nothing else. Records keep a call from Python cheap and the loop's memory
+close together; integers that name things (models, levels, requests) are indices.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+NOBODY: Final = -1
+"""The end of a linked list of requests."""
+
+UNSENT: Final = 0
+WAITING: Final = 1
+RUNNING: Final = 2
+FINISHED: Final = 3
+REFUSED: Final = 4
+
+STATIC: Final = 0
+CONTINUOUS: Final = 1
+CHUNKED: Final = 2
+BATCHING: Final = {"static": STATIC, "continuous": CONTINUOUS, "chunked": CHUNKED}
+
+FULL: Final = 0
+SOLO: Final = 1
+WAIT: Final = 2
+REBATCH: Final = 3
+LOADED_DEPTH: Final = 4
+EXIT_MODES: Final = {
+    "full": FULL,
+    "solo": SOLO,
+    "wait": WAIT,
+    "rebatch": REBATCH,
+    "loaded-depth": LOADED_DEPTH,
+}
+
+AT_HORIZON: Final = 0
+REASSESS_DUE: Final = 1
+BREACHED: Final = 2
+DRAINED: Final = 3
+OUT_OF_WORK: Final = 4
+PAUSED: Final = 5
+
+BETWEEN: Final = 0
+PREFILLING: Final = 1
+DECODING: Final = 2
+MIXED: Final = 3
+
+TUMBLING: Final = 0
+SLIDING: Final = 1
+
+AGREE: Final = 0
+NLL: Final = 1
+OBSERVED_BREACH: Final = 2
+RELATIVE_BREACH: Final = 3
+
+NLL_UNITS_PER_NAT: Final = 1024
+"""Likelihoods are summed as whole units, so that no order of summation shows."""
+
+ITL_BINS_PER_OCTAVE: Final = 64
+ITL_OCTAVES: Final = 40
+ITL_SMALLEST_EXPONENT: Final = -20
+
+TIMELINE_CAPACITY: Final = 4096
+
+REQUEST = np.dtype(
+    [
+        ("arrival_s", "f8"),
+        ("admitted_s", "f8"),
+        ("first_token_s", "f8"),
+        ("finished_s", "f8"),
+        ("last_token_s", "f8"),
+        ("think_s", "f8"),
+        ("nll", "i8"),
+        ("executed_layers", "i8"),
+        ("prompt", "i4"),
+        ("output", "i4"),
+        ("generated", "i4"),
+        ("decoded", "i4"),
+        ("domain", "i4"),
+        ("trace_start", "i4"),
+        ("next", "i4"),
+        ("successor", "i4"),
+        ("agree", "i4"),
+        ("breaches", "i4"),
+        ("relative_breaches", "i4"),
+        ("preemptions", "i4"),
+        ("replica", "i2"),
+        ("model", "i2"),
+        ("depth", "i2"),
+        ("status", "i1"),
+        ("evaluated", "i1"),
+    ],
+    align=True,
+)
+
+ROW = np.dtype(
+    [
+        ("last_token_s", "f8"),
+        ("layers_mark", "i8"),
+        ("request", "i4"),
+        ("context", "i4"),
+        ("remaining", "i4"),
+        ("place", "i4"),
+        ("wrap", "i4"),
+        ("to_prefill", "i4"),
+        ("chunk", "i4"),
+        ("pending", "i4"),
+        ("room", "i4"),
+        ("joined_place", "i4"),
+        ("joined_remaining", "i4"),
+        ("held", "i2"),
+        ("leaves_at", "i2"),
+    ],
+    align=True,
+)
+"""A running request. `context` counts tokens in its KV cache, `place` is where in the exit trace
+its next token stands and `wrap` where the domain's trace ends; `to_prefill` counts prompt tokens
+still to be prefilled and `chunk` those of the iteration under way; `pending` counts tokens whose
+deeper KV is missing; `room` counts free places in its last block; `joined_place` and
+`joined_remaining` remember where its tokens were last settled; `held` counts the exits it has
+passed while it waits for company (0: none, it starts a new token); `leaves_at` is the exit level
+at which it leaves the iteration under way, plus 1 (0: it does not leave)."""
+
+REPLICA = np.dtype(
+    [
+        ("now_s", "f8"),
+        ("end_s", "f8"),
+        ("iteration_start_s", "f8"),
+        ("iteration_j", "f8"),
+        ("idle_since_s", "f8"),
+        ("idle_w", "f8"),
+        ("energy_j", "f8"),
+        ("idle_energy_j", "f8"),
+        ("idle_s", "f8"),
+        ("busy_s", "f8"),
+        ("decode_s", "f8"),
+        ("batch_seconds", "f8"),
+        ("kv_block_seconds", "f8"),
+        ("regime_s", "f8", (3,)),
+        ("itl_sum_s", "f8"),
+        ("itl_sum_square_s2", "f8"),
+        ("sample_interval_s", "f8"),
+        ("next_sample_s", "f8"),
+        ("ttft_sum_s", "f8"),
+        ("tpot_sum_s", "f8"),
+        ("watermark", "f8"),
+        ("phase", "i8"),
+        ("regime", "i8"),
+        ("model", "i8"),
+        ("level", "i8"),
+        ("depth", "i8"),
+        ("column", "i8"),
+        ("exit_mode", "i8"),
+        ("batching", "i8"),
+        ("max_batch", "i8"),
+        ("batch_limit", "i8"),
+        ("max_prefill_tokens", "i8"),
+        ("chunk_tokens", "i8"),
+        ("recompute_kv", "i8"),
+        ("block_tokens", "i8"),
+        ("pool_blocks", "i8"),
+        ("free_blocks", "i8"),
+        ("staged_blocks", "i8"),
+        ("draining", "i8"),
+        ("pausing", "i8"),
+        ("evaluating", "i8"),
+        ("quota", "i8"),
+        ("finish_target", "i8"),
+        ("watching", "i8"),
+        ("window_kind", "i8"),
+        ("window_tokens", "i8"),
+        ("breach_limit", "i8"),
+        ("window_seen", "i8"),
+        ("window_breaches", "i8"),
+        ("tripped", "i8"),
+        ("num_rows", "i8"),
+        ("full_rows", "i8"),
+        ("context_sum", "i8"),
+        ("static_rows", "i8"),
+        ("iteration_layers", "i8"),
+        ("cumulative_layers", "i8"),
+        ("waiting_head", "i8"),
+        ("waiting_tail", "i8"),
+        ("inbox_head", "i8"),
+        ("inbox_tail", "i8"),
+        ("num_waiting", "i8"),
+        ("num_inbox", "i8"),
+        ("num_finished", "i8"),
+        ("num_refused", "i8"),
+        ("num_preemptions", "i8"),
+        ("num_iterations", "i8"),
+        ("num_decode_iterations", "i8"),
+        ("decode_rows", "i8"),
+        ("max_rows", "i8"),
+        ("num_tokens", "i8"),
+        ("num_breaches", "i8"),
+        ("nll", "i8"),
+        ("executed_layers", "i8"),
+        ("period_finished", "i8"),
+        ("period_tpots", "i8"),
+        ("num_samples", "i8"),
+    ],
+    align=True,
+)
+"""A replica. `phase` is what it does until `end_s`; `full_rows` counts decoding rows whose last
+block is full and `context_sum` the tokens in the KV cache of decoding rows; `draining` admits
+nobody, `pausing` stops at the next boundary; `column` selects the trace tables for its
+exit mode and loaded level. Sums run over the whole run; the host takes differences where it
+needs a period, except `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which
+the host clears at each decision."""
+
+SAMPLE = np.dtype(
+    [
+        ("time_s", "f8"),
+        ("energy_j", "f8"),
+        ("batch_seconds", "f8"),
+        ("tokens", "i8"),
+        ("breaches", "i8"),
+        ("waiting", "i4"),
+        ("used_blocks", "i4"),
+        ("pool_blocks", "i4"),
+        ("model", "i2"),
+        ("depth", "i2"),
+        ("state", "i2"),
+    ],
+    align=True,
+)
+"""A line of the timeline; energy, batch seconds, tokens and breaches are running sums."""
+
+IDLE_STATE: Final = 0
+SERVING_STATE: Final = 1
+EVALUATING_STATE: Final = 2
+DRAINING_STATE: Final = 3
+LOADING_STATE: Final = 4
+STATE_NAMES: Final = ("idle", "serving", "evaluating", "draining", "loading")
+
+
+class World(NamedTuple):
+    """Everything the batch loop reads and writes.
+
+    Shapes: R replicas, S rows a replica, N requests, M models, K exit levels, P positions of all
+    domains' traces. A trace column is a loaded level where all leave (0..K-1) or a level up to
+    which tokens leave at their own exits (K..2K-1).
+    """
+
+    replicas: Any
+    """REPLICA, (R,)"""
+    rows: Any
+    """ROW, (R, S), in order of admission"""
+    requests: Any
+    """REQUEST, (N,)"""
+    coefficients: Any
+    """f8, (M, C), in the order of cost.COEFFICIENTS"""
+    padded: Any
+    """f8, (M, S + 1): decode rows after padding to a graph bucket"""
+    residual: Any
+    """f8, (M, S + 1): correction of a decode layer's time at a batch size"""
+    exit_layers: Any
+    """i8, (M, K)"""
+    max_positions: Any
+    """i8, (M,)"""
+    leaving_level: Any
+    """u1, (M, 2K, P): exit level at which the token at a position leaves"""
+    breach: Any
+    """u1, (M, 2K, P): whether it is a confidence breach there"""
+    prefix: Any
+    """i4, (M, 2K, P + domains, 4): running sums of agreement, likelihood and breaches"""
+    trace_length: int
+    """positions of one domain's trace"""
+    exit_counts: Any
+    """i8, (R, M, K): decoded tokens by the level at which they left"""
+    itl_counts: Any
+    """i8, (R, bins)"""
+    window: Any
+    """u1, (R, W): the last tokens' breaches, for a sliding window"""
+    samples: Any
+    """SAMPLE, (R, TIMELINE_CAPACITY)"""

@@ -1,0 +1,197 @@
+"""The world of a run laid out in arrays: requests, profile and exit traces become the loop's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios_sim.cost import COEFFICIENTS
+from helios_sim.errors import InputError
+from helios_sim.exits import ExitTraces
+from helios_sim.policy import rules
+from helios_sim.policy.contract import Watching
+from helios_sim.profile import ModelProfile, Profile
+from helios_sim.scenario import MeasureSettings, ServingSettings
+from helios_sim.state import (
+    AGREE,
+    BATCHING,
+    ITL_BINS_PER_OCTAVE,
+    ITL_OCTAVES,
+    NLL,
+    NLL_UNITS_PER_NAT,
+    NOBODY,
+    OBSERVED_BREACH,
+    RELATIVE_BREACH,
+    REPLICA,
+    REQUEST,
+    ROW,
+    SAMPLE,
+    SLIDING,
+    TIMELINE_CAPACITY,
+    TUMBLING,
+    World,
+)
+from helios_sim.workload import Requests
+
+UNBOUNDED = 1 << 60
+"""A quota or a target that is never reached."""
+
+_ON_ARRAYS: Any = rules
+"""The hot rules are plain comparisons, so they hold for whole arrays too."""
+
+
+@dataclass(frozen=True)
+class TraceTables:
+    """Exit traces under one confidence threshold per model, as the batch loop looks them up."""
+
+    leaving_level: NDArray[np.uint8]
+    breach: NDArray[np.uint8]
+    prefix: NDArray[np.int32]
+    trace_length: int
+    domains: tuple[str, ...]
+
+
+def records(shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Zeroed records whose fields are attributes, in compiled and in plain code."""
+    return np.zeros(shape, dtype).view(np.recarray)
+
+
+def trace_tables(
+    traces: ExitTraces, names: Sequence[str], thresholds: Mapping[str, float]
+) -> TraceTables:
+    """Look-up tables of all models, loaded levels and ways of leaving.
+
+    Column c < K holds what happens when all tokens leave at level c, column K + c when tokens
+    leave at their own exits but not beyond level c; models with fewer exits repeat their last.
+    """
+    num_levels = max(len(traces.exit_layers[name]) for name in names)
+    num_domains, length = len(traces.domains), traces.num_positions
+    positions = num_domains * length
+    leaving = np.zeros((len(names), 2 * num_levels, positions), np.uint8)
+    breach = np.zeros_like(leaving)
+    prefix = np.zeros((len(names), 2 * num_levels, positions + num_domains, 4), np.int32)
+    for m, name in enumerate(names):
+        threshold = thresholds[name]
+        own = traces.exit_level_at(name, threshold).reshape(positions).astype(np.int64)
+        last = len(traces.exit_layers[name]) - 1
+        confidence = traces.confidence[name].reshape(positions, last + 1).astype(np.float64)
+        deeper = _any_deeper(_ON_ARRAYS.leaves_here(confidence, threshold))
+        nll = np.rint(traces.nll_nats[name].astype(np.float64) * NLL_UNITS_PER_NAT)
+        per_level = {
+            AGREE: traces.agrees[name].reshape(positions, last + 1).astype(np.int64),
+            NLL: nll.reshape(positions, last + 1).astype(np.int64),
+        }
+        for column in range(2 * num_levels):
+            top = min(column % num_levels, last)
+            level = np.full(positions, top) if column < num_levels else np.minimum(own, top)
+            everywhere = np.arange(positions)
+            observed = _ON_ARRAYS.is_breach(confidence[everywhere, level], threshold, top == last)
+            leaving[m, column] = level
+            breach[m, column] = observed
+            values = np.zeros((positions, 4), np.int64)
+            for quantity, table in per_level.items():
+                values[:, quantity] = table[everywhere, level]
+            values[:, OBSERVED_BREACH] = observed
+            values[:, RELATIVE_BREACH] = np.logical_and(observed, deeper[everywhere, level])
+            sums = np.cumsum(values.reshape(num_domains, length, 4), axis=1)
+            if sums.max(initial=0) > np.iinfo(np.int32).max:
+                raise InputError(
+                    f"The exit trace of {name!r} is too long to be summed: {length} positions a domain."
+                )
+            column_sums = prefix[m, column].reshape(num_domains, length + 1, 4)
+            column_sums[:, 1:] = sums
+    return TraceTables(leaving, breach, prefix, length, traces.domains)
+
+
+def _any_deeper(confident: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether some deeper level than this one is confident."""
+    deeper = np.zeros_like(confident)
+    for level in range(confident.shape[1] - 2, -1, -1):
+        deeper[:, level] = deeper[:, level + 1] | confident[:, level + 1]
+    return deeper
+
+
+def build_world(
+    requests: Requests,
+    profile: Profile,
+    names: Sequence[str],
+    tables: TraceTables,
+    serving: ServingSettings,
+    measure: MeasureSettings,
+    watching: Watching,
+    num_replicas: int,
+) -> World:
+    """An empty fleet before its first event; requests are unsent and in nobody's inbox."""
+    models = [profile.model(name) for name in names]
+    num_levels = max(model.model.num_exits for model in models)
+    window = max(1, watching.breach_window_tokens or 1)
+    world = World(
+        replicas=records(num_replicas, REPLICA),
+        rows=records((num_replicas, serving.max_batch), ROW),
+        requests=request_records(requests, tables),
+        coefficients=np.array([model.coefficient_array() for model in models]).reshape(
+            len(models), len(COEFFICIENTS)
+        ),
+        padded=np.array([model.padded_rows(serving.max_batch) for model in models]),
+        residual=np.array([model.residual(serving.max_batch) for model in models]),
+        exit_layers=np.array([_levels(model, num_levels) for model in models], np.int64),
+        max_positions=np.array([model.model.shape.max_positions for model in models], np.int64),
+        leaving_level=tables.leaving_level,
+        breach=tables.breach,
+        prefix=tables.prefix,
+        trace_length=tables.trace_length,
+        exit_counts=np.zeros((num_replicas, len(models), num_levels), np.int64),
+        itl_counts=np.zeros((num_replicas, ITL_OCTAVES * ITL_BINS_PER_OCTAVE), np.int64),
+        window=np.zeros((num_replicas, window), np.uint8),
+        samples=records((num_replicas, TIMELINE_CAPACITY), SAMPLE),
+    )
+    for rep in world.replicas:
+        rep.waiting_head = rep.waiting_tail = NOBODY
+        rep.inbox_head = rep.inbox_tail = NOBODY
+        rep.idle_w = profile.device.idle_w
+        rep.batching = BATCHING[serving.batching]
+        rep.max_batch = serving.max_batch
+        rep.batch_limit = serving.max_batch
+        rep.max_prefill_tokens = serving.max_prefill_tokens
+        rep.chunk_tokens = serving.chunk_tokens
+        rep.watermark = serving.watermark
+        rep.recompute_kv = int(serving.skipped_kv == "recomputed")
+        rep.block_tokens = serving.block_tokens
+        rep.quota = UNBOUNDED
+        rep.finish_target = UNBOUNDED
+        rep.window_kind = TUMBLING if watching.window_kind == "tumbling" else SLIDING
+        rep.window_tokens = window
+        rep.breach_limit = watching.breach_limit
+        rep.sample_interval_s = measure.timeline_interval_s
+    return world
+
+
+def request_records(requests: Requests, tables: TraceTables) -> Any:
+    """One record a request, nothing of it served yet."""
+    table = records(len(requests), REQUEST)
+    table["arrival_s"] = requests.arrival_s
+    table["prompt"] = requests.prompt_tokens
+    table["output"] = requests.output_tokens
+    places = np.array([tables.domains.index(domain) for domain in requests.domains])
+    table["domain"] = places[requests.domain]
+    table["trace_start"] = requests.trace_start % tables.trace_length
+    for unset in ("admitted_s", "first_token_s", "finished_s", "last_token_s"):
+        table[unset] = np.nan
+    for nobody in ("next", "successor", "replica", "model", "depth"):
+        table[nobody] = NOBODY
+    if requests.user is not None:
+        order = np.argsort(requests.user, kind="stable")
+        same = requests.user[order][1:] == requests.user[order][:-1]
+        table["successor"][order[:-1][same]] = order[1:][same]
+        table["think_s"] = requests.arrival_s
+    return table
+
+
+def _levels(model: ModelProfile, num_levels: int) -> list[int]:
+    """Exit layers padded with the full depth."""
+    exits = list(model.model.exit_layers)
+    return exits + exits[-1:] * (num_levels - len(exits))
