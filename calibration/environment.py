@@ -23,7 +23,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Environment:
-    """Package versions (None where missing), CUDA and the GPUs, with the reason if there are none."""
+    """Package versions (None where missing), CUDA and the GPUs, or the reason for none."""
 
     python: str
     packages: dict[str, str | None]

@@ -32,7 +32,6 @@ from helios_sim.state import (
     ITL_BINS_PER_OCTAVE,
     ITL_OCTAVES,
     ITL_SMALLEST_EXPONENT,
-    LOADED_DEPTH,
     MIXED,
     NLL,
     NOBODY,
@@ -65,7 +64,7 @@ watch_sliding = compiled(rules.watch_sliding)
 def arrives_before(w: World, i: int, j: int) -> bool:
     """Whether request `i` arrives before request `j`; at one instant the smaller id does."""
     if w.requests[i].arrival_s != w.requests[j].arrival_s:
-        return w.requests[i].arrival_s < w.requests[j].arrival_s  # type: ignore[no-any-return]
+        return w.requests[i].arrival_s < w.requests[j].arrival_s
     return i < j
 
 
@@ -124,7 +123,7 @@ def pop_waiting(w: World, rep: Any) -> int:
     if rep.waiting_head == NOBODY:
         rep.waiting_tail = NOBODY
     rep.num_waiting -= 1
-    return i  # type: ignore[no-any-return]
+    return i
 
 
 @compiled
@@ -155,7 +154,7 @@ def never_fits(w: World, rep: Any, i: int) -> bool:
     total = w.requests[i].prompt + w.requests[i].output
     if total > w.max_positions[rep.model]:
         return True
-    return blocks_for(total - 1, rep.block_tokens) > rep.pool_blocks  # type: ignore[no-any-return]
+    return blocks_for(total - 1, rep.block_tokens) > rep.pool_blocks
 
 
 @compiled
@@ -216,7 +215,7 @@ def next_may_join(w: World, r: int, rep: Any) -> bool:
     if rep.waiting_head == NOBODY:
         return False
     req = w.requests[rep.waiting_head]
-    return may_join(  # type: ignore[no-any-return]
+    return may_join(
         rep.num_rows,
         rep.batch_limit,
         blocks_for(req.prompt + req.generated, rep.block_tokens),
@@ -311,7 +310,7 @@ def account_token(w: World, rep: Any, row: Any, column: int, counts_breach: bool
 def row_blocks(rep: Any, row: Any) -> int:
     """Blocks a row holds between iterations; a held row has room for the token under way."""
     started = 1 if row.held > 0 else 0
-    return blocks_for(row.context + row.to_prefill + started, rep.block_tokens)  # type: ignore[no-any-return]
+    return blocks_for(row.context + row.to_prefill + started, rep.block_tokens)
 
 
 @compiled
@@ -586,9 +585,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         if leaving > 0:
             rest_s, _ = remaining_pass(w, rep, level + 1, padded, float(context), residual)
             overhead_s = c[cost.REBATCH_OVERHEAD_S]
-            if rebatch_pays(
-                leaving, batch, shallow_s, rest_s + overhead_s, shallow_s + rest_s
-            ):
+            if rebatch_pays(leaving, batch, shallow_s, rest_s + overhead_s, shallow_s + rest_s):
                 seconds = seconds + overhead_s
                 break
         level += 1
@@ -983,7 +980,7 @@ def advance(w: World, r: int, horizon_s: float) -> int:
             take_arrivals(w, rep)
             cause = why_stop(rep)
             if cause != AT_HORIZON:
-                return cause  # type: ignore[no-any-return]
+                return cause
         elif rep.now_s >= horizon_s:
             return AT_HORIZON
         take_arrivals(w, rep)

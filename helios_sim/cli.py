@@ -17,7 +17,7 @@ import typer
 from helios_sim.errors import InputError
 
 if TYPE_CHECKING:
-    from helios_sim.experiment import Experiment, Progress, Result
+    from helios_sim.experiment import Progress, Result
     from helios_sim.scenario import Scenario
 
 BAD_INPUT = 2
@@ -52,7 +52,8 @@ def simulate(
     seed: Annotated[int | None, typer.Option(help="Replace the scenario's seed.")] = None,
     changes: Changes = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the runs and the page.", show_default="runs/NAME")
+        Path | None,
+        typer.Option(help="Folder for the runs and the page.", show_default="runs/NAME"),
     ] = None,
     as_json: Annotated[
         bool,
@@ -77,7 +78,7 @@ def simulate(
         results = [run_policy(experiment, chosen, progress) for chosen in policies]
         if target is not None:
             progress("writing", 0.0)
-            _write(experiment, results, target)
+            _write(results, target)
     if as_json:
         summaries = [result.summary for result in results]
         _print_json(summaries[0] if len(summaries) == 1 else summaries)
@@ -192,10 +193,10 @@ def _load(path: Path, changes: Sequence[str]) -> Scenario:
     return load_scenario(path, changes)
 
 
-def _write(experiment: Experiment, results: Sequence[Result], target: Path) -> None:
+def _write(results: Sequence[Result], target: Path) -> None:
     from helios_sim.publish import write_results
 
-    write_results(experiment, results, target)
+    write_results(results, target)
 
 
 def _show(results: Sequence[Result]) -> None:
@@ -237,5 +238,3 @@ def _say(text: str) -> None:
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, allow_nan=False))
-
-

@@ -39,7 +39,7 @@ def source_hash() -> str:
 
 
 def _cache_dir() -> Path:
-    """A writable folder for compiled code: $HELIOS_CACHE_DIR, the user's cache, or a temporary one."""
+    """A writable folder: $HELIOS_CACHE_DIR, the user's cache, or a temporary one."""
     chosen = os.environ.get("HELIOS_CACHE_DIR")
     base = Path(chosen) if chosen else Path.home() / ".cache" / "helios-sim"
     folder = base / source_hash()
@@ -57,9 +57,10 @@ numba.config.CACHE_DIR = str(_cache_dir())  # type: ignore[attr-defined]
 
 def compiled(function: F) -> F:
     """Compile a function with numba, cached on disk, without reordering any arithmetic."""
-    return numba.njit(cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    dispatcher: Any = numba.njit(cache=True, error_model="numpy")(function)
+    return dispatcher  # type: ignore[no-any-return]
 
 
 def compilable(function: F) -> F:
     """Leave a function as it is, and let compiled functions call it compiled."""
-    return numba.extending.register_jitable(function)  # type: ignore[no-any-return]
+    return numba.extending.register_jitable(function)

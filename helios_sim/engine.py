@@ -34,7 +34,6 @@ from helios_sim.policy.contract import (
     Policy,
     Slo,
     Snapshot,
-    Switch,
     Telemetry,
 )
 from helios_sim.policy.controller import Controller
@@ -47,9 +46,7 @@ from helios_sim.state import (
     EXIT_MODES,
     LOADING_STATE,
     NLL_UNITS_PER_NAT,
-    NOBODY,
     OUT_OF_WORK,
-    REASSESS_DUE,
     World,
 )
 from helios_sim.workload import Requests
@@ -150,7 +147,7 @@ class Clock:
 
 @dataclass
 class Host:
-    """A machine whose replicas share one disk and one link to their GPUs, first come first served."""
+    """A machine whose replicas share one disk and one link to their GPUs, first come first."""
 
     disk_free_s: float = 0.0
     link_free_s: float = 0.0
@@ -284,7 +281,10 @@ class Replica:
             batch.sample(self.run.world, self.index, LOADING_STATE)
 
     def reserve_transfer(self, entry: DecisionEntry) -> tuple[float, float]:
-        """Take the host's disk and link in turn; returns when the weights are here and how long they moved."""
+        """Take the host's disk and link in turn.
+
+        Returns when the weights are here, and how many seconds they moved.
+        """
         loading = self.run.setup.profile.loading
         model = entry.assignment.model
         at_s = float(self.rep.now_s)
@@ -330,12 +330,14 @@ class Replica:
         model = setup.profile.model(assignment.model).model
         pool = setup.pool_blocks(assignment.model, assignment.depth)
         if pool == 0:
+            gib = 2**30
+            weights_gib = model.weight_bytes(assignment.depth) / gib
             raise InputError(
-                f"Model {assignment.model!r} with {assignment.depth} of {model.shape.layers} layers "
-                f"does not fit: its weights take {model.weight_bytes(assignment.depth) / 2**30:.1f} "
-                f"GiB and nothing is left for KV of {setup.memory_bytes / 2**30:.1f} GiB at "
-                f"utilisation {setup.fleet.memory_utilisation:g}; choose a smaller model, a "
-                "shallower depth or more memory.",
+                f"Model {assignment.model!r} with {assignment.depth} of {model.shape.layers} "
+                f"layers does not fit: its weights take {weights_gib:.1f} GiB of "
+                f"{setup.memory_bytes / gib:.1f} GiB at utilisation "
+                f"{setup.fleet.memory_utilisation:g}, which leaves no room for KV; choose a "
+                "smaller model, a shallower depth or more memory.",
                 "fleet",
             )
         self.account_weights()
@@ -600,8 +602,9 @@ class Run:
         self.finish()
 
     def send_requests(self) -> None:
-        """Hand requests to replicas: at once where the router needs no load, else as they arrive."""
-        sent_alone = np.arange(len(self.requests))
+        """Hand requests to replicas: at once, or as they arrive where the router needs the load."""
+        sent_alone: Any = np.arange(len(self.requests))
+        places: Any
         if self.requests.user is not None:
             _, sent_alone = np.unique(self.requests.user, return_index=True)
             places = self.requests.user[sent_alone] % len(self.replicas)
@@ -617,7 +620,7 @@ class Run:
         batch.push_all(self.world, sent_alone, places.astype(np.int64))
 
     def traffic(self) -> Process:
-        """Route each request when it arrives, to the replica with the least load at that instant."""
+        """Route each request when it arrives, to the replica with the least load then."""
         arrivals = self.requests.arrival_s
         by_kv = self.setup.fleet.router == "least-kv"
         for i in range(len(arrivals)):

@@ -44,20 +44,14 @@ class Experiment:
 
     def requests(self, seed: int) -> tuple[Requests, int]:
         """The workload of one seed, and how many requests were shortened to the context."""
-        requests = generate(
-            self.scenario.workload, seed, self.base_dir, self.setup.traces.domains
-        )
-        return fit_context(
-            requests, self.context_tokens, self.scenario.workload.over_context
-        )
+        requests = generate(self.scenario.workload, seed, self.base_dir, self.setup.traces.domains)
+        return fit_context(requests, self.context_tokens, self.scenario.workload.over_context)
 
     @property
     def context_tokens(self) -> int:
         """The shortest context among the candidates: a request may be served by any of them."""
         profile = self.setup.profile
-        return min(
-            profile.model(name).model.shape.max_positions for name in self.setup.candidates
-        )
+        return min(profile.model(name).model.shape.max_positions for name in self.setup.candidates)
 
 
 def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Experiment:
@@ -89,8 +83,10 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
     return Experiment(scenario, base_dir, setup, tuple(scenario.notes))
 
 
-def policy_slo(spec: SloSpec) -> Slo:
+def policy_slo(spec: SloSpec | None) -> Slo:
     """The limits that bound a shortlist."""
+    if spec is None:
+        return Slo()
     limits = {limit.metric: limit.limit_s for limit in spec.limits}
     return Slo(limits.get("ttft"), limits.get("tpot"), limits.get("e2e"))
 
@@ -129,16 +125,12 @@ def run_policy(
         played = simulate(
             replace(experiment.setup, seed=seed),
             requests,
-            lambda: make_policy(
-                policy.use, policy.options, search_path=experiment.base_dir
-            ),
+            lambda: make_policy(policy.use, policy.options, search_path=experiment.base_dir),
             report,
         )
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
         check_run(run)
-        summary = summarise(
-            run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests
-        )
+        summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary["num_shortened"] = num_shortened
         results.append(Result(run, summary))
         report(1.0)

@@ -28,7 +28,7 @@ class ModelShape:
     tied_head: bool
 
     def attention_params(self) -> int:
-        """Weights of one layer's attention: queries, keys, values and output (with OPT's biases)."""
+        """Weights of one layer's attention: queries, keys, values, output (and OPT's biases)."""
         query_width = self.heads * self.head_dim
         kv_width = self.kv_heads * self.head_dim
         weights = 2 * self.hidden * query_width + 2 * self.hidden * kv_width
@@ -134,9 +134,9 @@ def kv_pool_blocks(
     workspace_bytes: int,
     block_bytes: int,
 ) -> int:
-    """KV blocks that fit beside the weights: (memory x utilisation - reserve - weights - workspace) / block.
+    """KV blocks that fit beside the weights.
 
-    Returns 0 when nothing is left.
+    (memory x utilisation - reserve - weights - workspace) / block, or 0 when nothing is left.
     """
     free = int(memory_bytes * utilisation) - reserve_bytes - weight_bytes - workspace_bytes
     return max(0, free // block_bytes)

@@ -37,9 +37,7 @@ _DECISION_NAMES = {
 }
 
 
-def run_data(
-    run: Run, label: str, policy: str, seed: int, scenario: Mapping[str, Any]
-) -> RunData:
+def run_data(run: Run, label: str, policy: str, seed: int, scenario: Mapping[str, Any]) -> RunData:
     """The records of a finished run."""
     return RunData(
         label=label,
@@ -215,9 +213,7 @@ def totals(run: Run) -> RunTotals:
         idle_s=_sum(reps, "idle_s"),
         load_s=math.fsum(part.load_s for part in parts),
         drain_s=math.fsum(part.drain_s for part in parts),
-        evaluation_s=math.fsum(
-            stop - start for start, stop in evaluations(run)
-        ),
+        evaluation_s=math.fsum(stop - start for start, stop in evaluations(run)),
         num_iterations=_count(reps, "num_iterations"),
         num_decode_iterations=_count(reps, "num_decode_iterations"),
         decode_rows=_count(reps, "decode_rows"),
@@ -265,11 +261,12 @@ def evaluations(run: Run) -> list[tuple[float, float]]:
 
 def itl_edges() -> tuple[float, ...]:
     """Edges of the gap histogram: octaves cut into equal steps of the mantissa."""
-    return tuple(
+    edges = [
         math.ldexp(0.5 + step / (2 * ITL_BINS_PER_OCTAVE), ITL_SMALLEST_EXPONENT + octave)
         for octave in range(ITL_OCTAVES)
         for step in range(ITL_BINS_PER_OCTAVE)
-    ) + (math.ldexp(0.5, ITL_SMALLEST_EXPONENT + ITL_OCTAVES),)
+    ]
+    return (*edges, math.ldexp(0.5, ITL_SMALLEST_EXPONENT + ITL_OCTAVES))
 
 
 def _assignment(name: str) -> tuple[str, int]:

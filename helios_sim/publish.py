@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from helios_sim.errors import InputError
-from helios_sim.experiment import Experiment, Result, folder_name
+from helios_sim.experiment import Result, folder_name
 from helios_sim.records import RUN_FILES, RunData, move_into_place, write_run
 from helios_sim.report import render
 
@@ -26,18 +26,20 @@ def check_results_target(out_dir: Path) -> None:
         is_run = entry.is_dir() and {file.name for file in entry.iterdir()} <= {*RUN_FILES, PAGE}
         if not is_run and entry.name != PAGE:
             raise InputError(
-                f"The folder holds {entry.name!r}, which is no run of ours; allowed is a new folder, "
-                "an empty one, or earlier results to replace.",
+                f"The folder holds {entry.name!r}, which is no run of ours; allowed is a new "
+                "folder, an empty one, or earlier results to replace.",
                 str(out_dir),
             )
 
 
-def write_results(experiment: Experiment, results: Sequence[Result], out_dir: Path) -> None:
+def write_results(results: Sequence[Result], out_dir: Path) -> None:
     """Write one folder a policy and the page that compares them, and move all into place."""
     target = out_dir.resolve()
     check_results_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    partial = Path(
+        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    )
     try:
         for result in results:
             folder = partial / folder_name(result.run.label)
@@ -45,9 +47,13 @@ def write_results(experiment: Experiment, results: Sequence[Result], out_dir: Pa
                 result.run,
                 result.summary,
                 folder,
-                lambda made, result=result: _page(experiment, [result], made / PAGE),
+                _page_of(result),
             )
-        _page(experiment, results, partial / PAGE)
+        write_page(
+            [result.run for result in results],
+            [result.summary for result in results],
+            partial / PAGE,
+        )
         partial.chmod(0o755)
         move_into_place(partial, target)
     except BaseException:
@@ -77,5 +83,6 @@ def write_page(
         partial.unlink(missing_ok=True)
 
 
-def _page(experiment: Experiment, results: Sequence[Result], target: Path) -> None:
-    write_page([result.run for result in results], [result.summary for result in results], target)
+def _page_of(result: Result) -> Callable[[Path], None]:
+    """What adds a run's own page to its folder."""
+    return lambda folder: write_page([result.run], [result.summary], folder / PAGE)

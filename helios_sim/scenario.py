@@ -1,4 +1,4 @@
-"""A scenario file becomes frozen settings: strict keys, checked values, errors that name the place."""
+"""A scenario file becomes frozen settings: strict keys, checked values, errors with their place."""
 
 from __future__ import annotations
 
@@ -101,6 +101,24 @@ class PolicySettings(BaseModel):
         return dict(self.model_extra or {})
 
 
+class PublishedFigure(StrictSettings):
+    """One `[[published]]` entry: a figure somebody else printed, to stand beside ours on the page.
+
+    `figure` is a key of the summary, dotted for nested ones. With `against` it is a gain of
+    `policy` over that other policy (above 1 is better), otherwise the figure itself; `scale`
+    multiplies ours to reach the published unit. `why` says what explains a difference.
+    """
+
+    figure: Annotated[str, Field(min_length=1)]
+    policy: str
+    against: str | None = None
+    published: float
+    scale: float = 1.0
+    unit: str = ""
+    source: Annotated[str, Field(min_length=1)]
+    why: str = ""
+
+
 class Scenario(StrictSettings):
     """A question to the simulator: workload, fleet, serving, objectives and policies."""
 
@@ -115,21 +133,27 @@ class Scenario(StrictSettings):
     slo: dict[str, Any] = Field(default_factory=dict)
     measure: MeasureSettings = MeasureSettings()
     policy: Annotated[tuple[PolicySettings, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+    published: Annotated[tuple[PublishedFigure, ...], BeforeValidator(as_tuple)] = ()
 
     @model_validator(mode="after")
     def _check_policies(self) -> Self:
         labels = [policy.name for policy in self.policy]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise ValueError(
-                f"Two policies are called {twice[0]!r}; give each a label of its own."
-            )
+            raise ValueError(f"Two policies are called {twice[0]!r}; give each a label of its own.")
+        for entry in self.published:
+            for label in (entry.policy, entry.against):
+                if label is not None and label not in labels:
+                    raise ValueError(
+                        f"A published figure names the policy {label!r}; the scenario has "
+                        f"{', '.join(map(repr, labels))}."
+                    )
         return self
 
     @property
-    def slo_spec(self) -> SloSpec:
-        """The service level objectives, parsed; without a table there are none."""
-        return slo_from_table(self.slo, "slo") if self.slo else SloSpec(())
+    def slo_spec(self) -> SloSpec | None:
+        """The service level objectives, parsed; None without a table."""
+        return slo_from_table(self.slo, "slo") if self.slo else None
 
 
 def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
@@ -177,8 +201,8 @@ def _check_together(scenario: Scenario, where: str) -> None:
     modes = [policy.options.get("exit_mode") for policy in scenario.policy]
     if scenario.serving.skipped_kv == "recomputed" and "rebatch" in modes:
         raise InputError(
-            'skipped_kv is "recomputed" but a policy uses exit_mode "rebatch", which fills the KV of '
-            'those who leave; use skipped_kv = "filled".',
+            'skipped_kv is "recomputed" but a policy uses exit_mode "rebatch", which fills the KV '
+            'of those who leave; use skipped_kv = "filled".',
             f"{where}, serving.skipped_kv",
         )
 

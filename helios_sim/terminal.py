@@ -1,4 +1,4 @@
-"""Figures in the terminal: one table for a run or several, rows are figures, columns are policies."""
+"""Figures in the terminal: rows are figures, columns are policies."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def profiles_table(profiles: Sequence[ProfileSummary]) -> Table:
         table.add_column(title)
     for profile in profiles:
         grades = [f"{count} {grade}" for grade, count in profile.grade_counts.items() if count]
-        table.add_row(
-            profile.name, profile.device, ", ".join(profile.models), ", ".join(grades)
-        )
+        table.add_row(profile.name, profile.device, ", ".join(profile.models), ", ".join(grades))
     return table
 
 

@@ -1,4 +1,4 @@
-"""The world of a run laid out in arrays: requests, profile and exit traces become the loop's state."""
+"""The world of a run in arrays: requests, profile and exit traces become the loop's state."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def trace_tables(
             sums = np.cumsum(values.reshape(num_domains, length, 4), axis=1)
             if sums.max(initial=0) > np.iinfo(np.int32).max:
                 raise InputError(
-                    f"The exit trace of {name!r} is too long to be summed: {length} positions a domain."
+                    f"The exit trace of {name!r} is too long to be summed: {length} positions a "
+                    "domain."
                 )
             column_sums = prefix[m, column].reshape(num_domains, length + 1, 4)
             column_sums[:, 1:] = sums

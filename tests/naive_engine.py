@@ -462,9 +462,7 @@ class NaiveReplica:
         joules += c[cost.ACTIVE_W] * seconds
         leaves_at = {row: level for row in leavers}
         held_at = {row: level + 1 for row in company if row not in leaves_at}
-        return Iteration(
-            self.clock_s, seconds, joules, {}, leaves_at, held_at, exit_layers[level]
-        )
+        return Iteration(self.clock_s, seconds, joules, {}, leaves_at, held_at, exit_layers[level])
 
     # At the end of an iteration
 

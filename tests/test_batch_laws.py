@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -38,7 +39,7 @@ class SteppedReplica(CompiledReplica):
                 self.cut_at(min(start_s + self.share * (end_s - start_s), cut_s))
             cause = self.cut_at(cut_s)
             self.after_event(cause, cut_s)
-            if cut_s == horizon_s:
+            if max(cut_s, self.now_s()) >= horizon_s:
                 break
         return CAUSES[cause]
 
@@ -114,7 +115,7 @@ class TimedReplica(SteppedReplica):
         ]
         sent = requests.status != state.UNSENT
         assert np.all(requests.arrival_s[sent] <= now_s)
-        for earlier, later in zip(times, times[1:], strict=False):
+        for earlier, later in itertools.pairwise(times):
             known = ~np.isnan(later)
             assert np.all(earlier[known] <= later[known])
             assert np.all(later[known] <= now_s)
@@ -219,7 +220,7 @@ def test_no_replica_idles_while_the_head_of_its_queue_may_run(scenario: Scenario
 @many_examples
 @given(scenario=scenarios(with_steps=False))
 def test_left_alone_a_replica_works_whenever_a_request_is_in_it(scenario: Scenario) -> None:
-    """Idle time is exactly the time at which no request that it serves has arrived and not ended."""
+    """Busy time is exactly the time at which a request that it serves has arrived and not ended."""
     replica = CompiledReplica(scenario)
     assert play(replica, scenario)[-1][0] == "out-of-work"
     requests = replica.world.requests

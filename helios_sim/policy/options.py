@@ -27,7 +27,7 @@ def refused(name: str, value: object, allowed: str) -> InputError:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "Did you mean ...?" with a leading space, or nothing where no known word is near."""
+    """A leading space and "Did you mean ...?", or nothing where no known word is near."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 

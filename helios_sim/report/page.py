@@ -15,6 +15,7 @@ import polars as pl
 
 from helios_sim.errors import InputError
 from helios_sim.metrics import (
+    COMPARED,
     DEFINITIONS,
     ComparisonRow,
     check_comparable,
@@ -86,6 +87,7 @@ def render(
     sections = [
         _opening(summaries, title, question),
         _comparison(runs, summaries),
+        _published(runs, summaries),
         _latencies(runs, summaries, drawn),
         _attainment(summaries, drawn),
         _timelines(runs, drawn),
@@ -298,7 +300,7 @@ def _paired(runs: Sequence[RunData], summaries: Sequence[Summary]) -> tuple[str,
         unit = f' <span class="unit">{escape(row.unit)}</span>'
         body.append(f'<tr><th scope="row">{escape(row.title)}{unit}</th>{cells}</tr>')
     table = (
-        f'<div class="panel scroll"><table class="figures" style="{_width(len(runs) - 1)}">'
+        f'<div class="panel scroll"><table class="figures paired" style="{_width(len(runs) - 1)}">'
         f"<caption>Mean difference to {escape(summaries[0]['label'])}, request by request, with "
         "its 95 % interval; an interval that holds 0 shows no difference.</caption>"
         f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
@@ -308,8 +310,64 @@ def _paired(runs: Sequence[RunData], summaries: Sequence[Summary]) -> tuple[str,
 
 
 def _signed(value: float) -> str:
+    if abs(value) < 1e-6:
+        return "0"
     sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else ""
     return f"{sign}{number(abs(value))}"
+
+
+def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
+    """Published figures beside ours, with what explains the difference."""
+    by_label = {summary["label"]: summary for summary in summaries}
+    rows = []
+    for entry in runs[0].scenario.get("published", ()):
+        own = _own_figure(entry, by_label)
+        if own is None:
+            continue
+        what = f"{entry['figure'].replace('_', ' ')} of {entry['policy']}"
+        if entry.get("against"):
+            what = f"gain in {what} over {entry['against']}"
+        unit = entry.get("unit") or ("x" if entry.get("against") else "")
+        cells = (
+            f'<th scope="row">{escape(what)}</th>'
+            f"<td>{number(entry['published'])} {escape(unit)}</td>"
+            f"<td>{number(own)} {escape(unit)}</td><td>{number(own / entry['published'])}</td>"
+            f"<td>{escape(entry['source'])}</td>"
+            f"<td>{escape(entry.get('why', ''))}</td>"
+        )
+        rows.append(f"<tr>{cells}</tr>")
+    if not rows:
+        return ""
+    titles = ("Figure", "Published", "Simulated", "Ratio", "Source", "Why it differs")
+    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    return _section(
+        "Beside the published figures",
+        "Nothing is fitted to these figures; they are printed to show where the model stands.",
+        f'<div class="panel scroll"><table class="published"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>",
+    )
+
+
+def _own_figure(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> float | None:
+    """Our value of a published figure, or None where these runs do not have it."""
+    values: list[float] = []
+    for label in (entry["policy"], entry.get("against")):
+        if label is None:
+            continue
+        node: Any = by_label.get(label)
+        for key in entry["figure"].split("."):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        if not isinstance(node, (int, float)):
+            return None
+        values.append(float(node) * float(entry.get("scale", 1.0)))
+    if len(values) == 1:
+        return values[0]
+    own, other = values
+    lower_is_better = any(
+        key == entry["figure"] and better == "lower" for key, _, _, _, better in COMPARED
+    )
+    below, above = (own, other) if lower_is_better else (other, own)
+    return above / below if below else None
 
 
 def _latencies(

@@ -96,6 +96,11 @@ tbody th { font-weight: 400; white-space: nowrap; }
 details { margin-top: .7rem; }
 summary { cursor: pointer; color: var(--muted); font-size: .9rem; }
 summary:hover { color: var(--ink); }
+.figures.paired td { white-space: normal; }
+.published { font-size: .87rem; }
+.published tbody th { white-space: normal; min-width: 14rem; }
+.published :is(th, td):is(:nth-child(2), :nth-child(3), :nth-child(4)) {
+  text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .decisions { font-size: .87rem; }
 .decisions :is(th, td):is(:nth-child(1), :nth-child(7), :nth-child(8)) {
   text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +130,14 @@ def test_the_sums_on_the_page_are_right(section: str) -> None:
             assert computed == pytest.approx(written, abs=1e-9), row[column]
         _, milliseconds = worked_out(row["ms"])
         assert float(row["to s"]) - float(row["from s"]) == pytest.approx(milliseconds / 1000)
-    for before, after in zip(events, events[1:], strict=False):
+    for before, after in pairwise(events):
         assert before["to s"] == after["from s"]
     total_j = sum(worked_out(row["J"])[1] for row in events)
     written_j = next(row["value"] for row in totals if row["total"] == "energy J")
     assert total_j == pytest.approx(float(written_j))
 
 
-def test_every_event_happens_as_on_the_page(
-    section: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_event_happens_as_on_the_page(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
     events, _, _ = tables_of(section)
     iterations = iterations_in(monkeypatch)
     run, _ = play_section(section)

@@ -6,8 +6,8 @@ first served; constant, geometric and mixed lengths make it M/D/1, M/Geo/1 and M
 `max_batch` c and chunked batching (a prompt rides along with the decodes) c requests are served
 side by side, each at its own pace: c servers with one queue.
 
-Statistics: waits are averaged over batches of consecutive requests, long against the queue's memory.
-The batch means are nearly independent, so their mean lies within Student's t of the truth.
+Statistics: waits are averaged over batches of consecutive requests, long against the queue's
+memory. The batch means are nearly independent, so their mean lies within Student's t of the truth.
 """
 
 from __future__ import annotations
