@@ -601,7 +601,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
                 w.exit_counts[r, model, level] += 1
             else:
                 row.held = level + 1
-    joules = joules + c[cost.ACTIVE_W] * seconds
+    joules = cost.iteration_joules(c, seconds, joules)
     rep.num_decode_iterations += 1
     rep.decode_rows += batch
     rep.decode_s += seconds

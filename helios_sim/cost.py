@@ -59,6 +59,7 @@ COEFFICIENTS: Final = (
     "check.j_per_row",
     "kv_fill.j_per_layer",
     "kv_fill.j_per_row_layer",
+    "power.limit_w",
 )
 """Names of the coefficients, in the order of the array; units are in the names.
 
@@ -67,7 +68,6 @@ All are per layer unless they say `fixed`, `head`, `check` or `rebatch`.
 
 DECODE_FIXED_S: Final = COEFFICIENTS.index("decode.fixed_s")
 REBATCH_OVERHEAD_S: Final = COEFFICIENTS.index("rebatch.overhead_s")
-ACTIVE_W: Final = COEFFICIENTS.index("power.active_w")
 
 
 @compilable
@@ -165,6 +165,15 @@ def kv_fill_joules(c: Any, rows: float, layers: float) -> float:
 
 
 @compilable
+def iteration_joules(c: Any, seconds: float, above_active_j: float) -> float:
+    """Joules of an iteration: active power and work on top, within the board's power limit.
+
+    The work at one roof draws up to the limit; work at two roofs at once cannot draw more.
+    """
+    return min(c[26] * seconds + above_active_j, c[39] * seconds)
+
+
+@compilable
 def decode_seconds(
     c: Any,
     rows: float,
@@ -202,10 +211,11 @@ def decode_joules(
     seconds: float,
 ) -> float:
     """Joules of a decode iteration that took `seconds`, active power included."""
-    joules = c[26] * seconds + layers * layer_joules(c, rows, context, 0.0, 0.0)
+    joules = layers * layer_joules(c, rows, context, 0.0, 0.0)
     joules = joules + num_checks * check_joules(c, fill_rows)
     joules = joules + num_heads * head_joules(c, fill_rows)
-    return joules + kv_fill_joules(c, fill_rows, filled_layers)
+    joules = joules + kv_fill_joules(c, fill_rows, filled_layers)
+    return iteration_joules(c, seconds, joules)
 
 
 @compilable
@@ -249,11 +259,9 @@ def mixed_joules(
     seconds: float,
 ) -> float:
     """Joules of an iteration that carries prefill tokens, active power included."""
-    joules = c[26] * seconds + layers * layer_joules(
-        c, rows, context, prefill_tokens, prefill_pairs
-    )
+    joules = layers * layer_joules(c, rows, context, prefill_tokens, prefill_pairs)
     if rows > 0.0:
         joules = joules + num_checks * check_joules(c, rows)
     if head_rows > 0.0:
         joules = joules + head_joules(c, head_rows)
-    return joules
+    return iteration_joules(c, seconds, joules)

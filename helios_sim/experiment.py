@@ -41,11 +41,19 @@ class Experiment:
     base_dir: Path
     setup: Setup
     notes: tuple[str, ...]
+    where: str = "scenario"
 
     def requests(self, seed: int) -> tuple[Requests, int]:
         """The workload of one seed, and how many requests were shortened to the context."""
-        requests = generate(self.scenario.workload, seed, self.base_dir, self.setup.traces.domains)
-        return fit_context(requests, self.context_tokens, self.scenario.workload.over_context)
+        workload = self.scenario.workload
+        try:
+            requests = generate(workload, seed, self.base_dir, self.setup.traces.domains)
+            return fit_context(requests, self.context_tokens, workload.over_context)
+        except InputError as error:
+            # An error in the scenario names a key; an error in a file has named the file.
+            if error.where and error.where.split(".")[0] == "workload":
+                raise InputError(error.message, f"{self.where}, {error.where}") from error
+            raise
 
     @property
     def context_tokens(self) -> int:
@@ -57,7 +65,10 @@ class Experiment:
 def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Experiment:
     """Read the profile and the exit traces that a scenario names."""
     fleet = scenario.fleet
-    profile = load_profile(fleet.profile, base_dir)
+    try:
+        profile = load_profile(fleet.profile, base_dir)
+    except InputError as error:
+        raise InputError(error.message, f"{where}, fleet.profile, {error.where}") from error
     candidates = fleet.candidates or tuple(profile.models)
     for index, name in enumerate(candidates):
         if name not in profile.models:
@@ -80,15 +91,14 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
         slo=policy_slo(scenario.slo_spec),
         seed=scenario.seed,
     )
-    return Experiment(scenario, base_dir, setup, tuple(scenario.notes))
+    return Experiment(scenario, base_dir, setup, tuple(scenario.notes), where)
 
 
 def policy_slo(spec: SloSpec | None) -> Slo:
     """The limits that bound a shortlist."""
     if spec is None:
         return Slo()
-    limits = {limit.metric: limit.limit_s for limit in spec.limits}
-    return Slo(limits.get("ttft"), limits.get("tpot"), limits.get("e2e"))
+    return Slo(spec.limit_s("ttft"), spec.limit_s("tpot"), spec.limit_s("e2e"))
 
 
 def choose_policies(scenario: Scenario, names: Sequence[str]) -> tuple[PolicySettings, ...]:

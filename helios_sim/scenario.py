@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -198,13 +199,16 @@ def parse_scenario(data: Mapping[str, Any], where: str, base_dir: Path) -> Scena
 
 def _check_together(scenario: Scenario, where: str) -> None:
     """Settings that are fine alone but not together."""
-    modes = [policy.options.get("exit_mode") for policy in scenario.policy]
-    if scenario.serving.skipped_kv == "recomputed" and "rebatch" in modes:
-        raise InputError(
-            'skipped_kv is "recomputed" but a policy uses exit_mode "rebatch", which fills the KV '
-            'of those who leave; use skipped_kv = "filled".',
-            f"{where}, serving.skipped_kv",
-        )
+    if scenario.serving.skipped_kv != "recomputed":
+        return
+    for policy in scenario.policy:
+        for option, value in policy.options.items():
+            if option.endswith("exit_mode") and value == "rebatch":
+                raise InputError(
+                    f'skipped_kv is "recomputed" but policy {policy.name!r} has {option} '
+                    '"rebatch", which fills the KV of those who leave; use skipped_kv = "filled".',
+                    f"{where}, serving.skipped_kv",
+                )
 
 
 def apply_change(data: dict[str, Any], change: str) -> None:
@@ -277,16 +281,29 @@ def _option_schema(default: Any, meaning: str) -> dict[str, Any]:
     return {"description": meaning} | ({} if known is None else {"default": known})
 
 
+_TOML_RULES: Final = {
+    "tuple_type": "it must be an array",
+    "list_type": "it must be an array",
+    "model_type": "it must be a table",
+    "dict_type": "it must be a table",
+    "model_attributes_type": "it must be a table",
+}
+"""Rules in the words of TOML where the checker speaks of Python's types."""
+
+
 def _first_error(error: ValidationError, data: Mapping[str, Any], where: str) -> InputError:
     """The first thing wrong with a scenario, said in one sentence."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key is also a missing one; the spelling is what to mend.
+    unknown_keys = [one for one in errors if one["type"] == "extra_forbidden"]
+    first = [*unknown_keys, *errors][0]
     location = _place(first["loc"], data)
     place = ".".join(str(part) for part in location) or "the file"
     kind = first["type"]
     given = first.get("input")
     if kind == "extra_forbidden":
         unknown = str(location[-1])
-        allowed = _allowed_keys(location[:-1])
+        allowed = _allowed_keys(first["loc"][:-1])
         near = difflib.get_close_matches(unknown, allowed, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         listed = f" Allowed are {', '.join(allowed)}." if allowed else ""
@@ -295,8 +312,17 @@ def _first_error(error: ValidationError, data: Mapping[str, Any], where: str) ->
         return InputError(f"The key {str(location[-1])!r} is required.", f"{where}, {place}")
     if kind == "value_error":
         return InputError(str(first["ctx"]["error"]), f"{where}, {place}")
+    if kind == "union_tag_not_found":
+        return InputError("The key 'kind' is required.", f"{where}, {place}")
+    if kind == "union_tag_invalid":
+        tag, allowed_tags = str(first["ctx"]["tag"]), str(first["ctx"]["expected_tags"])
+        near = difflib.get_close_matches(tag, re.findall(r"'([^']+)'", allowed_tags), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return InputError(
+            f"The kind {tag!r} is unknown.{hint} Allowed are {allowed_tags}.", f"{where}, {place}"
+        )
     shown = "" if isinstance(given, (dict, list, tuple)) else f" was given {given!r};"
-    rule = first["msg"][0].lower() + first["msg"][1:]
+    rule = _TOML_RULES.get(kind, first["msg"][0].lower() + first["msg"][1:])
     return InputError(f"{place}{shown} {rule}.", f"{where}, {place}")
 
 
@@ -316,10 +342,14 @@ def _place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
 
 
 def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys a table of the scenario may have."""
+    """The keys a table of the scenario may have; where it has a kind, the keys of that kind."""
     models: list[type[BaseModel]] = [Scenario]
     for part in location:
         if isinstance(part, int):
+            continue
+        of_kind = [model for model in models if part in _kinds_of(model)]
+        if of_kind:
+            models = of_kind
             continue
         found: list[type[BaseModel]] = []
         for model in models:
@@ -328,6 +358,12 @@ def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
                 found += _models_in(field.annotation)
         models = found
     return sorted({name for model in models for name in model.model_fields})
+
+
+def _kinds_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The values of `kind` that choose this table among others."""
+    field = model.model_fields.get("kind")
+    return () if field is None else get_args(field.annotation)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -459,7 +459,7 @@ class NaiveReplica:
         beyond, padded = self.depth - exit_layers[level], self.model.padded_rows[len(leavers)]
         seconds += cost.kv_fill_seconds(c, padded, beyond)
         joules += cost.kv_fill_joules(c, padded, beyond)
-        joules += c[cost.ACTIVE_W] * seconds
+        joules = cost.iteration_joules(c, seconds, joules)
         leaves_at = {row: level for row in leavers}
         held_at = {row: level + 1 for row in company if row not in leaves_at}
         return Iteration(self.clock_s, seconds, joules, {}, leaves_at, held_at, exit_layers[level])

@@ -517,6 +517,7 @@ def _coefficients(board: Board, eager: Eager, model: EarlyExitModel) -> dict[str
             "iteration; scaled (assumed) to this model's launch floor times its layers",
         ),
         "power.active_w": (board.active_w.value, board.active_w.grade, board.active_w.source),
+        "power.limit_w": (board.limit_w.value, board.limit_w.grade, board.limit_w.source),
         "decode.j_per_layer": (layer_bytes * byte_j, *joules),
         "decode.j_per_row_layer": (row_flops * flop_j + row_bytes * byte_j, *joules),
         "decode.j_per_context_token_layer": (kv_bytes * byte_j + pair_flops * flop_j, *joules),

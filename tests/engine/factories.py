@@ -48,6 +48,7 @@ SECONDS = {
 }
 JOULES = {
     "power.active_w": 100.0,
+    "power.limit_w": 1e6,
     "decode.j_per_layer": 1.0,
     "decode.j_per_row_layer": 0.5,
     "prefill.j_per_layer": 1.0,

@@ -1,0 +1,474 @@
+"""Scenario files: what is read, and what each mistake is told, with its file, place and remedy."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helios_sim.errors import InputError
+from helios_sim.experiment import choose_policies, folder_name, policy_slo, prepare, run_policy
+from helios_sim.policy.contract import Slo
+from helios_sim.policy.registry import policy_names
+from helios_sim.records import toml_text
+from helios_sim.scenario import (
+    Scenario,
+    apply_change,
+    load_scenario,
+    parse_scenario,
+    resolved,
+    scenario_schema,
+    uses_closed_loop,
+)
+from helios_sim.slo import parse_slo
+
+SHIPPED = sorted((Path(__file__).resolve().parent.parent / "scenarios").glob("*.toml"))
+BASE = """\
+name = "base"
+
+[workload]
+num_requests = 20
+arrivals = { kind = "poisson", rate_per_s = 4.0 }
+prompt = { kind = "constant", tokens = 100 }
+output = { kind = "constant", tokens = 10 }
+
+[fleet]
+profile = "opt-a100-40gb"
+
+[slo]
+text = "ttft:200 tpot:50"
+
+[[policy]]
+use = "helios"
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A scenario file without a flaw."""
+    path = tmp_path / "base.toml"
+    path.write_text(BASE, encoding="utf-8")
+    return path
+
+
+def told(path: Path, *changes: str) -> tuple[str, str]:
+    """What somebody is told whose scenario has these changes: the place, and the message."""
+    with pytest.raises(InputError) as caught:
+        experiment = prepare(load_scenario(path, changes), path.parent, str(path))
+        experiment.requests(1)
+    return str(caught.value.where), caught.value.message
+
+
+def told_of(path: Path, text: str) -> tuple[str, str]:
+    """What somebody is told whose scenario is this text."""
+    path.write_text(text, encoding="utf-8")
+    return told(path)
+
+
+def test_a_scenario_without_a_flaw_is_read_with_every_default(file: Path) -> None:
+    scenario = load_scenario(file)
+    assert scenario.name == "base"
+    assert scenario.seed == 1
+    assert scenario.fleet.num_replicas == 1
+    assert scenario.serving.batching == "continuous"
+    assert scenario.policy[0].name == "helios"
+    assert not uses_closed_loop(scenario)
+    assert len(prepare(scenario, file.parent).requests(1)[0]) == 20
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_scenario_is_good_and_asks_a_question(path: Path) -> None:
+    scenario = load_scenario(path)
+    assert scenario.question.endswith("?")
+    experiment = prepare(scenario, path.parent, str(path))
+    requests, _ = experiment.requests(scenario.seed)
+    assert len(requests) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "nearest"),
+    [
+        ("fleet.num_replica=2", "fleet.num_replica", "num_replicas"),
+        ("serving.max_batsh=2", "serving.max_batsh", "max_batch"),
+        ("measure.warmups=2", "measure.warmups", "warmup_s"),
+        ("workload.arival={}", "workload.arival", "arrivals"),
+        ("workload.arrivals.rate_per_sec=1", "workload.arrivals.rate_per_sec", "rate_per_s"),
+        ("workload.prompt.token=1", "workload.prompt.token", "tokens"),
+        ("sed=3", "sed", "seed"),
+    ],
+)
+def test_an_unknown_key_is_told_the_nearest_known_one(
+    file: Path, change: str, place: str, nearest: str
+) -> None:
+    where, message = told(file, change)
+    assert where == f"{file}, {place}"
+    assert message.startswith(f"Unknown key {place.split('.')[-1]!r}. Did you mean {nearest!r}?")
+    assert "Allowed are " in message
+
+
+def test_the_keys_allowed_are_those_of_the_kind_that_was_chosen(file: Path) -> None:
+    _, message = told(file, "workload.arrivals.num_users=3")
+    assert message.endswith("Allowed are kind, rate_per_s.")
+    _, message = told(file, 'workload.arrivals={kind="gamma", rate_per_s=1.0, cvv=2.0}')
+    assert message.endswith("Did you mean 'cv'? Allowed are cv, kind, rate_per_s.")
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ("fleet.num_replicas='two'", "was given 'two'; input should be a valid integer"),
+        ("fleet.num_replicas='2'", "was given '2'; input should be a valid integer"),
+        ("fleet.num_replicas=2.5", "was given 2.5; input should be a valid integer"),
+        ("fleet.num_replicas=true", "was given True; input should be a valid integer"),
+        ("fleet.num_replicas=0", "was given 0; input should be greater than or equal to 1"),
+        ("fleet.num_replicas=9999999", "input should be less than or equal to 1000000"),
+        ("fleet.memory_utilisation=1.5", "was given 1.5; input should be less than or equal to 1"),
+        ("fleet.memory_utilisation=0", "was given 0; input should be greater than 0"),
+        ("fleet.memory_utilisation=90", "was given 90; input should be less than or equal to 1"),
+        ("fleet.memory_bytes='40GB'", "was given '40GB'; input should be a valid integer"),
+        ("fleet.reserve_bytes=-1", "was given -1; input should be greater than or equal to 0"),
+        ("fleet.candidates='opt-1.3b'", "was given 'opt-1.3b'; it must be an array"),
+        ("serving.max_batch=5000", "was given 5000; input should be less than or equal to 4096"),
+        ("serving.block_tokens=0", "was given 0; input should be greater than or equal to 1"),
+        ("serving.watermark=1", "was given 1; input should be less than 1"),
+        ("serving.overlap_loads='yes'", "was given 'yes'; input should be a valid boolean"),
+        ("measure.warmup_s=-1", "was given -1; input should be greater than or equal to 0"),
+        ("measure.warmup_s='10 s'", "was given '10 s'; input should be a valid number"),
+        ("measure.timeline_interval_s=0", "was given 0; input should be greater than 0"),
+        ("workload.num_requests=0", "was given 0; input should be greater than or equal to 1"),
+        ("workload.num_requests=1e3", "was given 1000.0; input should be a valid integer"),
+        ("workload.arrivals.rate_per_s=-1.0", "was given -1.0; input should be greater than 0"),
+        ("workload.arrivals.rate_per_s='4/s'", "was given '4/s'; input should be a valid number"),
+        ("workload.arrivals.rate_per_s=inf", "was given inf; input should be a finite number"),
+        ("workload.arrivals.rate_per_s=nan", "was given nan; input should be a finite number"),
+        ("workload.arrivals.rate_per_s=1e9", "input should be less than or equal to 1000000"),
+        ("workload.prompt.tokens=0", "was given 0; input should be greater than or equal to 1"),
+        ("workload.prompt.tokens=-5", "was given -5; input should be greater than or equal to 1"),
+        ("seed=-1", "was given -1; input should be greater than or equal to 0"),
+        ("seed=1.5", "was given 1.5; input should be a valid integer"),
+        ("schema_version=2", "was given 2; input should be 1"),
+        ("question=3", "was given 3; input should be a valid string"),
+        ("name=''", "was given ''; string should have at least 1 character"),
+        ("fleet=3", "was given 3; it must be a table"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_size_is_told_what_is_allowed(
+    file: Path, change: str, rule: str
+) -> None:
+    place = change.split("=")[0]
+    where, message = told(file, change)
+    assert where == f"{file}, {place}"
+    assert message.startswith(place)
+    assert message.endswith(f"{rule}.")
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ("serving.batching='chunkd'", "'static', 'continuous' or 'chunked'"),
+        ("serving.skipped_kv='filed'", "'filled' or 'recomputed'"),
+        ("serving.on_change='kill'", "'drain' or 'recompute'"),
+        ("fleet.weights_start='tape'", "'disk' or 'host'"),
+        (
+            "fleet.router='fastest'",
+            "'round-robin', 'random', 'least-outstanding' or 'least-kv'",
+        ),
+        ("workload.over_context='cut'", "'refuse', 'truncate' or 'error'"),
+    ],
+)
+def test_an_unknown_choice_is_told_the_choices(file: Path, change: str, allowed: str) -> None:
+    where, message = told(file, change)
+    assert where == f"{file}, {change.split('=')[0]}"
+    assert message.endswith(f"input should be {allowed}.")
+
+
+def test_an_unknown_kind_is_told_the_nearest_and_all(file: Path) -> None:
+    where, message = told(file, "workload.arrivals.kind='poison'")
+    assert where == f"{file}, workload.arrivals"
+    assert message.startswith("The kind 'poison' is unknown. Did you mean 'poisson'? Allowed are")
+    where, message = told(file, "workload.prompt={tokens=3}")
+    assert (where, message) == (f"{file}, workload.prompt", "The key 'kind' is required.")
+
+
+@pytest.mark.parametrize(
+    ("without", "place", "key"),
+    [
+        ('name = "base"\n', "name", "name"),
+        ('profile = "opt-a100-40gb"\n', "fleet.profile", "profile"),
+        ('[fleet]\nprofile = "opt-a100-40gb"\n', "fleet", "fleet"),
+        ('[[policy]]\nuse = "helios"\n', "policy", "policy"),
+        ('use = "helios"\n', "policy.0.use", "use"),
+    ],
+)
+def test_a_missing_key_is_named(file: Path, without: str, place: str, key: str) -> None:
+    where, message = told_of(file, BASE.replace(without, ""))
+    assert where == f"{file}, {place}"
+    assert message == f"The key {key!r} is required."
+
+
+def test_a_workload_needs_arrivals_and_lengths(file: Path) -> None:
+    where, message = told_of(
+        file, BASE.replace('output = { kind = "constant", tokens = 10 }\n', "")
+    )
+    assert where == f"{file}, workload"
+    assert message.startswith("The workload has no output lengths; give output,")
+
+
+def test_a_size_is_either_a_number_of_requests_or_a_duration(file: Path) -> None:
+    where, message = told(file, "workload.duration_s=10.0")
+    assert where == f"{file}, workload"
+    assert message == "Both of num_requests and duration_s were given; exactly one is needed."
+    _, message = told_of(file, BASE.replace("num_requests = 20\n", ""))
+    assert message == "Neither of num_requests and duration_s was given; exactly one is needed."
+
+
+def test_a_token_budget_below_the_batch_is_refused_for_chunked_batching(file: Path) -> None:
+    changes = ("serving.batching='chunked'", "serving.chunk_tokens=64", "serving.max_batch=65")
+    where, message = told(file, *changes)
+    assert where == f"{file}, serving"
+    assert message.startswith("chunk_tokens is 64 but max_batch is 65;")
+    assert "at least max_batch" in message
+    assert load_scenario(file, [*changes, "serving.max_batch=64"]).serving.max_batch == 64
+    assert load_scenario(file, [*changes, "serving.batching='static'"]).serving.max_batch == 65
+
+
+def test_two_policies_of_one_name_need_labels(file: Path) -> None:
+    twice = BASE + '\n[[policy]]\nuse = "helios"\ntop_k = 2\n'
+    where, message = told_of(file, twice)
+    assert where == f"{file}, the file"
+    assert message == "Two policies are called 'helios'; give each a label of its own."
+    file.write_text(twice + 'label = "two"\n', encoding="utf-8")
+    assert [policy.name for policy in load_scenario(file).policy] == ["helios", "two"]
+
+
+def test_a_scenario_without_any_policy_is_refused(file: Path) -> None:
+    where, message = told(file, "policy=[]")
+    assert where == f"{file}, policy"
+    assert "at least 1 item" in message
+
+
+def test_an_unknown_policy_is_told_the_nearest_and_all(file: Path) -> None:
+    where, message = told(file, "policy.0.use='heliso'")
+    assert where == f"{file}, policy 1 (heliso)"
+    assert message.startswith("Policy 'heliso' is not known; it must be one of 'helios', 'vanilla'")
+    assert message.endswith("or a class of your own as 'module:Class'. Did you mean 'helios'?")
+    where, message = told(file, "policy.0.use='nowhere:Thing'")
+    assert where == f"{file}, policy 1 (nowhere:Thing)"
+    assert message.endswith(
+        f"no such module on the Python path and no file nowhere.py in {file.parent}."
+    )
+
+
+def test_an_unknown_or_impossible_option_of_a_policy_is_refused(file: Path) -> None:
+    where, message = told(file, "policy.0.reases_requests=3")
+    assert where == f"{file}, policy 1 (helios)"
+    assert "unknown option 'reases_requests'; its options are 'top_k'," in message
+    assert message.endswith("Did you mean 'reassess_requests'?")
+    _, message = told(file, "policy.0.reassess_requests=-1")
+    assert message.startswith("Option 'reassess_requests' was given -1; it must be a whole number")
+    _, message = told(file, "policy.0.objective='speed'")
+    assert message.startswith(
+        "Option 'objective' was given 'speed'; it must be one of 'throughput'"
+    )
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        'use = "ee-single"\nexit_mode = "rebatch"',
+        'use = "helios"\nlabel = "mine"\nevaluation_exit_mode = "rebatch"',
+        'use = "helios"\nlabel = "mine"\nafter_load_exit_mode = "rebatch"',
+    ],
+)
+def test_rebatching_and_recomputed_kv_exclude_each_other(file: Path, policy: str) -> None:
+    both = BASE + f'\n[serving]\nskipped_kv = "recomputed"\n[[policy]]\n{policy}\n'
+    where, message = told_of(file, both)
+    assert where == f"{file}, serving.skipped_kv"
+    assert 'exit_mode "rebatch"' in message
+    assert message.endswith('use skipped_kv = "filled".')
+
+
+def test_an_unknown_profile_is_told_the_nearest_and_all(file: Path) -> None:
+    where, message = told(file, "fleet.profile='opt-a100'")
+    assert where.startswith(f"{file}, fleet.profile, ")
+    assert message.startswith("Profile 'opt-a100' was not found (did you mean 'opt-a100-40gb'?);")
+    assert "'layerskip-h100-80gb'" in message
+
+
+def test_an_unknown_or_doubled_candidate_is_refused(file: Path) -> None:
+    where, message = told(file, "fleet.candidates=['opt-6.7b', 'opt-1.3c']")
+    assert where == f"{file}, fleet.candidates.1"
+    assert "has no model 'opt-1.3c'. Did you mean 'opt-1.3b'? It has opt-1.3b, opt-6.7b." in message
+    where, message = told(file, "fleet.candidates=['opt-6.7b', 'opt-6.7b']")
+    assert (where, message) == (f"{file}, fleet.candidates", "A candidate is named twice.")
+
+
+def test_an_unknown_domain_is_told_the_nearest_and_all(file: Path) -> None:
+    where, message = told(file, "workload.domains=[{name='chatt', share=1.0}]")
+    assert where == f"{file}, workload.domains"
+    assert message == (
+        "The domain 'chatt' is unknown; did you mean 'chat'? The profile has chat, code."
+    )
+
+
+@pytest.mark.parametrize(
+    ("slo", "place", "said"),
+    [
+        ("text='ttfx:200'", "slo.text", "'ttfx' in 'ttfx:200' is no SLO metric (nearest: ttft)"),
+        ("text='ttft:-5'", "slo.text", "is not positive and finite"),
+        ("text='ttft:200 parsec'", "slo.text", "'parsec' is no SLO limit; allowed are"),
+        ("text=''", "slo.text", "The SLO text is empty; it is written as"),
+        ("txt='a'", "slo", "'txt' is no key of an SLO (nearest: text); allowed are text, preset"),
+        ("ttft_ms=100", "slo", "The SLO was given text, ttft_ms together; allowed is either"),
+    ],
+)
+def test_a_flawed_slo_is_told_what_is_allowed(file: Path, slo: str, place: str, said: str) -> None:
+    where, message = told(file, f"slo.{slo}")
+    assert where == f"{file}, {place}"
+    assert said in message
+
+
+def test_a_request_longer_than_the_context_is_an_error_where_asked(file: Path) -> None:
+    where, message = told(file, "workload.prompt.tokens=3000", "workload.over_context='error'")
+    assert where == f"{file}, workload"
+    assert message.startswith("Request 0 has 3000 prompt and 10 output tokens, together more than")
+    experiment = prepare(
+        load_scenario(file, ["workload.prompt.tokens=3000", "workload.over_context='truncate'"]),
+        file.parent,
+    )
+    requests, num_shortened = experiment.requests(1)
+    assert num_shortened == 20
+    assert set(requests.prompt_tokens.tolist()) == {experiment.context_tokens - 10}
+
+
+def test_a_missing_trace_names_the_file_that_is_missing(file: Path) -> None:
+    trace = '[workload.trace]\nfile = "nothing.csv"\n'
+    where, message = told_of(file, BASE.replace(BASE[15 : BASE.index("[fleet]")], trace))
+    assert str(file.parent / "nothing.csv") in where
+    assert message
+
+
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_served(file: Path) -> None:
+    scenario = load_scenario(file, ["fleet.memory_bytes=1000000000"])
+    with pytest.raises(InputError, match=r"'opt-1\.3b', 'opt-6\.7b' fits in memory"):
+        run_policy(prepare(scenario, file.parent), scenario.policy[0])
+
+
+def test_a_missing_file_is_told_the_nearest_one(file: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"bse\.toml: There is no scenario file; did you mean 'bas"
+    ):
+        load_scenario(file.with_name("bse.toml"))
+    with pytest.raises(InputError, match="There is no scenario file"):
+        load_scenario(file.parent)
+    with pytest.raises(InputError, match="There is no scenario file"):
+        load_scenario(file.parent / "nowhere" / "base.toml")
+
+
+def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
+    where, message = told_of(file, BASE.replace('"opt-a100-40gb"', "opt-a100-40gb"))
+    assert where == str(file)
+    assert message.startswith("This is not valid TOML:")
+    assert "line 10" in message
+    file.write_bytes(b"\xff\xfe\x00")
+    assert told(file) == (str(file), "This is not UTF-8 text.")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("noequals", "'noequals' cannot be read; write dotted.key=value"),
+        ("=3", "'=3' cannot be read; write dotted.key=value"),
+        ("fleet..x=3", "'fleet..x=3' cannot be read; write dotted.key=value"),
+        ("policy.1.use='x'", "'policy.1.use' needs an index from 0 to 0 in place of '1'"),
+        ("policy.x.use='x'", "'policy.x.use' needs an index from 0 to 0 in place of 'x'"),
+        ("name.x=1", "'name.x' goes into 'name', which is a plain value"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_refused(file: Path, change: str, said: str) -> None:
+    where, message = told(file, change)
+    assert where == "--set"
+    assert message.startswith(said)
+
+
+def test_changes_take_toml_values_or_bare_words(file: Path) -> None:
+    scenario = load_scenario(
+        file,
+        [
+            "fleet.num_replicas=3",
+            "fleet.router=least-kv",
+            'fleet.candidates=["opt-1.3b"]',
+            "serving.overlap_loads=false",
+            "workload.arrivals.rate_per_s = 2.5",
+            "policy.0.objective=energy",
+            "measure.warmup_s=5",
+            'slo.text="ttft:100"',
+        ],
+    )
+    assert scenario.fleet.num_replicas == 3
+    assert scenario.fleet.router == "least-kv"
+    assert scenario.fleet.candidates == ("opt-1.3b",)
+    assert not scenario.serving.overlap_loads
+    assert scenario.policy[0].options == {"objective": "energy"}
+    assert scenario.measure.warmup_s == 5.0
+    assert scenario.workload.arrivals.rate_per_s == 2.5
+    assert str(scenario.slo_spec) == "ttft<=100ms"
+
+
+def test_a_later_change_wins_and_reaches_into_lists() -> None:
+    data: dict[str, Any] = {"policy": [{"use": "a"}, {"use": "b"}]}
+    for change in ("policy.1.use=c", "policy.1.use=d", "new.table.key=[1, 2]"):
+        apply_change(data, change)
+    assert data == {"policy": [{"use": "a"}, {"use": "d"}], "new": {"table": {"key": [1, 2]}}}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_a_resolved_scenario_written_as_toml_is_the_same_scenario(path: Path) -> None:
+    scenario = load_scenario(path)
+    again = tomllib.loads(toml_text(resolved(scenario)))
+    assert parse_scenario(again, "again", path.parent) == scenario
+
+
+def test_a_scenario_cannot_be_changed_once_read(file: Path) -> None:
+    scenario = load_scenario(file)
+    with pytest.raises(ValueError, match="frozen"):
+        scenario.fleet.num_replicas = 2
+    assert isinstance(scenario.policy, tuple)
+
+
+def test_the_schema_for_editors_names_every_key_and_every_option() -> None:
+    schema = scenario_schema()
+    text = json.dumps(schema)
+    assert set(schema["properties"]) == set(Scenario.model_fields)
+    for name in (*policy_names(), "reassess_requests", "num_replicas", "rate_per_s"):
+        assert json.dumps(name) in text
+
+
+def test_policies_are_chosen_by_label_or_name_and_unlisted_ones_get_defaults(file: Path) -> None:
+    file.write_text(
+        BASE + '\n[[policy]]\nuse = "ee-single"\nlabel = "one"\nexit_mode = "solo"\n',
+        encoding="utf-8",
+    )
+    scenario = load_scenario(file)
+    chosen = choose_policies(scenario, ["one", "vanilla", "ee-single"])
+    assert [(policy.name, policy.options) for policy in chosen] == [
+        ("one", {"exit_mode": "solo"}),
+        ("vanilla", {}),
+    ]
+    assert choose_policies(scenario, []) == scenario.policy
+    with pytest.raises(InputError, match="--policy vanila: Policy 'vanila' is not known"):
+        choose_policies(scenario, ["vanila"])
+
+
+def test_a_policy_is_held_to_the_tightest_limit_of_each_metric() -> None:
+    spec = parse_slo("ttft:p50<100ms ttft:p99<400ms tpot:50")
+    assert policy_slo(spec) == Slo(ttft_s=0.1, tpot_s=0.05)
+    assert policy_slo(None) == Slo()
+
+
+def test_a_label_becomes_a_plain_folder_name() -> None:
+    assert folder_name("EE-single (wait), 1.3B") == "ee-single-wait-1.3b"
+    assert folder_name("...") == "run"
