@@ -33,6 +33,7 @@ from helios_sim.state import (
     ITL_OCTAVES,
     ITL_SMALLEST_EXPONENT,
     MIXED,
+    NEVER,
     NLL,
     NOBODY,
     OBSERVED_BREACH,
@@ -171,9 +172,8 @@ def admit(w: World, r: int, rep: Any, i: int) -> None:
     """Give a request a row and the blocks of all tokens it has so far."""
     req = w.requests[i]
     tokens = req.prompt + req.generated
-    num_blocks = blocks_for(tokens, rep.block_tokens)
-    take_blocks(rep, num_blocks)
-    row = w.rows[r, rep.num_rows]
+    take_blocks(rep, blocks_for(tokens, rep.block_tokens))
+    row = w.rows[r, w.order[r, rep.num_rows]]
     first = req.domain * w.trace_length
     row.request = i
     row.context = 0
@@ -182,13 +182,8 @@ def admit(w: World, r: int, rep: Any, i: int) -> None:
     row.wrap = first + w.trace_length
     row.to_prefill = tokens
     row.chunk = 0
-    row.pending = 0
-    row.room = num_blocks * rep.block_tokens - tokens
     row.held = 0
     row.leaves_at = 0
-    row.joined_place = row.place
-    row.joined_remaining = row.remaining
-    row.layers_mark = 0
     row.last_token_s = req.last_token_s
     if req.admitted_s != req.admitted_s:
         req.admitted_s = rep.now_s
@@ -245,23 +240,26 @@ def admit_prompts(w: World, r: int, rep: Any, token_budget: int) -> int:
 
 @compiled
 def settle(w: World, rep: Any, row: Any) -> None:
-    """Write what a row's decoded tokens came to into its request, up to its latest token.
+    """Write what a decoding row's tokens came to into its request, up to its latest token.
 
     Quality follows from where the tokens stand in the exit trace: a difference of running sums.
     """
     req = w.requests[row.request]
-    tokens = row.joined_remaining - row.remaining
-    req.generated = req.output - row.remaining
+    tokens = rep.ticks - row.joined_tick
+    req.generated = req.output - row.remaining + tokens
     if tokens <= 0:
         return
     req.decoded += tokens
+    start = row.place
+    place = start + tokens
+    while place >= row.wrap:
+        place -= w.trace_length
     if rep.exit_mode != REBATCH:
         layers = rep.cumulative_layers - row.layers_mark
         req.executed_layers += layers
         rep.executed_layers += layers
+        # Running sums have one entry more than positions in every domain.
         domain = (row.wrap - w.trace_length) // w.trace_length
-        start = row.joined_place + domain
-        wrap = row.wrap + domain
         sums = w.prefix[rep.model, rep.column]
         agree = 0
         nll = 0
@@ -269,31 +267,32 @@ def settle(w: World, rep: Any, row: Any) -> None:
         relative = 0
         left = tokens
         while left > 0:
-            stop = start + left
-            if stop > wrap:
-                stop = wrap
-            agree += sums[stop, AGREE] - sums[start, AGREE]
-            nll += sums[stop, NLL] - sums[start, NLL]
-            observed += sums[stop, OBSERVED_BREACH] - sums[start, OBSERVED_BREACH]
-            relative += sums[stop, RELATIVE_BREACH] - sums[start, RELATIVE_BREACH]
+            stop = min(start + left, row.wrap)
+            agree += sums[stop + domain, AGREE] - sums[start + domain, AGREE]
+            nll += sums[stop + domain, NLL] - sums[start + domain, NLL]
+            observed += sums[stop + domain, OBSERVED_BREACH] - sums[start + domain, OBSERVED_BREACH]
+            relative += sums[stop + domain, RELATIVE_BREACH] - sums[start + domain, RELATIVE_BREACH]
             left -= stop - start
-            start = wrap - w.trace_length
+            start = row.wrap - w.trace_length
         req.agree += agree
         req.nll += nll
         req.breaches += observed
         req.relative_breaches += relative
         rep.nll += nll
-    row.joined_place = row.place
-    row.joined_remaining = row.remaining
+    row.place = place
+    row.remaining -= tokens
+    row.context += tokens
+    row.joined_tick = rep.ticks
     row.layers_mark = rep.cumulative_layers
 
 
 @compiled
-def account_token(w: World, rep: Any, row: Any, column: int, counts_breach: bool) -> None:
-    """Write the quality of the single token at the row's place, left under `column`."""
+def account_token(
+    w: World, rep: Any, row: Any, place: int, column: int, counts_breach: bool
+) -> None:
+    """Write the quality of the single token at `place`, left under `column`."""
     req = w.requests[row.request]
-    domain = (row.wrap - w.trace_length) // w.trace_length
-    at = row.place + domain
+    at = place + (row.wrap - w.trace_length) // w.trace_length
     sums = w.prefix[rep.model, column]
     nll = sums[at + 1, NLL] - sums[at, NLL]
     req.agree += sums[at + 1, AGREE] - sums[at, AGREE]
@@ -307,24 +306,81 @@ def account_token(w: World, rep: Any, row: Any, column: int, counts_breach: bool
 
 
 @compiled
+def row_context(rep: Any, row: Any) -> int:
+    """Tokens in the KV cache of a row."""
+    if row.to_prefill > 0:
+        return row.context
+    return row.context + rep.ticks - row.joined_tick
+
+
+@compiled
 def row_blocks(rep: Any, row: Any) -> int:
     """Blocks a row holds between iterations; a held row has room for the token under way."""
     started = 1 if row.held > 0 else 0
-    return blocks_for(row.context + row.to_prefill + started, rep.block_tokens)
+    return blocks_for(row_context(rep, row) + row.to_prefill + started, rep.block_tokens)
+
+
+@compiled
+def block_phase(rep: Any, row: Any) -> int:
+    """Where a decoding row's KV stands in its last block, less the ticks: so it never moves."""
+    return (row.context - row.joined_tick) % rep.block_tokens
+
+
+@compiled
+def full_rows(w: World, r: int, rep: Any) -> int:
+    """Decoding rows that begin a token now and whose last block is full."""
+    return w.block_phases[r, -rep.ticks % rep.block_tokens]
+
+
+@compiled
+def join(w: World, r: int, rep: Any, row: Any, k: int) -> None:
+    """Let a prefilled row decode from the next iteration on."""
+    row.joined_tick = rep.ticks
+    row.first_tick = rep.ticks
+    row.layers_mark = rep.cumulative_layers
+    w.lanes[r, k] = row.place - rep.ticks
+    w.block_phases[r, block_phase(rep, row)] += 1
+    rep.context_sum += row.context
+    rep.num_ready += 1
+    rep.num_fresh += 1
+    rep.next_turn = min(rep.next_turn, rep.ticks + row.remaining, rep.ticks + row.wrap - row.place)
+
+
+@compiled
+def leave(w: World, r: int, rep: Any, k: int) -> Any:
+    """Take the `k`-th row out of the running ones; returns it, settled, its blocks given back."""
+    order = w.order[r]
+    lanes = w.lanes[r]
+    slot = order[k]
+    row = w.rows[r, slot]
+    give_back_blocks(rep, row_blocks(rep, row))
+    if row.to_prefill == 0:
+        settle(w, rep, row)
+        rep.context_sum -= row.context
+        rep.num_ready -= 1
+        if row.held == 0:
+            w.block_phases[r, block_phase(rep, row)] -= 1
+        if rep.recompute_kv:
+            rep.pending_sum -= min(rep.ticks - row.first_tick, rep.partial_ticks)
+    rep.num_rows -= 1
+    for j in range(k, rep.num_rows):
+        order[j] = order[j + 1]
+        lanes[j] = lanes[j + 1]
+    order[rep.num_rows] = slot
+    return row
 
 
 @compiled
 def preempt(w: World, r: int, rep: Any) -> None:
     """Send the request admitted last back to the head of the queue; its KV is recomputed later."""
-    rep.num_rows -= 1
-    row = w.rows[r, rep.num_rows]
-    settle(w, rep, row)
-    give_back_blocks(rep, row_blocks(rep, row))
+    row = leave(w, r, rep, rep.num_rows - 1)
+    last_token_s = row.last_token_s
     if row.to_prefill == 0:
-        rep.context_sum -= row.context
-        if row.held == 0 and row.room == 0:
-            rep.full_rows -= 1
-    w.requests[row.request].last_token_s = row.last_token_s
+        if rep.num_fresh > 0:
+            rep.num_fresh -= 1
+        elif rep.exit_mode != REBATCH:
+            last_token_s = rep.last_tick_s
+    w.requests[row.request].last_token_s = last_token_s
     w.requests[row.request].preemptions += 1
     rep.num_preemptions += 1
     rep.quota += 1
@@ -334,16 +390,13 @@ def preempt(w: World, r: int, rep: Any) -> None:
 @compiled
 def make_room(w: World, r: int, rep: Any) -> None:
     """Preempt until every decoding row whose last block is full can have another."""
-    while rep.full_rows > rep.free_blocks:
+    while full_rows(w, r, rep) > rep.free_blocks:
         preempt(w, r, rep)
 
 
 @compiled
 def retire(w: World, r: int, rep: Any, row: Any) -> None:
-    """Finish a request: settle it, free its blocks and count it."""
-    settle(w, rep, row)
-    give_back_blocks(rep, blocks_for(row.context, rep.block_tokens))
-    rep.context_sum -= row.context
+    """Count a request whose row has left with its last token as finished."""
     req = w.requests[row.request]
     req.finished_s = rep.now_s
     req.status = FINISHED
@@ -417,7 +470,7 @@ def start_prefill(w: World, r: int, rep: Any, count: int) -> None:
     tokens = 0
     pairs = 0.0
     for k in range(rep.num_rows - count, rep.num_rows):
-        row = w.rows[r, k]
+        row = w.rows[r, w.order[r, k]]
         row.chunk = row.to_prefill
         tokens += row.chunk
         pairs += row.chunk * (row.chunk + 1.0) * 0.5
@@ -432,6 +485,21 @@ def start_prefill(w: World, r: int, rep: Any, count: int) -> None:
 
 
 @compiled
+def count_exits(w: World, r: int, rep: Any) -> int:
+    """Count the exits at which the decoding rows' next tokens leave; returns the deepest."""
+    deepest = 0
+    ticks = rep.ticks
+    levels = w.leaving_level[rep.model, rep.column]
+    lanes = w.lanes[r]
+    counts = w.exit_counts[r, rep.model]
+    for k in range(rep.num_ready):
+        level = levels[lanes[k] + ticks]
+        counts[level] += 1
+        deepest = max(deepest, level)
+    return deepest
+
+
+@compiled
 def start_decode(w: World, r: int, rep: Any) -> None:
     """Start an iteration in which every row emits one token.
 
@@ -440,20 +508,13 @@ def start_decode(w: World, r: int, rep: Any) -> None:
     """
     count = rep.num_rows
     model = rep.model
-    take_blocks(rep, rep.full_rows)
+    take_blocks(rep, full_rows(w, r, rep))
     deepest = rep.level
-    pending = 0
+    pending = rep.pending_sum
     num_checks = 0
     num_heads = 1
     if rep.exit_mode == WAIT or rep.exit_mode == SOLO:
-        deepest = 0
-        levels = w.leaving_level[model, rep.column]
-        for k in range(count):
-            row = w.rows[r, k]
-            level = levels[row.place]
-            w.exit_counts[r, model, level] += 1
-            deepest = max(deepest, level)
-            pending += row.pending
+        deepest = count_exits(w, r, rep)
         num_checks = min(deepest + 1, rep.level)
         num_heads = 1 if deepest == rep.level else 0
     else:
@@ -496,19 +557,22 @@ def start_decode(w: World, r: int, rep: Any) -> None:
 @compiled
 def held_level(w: World, r: int, rep: Any) -> int:
     """The exits passed by the rows that run next: the deepest company as large as the fresh one."""
-    fresh = 0
-    for k in range(rep.num_rows):
-        row = w.rows[r, k]
-        if row.to_prefill == 0 and row.held == 0:
-            fresh += 1
+    fresh = company_size(w, r, rep, 0)
     for passed in range(rep.level, 0, -1):
-        company = 0
-        for k in range(rep.num_rows):
-            if w.rows[r, k].to_prefill == 0 and w.rows[r, k].held == passed:
-                company += 1
+        company = company_size(w, r, rep, passed)
         if company > 0 and company >= fresh:
             return passed
     return 0
+
+
+@compiled
+def company_size(w: World, r: int, rep: Any, passed: int) -> int:
+    """Decoding rows that have passed `passed` exits of their token."""
+    size = 0
+    for k in range(rep.num_ready):
+        if w.rows[r, w.order[r, k]].held == passed:
+            size += 1
+    return size
 
 
 @compiled
@@ -539,17 +603,15 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     """
     model = rep.model
     if passed == 0:
-        take_blocks(rep, rep.full_rows)
+        take_blocks(rep, full_rows(w, r, rep))
     batch = 0
     context = 0
-    for k in range(rep.num_rows):
-        row = w.rows[r, k]
+    for k in range(rep.num_ready):
+        row = w.rows[r, w.order[r, k]]
         row.leaves_at = 0
-        if row.to_prefill == 0 and row.held == passed:
+        if row.held == passed:
             batch += 1
-            context += row.context + 1
-            if passed == 0 and row.room == 0:
-                row.room = rep.block_tokens
+            context += row_context(rep, row) + 1
     c = w.coefficients[model]
     padded = w.padded[model, batch]
     residual = w.residual[model, batch]
@@ -576,9 +638,9 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
             joules = joules + cost.check_joules(c, padded)
             shallow_s = shallow_s + cost.check_seconds(c, padded)
             leaving = 0
-            for k in range(rep.num_rows):
-                row = w.rows[r, k]
-                if row.to_prefill == 0 and row.held == passed and levels[row.place] <= level:
+            for k in range(rep.num_ready):
+                own = levels[w.lanes[r, k] + rep.ticks]
+                if w.rows[r, w.order[r, k]].held == passed and own <= level:
                     leaving += 1
         if leaving == batch:
             break
@@ -593,13 +655,15 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     leavers = w.padded[model, leaving]
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
-    for k in range(rep.num_rows):
-        row = w.rows[r, k]
-        if row.to_prefill == 0 and row.held == passed:
-            if leaving == batch or levels[row.place] <= level:
+    for k in range(rep.num_ready):
+        row = w.rows[r, w.order[r, k]]
+        if row.held == passed:
+            if leaving == batch or levels[w.lanes[r, k] + rep.ticks] <= level:
                 row.leaves_at = level + 1
                 w.exit_counts[r, model, level] += 1
             else:
+                if passed == 0:
+                    w.block_phases[r, block_phase(rep, row)] -= 1
                 row.held = level + 1
     joules = cost.iteration_joules(c, seconds, joules)
     rep.num_decode_iterations += 1
@@ -609,64 +673,76 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
 
 
 @compiled
+def num_starting(w: World, r: int, rep: Any) -> int:
+    """Decoding rows that begin a token with the next iteration: all but those held at an exit."""
+    if rep.exit_mode == REBATCH:
+        return company_size(w, r, rep, 0)
+    return rep.num_ready
+
+
+@compiled
 def plan_chunks(w: World, r: int, rep: Any) -> tuple[int, int, float]:
     """Share the token budget that decoding rows leave among prompts, admitting new ones.
 
     Returns the prefill tokens of the iteration, the KV tokens they read back and the query-key
     pairs they attend to.
     """
-    decoding = 0
-    for k in range(rep.num_rows):
-        row = w.rows[r, k]
-        if row.to_prefill == 0 and row.held == 0:
-            decoding += 1
-    budget = rep.chunk_tokens - decoding
+    budget = rep.chunk_tokens - num_starting(w, r, rep)
     tokens = 0
     reread = 0
     pairs = 0.0
-    k = 0
+    k = rep.num_ready
     while budget > tokens:
         if k == rep.num_rows:
             if not next_may_join(w, r, rep):
                 break
             admit(w, r, rep, pop_waiting(w, rep))
-        row = w.rows[r, k]
+        row = w.rows[r, w.order[r, k]]
         k += 1
-        if row.to_prefill > 0:
-            row.chunk = min(row.to_prefill, budget - tokens)
-            tokens += row.chunk
-            reread += row.context
-            pairs += row.chunk * (float(row.context) + (row.chunk + 1.0) * 0.5)
+        row.chunk = min(row.to_prefill, budget - tokens)
+        tokens += row.chunk
+        reread += row.context
+        pairs += row.chunk * (float(row.context) + (row.chunk + 1.0) * 0.5)
     return tokens, reread, pairs
+
+
+@compiled
+def start_fresh_to_the_end(w: World, r: int, rep: Any) -> int:
+    """Let fresh rows of `rebatch` ride through all layers beside prompts; returns their context."""
+    context = 0
+    levels = w.leaving_level[rep.model, rep.column]
+    for k in range(rep.num_ready):
+        row = w.rows[r, w.order[r, k]]
+        row.leaves_at = 0
+        if row.held == 0:
+            context += row_context(rep, row) + 1
+            level = levels[w.lanes[r, k] + rep.ticks]
+            row.leaves_at = level + 1
+            w.exit_counts[r, rep.model, level] += 1
+    return context
 
 
 @compiled
 def start_mixed(w: World, r: int, rep: Any, tokens: int, reread: int, pairs: float) -> None:
     """Start an iteration of prompt chunks beside the decoding rows, through all loaded layers."""
     model = rep.model
-    decoding = 0
-    context = 0
-    emitting = 0
-    pending = 0
-    levels = w.leaving_level[model, rep.column]
-    for k in range(rep.num_rows):
-        row = w.rows[r, k]
-        row.leaves_at = 0
-        if row.to_prefill > 0:
-            if row.chunk == row.to_prefill:
-                emitting += 1
-        elif row.held == 0:
-            decoding += 1
-            context += row.context + 1
-            pending += row.pending
-            if row.room == 0:
-                row.room = rep.block_tokens
-            level = levels[row.place]
-            row.leaves_at = level + 1
-            w.exit_counts[r, model, level] += 1
+    decoding = num_starting(w, r, rep)
+    context = rep.context_sum + decoding
     num_checks = 0
-    if rep.exit_mode == WAIT or rep.exit_mode == SOLO or rep.exit_mode == REBATCH:
+    if rep.exit_mode == REBATCH:
+        context = start_fresh_to_the_end(w, r, rep)
         num_checks = rep.level
+    elif rep.exit_mode == WAIT or rep.exit_mode == SOLO:
+        count_exits(w, r, rep)
+        num_checks = rep.level
+    else:
+        w.exit_counts[r, model, rep.level] += decoding
+    emitting = 0
+    for k in range(rep.num_ready, rep.num_rows):
+        row = w.rows[r, w.order[r, k]]
+        if row.chunk == row.to_prefill:
+            emitting += 1
+    pending = rep.pending_sum
     c = w.coefficients[model]
     padded = w.padded[model, decoding]
     residual = w.residual[model, decoding] if decoding > 0 else 1.0
@@ -711,13 +787,13 @@ def start_iteration(w: World, r: int, rep: Any) -> bool:
             if passed > 0:
                 start_rebatched(w, r, rep, passed)
                 return True
-            rep_full = rep.full_rows
-            take_blocks(rep, rep_full)
+            growing = full_rows(w, r, rep)
+            take_blocks(rep, growing)
             tokens, reread, pairs = plan_chunks(w, r, rep)
             if tokens > 0:
                 start_mixed(w, r, rep, tokens, reread, pairs)
                 return True
-            give_back_blocks(rep, rep_full)
+            give_back_blocks(rep, growing)
         elif rep.batching == CONTINUOUS:
             count = admit_prompts(w, r, rep, rep.max_prefill_tokens)
             if count > 0:
@@ -745,7 +821,7 @@ def start_iteration(w: World, r: int, rep: Any) -> bool:
 def finish_prefill(w: World, r: int, rep: Any, row: Any) -> None:
     """Emit the token that a completed prefill yields, at the loaded depth."""
     req = w.requests[row.request]
-    account_token(w, rep, row, rep.level, True)
+    account_token(w, rep, row, row.place, rep.level, True)
     if rep.watching:
         watch(w, r, rep, w.breach[rep.model, rep.level, row.place] != 0)
     if req.first_token_s != req.first_token_s:
@@ -757,124 +833,147 @@ def finish_prefill(w: World, r: int, rep: Any, row: Any) -> None:
     row.place += 1
     if row.place == row.wrap:
         row.place = row.wrap - w.trace_length
-    row.joined_place = row.place
-    row.joined_remaining = row.remaining
-    row.layers_mark = rep.cumulative_layers
     req.generated = req.output - row.remaining
-    rep.context_sum += row.context
     rep.num_tokens += 1
 
 
 @compiled
+def emit_prefilled(w: World, r: int, rep: Any) -> None:
+    """Emit the tokens of the prompts that are through; they decode from the next iteration on."""
+    k = rep.num_ready
+    while k < rep.num_rows:
+        row = w.rows[r, w.order[r, k]]
+        row.context += row.chunk
+        row.to_prefill -= row.chunk
+        row.chunk = 0
+        if row.to_prefill == 0:
+            finish_prefill(w, r, rep, row)
+            join(w, r, rep, row, k)
+            if row.remaining == 0:
+                rep.num_fresh -= 1
+                retire(w, r, rep, leave(w, r, rep, k))
+                continue
+        k += 1
+
+
+@compiled
 def emit_decoded(w: World, r: int, rep: Any) -> None:
-    """Emit one token of every row and retire those that are done, keeping the order."""
-    count = rep.num_rows
-    now_s = rep.now_s
+    """Emit one token of every decoding row, all at once, and retire those that are done."""
+    count = rep.num_ready
+    if count == 0:
+        return
+    if rep.depth < w.exit_layers[rep.model, w.exit_layers.shape[1] - 1]:
+        count_breaches(w, r, rep)
+    count_gap(w, r, rep, rep.now_s - rep.last_tick_s, count - rep.num_fresh)
+    for k in range(count - rep.num_fresh, count):
+        row = w.rows[r, w.order[r, k]]
+        count_gap(w, r, rep, rep.now_s - row.last_token_s, 1)
+    rep.num_fresh = 0
+    rep.last_tick_s = rep.now_s
+    rep.ticks += 1
     rep.cumulative_layers += rep.iteration_layers
     rep.context_sum += count
     rep.num_tokens += count
-    counts_breaches = rep.depth < w.exit_layers[rep.model, w.exit_layers.shape[1] - 1]
+    if rep.recompute_kv:
+        if rep.iteration_layers == rep.depth:
+            rep.partial_ticks = 0
+            rep.pending_sum = 0
+        else:
+            rep.partial_ticks += 1
+            rep.pending_sum += count
+    if rep.ticks >= rep.next_turn:
+        take_turn(w, r, rep)
+
+
+@compiled
+def count_breaches(w: World, r: int, rep: Any) -> None:
+    """Count tokens below the threshold, in the breach window too if somebody watches."""
+    ticks = rep.ticks
     breaches = w.breach[rep.model, rep.column]
-    rows = w.rows[r]
-    covered = rep.iteration_layers == rep.depth
-    kept = 0
-    full = 0
-    gap_from_s = rows[0].last_token_s
-    gap_count = 0
-    for k in range(count):
-        row = rows[k]
-        if row.last_token_s != gap_from_s:
-            count_gap(w, r, rep, now_s - gap_from_s, gap_count)
-            gap_from_s = row.last_token_s
-            gap_count = 0
-        gap_count += 1
-        row.last_token_s = now_s
-        if counts_breaches:
-            breached = breaches[row.place]
-            rep.num_breaches += breached
-            if rep.watching:
-                watch(w, r, rep, breached != 0)
-        row.place += 1
-        if row.place == row.wrap:
-            row.place = row.wrap - w.trace_length
-        row.context += 1
-        row.remaining -= 1
-        row.pending = 0 if covered else row.pending + rep.recompute_kv
-        if row.room == 0:
-            row.room = rep.block_tokens
-        row.room -= 1
-        if row.remaining == 0:
-            retire(w, r, rep, row)
-        else:
-            if row.room == 0:
-                full += 1
-            if kept != k:
-                rows[kept] = row
-            kept += 1
-    count_gap(w, r, rep, now_s - gap_from_s, gap_count)
-    rep.num_rows = kept
-    rep.full_rows = full
+    lanes = w.lanes[r]
+    total = 0
+    if rep.watching:
+        for k in range(rep.num_ready):
+            breached = breaches[lanes[k] + ticks]
+            total += breached
+            watch(w, r, rep, breached != 0)
+    else:
+        for k in range(rep.num_ready):
+            total += breaches[lanes[k] + ticks]
+    rep.num_breaches += total
 
 
 @compiled
-def emit_mixed(w: World, r: int, rep: Any) -> None:
-    """Advance every row of an iteration in which some leave, some are held and some prefill."""
-    count = rep.num_rows
-    rows = w.rows[r]
-    if rep.phase == MIXED:
-        rep.cumulative_layers += rep.depth
-    kept = 0
-    full = 0
-    for k in range(count):
-        row = rows[k]
-        if row.chunk > 0:
-            row.context += row.chunk
-            row.to_prefill -= row.chunk
-            row.chunk = 0
-            if row.to_prefill == 0:
-                finish_prefill(w, r, rep, row)
-        elif row.leaves_at > 0:
-            emit_one(w, r, rep, row)
-        if row.to_prefill == 0 and row.remaining == 0:
-            retire(w, r, rep, row)
-        else:
-            if row.to_prefill == 0 and row.held == 0 and row.room == 0:
-                full += 1
-            if kept != k:
-                rows[kept] = row
-            kept += 1
-    rep.num_rows = kept
-    rep.full_rows = full
+def take_turn(w: World, r: int, rep: Any) -> None:
+    """Retire rows with no token left, start used-up traces over, and find the next turn."""
+    next_turn = NEVER
+    k = 0
+    while k < rep.num_ready:
+        row = w.rows[r, w.order[r, k]]
+        last_tick = row.joined_tick + row.remaining
+        if last_tick == rep.ticks:
+            retire(w, r, rep, leave(w, r, rep, k))
+            continue
+        if w.lanes[r, k] + rep.ticks == row.wrap:
+            w.lanes[r, k] -= w.trace_length
+        next_turn = min(next_turn, last_tick, row.wrap - w.lanes[r, k])
+        k += 1
+    rep.next_turn = next_turn
 
 
 @compiled
-def emit_one(w: World, r: int, rep: Any, row: Any) -> None:
-    """Emit the token with which a row leaves the iteration."""
+def emit_rebatched(w: World, r: int, rep: Any) -> None:
+    """Emit the tokens of the rows that leave; the others sit this tick out."""
+    if rep.num_ready == 0:
+        return
+    rep.ticks += 1
+    rep.num_fresh = 0
+    k = 0
+    while k < rep.num_ready:
+        row = w.rows[r, w.order[r, k]]
+        if row.leaves_at > 0:
+            emit_one(w, r, rep, row, w.lanes[r, k] + rep.ticks - 1)
+            if row.joined_tick + row.remaining == rep.ticks:
+                retire(w, r, rep, leave(w, r, rep, k))
+                continue
+            if w.lanes[r, k] + rep.ticks == row.wrap:
+                w.lanes[r, k] -= w.trace_length
+        else:
+            sit_out(w, r, rep, row, k)
+        k += 1
+
+
+@compiled
+def sit_out(w: World, r: int, rep: Any, row: Any, k: int) -> None:
+    """Let a tick pass that emits none of this row's tokens."""
+    if row.held == 0:
+        w.block_phases[r, block_phase(rep, row)] -= 1
+    row.joined_tick += 1
+    w.lanes[r, k] -= 1
+    if row.held == 0:
+        w.block_phases[r, block_phase(rep, row)] += 1
+
+
+@compiled
+def emit_one(w: World, r: int, rep: Any, row: Any, place: int) -> None:
+    """Emit the token at `place` with which a row of `rebatch` leaves the iteration."""
     level = row.leaves_at - 1
     row.leaves_at = 0
-    row.held = 0
-    own = w.leaving_level[rep.model, rep.column, row.place]
-    if rep.exit_mode == REBATCH:
-        layers = rep.depth if rep.phase == MIXED else w.exit_layers[rep.model, level]
-        w.requests[row.request].executed_layers += layers
-        rep.executed_layers += layers
-        if level == own:
-            account_token(w, rep, row, rep.column, True)
-        else:
-            account_token(w, rep, row, level, False)
+    if row.held > 0:
+        row.held = 0
+        w.block_phases[r, block_phase(rep, row)] += 1
+    own = w.leaving_level[rep.model, rep.column, place]
+    layers = rep.depth if rep.phase == MIXED else w.exit_layers[rep.model, level]
+    w.requests[row.request].executed_layers += layers
+    rep.executed_layers += layers
+    if level == own:
+        account_token(w, rep, row, place, rep.column, True)
     else:
-        rep.num_breaches += w.breach[rep.model, rep.column, row.place]
+        account_token(w, rep, row, place, level, False)
     if rep.watching:
-        watch(w, r, rep, level == own and w.breach[rep.model, rep.column, row.place] != 0)
+        watch(w, r, rep, level == own and w.breach[rep.model, rep.column, place] != 0)
     count_gap(w, r, rep, rep.now_s - row.last_token_s, 1)
     row.last_token_s = rep.now_s
-    row.place += 1
-    if row.place == row.wrap:
-        row.place = row.wrap - w.trace_length
-    row.context += 1
-    row.remaining -= 1
-    row.room -= 1
-    row.pending = 0
     rep.context_sum += 1
     rep.num_tokens += 1
 
@@ -930,10 +1029,13 @@ def complete(w: World, r: int, rep: Any) -> None:
     rep.batch_seconds += seconds * rep.num_rows
     rep.kv_block_seconds += seconds * used_blocks(rep)
     rep.num_iterations += 1
-    if rep.phase == DECODING and rep.exit_mode != REBATCH:
-        emit_decoded(w, r, rep)
-    else:
-        emit_mixed(w, r, rep)
+    if rep.phase != PREFILLING:
+        if rep.exit_mode == REBATCH:
+            emit_rebatched(w, r, rep)
+        else:
+            emit_decoded(w, r, rep)
+    if rep.phase != DECODING:
+        emit_prefilled(w, r, rep)
     rep.phase = BETWEEN
     if rep.now_s >= rep.next_sample_s:
         sample(w, r, state_of(rep))
@@ -1006,9 +1108,8 @@ def preempt_all(w: World, r: int) -> None:
 def settle_all(w: World, r: int) -> None:
     """Bring the requests' sums up to date with the tokens emitted so far."""
     rep = w.replicas[r]
-    for k in range(rep.num_rows):
-        if w.rows[r, k].to_prefill == 0:
-            settle(w, rep, w.rows[r, k])
+    for k in range(rep.num_ready):
+        settle(w, rep, w.rows[r, w.order[r, k]])
 
 
 @compiled

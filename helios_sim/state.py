@@ -13,6 +13,9 @@ import numpy as np
 NOBODY: Final = -1
 """The end of a linked list of requests."""
 
+NEVER: Final = 1 << 60
+"""A tick, a quota or a target that is never reached."""
+
 UNSENT: Final = 0
 WAITING: Final = 1
 RUNNING: Final = 2
@@ -101,6 +104,8 @@ ROW = np.dtype(
     [
         ("last_token_s", "f8"),
         ("layers_mark", "i8"),
+        ("joined_tick", "i8"),
+        ("first_tick", "i8"),
         ("request", "i4"),
         ("context", "i4"),
         ("remaining", "i4"),
@@ -108,22 +113,20 @@ ROW = np.dtype(
         ("wrap", "i4"),
         ("to_prefill", "i4"),
         ("chunk", "i4"),
-        ("pending", "i4"),
-        ("room", "i4"),
-        ("joined_place", "i4"),
-        ("joined_remaining", "i4"),
         ("held", "i2"),
         ("leaves_at", "i2"),
     ],
     align=True,
 )
-"""A running request. `context` counts tokens in its KV cache, `place` is where in the exit trace
-its next token stands and `wrap` where the domain's trace ends; `to_prefill` counts prompt tokens
-still to be prefilled and `chunk` those of the iteration under way; `pending` counts tokens whose
-deeper KV is missing; `room` counts free places in its last block; `joined_place` and
-`joined_remaining` remember where its tokens were last settled; `held` counts the exits it has
-passed while it waits for company (0: none, it starts a new token); `leaves_at` is the exit level
-at which it leaves the iteration under way, plus 1 (0: it does not leave)."""
+"""A running request. Decoding rows emit a token a tick of their replica's counter, so a row only
+remembers how it stood at `joined_tick`: tokens in its KV cache (`context`), tokens still to emit
+(`remaining`) and where in the exit trace its next token stood (`place`; the domain's trace ends at
+`wrap`). A row that sits a tick out moves its `joined_tick` on. `first_tick` is the tick at which it
+began to decode, `to_prefill` counts prompt tokens still to be prefilled and `chunk` those of the
+iteration under way; `last_token_s` is when it emitted the last token that came alone (a prefill's,
+or any of `rebatch`); `held` counts the exits it has passed while it waits for company (0: it starts
+a new token); `leaves_at` is the exit level at which it leaves the iteration under way, plus 1 (0:
+it does not leave)."""
 
 REPLICA = np.dtype(
     [
@@ -131,7 +134,7 @@ REPLICA = np.dtype(
         ("end_s", "f8"),
         ("iteration_start_s", "f8"),
         ("iteration_j", "f8"),
-        ("idle_since_s", "f8"),
+        ("last_tick_s", "f8"),
         ("idle_w", "f8"),
         ("energy_j", "f8"),
         ("idle_energy_j", "f8"),
@@ -178,8 +181,13 @@ REPLICA = np.dtype(
         ("window_breaches", "i8"),
         ("tripped", "i8"),
         ("num_rows", "i8"),
-        ("full_rows", "i8"),
+        ("num_ready", "i8"),
+        ("num_fresh", "i8"),
         ("context_sum", "i8"),
+        ("ticks", "i8"),
+        ("next_turn", "i8"),
+        ("partial_ticks", "i8"),
+        ("pending_sum", "i8"),
         ("static_rows", "i8"),
         ("iteration_layers", "i8"),
         ("cumulative_layers", "i8"),
@@ -206,9 +214,12 @@ REPLICA = np.dtype(
     ],
     align=True,
 )
-"""A replica. `phase` is what it does until `end_s`; `full_rows` counts decoding rows whose last
-block is full and `context_sum` the tokens in the KV cache of decoding rows; `draining` admits
-nobody, `pausing` stops at the next boundary; `column` selects the trace tables for its
+"""A replica. `phase` is what it does until `end_s`. Its first `num_ready` rows decode, the others
+are being prefilled; the last `num_fresh` of the decoding ones have not decoded yet. `ticks` counts
+iterations that decoded, `last_tick_s` is when the last one ended, and at `next_turn` some row ends
+or reaches the end of its domain's trace; `context_sum` adds up the tokens in the KV cache of
+decoding rows. Where skipped KV is recomputed, `partial_ticks` counts ticks since the last full
+pass and `pending_sum` the tokens to be fed again; `draining` admits nobody, `pausing` stops at the next boundary; `column` selects the trace tables for its
 exit mode and loaded level. Sums run over the whole run; the host takes differences where it
 needs a period, except `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which
 the host clears at each decision."""
@@ -250,7 +261,13 @@ class World(NamedTuple):
     replicas: Any
     """REPLICA, (R,)"""
     rows: Any
-    """ROW, (R, S), in order of admission"""
+    """ROW, (R, S), by slot"""
+    order: Any
+    """i4, (R, S): slots of the running rows in order of admission, then the free slots"""
+    lanes: Any
+    """i8, (R, S), in that order: a decoding row's place in the exit trace, less the ticks"""
+    block_phases: Any
+    """i8, (R, block_tokens): how many decoding rows there are of each block phase"""
     requests: Any
     """REQUEST, (N,)"""
     coefficients: Any

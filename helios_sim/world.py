@@ -133,6 +133,9 @@ def build_world(
     world = World(
         replicas=records(num_replicas, REPLICA),
         rows=records((num_replicas, serving.max_batch), ROW),
+        order=np.tile(np.arange(serving.max_batch, dtype=np.int32), (num_replicas, 1)),
+        lanes=np.zeros((num_replicas, serving.max_batch), np.int64),
+        block_phases=np.zeros((num_replicas, serving.block_tokens), np.int64),
         requests=request_records(requests, tables),
         coefficients=np.array([model.coefficient_array() for model in models]).reshape(
             len(models), len(COEFFICIENTS)

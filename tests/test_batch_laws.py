@@ -86,7 +86,7 @@ class CountedReplica(SteppedReplica):
         record, requests = self.record, self.world.requests
         waiting = self.chained(record.waiting_head)
         to_come = self.chained(record.inbox_head)
-        running = self.world.rows[0][: record.num_rows].request.tolist()
+        running = self.world.rows[0][self.world.order[0, : record.num_rows]].request.tolist()
         numbers = {
             state.WAITING: record.num_waiting,
             state.RUNNING: record.num_rows,
@@ -130,13 +130,18 @@ class BlockReplica(SteppedReplica):
 
     def at_cut(self) -> None:
         record = self.record
-        whole_batch = record.phase == state.DECODING and record.exit_mode != state.REBATCH
-        held_blocks = 0
-        for row in self.world.rows[0][: record.num_rows]:
+        all_decode = record.phase in (state.DECODING, state.MIXED)
+        all_decode = all_decode and record.exit_mode != state.REBATCH
+        held_blocks = num_full = 0
+        for row in self.world.rows[0][self.world.order[0, : record.num_rows]]:
             # A token under way has its place in the KV cache from its start.
-            under_way = whole_batch or row.held > 0 or row.leaves_at > 0
-            tokens = int(row.context + row.to_prefill) + int(under_way)
+            ready = row.to_prefill == 0
+            under_way = (all_decode and ready) or row.held > 0 or row.leaves_at > 0
+            context = int(batch.row_context(record, row))
+            tokens = context + int(row.to_prefill) + int(under_way)
             held_blocks += blocks_for(tokens, int(record.block_tokens))
+            num_full += int(ready and row.held == 0 and context % record.block_tokens == 0)
+        assert batch.full_rows(self.world, 0, record) == num_full
         assert used_blocks(record) == held_blocks
         assert record.free_blocks >= 0
         assert record.staged_blocks >= 0

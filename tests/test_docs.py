@@ -113,7 +113,9 @@ def test_every_file_of_a_run_and_every_key_of_its_totals_is_described() -> None:
     for name in RUN_FILES:
         assert f"### `{name}`" in text
     gaps = section(text, "### `itl.parquet`")
-    assert all(f"| `{name}` | {TYPES[type(kind).__name__]} |" in gaps for name, kind in ITL_SCHEMA.items())
+    assert all(
+        f"| `{name}` | {TYPES[type(kind).__name__]} |" in gaps for name, kind in ITL_SCHEMA.items()
+    )
     named = set(re.findall(r"`([a-z0-9_]+)`", section(text, "### `totals.json`")))
     kept_apart = {"itl_bins_s", "itl_counts"}
     missing = {field.name for field in dataclasses.fields(RunTotals)} - kept_apart - named
@@ -123,7 +125,9 @@ def test_every_file_of_a_run_and_every_key_of_its_totals_is_described() -> None:
 def test_every_figure_of_a_summary_is_defined() -> None:
     """metrics.md gives each key the words of DEFINITIONS."""
     text = page("metrics.md")
-    missing = [key for key, meaning in DEFINITIONS.items() if f"| `{key}` | {meaning} |" not in text]
+    missing = [
+        key for key, meaning in DEFINITIONS.items() if f"| `{key}` | {meaning} |" not in text
+    ]
     assert not missing
 
 
@@ -187,9 +191,11 @@ def scenario_tables() -> Iterator[tuple[str, str]]:
     """The whole scenarios among the TOML blocks of the documentation."""
     for path in PAGES:
         for block in BLOCK.finditer(path.read_text(encoding="utf-8")):
-            if block["kind"] == "toml" and re.search(r"^name = ", block["body"], re.MULTILINE):
-                if "[workload" in block["body"] and "[[policy]]" in block["body"]:
-                    yield path.name, block["body"]
+            parts = ("name = ", "[workload]", "[fleet]", "[[policy]]")
+            if block["kind"] == "toml" and all(
+                f"\n{part}" in f"\n{block['body']}" for part in parts
+            ):
+                yield path.name, block["body"]
 
 
 def test_scenarios_in_the_documentation_can_be_run() -> None:
@@ -279,14 +285,9 @@ def with_fresh_output(text: str, folder: Path) -> str:
     os.environ.pop("FORCE_COLOR", None)
 
     def fresh(block: re.Match[str]) -> str:
-        if block["kind"] not in ("console", "sh"):
+        if block["kind"] != "console":
             return block[0]
-        lines = list(commands_in(block[0]))
-        if block["kind"] == "sh":
-            for line in lines:
-                if "--out" in line:
-                    output_of(line)
-            return block[0]
+        lines = commands_in(block[0])
         return "```console\n" + "".join(f"$ {line}\n{output_of(line)}" for line in lines) + "```"
 
     with chdir(folder):

@@ -90,7 +90,7 @@ def check_books(w: Any) -> None:
         waiting = lengths_of(w.requests, int(rep.waiting_head))
         coming = lengths_of(w.requests, int(rep.inbox_head))
         assert (waiting, coming) == (int(rep.num_waiting), int(rep.num_inbox))
-        rows = [w.rows[r, k] for k in range(rep.num_rows)]
+        rows = [w.rows[r, w.order[r, k]] for k in range(rep.num_rows)]
         assert all(status[row.request] == RUNNING for row in rows)
         listed += waiting + len(rows)
         held = sum(int(batch.row_blocks(rep, row)) for row in rows if row.chunk == 0)

@@ -92,7 +92,7 @@ def iterations_in(monkeypatch: pytest.MonkeyPatch) -> list[Iteration]:
             cut_s += CUT_S
             cause = advance(w, r, min(cut_s, horizon_s))
             if rep.phase != BETWEEN:
-                rows = [w.rows[r, k] for k in range(rep.num_rows)]
+                rows = [w.rows[r, w.order[r, k]] for k in range(rep.num_rows)]
                 decodes = rep.phase == DECODING
                 seen[float(rep.iteration_start_s)] = (
                     float(rep.iteration_start_s),
