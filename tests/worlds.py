@@ -484,6 +484,9 @@ def draw_models(
             if on_grid:
                 value = float(math.ceil(value)) * (0.0 if "_token" in name else 1.0) / 64.0
             coefficients.append(value if on_grid else value * scale * rng.random())
+        active_w = coefficients[COEFFICIENTS.index("power.active_w")]
+        above_w = rng.choice((0.01, 0.5, 1e9))
+        coefficients[COEFFICIENTS.index("power.limit_w")] = active_w + above_w
         coefficients[cost.REBATCH_OVERHEAD_S] = rng.choice((0.0, 1.0, 8.0, 64.0)) / 64.0
         coefficients[COEFFICIENTS.index("decode.fixed_s")] += 1.0 / 64.0
         coefficients[COEFFICIENTS.index("prefill.fixed_s")] += 1.0 / 64.0

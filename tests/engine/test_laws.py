@@ -24,7 +24,7 @@ from helios_sim.engine import Replica, Run, Setup, candidate_card, decided
 from helios_sim.exits import ExitTraces
 from helios_sim.memory import used_blocks
 from helios_sim.outcome import run_data
-from helios_sim.policy.contract import Keep
+from helios_sim.policy.contract import Evaluate, ExitMode, Keep, Watching
 from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.policy.snapshot_json import snapshot_from_json
 from helios_sim.profile import Link
@@ -374,6 +374,18 @@ def test_whoever_arrives_as_an_iteration_ends_joins_the_next_one(router: str) ->
     assert data.requests["admitted_s"][2] == first_token_s
 
 
+def test_who_arrives_as_weights_do_is_routed_by_what_was_there_before() -> None:
+    """Arrivals come before decisions: the new pool counts from the next arrival on."""
+    profile = both_models(disk=Link(1.0, 1e12), host=Link(0.5, 1e12))
+    setup = drifting_setup(profile=profile, fleet={"num_replicas": 2, "router": "least-kv"})
+    early = requests_of([0.5, 0.6], [8, 4], [5, 5], domains=DOMAINS)
+    ready_s = play(setup, early, "vanilla")[0].decisions[0].ready_s
+    requests = requests_of([0.5, 0.6, ready_s], [8, 4, 4], [5] * 3, domains=DOMAINS)
+    _, data = play(setup, requests, "vanilla")
+    # Without any pool yet, replica 0 is asked for 2 blocks and replica 1 for 1.
+    assert data.requests["replica"].to_list() == [0, 1, 1]
+
+
 @pytest.mark.parametrize("num_users", [0, 7])
 def test_every_policy_meets_the_same_requests_and_the_same_tokens(num_users: int) -> None:
     requests = drifting_requests(120, num_users=num_users)
@@ -705,6 +717,32 @@ def test_overlapping_a_load_with_serving_leaves_less_time_without_tokens() -> No
     assert loads[0][1].totals.load_s < loads[1][1].totals.load_s
 
 
+def test_without_overlap_rows_run_out_before_weights_move() -> None:
+    setup = drifting_setup(overlap_loads=False, profile=both_models(host=Link(0.3, 1e9)))
+    run, data = play(setup, drifting_requests())
+    times_s = np.concatenate([data.requests[name] for name in ("first_token_s", "finished_s")])
+    moves = [entry for entry in run.decisions if entry.moved_bytes]
+    assert len(moves) > 5
+    for entry in moves:
+        assert entry.ready_s is not None
+        start_s = entry.ready_s - setup.profile.loading.host.seconds(entry.moved_bytes)
+        assert not bool(((times_s > start_s + 1e-9) & (times_s <= entry.ready_s)).any())
+
+
+def test_a_replica_that_runs_out_of_rows_while_weights_arrive_idles() -> None:
+    """Four come at once, and the next four after the weights of the switch are here."""
+    setup = drifting_setup(profile=both_models(host=Link(5.0, 1e9)))
+    requests = requests_of(
+        np.repeat([1.0, 60.0, 120.0], 4), [5] * 12, [3, 3, 3, 9] * 3, domains=DOMAINS
+    )
+    run, data = play(setup, requests, "always", reassess_requests=3)
+    assert data.totals.num_switches > 1
+    totals = data.totals
+    assert totals.busy_s + totals.idle_s + totals.load_s == pytest.approx(totals.end_s)
+    assert totals.load_s == pytest.approx(run.decisions[0].ready_s)
+    assert totals.energy_idle_j == pytest.approx(50.0 * totals.idle_s)
+
+
 def test_replicas_of_one_host_share_its_disk_and_its_link() -> None:
     """Three that load at once are served one after the other, but not on hosts of their own."""
     profile = both_models(disk=Link(1.0, 1e12), host=Link(0.5, 1e12))
@@ -770,6 +808,28 @@ def test_keeping_costs_nothing() -> None:
     assert len(asked_run.decisions) > 3
     assert asked.requests.equals(plain.requests)
     assert asked.totals.energy_j == plain.totals.energy_j
+
+
+def test_after_an_evaluation_that_is_kept_nobody_is_evaluated_any_more() -> None:
+    class Content:
+        """Evaluates once, and keeps what it got."""
+
+        name = "content"
+        sees_future = False
+        confidence_threshold = None
+        watching = Watching(reassess_requests=10)
+
+        def decide(self, snapshot: Any) -> Any:
+            if snapshot.event == "start":
+                return Evaluate("small", 4, ExitMode.WAIT, "See what it does.")
+            return Keep("Good enough.")
+
+    run, data = play_policy(drifting_setup(), drifting_requests(60), Content)
+    assert data.requests["evaluated"].to_list() == [True] * 4 + [False] * 56
+    events = [str(entry.event) for entry in run.decisions]
+    assert events == ["start", "evaluated"] + ["reassess"] * 5
+    kept = [entry.snapshot.telemetry.is_evaluation for entry in run.decisions[1:]]
+    assert kept == [True] + [False] * 5
 
 
 def test_progress_rises_from_nothing_to_all() -> None:
