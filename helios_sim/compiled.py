@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numba
 import numpy as np
@@ -55,6 +56,22 @@ def _cache_dir() -> Path:
 numba.config.CACHE_DIR = str(_cache_dir())  # type: ignore[attr-defined]
 
 
+Mode = Literal["cached", "uncached", "interpreted"]
+
+_mode: Mode = "cached"
+
+
+@contextmanager
+def compiling(mode: Mode) -> Iterator[None]:
+    """Let `compiled` work otherwise for a while: without the cache, or not at all."""
+    global _mode
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
 def compiled(function: F) -> F:
     """Compile a function with numba, cached on disk, without reordering any arithmetic.
 
@@ -62,7 +79,10 @@ def compiled(function: F) -> F:
     time. The loop allocates nothing and Python holds the arrays while it runs, so numba's
     reference counting is left out.
     """
-    options: dict[str, Any] = {"cache": True, "error_model": "numpy", "_nrt": False}
+    if _mode == "interpreted":
+        return function
+    cache = _mode == "cached"
+    options: dict[str, Any] = {"cache": cache, "error_model": "numpy", "_nrt": False}
     dispatcher: Any = numba.njit(**options)(function)
     return dispatcher  # type: ignore[no-any-return]
 

@@ -16,10 +16,11 @@ import numpy as np
 import simpy
 from simpy.events import NORMAL, URGENT
 
-from helios_sim import batch, cost
+from helios_sim import cost
 from helios_sim.arrivals import stream
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces
+from helios_sim.hot_rules import loop_with
 from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
 from helios_sim.model import kv_pool_blocks
 from helios_sim.policy.contract import (
@@ -37,6 +38,7 @@ from helios_sim.policy.contract import (
     Telemetry,
 )
 from helios_sim.policy.controller import Controller
+from helios_sim.policy.registry import hot_rules_of
 from helios_sim.profile import ModelProfile, Profile
 from helios_sim.scenario import FleetSettings, MeasureSettings, ServingSettings
 from helios_sim.state import (
@@ -191,7 +193,7 @@ class Replica:
 
     def ask(self, event: Event) -> DecisionEntry:
         """Show the policy a snapshot and log what it decides."""
-        batch.settle_all(self.run.world, self.index)
+        self.run.loop.settle_all(self.run.world, self.index)
         telemetry = self.telemetry()
         if event is Event.REASSESS or event is Event.START:
             self.until_reassessment = self.policy.watching.reassess_requests
@@ -271,14 +273,14 @@ class Replica:
             self.rep.energy_j += load_j
         else:
             seconds = ready_s - float(self.rep.now_s)
-            batch.sample(self.run.world, self.index, batch.state_of(self.rep))
+            self.run.loop.sample(self.run.world, self.index, self.run.loop.state_of(self.rep))
             self.totals.load_s += seconds
             self.totals.energy_load_j += self.rep.idle_w * seconds
             self.rep.energy_j += self.rep.idle_w * seconds
             self.rep.now_s = ready_s
             self.rep.energy_j += load_j
             yield self.run.clock.at(ready_s)
-            batch.sample(self.run.world, self.index, LOADING_STATE)
+            self.run.loop.sample(self.run.world, self.index, LOADING_STATE)
 
     def reserve_transfer(self, entry: DecisionEntry) -> tuple[float, float]:
         """Take the host's disk and link in turn.
@@ -310,7 +312,7 @@ class Replica:
             if self.rep.phase != BETWEEN:
                 yield from self.serve(math.inf)
             self.rep.pausing = 0
-            batch.preempt_all(self.run.world, self.index)
+            self.run.loop.preempt_all(self.run.world, self.index)
         elif self.rep.num_rows > 0:
             self.rep.draining = 1
             yield from self.serve(math.inf)
@@ -380,7 +382,7 @@ class Replica:
             limit_s = min(until_s, run.next_arrival_s)
             # The cut moves on even where an iteration or an idle time outlasts the slice.
             cut_s = max(cut_s, float(rep.now_s)) + max(run.slice_s, float(rep.now_s) / 200)
-            cause = int(batch.advance(run.world, self.index, min(limit_s, cut_s)))
+            cause = int(self.run.loop.advance(run.world, self.index, min(limit_s, cut_s)))
             if cause == AT_HORIZON and cut_s < limit_s:
                 run.report_progress()
                 continue
@@ -390,7 +392,7 @@ class Replica:
             if until_s <= run.next_arrival_s and until_s < math.inf:
                 yield run.clock.at(until_s)
                 if rep.phase == BETWEEN and rep.now_s < until_s:
-                    batch.pass_idle_time(rep, until_s)
+                    self.run.loop.pass_idle_time(rep, until_s)
                 return AT_HORIZON
             if run.next_arrival_s == math.inf:
                 return OUT_OF_WORK
@@ -564,7 +566,9 @@ class Run:
             for name in names
         }
         self.thresholds = thresholds
-        tables = trace_tables(setup.traces, names, thresholds)
+        rules = hot_rules_of(self.policy)
+        self.loop = loop_with(rules)
+        tables = trace_tables(setup.traces, names, thresholds, rules)
         self.world: World = build_world(
             requests,
             setup.profile,
@@ -617,7 +621,7 @@ class Run:
             self.next_arrival_s = float(self.requests.arrival_s[0])
             self.clock.env.process(self.traffic())
             return
-        batch.push_all(self.world, sent_alone, places.astype(np.int64))
+        self.loop.push_all(self.world, sent_alone, places.astype(np.int64))
 
     def traffic(self) -> Process:
         """Route each request when it arrives, to the replica with the least load then."""
@@ -625,7 +629,7 @@ class Run:
         by_kv = self.setup.fleet.router == "least-kv"
         for i in range(len(arrivals)):
             yield self.clock.at(float(arrivals[i]), first=True)
-            batch.push_inbox(self.world, batch.least_loaded(self.world, by_kv), i)
+            self.loop.push_inbox(self.world, self.loop.least_loaded(self.world, by_kv), i)
             last = i + 1 == len(arrivals)
             self.next_arrival_s = math.inf if last else float(arrivals[i + 1])
             for replica in self.replicas:
@@ -644,9 +648,9 @@ class Run:
         self.end_s = max(float(rep.now_s) for rep in self.world.replicas)
         for replica in self.replicas:
             if replica.rep.now_s < self.end_s:
-                batch.pass_idle_time(replica.rep, self.end_s)
-            batch.settle_all(self.world, replica.index)
-            batch.sample(self.world, replica.index, batch.state_of(replica.rep))
+                self.loop.pass_idle_time(replica.rep, self.end_s)
+            self.loop.settle_all(self.world, replica.index)
+            self.loop.sample(self.world, replica.index, self.loop.state_of(replica.rep))
             replica.account_weights()
 
     def foresight(self, replica: Replica) -> dict[str, tuple[float, ...]]:

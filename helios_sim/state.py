@@ -215,14 +215,15 @@ REPLICA = np.dtype(
     align=True,
 )
 """A replica. `phase` is what it does until `end_s`. Its first `num_ready` rows decode, the others
-are being prefilled; the last `num_fresh` of the decoding ones have not decoded yet. `ticks` counts
-iterations that decoded, `last_tick_s` is when the last one ended, and at `next_turn` some row ends
-or reaches the end of its domain's trace; `context_sum` adds up the tokens in the KV cache of
-decoding rows. Where skipped KV is recomputed, `partial_ticks` counts ticks since the last full
-pass and `pending_sum` the tokens to be fed again; `draining` admits nobody, `pausing` stops at the next boundary; `column` selects the trace tables for its
-exit mode and loaded level. Sums run over the whole run; the host takes differences where it
-needs a period, except `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which
-the host clears at each decision."""
+are being prefilled; the last `num_fresh` of the decoding ones have not decoded yet. `ticks`
+counts iterations that decoded, `last_tick_s` is when the last one ended, and at `next_turn` some
+row ends or reaches the end of its domain's trace; `context_sum` adds up the tokens in the KV
+cache of decoding rows. Where skipped KV is recomputed, `partial_ticks` counts ticks since the
+last full pass and `pending_sum` the tokens to be fed again; `draining` admits nobody, `pausing`
+stops at the next boundary; `column` selects the trace tables for its exit mode and loaded level.
+Sums run over the whole run; the host takes differences where it needs a period, except
+`ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which the host clears at each
+decision."""
 
 SAMPLE = np.dtype(
     [

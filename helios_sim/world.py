@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,7 @@ from helios_sim.workload import Requests
 UNBOUNDED = 1 << 60
 """A quota or a target that is never reached."""
 
-_ON_ARRAYS: Any = rules
-"""The hot rules are plain comparisons, so they hold for whole arrays too."""
+_NO_RULES: Mapping[str, Callable[..., Any]] = {}
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,19 @@ def records(shape: int | tuple[int, ...], dtype: np.dtype[Any]) -> Any:
 
 
 def trace_tables(
-    traces: ExitTraces, names: Sequence[str], thresholds: Mapping[str, float]
+    traces: ExitTraces,
+    names: Sequence[str],
+    thresholds: Mapping[str, float],
+    replaced: Mapping[str, Callable[..., Any]] = _NO_RULES,
 ) -> TraceTables:
     """Look-up tables of all models, loaded levels and ways of leaving.
 
     Column c < K holds what happens when all tokens leave at level c, column K + c when tokens
     leave at their own exits but not beyond level c; models with fewer exits repeat their last.
+    `replaced` holds a policy's own hot rules.
     """
+    leaves_here = on_arrays("leaves_here", replaced)
+    is_breach = on_arrays("is_breach", replaced)
     num_levels = max(len(traces.exit_layers[name]) for name in names)
     num_domains, length = len(traces.domains), traces.num_positions
     positions = num_domains * length
@@ -76,10 +81,11 @@ def trace_tables(
     prefix = np.zeros((len(names), 2 * num_levels, positions + num_domains, 4), np.int32)
     for m, name in enumerate(names):
         threshold = thresholds[name]
-        own = traces.exit_level_at(name, threshold).reshape(positions).astype(np.int64)
         last = len(traces.exit_layers[name]) - 1
         confidence = traces.confidence[name].reshape(positions, last + 1).astype(np.float64)
-        deeper = _any_deeper(_ON_ARRAYS.leaves_here(confidence, threshold))
+        confident = leaves_here(confidence, threshold)
+        deeper = _any_deeper(confident)
+        own = np.where(confident.any(axis=1), confident.argmax(axis=1), last)
         nll = np.rint(traces.nll_nats[name].astype(np.float64) * NLL_UNITS_PER_NAT)
         per_level = {
             AGREE: traces.agrees[name].reshape(positions, last + 1).astype(np.int64),
@@ -89,7 +95,7 @@ def trace_tables(
             top = min(column % num_levels, last)
             level = np.full(positions, top) if column < num_levels else np.minimum(own, top)
             everywhere = np.arange(positions)
-            observed = _ON_ARRAYS.is_breach(confidence[everywhere, level], threshold, top == last)
+            observed = is_breach(confidence[everywhere, level], threshold, top == last)
             leaving[m, column] = level
             breach[m, column] = observed
             values = np.zeros((positions, 4), np.int64)
@@ -106,6 +112,14 @@ def trace_tables(
             column_sums = prefix[m, column].reshape(num_domains, length + 1, 4)
             column_sums[:, 1:] = sums
     return TraceTables(leaving, breach, prefix, length, traces.domains)
+
+
+def on_arrays(name: str, replaced: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """A hot rule for whole arrays: ours compare arrays as they are, others go by the element."""
+    if name in replaced:
+        return np.vectorize(replaced[name], otypes=[bool])
+    ours: Callable[..., Any] = getattr(rules, name)
+    return ours
 
 
 def _any_deeper(confident: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -94,6 +94,18 @@ def gap_bin(gap_s: float) -> int:
 @given(scenario=scenarios())
 def test_both_engines_agree_to_the_last_bit(scenario: Scenario) -> None:
     """Stops, every request's life, energy, times and counts are equal, not merely close."""
+    check_agreement(scenario)
+
+
+@many_examples
+@given(scenario=scenarios(splitting=True))
+def test_both_engines_agree_where_batches_split(scenario: Scenario) -> None:
+    """The same holds where rebatching holds rows back, carries tokens on and preempts both."""
+    check_agreement(scenario)
+
+
+def check_agreement(scenario: Scenario) -> None:
+    """Run a scenario in both engines and compare all there is to see."""
     compiled, naive = CompiledReplica(scenario), NaiveReplica(scenario)
     assert play(compiled, scenario) == play(naive, scenario)
     batch.settle_all(compiled.world, 0)

@@ -396,22 +396,28 @@ def _requests(requests: Sequence[Request]) -> Any:
 
 
 @st.composite
-def scenarios(draw: st.DrawFn, with_steps: bool = True) -> Scenario:
-    """Small scenarios with tight pools, wrapping traces and coinciding times among them."""
+def scenarios(draw: st.DrawFn, with_steps: bool = True, splitting: bool = False) -> Scenario:
+    """Small scenarios with tight pools, wrapping traces and coinciding times among them.
+
+    Where batches are `splitting`, all rebatch, and most have rows enough to split.
+    """
     batching = draw(st.sampled_from(BATCHING))
-    # Rebatching has the most to go wrong, and needs filled KV.
-    recompute_kv = draw(st.sampled_from((False, False, True)))
-    modes = EXIT_MODES[:-1] if recompute_kv else (*EXIT_MODES, "rebatch", "rebatch")
+    recompute_kv = not splitting and draw(st.booleans())
+    # Rebatching needs filled KV.
+    modes = EXIT_MODES[:-1] if recompute_kv else EXIT_MODES
+    modes = ("rebatch",) if splitting else modes
     num_models = draw(st.integers(1, 3))
     num_requests = draw(st.sampled_from((1, 2, 3, 5, 8, 12, 16, 20, 25, 30, 35, 40)))
-    max_batch = draw(st.sampled_from((1, 2, 3, 4, 8)))
+    max_batch = draw(st.sampled_from((2, 3, 4, 8) if splitting else (1, 2, 3, 4, 8)))
     block_tokens = draw(st.sampled_from((1, 2, 4, 16)))
     on_grid = draw(st.booleans())
     # What need not shrink comes from a seed: drawing thousands of numbers one by one is slow.
     rng = random.Random(draw(st.integers(0, 2**32 - 1)))
     models = draw_models(rng, num_models, max_batch, on_grid)
     longest = rng.choice((4, 12, 40))
-    requests = draw_requests(rng, num_requests, len(models[0].traces), longest, on_grid)
+    spacing_s = rng.choice((0.0, 0.1) if splitting else (0.0, 0.1, 0.3, 1.0, 3.0))
+    span_s = spacing_s * num_requests
+    requests = draw_requests(rng, num_requests, len(models[0].traces), longest, span_s, on_grid)
 
     def assignment(mode: str) -> Assignment:
         m = rng.randrange(num_models)
@@ -523,10 +529,14 @@ def draw_token(rng: random.Random, num_exits: int) -> Token:
 
 
 def draw_requests(
-    rng: random.Random, num_requests: int, num_domains: int, longest: int, on_grid: bool
+    rng: random.Random,
+    num_requests: int,
+    num_domains: int,
+    longest: int,
+    span_s: float,
+    on_grid: bool,
 ) -> tuple[Request, ...]:
     """Requests in order of arrival, or, in a closed loop, of which some follow upon others."""
-    span_s = rng.choice((0.0, 0.1, 0.3, 1.0, 3.0)) * num_requests
     arrivals = sorted(draw_time(rng, span_s, on_grid) for _ in range(num_requests))
     num_users = rng.choice((num_requests, num_requests, rng.randint(1, num_requests)))
     return tuple(

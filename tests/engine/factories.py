@@ -272,17 +272,22 @@ QUICK = {
 """HELIOS settings for workloads of a few hundred requests."""
 
 
-def play(
-    setup: Setup, requests: Requests, use: str = "helios", **options: Any
-) -> tuple[Run, RunData]:
-    """Play a shipped policy, HELIOS with quick settings, and give the run and its records."""
+def policy_of(use: str, **options: Any) -> Policy:
+    """A shipped policy, one that acts with quick settings."""
     if use in ("helios", "switch-only", "load-only"):
         options = QUICK | options
     if use in ("always", "clairvoyant"):
         options = {"reassess_requests": 30} | options
     if use == "never":
         options = {"evaluation_requests": 2} | options
-    return play_policy(setup, requests, lambda: make_policy(use, options), use)
+    return make_policy(use, options)
+
+
+def play(
+    setup: Setup, requests: Requests, use: str = "helios", **options: Any
+) -> tuple[Run, RunData]:
+    """Play a shipped policy and give the run and its records."""
+    return play_policy(setup, requests, lambda: policy_of(use, **options), use)
 
 
 def play_policy(

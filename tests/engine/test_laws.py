@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ from tests.engine.factories import (
     drifting_traces,
     play,
     play_policy,
+    policy_of,
     requests_of,
     setup_of,
 )
@@ -503,14 +504,7 @@ def test_a_fresh_policy_decides_every_logged_snapshot_alike(world: str, use: str
     for text, entry in zip(data.decisions["snapshot"], entries, strict=True):
         snapshot = snapshot_from_json(text)
         assert snapshot == entry.snapshot
-        assert type(run.policy)(*_settings_of(run.policy)).decide(snapshot) == entry.decision
-
-
-def _settings_of(policy: Any) -> Iterator[Any]:
-    """The settings a HELIOS variant was built from; the others are their own settings."""
-    if hasattr(policy, "settings"):
-        return iter([policy.settings])
-    return iter([])
+        assert policy_of(use).decide(snapshot) == entry.decision
 
 
 @world
