@@ -114,7 +114,10 @@ def compare(
         return
     from helios_sim.terminal import comparison_table
 
-    _console().print(comparison_table(rows, [run.label for run in data]))
+    labels = [run.label for run in data]
+    if len(set(labels)) < len(labels):
+        labels = [str(path) for path in runs]
+    _console().print(comparison_table(rows, labels))
     if out is not None:
         _say(f"Page: {out}")
 

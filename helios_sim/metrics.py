@@ -83,7 +83,7 @@ DEFINITIONS: Final[dict[str, str]] = {
     "loaded depth under full depth, whether or not deeper exits would have satisfied it",
     "num_breach_events": "times the breach window filled and the policy was asked",
     "mean_batch_size": "running requests per decode iteration",
-    "max_batch_size": "most requests running at once on all replicas",
+    "max_batch_size": "most requests running at once on one replica",
     "max_batch_size_supported": "requests of the workload's mean length that fit on one replica "
     "beside the weights, at the model and depth that served longest",
     "weight_bytes_loaded": "bytes of weights loaded on a replica, averaged over time",

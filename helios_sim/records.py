@@ -479,7 +479,8 @@ def _write_files(run: RunData, summary: Mapping[str, Any], folder: Path) -> None
     )
     _write_json(summary, folder / SUMMARY_FILE)
     header = [
-        f"# The resolved scenario of the run {run.label!r}; running it again gives this run.",
+        f"# The resolved scenario of the run {run.label!r}; run again, it gives this run.",
+        "# Files it names are relative to the folder of the original scenario.",
         f"# seed {run.seed}, policy {run.policy}, objective {run.objective}",
         *(f"# {name}: {text}" for name, text in flat_items(run.environment)),
     ]
