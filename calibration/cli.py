@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from helios_sim.errors import InputError
+from helios_sim.command import run_app
 
 app = typer.Typer(
     name="helios-calibrate",
@@ -56,8 +55,4 @@ def check(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
-    try:
-        app(args=None if arguments is None else list(arguments), standalone_mode=True)
-    except InputError as error:
-        print(f"helios-calibrate: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run_app(app, "helios-calibrate", arguments)

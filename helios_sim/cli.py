@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from helios_sim.command import run_app
 from helios_sim.errors import InputError
 
 if TYPE_CHECKING:
     from helios_sim.experiment import Progress, Result
     from helios_sim.scenario import Scenario
 
-BAD_INPUT = 2
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -74,7 +74,7 @@ def simulate(
         from helios_sim.publish import check_results_target
 
         check_results_target(target)
-    with _progress(quiet=as_json) as progress:
+    with _interruptible(), _progress(quiet=as_json) as progress:
         results = [run_policy(experiment, chosen, progress) for chosen in policies]
         if target is not None:
             progress("writing", 0.0)
@@ -180,14 +180,17 @@ def schema() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
+    run_app(app, "helios", arguments)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Say in words that an interrupt left nothing behind."""
     try:
-        app(args=None if arguments is None else list(arguments), standalone_mode=True)
-    except InputError as error:
-        print(f"helios: {error}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT) from None
+        yield
     except KeyboardInterrupt:
         print("helios: interrupted; nothing was written.", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _load(path: Path, changes: Sequence[str]) -> Scenario:

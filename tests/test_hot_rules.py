@@ -12,7 +12,7 @@ from helios_sim.hot_rules import InterpretedRuleWarning, loop_with
 from helios_sim.policy import rules
 from helios_sim.scenario import parse_scenario
 
-POLICY = '''
+POLICY = """
 from helios_sim.policy.helios import Helios
 
 LIMITS = {{"batch": {limit}}}
@@ -22,7 +22,7 @@ def may_join(num_running, max_batch, needed_blocks, free_blocks, watermark_block
 
 class Own(Helios):
     hot_rules = {{"may_join": may_join}}
-'''
+"""
 AS_OURS = """if num_running >= max_batch:
         return False
     if num_running == 0:

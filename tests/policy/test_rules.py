@@ -119,7 +119,7 @@ def test_a_sliding_window_equals_a_plain_queue(tokens: list[bool], window: int, 
 def test_rebatching_the_published_drex_rows_pays_from_four_of_eight(
     full_ms: float, shallow_ms: float, deep_ms: float
 ) -> None:
-    """c / t_d x 8 is 3.08, 3.61 and 3.59 for the three rows: three leavers are too few."""
+    """With c / t_d x 8 at 3.08, 3.61 and 3.59 in the three rows, three leavers are too few."""
     assert 3 < (shallow_ms + deep_ms - full_ms) / deep_ms * 8 < 4
     for leaving in range(9):
         pays = rebatch_pays(leaving, 8, shallow_ms / 1e3, deep_ms / 1e3, full_ms / 1e3)

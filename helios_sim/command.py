@@ -1,0 +1,21 @@
+"""A command line run to its exit: what a user got wrong is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from helios_sim.errors import InputError
+
+BAD_INPUT = 2
+
+
+def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -> None:
+    """Run a command line to its exit, with a user's mistake in words on standard error."""
+    try:
+        commands(args=None if arguments is None else list(arguments))
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None

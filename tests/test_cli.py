@@ -1,0 +1,202 @@
+"""The commands as a user runs them: what they print, where they write, how they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helios_sim.cli import main
+
+SCENARIO = """
+name = "short"
+question = "Which of two carries forty requests?"
+
+[workload]
+num_requests = {num_requests}
+arrivals = {{ kind = "poisson", rate_per_s = 3.0 }}
+prompt = {{ kind = "constant", tokens = 100 }}
+output = {{ kind = "constant", tokens = 20 }}
+
+[fleet]
+profile = "opt-a100-40gb"
+
+[[policy]]
+use = "vanilla"
+
+[[policy]]
+use = "helios"
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    """A scenario of forty requests under two policies."""
+    path = tmp_path / "short.toml"
+    path.write_text(SCENARIO.format(num_requests=40), encoding="utf-8")
+    return path
+
+
+def run(*arguments: object) -> int:
+    """Run the command in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return int(end.value.code or 0)
+
+
+def test_simulate_writes_a_folder_a_policy_and_one_page(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("simulate", scenario, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["helios", "report.html", "vanilla"]
+    for policy in ("helios", "vanilla"):
+        names = {path.name for path in (out / policy).iterdir()}
+        assert {"scenario.toml", "summary.json", "requests.parquet", "report.html"} <= names
+    assert str(out / "report.html") in capsys.readouterr().out
+
+
+def test_json_of_two_policies_is_a_list_and_nothing_else(
+    scenario: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("simulate", scenario, "--json") == 0
+    summaries = json.loads(capsys.readouterr().out)
+    assert [summary["label"] for summary in summaries] == ["vanilla", "helios"]
+    assert all(summary["completed"] == 40 for summary in summaries)
+
+
+def test_json_of_one_policy_is_its_summary(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("simulate", scenario, "--json", "--policy", "helios", "--seed", 7) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["policy"], summary["seed"]) == ("helios", 7)
+    assert [path.name for path in tmp_path.iterdir()] == ["short.toml"]
+
+
+def test_set_changes_a_setting(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change = ("--set", "workload.num_requests=12", "--set", "policy.1.top_k=1")
+    assert run("simulate", scenario, "--json", "--policy", "helios", *change) == 0
+    assert json.loads(capsys.readouterr().out)["completed"] == 12
+
+
+def test_replications_come_with_intervals(
+    scenario: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = ("--set", "measure.replications=3")
+    assert run("simulate", scenario, "--json", "--policy", "vanilla", *change) == 0
+    replications = json.loads(capsys.readouterr().out)["replications"]
+    assert replications["seeds"] == [1, 2, 3]
+    ttft = replications["figures"]["mean_ttft_ms"]
+    assert ttft["low"] <= ttft["mean"] <= ttft["high"]
+
+
+def test_runs_can_be_compared_and_reported_again(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("simulate", scenario, "--out", out) == 0
+    page = (out / "helios" / "report.html").read_bytes()
+    assert run("report", out / "helios") == 0
+    assert (out / "helios" / "report.html").read_bytes() == page
+    capsys.readouterr()
+    assert run("compare", out / "vanilla", out / "helios", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {"output_throughput", "mean_ttft_ms"} <= {row["key"] for row in rows}
+
+
+def test_results_are_replaced_but_a_strangers_folder_is_not(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("simulate", scenario, "--out", out, "--policy", "vanilla") == 0
+    assert run("simulate", scenario, "--out", out, "--policy", "helios") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["helios", "report.html"]
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("kept", encoding="utf-8")
+    assert run("simulate", scenario, "--out", tmp_path / "letters") == 2
+    assert "dear.txt" in capsys.readouterr().err
+    assert (tmp_path / "letters" / "dear.txt").read_text(encoding="utf-8") == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "serving.max_batc=4"], "Did you mean 'max_batch'?"),
+        (["--set", "fleet.profile=opt-a100"], "opt-a100-40gb"),
+        (["--policy", "helois"], "Did you mean 'helios'?"),
+        (["--set", "fleet.memory_bytes=8000000000", "--set", "policy.0.model=opt-6.7b"], "fits"),
+    ],
+)
+def test_bad_input_is_one_sentence_exit_code_2_and_no_folder(
+    scenario: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    assert run("simulate", scenario, "--out", tmp_path / "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("helios: ")
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["short.toml"]
+
+
+def test_an_unknown_command_or_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("simulat") == 2
+    assert run("profiles", "--jason") == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_profiles_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("profiles", "--json") == 0
+    names = {profile["name"] for profile in json.loads(capsys.readouterr().out)}
+    assert names == {"opt-a100-40gb", "layerskip-a100-40gb", "layerskip-h100-80gb"}
+
+
+def test_schema_is_a_json_schema_with_every_policys_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("scenario", "schema") == 0
+    schema = json.loads(capsys.readouterr().out)
+    text = json.dumps(schema)
+    assert "reassess_requests" in text
+    assert "rate_per_s" in text
+
+
+def test_help_answers_without_the_heavy_modules() -> None:
+    code = (
+        "import sys\n"
+        "from helios_sim.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'numba', 'polars', 'scipy', 'simpy', 'plotly', 'pydantic'}\n"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a run of a million requests."""
+    path = tmp_path / "long.toml"
+    path.write_text(SCENARIO.format(num_requests=1_000_000), encoding="utf-8")
+    code = "from helios_sim.cli import main; main()"
+    command = [sys.executable, "-c", code, "simulate", str(path), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        time.sleep(2.0)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["long.toml"]
