@@ -576,22 +576,15 @@ def company_size(w: World, r: int, rep: Any, passed: int) -> int:
 
 
 @compiled
-def remaining_pass(
-    w: World, rep: Any, first_level: int, padded: float, context: float, residual: float
-) -> tuple[float, float]:
-    """Seconds and joules from after exit `first_level - 1` to the loaded depth, head included."""
+def remaining_seconds(
+    w: World, rep: Any, next_level: int, padded: float, context: float, residual: float
+) -> float:
+    """Seconds from after the exit before `next_level` to the loaded depth, head included."""
     c = w.coefficients[rep.model]
-    layers = rep.depth
-    if first_level > 0:
-        layers = rep.depth - w.exit_layers[rep.model, first_level - 1]
+    layers = rep.depth - w.exit_layers[rep.model, next_level - 1]
     layer_s, _ = cost.layer_seconds(c, padded, context, 0.0, 0.0, 0.0)
     seconds = layers * (layer_s * residual) + cost.head_seconds(c, padded)
-    joules = layers * cost.layer_joules(c, padded, context, 0.0, 0.0)
-    joules = joules + cost.head_joules(c, padded)
-    checks = rep.level - first_level
-    seconds = seconds + checks * cost.check_seconds(c, padded)
-    joules = joules + checks * cost.check_joules(c, padded)
-    return seconds, joules
+    return seconds + (rep.level - next_level) * cost.check_seconds(c, padded)
 
 
 @compiled
@@ -645,7 +638,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         if leaving == batch:
             break
         if leaving > 0:
-            rest_s, _ = remaining_pass(w, rep, level + 1, padded, float(context), residual)
+            rest_s = remaining_seconds(w, rep, level + 1, padded, float(context), residual)
             overhead_s = c[cost.REBATCH_OVERHEAD_S]
             if rebatch_pays(leaving, batch, shallow_s, rest_s + overhead_s, shallow_s + rest_s):
                 seconds = seconds + overhead_s

@@ -132,12 +132,16 @@ def run_policy(
                 progress(policy.name, (done + share) / measure.replications)
 
         report(0.0)
-        played = simulate(
-            replace(experiment.setup, seed=seed),
-            requests,
-            lambda: make_policy(policy.use, policy.options, search_path=experiment.base_dir),
-            report,
-        )
+        try:
+            played = simulate(
+                replace(experiment.setup, seed=seed),
+                requests,
+                lambda: make_policy(policy.use, policy.options, search_path=experiment.base_dir),
+                report,
+            )
+        except InputError as error:
+            place = error.where or f"policy {policy.name}"
+            raise InputError(error.message, f"{experiment.where}, {place}") from error
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
