@@ -49,6 +49,7 @@ from helios_sim.state import (
     LOADING_STATE,
     NLL_UNITS_PER_NAT,
     OUT_OF_WORK,
+    REPLICA,
     World,
 )
 from helios_sim.workload import Requests
@@ -163,7 +164,9 @@ class Replica:
         self.index = index
         self.run = run
         self.host = host
-        self.rep = run.world.replicas[index]
+        self.record = run.world.replicas[index]
+        # The same record without attributes: reading a field this way is several times faster.
+        self.rep = run.world.replicas.view(REPLICA, np.ndarray)[index]
         self.controller = Controller(policy, run.candidates)
         self.policy = policy
         self.assignment: Assignment | None = None
@@ -189,7 +192,7 @@ class Replica:
         """What the batch loop's reason to stop means to the policy."""
         if cause == BREACHED:
             return Event.BREACHED
-        return Event.EVALUATED if self.rep.evaluating else Event.REASSESS
+        return Event.EVALUATED if self.rep["evaluating"] else Event.REASSESS
 
     def ask(self, event: Event) -> DecisionEntry:
         """Show the policy a snapshot and log what it decides."""
@@ -197,23 +200,23 @@ class Replica:
         telemetry = self.telemetry()
         if event is Event.REASSESS or event is Event.START:
             self.until_reassessment = self.policy.watching.reassess_requests
-        elif self.until_reassessment is not None and not self.rep.evaluating:
-            self.until_reassessment = max(1, int(self.rep.finish_target))
+        elif self.until_reassessment is not None and not self.rep["evaluating"]:
+            self.until_reassessment = max(1, int(self.rep["finish_target"]))
         decision, snapshot = self.controller.consult(
-            now_s=float(self.rep.now_s),
+            now_s=float(self.rep["now_s"]),
             event=event,
             assignment=self.assignment,
             telemetry=telemetry,
             load_s=self.load_seconds(),
-            num_waiting=int(self.rep.num_waiting),
-            num_running=int(self.rep.num_rows),
+            num_waiting=int(self.rep["num_waiting"]),
+            num_running=int(self.rep["num_rows"]),
             max_batch=self.run.setup.serving.max_batch,
             expected_tokens=self.expected_tokens(),
             slo=self.run.setup.slo,
             foresight=self.run.foresight(self) if self.policy.sees_future else None,
         )
         entry = DecisionEntry(
-            float(self.rep.now_s), self.index, event, decision, self.target(decision), snapshot
+            float(self.rep["now_s"]), self.index, event, decision, self.target(decision), snapshot
         )
         self.run.decisions.append(entry)
         if event is Event.BREACHED:
@@ -235,18 +238,18 @@ class Replica:
 
     def carry_out(self, entry: DecisionEntry) -> Process:
         """Bring the weights in, clear the rows that cannot stay, and take the assignment up."""
-        started_s = float(self.rep.now_s)
+        started_s = float(self.rep["now_s"])
         decision = entry.decision
         if not isinstance(decision, Keep):
-            entry.moved_bytes = self.missing_bytes(entry.assignment)
+            entry.moved_bytes = self.missing_bytes(entry.assignment.model, entry.assignment.depth)
             yield from self.bring_in(entry)
             if self.assignment != entry.assignment or isinstance(decision, Evaluate):
                 yield from self.clear_rows()
             if self.assignment != entry.assignment:
                 self.take_up(entry.assignment)
-            self.count(entry, float(self.rep.now_s) - started_s)
+            self.count(entry, float(self.rep["now_s"]) - started_s)
         self.aim(decision)
-        entry.ready_s = float(self.rep.now_s)
+        entry.ready_s = float(self.rep["now_s"])
         self.mark = self.marked()
 
     def bring_in(self, entry: DecisionEntry) -> Process:
@@ -257,28 +260,28 @@ class Replica:
         overlaps = (
             self.run.setup.serving.overlap_loads
             and self.assignment is not None
-            and self.rep.num_rows > 0
-            and staged <= self.rep.free_blocks
+            and self.rep["num_rows"] > 0
+            and staged <= self.rep["free_blocks"]
         )
         if not overlaps:
             yield from self.clear_rows()
         ready_s, moving_s = self.reserve_transfer(entry)
-        load_j = (self.run.setup.profile.device.load_w - self.rep.idle_w) * moving_s
+        load_j = (self.run.setup.profile.device.load_w - self.rep["idle_w"]) * moving_s
         self.totals.energy_load_j += load_j
         if overlaps:
-            stage_blocks(self.rep, staged)
+            stage_blocks(self.record, staged)
             self.hold_questions()
             yield from self.serve(ready_s)
-            unstage_blocks(self.rep)
-            self.rep.energy_j += load_j
+            unstage_blocks(self.record)
+            self.rep["energy_j"] += load_j
         else:
-            seconds = ready_s - float(self.rep.now_s)
-            self.run.loop.sample(self.run.world, self.index, self.run.loop.state_of(self.rep))
+            seconds = ready_s - float(self.rep["now_s"])
+            self.run.loop.sample(self.run.world, self.index, self.run.loop.state_of(self.record))
             self.totals.load_s += seconds
-            self.totals.energy_load_j += self.rep.idle_w * seconds
-            self.rep.energy_j += self.rep.idle_w * seconds
-            self.rep.now_s = ready_s
-            self.rep.energy_j += load_j
+            self.totals.energy_load_j += self.rep["idle_w"] * seconds
+            self.rep["energy_j"] += self.rep["idle_w"] * seconds
+            self.rep["now_s"] = ready_s
+            self.rep["energy_j"] += load_j
             yield self.run.clock.at(ready_s)
             self.run.loop.sample(self.run.world, self.index, LOADING_STATE)
 
@@ -289,7 +292,7 @@ class Replica:
         """
         loading = self.run.setup.profile.loading
         model = entry.assignment.model
-        at_s = float(self.rep.now_s)
+        at_s = float(self.rep["now_s"])
         moving_s = 0.0
         if model not in self.host.in_memory:
             whole = self.run.setup.profile.model(model).model
@@ -308,23 +311,23 @@ class Replica:
         self.hold_questions()
         started_s = self.run.clock.now_s
         if self.run.setup.serving.on_change == "recompute":
-            self.rep.pausing = 1
-            if self.rep.phase != BETWEEN:
+            self.rep["pausing"] = 1
+            if self.rep["phase"] != BETWEEN:
                 yield from self.serve(math.inf)
-            self.rep.pausing = 0
+            self.rep["pausing"] = 0
             self.run.loop.preempt_all(self.run.world, self.index)
-        elif self.rep.num_rows > 0:
-            self.rep.draining = 1
+        elif self.rep["num_rows"] > 0:
+            self.rep["draining"] = 1
             yield from self.serve(math.inf)
-            self.rep.draining = 0
-        self.totals.drain_s += float(self.rep.now_s) - started_s
+            self.rep["draining"] = 0
+        self.totals.drain_s += float(self.rep["now_s"]) - started_s
 
     def hold_questions(self) -> None:
         """Serve on without asking while a decision is carried out."""
-        self.rep.watching = self.rep.tripped = 0
-        self.rep.evaluating = 0
-        self.rep.quota = UNBOUNDED
-        self.rep.finish_target = UNBOUNDED
+        self.rep["watching"] = self.rep["tripped"] = 0
+        self.rep["evaluating"] = 0
+        self.rep["quota"] = UNBOUNDED
+        self.rep["finish_target"] = UNBOUNDED
 
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""
@@ -347,52 +350,52 @@ class Replica:
         mode = EXIT_MODES[assignment.exit_mode.value]
         leaves_early = assignment.exit_mode in (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
         rep = self.rep
-        rep.model = self.run.setup.candidates.index(assignment.model)
-        rep.level = level
-        rep.depth = assignment.depth
-        rep.exit_mode = mode
-        rep.column = self.run.world.exit_layers.shape[1] + level if leaves_early else level
-        rep.batch_limit = 1 if assignment.exit_mode is ExitMode.SOLO else rep.max_batch
-        resize_pool(rep, pool)
-        rep.window_seen = rep.window_breaches = rep.tripped = 0
+        rep["model"] = self.run.setup.candidates.index(assignment.model)
+        rep["level"] = level
+        rep["depth"] = assignment.depth
+        rep["exit_mode"] = mode
+        rep["column"] = self.run.world.exit_layers.shape[1] + level if leaves_early else level
+        rep["batch_limit"] = 1 if assignment.exit_mode is ExitMode.SOLO else rep["max_batch"]
+        resize_pool(self.record, pool)
+        rep["window_seen"] = rep["window_breaches"] = rep["tripped"] = 0
         self.assignment = assignment
-        self.weight_bytes = model.weight_bytes(assignment.depth)
+        self.weight_bytes = self.run.weight_bytes[assignment.model, assignment.depth]
         self.totals.peak_weight_bytes = max(self.totals.peak_weight_bytes, self.weight_bytes)
 
     def aim(self, decision: Decision) -> None:
         """Tell the batch loop when to come back."""
         rep = self.rep
-        rep.evaluating = int(isinstance(decision, Evaluate))
+        rep["evaluating"] = int(isinstance(decision, Evaluate))
         if isinstance(decision, Evaluate):
-            rep.quota = rep.finish_target = decision.num_requests
-            rep.watching = 0
+            rep["quota"] = rep["finish_target"] = decision.num_requests
+            rep["watching"] = 0
             return
         watching = self.policy.watching
-        rep.quota = UNBOUNDED
-        rep.finish_target = (
+        rep["quota"] = UNBOUNDED
+        rep["finish_target"] = (
             UNBOUNDED if self.until_reassessment is None else self.until_reassessment
         )
-        rep.watching = int(watching.breach_window_tokens is not None)
+        rep["watching"] = int(watching.breach_window_tokens is not None)
 
     def serve(self, until_s: float) -> Process:
         """Serve until somebody must decide, the work runs out, or the clock reaches `until_s`."""
         run, rep = self.run, self.rep
-        cut_s = float(rep.now_s)
+        cut_s = float(rep["now_s"])
         while True:
             limit_s = min(until_s, run.next_arrival_s)
             # The cut moves on even where an iteration or an idle time outlasts the slice.
-            cut_s = max(cut_s, float(rep.now_s)) + max(run.slice_s, float(rep.now_s) / 200)
+            cut_s = max(cut_s, float(rep["now_s"])) + max(run.slice_s, float(rep["now_s"]) / 200)
             cause = int(self.run.loop.advance(run.world, self.index, min(limit_s, cut_s)))
             if cause == AT_HORIZON and cut_s < limit_s:
                 run.report_progress()
                 continue
             if cause not in (AT_HORIZON, OUT_OF_WORK):
-                yield run.clock.at(float(rep.now_s))
+                yield run.clock.at(float(rep["now_s"]))
                 return cause
             if until_s <= run.next_arrival_s and until_s < math.inf:
                 yield run.clock.at(until_s)
-                if rep.phase == BETWEEN and rep.now_s < until_s:
-                    self.run.loop.pass_idle_time(rep, until_s)
+                if rep["phase"] == BETWEEN and rep["now_s"] < until_s:
+                    self.run.loop.pass_idle_time(self.record, until_s)
                 return AT_HORIZON
             if run.next_arrival_s == math.inf:
                 return OUT_OF_WORK
@@ -412,13 +415,12 @@ class Replica:
         self.served_model = entry.assignment.model
         totals.switch_time_s += seconds
 
-    def missing_bytes(self, target: Assignment) -> int:
-        """Weight bytes that the target needs and the GPU does not hold."""
-        model = self.run.setup.profile.model(target.model).model
-        needed = model.weight_bytes(target.depth)
-        if self.assignment is None or self.assignment.model != target.model:
+    def missing_bytes(self, name: str, depth: int) -> int:
+        """Weight bytes that a model at a depth needs and the GPU does not hold."""
+        needed = self.run.weight_bytes[name, depth]
+        if self.assignment is None or self.assignment.model != name:
             return needed
-        return max(0, needed - model.weight_bytes(self.assignment.depth))
+        return max(0, needed - self.weight_bytes)
 
     def block_bytes(self) -> int:
         """Bytes of a KV block of the present pool."""
@@ -431,24 +433,21 @@ class Replica:
         loading = self.run.setup.profile.loading
         estimates = {}
         for candidate in self.run.candidates:
-            model = self.run.setup.profile.model(candidate.name).model
             disk_s = 0.0
             if candidate.name not in self.host.in_memory:
-                disk_s = loading.disk.seconds(model.weight_bytes(model.shape.layers))
+                disk_s = loading.disk.seconds(candidate.weight_bytes[-1])
+            missing = [self.missing_bytes(candidate.name, k) for k in candidate.exit_layers]
             estimates[candidate.name] = tuple(
-                (disk_s if missing else 0.0) + loading.host.seconds(missing)
-                for depth in candidate.exit_layers
-                for missing in [
-                    self.missing_bytes(Assignment(candidate.name, depth, ExitMode.FULL))
-                ]
+                disk_s + loading.host.seconds(num_bytes) if num_bytes else 0.0
+                for num_bytes in missing
             )
         return estimates
 
     def expected_tokens(self) -> float:
         """Tokens until the next reassessment, as far as experience tells."""
         rep = self.rep
-        if rep.num_finished:
-            per_request = float(rep.num_tokens) / float(rep.num_finished)
+        if rep["num_finished"]:
+            per_request = float(rep["num_tokens"]) / float(rep["num_finished"])
         else:
             per_request = float(self.run.setup.serving.expected_output_tokens)
         return (self.until_reassessment or 0) * per_request
@@ -456,19 +455,19 @@ class Replica:
     def marked(self) -> _Mark:
         """The running sums as they stand, to take differences from."""
         rep = self.rep
-        rep.ttft_sum_s = rep.tpot_sum_s = 0.0
-        rep.period_finished = rep.period_tpots = 0
-        counts = self.run.world.exit_counts[self.index, rep.model]
+        rep["ttft_sum_s"] = rep["tpot_sum_s"] = 0.0
+        rep["period_finished"] = rep["period_tpots"] = 0
+        counts = self.run.world.exit_counts[self.index, rep["model"]]
         return _Mark(
-            time_s=float(rep.now_s),
-            num_tokens=int(rep.num_tokens),
+            time_s=float(rep["now_s"]),
+            num_tokens=int(rep["num_tokens"]),
             exit_counts=tuple(int(count) for count in counts),
-            executed_layers=int(rep.executed_layers),
-            num_breaches=int(rep.num_breaches),
-            nll=int(rep.nll),
-            energy_j=float(rep.energy_j),
-            num_decode_iterations=int(rep.num_decode_iterations),
-            decode_rows=int(rep.decode_rows),
+            executed_layers=int(rep["executed_layers"]),
+            num_breaches=int(rep["num_breaches"]),
+            nll=int(rep["nll"]),
+            energy_j=float(rep["energy_j"]),
+            num_decode_iterations=int(rep["num_decode_iterations"]),
+            decode_rows=int(rep["decode_rows"]),
         )
 
     def telemetry(self) -> Telemetry | None:
@@ -477,30 +476,30 @@ class Replica:
             return None
         rep, mark = self.rep, self.mark
         num_exits = self.run.setup.profile.model(self.assignment.model).model.num_exits
-        counts = self.run.world.exit_counts[self.index, rep.model]
-        iterations = int(rep.num_decode_iterations) - mark.num_decode_iterations
+        counts = self.run.world.exit_counts[self.index, rep["model"]]
+        iterations = int(rep["num_decode_iterations"]) - mark.num_decode_iterations
         return Telemetry(
             assignment=self.assignment,
-            duration_s=float(rep.now_s) - mark.time_s,
-            num_finished=int(rep.period_finished),
-            num_tokens=int(rep.num_tokens) - mark.num_tokens,
+            duration_s=float(rep["now_s"]) - mark.time_s,
+            num_finished=int(rep["period_finished"]),
+            num_tokens=int(rep["num_tokens"]) - mark.num_tokens,
             exit_counts=tuple(
                 int(count) - before
                 for count, before in zip(counts[:num_exits], mark.exit_counts, strict=False)
             ),
-            executed_layers=int(rep.executed_layers) - mark.executed_layers,
-            num_breaches=int(rep.num_breaches) - mark.num_breaches,
-            nll_nats=(int(rep.nll) - mark.nll) / NLL_UNITS_PER_NAT,
-            mean_ttft_s=_mean(rep.ttft_sum_s, rep.period_finished),
-            mean_tpot_s=_mean(rep.tpot_sum_s, rep.period_tpots),
-            mean_batch=(int(rep.decode_rows) - mark.decode_rows) / max(1, iterations),
-            energy_j=float(rep.energy_j) - mark.energy_j,
-            is_evaluation=bool(rep.evaluating),
+            executed_layers=int(rep["executed_layers"]) - mark.executed_layers,
+            num_breaches=int(rep["num_breaches"]) - mark.num_breaches,
+            nll_nats=(int(rep["nll"]) - mark.nll) / NLL_UNITS_PER_NAT,
+            mean_ttft_s=_mean(rep["ttft_sum_s"], rep["period_finished"]),
+            mean_tpot_s=_mean(rep["tpot_sum_s"], rep["period_tpots"]),
+            mean_batch=(int(rep["decode_rows"]) - mark.decode_rows) / max(1, iterations),
+            energy_j=float(rep["energy_j"]) - mark.energy_j,
+            is_evaluation=bool(rep["evaluating"]),
         )
 
     def account_weights(self) -> None:
         """Book the time spent with the weights that are about to change."""
-        now_s = float(self.rep.now_s)
+        now_s = float(self.rep["now_s"])
         if self.assignment is not None:
             seconds = now_s - self.totals.weights_since_s
             name = f"{self.assignment.model}@{self.assignment.depth}"
@@ -580,6 +579,11 @@ class Run:
             setup.fleet.num_replicas,
         )
         self.candidates = tuple(candidate_card(setup, name) for name in names)
+        self.weight_bytes = {
+            (card.name, depth): num_bytes
+            for card in self.candidates
+            for depth, num_bytes in zip(card.exit_layers, card.weight_bytes, strict=True)
+        }
         self.clock = Clock()
         self.decisions: list[DecisionEntry] = []
         self.next_arrival_s = math.inf
@@ -647,15 +651,15 @@ class Run:
         """Let every replica idle to the end of the run and close the books."""
         self.end_s = max(float(rep.now_s) for rep in self.world.replicas)
         for replica in self.replicas:
-            if replica.rep.now_s < self.end_s:
-                self.loop.pass_idle_time(replica.rep, self.end_s)
+            if replica.record.now_s < self.end_s:
+                self.loop.pass_idle_time(replica.record, self.end_s)
             self.loop.settle_all(self.world, replica.index)
-            self.loop.sample(self.world, replica.index, self.loop.state_of(replica.rep))
+            self.loop.sample(self.world, replica.index, self.loop.state_of(replica.record))
             replica.account_weights()
 
     def foresight(self, replica: Replica) -> dict[str, tuple[float, ...]]:
         """True exit shares of the requests to come, for policies that bound the others."""
-        coming = self.requests.arrival_s > replica.rep.now_s
+        coming = self.requests.arrival_s > replica.record.now_s
         horizon = self.policy.watching.reassess_requests or len(self.requests)
         upcoming = np.flatnonzero(coming)[: horizon * len(self.replicas)]
         if not len(upcoming):

@@ -154,7 +154,7 @@ def timeline_table(run: Run) -> pl.DataFrame:
     names = np.array([*run.setup.candidates, ""])
     parts = []
     for replica in run.replicas:
-        lines = run.world.samples[replica.index, : int(replica.rep.num_samples)]
+        lines = run.world.samples[replica.index, : int(replica.record.num_samples)]
         # Of several lines at one instant the last holds all that happened until then.
         lasts = np.append(lines["time_s"][1:] > lines["time_s"][:-1], True)
         lines = lines[lasts & (lines["time_s"] > 0.0)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from typing import Any
 
 from helios_sim.policy.contract import (
@@ -20,12 +19,12 @@ from helios_sim.policy.contract import (
 
 def snapshot_to_json(snapshot: Snapshot) -> str:
     """One line of strict JSON; an infinite load time becomes null."""
-    data = asdict(snapshot)
-    data["load_s"] = {
+    load_s = {
         name: [seconds if math.isfinite(seconds) else None for seconds in times]
         for name, times in snapshot.load_s.items()
     }
-    return json.dumps(data, allow_nan=False, separators=(",", ":"))
+    data = vars(snapshot) | {"load_s": load_s}
+    return json.dumps(data, allow_nan=False, separators=(",", ":"), default=vars)
 
 
 def snapshot_from_json(text: str) -> Snapshot:

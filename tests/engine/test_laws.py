@@ -681,10 +681,10 @@ def test_weights_and_pool_stay_within_memory_also_while_weights_arrive(
 
     def checked(self: Replica, assignment: Any) -> None:
         take_up(self, assignment)
-        pool = int(self.rep.pool_blocks) * self.block_bytes()
+        pool = int(self.record.pool_blocks) * self.block_bytes()
         assert self.weight_bytes + pool <= usable
-        assert int(self.rep.staged_blocks) == 0
-        assert int(self.rep.free_blocks) == int(self.rep.pool_blocks)
+        assert int(self.record.staged_blocks) == 0
+        assert int(self.record.free_blocks) == int(self.record.pool_blocks)
 
     def noted(rep: Any, num_blocks: int) -> None:
         stage(rep, num_blocks)
