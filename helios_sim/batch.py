@@ -52,6 +52,7 @@ from helios_sim.state import (
     TUMBLING,
     WAIT,
     WAITING,
+    Parking,
     World,
 )
 
@@ -1145,3 +1146,35 @@ def queued_blocks(w: World, rep: Any) -> int:
         total += blocks_for(w.requests[at].prompt, rep.block_tokens)
         at = w.requests[at].next
     return total
+
+
+@compiled
+def route(w: World, parking: Parking, by_kv: bool, first: int, before_s: float) -> int:
+    """Route requests from `first` on, carrying parked replicas to each next arrival.
+
+    Stops before an arrival at or after `before_s`, at the last request, and when a parked replica
+    stops: it is no longer parked then, and its cause is noted. Returns the next request to route.
+    """
+    at = first
+    while True:
+        push_inbox(w, least_loaded(w, by_kv), at)
+        at += 1
+        last = at == len(w.requests)
+        horizon_s = math.inf if last else w.requests[at].arrival_s
+        if carry_on(w, parking, horizon_s) or last or horizon_s >= before_s:
+            return at
+
+
+@compiled
+def carry_on(w: World, parking: Parking, horizon_s: float) -> bool:
+    """Advance the parked replicas to just before `horizon_s`; says whether one of them stopped."""
+    stopped = False
+    for r in range(len(w.replicas)):
+        if parking.parked[r]:
+            cause = advance(w, r, min(horizon_s, parking.until_s[r]))
+            waits = cause == AT_HORIZON or cause == OUT_OF_WORK
+            if not waits or parking.until_s[r] <= horizon_s or horizon_s == math.inf:
+                parking.parked[r] = False
+                parking.cause[r] = cause
+                stopped = True
+    return stopped

@@ -53,7 +53,7 @@ from helios_sim.state import (
     World,
 )
 from helios_sim.workload import Requests
-from helios_sim.world import UNBOUNDED, build_world, trace_tables
+from helios_sim.world import UNBOUNDED, build_world, parking_lot, trace_tables
 
 Process = Generator[simpy.Event, Any, Any]
 
@@ -399,8 +399,19 @@ class Replica:
                 return AT_HORIZON
             if run.next_arrival_s == math.inf:
                 return OUT_OF_WORK
-            self.wake = run.clock.env.event()
-            yield self.wake
+            cause = yield from self.park(until_s)
+            if cause not in (AT_HORIZON, OUT_OF_WORK):
+                yield run.clock.at(float(rep["now_s"]))
+                return cause
+
+    def park(self, until_s: float) -> Process:
+        """Let arriving requests carry this replica on, with the others; returns what stopped it."""
+        parking = self.run.parking
+        parking.until_s[self.index] = until_s
+        parking.parked[self.index] = True
+        self.wake = self.run.clock.env.event()
+        cause = yield self.wake
+        return cause
 
     def count(self, entry: DecisionEntry, seconds: float) -> None:
         """Add a decision that was carried out to the totals."""
@@ -587,6 +598,7 @@ class Run:
         self.clock = Clock()
         self.decisions: list[DecisionEntry] = []
         self.next_arrival_s = math.inf
+        self.parking = parking_lot(setup.fleet.num_replicas)
         per_host = setup.fleet.replicas_per_host
         hosts = [Host() for _ in range(-(-setup.fleet.num_replicas // per_host))]
         if setup.fleet.weights_start == "host":
@@ -628,18 +640,23 @@ class Run:
         self.loop.push_all(self.world, sent_alone, places.astype(np.int64))
 
     def traffic(self) -> Process:
-        """Route each request when it arrives, to the replica with the least load then."""
+        """Route requests as they arrive, each to the replica with the least load then.
+
+        Arrivals before the next event of anybody else are routed in one call of the loop.
+        """
         arrivals = self.requests.arrival_s
         by_kv = self.setup.fleet.router == "least-kv"
-        for i in range(len(arrivals)):
-            yield self.clock.at(float(arrivals[i]), first=True)
-            self.loop.push_inbox(self.world, self.loop.least_loaded(self.world, by_kv), i)
-            last = i + 1 == len(arrivals)
-            self.next_arrival_s = math.inf if last else float(arrivals[i + 1])
+        at = 0
+        while at < len(arrivals):
+            yield self.clock.at(float(arrivals[at]), first=True)
+            before_s = min(float(self.clock.env.peek()), float(arrivals[at]) + self.slice_s)
+            at = int(self.loop.route(self.world, self.parking, by_kv, at, before_s))
+            self.next_arrival_s = float(arrivals[at]) if at < len(arrivals) else math.inf
             for replica in self.replicas:
-                if replica.wake is not None:
+                if replica.wake is not None and not self.parking.parked[replica.index]:
                     wake, replica.wake = replica.wake, None
-                    wake.succeed()
+                    wake.succeed(int(self.parking.cause[replica.index]))
+            self.report_progress()
 
     def report_progress(self) -> None:
         """Tell how much of the workload has ended, from 0 to 1."""

@@ -297,3 +297,14 @@ class World(NamedTuple):
     """u1, (R, W): the last tokens' breaches, for a sliding window"""
     samples: Any
     """SAMPLE, (R, TIMELINE_CAPACITY)"""
+
+
+class Parking(NamedTuple):
+    """Replicas that wait for nothing but requests: the router carries them on with each arrival."""
+
+    parked: Any
+    """bool, (R,)"""
+    until_s: Any
+    """f8, (R,): when a parked replica is wanted elsewhere"""
+    cause: Any
+    """i8, (R,): why it stopped"""

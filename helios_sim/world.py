@@ -33,6 +33,7 @@ from helios_sim.state import (
     SLIDING,
     TIMELINE_CAPACITY,
     TUMBLING,
+    Parking,
     World,
 )
 from helios_sim.workload import Requests
@@ -186,6 +187,15 @@ def build_world(
         rep.breach_limit = watching.breach_limit
         rep.sample_interval_s = measure.timeline_interval_s
     return world
+
+
+def parking_lot(num_replicas: int) -> Parking:
+    """A place for every replica, none of them parked."""
+    return Parking(
+        np.zeros(num_replicas, np.bool_),
+        np.zeros(num_replicas, np.float64),
+        np.zeros(num_replicas, np.int64),
+    )
 
 
 def request_records(requests: Requests, tables: TraceTables) -> Any:

@@ -126,6 +126,13 @@ def play_sliced(setup: Setup, requests: Requests, use: str, slice_s: float) -> R
     return run_data(run, use, use, setup.seed, {})
 
 
+def watch_every_advance(monkeypatch: pytest.MonkeyPatch, instead: Any) -> None:
+    """Put a function in the place of `advance`, for the engine and for the router."""
+    monkeypatch.setattr(batch, "advance", instead)
+    for router in ("route", "carry_on"):
+        monkeypatch.setattr(batch, router, getattr(batch, router).py_func)
+
+
 @world
 def test_at_every_cut_each_request_is_in_one_place_and_each_block_in_one_hand(
     world: str, monkeypatch: pytest.MonkeyPatch
@@ -139,7 +146,7 @@ def test_at_every_cut_each_request_is_in_one_place_and_each_block_in_one_hand(
         num_checks += 1
         return int(cause)
 
-    monkeypatch.setattr(batch, "advance", checked)
+    watch_every_advance(monkeypatch, checked)
     data = play_sliced(setup_in(world), drifting_requests(150), "helios", 0.1)
     assert num_checks > 150
     ended = data.requests["status"].is_in(["finished", "refused"])
@@ -245,7 +252,7 @@ def test_energy_is_the_sum_of_iterations_idling_and_loading(
             if cause != batch.AT_HORIZON or cut_s >= horizon_s:
                 return int(cause)
 
-    monkeypatch.setattr(batch, "advance", step_by_step)
+    watch_every_advance(monkeypatch, step_by_step)
     setup = setup_in(world)
     run, data = play(setup, drifting_requests(100))
     totals, device = data.totals, setup.profile.device

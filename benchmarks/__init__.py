@@ -1,0 +1,1 @@
+"""How fast the simulator is, against a bare compiled loop and a plain SimPy engine."""
