@@ -240,9 +240,7 @@ def _poisson(num_requests: int, rate_per_s: float) -> dict[str, Any]:
     }
 
 
-def _scenario(
-    load: Load, workload: Mapping[str, Any], fleet: Mapping[str, Any]
-) -> dict[str, Any]:
+def _scenario(load: Load, workload: Mapping[str, Any], fleet: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": "benchmark",
         "seed": 1,

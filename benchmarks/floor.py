@@ -80,9 +80,7 @@ def run_floor(work: FloorWork) -> NDArray[np.float64]:
     return finished_s
 
 
-def decode_seconds(
-    c: Any, exit_layers: Any, deepest: int, num_rows: int, context: float
-) -> float:
+def decode_seconds(c: Any, exit_layers: Any, deepest: int, num_rows: int, context: float) -> float:
     """Seconds of an iteration that runs to the exit `deepest`; written for both engines."""
     last = len(exit_layers) - 1
     rows = float(num_rows)

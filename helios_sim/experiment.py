@@ -143,6 +143,8 @@ def run_policy(
             place = error.where or f"policy {policy.name}"
             raise InputError(error.message, f"{experiment.where}, {place}") from error
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
+        # The world is as large as the records made of it, and nobody needs it any more.
+        del played, requests
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary["num_shortened"] = num_shortened

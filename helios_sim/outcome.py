@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +15,7 @@ from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
 from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
 from helios_sim.policy.snapshot_json import snapshot_to_json
-from helios_sim.records import RunData, RunTotals
+from helios_sim.records import STATUSES, RunData, RunTotals
 from helios_sim.state import (
     FINISHED,
     ITL_BINS_PER_OCTAVE,
@@ -26,7 +26,19 @@ from helios_sim.state import (
     REFUSED,
     RUNNING,
     STATE_NAMES,
+    UNSENT,
+    WAITING,
 )
+
+_STATUS_OF = np.zeros(5, np.uint32)
+for _code, _name in (
+    (UNSENT, "waiting"),
+    (WAITING, "waiting"),
+    (RUNNING, "running"),
+    (FINISHED, "finished"),
+    (REFUSED, "refused"),
+):
+    _STATUS_OF[_code] = STATUSES.index(_name)
 
 _DECISION_NAMES = {
     Keep: "keep",
@@ -77,19 +89,13 @@ def environment(run: Run) -> dict[str, Any]:
 
 
 def requests_table(run: Run) -> pl.DataFrame:
-    """One row a request, in order of arrival."""
+    """One row a request, in order of arrival; names are categories, which take a byte a row."""
     table = run.world.requests
-    names = np.array([*run.setup.candidates, ""])
-    domains = np.array(run.setup.traces.domains)
-    status = np.full(len(table), "waiting", dtype="<U8")
-    status[table["status"] == FINISHED] = "finished"
-    status[table["status"] == REFUSED] = "refused"
-    status[table["status"] == RUNNING] = "running"
     served = table["model"] != NOBODY
     columns: dict[str, Any] = {
         "request_id": np.arange(len(table)),
         "replica": table["replica"],
-        "domain": domains[table["domain"]],
+        "domain": _named(table["domain"], run.setup.traces.domains),
         "arrival_s": table["arrival_s"],
         "admitted_s": table["admitted_s"],
         "first_token_s": table["first_token_s"],
@@ -98,8 +104,8 @@ def requests_table(run: Run) -> pl.DataFrame:
         "output_tokens": table["output"],
         "generated_tokens": table["generated"],
         "trace_start": table["trace_start"],
-        "status": status,
-        "model": names[table["model"]],
+        "status": _named(_STATUS_OF[table["status"]], STATUSES),
+        "model": _named(np.maximum(table["model"], 0), run.setup.candidates),
         "depth": table["depth"],
         "evaluated": table["evaluated"] != 0,
         "num_preemptions": table["preemptions"],
@@ -110,13 +116,25 @@ def requests_table(run: Run) -> pl.DataFrame:
         "breaches": table["breaches"],
         "breaches_relative": table["relative_breaches"],
     }
-    frame = pl.DataFrame({name: np.ascontiguousarray(column) for name, column in columns.items()})
-    times = ("admitted_s", "first_token_s", "finished_s")
-    return frame.with_columns(
-        *(pl.col(name).fill_nan(None) for name in times),
-        pl.when(pl.Series(served)).then(pl.col("model")).otherwise(None).alias("model"),
-        pl.when(pl.Series(served)).then(pl.col("depth")).otherwise(None).alias("depth"),
+    frame = pl.DataFrame(
+        {
+            name: column if isinstance(column, pl.Series) else np.ascontiguousarray(column)
+            for name, column in columns.items()
+        }
     )
+    del columns
+    frame = frame.with_columns(pl.col("admitted_s", "first_token_s", "finished_s").fill_nan(None))
+    if bool(served.all()):
+        return frame
+    return frame.with_columns(
+        pl.when(pl.Series(served)).then(pl.col(name)).otherwise(None).alias(name)
+        for name in ("model", "depth")
+    )
+
+
+def _named(codes: Any, names: Sequence[str]) -> pl.Series:
+    """Names by their places, as categories."""
+    return pl.Series(names, dtype=pl.Enum(names)).gather(codes.astype(np.uint32))
 
 
 def decisions_table(run: Run) -> pl.DataFrame:
