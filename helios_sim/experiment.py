@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -143,8 +144,10 @@ def run_policy(
             place = error.where or f"policy {policy.name}"
             raise InputError(error.message, f"{experiment.where}, {place}") from error
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
-        # The world is as large as the records made of it, and nobody needs it any more.
+        # The world is as large as the records made of it, and nobody needs it any more; replicas
+        # and their run refer to each other, so it takes a collection to let it go.
         del played, requests
+        gc.collect()
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary["num_shortened"] = num_shortened
