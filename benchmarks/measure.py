@@ -166,8 +166,6 @@ def _sample(case: Case, conditions: Conditions) -> dict[str, Any]:
     """One repetition of a case."""
     if case.kind == "call":
         return _call(case, conditions)
-    if case.kind == "sweep":
-        return _sweep(case, conditions)
     scenario = conditions.scenario(case)
     return run_job(
         {

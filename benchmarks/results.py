@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -134,8 +134,6 @@ def _line(one: Measured) -> Line:
 
 def _compared(line: Line, lines: Mapping[str, Line], before: Mapping[str, Any]) -> Line:
     """The line with its ratios; the floor is compared by the token, as lengths may differ."""
-    from dataclasses import replace
-
     floor = lines.get(cases.nearest_floor(line.case.num_requests))
     times_floor = None
     if line.tokens_per_s and floor is not None and floor.tokens_per_s:
@@ -293,11 +291,15 @@ def _case_document(line: Line, results: Results) -> dict[str, Any]:
     return _rounded(known) | {"samples": samples}
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Figures to five digits, which is more than two runs agree in."""
-    if isinstance(value, Mapping):
-        return {name: _rounded(one) for name, one in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+    rounded: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            rounded[name] = _rounded(value)
+        else:
+            rounded[name] = float(f"{value:.5g}") if isinstance(value, float) else value
+    return rounded
 
 
 def read_baseline(path: Path) -> dict[str, Any] | None:

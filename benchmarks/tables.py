@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.results import Line, Results, bars, growth
+from benchmarks.results import Bar, Line, Results, bars, growth
 
 _BY_THE_CALL = ("call", "sweep")
 
@@ -28,7 +28,12 @@ def _parts(results: Results) -> Iterator[Table | Text]:
         yield _call_table(calls)
     if growth(results):
         yield _growth_table(results)
-    yield _verdict_table(results)
+    found = bars(results)
+    judged = [bar for bar in found if bar.excess is not None]
+    if judged:
+        yield _verdict_table(judged)
+    if len(judged) < len(found):
+        yield Text(f"\n{len(found) - len(judged)} of {len(found)} bars were not measured.")
     for name, words in results.failures.items():
         yield Text(f"{name} failed: {words}", style="red")
     yield Text(_machine_line("Measured with", results.machine))
@@ -97,10 +102,10 @@ def _growth_table(results: Results) -> Table:
     return table
 
 
-def _verdict_table(results: Results) -> Table:
+def _verdict_table(judged: Sequence[Bar]) -> Table:
     table = _table("\nBars", "measured", "verdict")
-    for bar in bars(results):
-        style = {"met": "green", "not measured": "dim"}.get(bar.verdict, "red")
+    for bar in judged:
+        style = "green" if bar.verdict == "met" else "red"
         table.add_row(bar.promise, bar.measured, Text(bar.verdict, style=style))
     return table
 
