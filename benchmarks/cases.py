@@ -16,6 +16,7 @@ LOAD: Final = 0.75
 
 SIZES: Final = (10_000, 100_000, 1_000_000)
 HEADLINE_SIZE: Final = SIZES[-1]
+FLEET_REQUESTS: Final = 100_000
 NUM_PROBE_REQUESTS: Final = 5_000
 SATURATING_RATE_PER_S: Final = 1e6
 """All requests of a probe arrive within a few milliseconds."""
@@ -83,7 +84,7 @@ def floor_name(num_requests: int) -> str:
 def fleet_name(policy: str, num_replicas: int, router: str) -> str:
     """The name of a case with several replicas."""
     plural = "" if num_replicas == 1 else "s"
-    return f"{policy} {num_replicas} replica{plural} {router}"
+    return f"{policy} {num_replicas} replica{plural} {router} {FLEET_REQUESTS:,}"
 
 
 FIRST_CALL: Final = "first call, nothing compiled"
@@ -104,6 +105,7 @@ def _single_replica() -> list[Case]:
             for records in (True, False):
                 for n in SIZES:
                     headline = policy == "helios" and batching == "continuous" and records
+                    often = policy == "helios" or records
                     cases.append(
                         Case(
                             single_name(policy, batching, records, n),
@@ -113,7 +115,7 @@ def _single_replica() -> list[Case]:
                             records,
                             quick=(n == SIZES[0] and (records or policy == "helios"))
                             or (n == SIZES[1] and policy == "helios" and records),
-                            repetitions=1 if n == HEADLINE_SIZE and not headline else None,
+                            repetitions=None if headline or n < HEADLINE_SIZE and often else 1,
                         )
                     )
     return cases
@@ -138,7 +140,7 @@ def _fleets() -> list[Case]:
         Case(
             fleet_name(policy, num_replicas, router),
             "simulate",
-            100_000,
+            FLEET_REQUESTS,
             Load(policy),
             num_replicas=num_replicas,
             router=router,

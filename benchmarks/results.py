@@ -143,26 +143,39 @@ def _compared(line: Line, lines: Mapping[str, Line], before: Mapping[str, Any]) 
     return replace(line, times_floor=times_floor, vs_baseline=vs_baseline)
 
 
-def growth(results: Results) -> list[tuple[str, str, float, float | None]]:
-    """How seconds a request grow with size, beside the ten and hundred times as small run."""
-    rows = []
+@dataclass(frozen=True)
+class Growth:
+    """How seconds a request grow over the sizes; None where the largest was not measured."""
+
+    name: str
+    first: float
+    last: float | None
+    whole: float | None
+
+
+def growth(results: Results) -> list[Growth]:
+    """Seconds a request at a larger size over those at a smaller one, for each policy."""
+    found = []
     for policy in cases.POLICIES:
         for batching in ("continuous", "chunked"):
             for records in (True, False):
-                small, middle, large = (
-                    results.line(cases.single_name(policy, batching, records, n))
-                    for n in cases.SIZES
-                )
+                names = [cases.single_name(policy, batching, records, n) for n in cases.SIZES]
+                small, middle, large = (results.line(name) for name in names)
                 if small is None or middle is None:
                     continue
-                first = middle.seconds_per_request / small.seconds_per_request
-                last = (
-                    None
-                    if large is None
-                    else large.seconds_per_request / middle.seconds_per_request
+                found.append(
+                    Growth(
+                        f"{policy} {batching} {'records' if records else 'play'}",
+                        _growth(small, middle),
+                        _growth(middle, large) if large else None,
+                        _growth(small, large) if large else None,
+                    )
                 )
-                rows.append((f"{policy} {batching}", "records" if records else "play", first, last))
-    return rows
+    return found
+
+
+def _growth(small: Line, large: Line) -> float:
+    return large.seconds_per_request / small.seconds_per_request
 
 
 def bars(results: Results) -> list[Bar]:
@@ -241,7 +254,7 @@ def _fleet_growth(results: Results) -> Bar:
     few, many = (results.line(cases.fleet_name("helios", n, "least-outstanding")) for n in (8, 64))
     if few is None or many is None:
         return Bar(promise, "", None)
-    ratio = many.seconds_per_request / few.seconds_per_request
+    ratio = _growth(few, many)
     return Bar(promise, f"{ratio:.2f}x", ratio / NOISE)
 
 
@@ -249,9 +262,9 @@ def _linearity(results: Results) -> Bar:
     """Judged by the worst of all policies; the fixed part of a run makes small ones dearer."""
     promise = f"Time grows linearly from 10,000 to 1,000,000 requests (within {NOISE:g}x)"
     steps = [
-        (max(first, last), f"{name}, {mode}")
-        for name, mode, first, last in growth(results)
-        if last is not None
+        (max(step.first, step.last, step.whole), step.name)
+        for step in growth(results)
+        if step.last is not None and step.whole is not None
     ]
     if not steps:
         return Bar(promise, "", None)
@@ -276,19 +289,26 @@ def document(results: Results) -> dict[str, Any]:
 
 
 def _case_document(line: Line, results: Results) -> dict[str, Any]:
+    samples = results.samples[line.case.name]
+    parts_s = {
+        part: median(sample["parts_s"][part] for sample in samples)
+        for part in samples[0].get("parts_s", {})
+    }
     figures = {
         "num_requests": line.case.num_requests,
         "seconds": line.seconds,
+        "fastest_s": min(sample["seconds"] for sample in samples),
+        "slowest_s": max(sample["seconds"] for sample in samples),
         "requests_per_s": line.requests_per_s,
         "output_tokens_per_s": line.tokens_per_s,
         "peak_bytes": line.peak_bytes,
         "startup_s": line.startup_s,
         "cpu_use": line.cpu_use,
         "times_floor": line.times_floor,
+        "num_decisions": samples[0].get("num_decisions"),
+        "parts_s": parts_s or None,
     }
-    samples = [_rounded(sample) for sample in results.samples[line.case.name]]
-    known = {name: value for name, value in figures.items() if value is not None}
-    return _rounded(known) | {"samples": samples}
+    return _rounded({name: value for name, value in figures.items() if value is not None})
 
 
 def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:

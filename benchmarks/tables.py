@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.results import Bar, Line, Results, bars, growth
+from benchmarks.results import Bar, Growth, Line, Results, bars, growth
 
 _BY_THE_CALL = ("call", "sweep")
 
@@ -22,18 +22,19 @@ def page(results: Results) -> Group:
 def _parts(results: Results) -> Iterator[Table | Text]:
     speeds = [line for line in results.lines if line.case.kind not in _BY_THE_CALL]
     calls = [line for line in results.lines if line.case.kind in _BY_THE_CALL]
-    if speeds:
-        yield _speed_table(speeds)
-    if calls:
-        yield _call_table(calls)
-    if growth(results):
-        yield _growth_table(results)
     found = bars(results)
     judged = [bar for bar in found if bar.excess is not None]
-    if judged:
-        yield _verdict_table(judged)
+    for table, rows in (
+        (_speed_table, speeds),
+        (_call_table, calls),
+        (_growth_table, growth(results)),
+        (_verdict_table, judged),
+    ):
+        if rows:
+            yield table(rows)
+            yield Text()
     if len(judged) < len(found):
-        yield Text(f"\n{len(found) - len(judged)} of {len(found)} bars were not measured.")
+        yield Text(f"{len(found) - len(judged)} of {len(found)} bars were not measured.")
     for name, words in results.failures.items():
         yield Text(f"{name} failed: {words}", style="red")
     yield Text(_machine_line("Measured with", results.machine))
@@ -42,8 +43,8 @@ def _parts(results: Results) -> Iterator[Table | Text]:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
-    table.add_column("")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(title)
     for name in columns:
         table.add_column(name, justify="right")
     return table
@@ -51,7 +52,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _speed_table(lines: list[Line]) -> Table:
     table = _table(
-        "\nRequests a second",
+        "Requests a second",
         "median",
         "min",
         "max",
@@ -78,7 +79,7 @@ def _speed_table(lines: list[Line]) -> Table:
 
 def _call_table(lines: list[Line]) -> Table:
     columns = ("median", "min", "max", "peak MB", "CPU use", "x baseline")
-    table = _table("\nSeconds of a whole process", *columns)
+    table = _table("Seconds of a whole process", *columns)
     for line in lines:
         spans_s = [line.case.num_requests / speed for speed in line.speeds]
         table.add_row(
@@ -93,17 +94,17 @@ def _call_table(lines: list[Line]) -> Table:
     return table
 
 
-def _growth_table(results: Results) -> Table:
+def _growth_table(steps: Sequence[Growth]) -> Table:
     table = _table(
-        "\nSeconds a request at ten times the size (1 is linear)", "", "10k to 100k", "100k to 1M"
+        "Growth of seconds a request (1 is linear)", "10k to 100k", "100k to 1M", "10k to 1M"
     )
-    for name, mode, first, last in growth(results):
-        table.add_row(name, mode, _number(first), _number(last))
+    for step in steps:
+        table.add_row(step.name, _number(step.first), _number(step.last), _number(step.whole))
     return table
 
 
 def _verdict_table(judged: Sequence[Bar]) -> Table:
-    table = _table("\nBars", "measured", "verdict")
+    table = _table("Bars", "measured", "verdict")
     for bar in judged:
         style = "green" if bar.verdict == "met" else "red"
         table.add_row(bar.promise, bar.measured, Text(bar.verdict, style=style))

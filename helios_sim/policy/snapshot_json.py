@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from helios_sim.policy.contract import (
@@ -23,8 +25,27 @@ def snapshot_to_json(snapshot: Snapshot) -> str:
         name: [seconds if math.isfinite(seconds) else None for seconds in times]
         for name, times in snapshot.load_s.items()
     }
-    data = vars(snapshot) | {"load_s": load_s}
-    return json.dumps(data, allow_nan=False, separators=(",", ":"), default=vars)
+    # Candidates and evaluations come back in many snapshots, so their texts are kept.
+    known = {
+        "candidates": f"[{','.join(map(_text, snapshot.candidates))}]",
+        "history": "{" + ",".join(_history(snapshot.history)) + "}",
+    }
+    rest = {name: value for name, value in vars(snapshot).items() if name not in known}
+    written = _json(rest | {"load_s": load_s})
+    return written[:-1] + "".join(f',"{name}":{text}' for name, text in known.items()) + "}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=vars)
+
+
+@lru_cache(maxsize=256)
+def _text(known: Candidate | Telemetry) -> str:
+    return _json(known)
+
+
+def _history(table: Mapping[str, tuple[Telemetry, ...]]) -> list[str]:
+    return [f"{_json(name)}:[{','.join(map(_text, rows))}]" for name, rows in table.items()]
 
 
 def snapshot_from_json(text: str) -> Snapshot:
