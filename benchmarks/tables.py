@@ -24,14 +24,15 @@ def _parts(results: Results) -> Iterator[Table | Text]:
     calls = [line for line in results.lines if line.case.kind in _BY_THE_CALL]
     found = bars(results)
     judged = [bar for bar in found if bar.excess is not None]
-    for table, rows in (
-        (_speed_table, speeds),
-        (_call_table, calls),
-        (_growth_table, growth(results)),
-        (_verdict_table, judged),
-    ):
-        if rows:
-            yield table(rows)
+    tables = (
+        _speed_table(speeds),
+        _call_table(calls),
+        _growth_table(growth(results)),
+        _verdict_table(judged),
+    )
+    for table in tables:
+        if table.row_count:
+            yield table
             yield Text()
     if len(judged) < len(found):
         yield Text(f"{len(found) - len(judged)} of {len(found)} bars were not measured.")

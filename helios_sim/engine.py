@@ -59,6 +59,9 @@ from helios_sim.world import UNBOUNDED, build_world, parking_lot, trace_tables
 
 Process = Generator[simpy.Event, Any, Any]
 
+_WAITS = (AT_HORIZON, OUT_OF_WORK)
+"""Causes that ask nobody to decide."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -156,7 +159,8 @@ class Host:
 
     disk_free_s: float = 0.0
     link_free_s: float = 0.0
-    in_memory: set[str] = field(default_factory=set)
+    in_memory_s: dict[str, float] = field(default_factory=dict)
+    """When each model read so far is in host memory."""
 
 
 class Replica:
@@ -277,15 +281,20 @@ class Replica:
             unstage_blocks(self.record)
             self.rep["energy_j"] += load_j
         else:
-            seconds = ready_s - float(self.rep["now_s"])
-            self.run.loop.sample(self.run.world, self.index, self.run.loop.state_of(self.record))
-            self.totals.load_s += seconds
-            self.totals.energy_load_j += self.rep["idle_w"] * seconds
-            self.rep["energy_j"] += self.rep["idle_w"] * seconds
-            self.rep["now_s"] = ready_s
-            self.rep["energy_j"] += load_j
-            yield self.run.clock.at(ready_s)
-            self.run.loop.sample(self.run.world, self.index, LOADING_STATE)
+            yield from self.wait_for_weights(ready_s, load_j)
+
+    def wait_for_weights(self, ready_s: float, load_j: float) -> Process:
+        """Do nothing until the weights are here, at idle power beside what moving them takes."""
+        rep, loop, world = self.rep, self.run.loop, self.run.world
+        loop.sample(world, self.index, loop.state_of(self.record))
+        seconds = ready_s - float(rep["now_s"])
+        waiting_j = float(rep["idle_w"]) * seconds
+        self.totals.load_s += seconds
+        self.totals.energy_load_j += waiting_j
+        rep["energy_j"] += waiting_j + load_j
+        rep["now_s"] = ready_s
+        yield self.run.clock.at(ready_s)
+        loop.sample(world, self.index, LOADING_STATE)
 
     def reserve_transfer(self, entry: DecisionEntry) -> tuple[float, float]:
         """Take the host's disk and link in turn.
@@ -296,13 +305,13 @@ class Replica:
         model = entry.assignment.model
         at_s = float(self.rep["now_s"])
         moving_s = 0.0
-        if model not in self.host.in_memory:
+        if model in self.host.in_memory_s:
+            at_s = max(at_s, self.host.in_memory_s[model])
+        else:
             whole = self.run.setup.profile.model(model).model
-            disk_s = loading.disk.seconds(whole.weight_bytes(whole.shape.layers))
-            at_s = max(at_s, self.host.disk_free_s) + disk_s
-            self.host.disk_free_s = at_s
-            self.host.in_memory.add(model)
-            moving_s += disk_s
+            moving_s = loading.disk.seconds(whole.weight_bytes(whole.shape.layers))
+            at_s = max(at_s, self.host.disk_free_s) + moving_s
+            self.host.disk_free_s = self.host.in_memory_s[model] = at_s
         link_s = loading.host.seconds(entry.moved_bytes)
         at_s = max(at_s, self.host.link_free_s) + link_s
         self.host.link_free_s = at_s
@@ -391,20 +400,19 @@ class Replica:
             if cause == AT_HORIZON and cut_s < limit_s:
                 run.report_progress()
                 continue
-            if cause not in (AT_HORIZON, OUT_OF_WORK):
+            if cause in _WAITS and run.next_arrival_s < until_s:
+                cause = yield from self.park(until_s)
+                if cause in _WAITS:
+                    continue
+            if cause not in _WAITS:
                 yield run.clock.at(float(rep["now_s"]))
                 return cause
-            if until_s <= run.next_arrival_s and until_s < math.inf:
-                yield run.clock.at(until_s)
-                if rep["phase"] == BETWEEN and rep["now_s"] < until_s:
-                    self.run.loop.pass_idle_time(self.record, until_s)
-                return AT_HORIZON
-            if run.next_arrival_s == math.inf:
+            if until_s == math.inf:
                 return OUT_OF_WORK
-            cause = yield from self.park(until_s)
-            if cause not in (AT_HORIZON, OUT_OF_WORK):
-                yield run.clock.at(float(rep["now_s"]))
-                return cause
+            yield run.clock.at(until_s)
+            if rep["phase"] == BETWEEN and rep["now_s"] < until_s:
+                self.run.loop.pass_idle_time(self.record, until_s)
+            return AT_HORIZON
 
     def park(self, until_s: float) -> Process:
         """Let arriving requests carry this replica on, with the others; returns what stopped it."""
@@ -447,7 +455,7 @@ class Replica:
         estimates = {}
         for candidate in self.run.candidates:
             disk_s = 0.0
-            if candidate.name not in self.host.in_memory:
+            if candidate.name not in self.host.in_memory_s:
                 disk_s = loading.disk.seconds(candidate.weight_bytes[-1])
             missing = [self.missing_bytes(candidate.name, k) for k in candidate.exit_layers]
             estimates[candidate.name] = tuple(
@@ -605,7 +613,7 @@ class Run:
         hosts = [Host() for _ in range(-(-setup.fleet.num_replicas // per_host))]
         if setup.fleet.weights_start == "host":
             for host in hosts:
-                host.in_memory.update(names)
+                host.in_memory_s.update(dict.fromkeys(names, 0.0))
         self.replicas = [
             Replica(index, self, hosts[index // per_host], make())
             for index in range(setup.fleet.num_replicas)

@@ -1,0 +1,40 @@
+"""Weights on their way: a disk and a link are shared by the replicas of a host."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.factories import drifting_requests, drifting_setup, play
+
+
+def ready_times(replicas_per_host: int, weights_start: str) -> tuple[list[float], float, float]:
+    """When each of two replicas' first weights are there, and the seconds on disk and link."""
+    fleet = {
+        "num_replicas": 2,
+        "replicas_per_host": replicas_per_host,
+        "weights_start": weights_start,
+    }
+    run, _ = play(drifting_setup(fleet=fleet), drifting_requests(20), "vanilla")
+    served = run.decisions[0].assignment
+    num_bytes = run.setup.profile.model(served.model).model.weight_bytes(served.depth)
+    loading = run.setup.profile.loading
+    disk_s = loading.disk.alpha_s + num_bytes / loading.disk.bytes_per_s
+    link_s = loading.host.alpha_s + num_bytes / loading.host.bytes_per_s
+    ready = [entry.ready_s for entry in sorted(run.decisions, key=lambda e: e.replica)]
+    return [float(at) for at in ready if at is not None], disk_s, link_s
+
+
+def test_one_read_from_disk_serves_both_replicas_and_the_link_takes_them_in_turn() -> None:
+    """The second replica waits for the first one's read, and then for the link."""
+    ready, disk_s, link_s = ready_times(2, "disk")
+    assert ready == pytest.approx([disk_s + link_s, disk_s + 2 * link_s])
+
+
+def test_replicas_on_hosts_of_their_own_do_not_wait_for_each_other() -> None:
+    ready, disk_s, link_s = ready_times(1, "disk")
+    assert ready == pytest.approx([disk_s + link_s, disk_s + link_s])
+
+
+def test_weights_in_host_memory_need_the_link_alone() -> None:
+    ready, _, link_s = ready_times(2, "host")
+    assert ready == pytest.approx([link_s, 2 * link_s])
