@@ -12,7 +12,6 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from scipy.optimize import brentq
 from scipy.special import gammaincinv, gammaln
 
 from helios_sim.errors import InputError
@@ -193,6 +192,9 @@ def _weibull_cv(shape: float) -> float:
 
 def weibull_shape(cv: float) -> float:
     """The shape whose Weibull intervals have this coefficient of variation."""
+    # The optimisers take longer to import than a small simulation takes to run.
+    from scipy.optimize import brentq
+
     log_shape = brentq(lambda x: math.log(_weibull_cv(math.exp(x)) / cv), -2.5, 6.0, xtol=1e-14)
     # Twelve digits are far beyond any use and the same on every machine.
     return float(f"{math.exp(log_shape):.11e}")
