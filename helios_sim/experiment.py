@@ -13,9 +13,10 @@ from typing import Any
 from helios_sim.engine import Setup, simulate
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
+from helios_sim.footprint import check_fits
 from helios_sim.metrics import aggregate, summarise
 from helios_sim.outcome import run_data
-from helios_sim.policy.contract import Slo
+from helios_sim.policy.contract import Policy, Slo
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import load_profile
 from helios_sim.records import RunData, check_run
@@ -55,6 +56,10 @@ class Experiment:
             if error.where and error.where.split(".")[0] == "workload":
                 raise InputError(error.message, f"{self.where}, {error.where}") from error
             raise
+
+    def policy(self, settings: PolicySettings) -> Policy:
+        """A fresh policy of the scenario."""
+        return make_policy(settings.use, settings.options, search_path=self.base_dir)
 
     @property
     def context_tokens(self) -> int:
@@ -133,11 +138,13 @@ def run_policy(
                 progress(policy.name, (done + share) / measure.replications)
 
         report(0.0)
+        watching = experiment.policy(policy).watching
+        check_fits(len(requests), watching.reassess_requests, len(experiment.setup.candidates))
         try:
             played = simulate(
                 replace(experiment.setup, seed=seed),
                 requests,
-                lambda: make_policy(policy.use, policy.options, search_path=experiment.base_dir),
+                lambda: experiment.policy(policy),
                 report,
             )
         except InputError as error:
