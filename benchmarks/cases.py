@@ -90,7 +90,9 @@ def fleet_name(policy: str, num_replicas: int, router: str) -> str:
 FIRST_CALL: Final = "first call, nothing compiled"
 LATER_CALL: Final = "later call"
 PAGE_CALL: Final = "later call with its page"
-SWEEP: Final = "sweep over 2 processes"
+SWEEP_PROCESSES: Final = 2
+NUM_SWEEP_POINTS: Final = 16
+SWEEP: Final = f"sweep over {SWEEP_PROCESSES} processes"
 
 
 def _references() -> list[Case]:
@@ -165,6 +167,11 @@ def _calls() -> list[Case]:
 
 def _sweeps() -> list[Case]:
     return [Case(SWEEP, "sweep", 100_000, quick=True, repetitions=1)]
+
+
+def sweep_points(scenario: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The points of a sweep: one scenario under many seeds, so that all are equally long."""
+    return [dict(scenario) | {"seed": seed} for seed in range(1, NUM_SWEEP_POINTS + 1)]
 
 
 def chosen(cases: Sequence[Case], quick: bool, only: str) -> list[Case]:

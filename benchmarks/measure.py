@@ -167,6 +167,8 @@ def _sample(case: Case, conditions: Conditions) -> dict[str, Any]:
     if case.kind == "call":
         return _call(case, conditions)
     scenario = conditions.scenario(case)
+    if case.kind == "sweep":
+        return run_job({"kind": case.kind, "scenarios": cases.sweep_points(scenario)})
     return run_job(
         {
             "kind": case.kind,

@@ -7,8 +7,10 @@ compiled code.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -17,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import FLOOR_MODEL
+from benchmarks.cases import FLOOR_MODEL, SWEEP_PROCESSES
 from benchmarks.floor import check_finished, floor_work, run_floor
 from helios_sim.engine import Run
 from helios_sim.experiment import Experiment, prepare
@@ -142,6 +144,27 @@ def reference_job(job: Job) -> Figures:
     }
 
 
+def sweep_job(job: Job) -> Figures:
+    """A sweep over scenarios, and the share of its processors' time that its processes used."""
+    module = importlib.import_module("helios_sim.sweep")
+    points = [scenario_from(data) for data in job["scenarios"]]
+    startup_s = time.time() - job["started_at_s"]
+    before_s, since_s = _children_cpu_s(), time.perf_counter()
+    module.run_sweep(points, ROOT / "scenarios", num_processes=SWEEP_PROCESSES)
+    seconds = time.perf_counter() - since_s
+    return {
+        "seconds": seconds,
+        "startup_s": startup_s,
+        "cpu_use": (_children_cpu_s() - before_s) / (SWEEP_PROCESSES * seconds),
+    }
+
+
+def _children_cpu_s() -> float:
+    """Processor time of the processes that this one started and that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def probe_job(job: Job) -> Figures:
     """The capacity of one replica under each load, and the rate of the recorded trace.
 
@@ -183,6 +206,8 @@ def work_off(job: Job) -> Figures:
         return probe_job(job) | {"machine": machine()}
     if job["kind"] == "simulate":
         return simulate_job(job)
+    if job["kind"] == "sweep":
+        return sweep_job(job)
     return reference_job(job)
 
 

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,23 @@ def test_a_reference_job_gives_figures_of_all_its_requests(kind: str) -> None:
     figures = work_off(job)
     assert figures["num_requests"] == 200
     assert figures["output_tokens"] == 200 * cases.OUTPUT_TOKENS
+
+
+def test_a_sweep_is_measured_by_the_processes_it_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All points are handed over, and the processor time of ended processes is counted."""
+    seen: list[Any] = []
+
+    def run_sweep(points: list[Any], base_dir: Path, num_processes: int) -> None:
+        seen.extend((point.seed, num_processes) for point in points)
+        subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)
+
+    monkeypatch.setitem(sys.modules, "helios_sim.sweep", SimpleNamespace(run_sweep=run_sweep))
+    points = cases.sweep_points(scenario(f"helios continuous records {100_000:,}"))
+    figures = work_off({"kind": "sweep", "scenarios": points, "started_at_s": 0.0})
+    assert seen == [(seed, 2) for seed in range(1, 17)]
+    assert 0.0 < figures["cpu_use"] < 1.0
 
 
 def test_at_the_probed_rate_a_replica_is_loaded_but_keeps_up() -> None:
