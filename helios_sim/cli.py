@@ -63,17 +63,19 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a scenario's policies on the same requests, compare them and write a page."""
-    from helios_sim.experiment import choose_policies, prepare, run_policy
+    from helios_sim.experiment import choose_policies, folder_name, prepare, run_policy
 
     all_changes = [*(changes or []), *([] if seed is None else [f"seed={seed}"])]
     question = _load(scenario, all_changes)
     experiment = prepare(question, scenario.parent, str(scenario))
     policies = choose_policies(question, policy or [])
-    target = out if out is not None else (None if as_json else Path("runs") / question.name)
+    usual = Path("runs") / folder_name(question.name)
+    target = out if out is not None else (None if as_json else usual)
     if target is not None:
         from helios_sim.publish import check_results_target
 
         check_results_target(target)
+    replaces = target is not None and target.is_dir() and any(target.iterdir())
     with _interruptible(), _progress(quiet=as_json) as progress:
         results = [run_policy(experiment, chosen, progress) for chosen in policies]
         if target is not None:
@@ -85,7 +87,8 @@ def simulate(
         return
     _show(results)
     if target is not None:
-        _say(f"Page: {target / 'report.html'}")
+        replaced = " (the results that were there are replaced)" if replaces else ""
+        _say(f"Page: {target / 'report.html'}{replaced}")
 
 
 @app.command()
@@ -159,11 +162,13 @@ def profiles(
 @scenario_app.command("check")
 def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     """Read a scenario and everything it names, and say what it would run."""
-    from helios_sim.experiment import prepare
+    from helios_sim.experiment import prepare, rehearse
 
     question = _load(scenario, changes or [])
     experiment = prepare(question, scenario.parent, str(scenario))
     requests, shortened = experiment.requests(question.seed)
+    for chosen in question.policy:
+        rehearse(experiment, chosen)
     policies = ", ".join(policy.name for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
     if shortened:
@@ -220,7 +225,7 @@ def _progress(quiet: bool) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 

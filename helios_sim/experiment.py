@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,11 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from helios_sim.engine import Setup, simulate
+from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
 from helios_sim.footprint import check_fits
-from helios_sim.metrics import aggregate, summarise
+from helios_sim.metrics import DEFINITIONS, aggregate, summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy, Slo
 from helios_sim.policy.registry import make_policy
@@ -87,6 +88,7 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
             )
     if len(set(candidates)) != len(candidates):
         raise InputError("A candidate is named twice.", f"{where}, fleet.candidates")
+    _check_published(scenario, where)
     setup = Setup(
         profile=profile,
         traces=load_traces(profile, candidates),
@@ -98,6 +100,67 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
         seed=scenario.seed,
     )
     return Experiment(scenario, base_dir, setup, tuple(scenario.notes), where)
+
+
+def _check_published(scenario: Scenario, where: str) -> None:
+    """Published figures stand beside keys of a summary, so they must be some."""
+    statistics = ("mean_", "median_", "std_", "p50_", "p90_", "p95_", "p99_")
+    for index, entry in enumerate(scenario.published):
+        key = entry.figure.split(".")[0]
+        plain = [key, *(key.removeprefix(part) for part in statistics)]
+        if not any(name in DEFINITIONS for name in plain):
+            near = get_close_matches(key, DEFINITIONS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"{entry.figure!r} is no figure of a summary.{hint}",
+                f"{where}, published.{index}.figure",
+            )
+
+
+def rehearse(experiment: Experiment, policy: PolicySettings) -> None:
+    """Let a policy serve the first request alone: what cannot start at all says so here."""
+    requests, _ = experiment.requests(experiment.scenario.seed)
+    first = replace(
+        requests,
+        **{
+            name: getattr(requests, name)[:1]
+            for name in ("arrival_s", "prompt_tokens", "output_tokens", "domain", "trace_start")
+        },
+        user=None if requests.user is None else requests.user[:1],
+    )
+    _play(experiment, policy, experiment.scenario.seed, first, None)
+
+
+def _play(
+    experiment: Experiment,
+    policy: PolicySettings,
+    seed: int,
+    requests: Requests,
+    report: Callable[[float], None] | None,
+) -> Run:
+    """Play a policy; its mistakes name the scenario."""
+    try:
+        return simulate(
+            replace(experiment.setup, seed=seed),
+            requests,
+            lambda: experiment.policy(policy),
+            report,
+        )
+    except InputError as error:
+        place = error.where or f"policy {policy.name}"
+        raise InputError(error.message, f"{experiment.where}, {place}") from error
+
+
+def _check_warmup(experiment: Experiment, requests: Requests) -> None:
+    """The warm-up must leave requests to measure."""
+    measure = experiment.scenario.measure
+    last_s = requests.span_s if requests.user is None else math.inf
+    if measure.warmup_requests >= len(requests) or measure.warmup_s > last_s:
+        raise InputError(
+            f"A warm-up of {measure.warmup_s:g} s and {measure.warmup_requests} requests leaves "
+            f"none of the {len(requests)} requests to measure; the last arrives at {last_s:g} s.",
+            f"{experiment.where}, measure",
+        )
 
 
 def policy_slo(spec: SloSpec | None) -> Slo:
@@ -113,7 +176,9 @@ def choose_policies(scenario: Scenario, names: Sequence[str]) -> tuple[PolicySet
         return scenario.policy
     chosen: list[PolicySettings] = []
     for name in names:
-        matching = [policy for policy in scenario.policy if name in (policy.name, policy.use)]
+        matching = [policy for policy in scenario.policy if policy.name == name]
+        if not matching:
+            matching = [policy for policy in scenario.policy if policy.use == name]
         if not matching:
             make_policy(name, {}, where=f"--policy {name}")
             matching = [PolicySettings(use=name)]
@@ -138,18 +203,10 @@ def run_policy(
                 progress(policy.name, (done + share) / measure.replications)
 
         report(0.0)
+        _check_warmup(experiment, requests)
         watching = experiment.policy(policy).watching
         check_fits(len(requests), watching.reassess_requests, len(experiment.setup.candidates))
-        try:
-            played = simulate(
-                replace(experiment.setup, seed=seed),
-                requests,
-                lambda: experiment.policy(policy),
-                report,
-            )
-        except InputError as error:
-            place = error.where or f"policy {policy.name}"
-            raise InputError(error.message, f"{experiment.where}, {place}") from error
+        played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
         # The world is as large as the records made of it, and nobody needs it any more; replicas
         # and their run refer to each other, so it takes a collection to let it go.
@@ -167,5 +224,19 @@ def run_policy(
 
 
 def folder_name(label: str) -> str:
-    """A policy's label as the name of its run folder."""
-    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.") or "run"
+    """A label as the name of a folder: lower case, with hyphens for what file systems dislike."""
+    name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.") or "run"
+    return name[:80] if not name.endswith(".html") else f"{name[:80]}-run"
+
+
+def folder_names(labels: Sequence[str]) -> list[str]:
+    """A folder for each label, numbered where two labels would share one."""
+    names: list[str] = []
+    for label in labels:
+        name = folder_name(label)
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{folder_name(label)}-{number}"
+        names.append(name)
+    return names

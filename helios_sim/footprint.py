@@ -1,4 +1,4 @@
-"""Whether a run fits in this machine's memory: asked before it starts, not found out after hours."""
+"""Whether a run fits in this machine's memory: asked before it starts, not found out later."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ DEFINITIONS: Final[dict[str, str]] = {
     "num_switches": "times another model was brought in to serve",
     "num_loads": "times more layers of the serving model were loaded",
     "num_evaluations": "evaluations of candidates on real requests",
-    "switch_time_s": "seconds spent on switches and loads while serving was held up",
+    "switch_time_s": "seconds from each decision to load, switch or serve until it was carried "
+    "out, summed over replicas; a replica may serve or drain in the meantime",
     "depth_share": "share of serving time by model and loaded layers",
     "regime": "share of busy time whose layer time is bound by launch, memory or compute",
     "time_shares": "seconds busy, idle and loading over all replicas' time; draining and "
@@ -179,8 +180,8 @@ def columns_of(run: RunData, warmup_s: float = 0.0, warmup_requests: int = 0) ->
         raise InputError("The run is empty: it holds no request.", run.label)
     if not (math.isfinite(warmup_s) and warmup_s >= 0.0) or warmup_requests < 0:
         raise InputError(
-            f"The warm-up was given {warmup_s} s and {warmup_requests} requests; allowed are 0 or "
-            "more of each.",
+            f"The warm-up was given as measure.warmup_s = {warmup_s} and measure.warmup_requests = "
+            f"{warmup_requests}; allowed are 0 or more of each.",
             run.label,
         )
     arrival_s = requests["arrival_s"].to_numpy()
@@ -254,8 +255,10 @@ def summarise(
     measured = columns.measured
     if not bool(measured.any()):
         raise InputError(
-            f"The warm-up of {warmup_s} s and {warmup_requests} requests leaves none of the "
-            f"{len(measured)} requests to measure.",
+            f"The warm-up leaves none of the {len(measured)} requests to measure: "
+            f"measure.warmup_s is {warmup_s} and measure.warmup_requests is {warmup_requests}; "
+            f"allowed is a warm-up that ends by the last arrival (at {columns.arrival_s[-1]} s) "
+            f"and leaves out fewer than {len(measured)} requests.",
             run.label,
         )
     totals = run.totals
@@ -831,31 +834,48 @@ def check_comparable(runs: Sequence[RunData]) -> None:
     if not runs:
         raise InputError("There is nothing to compare: no run was given.")
     first = runs[0]
+    labels = distinct_labels([run.label for run in runs])
     names = ["request_id", "domain", "prompt_tokens", "output_tokens", "trace_start"]
     if not any(run.closed_loop for run in runs):
         names.append("arrival_s")
-    for run in runs:
+    for run, label in zip(runs, labels, strict=True):
         if run.requests.height == 0:
-            raise InputError("The run is empty: it holds no request.", run.label)
+            raise InputError("The run is empty: it holds no request.", label)
         if run.schema_version != first.schema_version:
             raise InputError(
-                f"{run.label} has schema version {run.schema_version} and {first.label} has "
+                f"{label} has schema version {run.schema_version} and {labels[0]} has "
                 f"{first.schema_version}; runs are compared within one version."
             )
         if run.requests.height != first.requests.height:
             raise InputError(
-                f"{run.label} holds {run.requests.height} requests and {first.label} "
-                f"{first.requests.height}; runs are compared on the same requests."
+                f"{label} holds {_counted(run.requests.height)} and {labels[0]} holds "
+                f"{_counted(first.requests.height)}; runs are compared on the same requests."
             )
     reference = first.requests.select(names).sort("request_id")
-    for run in runs[1:]:
+    for run, label in zip(runs[1:], labels[1:], strict=True):
         other = run.requests.select(names).sort("request_id")
         for name in names:
             if not other[name].equals(reference[name]):
                 raise InputError(
-                    f"The {name} of {run.label} differ from those of {first.label}: they are of "
-                    "different workloads; runs are compared on the same requests."
+                    f"The column {name} of {label} differs from that of {labels[0]}, so the runs "
+                    "are of different workloads; runs are compared on the same requests."
                 )
+
+
+def distinct_labels(labels: Sequence[str]) -> list[str]:
+    """The labels in order, those met before with a number: vanilla, vanilla (2)."""
+    told: list[str] = []
+    for label in labels:
+        own, again = label, 1
+        while own in told:
+            again += 1
+            own = f"{label} ({again})"
+        told.append(own)
+    return told
+
+
+def _counted(num_requests: int) -> str:
+    return f"{num_requests} request{'s' if num_requests != 1 else ''}"
 
 
 def paired_differences(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from helios_sim.errors import InputError
-from helios_sim.experiment import Result, folder_name
+from helios_sim.experiment import Result, folder_names
 from helios_sim.records import RUN_FILES, RunData, move_into_place, write_run
 from helios_sim.report import render
 
@@ -18,18 +19,31 @@ PAGE = "report.html"
 
 def check_results_target(out_dir: Path) -> None:
     """Raise `InputError` unless results may be written here: nothing, or results to replace."""
+    try:
+        _try_to_write(out_dir)
+    except OSError as error:
+        raise InputError(
+            f"No results can be written there: {error.strerror}.", str(out_dir)
+        ) from error
     if not out_dir.exists():
         return
     if not out_dir.is_dir():
         raise InputError("It is a file; allowed is a new folder.", str(out_dir))
     for entry in out_dir.iterdir():
-        is_run = entry.is_dir() and {file.name for file in entry.iterdir()} <= {*RUN_FILES, PAGE}
+        names = {file.name for file in entry.iterdir()} if entry.is_dir() else set()
+        is_run = bool(names) and names <= {*RUN_FILES, PAGE}
         if not is_run and entry.name != PAGE:
             raise InputError(
                 f"The folder holds {entry.name!r}, which is no run of ours; allowed is a new "
                 "folder, an empty one, or earlier results to replace.",
                 str(out_dir),
             )
+
+
+def _try_to_write(out_dir: Path) -> None:
+    """Make a folder beside the target and remove it again, before hours are spent on results."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent)).rmdir()
 
 
 def write_results(results: Sequence[Result], out_dir: Path) -> None:
@@ -41,8 +55,9 @@ def write_results(results: Sequence[Result], out_dir: Path) -> None:
         tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     )
     try:
-        for result in results:
-            folder = partial / folder_name(result.run.label)
+        labels = [result.run.label for result in results]
+        for result, name in zip(results, folder_names(labels), strict=True):
+            folder = partial / name
             write_run(
                 result.run,
                 result.summary,
@@ -73,14 +88,26 @@ def write_page(
         question=str(scenario.get("question", "")),
         notes=[str(note) for note in scenario.get("notes", [])],
     )
-    if not target.parent.is_dir():
-        raise InputError("There is no such folder to write the page to.", str(target.parent))
+    check_page_target(target)
     partial = target.with_name(f".{target.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(target)
+    except OSError as error:
+        raise InputError(f"The page cannot be written: {error.strerror}.", str(target)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def check_page_target(target: Path) -> None:
+    """Raise `InputError` unless a page may be written here: a new .html file, or one to replace."""
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise InputError("A page's name ends in .html.", str(target))
+    if not target.parent.is_dir():
+        raise InputError("There is no such folder to write the page to.", str(target.parent))
+    if target.is_dir():
+        raise InputError("It is a folder; allowed is a file.", str(target))
 
 
 def _page_of(result: Result) -> Callable[[Path], None]:

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, Literal, get_type_hints
 
 import numpy as np
 import polars as pl
@@ -136,6 +136,62 @@ ITL_SCHEMA: Final[dict[str, pl.DataType]] = {
     "lower_s": pl.Float64(),
     "upper_s": pl.Float64(),
     "count": pl.Int64(),
+}
+
+Kind = Literal["text", "whole", "number", "flag", "list", "numbers", "tables"]
+
+_LATENCY_STATISTICS: Final = ("mean", "median", "std", "p50", "p90", "p95", "p99")
+SUMMARY_KINDS: Final[dict[str, tuple[Kind, bool]]] = {
+    **dict.fromkeys(("label", "policy", "objective", "origin", "saturation"), ("text", False)),
+    "slo": ("text", True),
+    **dict.fromkeys(
+        (
+            *("schema_version", "seed", "num_replicas", "num_gpus", "num_requests", "completed"),
+            *("failed", "num_refused", "num_unfinished", "num_preemptions", "warmup_requests"),
+            *("num_measured", "total_input_tokens", "total_output_tokens", "num_breach_events"),
+            *("max_concurrent_requests", "max_batch_size", "weight_bytes_peak", "num_switches"),
+            *("num_loads", "num_evaluations"),
+        ),
+        ("whole", False),
+    ),
+    "warmup_s": ("number", False),
+    **{
+        f"{statistic}_{name}_ms": ("number", True)
+        for name in ("ttft", "tpot", "itl", "e2el")
+        for statistic in _LATENCY_STATISTICS
+    },
+    **dict.fromkeys(
+        (
+            *("duration", "request_throughput", "request_goodput", "output_throughput"),
+            *("total_token_throughput", "mean_running", "mean_wait_ms", "slo_attainment"),
+            *("total_gpu_energy", "average_gpu_power", "energy_per_output_token"),
+            *("energy_per_request", "output_tokens_per_joule", "energy_idle_j", "energy_load_j"),
+            *("mean_executed_layers", "agreement", "perplexity", "breach_rate"),
+            *("breach_rate_observed", "mean_batch_size", "max_batch_size_supported"),
+            *("weight_bytes_loaded", "mean_kv_use", "switch_time_s", "backlog_growth_per_s"),
+            "drain_after_arrivals_s",
+        ),
+        ("number", True),
+    ),
+    "slo_passed": ("flag", True),
+    "slo_limits": ("list", True),
+    **dict.fromkeys(
+        ("slo_attainment_by_metric", "depth_share", "regime", "time_shares"), ("numbers", True)
+    ),
+    "exit_histogram": ("tables", True),
+    "intervals": ("tables", False),
+}
+"""The kind of each key that every summary has, and whether it may be null."""
+
+_KIND_WORDS: Final[dict[Kind, str]] = {
+    "text": "text",
+    "whole": "a whole number",
+    "number": "a finite number",
+    "flag": "true or false",
+    "list": "a list of limits, each an object with the text limit, the number or null percentile "
+    "and passed, which is true, false or null",
+    "numbers": "an object of numbers",
+    "tables": "an object of objects of numbers",
 }
 
 SCENARIO_FILE: Final = "scenario.toml"
@@ -272,10 +328,17 @@ def conform(frame: pl.DataFrame, schema: Mapping[str, pl.DataType], table: str) 
             f"The columns {', '.join(unknown)} are unknown; allowed are {', '.join(schema)}.",
             table,
         )
-    try:
-        return frame.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
-    except PolarsError as error:
-        raise InputError(f"A value does not fit its column's type: {error}", table) from None
+    fitted = []
+    for name, dtype in schema.items():
+        try:
+            fitted.append(frame[name].cast(dtype))
+        except PolarsError:
+            raise InputError(
+                f"The column {name} is of type {frame.schema[name]} and holds a value that does "
+                f"not fit {dtype}; needed is {dtype}.",
+                table,
+            ) from None
+    return pl.DataFrame(fitted)
 
 
 def run_violations(run: RunData) -> list[str]:
@@ -633,8 +696,7 @@ def _toml_value(value: Any, path: tuple[str, ...]) -> str:
 
 def read_run(path: Path) -> RunData:
     """Read a run's folder back; whatever is missing, foreign or broken is an `InputError`."""
-    if not path.is_dir():
-        raise InputError("There is no such folder; allowed is the folder of a run.", str(path))
+    _check_folder(path)
     missing = [name for name in RUN_FILES if not (path / name).is_file()]
     if missing:
         raise InputError(
@@ -660,12 +722,14 @@ def read_run(path: Path) -> RunData:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"The file is not TOML: {error}", str(scenario_path)) from None
     itl = _read_table(path / "itl.parquet", ITL_SCHEMA)
+    decisions = _read_table(path / "decisions.parquet", DECISION_SCHEMA)
+    _check_snapshots(decisions, str(path / "decisions.parquet"))
     run = RunData(
         **{name: facts[name] for name in _IDENTITY},
         scenario=scenario,
         environment=facts["environment"],
         requests=requests,
-        decisions=_read_table(path / "decisions.parquet", DECISION_SCHEMA),
+        decisions=decisions,
         timeline=_read_table(path / "timeline.parquet", TIMELINE_SCHEMA),
         totals=_read_totals(facts["totals"], itl, str(path / TOTALS_FILE)),
     )
@@ -676,16 +740,101 @@ def read_run(path: Path) -> RunData:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The summary of a run's folder."""
+    """The summary of a run's folder; one that lacks a key or mistypes a value is refused.
+
+    Keys that `SUMMARY_KINDS` does not have are kept as they are.
+    """
+    _check_folder(path)
     if not (path / SUMMARY_FILE).is_file():
         raise InputError(f"The folder is not a run: {SUMMARY_FILE} is missing.", str(path))
-    return _read_json(path / SUMMARY_FILE)
+    where = str(path / SUMMARY_FILE)
+    summary = _read_json(path / SUMMARY_FILE)
+    version = summary.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        raise InputError(
+            f"The summary has schema version {json.dumps(version)}; this program reads "
+            f"{SCHEMA_VERSION}.",
+            where,
+        )
+    missing = [name for name in SUMMARY_KINDS if name not in summary]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise InputError(
+            f"The keys {', '.join(missing[:5])}{more} are missing; a summary has all "
+            f"{len(SUMMARY_KINDS)} keys that docs/metrics.md lists.",
+            where,
+        )
+    for name, (kind, optional) in SUMMARY_KINDS.items():
+        value = summary[name]
+        if not (optional if value is None else _is_of_kind(value, kind)):
+            raise InputError(
+                f"The value of {name} is {_shortened(value)}; allowed is {_KIND_WORDS[kind]}"
+                f"{', or null' if optional else ''}.",
+                where,
+            )
+    return summary
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_dir():
+        return
+    said = "It is a file" if path.exists() else "There is no such folder"
+    raise InputError(f"{said}; allowed is the folder of a run.", str(path))
+
+
+def _is_of_kind(value: Any, kind: Kind) -> bool:
+    """Whether a value out of JSON, not null, is of a kind; inside objects numbers may be null."""
+    if kind == "text":
+        return isinstance(value, str)
+    if kind == "flag":
+        return isinstance(value, bool)
+    if kind == "whole":
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == "number":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    if kind == "list":
+        return isinstance(value, list) and all(_is_limit(one) for one in value)
+    inner: Kind = "number" if kind == "numbers" else "numbers"
+    return isinstance(value, dict) and all(
+        one is None or _is_of_kind(one, inner) for one in value.values()
+    )
+
+
+def _is_limit(value: Any) -> bool:
+    """Whether a value is a limit of an SLO with its verdict, as a report shows it."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("limit"), str)
+        and (value.get("percentile") is None or _is_of_kind(value["percentile"], "number"))
+        and (value.get("passed") is None or isinstance(value["passed"], bool))
+    )
+
+
+def _shortened(value: Any) -> str:
+    """A value as JSON, cut where it would fill the line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _check_snapshots(decisions: pl.DataFrame, where: str) -> None:
+    """Raise `InputError` unless every decision's snapshot is a JSON object."""
+    for row, text in enumerate(decisions["snapshot"]):
+        try:
+            sound = text is not None and isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
+            sound = False
+        if not sound:
+            raise InputError(
+                f"The snapshot of row {row} is {_shortened(text)}; allowed is a JSON object.",
+                where,
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"The file is not JSON: {error}", str(path)) from None
     if not isinstance(data, dict):
         raise InputError("The file holds no JSON object.", str(path))
@@ -696,16 +845,15 @@ def _read_table(path: Path, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
     try:
         frame = pl.read_parquet(path)
     except (PolarsError, OSError) as error:
-        raise InputError(f"The file is not a Parquet table: {error}", str(path)) from None
-    conformed = conform(frame, schema, str(path))
-    changed = [name for name in schema if frame.schema[name] != schema[name]]
-    if changed:
-        raise InputError(
-            f"The column {changed[0]} is of type {frame.schema[changed[0]]}; "
-            f"needed is {schema[changed[0]]}.",
-            str(path),
-        )
-    return conformed
+        first = str(error).partition("\n")[0]
+        raise InputError(f"The file is not a Parquet table: {first}.", str(path)) from None
+    for name, dtype in schema.items():
+        if name in frame.columns and frame.schema[name] != dtype:
+            raise InputError(
+                f"The column {name} is of type {frame.schema[name]}; needed is {dtype}.",
+                str(path),
+            )
+    return conform(frame, schema, str(path))
 
 
 def _read_totals(data: dict[str, Any], itl: pl.DataFrame, where: str) -> RunTotals:

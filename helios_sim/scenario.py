@@ -89,7 +89,7 @@ class PolicySettings(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 
     use: Annotated[str, Field(min_length=1)]
-    label: str | None = None
+    label: Annotated[str | None, Field(min_length=1, max_length=100)] = None
 
     @property
     def name(self) -> str:
@@ -159,6 +159,8 @@ class Scenario(StrictSettings):
 
 def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
     """Read a scenario file, with `dotted.key=value` changes applied (values in TOML syntax)."""
+    if path.is_dir():
+        raise InputError("This is a folder; a scenario is a TOML file.", str(path))
     if not path.is_file():
         near = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
@@ -171,6 +173,8 @@ def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
         raise InputError(f"This is not valid TOML: {error}.", str(path)) from error
     except UnicodeDecodeError as error:
         raise InputError("This is not UTF-8 text.", str(path)) from error
+    except RecursionError as error:
+        raise InputError("The values are nested too deeply.", str(path)) from error
     for change in changes:
         apply_change(data, change)
     return parse_scenario(data, str(path), path.parent)
@@ -321,9 +325,16 @@ def _first_error(error: ValidationError, data: Mapping[str, Any], where: str) ->
         return InputError(
             f"The kind {tag!r} is unknown.{hint} Allowed are {allowed_tags}.", f"{where}, {place}"
         )
-    shown = "" if isinstance(given, (dict, list, tuple)) else f" was given {given!r};"
+    shown = f" was given {_shown(given)};"
     rule = _TOML_RULES.get(kind, first["msg"][0].lower() + first["msg"][1:])
     return InputError(f"{place}{shown} {rule}.", f"{where}, {place}")
+
+
+def _shown(given: Any) -> str:
+    """A value as an error names it."""
+    if isinstance(given, Mapping):
+        return "a table"
+    return "an array" if isinstance(given, (list, tuple)) else repr(given)
 
 
 def _place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:

@@ -25,7 +25,7 @@ def comparison_table(rows: Sequence[ComparisonRow], labels: Sequence[str]) -> Ta
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("")
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(Text(label), justify="right")
     for group, members in groupby(rows, key=lambda row: row.group):
         table.add_row(Text(group, style="dim"))
         for row in members:

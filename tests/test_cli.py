@@ -155,6 +155,75 @@ def test_an_unknown_command_or_option_exits_with_2(capsys: pytest.CaptureFixture
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_label_chooses_its_policy_alone(
+    scenario: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A label wins over the name of the policy that others use too."""
+    change = ("--set", "policy.0.use=helios", "--set", "policy.0.label=mine")
+    assert run("simulate", scenario, "--json", "--policy", "helios", *change) == 0
+    assert json.loads(capsys.readouterr().out)["label"] == "helios"
+
+
+def test_labels_that_look_alike_get_folders_of_their_own(scenario: Path, tmp_path: Path) -> None:
+    labels = ("--set", 'policy.0.label="a b"', "--set", 'policy.1.label="a-b"')
+    assert run("simulate", scenario, "--out", tmp_path / "out", *labels) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["a-b", "a-b-2", "report.html"]
+
+
+def test_a_label_is_text_and_not_markup(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = ("--set", 'policy.0.label="[bold]x[/nope]"', "--set", 'policy.1.label="report.html"')
+    assert run("simulate", scenario, "--out", tmp_path / "out", *labels) == 0
+    assert "[bold]x" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html-run").is_dir()
+
+
+def test_a_place_nobody_can_write_to_is_refused_before_the_simulation(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "afile").write_text("kept", encoding="utf-8")
+    for out in (tmp_path / "afile" / "x", tmp_path / ("x" * 300), tmp_path / "afile"):
+        assert run("simulate", scenario, "--out", out, "--set", "workload.num_requests=9") == 2
+        assert "Traceback" not in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "short.toml"]
+
+
+def test_a_page_replaces_no_other_file(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("simulate", scenario, "--out", tmp_path / "out", "--policy", "vanilla") == 0
+    assert run("report", tmp_path / "out" / "vanilla", "--out", scenario) == 2
+    assert "ends in .html" in capsys.readouterr().err
+    assert scenario.read_text(encoding="utf-8").startswith("\nname")
+    assert run("report", tmp_path / "out" / "vanilla", "--out", tmp_path / "out") == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("fleet.memory_bytes=1", "memory"),
+        ("policy.0.model=opt-13b", "opt-13b"),
+        ("measure.warmup_requests=40", "warm-up"),
+        ('published=[{figure="zz",policy="vanilla",published=1.0,source="x"}]', "no figure"),
+    ],
+)
+def test_what_cannot_start_is_found_before_anything_runs(
+    scenario: Path, capsys: pytest.CaptureFixture[str], change: str, said: str
+) -> None:
+    command = "simulate" if "warmup" in change else "check"
+    words = (
+        ("simulate", scenario, "--json")
+        if command == "simulate"
+        else ("scenario", "check", scenario)
+    )
+    assert run(*words, "--set", change) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert str(scenario) in error
+
+
 def test_profiles_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("profiles", "--json") == 0
     names = {profile["name"] for profile in json.loads(capsys.readouterr().out)}

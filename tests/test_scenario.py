@@ -362,7 +362,7 @@ def test_a_missing_file_is_told_the_nearest_one(file: Path) -> None:
         InputError, match=r"bse\.toml: There is no scenario file; did you mean 'bas"
     ):
         load_scenario(file.with_name("bse.toml"))
-    with pytest.raises(InputError, match="There is no scenario file"):
+    with pytest.raises(InputError, match="This is a folder"):
         load_scenario(file.parent)
     with pytest.raises(InputError, match="There is no scenario file"):
         load_scenario(file.parent / "nowhere" / "base.toml")

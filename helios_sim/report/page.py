@@ -21,6 +21,7 @@ from helios_sim.metrics import (
     check_comparable,
     columns_of,
     comparison_rows,
+    distinct_labels,
     paired_differences,
 )
 from helios_sim.records import REPORT_FILE, RunData, flat_items, toml_text
@@ -141,12 +142,8 @@ def _told_apart(
     runs: Sequence[RunData], summaries: Sequence[Summary]
 ) -> tuple[list[RunData], list[dict[str, Any]]]:
     """Runs whose labels are alike get a number, in tables and figures alike."""
-    seen: dict[str, int] = {}
-    told: list[RunData] = []
-    for run in runs:
-        seen[run.label] = seen.get(run.label, 0) + 1
-        again = seen[run.label]
-        told.append(run if again == 1 else replace(run, label=f"{run.label} ({again})"))
+    labels = distinct_labels([run.label for run in runs])
+    told = [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
     return told, [
         {**summary, "label": run.label} for run, summary in zip(told, summaries, strict=True)
     ]
