@@ -13,3 +13,7 @@ class InputError(ValueError):
         self.message = message
         self.where = where
         super().__init__(f"{where}: {message}" if where else message)
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str | None]]:
+        """Travel between processes whole."""
+        return type(self), (self.message, self.where)

@@ -13,13 +13,13 @@ from typing import Any
 
 from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError
-from helios_sim.exits import load_traces
+from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
 from helios_sim.metrics import DEFINITIONS, aggregate, summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy, Slo
 from helios_sim.policy.registry import make_policy
-from helios_sim.profile import load_profile
+from helios_sim.profile import Profile, load_profile
 from helios_sim.records import RunData, check_run
 from helios_sim.scenario import PolicySettings, Scenario, resolved
 from helios_sim.slo import SloSpec
@@ -91,7 +91,7 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
     _check_published(scenario, where)
     setup = Setup(
         profile=profile,
-        traces=load_traces(profile, candidates),
+        traces=_traces_of(profile, candidates),
         candidates=candidates,
         fleet=fleet,
         serving=scenario.serving,
@@ -100,6 +100,17 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
         seed=scenario.seed,
     )
     return Experiment(scenario, base_dir, setup, tuple(scenario.notes), where)
+
+
+_TRACES: dict[tuple[str, tuple[str, ...]], ExitTraces] = {}
+
+
+def _traces_of(profile: Profile, candidates: tuple[str, ...]) -> ExitTraces:
+    """Exit traces, kept for the next scenario on the same profile."""
+    key = profile.hash, candidates
+    if key not in _TRACES:
+        _TRACES[key] = load_traces(profile, candidates)
+    return _TRACES[key]
 
 
 def _check_published(scenario: Scenario, where: str) -> None:

@@ -1,0 +1,71 @@
+"""Many scenarios over several processes: in order, the same bytes for any number of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from helios_sim.errors import InputError
+from helios_sim.experiment import prepare, run_policy
+from helios_sim.scenario import Scenario
+
+Summaries = list[dict[str, Any]]
+
+
+def run_sweep(
+    scenarios: Sequence[Scenario],
+    base_dir: Path,
+    num_processes: int | None = None,
+    on_done: Callable[[int, int], None] | None = None,
+) -> list[Summaries]:
+    """The summaries of every scenario's policies, in the order of the scenarios.
+
+    Without `num_processes` one process a core is used. A process reads each profile and its exit
+    traces once and keeps them. `on_done` is told how many scenarios of how many are done. The
+    first scenario that cannot run ends the sweep with its `InputError`.
+    """
+    processes = min(num_processes or os.cpu_count() or 1, max(1, len(scenarios)))
+    results: list[Summaries] = []
+    for summaries in _summaries(scenarios, base_dir, processes):
+        results.append(summaries)
+        if on_done is not None:
+            on_done(len(results), len(scenarios))
+    return results
+
+
+def run_point(scenario: Scenario, base_dir: Path) -> Summaries:
+    """The summaries of one scenario's policies."""
+    experiment = prepare(scenario, base_dir, scenario.name)
+    return [run_policy(experiment, policy).summary for policy in scenario.policy]
+
+
+def _summaries(
+    scenarios: Sequence[Scenario], base_dir: Path, processes: int
+) -> Iterator[Summaries]:
+    if processes == 1:
+        yield from (run_point(scenario, base_dir) for scenario in scenarios)
+        return
+    # A server that has imported the simulator forks the workers: they start at once, and none of
+    # them inherits this process's threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helios_sim.sweep"])
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        points: list[Future[Summaries]] = [
+            pool.submit(run_point, scenario, base_dir) for scenario in scenarios
+        ]
+        try:
+            for point in points:
+                yield point.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "A process of the sweep died, perhaps for lack of memory; give fewer processes "
+                "or smaller scenarios.",
+                "sweep",
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
