@@ -19,6 +19,9 @@ from helios_sim.errors import InputError
 MAX_REQUESTS = 50_000_000
 """Requests of one workload; columns beyond this no longer fit a usual machine."""
 
+MAX_RATE_PER_S = 1e6
+"""Requests per second of one source of arrivals."""
+
 Floats = NDArray[np.float64]
 
 _DAY_S = 86_400.0
@@ -40,7 +43,7 @@ def as_tuple(value: Any) -> Any:
 Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
 Pairs = Annotated[tuple[Pair, ...], BeforeValidator(as_tuple)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
-Rate = Annotated[float, Field(gt=0, le=1e6)]
+Rate = Annotated[float, Field(gt=0, le=MAX_RATE_PER_S)]
 Cv = Annotated[float, Field(ge=0.01, le=50)]
 
 
@@ -120,7 +123,7 @@ class ScheduleArrivals(StrictSettings):
         if any(later <= earlier for earlier, later in pairwise(times)):
             raise ValueError(f"The points are at {times} s; they must be strictly ascending.")
         for at_s, rate in self.points:
-            if not 0 <= rate <= 1e6:
+            if not 0 <= rate <= MAX_RATE_PER_S:
                 raise ValueError(
                     f"The rate at {at_s:g} s is {rate:g} per second; allowed are 0 to 1e6."
                 )

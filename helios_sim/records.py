@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -772,6 +773,10 @@ def read_summary(path: Path) -> dict[str, Any]:
                 f"{', or null' if optional else ''}.",
                 where,
             )
+    if (summary["slo"] is None) != (summary["slo_limits"] is None):
+        raise InputError(
+            "One of slo and slo_limits is null; allowed are both null or neither.", where
+        )
     return summary
 
 
@@ -783,22 +788,23 @@ def _check_folder(path: Path) -> None:
 
 
 def _is_of_kind(value: Any, kind: Kind) -> bool:
-    """Whether a value out of JSON, not null, is of a kind; inside objects numbers may be null."""
+    """Whether a value out of JSON, not null, is of a kind; inner objects may be null."""
     if kind == "text":
         return isinstance(value, str)
     if kind == "flag":
         return isinstance(value, bool)
-    if kind == "whole":
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind == "number":
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+    if kind in ("whole", "number"):
+        allowed = int if kind == "whole" else int | float
+        number = isinstance(value, allowed) and not isinstance(value, bool)
+        # The bound leaves out NaN, infinities and whole numbers that no float holds.
+        return number and abs(value) <= sys.float_info.max
     if kind == "list":
         return isinstance(value, list) and all(_is_limit(one) for one in value)
-    inner: Kind = "number" if kind == "numbers" else "numbers"
-    return isinstance(value, dict) and all(
-        one is None or _is_of_kind(one, inner) for one in value.values()
-    )
+    if not isinstance(value, dict):
+        return False
+    if kind == "numbers":
+        return all(_is_of_kind(one, "number") for one in value.values())
+    return all(one is None or _is_of_kind(one, "numbers") for one in value.values())
 
 
 def _is_limit(value: Any) -> bool:
@@ -807,7 +813,8 @@ def _is_limit(value: Any) -> bool:
         isinstance(value, dict)
         and isinstance(value.get("limit"), str)
         and (value.get("percentile") is None or _is_of_kind(value["percentile"], "number"))
-        and (value.get("passed") is None or isinstance(value["passed"], bool))
+        and "passed" in value
+        and (value["passed"] is None or isinstance(value["passed"], bool))
     )
 
 
@@ -826,7 +833,8 @@ def _check_snapshots(decisions: pl.DataFrame, where: str) -> None:
             sound = False
         if not sound:
             raise InputError(
-                f"The snapshot of row {row} is {_shortened(text)}; allowed is a JSON object.",
+                f"The snapshot of row {row} (from 0) is {_shortened(text)}; "
+                "allowed is a JSON object.",
                 where,
             )
 

@@ -17,7 +17,15 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from helios_sim.arrivals import MAX_REQUESTS, Floats, Renewal, StrictSettings, stream, whole_ns
+from helios_sim.arrivals import (
+    MAX_RATE_PER_S,
+    MAX_REQUESTS,
+    Floats,
+    Renewal,
+    StrictSettings,
+    stream,
+    whole_ns,
+)
 from helios_sim.errors import InputError
 
 FORMATS: dict[str, str] = {
@@ -31,11 +39,40 @@ FORMATS: dict[str, str] = {
 MAX_TOKENS = 2**31 - 1
 """Tokens of one prompt or output: what a 32-bit column holds."""
 
+MAX_ARRIVAL_S = 1e9
+"""The latest arrival of a trace, some 32 years; beyond, a double no longer holds microseconds."""
+
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
-_HELIOS = ("request_id", "arrival_s", "prompt_tokens", "output_tokens", "domain", "trace_start")
-_SERVEGEN_TRACE = ("client_id", "window_start_s", "rate_rps", "pattern", "arg1")
-_SERVEGEN_DATASET = ("client_id", "window_start_s", "field", "value", "prob")
+
+# What a Parquet column must hold: "whole numbers", "numbers" or "text".
+_HELIOS = {
+    "request_id": "whole numbers",
+    "arrival_s": "numbers",
+    "prompt_tokens": "whole numbers",
+    "output_tokens": "whole numbers",
+    "domain": "text",
+    "trace_start": "whole numbers",
+}
+_SERVEGEN_TRACE = {
+    "client_id": "whole numbers",
+    "window_start_s": "whole numbers",
+    "rate_rps": "numbers",
+    "pattern": "text",
+    "arg1": "numbers",
+}
+_SERVEGEN_DATASET = {
+    "client_id": "whole numbers",
+    "window_start_s": "whole numbers",
+    "field": "text",
+    "value": "numbers",
+    "prob": "numbers",
+}
+
+# Shapes of coefficients of variation of about 50 down to 0.01, as for other arrivals: beyond,
+# nearly all intervals are 0 and sampling does not end.
+_GAMMA_SHAPES = (4e-4, 1e4)
+_WEIBULL_SHAPES = (0.15, 130.0)
 
 Ints = NDArray[np.int64]
 
@@ -47,7 +84,7 @@ class TraceSettings(StrictSettings):
     format: Literal["auto", "mooncake", "azure", "burstgpt", "servegen", "helios"] = "auto"
     start_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     end_s: Annotated[float | None, Field(gt=0, le=1e9)] = None
-    rate_scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    rate_scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
     repeat: Annotated[int, Field(ge=1, le=100_000)] = 1
     max_requests: Annotated[int | None, Field(ge=1, le=MAX_REQUESTS)] = None
     sort: bool = False
@@ -120,7 +157,9 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
         try:
             trace = _read_helios(path) if name == "helios" else _read_servegen(path, settings, seed)
         except pl.exceptions.PolarsError as error:
-            raise InputError(f"A column has the wrong type ({error}).", str(path)) from error
+            raise InputError(
+                f"The columns cannot be read ({_first_line(error)}).", str(path)
+            ) from error
     else:
         trace = _trace_of(name, path, _TEXT_READERS[name](raw, path), settings)
     return _stretch(_cut(trace, settings), settings)
@@ -165,7 +204,7 @@ def _recognise(path: Path, asked: str) -> tuple[str, bytes]:
     if not raw.strip():
         raise InputError("The trace file is empty; it must hold at least one request.", str(path))
     if raw[:4] == b"PAR1":
-        columns = set(_parquet(path, ()).columns)
+        columns = set(_parquet(path, {}).columns)
         if "rate_rps" in columns:
             found = "servegen"
         elif "arrival_s" in columns:
@@ -200,6 +239,10 @@ def _at(path: Path, line: int) -> str:
     return f"{path}, line {line}"
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _csv(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     """The named columns as text with a column "line"; blank lines are left out."""
     try:
@@ -215,7 +258,21 @@ def _csv(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
         )
     # The header is line 1, so row 0 is line 2; polars keeps a blank line as a row of nulls.
     frame = frame.with_columns(pl.col("line").cast(pl.Int64) + 2)
-    return frame.filter(~pl.all_horizontal(pl.exclude("line").is_null())).select("line", *columns)
+    blank = frame.select(pl.all_horizontal(pl.exclude("line").is_null())).to_series()
+    if blank.any():
+        # A line of commas alone is such a row too, but no blank line.
+        for number, text in enumerate(raw.splitlines(), 1):
+            if b"," in text and not text.strip(b', \t"'):
+                raise _malformed(text.decode(), len(frame.columns) - 1, path, number)
+    return frame.filter(~blank).select("line", *columns)
+
+
+def _malformed(line: str, width: int, path: Path, number: int) -> InputError:
+    return InputError(
+        f"The line {line[:80]!r} is malformed; {width} comma-separated fields of plain "
+        "text are expected, as in the header.",
+        where=_at(path, number),
+    )
 
 
 def _ragged(raw: bytes, path: Path, error: Exception) -> InputError:
@@ -224,12 +281,8 @@ def _ragged(raw: bytes, path: Path, error: Exception) -> InputError:
     width = lines[0].count(",") + 1
     for number, line in enumerate(lines, 1):
         if '"' in line or "\ufffd" in line or (line.strip() and line.count(",") + 1 != width):
-            return InputError(
-                f"The line {line[:80]!r} is malformed; {width} comma-separated fields of plain "
-                "text are expected, as in the header.",
-                where=_at(path, number),
-            )
-    return InputError(f"The file is not readable as CSV: {error}.", where=str(path))
+            return _malformed(line, width, path, number)
+    return InputError(f"The file is not readable as CSV: {_first_line(error)}.", where=str(path))
 
 
 def _column(
@@ -240,7 +293,7 @@ def _column(
     if len(bad):
         row = int(bad[0])
         raise InputError(
-            f"{name} is {frame[name][row]!r}; expected is {expected}.",
+            f"{name} is {frame[name][row]!r}; expected is a column of {expected}.",
             where=_at(path, int(frame["line"][row])),
         )
     return parsed
@@ -271,8 +324,9 @@ def _burstgpt(raw: bytes, path: Path) -> _Rows:
     """BurstGPT: seconds; rows answered with no token are failures and are left out."""
     frame = _csv(raw, path, _BURSTGPT)
     seconds = frame["Timestamp"].str.strip_chars().cast(pl.Float64, strict=False)
-    seconds = seconds.set(~seconds.is_finite().fill_null(False), None)
-    time_s = _column(frame, "Timestamp", seconds, "a finite number of seconds", path).to_numpy()
+    seconds = seconds.set(~(seconds.is_finite() & (seconds >= 0)).fill_null(False), None)
+    expected = "a finite number of seconds of at least 0"
+    time_s = _column(frame, "Timestamp", seconds, expected, path).to_numpy()
     prompt = _count_column(frame, "Request tokens", path)
     output = _count_column(frame, "Response tokens", path)
     kept = output != 0
@@ -307,7 +361,8 @@ def _mooncake(raw: bytes, path: Path) -> _Rows:
 
 def _json_number(row: Any, key: str, types: tuple[type, ...], path: Path, line: int) -> int | float:
     value: Any = row.get(key) if isinstance(row, dict) else None
-    if type(value) in types and math.isfinite(value) and abs(value) < 2**53:
+    # The bound also shuts out infinities and NaN.
+    if type(value) in types and abs(value) < 2**53:
         number: int | float = value
         return number
     what = "a whole number" if types == (int,) else "a finite number"
@@ -343,6 +398,13 @@ def _trace_of(name: str, path: Path, rows: _Rows, settings: TraceSettings) -> Tr
             where=_at(path, int(rows.line[back[0] + 1])),
         )
     time_s = time_s[order] - time_s[order[0]]
+    if time_s[-1] > MAX_ARRIVAL_S * max(1.0, settings.rate_scale):
+        raise InputError(
+            f"The request lies {time_s[-1]:g} s after the first; arrivals of up to "
+            f"{MAX_ARRIVAL_S:g} s, after division by rate_scale = {settings.rate_scale:g}, "
+            "are allowed.",
+            where=_at(path, int(rows.line[order[-1]])),
+        )
     if settings.spread or (settings.spread is None and name == "mooncake"):
         time_s = spread_equal(time_s)
     return Trace(
@@ -370,8 +432,8 @@ def spread_equal(time_s: Floats) -> Floats:
     return spread
 
 
-def _parquet(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    """The named columns of a Parquet file; without names, its header alone."""
+def _parquet(path: Path, columns: dict[str, str]) -> pl.DataFrame:
+    """The named columns of a Parquet file, of these types; without names, its header alone."""
     try:
         present = pl.read_parquet_schema(path)
         missing = [name for name in columns if name not in present]
@@ -381,11 +443,29 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
                 f"{', '.join(columns)}.",
                 where=str(path),
             )
+        for name, expected in columns.items():
+            if not _holds(present[name], expected):
+                raise InputError(
+                    f"The column {name} has the type {present[name]}; expected is a column of "
+                    f"{expected}.",
+                    where=f"{path}, column {name}",
+                )
         if not columns:
             return pl.DataFrame(schema=present)
         return pl.read_parquet(path, columns=list(columns))
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"The file is not whole Parquet data ({error}).", str(path)) from error
+        raise InputError(
+            f"The file is not whole Parquet data ({_first_line(error)}).", str(path)
+        ) from error
+
+
+def _holds(dtype: pl.DataType, expected: str) -> bool:
+    """Whether a column holds what is expected; one of nulls alone passes, its rows do not."""
+    if dtype == pl.Null:
+        return True
+    if expected == "text":
+        return isinstance(dtype, pl.String | pl.Categorical | pl.Enum)
+    return dtype.is_integer() if expected == "whole numbers" else dtype.is_numeric()
 
 
 def _first_bad(frame: pl.DataFrame, good: pl.Expr) -> int | None:
@@ -401,8 +481,7 @@ def _read_helios(path: Path) -> Trace:
     if not arrived.height:
         raise InputError("The run holds no request; one at least is needed.", str(path))
     in_range = (
-        pl.col("arrival_s").is_finite()
-        & (pl.col("arrival_s") >= 0)
+        pl.col("arrival_s").is_between(0, MAX_ARRIVAL_S)
         & pl.col("prompt_tokens").is_between(1, MAX_TOKENS)
         & pl.col("output_tokens").is_between(1, MAX_TOKENS)
         & pl.col("trace_start").is_between(0, MAX_TOKENS)
@@ -412,8 +491,9 @@ def _read_helios(path: Path) -> Trace:
     names = arrived["domain"].cast(pl.String)
     if bad is not None:
         raise InputError(
-            f"The request is {arrived.row(bad, named=True)}; arrival and trace start must be 0 or "
-            f"more, token counts 1 to {MAX_TOKENS} and the domain a name.",
+            f"The request is {arrived.row(bad, named=True)}; its arrival must be 0 to "
+            f"{MAX_ARRIVAL_S:g} s, its trace start 0 to {MAX_TOKENS}, its token counts 1 to "
+            f"{MAX_TOKENS} and its domain a name.",
             where=f"{path}, request_id {arrived['request_id'][bad]}",
         )
     domains = tuple(names.unique(maintain_order=True).to_list())
@@ -474,12 +554,24 @@ def _read_servegen(path: Path, settings: TraceSettings, seed: int) -> Trace:
         & (pl.col("window_start_s") + width_s > settings.start_s)
         & (pl.col("window_start_s") < end_s)
     )
-    for client, start_s, rate, pattern, shape in asked.iter_rows():
+    # A window's requests are drawn from its start on, so what lies beyond the end can be left out;
+    # the microsecond keeps those that only rounding brings before the end.
+    asked = asked.with_columns(
+        (end_s - pl.col("window_start_s") + 1e-6).clip(upper_bound=width_s).alias("drawn_s")
+    )
+    expected = float((asked["rate_rps"] * asked["drawn_s"]).sum())
+    if expected > MAX_REQUESTS:
+        raise InputError(
+            f"The windows asked for hold about {expected:.3g} requests; at most {MAX_REQUESTS} "
+            "are allowed: set trace.end_s, or an earlier one (a window is drawn from its start).",
+            where=str(path),
+        )
+    for client, start_s, rate, pattern, shape, drawn_s in asked.iter_rows():
         renewal = Renewal("gamma" if pattern == "Gamma" else "weibull", shape)
         units = renewal.arrivals(
             stream(seed, "servegen-arrivals", client, start_s),
             stream(seed, "servegen-arrivals-phase", client, start_s),
-            before=rate * width_s,
+            before=rate * drawn_s,
         )
         columns = []
         for field in ("input_tokens", "output_tokens"):
@@ -504,23 +596,24 @@ def _servegen_windows(path: Path) -> pl.DataFrame:
     frame = _parquet(path, _SERVEGEN_TRACE).with_columns(pl.col("pattern").cast(pl.String))
     good = (
         (pl.col("client_id") >= 0)
-        & (pl.col("window_start_s") >= 0)
-        & pl.col("rate_rps").is_finite()
+        & pl.col("window_start_s").is_between(0, MAX_ARRIVAL_S)
+        & pl.col("rate_rps").is_between(0, MAX_RATE_PER_S)
         & (
             (pl.col("rate_rps") == 0)
             | (
-                (pl.col("rate_rps") > 0)
-                & pl.col("pattern").is_in(["Gamma", "Weibull"])
-                & pl.col("arg1").is_finite()
-                & (pl.col("arg1") > 0)
+                ((pl.col("pattern") == "Gamma") & pl.col("arg1").is_between(*_GAMMA_SHAPES))
+                | ((pl.col("pattern") == "Weibull") & pl.col("arg1").is_between(*_WEIBULL_SHAPES))
             )
         )
     )
     bad = _first_bad(frame, good)
     if bad is not None:
         raise InputError(
-            f"The row is {frame.row(bad, named=True)}; client and window must be 0 or more, the "
-            "rate 0, or positive with pattern Gamma or Weibull and a positive shape arg1.",
+            f"The row is {frame.row(bad, named=True)}; the client must be 0 or more, the window 0 "
+            f"to {MAX_ARRIVAL_S:g} s, the rate 0, or up to {MAX_RATE_PER_S:g} per second with "
+            "pattern Gamma or Weibull and a shape arg1 of "
+            f"{_GAMMA_SHAPES[0]:g} to {_GAMMA_SHAPES[1]:g} (Gamma) or {_WEIBULL_SHAPES[0]:g} to "
+            f"{_WEIBULL_SHAPES[1]:g} (Weibull).",
             where=f"{path}, row {bad}",
         )
     if not frame.height:
@@ -532,11 +625,12 @@ def _servegen_lengths(path: Path) -> dict[tuple[int, str], list[tuple[int, _Hist
     """For a client and field, the histograms by start of their window, ascending."""
     frame = _parquet(path, _SERVEGEN_DATASET).with_columns(pl.col("field").cast(pl.String))
     frame = frame.filter(pl.col("field").is_in(["input_tokens", "output_tokens"]))
-    bad = _first_bad(frame, (pl.col("value") >= 1) & (pl.col("prob") >= 0))
+    good = pl.col("value").is_between(1, MAX_TOKENS) & (pl.col("prob") >= 0)
+    bad = _first_bad(frame, good & pl.col("prob").is_finite())
     if bad is not None:
         raise InputError(
-            f"The row is {frame.row(bad, named=True)}; a token count must be at least 1 and its "
-            "probability at least 0.",
+            f"The row is {frame.row(bad, named=True)}; a token count must be at least 1 and "
+            f"at most {MAX_TOKENS}, its probability at least 0 and finite.",
             where=f"{path}, row {bad} of its token counts",
         )
     keys = ("client_id", "field", "window_start_s")
@@ -607,6 +701,15 @@ def _stretch(trace: Trace, settings: TraceSettings) -> Trace:
         copies = np.repeat(np.arange(settings.repeat), len(trace))
         rows = np.tile(np.arange(len(trace)), settings.repeat)
         times = times[rows] + copies * (_period_s(trace, settings) / settings.rate_scale)
+    late = np.flatnonzero(times[: settings.max_requests] > MAX_ARRIVAL_S)
+    if late.size:
+        raise InputError(
+            f"Request {late[0]} of the trace would arrive at {times[late[0]]:g} s with rate_scale "
+            f"= {settings.rate_scale:g} and repeat = {settings.repeat}; at most "
+            f"{MAX_ARRIVAL_S:g} s are allowed: raise rate_scale, repeat fewer times, or cut the "
+            "trace with end_s or max_requests.",
+            where=str(trace.file),
+        )
     if settings.repeat > 1 or settings.rate_scale != 1:
         times = whole_ns(times)
     return trace.take(rows, times).take(

@@ -331,3 +331,9 @@ def rewrite() -> None:
 if __name__ == "__main__":
     rewrite()
     sys.exit()
+
+
+def test_the_design_page_names_every_module() -> None:
+    page = (DOCS / "design.md").read_text(encoding="utf-8")
+    modules = {path.name for path in (DOCS.parent / "helios_sim").glob("*.py")} - {"__init__.py"}
+    assert sorted(name for name in modules if f"  {name} " not in page) == []

@@ -20,6 +20,7 @@ from helios_sim.metrics import (
     batch_interval,
     columns_of,
     compare,
+    distinct_labels,
     gap_percentile_s,
     meets_all,
     rounded_figures,
@@ -224,8 +225,11 @@ def test_warm_up_cuts_latencies_and_attainment_only() -> None:
 @pytest.mark.parametrize("warmup", [{"warmup_s": 9.0}, {"warmup_requests": 4}])
 def test_a_warm_up_that_leaves_nothing_is_refused(warmup: dict[str, Any]) -> None:
     """A warm-up longer than the run is an error, not an empty summary."""
-    with pytest.raises(InputError, match="leaves none of the 4 requests"):
+    with pytest.raises(InputError, match="leaves none of the 4 requests") as caught:
         summarise(pencil_run(), SLO, **warmup)
+    given = {"warmup_s": 0.0, "warmup_requests": 0} | warmup
+    for name, value in given.items():
+        assert f"measure.{name} is {value}" in str(caught.value)
 
 
 def test_rows_out_of_arrival_order_change_no_figure() -> None:
@@ -406,9 +410,16 @@ def test_comparison_pairs_requests_and_marks_the_best() -> None:
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (make_run(num_requests=300), "300 requests"),
+        (
+            make_run(num_requests=300),
+            r"^vanilla \(2\) holds 300 requests and vanilla holds 400 requests;",
+        ),
+        (make_run(num_requests=1), "holds 1 request and"),
         (make_run(seed=2), "different workloads"),
-        (make_run(rate_per_s=5.0), "arrival_s of vanilla differ"),
+        (
+            make_run(rate_per_s=5.0),
+            r"column arrival_s of vanilla \(2\) differs from that of vanilla,",
+        ),
         (make_run(schema_version=2), "schema version"),
     ],
 )
@@ -416,6 +427,12 @@ def test_comparison_refuses_other_workloads(other: RunData, says: str) -> None:
     """Runs of other requests, arrivals or schema versions are refused with the reason."""
     with pytest.raises(InputError, match=says):
         compare([make_run(), other])
+
+
+def test_equal_labels_are_numbered() -> None:
+    """A label met before gets the first number that makes it one of its own."""
+    assert distinct_labels(["a", "b"]) == ["a", "b"]
+    assert distinct_labels(["a", "a (2)", "a", "a"]) == ["a", "a (2)", "a (3)", "a (4)"]
 
 
 def test_comparison_refuses_empty_runs() -> None:

@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_sim.errors import InputError
+from helios_sim.metrics import summarise
 from helios_sim.records import (
     DECISION_COLUMNS,
     DECISION_SCHEMA,
     REQUEST_COLUMNS,
     REQUEST_SCHEMA,
     RUN_FILES,
+    SUMMARY_KINDS,
     TIMELINE_COLUMNS,
     TIMELINE_SCHEMA,
     IntegrityError,
@@ -32,9 +34,11 @@ from helios_sim.records import (
     toml_text,
     write_run,
 )
+from helios_sim.slo import SloSpec, parse_slo
 from tests.factories import make_run
 
-SUMMARY = {"duration": 1.5, "nothing": None}
+SLO = parse_slo("ttft:p95<500 tpot:24")
+SUMMARY = summarise(make_run(), SLO)
 
 
 def names_in(folder: Path) -> set[str]:
@@ -172,6 +176,19 @@ def _retype(folder: Path) -> None:
     pl.read_parquet(path).with_columns(pl.col("depth").cast(pl.Float64)).write_parquet(path)
 
 
+def _text_for_numbers(folder: Path) -> None:
+    path = folder / "requests.parquet"
+    words = pl.read_parquet(path).with_columns(prompt_tokens=pl.lit("many"))
+    words.write_parquet(path)
+
+
+def _spoil_snapshot(folder: Path, text: str | None) -> None:
+    path = folder / "decisions.parquet"
+    decisions = pl.read_parquet(path)
+    texts = [*decisions["snapshot"][:-1], text]
+    decisions.with_columns(pl.Series("snapshot", texts, pl.String)).write_parquet(path)
+
+
 def _back_in_time(folder: Path) -> None:
     path = folder / "requests.parquet"
     pl.read_parquet(path).with_columns(pl.col("admitted_s") - 5.0).write_parquet(path)
@@ -189,6 +206,10 @@ def _back_in_time(folder: Path) -> None:
         (_drop_column, "columns status are missing"),
         (_empty, "run is empty"),
         (_retype, "column depth is of type Float64"),
+        (_text_for_numbers, "column prompt_tokens is of type String; needed is Int32"),
+        (lambda f: _spoil_snapshot(f, '{"num_'), "allowed is a JSON object"),
+        (lambda f: _spoil_snapshot(f, "7"), "The snapshot of row"),
+        (lambda f: _spoil_snapshot(f, None), "is null; allowed is a JSON object"),
         (_back_in_time, "admitted at or after its arrival"),
     ],
 )
@@ -200,6 +221,68 @@ def test_a_spoilt_run_is_refused_with_the_reason(spoil: Any, says: str, tmp_path
         read_run(folder)
     assert says in str(caught.value)
     assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
+    """Writing a table with a value outside its column's type names column and both types."""
+    run = make_run(num_requests=60)
+    wide = run.requests.with_columns(prompt_tokens=pl.lit(2**40, pl.Int64))
+    with pytest.raises(InputError) as caught:
+        write_run(replace(run, requests=wide), SUMMARY, tmp_path / "run")
+    assert "column prompt_tokens is of type Int64" in str(caught.value)
+    assert "needed is Int32" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "slo", "num_requests"), [("vanilla", None, 10), ("helios", SLO, 60)]
+)
+def test_the_kinds_are_those_of_a_summary(
+    policy: str, slo: SloSpec | None, num_requests: int, tmp_path: Path
+) -> None:
+    """Every key of a summary has a kind and no other has; any summary is read back as it was."""
+    run = make_run(policy, num_requests=num_requests)
+    summary = summarise(run, slo)
+    assert set(SUMMARY_KINDS) == set(summary)
+    extra = {**summary, "num_shortened": 3, "replications": {"figures": {}}, "own": "x"}
+    assert read_summary(write_run(run, extra, tmp_path / "run")) == extra
+
+
+@pytest.mark.parametrize(
+    ("summary", "says"),
+    [
+        ({}, "has schema version null; this program reads 1"),
+        ({**SUMMARY, "schema_version": 9}, "has schema version 9; this program reads 1"),
+        ({**SUMMARY, "schema_version": True}, "has schema version true"),
+        ({"schema_version": 1}, "are missing; a summary has all"),
+        ({k: v for k, v in SUMMARY.items() if k != "label"}, "The keys label are missing"),
+        ({**SUMMARY, "mean_ttft_ms": "x"}, 'mean_ttft_ms is "x"; allowed is a finite number, or'),
+        ({**SUMMARY, "mean_ttft_ms": math.inf}, "mean_ttft_ms is Infinity"),
+        ({**SUMMARY, "duration": True}, "duration is true"),
+        ({**SUMMARY, "duration": 10**400}, "duration is 1000"),
+        ({**SUMMARY, "num_requests": 1.5}, "num_requests is 1.5; allowed is a whole number."),
+        ({**SUMMARY, "num_requests": None}, "num_requests is null; allowed is a whole number."),
+        ({**SUMMARY, "label": 3}, "label is 3; allowed is text."),
+        ({**SUMMARY, "slo_passed": 1}, "slo_passed is 1; allowed is true or false, or null"),
+        ({**SUMMARY, "exit_histogram": 5}, "exit_histogram is 5; allowed is an object of objects"),
+        ({**SUMMARY, "exit_histogram": {"a": {"6": "x"}}}, "exit_histogram is {"),
+        ({**SUMMARY, "time_shares": {"busy": None}}, "time_shares is {"),
+        ({**SUMMARY, "intervals": []}, "intervals is []; allowed is an object of objects"),
+        ({**SUMMARY, "slo_limits": {}}, "slo_limits is {}; allowed is a list"),
+        ({**SUMMARY, "slo_limits": [{"limit": "ttft<=1s"}]}, "slo_limits is [{"),
+        ({**SUMMARY, "slo_limits": None}, "One of slo and slo_limits is null"),
+    ],
+)
+def test_a_spoilt_summary_is_refused_with_the_reason(
+    summary: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """A foreign version, a missing key or a value of another kind is named with its file."""
+    _put(tmp_path / "summary.json", json.dumps(summary))
+    with pytest.raises(InputError) as caught:
+        read_summary(tmp_path)
+    assert says in str(caught.value)
+    assert caught.value.where == str(tmp_path / "summary.json")
 
 
 def test_reading_nothing_is_refused(tmp_path: Path) -> None:
@@ -208,6 +291,10 @@ def test_reading_nothing_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path / "none")
     with pytest.raises(InputError, match="not a run"):
         read_summary(tmp_path)
+    _put(tmp_path / "file", "x")
+    for read in (read_run, read_summary):
+        with pytest.raises(InputError, match="It is a file; allowed is the folder of a run"):
+            read(tmp_path / "file")
 
 
 def _first(name: str, value: Any) -> pl.Expr:

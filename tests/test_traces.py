@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from pydantic import ValidationError
 
 from helios_sim.errors import InputError
 from helios_sim.records import REQUEST_COLUMNS
@@ -193,6 +194,37 @@ def test_repetition_is_back_to_back(tmp_path: Path) -> None:
     assert window.arrival_s.tolist() == [0, 0.5, 1.5, 2, 2.5, 3.5]
 
 
+@pytest.mark.parametrize(
+    ("keys", "late"),
+    [({"rate_scale": 1e-6}, 2), ({"repeat": 3}, 3), ({"repeat": 3, "max_requests": 5}, 3)],
+)
+def test_arrivals_beyond_a_thousand_million_seconds_are_refused(
+    tmp_path: Path, keys: dict[str, Any], late: int
+) -> None:
+    """Stretched or repeated, the first late request is named; a cut before it is enough."""
+    times: list[float] = [0, 1, 2000] if "rate_scale" in keys else [0, 5e8]
+    path = steps(tmp_path / "m.jsonl", times)
+    with pytest.raises(InputError, match=rf"Request {late} .*at most 1e\+09 s") as caught:
+        read(path, **keys)
+    assert caught.value.where == str(path)
+    assert read(path, **{**keys, "max_requests": 2}).arrival_s[-1] <= 1e9
+
+
+def test_times_up_to_the_bound_after_scaling_are_read(tmp_path: Path) -> None:
+    """A trace whose times only the rate scale brings under the bound is fine."""
+    path = steps(tmp_path / "m.jsonl", [0, 2e9])
+    assert read(path, rate_scale=2.0).arrival_s.tolist() == [0.0, 1e9]
+    with pytest.raises(InputError, match=r"lies 2e\+09 s after the first") as caught:
+        read(path)
+    assert caught.value.where == f"{path}, line 2"
+
+
+def test_a_tiny_rate_scale_is_refused() -> None:
+    """The bound is named."""
+    with pytest.raises(ValidationError, match=r"greater than or equal to 0\.000001"):
+        TraceSettings(file="a.csv", rate_scale=1e-300)
+
+
 def test_max_requests_keeps_the_first(tmp_path: Path) -> None:
     """The cut comes last, after repetition."""
     path = steps(tmp_path / "m.jsonl", [0, 1, 2])
@@ -232,6 +264,10 @@ BAD_FILES = [
     ("short.csv", AZURE_TEXT.replace(",396,109", ""), "ContextTokens is None", 3),
     ("blank2.csv", AZURE_TEXT.replace("2023-11-16 18:15:51,879", "\n\nx,1"), "is 'x'", 6),
     ("latin.csv", AZURE_TEXT.encode().replace(b"396", b"\xff"), "is malformed", 3),
+    ("commas.csv", AZURE_TEXT.replace("\n2023-11-16 18:15:51", "\n\n,,\n2023"), "',,' is mal", 5),
+    ("lastcommas.csv", AZURE_TEXT + ",,\n", "',,' is malformed; 3 comma-separated", 5),
+    ("past.csv", BURSTGPT_TEXT.replace("\n5,", "\n-5,"), "Timestamp is '-5'; .*at least 0", 2),
+    ("far.csv", BURSTGPT_TEXT.replace("118.5", "1e308"), "lies 1e.308 s after .*up to 1e.09 s", 4),
     ("column.csv", AZURE_TEXT.replace("GeneratedTokens", "Out"), "header lacks GeneratedTokens", 1),
     ("inf.csv", BURSTGPT_TEXT.replace("118.5", "inf"), "Timestamp is 'inf'; expected is a", 4),
     ("cut.jsonl", MOONCAKE_TEXT.replace("316,", ""), "is no JSON object", 5),
@@ -244,6 +280,7 @@ BAD_FILES = [
     ("type.jsonl", MOONCAKE_TEXT.replace("316", "31.5"), "output_length is 31.5; expected is a", 5),
     ("bool.jsonl", MOONCAKE_TEXT.replace("316", "true"), "output_length is True", 5),
     ("nan.jsonl", MOONCAKE_TEXT.replace("3000", "NaN"), "timestamp is nan; expected is a fin", 5),
+    ("huge.jsonl", MOONCAKE_TEXT.replace("316", "9" * 400), "expected is a whole number", 5),
     ("list.jsonl", MOONCAKE_TEXT + "[1]\n", "timestamp is None", 7),
     ("torn.csv.gz", gzip.compress(AZURE_TEXT.encode())[:-9], "not whole gzip data", None),
     ("torn.parquet", b"PAR1 and no more", "not whole Parquet data", None),
@@ -394,14 +431,28 @@ def test_requests_of_a_run_that_never_arrived_are_left_out(tmp_path: Path) -> No
         ({"output_tokens": [4, 0, 6]}, "'output_tokens': 0.*token counts 1 to"),
         ({"arrival_s": [0.1, -1.0, 2.0]}, "'arrival_s': -1.0"),
         ({"domain": ["code", None, "code"]}, "'domain': None"),
-        ({"arrival_s": ["a", "b", "c"]}, "column has the wrong type"),
+        (
+            {"arrival_s": ["a", "b", "c"]},
+            "column arrival_s has the type String; expected is a col.* of numbers",
+        ),
+        (
+            {"prompt_tokens": ["1", "2", "3"]},
+            "prompt_tokens has the type String; expected is a .*whole numbers",
+        ),
+        (
+            {"trace_start": [0.5, 1.0, 2.0]},
+            "trace_start has the type Float64; expected is .*whole numbers",
+        ),
+        ({"domain": [1, 2, 3]}, "column domain has the type Int64; expected is a col.* of text"),
+        ({"arrival_s": [0.1, 1e308, 2.0]}, "'arrival_s': 1e.308.*arrival must be 0 to 1e.09 s"),
         ({"arrival_s": [None, None, None]}, "holds no request"),
     ],
 )
 def test_a_spoilt_run_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    """The row is shown with what is allowed."""
-    with pytest.raises(InputError, match=message):
+    """The row or column is shown with what is allowed, in one line."""
+    with pytest.raises(InputError, match=message) as caught:
         read(run_file(tmp_path / "run", **changes))
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def servegen(folder: Path, trace: dict[str, Any] | None = None, **lengths: Any) -> Path:
@@ -467,10 +518,24 @@ def test_a_servegen_window_is_the_same_whatever_else_is_read(tmp_path: Path) -> 
     [
         ({"pattern": ["Gamma", "Pareto", "", "Weibull"]}, {}, "pattern Gamma or Weibull"),
         ({"rate_rps": [2.0, -5.0, 0.0, 3.0]}, {}, "'rate_rps': -5.0"),
-        ({"arg1": [0.25, 0.0, 0.0, 1.0]}, {}, "positive shape arg1"),
-        ({"rate_rps": ["a", "b", "c", "d"]}, {}, "column has the wrong type"),
+        ({"rate_rps": [2.0, 5.0, 0.0, 1e12]}, {}, r"model_trace\.parquet, row 3: .*up to 1e\+06"),
+        ({"window_start_s": [0, 600, 0, 10**10]}, {}, "row 3: .*the window 0 to 1e.09 s"),
+        ({"arg1": [0.25, 0.0, 0.0, 1.0]}, {}, "shape arg1 of 0.0004 to 10000"),
+        ({"arg1": [0.25, 1.0, 0.0, 1e-9]}, {}, "row 3: .*0.15 to 130 .Weibull"),
+        (
+            {"rate_rps": ["a", "b", "c", "d"]},
+            {},
+            "rate_rps has the type String; expected is .*numbers",
+        ),
+        (
+            {"client_id": [0.0, 0.0, 1.0, 1.0]},
+            {},
+            "client_id has the type Float64; expected is .*whole numbers",
+        ),
         ({"rate_rps": [0.0, 0.0, 0.0, 0.0]}, {}, "No request lies in the window"),
         ({}, {"value": [0.0] + [5.0] * 6}, "token count must be at least 1"),
+        ({}, {"value": [1e12] + [5.0] * 6}, "at most 2147483647"),
+        ({}, {"prob": [float("nan")] + [1.0] * 6}, "at least 0 and finite"),
         ({}, {"prob": [-0.5] + [1.0] * 6}, "probability at least 0"),
         ({}, {"client_id": [0, 0, 0, 0, 0, 2, 2]}, "Client 1 sends requests at 600 s but has no"),
     ],
@@ -481,6 +546,25 @@ def test_a_spoilt_servegen_trace_is_refused(
     """The row or client is named with what is allowed."""
     with pytest.raises(InputError, match=message):
         read(servegen(tmp_path / "sg", trace, **lengths))
+
+
+def test_servegen_windows_of_too_many_requests_are_refused_before_sampling(tmp_path: Path) -> None:
+    """The expected number and the setting are named; an earlier end is enough."""
+    folder = servegen(tmp_path / "sg", {"rate_rps": [1e6, 5.0, 0.0, 3.0]})
+    with pytest.raises(InputError, match=r"about 6e\+08 requests; at most 50000000.*trace\.end_s"):
+        read(folder, max_requests=5)
+    cut = read(folder, max_requests=5, end_s=0.01)
+    assert len(cut) == 5
+
+
+def test_an_end_inside_a_servegen_window_keeps_its_requests(tmp_path: Path) -> None:
+    """What is drawn up to the end is what the whole window holds there."""
+    path = servegen(tmp_path / "sg")
+    whole, cut = read(path), read(path, end_s=700.5)
+    num = int(np.searchsorted(whole.arrival_s, 700.5))
+    assert cut.arrival_s.tobytes() == whole.arrival_s[:num].tobytes()
+    assert cut.prompt_tokens.tobytes() == whole.prompt_tokens[:num].tobytes()
+    assert cut.output_tokens.tobytes() == whole.output_tokens[:num].tobytes()
 
 
 def test_servegen_needs_both_files_by_their_names(tmp_path: Path) -> None:

@@ -485,7 +485,7 @@ BAD_WORKLOADS = [
     ({"over_context": "drop"}, "'refuse', 'truncate' or 'error'"),
     ({"rate": 5}, "Extra inputs are not permitted"),
     ({"arrivals": None, "trace": {"file": CONV, "format": "csv"}}, "'auto', 'mooncake', 'azure'"),
-    ({"arrivals": None, "trace": {"file": CONV, "rate_scale": 0.0}}, "greater than 0"),
+    ({"arrivals": None, "trace": {"file": CONV, "rate_scale": 0.0}}, "equal to 0.000001"),
     (
         {"arrivals": None, "trace": {"file": CONV, "start_s": 9.0, "end_s": 9.0}},
         "window ends at 9 s but starts at 9 s",
