@@ -43,7 +43,7 @@ def as_tuple(value: Any) -> Any:
 Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
 Pairs = Annotated[tuple[Pair, ...], BeforeValidator(as_tuple)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
-Rate = Annotated[float, Field(gt=0, le=MAX_RATE_PER_S)]
+Rate = Annotated[float, Field(ge=1e-6, le=MAX_RATE_PER_S)]
 Cv = Annotated[float, Field(ge=0.01, le=50)]
 
 

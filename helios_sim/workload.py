@@ -34,6 +34,9 @@ from helios_sim.traces import MAX_TOKENS, Trace, TraceSettings, read_trace
 
 OverContext = Literal["refuse", "truncate", "error"]
 
+MAX_SPAN_S = 1e9
+"""Arrivals later than this would lose their nanoseconds."""
+
 Tokens = Annotated[int, Field(ge=1, le=100_000_000)]
 TokenMean = Annotated[float, Field(ge=1, le=1e8)]
 TokenList = Annotated[tuple[Tokens, ...], BeforeValidator(as_tuple)]
@@ -438,6 +441,12 @@ def generate(
         raise InputError(
             f"No request arrives within duration_s = {settings.duration_s}; give a longer "
             "duration or a higher rate.",
+            where="workload",
+        )
+    if user is None and arrival_s[-1] > MAX_SPAN_S:
+        raise InputError(
+            f"The last of {arrival_s.size} requests arrives after {arrival_s[-1]:g} s; at most "
+            f"{MAX_SPAN_S:g} s are allowed. Give fewer requests or a higher rate.",
             where="workload",
         )
     prompt_tokens, output_tokens = _lengths(settings, seed, base_dir, arrival_s.size, trace)

@@ -259,7 +259,7 @@ def test_exponential_thinking_has_the_asked_mean_and_cv() -> None:
 
 BAD_TABLES = [
     ({"kind": "poisson"}, "Field required"),
-    ({"kind": "poisson", "rate_per_s": -1.0}, "greater than 0"),
+    ({"kind": "poisson", "rate_per_s": -1.0}, "greater than or equal to 0.000001"),
     ({"kind": "poisson", "rate_per_s": 2e6}, "less than or equal to 1000000"),
     ({"kind": "poisson", "rate_per_s": float("inf")}, "less than or equal|finite"),
     ({"kind": "poisson", "rate_per_s": "5"}, "valid number"),

@@ -140,7 +140,10 @@ def test_the_keys_allowed_are_those_of_the_kind_that_was_chosen(file: Path) -> N
         ("measure.timeline_interval_s=0", "was given 0; input should be greater than 0"),
         ("workload.num_requests=0", "was given 0; input should be greater than or equal to 1"),
         ("workload.num_requests=1e3", "was given 1000.0; input should be a valid integer"),
-        ("workload.arrivals.rate_per_s=-1.0", "was given -1.0; input should be greater than 0"),
+        (
+            "workload.arrivals.rate_per_s=-1.0",
+            "was given -1.0; input should be greater than or equal to 0.000001",
+        ),
         ("workload.arrivals.rate_per_s='4/s'", "was given '4/s'; input should be a valid number"),
         ("workload.arrivals.rate_per_s=inf", "was given inf; input should be a finite number"),
         ("workload.arrivals.rate_per_s=nan", "was given nan; input should be a finite number"),

@@ -549,3 +549,9 @@ def test_every_example_of_the_documentation_works(example: str) -> None:
             table.setdefault("prompt", TEN)
             table.setdefault("output", TEN)
     assert len(generate(WorkloadSettings.model_validate(table), 1, SCENARIOS, DOMAINS)) > 0
+
+
+def test_a_workload_of_longer_than_a_billion_seconds_is_refused() -> None:
+    arrivals = {"kind": "poisson", "rate_per_s": 1e-6}
+    with pytest.raises(InputError, match=r"arrives after .* at most 1e\+09 s are allowed"):
+        make(arrivals=arrivals, num_requests=5000)
