@@ -50,10 +50,8 @@ def _summaries(
     if processes == 1:
         yield from (run_point(scenario, base_dir) for scenario in scenarios)
         return
-    # A server that has imported the simulator forks the workers: they start at once, and none of
-    # them inherits this process's threads.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helios_sim.sweep"])
+    # Workers start afresh: a forked one would inherit the locks of this process's threads.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         points: list[Future[Summaries]] = [
             pool.submit(run_point, scenario, base_dir) for scenario in scenarios
