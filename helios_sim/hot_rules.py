@@ -38,10 +38,10 @@ def loop_with(replaced: Mapping[str, Callable[..., Any]]) -> Any:
     """The module `batch`, or one like it that follows the replaced rules."""
     if not replaced:
         return batch
-    stubborn = [name for name, rule in replaced.items() if not _compiles(name, rule)]
-    if stubborn:
+    uncompilable = [name for name, rule in replaced.items() if not _compiles(name, rule)]
+    if uncompilable:
         warnings.warn(
-            f"The hot rule {stubborn[0]!r} cannot be compiled by numba; the simulation runs "
+            f"The hot rule {uncompilable[0]!r} cannot be compiled by numba; the simulation runs "
             "interpreted, some hundred times slower, with the same results.",
             InterpretedRuleWarning,
             stacklevel=2,
@@ -49,7 +49,7 @@ def loop_with(replaced: Mapping[str, Callable[..., Any]]) -> Any:
     spec = importlib.util.spec_from_file_location("helios_sim.batch_with_own_rules", batch.__file__)
     assert spec is not None and spec.loader is not None
     variant = importlib.util.module_from_spec(spec)
-    with _in_place(replaced), compiling("interpreted" if stubborn else "uncached"):
+    with _in_place(replaced), compiling("interpreted" if uncompilable else "uncached"):
         spec.loader.exec_module(variant)
     return variant
 

@@ -28,7 +28,7 @@ AS_OURS = """if num_running >= max_batch:
     if num_running == 0:
         return needed_blocks <= free_blocks
     return needed_blocks + watermark_blocks <= free_blocks"""
-STUBBORN = 'max_batch = min(max_batch, LIMITS.get("batch", 1))\n    ' + AS_OURS
+UNCOMPILABLE = 'max_batch = min(max_batch, LIMITS.get("batch", 1))\n    ' + AS_OURS
 
 
 def run(folder: Path, use: str, **options: object) -> Result:
@@ -67,7 +67,7 @@ def test_a_compiled_rule_like_ours_changes_nothing(tmp_path: Path) -> None:
 def test_a_rule_numba_cannot_compile_runs_interpreted_with_equal_results(tmp_path: Path) -> None:
     ours = run(tmp_path, "helios", reassess_requests=20)
     with pytest.warns(InterpretedRuleWarning, match="may_join"):
-        theirs = run(tmp_path, own_policy(tmp_path, STUBBORN), reassess_requests=20)
+        theirs = run(tmp_path, own_policy(tmp_path, UNCOMPILABLE), reassess_requests=20)
     assert theirs.run.requests.equals(ours.run.requests)
     assert theirs.run.timeline.equals(ours.run.timeline)
 
