@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from helios_sim.experiment import Progress, Result
     from helios_sim.scenario import Scenario
 
-INTERRUPTED = 130
-
 app = typer.Typer(
     name="helios",
     help="Simulate how early-exit language models are served, and what HELIOS makes of it.",
@@ -76,7 +74,7 @@ def simulate(
 
         check_results_target(target)
     replaces = target is not None and target.is_dir() and any(target.iterdir())
-    with _interruptible(), _progress(quiet=as_json) as progress:
+    with _progress(quiet=as_json) as progress:
         results = [run_policy(experiment, chosen, progress) for chosen in policies]
         if target is not None:
             progress("writing", 0.0)
@@ -186,16 +184,6 @@ def schema() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
     run_app(app, "helios", arguments)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Say in words that an interrupt left nothing behind."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("helios: interrupted; nothing was written.", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 def _load(path: Path, changes: Sequence[str]) -> Scenario:

@@ -10,6 +10,7 @@ import typer
 from helios_sim.errors import InputError
 
 BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -> None:
@@ -19,3 +20,8 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
+    except SystemExit as end:
+        # Typer ends an interrupted command with this code and without a word.
+        if end.code == INTERRUPTED:
+            print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
+        raise
