@@ -170,7 +170,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     policies = ", ".join(policy.name for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
     if shortened:
-        _say(f"{shortened:,} requests are shortened to {experiment.context_tokens:,} tokens.")
+        _say(f"{shortened:,} requests are shortened to {experiment.setup.context_tokens:,} tokens.")
 
 
 @scenario_app.command("schema")

@@ -18,16 +18,13 @@ import numpy as np
 import simpy
 from simpy.events import NORMAL, URGENT
 
-from helios_sim import cost
 from helios_sim.arrivals import stream
-from helios_sim.errors import InputError
+from helios_sim.cards import Room, candidate_card
 from helios_sim.exits import ExitTraces
 from helios_sim.hot_rules import loop_with
 from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
-from helios_sim.model import kv_pool_blocks
 from helios_sim.policy.contract import (
     Assignment,
-    Candidate,
     Decision,
     Evaluate,
     Event,
@@ -41,8 +38,7 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.controller import Controller
 from helios_sim.policy.registry import hot_rules_of
-from helios_sim.profile import ModelProfile, Profile
-from helios_sim.scenario import FleetSettings, MeasureSettings, ServingSettings
+from helios_sim.scenario import MeasureSettings
 from helios_sim.state import (
     AT_HORIZON,
     BETWEEN,
@@ -63,45 +59,15 @@ _WAITS = (AT_HORIZON, OUT_OF_WORK)
 """Causes that ask nobody to decide."""
 
 
-@dataclass(frozen=True)
-class Setup:
+@dataclass(frozen=True, kw_only=True)
+class Setup(Room):
     """All that a run of one policy needs to know; nothing of it changes while it runs."""
 
-    profile: Profile
     traces: ExitTraces
-    candidates: tuple[str, ...]
-    fleet: FleetSettings
-    serving: ServingSettings
     measure: MeasureSettings
     slo: Slo
     seed: int
     domains: tuple[str, ...] = ()
-
-    @property
-    def memory_bytes(self) -> int:
-        """Memory of the GPUs of one replica."""
-        return self.fleet.memory_bytes or self.profile.device.memory_bytes
-
-    def pool_blocks(self, name: str, depth: int) -> int:
-        """KV blocks beside the weights of a model loaded to `depth` layers."""
-        model = self.profile.model(name)
-        return kv_pool_blocks(
-            self.memory_bytes,
-            self.fleet.memory_utilisation,
-            self.fleet.reserve_bytes,
-            model.model.weight_bytes(depth),
-            model.workspace_bytes,
-            self.block_bytes(name, depth),
-        )
-
-    def block_bytes(self, name: str, depth: int) -> int:
-        """Bytes of one KV block over the loaded layers."""
-        return self.serving.block_tokens * self.profile.model(name).model.kv_bytes_per_token(depth)
-
-    def requests_that_fit(self, name: str, depth: int, tokens_per_request: float) -> float:
-        """Requests of a length whose KV fits beside the weights, whatever the batch setting."""
-        blocks = math.ceil(tokens_per_request / self.serving.block_tokens)
-        return self.pool_blocks(name, depth) / max(1, blocks)
 
 
 @dataclass
@@ -346,16 +312,7 @@ class Replica:
         model = setup.profile.model(assignment.model).model
         pool = setup.pool_blocks(assignment.model, assignment.depth)
         if pool == 0:
-            gib = 2**30
-            weights_gib = model.weight_bytes(assignment.depth) / gib
-            raise InputError(
-                f"Model {assignment.model!r} with {assignment.depth} of {model.shape.layers} "
-                f"layers does not fit: its weights take {weights_gib:.1f} GiB of "
-                f"{setup.memory_bytes / gib:.1f} GiB at utilisation "
-                f"{setup.fleet.memory_utilisation:g}, which leaves no room for KV; choose a "
-                "smaller model, a shallower depth or more memory.",
-                "fleet",
-            )
+            raise setup.no_room(assignment.model, assignment.depth)
         self.account_weights()
         level = model.exit_layers.index(assignment.depth)
         mode = EXIT_MODES[assignment.exit_mode.value]
@@ -723,47 +680,6 @@ def uncollected() -> Iterator[None]:
 def _mean(total: float, count: float) -> float | None:
     """A mean, or None of nothing."""
     return float(total) / int(count) if count else None
-
-
-def candidate_card(setup: Setup, name: str) -> Candidate:
-    """What a policy may know of a model before it serves: bytes, limits and predicted costs."""
-    profile: ModelProfile = setup.profile.model(name)
-    model = profile.model
-    serving = setup.serving
-    prompt, output = serving.expected_prompt_tokens, serving.expected_output_tokens
-    tokens = prompt + output
-    reference = min(serving.max_batch, 4)
-    c = profile.coefficient_array()
-    rows = float(profile.padded_rows(reference)[reference])
-    residual = float(profile.residual(reference)[reference])
-    context = reference * (prompt + output / 2)
-    decode_s, decode_j, prefill_s, limits = [], [], [], []
-    for depth in model.exit_layers:
-        seconds, _ = cost.decode_seconds(
-            c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, residual
-        )
-        decode_s.append(float(seconds))
-        joules = cost.decode_joules(c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, seconds)
-        decode_j.append(float(joules))
-        pairs = prompt * (prompt + 1) / 2
-        first_s, _ = cost.mixed_seconds(
-            c, 0.0, 0.0, float(prompt), 0.0, pairs, float(depth), 0.0, 1.0, 1.0
-        )
-        prefill_s.append(float(first_s))
-        limits.append(int(setup.requests_that_fit(name, depth, tokens)))
-    return Candidate(
-        name=name,
-        tokenizer=model.tokenizer,
-        exit_layers=model.exit_layers,
-        weight_bytes=tuple(model.weight_bytes(depth) for depth in model.exit_layers),
-        kv_bytes_per_token=tuple(model.kv_bytes_per_token(depth) for depth in model.exit_layers),
-        batch_limit=tuple(limits),
-        decode_iteration_s=tuple(decode_s),
-        decode_iteration_j=tuple(decode_j),
-        prefill_s=tuple(prefill_s),
-        reference_batch=reference,
-        typical_tokens=tokens,
-    )
 
 
 def simulate(

@@ -11,18 +11,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from helios_sim.cards import policy_slo, room_of
 from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
 from helios_sim.metrics import DEFINITIONS, aggregate, summarise
 from helios_sim.outcome import run_data
-from helios_sim.policy.contract import Policy, Slo
+from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
-from helios_sim.profile import Profile, load_profile
+from helios_sim.profile import Profile
 from helios_sim.records import RunData, check_run
 from helios_sim.scenario import PolicySettings, Scenario, resolved
-from helios_sim.slo import SloSpec
 from helios_sim.workload import Requests, fit_context, generate
 
 Progress = Callable[[str, float], None]
@@ -51,7 +51,7 @@ class Experiment:
         workload = self.scenario.workload
         try:
             requests = generate(workload, seed, self.base_dir, self.setup.traces.domains)
-            return fit_context(requests, self.context_tokens, workload.over_context)
+            return fit_context(requests, self.setup.context_tokens, workload.over_context)
         except InputError as error:
             # An error in the scenario names a key; an error in a file has named the file.
             if error.where and error.where.split(".")[0] == "workload":
@@ -62,39 +62,17 @@ class Experiment:
         """A fresh policy of the scenario."""
         return make_policy(settings.use, settings.options, search_path=self.base_dir)
 
-    @property
-    def context_tokens(self) -> int:
-        """The shortest context among the candidates: a request may be served by any of them."""
-        profile = self.setup.profile
-        return min(profile.model(name).model.shape.max_positions for name in self.setup.candidates)
-
 
 def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Experiment:
     """Read the profile and the exit traces that a scenario names."""
-    fleet = scenario.fleet
-    try:
-        profile = load_profile(fleet.profile, base_dir)
-    except InputError as error:
-        raise InputError(error.message, f"{where}, fleet.profile, {error.where}") from error
-    candidates = fleet.candidates or tuple(profile.models)
-    for index, name in enumerate(candidates):
-        if name not in profile.models:
-            near = get_close_matches(name, profile.models, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(
-                f"Profile {profile.name!r} has no model {name!r}.{hint} It has "
-                f"{', '.join(profile.models)}.",
-                f"{where}, fleet.candidates.{index}",
-            )
-    if len(set(candidates)) != len(candidates):
-        raise InputError("A candidate is named twice.", f"{where}, fleet.candidates")
+    room = room_of(scenario, base_dir, where)
     _check_published(scenario, where)
     setup = Setup(
-        profile=profile,
-        traces=_traces_of(profile, candidates),
-        candidates=candidates,
-        fleet=fleet,
-        serving=scenario.serving,
+        profile=room.profile,
+        traces=_traces_of(room.profile, room.candidates),
+        candidates=room.candidates,
+        fleet=room.fleet,
+        serving=room.serving,
         measure=scenario.measure,
         slo=policy_slo(scenario.slo_spec),
         seed=scenario.seed,
@@ -172,13 +150,6 @@ def _check_warmup(experiment: Experiment, requests: Requests) -> None:
             f"none of the {len(requests)} requests to measure; the last arrives at {last_s:g} s.",
             f"{experiment.where}, measure",
         )
-
-
-def policy_slo(spec: SloSpec | None) -> Slo:
-    """The limits that bound a shortlist."""
-    if spec is None:
-        return Slo()
-    return Slo(spec.limit_s("ttft"), spec.limit_s("tpot"), spec.limit_s("e2e"))
 
 
 def choose_policies(scenario: Scenario, names: Sequence[str]) -> tuple[PolicySettings, ...]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from helios_sim.cards import policy_slo
 from helios_sim.errors import InputError
-from helios_sim.experiment import choose_policies, folder_name, policy_slo, prepare, run_policy
+from helios_sim.experiment import choose_policies, folder_name, prepare, run_policy
 from helios_sim.policy.contract import Slo
 from helios_sim.policy.registry import policy_names
 from helios_sim.records import toml_text
@@ -344,7 +345,7 @@ def test_a_request_longer_than_the_context_is_an_error_where_asked(file: Path) -
     )
     requests, num_shortened = experiment.requests(1)
     assert num_shortened == 20
-    assert set(requests.prompt_tokens.tolist()) == {experiment.context_tokens - 10}
+    assert set(requests.prompt_tokens.tolist()) == {experiment.setup.context_tokens - 10}
 
 
 def test_a_missing_trace_names_the_file_that_is_missing(file: Path) -> None:

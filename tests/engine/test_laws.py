@@ -20,7 +20,8 @@ import pytest
 
 from helios_sim import batch, engine
 from helios_sim.arrivals import stream
-from helios_sim.engine import Replica, Run, Setup, candidate_card, decided
+from helios_sim.cards import candidate_card
+from helios_sim.engine import Replica, Run, Setup, decided
 from helios_sim.exits import ExitTraces
 from helios_sim.memory import used_blocks
 from helios_sim.outcome import run_data

@@ -1,0 +1,143 @@
+"""What a replica has room for, and the card by which a policy knows each candidate.
+
+Both hosts build their memory pools and the policy's candidates from here: the simulator and the
+real backend must see the same limits and the same predictions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from helios_sim import cost
+from helios_sim.errors import InputError
+from helios_sim.model import kv_pool_blocks
+from helios_sim.policy.contract import Candidate, Slo
+from helios_sim.profile import Profile, load_profile
+from helios_sim.scenario import FleetSettings, Scenario, ServingSettings
+from helios_sim.slo import SloSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The memory of one replica, and what of it is left beside the weights."""
+
+    profile: Profile
+    candidates: tuple[str, ...]
+    fleet: FleetSettings
+    serving: ServingSettings
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the GPUs of one replica."""
+        return self.fleet.memory_bytes or self.profile.device.memory_bytes
+
+    @property
+    def context_tokens(self) -> int:
+        """The shortest context among the candidates: a request may be served by any of them."""
+        return min(self.profile.model(name).model.shape.max_positions for name in self.candidates)
+
+    def pool_blocks(self, name: str, depth: int) -> int:
+        """KV blocks beside the weights of a model loaded to `depth` layers."""
+        model = self.profile.model(name)
+        return kv_pool_blocks(
+            self.memory_bytes,
+            self.fleet.memory_utilisation,
+            self.fleet.reserve_bytes,
+            model.model.weight_bytes(depth),
+            model.workspace_bytes,
+            self.block_bytes(name, depth),
+        )
+
+    def block_bytes(self, name: str, depth: int) -> int:
+        """Bytes of one KV block over the loaded layers."""
+        return self.serving.block_tokens * self.profile.model(name).model.kv_bytes_per_token(depth)
+
+    def requests_that_fit(self, name: str, depth: int, tokens_per_request: float) -> float:
+        """Requests of a length whose KV fits beside the weights, whatever the batch setting."""
+        blocks = math.ceil(tokens_per_request / self.serving.block_tokens)
+        return self.pool_blocks(name, depth) / max(1, blocks)
+
+    def no_room(self, name: str, depth: int) -> InputError:
+        """The error for weights that leave no room for KV."""
+        gib = 2**30
+        model = self.profile.model(name).model
+        return InputError(
+            f"Model {name!r} with {depth} of {model.shape.layers} layers does not fit: its weights "
+            f"take {model.weight_bytes(depth) / gib:.1f} GiB of {self.memory_bytes / gib:.1f} GiB "
+            f"at utilisation {self.fleet.memory_utilisation:g}, which leaves no room for KV; "
+            "choose a smaller model, a shallower depth or more memory.",
+            "fleet",
+        )
+
+
+def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room:
+    """Read the profile that a scenario names and check that it has the scenario's candidates."""
+    fleet = scenario.fleet
+    try:
+        profile = load_profile(fleet.profile, base_dir)
+    except InputError as error:
+        raise InputError(error.message, f"{where}, fleet.profile, {error.where}") from error
+    candidates = fleet.candidates or tuple(profile.models)
+    for index, name in enumerate(candidates):
+        if name not in profile.models:
+            near = get_close_matches(name, profile.models, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(
+                f"Profile {profile.name!r} has no model {name!r}.{hint} It has "
+                f"{', '.join(profile.models)}.",
+                f"{where}, fleet.candidates.{index}",
+            )
+    if len(set(candidates)) != len(candidates):
+        raise InputError("A candidate is named twice.", f"{where}, fleet.candidates")
+    return Room(profile=profile, candidates=candidates, fleet=fleet, serving=scenario.serving)
+
+
+def policy_slo(spec: SloSpec | None) -> Slo:
+    """The limits that bound a shortlist."""
+    if spec is None:
+        return Slo()
+    return Slo(spec.limit_s("ttft"), spec.limit_s("tpot"), spec.limit_s("e2e"))
+
+
+def candidate_card(room: Room, name: str) -> Candidate:
+    """What a policy may know of a model before it serves: bytes, limits and predicted costs."""
+    profile = room.profile.model(name)
+    model = profile.model
+    serving = room.serving
+    prompt, output = serving.expected_prompt_tokens, serving.expected_output_tokens
+    tokens = prompt + output
+    reference = min(serving.max_batch, 4)
+    c = profile.coefficient_array()
+    rows = float(profile.padded_rows(reference)[reference])
+    residual = float(profile.residual(reference)[reference])
+    context = reference * (prompt + output / 2)
+    decode_s, decode_j, prefill_s, limits = [], [], [], []
+    for depth in model.exit_layers:
+        seconds, _ = cost.decode_seconds(
+            c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, residual
+        )
+        decode_s.append(float(seconds))
+        joules = cost.decode_joules(c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, seconds)
+        decode_j.append(float(joules))
+        pairs = prompt * (prompt + 1) / 2
+        first_s, _ = cost.mixed_seconds(
+            c, 0.0, 0.0, float(prompt), 0.0, pairs, float(depth), 0.0, 1.0, 1.0
+        )
+        prefill_s.append(float(first_s))
+        limits.append(int(room.requests_that_fit(name, depth, tokens)))
+    return Candidate(
+        name=name,
+        tokenizer=model.tokenizer,
+        exit_layers=model.exit_layers,
+        weight_bytes=tuple(model.weight_bytes(depth) for depth in model.exit_layers),
+        kv_bytes_per_token=tuple(model.kv_bytes_per_token(depth) for depth in model.exit_layers),
+        batch_limit=tuple(limits),
+        decode_iteration_s=tuple(decode_s),
+        decode_iteration_j=tuple(decode_j),
+        prefill_s=tuple(prefill_s),
+        reference_batch=reference,
+        typical_tokens=tokens,
+    )
