@@ -41,6 +41,8 @@ $(VENV)/demo-ready: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/test-ready: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+# An unpinned torch takes gigabytes of CUDA packages, so the tests' environment names its release.
+$(VENV)/test-ready: $(BIN)/python pyproject.toml tests/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[dev,calibration]'
 	touch $@ $(VENV)/demo-ready
