@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import numba
 import numpy as np
+from numba.core.runtime.nrt import rtsys
 
 _PACKAGE = Path(__file__).parent
 _SOURCES = (
@@ -90,7 +91,32 @@ def compiled(function: F) -> F:
         "forceinline": True,
     }
     dispatcher: Any = numba.njit(**options)(function)
+    if cache:
+        load_at_once(dispatcher)
     return dispatcher  # type: ignore[no-any-return]
+
+
+def load_at_once(dispatcher: Any) -> None:
+    """Let what is cached be loaded without the declarations that only compiling needs.
+
+    numba reads in all it knows of Python and numpy before it looks into its cache, which takes
+    longer than a short run. Compiling still reads them. A numba whose cache is not laid out like
+    this one's is left as it is.
+    """
+    cache = dispatcher._cache
+    find = getattr(cache, "_load_overload", None)
+    if find is None:
+        return
+    whole = cache.load_overload
+
+    def load(signature: Any, target: Any) -> Any:
+        rtsys.initialize(target)
+        found = None
+        with cache._guard_against_spurious_io_errors():
+            found = find(signature, target)
+        return whole(signature, target) if found is None else found
+
+    cache.load_overload = load
 
 
 def compilable(function: F) -> F:
