@@ -68,7 +68,8 @@ def rounded(values: Any, digits: int = 5) -> list[float | None]:
     ]
 
 
-def _layout(height: int, **more: Any) -> Figure:
+def base_layout(height: int, **more: Any) -> Figure:
+    """What every figure looks like, with `more` on top."""
     return {
         "height": height,
         "margin": {"l": 60, "r": 16, "t": 28, "b": 44},
@@ -86,7 +87,8 @@ def _layout(height: int, **more: Any) -> Figure:
     }
 
 
-def _axis(title: str | None = None, **more: Any) -> Figure:
+def plain_axis(title: str | None = None, **more: Any) -> Figure:
+    """An axis in the page's colours, with `more` on top."""
     axis = {
         "gridcolor": "@grid",
         "linecolor": "@line",
@@ -100,7 +102,8 @@ def _axis(title: str | None = None, **more: Any) -> Figure:
     return axis
 
 
-def _legend(**more: Any) -> Figure:
+def top_legend(**more: Any) -> Figure:
+    """A legend above the figure, with `more` on top."""
     return {
         "orientation": "h",
         "x": 0,
@@ -118,11 +121,11 @@ def latency_figure(
 ) -> Figure:
     """Cumulative shares of TTFT, TPOT and E2E side by side, with the SLO's limits."""
     data: list[Figure] = []
-    layout = _layout(
+    layout = base_layout(
         372,
-        legend=_legend(y=1.08),
+        legend=top_legend(y=1.08),
         hovermode="closest",
-        yaxis=_axis("requests within", range=[0, 1.02], tickformat=".0%", dtick=0.25),
+        yaxis=plain_axis("requests within", range=[0, 1.02], tickformat=".0%", dtick=0.25),
         shapes=[],
         annotations=[],
         margin={"l": 60, "r": 16, "t": 40, "b": 50},
@@ -134,7 +137,7 @@ def latency_figure(
     )
     for at, (metric, name, unit, scale, domain) in enumerate(parts):
         suffix = "" if at == 0 else str(at + 1)
-        layout[f"xaxis{suffix}"] = _axis(f"{name} ({unit})", type="log", domain=list(domain))
+        layout[f"xaxis{suffix}"] = plain_axis(f"{name} ({unit})", type="log", domain=list(domain))
         drawn: list[float] = []
         for place, (one, label) in enumerate(zip(columns, labels, strict=True)):
             counted = one.measured & one.finished
@@ -249,10 +252,10 @@ def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
     panels.append(("breaches", 0.7))
     gap = 0.035
     whole = sum(share for _, share in panels)
-    layout = _layout(
+    layout = base_layout(
         int(170 + 100 * whole),
         hovermode="closest",
-        legend=_legend(y=1.01),
+        legend=top_legend(y=1.01),
         barmode="overlay",
         bargap=0.25,
         margin={"l": 66, "r": 16, "t": 60, "b": 46},
@@ -261,11 +264,11 @@ def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
     for at, (title, share) in enumerate(panels):
         height = share / whole * (1.0 - gap * (len(panels) - 1))
         suffix = "" if at == 0 else str(at + 1)
-        layout[f"yaxis{suffix}"] = _axis(
+        layout[f"yaxis{suffix}"] = plain_axis(
             title, domain=[max(0.0, top - height), top], rangemode="tozero", nticks=5
         )
         top -= height + gap
-    layout["xaxis"] = _axis(
+    layout["xaxis"] = plain_axis(
         "seconds since the start",
         anchor=f"y{len(panels)}",
         range=[0, run.totals.end_s],
@@ -582,13 +585,13 @@ def exits_figure(runs: Sequence[RunData], colours: Mapping[str, str]) -> Figure:
 
 def _rows_layout(num_rows: int, title: str, **more: Any) -> Figure:
     """A layout of horizontal rows, shares from 0 to 100 %, first row on top."""
-    return _layout(
+    return base_layout(
         96 + 40 * num_rows,
         barmode=more.pop("barmode", "stack"),
         bargap=0.32,
-        legend=_legend(traceorder="normal"),
-        xaxis=_axis(title, range=[0, 1.001], tickformat=".0%", dtick=0.25),
-        yaxis=_axis(
+        legend=top_legend(traceorder="normal"),
+        xaxis=plain_axis(title, range=[0, 1.001], tickformat=".0%", dtick=0.25),
+        yaxis=plain_axis(
             autorange="reversed",
             type="category",
             showgrid=False,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,18 +24,11 @@ from helios_sim.metrics import (
 )
 from helios_sim.records import REPORT_FILE, RunData, flat_items, toml_text
 from helios_sim.report import figures
-from helios_sim.report.script import COLLECTOR, SCRIPT
-from helios_sim.report.style import STYLE
+from helios_sim.report.document import add_figure, document, section
 from helios_sim.report.words import headline, limits, listed, number, remarks, size, span, times
 from helios_sim.slo import parse_slo
 
 Summary = Mapping[str, Any]
-
-CONTENT_POLICY: Final = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "img-src data: blob:; base-uri 'none'; form-action 'none'"
-)
-"""Forbids the page every request to the network, so that it provably stands alone."""
 
 NUM_DECISIONS: Final = 12
 MAX_DECISIONS: Final = 300
@@ -99,43 +90,12 @@ def render(
         _definitions(),
         _provenance(runs),
     ]
-    data = json.dumps(drawn, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    return "\n".join(
-        (
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f"<title>{escape(title)}</title>",
-            f"<script>{COLLECTOR}</script>",
-            f"<style>{STYLE}</style>",
-            "</head>",
-            "<body>",
-            "<main>",
-            *(section for section in sections if section),
-            "</main>",
-            f'<script type="application/json" id="figures">{data}</script>',
-            f"<script>{_plotly()}</script>",
-            f"<script>{SCRIPT}</script>",
-            "</body>",
-            "</html>",
-            "",
-        )
-    )
+    return document(title, sections, drawn)
 
 
 def write_report(page: str, folder: Path) -> None:
     """Put a page into a run's folder; fits `write_run`'s `finish` once the page is bound."""
     (folder / REPORT_FILE).write_text(page, encoding="utf-8", newline="\n")
-
-
-def _plotly() -> str:
-    """The drawing library's own file, read without importing its Python side."""
-    resource = files("plotly").joinpath("package_data", "plotly.min.js")
-    return resource.read_text(encoding="utf-8").replace("</script", "<\\/script")
 
 
 def _told_apart(
@@ -157,26 +117,6 @@ def _opening(summaries: Sequence[Summary], title: str, question: str | None) -> 
         f'<p class="headline">{escape(headline(summaries))}</p>'
         f'<ul class="remarks">{said}</ul></header>'
     )
-
-
-def _section(title: str, lead: str, *parts: str) -> str:
-    opening = f'<p class="lead">{escape(lead)}</p>' if lead else ""
-    return f"<section><h2>{escape(title)}</h2>{opening}{''.join(parts)}</section>"
-
-
-def _plot(name: str, height: int, label: str, caption: str) -> str:
-    return (
-        f'<figure class="panel"><div class="plot" id="{name}" role="img" '
-        f'aria-label="{escape(label)}" style="height:{height}px"></div>'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _add(
-    drawn: dict[str, figures.Figure], name: str, figure: figures.Figure, label: str, caption: str
-) -> str:
-    drawn[name] = figure
-    return _plot(name, int(figure["layout"]["height"]), label, caption)
 
 
 def _swatch(place: int) -> str:
@@ -213,12 +153,12 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
     if not several:
-        return _section("Figures", _sent(runs, summaries), table)
+        return section("Figures", _sent(runs, summaries), table)
     paired, same = _paired(runs, summaries)
     lead = _sent(runs, summaries)
     if same:
         lead += " Every policy met the same requests."
-    return _section("Comparison", lead, table, paired)
+    return section("Comparison", lead, table, paired)
 
 
 def _width(num_columns: int) -> str:
@@ -337,7 +277,7 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         return ""
     titles = ("Figure", "Published", "Simulated", "Ratio", "Source", "Why it differs")
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)
-    return _section(
+    return section(
         "Beside the published figures",
         "Nothing is fitted to these figures; they are printed to show where the model stands.",
         f'<div class="panel scroll"><table class="published"><thead><tr>{head}</tr></thead>'
@@ -378,10 +318,10 @@ def _latencies(
     figure = figures.latency_figure(
         columns, [run.label for run in runs], parse_slo(text) if text else None
     )
-    return _section(
+    return section(
         "Latency",
         "How many requests were answered within a given time. Further left is better.",
-        _add(
+        add_figure(
             drawn,
             "latency",
             figure,
@@ -396,7 +336,7 @@ def _latencies(
 def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) -> str:
     judged = [summary for summary in summaries if summary.get("slo")]
     if not judged:
-        return _section("SLO attainment", "The scenario sets no SLO.")
+        return section("SLO attainment", "The scenario sets no SLO.")
     verdicts = [
         f"{summary['label']}: "
         + listed(
@@ -410,10 +350,10 @@ def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) 
         if summary["slo_passed"] is not None
     ]
     extra = "".join(f"<li>{escape(text)}</li>" for text in verdicts)
-    return _section(
+    return section(
         "SLO attainment",
         f"{limits(judged[0]['slo'])}.",
-        _add(
+        add_figure(
             drawn,
             "attainment",
             figures.attainment_figure(summaries),
@@ -435,7 +375,7 @@ def _timelines(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str
         if run.timeline.height == 0:
             panes.append(f'<div id="pane{place}" data-tabs="timeline">No timeline recorded.</div>')
             continue
-        plot = _add(
+        plot = add_figure(
             drawn,
             f"timeline{place}",
             figures.timeline_figure(run, colours),
@@ -452,7 +392,7 @@ def _timelines(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str
             for place, run in enumerate(runs)
         )
         tabs = f'<fieldset class="tabs"><legend class="hidden">Policy</legend>{options}</fieldset>'
-    return _section("Timeline", "What the system did, moment by moment.", tabs, *panes)
+    return section("Timeline", "What the system did, moment by moment.", tabs, *panes)
 
 
 def _timeline_caption(run: RunData) -> str:
@@ -476,10 +416,10 @@ def _timeline_caption(run: RunData) -> str:
 
 def _exits(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str:
     figure = figures.exits_figure(runs, figures.model_colours(runs))
-    return _section(
+    return section(
         "Exits",
         "After how many layers tokens left, and in which model.",
-        _add(
+        add_figure(
             drawn,
             "exits",
             figure,
@@ -502,10 +442,10 @@ def _time(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) -> str
         if parts:
             rows.append(f"{summary['label']}: {listed(parts)}")
     overlap = f" Of the same time, {'; '.join(rows)}." if rows else ""
-    return _section(
+    return section(
         "Where the time went",
         "What bounds the layers, and what was not serving.",
-        _add(
+        add_figure(
             drawn,
             "time",
             figures.time_figure(summaries),
@@ -536,7 +476,7 @@ def _decisions(runs: Sequence[RunData]) -> str:
             parts.append(
                 f'<p class="small">{number(left)} later decisions are in decisions.parquet.</p>'
             )
-    return _section("Decisions", "What each policy decided, in its own words.", *parts)
+    return section("Decisions", "What each policy decided, in its own words.", *parts)
 
 
 def _decision_table(decisions: pl.DataFrame, label: str) -> str:
@@ -569,7 +509,7 @@ def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return _section("Notes", "", f'<ul class="notes">{items}</ul>')
+    return section("Notes", "", f'<ul class="notes">{items}</ul>')
 
 
 def _definitions() -> str:
@@ -577,7 +517,7 @@ def _definitions() -> str:
         f"<dt>{escape(name)}</dt><dd>{escape(DEFINITIONS[key])}</dd>" for name, key in _DEFINED
     )
     items += f"<dt>Saturation</dt><dd>{escape(_SATURATION)}</dd>"
-    return _section(
+    return section(
         "Definitions",
         "Tools differ on these; here they mean the following.",
         f"<dl>{items}</dl>",
@@ -624,4 +564,4 @@ def _provenance(runs: Sequence[RunData]) -> str:
             f"<details><summary>Scenario of {escape(listed(labels))}</summary>"
             f"<pre>{escape(text)}</pre></details>"
         )
-    return _section("Provenance", "What this page was made from.", *parts)
+    return section("Provenance", "What this page was made from.", *parts)

@@ -1,0 +1,79 @@
+"""The frame of a page: one self-contained file with its style, its figures and its script."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any, Final
+
+from helios_sim.report.script import COLLECTOR, SCRIPT
+from helios_sim.report.style import STYLE
+
+Figure = dict[str, Any]
+
+CONTENT_POLICY: Final = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'"
+)
+"""Forbids the page every request to the network, so that it provably stands alone."""
+
+
+def document(title: str, sections: Sequence[str], drawn: Mapping[str, Figure]) -> str:
+    """A whole page of sections, and the figures that they have places for."""
+    data = json.dumps(drawn, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return "\n".join(
+        (
+            "<!doctype html>",
+            '<html lang="en">',
+            "<head>",
+            f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{escape(title)}</title>",
+            f"<script>{COLLECTOR}</script>",
+            f"<style>{STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<main>",
+            *(one for one in sections if one),
+            "</main>",
+            f'<script type="application/json" id="figures">{data}</script>',
+            f"<script>{_plotly()}</script>",
+            f"<script>{SCRIPT}</script>",
+            "</body>",
+            "</html>",
+            "",
+        )
+    )
+
+
+def _plotly() -> str:
+    """The drawing library's own file, read without importing its Python side."""
+    resource = files("plotly").joinpath("package_data", "plotly.min.js")
+    return resource.read_text(encoding="utf-8").replace("</script", "<\\/script")
+
+
+def section(title: str, lead: str, *parts: str) -> str:
+    """A titled part of a page; `parts` are markup, title and lead plain text."""
+    opening = f'<p class="lead">{escape(lead)}</p>' if lead else ""
+    return f"<section><h2>{escape(title)}</h2>{opening}{''.join(parts)}</section>"
+
+
+def plot_place(name: str, height: int, label: str, caption: str) -> str:
+    """Where a figure is drawn, and what stands below it."""
+    return (
+        f'<figure class="panel"><div class="plot" id="{name}" role="img" '
+        f'aria-label="{escape(label)}" style="height:{height}px"></div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def add_figure(
+    drawn: dict[str, Figure], name: str, figure: Figure, label: str, caption: str
+) -> str:
+    """Put a figure on the page."""
+    drawn[name] = figure
+    return plot_place(name, int(figure["layout"]["height"]), label, caption)
