@@ -1,0 +1,240 @@
+"""Energy meters: what a window yields, from which source, and what absence says."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calibration.board import Board, BoardState, NoBoard, open_board
+from calibration.meters import (
+    Absence,
+    CounterMeter,
+    CrossChecked,
+    Measurement,
+    MeterUnavailable,
+    NoMeter,
+    NvmlCounter,
+    NvmlPower,
+    Rapl,
+    RaplCounter,
+    Replayed,
+    best_meter,
+    probe_ticks,
+    to_json,
+)
+from helios_sim.errors import InputError
+from tests.calibration.fake_nvml import FakeNvml
+
+SHORT: dict[str, Any] = {"min_window_s": 0.2, "min_ticks": 5}
+
+
+def board(**settings: Any) -> Board:
+    found = open_board(nvml=FakeNvml(**settings))
+    assert isinstance(found, Board)
+    return found
+
+
+def measured(outcome: Measurement | Absence) -> Measurement:
+    assert isinstance(outcome, Measurement), outcome
+    return outcome
+
+
+def test_the_tick_of_a_counter_is_found_not_assumed() -> None:
+    probe = probe_ticks(board(tick_s=0.02).energy_j)
+    assert probe is not None
+    assert probe.period_s == pytest.approx(0.02, rel=0.2)
+
+
+def test_a_counter_that_stands_still_is_no_meter() -> None:
+    with pytest.raises(MeterUnavailable, match="did not move"):
+        CounterMeter("still", lambda: 5.0, "A counter")
+
+
+def test_a_counter_window_runs_from_tick_to_tick_and_finds_the_watts() -> None:
+    meter = NvmlCounter(board(watts=300.0, tick_s=0.03), **SHORT)
+    window = meter.open()
+    time.sleep(0.31)
+    found = measured(window.close(busy_s=0.2))
+    assert found.source == "nvml-counter"
+    assert found.aligned
+    assert not found.short
+    assert 0.0 < found.seconds < found.wall_s
+    assert found.seconds == pytest.approx(found.ticks * 0.03, abs=0.012)
+    assert found.watts == pytest.approx(300.0, rel=0.05)
+    assert found.idle_share == pytest.approx(1 - 0.2 / found.wall_s, abs=0.01)
+
+
+def test_a_window_below_the_minimum_says_so() -> None:
+    meter = NvmlCounter(board(tick_s=0.01))
+    assert meter.min_window_s == pytest.approx(5.0)
+    window = meter.open()
+    time.sleep(0.05)
+    assert measured(window.close()).short
+
+
+def test_fifty_ticks_make_the_window_longer_where_ticks_are_slow() -> None:
+    meter = NvmlCounter(board(tick_s=0.15))
+    assert meter.min_window_s == pytest.approx(7.5, rel=0.1)
+
+
+def test_power_is_integrated_by_trapezoids() -> None:
+    meter = NvmlPower(board(watts=100.0), min_window_s=0.05)
+    assert meter.source == "nvml-power-instant"
+    window = meter.open()
+    time.sleep(0.1)
+    found = measured(window.close())
+    assert found.joules == pytest.approx(110.0 * found.seconds, rel=1e-6)
+
+
+def test_power_falls_back_to_the_boards_mean_and_says_it_is_a_mean() -> None:
+    meter = NvmlPower(board(watts=100.0, without=("nvmlDeviceGetFieldValues",)))
+    assert meter.source == "nvml-power-mean"
+    assert "one second" in meter.explanation
+
+
+def test_both_sources_are_kept_with_their_ratio() -> None:
+    meter = best_meter("cuda", board(watts=200.0), min_window_s=0.1)
+    assert isinstance(meter, CrossChecked)
+    window = meter.open()
+    time.sleep(0.15)
+    found = measured(window.close())
+    assert found.source == "nvml-counter"
+    assert found.cross_source == "nvml-power-instant"
+    assert found.cross_ratio == pytest.approx(1.1, rel=0.1)
+
+
+def test_without_a_counter_the_power_is_the_meter() -> None:
+    meter = best_meter("cuda", board(without=("nvmlDeviceGetTotalEnergyConsumption",)))
+    assert meter.source == "nvml-power-instant"
+
+
+def test_a_board_that_counts_nothing_is_a_meter_that_says_why() -> None:
+    silent = board(
+        without=(
+            "nvmlDeviceGetTotalEnergyConsumption",
+            "nvmlDeviceGetFieldValues",
+            "nvmlDeviceGetPowerUsage",
+        )
+    )
+    meter = best_meter("cuda", silent)
+    assert isinstance(meter, NoMeter)
+    found = meter.open().close()
+    assert isinstance(found, Absence)
+    assert "nvml-counter" in found.reason
+    assert "nvml-power" in found.reason
+
+
+def test_no_board_is_a_reason_and_not_a_zero() -> None:
+    meter = best_meter("cuda", NoBoard("the NVIDIA driver does not answer"))
+    assert meter.open().close() == Absence("none", "the NVIDIA driver does not answer")
+    assert NoBoard("x").state() == BoardState()
+
+
+def test_a_board_whose_counter_fails_midway_yields_an_absence() -> None:
+    nvml = FakeNvml()
+    found = open_board(nvml=nvml)
+    assert isinstance(found, Board)
+    meter = NvmlCounter(found, **SHORT)
+    window = meter.open()
+    nvml.without = ("nvmlDeviceGetTotalEnergyConsumption",)
+    time.sleep(0.02)
+    outcome = window.close()
+    assert isinstance(outcome, Absence)
+    assert "stopped answering" in outcome.reason
+
+
+def test_a_boards_state_is_read_and_nothing_is_set() -> None:
+    nvml = FakeNvml()
+    found = open_board(nvml=nvml)
+    assert isinstance(found, Board)
+    state = found.state()
+    assert state.temperature_c == 41
+    assert state.sm_clock_mhz == 1980
+    assert state.memory_clock_mhz == 2619
+    assert state.throttle_reasons == ("software-power-cap", "other-0x400")
+    assert state.power_limit_w == 700
+    assert nvml.set_calls == []
+
+
+def test_what_a_board_does_not_tell_is_none() -> None:
+    state = board(
+        without=(
+            "nvmlDeviceGetTemperature",
+            "nvmlDeviceGetCurrentClocksEventReasons",
+            "nvmlDeviceGetMemoryInfo",
+        )
+    ).state()
+    assert state.temperature_c is None
+    assert state.throttle_reasons is None
+    assert state.memory_total_bytes is None
+
+
+def powercap(root: Path, energy_uj: int, range_uj: int = 10_000_000) -> Path:
+    for zone, name in (
+        ("intel-rapl:0", "package-0"),
+        ("intel-rapl:0:0", "core"),
+        ("intel-rapl:0:1", "dram"),
+    ):
+        folder = root / zone
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(name + "\n")
+        (folder / "energy_uj").write_text(f"{energy_uj}\n")
+        (folder / "max_energy_range_uj").write_text(f"{range_uj}\n")
+    return root
+
+
+def test_rapl_counts_packages_and_memory_but_no_part_twice(tmp_path: Path) -> None:
+    counter = RaplCounter(powercap(tmp_path, 1_000_000))
+    assert counter.num_zones == 2
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("3000000")
+    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("9000000")
+    assert counter.read_j() == pytest.approx(2.0)
+
+
+def test_rapl_goes_on_across_a_wrap_around(tmp_path: Path) -> None:
+    counter = RaplCounter(powercap(tmp_path, 9_999_999))
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("500000")
+    assert counter.read_j() == pytest.approx(0.500001)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("700000")
+    assert counter.read_j() == pytest.approx(0.700001)
+
+
+def test_rapl_says_why_it_is_absent(tmp_path: Path) -> None:
+    with pytest.raises(MeterUnavailable, match="lists no processor package"):
+        Rapl(tmp_path / "nothing")
+    meter = best_meter("cpu", NoBoard("no board"), powercap=tmp_path / "nothing")
+    assert "lists no processor package" in meter.explanation
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_rapl_that_may_not_be_read_names_the_file(tmp_path: Path) -> None:
+    root = powercap(tmp_path, 1)
+    (root / "intel-rapl:0" / "energy_uj").chmod(0)
+    with pytest.raises(MeterUnavailable, match="energy_uj may not be read"):
+        RaplCounter(root)
+
+
+def test_a_replayed_meter_gives_back_what_was_recorded(tmp_path: Path) -> None:
+    recorded: list[Measurement | Absence] = [
+        Measurement("rapl", 10.0, 2.0, 5.0, 2.1, 20, True, False),
+        Absence("none", "no meter"),
+    ]
+    file = tmp_path / "windows.jsonl"
+    file.write_text("\n".join(map(to_json, recorded)))
+    meter = Replayed(file)
+    assert [meter.open().close() for _ in recorded] == recorded
+    with pytest.raises(InputError, match="fewer measurements"):
+        meter.open()
+
+
+def test_a_file_that_holds_no_measurement_is_refused_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "windows.jsonl"
+    file.write_text('{"joules": 1}\n')
+    with pytest.raises(InputError, match="line 1"):
+        Replayed(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        Replayed(tmp_path / "missing.jsonl")
