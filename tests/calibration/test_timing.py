@@ -1,0 +1,106 @@
+"""Timers: medians with their spread, long enough samples, work compared in turns."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from calibration.timing import (
+    Captured,
+    NotCaptured,
+    WallTimer,
+    Work,
+    capture,
+    median_and_mad,
+    timed,
+    timer_for,
+)
+
+CPU = torch.device("cpu")
+
+
+class CountingTimer:
+    """A timer of made-up work: piece n takes n milliseconds a repetition."""
+
+    min_sample_s = 0.02
+
+    def __init__(self, seconds: dict[Work, float]) -> None:
+        self.seconds = seconds
+        self.calls: list[tuple[Work, int]] = []
+
+    def sample_s(self, work: Work, repetitions: int) -> float:
+        self.calls.append((work, repetitions))
+        return self.seconds[work] * repetitions
+
+
+def works(count: int) -> list[Work]:
+    return [lambda index=index: index for index in range(count)]  # type: ignore[misc]
+
+
+def test_a_sample_holds_at_least_the_seconds_asked_for() -> None:
+    short, long = works(2)
+    timer = CountingTimer({short: 0.0001, long: 0.5})
+    first, second = timed([short, long], timer, samples=3)
+    assert first.repetitions * 0.0001 >= 0.02
+    assert second.repetitions == 1
+    assert first.seconds == pytest.approx(0.0001)
+    assert second.seconds == pytest.approx(0.5)
+
+
+def test_work_is_sampled_in_turns() -> None:
+    pieces = works(3)
+    timer = CountingTimer({piece: 1.0 for piece in pieces})
+    timed(pieces, timer, samples=4)
+    rounds = [work for work, _ in timer.calls[-12:]]
+    for start in range(0, 12, 3):
+        assert set(rounds[start : start + 3]) == set(pieces)
+
+
+def test_an_outlier_moves_neither_median_nor_spread() -> None:
+    assert median_and_mad([1.0, 1.1, 0.9, 1.0, 50.0]) == pytest.approx((1.0, 0.1))
+
+
+def test_the_wall_clock_finds_the_time_of_a_sleep() -> None:
+    (found,) = timed([lambda: time.sleep(0.01)], WallTimer(CPU), samples=3)
+    assert found.seconds == pytest.approx(0.01, rel=0.5)
+    assert found.spent_s >= 3 * 0.01
+
+
+def test_twice_the_work_takes_about_twice_the_time() -> None:
+    matrix = torch.randn(192, 192)
+
+    def product(times: int) -> Work:
+        def work() -> None:
+            for _ in range(times):
+                torch.mm(matrix, matrix)
+
+        return work
+
+    one, two = timed([product(4), product(8)], timer_for(CPU), samples=7)
+    assert two.seconds / one.seconds == pytest.approx(2.0, rel=0.5)
+
+
+def test_no_sample_is_no_timing() -> None:
+    with pytest.raises(ValueError, match="0 samples"):
+        timed(works(1), WallTimer(CPU), samples=0)
+
+
+def test_without_cuda_nothing_is_captured_and_the_reason_is_told() -> None:
+    found = capture(lambda: None, CPU)
+    assert isinstance(found, NotCaptured)
+    assert "CUDA device" in found.reason
+
+
+@pytest.mark.cuda
+def test_a_captured_graph_repeats_the_work() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    device = torch.device("cuda")
+    total = torch.zeros(1, device=device)
+    found = capture(lambda: total.add_(1.0), device)
+    assert isinstance(found, Captured)
+    before = float(total)
+    found.replay()
+    assert float(total) == before + 1.0
