@@ -1,0 +1,1 @@
+"""Real early-exit language models on transformers: partly loaded, with exits and a KV pool."""

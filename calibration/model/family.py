@@ -1,0 +1,403 @@
+"""Llama and OPT behind one adapter: the stock transformers classes, run layer by layer.
+
+A `Backbone` holds a stock model and calls its own modules; it never subclasses them, so weights
+keep their names and the stock `forward` and `generate` go on working. Layers are 0-based and
+half-open here ([first, last)), exit layers elsewhere count from 1 and mean "after that layer".
+Packed tokens are [N, hidden]: the tokens of several requests one after another.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    rotate_half,
+)
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+from calibration.model import attention
+from calibration.model.attention import Attend, DenseAttend
+from helios_sim.errors import InputError
+from helios_sim.model import Family, ModelShape
+
+SUPPORTED: Final = ("LlamaForCausalLM", "OPTForCausalLM")
+"""Architectures (as config.json names them) that have an adapter."""
+
+CHANGING_ROPE: Final = ("dynamic", "longrope")
+"""Rotary embeddings that change with the length, so that cached keys would be out of date."""
+
+
+class Backbone(ABC):
+    """A stock model, whole or with its first layers only, as early exits need it.
+
+    `model` is the stock model. Loading and dropping layers changes `layers` in place.
+    """
+
+    family: Family
+    layer_prefix: str
+    """Start of a layer's weight names; the layer's number and a dot follow."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config
+        model.set_attn_implementation(attention.NAME)
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Any:
+        """The stock module that holds the embedding, the layers and the final norm."""
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The stock decoder layers that are there, in order."""
+        found: nn.ModuleList = self.decoder.layers
+        return found
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """The token embedding's weight [vocab, hidden]."""
+        weight: Tensor = self.decoder.embed_tokens.weight
+        return weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's weight [vocab, hidden]."""
+        weight: Tensor = self.model.lm_head.weight
+        return weight
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens a sequence may have."""
+        return int(self.config.max_position_embeddings)
+
+    @abstractmethod
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [..., hidden] before the first layer, of token ids at their positions."""
+
+    @abstractmethod
+    def position_embeddings(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rotary (cos, sin), each [..., head_dim], or None where positions are learned."""
+
+    @abstractmethod
+    def norm(self) -> nn.Module | None:
+        """The final norm's module, None where a model has none."""
+
+    @abstractmethod
+    def new_norm(self) -> nn.Module:
+        """A fresh norm like the final one, for an auxiliary exit head."""
+
+    @abstractmethod
+    def keys_and_values(
+        self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [1, kv_heads, N, head_dim] of its input [1, N, hidden]."""
+
+    @abstractmethod
+    def new_layer(self, index: int) -> nn.Module:
+        """A stock layer of this configuration on the meta device, without memory."""
+
+    @abstractmethod
+    def rebuild_buffers(self, device: torch.device) -> None:
+        """Compute the buffers that no checkpoint holds, on `device`."""
+
+    def run(
+        self, hidden: Tensor, first: int, last: int, attend: Attend, positions: Tensor
+    ) -> Tensor:
+        """Take packed hidden states [N, hidden] through layers first..last-1.
+
+        `positions` [N] are the tokens' places in their own sequences; `attend` keeps the keys
+        and values and says what each token attends to.
+        """
+        rotary = self.position_embeddings(positions[None])
+        hidden = hidden[None]
+        for layer in self._layers(first, last):
+            hidden = layer(
+                hidden, past_key_values=attend, position_embeddings=rotary, attend=attend
+            )
+        return hidden[0]
+
+    def fill(
+        self, hidden: Tensor, positions: Tensor, first: int, last: int, writer: Attend
+    ) -> None:
+        """Write keys and values of skipped layers first..last-1 from an exit's hidden states.
+
+        The state [N, hidden] at the exit stands in for the input of every skipped layer: its
+        norm and projections are taken, its attention and feed-forward are not.
+        """
+        rotary = self.position_embeddings(positions[None])
+        hidden = hidden[None]
+        for index, layer in zip(range(first, last), self._layers(first, last), strict=True):
+            key, value = self.keys_and_values(layer, hidden, rotary)
+            writer.update(key, value, index)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Hidden states through the model's final norm, any leading shape."""
+        norm = self.norm()
+        normed: Tensor = hidden if norm is None else norm(hidden)
+        return normed
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of normed hidden states, in the model's dtype."""
+        logits: Tensor = self.model.lm_head(hidden)
+        return logits
+
+    def forward_dense(self, ids: Tensor) -> list[Tensor]:
+        """Hidden states [B, T, hidden] after every layer, of whole sequences ids [B, T].
+
+        Causal and teacher-forced; the states are not normed; gradients flow.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
+        hidden = self.embed(ids, positions)
+        rotary = self.position_embeddings(positions)
+        attend = DenseAttend()
+        states = []
+        for layer in self.layers:
+            hidden = layer(
+                hidden, past_key_values=attend, position_embeddings=rotary, attend=attend
+            )
+            states.append(hidden)
+        return states
+
+    def set_layers(self, layers: Sequence[nn.Module]) -> None:
+        """Replace the layers; the stock model then runs exactly these."""
+        self.decoder.layers = nn.ModuleList(layers)
+        self.config.num_hidden_layers = len(layers)
+
+    def layer_names(self) -> list[str]:
+        """Names of one layer's weights within the layer, sorted."""
+        return sorted(self.new_layer(0).state_dict())
+
+    def resident_names(self) -> list[str]:
+        """Names of the weights outside the layers, sorted; a tied head is left out."""
+        tied = "lm_head.weight" if self.config.tie_word_embeddings else ""
+        names = self.model.state_dict()
+        return sorted(n for n in names if not n.startswith(self.layer_prefix) and n != tied)
+
+    def tie(self) -> None:
+        """Let the head use the embedding's weight where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.model.lm_head.weight = self.decoder.embed_tokens.weight
+
+    def _layers(self, first: int, last: int) -> list[nn.Module]:
+        layers = self.layers
+        if not 0 <= first <= last <= len(layers):
+            raise ValueError(
+                f"Layers {first} to {last} were asked for; {len(layers)} layers are loaded."
+            )
+        return [layers[index] for index in range(first, last)]
+
+
+class LlamaBackbone(Backbone):
+    """Llama: rotary positions, RMS norms, key heads shared by query heads."""
+
+    family: Family = "llama"
+    layer_prefix = "model.layers."
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        super().__init__(model)
+        rope = str((self.config.rope_parameters or {}).get("rope_type", "default"))
+        if rope in CHANGING_ROPE:
+            raise InputError(
+                f"The rotary embedding {rope!r} changes with the length of the text, so cached "
+                "keys would be out of date; use a checkpoint with another rope_type."
+            )
+
+    @property
+    def decoder(self) -> Any:
+        """The stock LlamaModel."""
+        return self.model.model
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Token embeddings; positions come in with the rotary embedding."""
+        hidden: Tensor = self.decoder.embed_tokens(ids)
+        return hidden
+
+    def position_embeddings(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rotary (cos, sin) of positions [B, T], each [B, T, head_dim] in the model's dtype."""
+        rotary: tuple[Tensor, Tensor] = self.decoder.rotary_emb(
+            self.embedding_weight, position_ids=positions
+        )
+        return rotary
+
+    def norm(self) -> nn.Module | None:
+        """The final RMS norm."""
+        module: nn.Module = self.decoder.norm
+        return module
+
+    def new_norm(self) -> nn.Module:
+        """An RMS norm with unit weights."""
+        return LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+
+    def keys_and_values(
+        self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Norm, projections and the keys' rotation, as the stock attention does them."""
+        stock = layer.self_attn
+        normed = layer.input_layernorm(hidden)
+        heads = (*hidden.shape[:-1], -1, stock.head_dim)
+        key = stock.k_proj(normed).view(heads).transpose(1, 2)
+        value = stock.v_proj(normed).view(heads).transpose(1, 2)
+        if rotary is None:
+            raise ValueError("Llama keys need the rotary embedding of their positions.")
+        cos, sin = (part.unsqueeze(1) for part in rotary)
+        rotate: Callable[[Tensor], Tensor] = rotate_half
+        return key * cos + rotate(key) * sin, value
+
+    def new_layer(self, index: int) -> nn.Module:
+        """A stock LlamaDecoderLayer on the meta device."""
+        with torch.device("meta"):
+            return LlamaDecoderLayer(self.config, index).train(self.model.training)
+
+    def rebuild_buffers(self, device: torch.device) -> None:
+        """The rotary frequencies, in float32 whatever the model's dtype."""
+        with torch.device(device):
+            self.decoder.rotary_emb = LlamaRotaryEmbedding(self.config)
+
+    def fuse_norms(self) -> None:
+        """Let torch's fused RMS norm do what the stock module does in eight kernels.
+
+        It multiplies by the weight before it rounds, so bf16 results differ in the last place
+        from the stock norm's. Weight names stay as they are.
+        """
+        for module in list(self.model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, LlamaRMSNorm):
+                    setattr(module, name, fused_norm(child))
+
+
+def fused_norm(norm: LlamaRMSNorm) -> nn.RMSNorm:
+    """The RMS norm of torch with the same weight and epsilon."""
+    with torch.device("meta"):
+        fused = nn.RMSNorm(norm.weight.shape[0], eps=float(norm.variance_epsilon))
+    fused.weight = norm.weight
+    return fused
+
+
+class OptBackbone(Backbone):
+    """OPT: learned positions (two rows in front are unused), layer norms, biases."""
+
+    family: Family = "opt"
+    layer_prefix = "model.decoder.layers."
+
+    def __init__(self, model: OPTForCausalLM) -> None:
+        super().__init__(model)
+        config = self.config
+        if config.word_embed_proj_dim != config.hidden_size:
+            raise InputError(
+                f"This OPT model projects embeddings of width {config.word_embed_proj_dim} to "
+                f"{config.hidden_size} (as OPT-350M does), which early exits here do not "
+                "support; use a size with word_embed_proj_dim equal to hidden_size."
+            )
+
+    @property
+    def decoder(self) -> Any:
+        """The stock OPTDecoder."""
+        return self.model.model.decoder
+
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Token plus position embeddings; the stock module adds its offset of two."""
+        stock = self.decoder
+        hidden: Tensor = stock.embed_tokens(ids)
+        # The mask only serves to infer positions, which are given.
+        where: Tensor = stock.embed_positions(None, 0, position_ids=positions)
+        return hidden + where
+
+    def position_embeddings(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """None: positions are part of the embedding."""
+        return None
+
+    def norm(self) -> nn.Module | None:
+        """The final layer norm, None where layers normalise after their blocks."""
+        module: nn.Module | None = self.decoder.final_layer_norm
+        return module
+
+    def new_norm(self) -> nn.Module:
+        """A layer norm with unit weights and no bias yet."""
+        affine = bool(self.config.layer_norm_elementwise_affine)
+        return nn.LayerNorm(self.config.hidden_size, elementwise_affine=affine)
+
+    def keys_and_values(
+        self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Norm (where it comes before attention) and projections."""
+        stock = layer.self_attn
+        normed = layer.self_attn_layer_norm(hidden) if layer.do_layer_norm_before else hidden
+        heads = (*hidden.shape[:-1], stock.num_heads, stock.head_dim)
+        key = stock.k_proj(normed).view(heads).transpose(1, 2)
+        value = stock.v_proj(normed).view(heads).transpose(1, 2)
+        return key, value
+
+    def new_layer(self, index: int) -> nn.Module:
+        """A stock OPTDecoderLayer on the meta device."""
+        with torch.device("meta"):
+            return OPTDecoderLayer(self.config, layer_idx=index).train(self.model.training)
+
+    def rebuild_buffers(self, device: torch.device) -> None:
+        """Nothing: every OPT tensor is in the checkpoint."""
+
+
+def backbone_of(model: Any) -> Backbone:
+    """The adapter of a stock model.
+
+    From here on the stock model attends through the registered function, which is SDPA for its
+    own `forward` and `generate`. An unsupported class is an InputError.
+    """
+    if isinstance(model, LlamaForCausalLM):
+        return LlamaBackbone(model)
+    if isinstance(model, OPTForCausalLM):
+        return OptBackbone(model)
+    raise unsupported(type(model).__name__)
+
+
+def unsupported(architecture: str, where: str | None = None) -> InputError:
+    """The error for an architecture without an adapter."""
+    return InputError(
+        f"The architecture {architecture!r} has no adapter; supported are "
+        f"{' and '.join(SUPPORTED)}.",
+        where,
+    )
+
+
+def empty_backbone(config: LlamaConfig | OPTConfig, device: torch.device) -> Backbone:
+    """A stock model on the meta device, without layers: no weight takes memory yet.
+
+    `config` is copied; only the buffers that are computed live on `device`.
+    """
+    bare = copy.deepcopy(config)
+    bare.num_hidden_layers = 0
+    build: Callable[[Any], Any] = (
+        LlamaForCausalLM if isinstance(config, LlamaConfig) else OPTForCausalLM
+    )
+    with torch.device("meta"):
+        model = build(bare)
+    backbone = backbone_of(model.eval())
+    backbone.rebuild_buffers(device)
+    return backbone
+
+
+def shape_of(config: LlamaConfig | OPTConfig) -> ModelShape:
+    """The dimensions a configuration states, at its full depth."""
+    heads = int(config.num_attention_heads)
+    hidden = int(config.hidden_size)
+    is_llama = isinstance(config, LlamaConfig)
+    return ModelShape(
+        family="llama" if is_llama else "opt",
+        layers=int(config.num_hidden_layers),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(config.num_key_value_heads or heads) if is_llama else heads,
+        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        ffn=int(config.intermediate_size if is_llama else config.ffn_dim),
+        vocab=int(config.vocab_size or 0),
+        max_positions=int(config.max_position_embeddings),
+        tied_head=bool(config.tie_word_embeddings),
+    )
