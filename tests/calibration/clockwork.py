@@ -1,0 +1,252 @@
+"""A host on a clockwork machine: exits from traces, seconds from costs, no model and no waiting.
+
+It makes the real host comparable to the simulator to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from calibration.batching import Decode, Life, Prefill, Row
+from calibration.host import Host, lives_of
+from calibration.iteration import Outcome, Reading
+from helios_sim import cost
+from helios_sim.cards import Room, candidate_card
+from helios_sim.exits import ExitTraces
+from helios_sim.policy.contract import ExitMode, Policy, Slo
+from helios_sim.workload import Requests
+
+
+class Clockwork:
+    """A clock that is told how much time passes."""
+
+    def __init__(self) -> None:
+        self.time_s = 0.0
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def sleep_until(self, time_s: float) -> None:
+        self.time_s = max(self.time_s, time_s)
+
+
+class ClockworkMachine:
+    """Knows from traces what each exit says of a request's next token."""
+
+    def __init__(self, name: str, traces: ExitTraces, requests: Requests) -> None:
+        self.name = name
+        self.traces = traces
+        self.requests = requests
+        self.rows: Sequence[Row] = ()
+        self.level = -1
+        self.slots: set[int] = set()
+
+    def prefill(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            row.slot = next(free for free in range(10**6) if free not in self.slots)
+            self.slots.add(row.slot)
+        self.rows = rows
+
+    def begin(self, rows: Sequence[Row], passed: int, ghosts: Sequence[Row]) -> None:
+        self.rows = rows
+        assert all(row.hidden == (passed or None) for row in rows)
+
+    def begin_again(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+
+    def run_to(self, level: int) -> None:
+        self.level = level
+
+    def read(self, level: int) -> list[Reading]:
+        return [self._reading(row.life, level) for row in self.rows]
+
+    def fill(self, rows: Sequence[Row], level: int) -> None:
+        assert level == self.level
+
+    def hold(self, rows: Sequence[Row]) -> None:
+        for row in self.rows:
+            row.hidden = self.level + 1 if row in rows else None
+
+    def release(self, row: Row) -> None:
+        self.slots.remove(row.slot)
+
+    def _reading(self, life: Life, level: int) -> Reading:
+        requests, traces = self.requests, self.traces
+        domain = traces.domains.index(requests.domains[requests.domain[life.request_id]])
+        start = int(requests.trace_start[life.request_id])
+        place = (start % traces.num_positions + life.generated) % traces.num_positions
+        at = (domain, place, level)
+        return Reading(
+            token=0,
+            confidence=float(traces.confidence[self.name][at]),
+            nll_nats=float(traces.nll_nats[self.name][at]),
+        )
+
+
+class ClockworkTransfer:
+    def __init__(self, clock: Clockwork, arrived_s: float) -> None:
+        self.clock = clock
+        self.arrived_s = arrived_s
+
+    def done(self) -> bool:
+        return self.clock.time_s >= self.arrived_s
+
+    def wait(self, until_s: float) -> None:
+        self.clock.sleep_until(min(until_s, self.arrived_s))
+
+
+class ClockworkWeights:
+    """Takes the profile's seconds over every load."""
+
+    overlaps = True
+
+    def __init__(
+        self, room: Room, traces: ExitTraces, requests: Requests, clock: Clockwork
+    ) -> None:
+        self.room, self.traces, self.requests, self.clock = room, traces, requests, clock
+        self.cards = {name: candidate_card(room, name) for name in room.candidates}
+        self.read: set[str] = set(room.candidates if room.fleet.weights_start == "host" else ())
+        self.held: tuple[str, int] | None = None
+        self.machine: ClockworkMachine | None = None
+
+    @property
+    def in_memory(self) -> frozenset[str]:
+        return frozenset(self.read)
+
+    @property
+    def loaded_bytes(self) -> int:
+        assert self.held is not None
+        return self._bytes(*self.held)
+
+    def _bytes(self, name: str, depth: int) -> int:
+        card = self.cards[name]
+        return card.weight_bytes[card.level_of(depth)]
+
+    def _ready_s(self, name: str, depth: int) -> float:
+        loading = self.room.profile.loading
+        at_s = self.clock.time_s
+        if name not in self.read:
+            at_s += loading.disk.seconds(self.cards[name].weight_bytes[-1])
+            self.read.add(name)
+        missing = self._bytes(name, depth)
+        if self.held is not None and self.held[0] == name:
+            missing -= self._bytes(*self.held)
+        return at_s + loading.host.seconds(missing)
+
+    def bring_in(self, name: str, depth: int) -> None:
+        self.clock.sleep_until(self._ready_s(name, depth))
+
+    def begin(self, name: str, depth: int) -> ClockworkTransfer:
+        return ClockworkTransfer(self.clock, self._ready_s(name, depth))
+
+    def take_up(self, name: str, depth: int, level: int, pool_blocks: int) -> ClockworkMachine:
+        assert self.machine is None or not self.machine.slots, "a row was never released"
+        self.held = name, depth
+        self.machine = ClockworkMachine(name, self.traces, self.requests)
+        return self.machine
+
+
+class ClockworkHost(Host):
+    """A host whose iterations take the seconds that the cost model gives for what they did."""
+
+    clock: Clockwork
+
+    def step(self, plan: Prefill | Decode) -> Outcome:
+        outcome = super().step(plan)
+        self.clock.time_s += self.seconds(plan, outcome)
+        self.check_blocks(plan)
+        return outcome
+
+    def check_blocks(self, plan: Prefill | Decode) -> None:
+        """The law of blocks, at every iteration."""
+        batch = self.batch
+        held = sum(row.blocks for row in batch.rows)
+        assert batch.free_blocks >= 0
+        assert held + batch.free_blocks + batch.staged_blocks == batch.pool_blocks
+        for row in batch.rows:
+            runs = isinstance(plan, Decode) and row in plan.rows
+            tokens = row.to_prefill or row.context + runs
+            assert batch.blocks_for(tokens) <= row.blocks
+
+    def seconds(self, plan: Prefill | Decode, outcome: Outcome) -> float:
+        assert self.assignment is not None and self.stepper is not None
+        profile = self.room.profile.model(self.assignment.model)
+        c = profile.coefficient_array()
+        if isinstance(plan, Prefill):
+            pairs = 0.0
+            for row in plan.rows:
+                pairs += row.to_prefill * (row.to_prefill + 1.0) * 0.5
+            tokens = float(outcome.prompt_tokens)
+            depth, count = float(self.assignment.depth), float(len(plan.rows))
+            return float(
+                cost.mixed_seconds(c, 0.0, 0.0, tokens, 0.0, pairs, depth, 0.0, count, 1.0)[0]
+            )
+        batch = len(plan.rows) + len(plan.ghosts)
+        padded = profile.padded_rows(self.batch.max_batch)
+        residual = float(profile.residual(self.batch.max_batch)[batch])
+        context = float(outcome.context_tokens)
+        if self.assignment.exit_mode is not ExitMode.REBATCH:
+            seconds, _ = cost.decode_seconds(
+                c,
+                float(padded[batch]) + outcome.pending_tokens,
+                context,
+                float(outcome.layers),
+                float(outcome.checks),
+                float(outcome.heads),
+                float(outcome.filled_layers),
+                float(padded[batch]),
+                residual,
+            )
+            return float(seconds)
+        return self.rebatched_seconds(plan, outcome, c, float(padded[batch]), residual, padded)
+
+    def rebatched_seconds(
+        self,
+        plan: Decode,
+        outcome: Outcome,
+        c: Any,
+        rows: float,
+        residual: float,
+        padded: Any,
+    ) -> float:
+        assert self.stepper is not None
+        layer_s, _ = cost.layer_seconds(c, rows, float(outcome.context_tokens), 0.0, 0.0, 0.0)
+        seconds = float(c[cost.DECODE_FIXED_S])
+        before = outcome.first_layer
+        for level in range(plan.passed, self.stepper.exit_layers.index(outcome.layers) + 1):
+            seconds += (self.stepper.exit_layers[level] - before) * (layer_s * residual)
+            before = self.stepper.exit_layers[level]
+            at_end = level == self.stepper.level
+            seconds += cost.head_seconds(c, rows) if at_end else cost.check_seconds(c, rows)
+        if outcome.overheads:
+            seconds += float(c[cost.REBATCH_OVERHEAD_S])
+        leavers = float(padded[len(outcome.emitted)])
+        return seconds + cost.kv_fill_seconds(c, leavers, float(outcome.filled_layers))
+
+
+def serve_by_clockwork(
+    room: Room,
+    traces: ExitTraces,
+    requests: Requests,
+    policy: Policy,
+    *,
+    slo: Slo | None = None,
+    timeline_interval_s: float = 1.0,
+) -> ClockworkHost:
+    """Serve a workload to its end."""
+    clock = Clockwork()
+    host = ClockworkHost(
+        room=room,
+        policy=policy,
+        slo=slo or Slo(),
+        lives=lives_of(requests, [[] for _ in range(len(requests))]),
+        weights=ClockworkWeights(room, traces, requests, clock),
+        clock=clock,
+        max_batch=room.serving.max_batch,
+        timeline_interval_s=timeline_interval_s,
+    )
+    host.play()
+    assert math.isclose(sum(host.tally.spent_s.values()), host.end_s)
+    return host
