@@ -1,0 +1,147 @@
+"""The grid within a budget: complete, coarser where time is short, in random order."""
+
+from __future__ import annotations
+
+import pytest
+
+from calibration.grid import (
+    RICHNESS,
+    Bounds,
+    Job,
+    Probe,
+    geometric,
+    job_from,
+    plan_energy,
+    plan_latency,
+    powers_of_two,
+    ragged_lengths,
+    timing_s,
+)
+
+BOUNDS = Bounds("tiny", (3, 6, 12), 64, 1024, 64 * 1024, 2048, ("eager", "graph"))
+PROBE = Probe(1e-3, 1e-5, 1e-8, 1e-3, 1e-6, 1e-9, 1e-4, 1e-6)
+
+
+def estimate_s(job: Job) -> float:
+    shares = [depth / 12 for depth in job.depths] or [1.0]
+    return timing_s((PROBE.pass_s(job, share) for share in shares), 0.005)
+
+
+def latency(allowed_s: float, bounds: Bounds = BOUNDS) -> tuple[Job, ...]:
+    return plan_latency(bounds, estimate_s, allowed_s, 2 * allowed_s, seed=0).jobs
+
+
+def test_a_longer_budget_gives_a_finer_grid_and_both_fit() -> None:
+    short, long = latency(20.0), latency(300.0)
+    assert len(short) < len(long)
+    assert sum(map(estimate_s, short)) <= 20.0
+    assert sum(map(estimate_s, long)) <= 300.0
+
+
+def test_every_round_covers_the_whole_grid_once() -> None:
+    jobs = latency(300.0)
+    rounds: dict[int, set[Job]] = {}
+    for job in jobs:
+        rounds.setdefault(job.trial, set()).add(job_from({**job.as_dict(), "trial": 0}))
+    assert len(rounds) > 1
+    assert len({frozenset(found) for found in rounds.values()}) == 1
+    trials = [job.trial for job in jobs]
+    assert trials == sorted(trials)
+
+
+def test_trials_are_in_random_order_and_the_same_for_one_seed() -> None:
+    jobs = [job for job in latency(300.0) if job.trial == 0]
+    loads = [(job.quantity, job.batch or 0) for job in jobs]
+    assert loads != sorted(loads)
+    assert latency(60.0) == latency(60.0)
+
+
+def test_no_two_trials_share_a_reading() -> None:
+    keys = [key for job in latency(300.0) for key in job.keys]
+    assert len(keys) == len(set(keys))
+
+
+def test_the_grid_holds_every_quantity_ragged_rows_and_held_out_loads() -> None:
+    jobs = latency(100.0)
+    assert {job.quantity for job in jobs} == {
+        "decode_layers",
+        "prefill_layers",
+        "iteration",
+        "head",
+        "check",
+        "kv_fill",
+    }
+    assert any(job.longest_tokens != job.context_tokens for job in jobs if not job.prompt_tokens)
+    held_out = [job for job in jobs if job.purpose == "held-out"]
+    assert {job.quantity for job in held_out} >= {"decode_layers", "prefill_layers"}
+    assert any(job.prompt_tokens and job.context_tokens for job in jobs)
+
+
+def test_the_pool_bounds_every_load() -> None:
+    small = Bounds("tiny", (3, 6), 64, 1024, 4096, 512)
+    for job in latency(100.0, small):
+        if not job.prompt_tokens:
+            assert (job.batch or 0) * (job.longest_tokens or 0) <= 4096
+        else:
+            assert (job.batch or 0) * job.prompt_tokens <= 512
+
+
+def test_a_point_that_would_eat_the_budget_is_left_out_and_told() -> None:
+    plan = plan_latency(
+        BOUNDS,
+        lambda job: 1000.0 if (job.batch or 0) >= 64 else 0.1,
+        allowed_s=100.0,
+        budget_s=200.0,
+        seed=0,
+    )
+    assert all((job.batch or 0) < 64 for job in plan.jobs)
+    assert any("batch 64" in note for note in plan.notes)
+
+
+def test_a_budget_of_nothing_still_gets_the_coarsest_grid() -> None:
+    jobs = latency(0.01)
+    assert jobs
+    assert max(job.trial for job in jobs) == RICHNESS[-1].trials - 1
+    assert all((job.batch or 1) == 1 for job in jobs)
+
+
+def test_energy_windows_fill_the_time_and_separate_layers_rows_and_context() -> None:
+    plan = plan_energy(BOUNDS, window_s=5.0, allowed_s=70.0, seed=0)
+    assert plan.seconds <= 70.0
+    decodes = [job for job in plan.jobs if job.quantity == "decode_energy"]
+    assert len({job.depths for job in decodes}) >= 2
+    assert len({job.batch for job in decodes}) >= 2
+    assert len({job.context_tokens for job in decodes}) >= 2
+    assert all(len(job.depths) <= 1 for job in plan.jobs)
+    thrice = plan_energy(BOUNDS, window_s=5.0, allowed_s=700.0, seed=0)
+    assert max(job.trial for job in thrice.jobs) == 2
+
+
+def test_too_little_time_for_energy_is_said() -> None:
+    plan = plan_energy(BOUNDS, window_s=5.0, allowed_s=10.0, seed=0)
+    assert plan.jobs == ()
+    assert "no time for energy" in plan.notes[0]
+
+
+def test_ragged_rows_have_exactly_the_mean_and_the_longest_asked_for() -> None:
+    for batch in (2, 3, 8, 33):
+        lengths = ragged_lengths(batch, 100, 180, seed=batch)
+        assert len(lengths) == batch
+        assert sum(lengths) == 100 * batch
+        assert max(lengths) == 180
+        assert min(lengths) >= 1
+    assert ragged_lengths(1, 7, 12, seed=0) == [7]
+    with pytest.raises(ValueError, match="cannot be ragged"):
+        ragged_lengths(2, 10, 20, seed=0)
+
+
+def test_axes_hold_both_ends() -> None:
+    assert geometric(32, 1024, 6) == (32, 64, 128, 256, 512, 1024)
+    assert geometric(32, 32, 4) == (32,)
+    assert powers_of_two(64, 8) == (1, 2, 4, 8, 16, 32, 64)
+    assert powers_of_two(48, 3) == (1, 8, 48)
+
+
+def test_a_job_survives_its_file() -> None:
+    for job in latency(20.0):
+        assert job_from(job.as_dict()) == job
