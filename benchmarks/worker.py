@@ -7,6 +7,7 @@ compiled code.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -77,6 +78,8 @@ def play_and_record(experiment: Experiment, watch: Stopwatch) -> tuple[RunData, 
     run = play(experiment, watch)
     policy = experiment.scenario.policy[0]
     data = run_data(run, policy.name, policy.use, SEED, resolved(experiment.scenario))
+    del run
+    gc.collect()
     watch.lap("records")
     check_run(data)
     watch.lap("check")

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from helios_sim import cost
-from helios_sim.compiled import compiled
+from helios_sim.compiled import compilable, compiled
 from helios_sim.memory import blocks_for, give_back_blocks, take_blocks, used_blocks
 from helios_sim.policy import rules
 from helios_sim.state import (
@@ -972,7 +972,7 @@ def emit_one(w: World, r: int, rep: Any, row: Any, place: int) -> None:
     rep.num_tokens += 1
 
 
-@compiled
+@compilable
 def state_of(rep: Any) -> int:
     """What a replica is doing, for the timeline."""
     if rep.num_rows == 0 and rep.num_waiting == 0:
@@ -1050,7 +1050,7 @@ def why_stop(rep: Any) -> int:
     return AT_HORIZON
 
 
-@compiled
+@compilable
 def pass_idle_time(rep: Any, until_s: float) -> None:
     """Let an idle replica's clock run, at idle power."""
     seconds = until_s - rep.now_s

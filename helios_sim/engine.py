@@ -25,6 +25,7 @@ from helios_sim.hot_rules import loop_with
 from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
 from helios_sim.policy.contract import (
     Assignment,
+    Candidate,
     Decision,
     Evaluate,
     Event,
@@ -33,11 +34,11 @@ from helios_sim.policy.contract import (
     LoadLayers,
     Policy,
     Slo,
-    Snapshot,
     Telemetry,
 )
 from helios_sim.policy.controller import Controller
 from helios_sim.policy.registry import hot_rules_of
+from helios_sim.policy.snapshot_json import SnapshotLog
 from helios_sim.scenario import MeasureSettings
 from helios_sim.state import (
     AT_HORIZON,
@@ -47,8 +48,8 @@ from helios_sim.state import (
     LOADING_STATE,
     NLL_UNITS_PER_NAT,
     OUT_OF_WORK,
-    REPLICA,
     World,
+    live_record,
 )
 from helios_sim.workload import Requests
 from helios_sim.world import UNBOUNDED, build_world, parking_lot, trace_tables
@@ -70,16 +71,30 @@ class Setup(Room):
     domains: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
+class Place:
+    """What a model loaded to a depth is to a replica: its indices, its pool and its blocks."""
+
+    model: int
+    level: int
+    num_exits: int
+    pool_blocks: int
+    block_bytes: int
+
+
+@dataclass(slots=True)
 class DecisionEntry:
-    """A decision in the log; `ready_s` is filled when it has been carried out."""
+    """A decision in the log; `ready_s` is filled when it has been carried out.
+
+    `snapshot` is the replica's next line of a `SnapshotLog`.
+    """
 
     time_s: float
     replica: int
     event: Event
     decision: Decision
     assignment: Assignment
-    snapshot: Snapshot
+    snapshot: str
     moved_bytes: int = 0
     ready_s: float | None = None
 
@@ -136,14 +151,16 @@ class Replica:
         self.index = index
         self.run = run
         self.host = host
-        self.record = run.world.replicas[index]
-        # The same record without attributes: reading a field this way is several times faster.
-        self.rep = run.world.replicas.view(REPLICA, np.ndarray)[index]
+        self.record = live_record(run.world.replicas, index)
+        self.exit_counts = run.world.exit_counts[index]
         self.controller = Controller(policy, run.candidates)
+        self.snapshots = SnapshotLog()
         self.policy = policy
         self.assignment: Assignment | None = None
         self.served_model: str | None = None
         self.weight_bytes = 0
+        self.block_bytes = 1
+        self.load_s: dict[tuple[str | None, int, int], dict[str, tuple[float, ...]]] = {}
         self.mark = _Mark()
         self.until_reassessment = policy.watching.reassess_requests
         self.wake: simpy.Event | None = None
@@ -164,31 +181,37 @@ class Replica:
         """What the batch loop's reason to stop means to the policy."""
         if cause == BREACHED:
             return Event.BREACHED
-        return Event.EVALUATED if self.rep["evaluating"] else Event.REASSESS
+        return Event.EVALUATED if self.record.evaluating else Event.REASSESS
 
     def ask(self, event: Event) -> DecisionEntry:
         """Show the policy a snapshot and log what it decides."""
-        self.run.loop.settle_all(self.run.world, self.index)
+        if self.record.num_ready > 0:
+            self.run.loop.settle_all(self.run.world, self.index)
         telemetry = self.telemetry()
         if event is Event.REASSESS or event is Event.START:
             self.until_reassessment = self.policy.watching.reassess_requests
-        elif self.until_reassessment is not None and not self.rep["evaluating"]:
-            self.until_reassessment = max(1, int(self.rep["finish_target"]))
+        elif self.until_reassessment is not None and not self.record.evaluating:
+            self.until_reassessment = max(1, self.record.finish_target)
         decision, snapshot = self.controller.consult(
-            now_s=float(self.rep["now_s"]),
+            now_s=self.record.now_s,
             event=event,
             assignment=self.assignment,
             telemetry=telemetry,
             load_s=self.load_seconds(),
-            num_waiting=int(self.rep["num_waiting"]),
-            num_running=int(self.rep["num_rows"]),
+            num_waiting=self.record.num_waiting,
+            num_running=self.record.num_rows,
             max_batch=self.run.setup.serving.max_batch,
             expected_tokens=self.expected_tokens(),
             slo=self.run.setup.slo,
             foresight=self.run.foresight(self) if self.policy.sees_future else None,
         )
         entry = DecisionEntry(
-            float(self.rep["now_s"]), self.index, event, decision, self.target(decision), snapshot
+            snapshot.now_s,
+            self.index,
+            event,
+            decision,
+            self.target(decision),
+            self.snapshots.write(snapshot),
         )
         self.run.decisions.append(entry)
         if event is Event.BREACHED:
@@ -210,7 +233,7 @@ class Replica:
 
     def carry_out(self, entry: DecisionEntry) -> Process:
         """Bring the weights in, clear the rows that cannot stay, and take the assignment up."""
-        started_s = float(self.rep["now_s"])
+        started_s = self.record.now_s
         decision = entry.decision
         if not isinstance(decision, Keep):
             entry.moved_bytes = self.missing_bytes(entry.assignment.model, entry.assignment.depth)
@@ -219,46 +242,46 @@ class Replica:
                 yield from self.clear_rows()
             if self.assignment != entry.assignment:
                 self.take_up(entry.assignment)
-            self.count(entry, float(self.rep["now_s"]) - started_s)
+            self.count(entry, self.record.now_s - started_s)
         self.aim(decision)
-        entry.ready_s = float(self.rep["now_s"])
+        entry.ready_s = self.record.now_s
         self.mark = self.marked()
 
     def bring_in(self, entry: DecisionEntry) -> Process:
         """Move the missing weights, beside the running requests if there is room for both."""
         if entry.moved_bytes == 0:
             return
-        staged = math.ceil(entry.moved_bytes / self.block_bytes())
+        staged = math.ceil(entry.moved_bytes / self.block_bytes)
         overlaps = (
             self.run.setup.serving.overlap_loads
             and self.assignment is not None
-            and self.rep["num_rows"] > 0
-            and staged <= self.rep["free_blocks"]
+            and self.record.num_rows > 0
+            and staged <= self.record.free_blocks
         )
         if not overlaps:
             yield from self.clear_rows()
         ready_s, moving_s = self.reserve_transfer(entry)
-        load_j = (self.run.setup.profile.device.load_w - self.rep["idle_w"]) * moving_s
+        load_j = (self.run.setup.profile.device.load_w - self.record.idle_w) * moving_s
         self.totals.energy_load_j += load_j
         if overlaps:
             stage_blocks(self.record, staged)
             self.hold_questions()
             yield from self.serve(ready_s)
             unstage_blocks(self.record)
-            self.rep["energy_j"] += load_j
+            self.record.energy_j += load_j
         else:
             yield from self.wait_for_weights(ready_s, load_j)
 
     def wait_for_weights(self, ready_s: float, load_j: float) -> Process:
         """Do nothing until the weights are here, at idle power beside what moving them takes."""
-        rep, loop, world = self.rep, self.run.loop, self.run.world
+        rep, loop, world = self.record, self.run.loop, self.run.world
         loop.sample(world, self.index, loop.state_of(self.record))
-        seconds = ready_s - float(rep["now_s"])
-        waiting_j = float(rep["idle_w"]) * seconds
+        seconds = ready_s - rep.now_s
+        waiting_j = rep.idle_w * seconds
         self.totals.load_s += seconds
         self.totals.energy_load_j += waiting_j
-        rep["energy_j"] += waiting_j + load_j
-        rep["now_s"] = ready_s
+        rep.energy_j += waiting_j + load_j
+        rep.now_s = ready_s
         yield self.run.clock.at(ready_s)
         loop.sample(world, self.index, LOADING_STATE)
 
@@ -269,7 +292,7 @@ class Replica:
         """
         loading = self.run.setup.profile.loading
         model = entry.assignment.model
-        at_s = float(self.rep["now_s"])
+        at_s = self.record.now_s
         moving_s = 0.0
         if model in self.host.in_memory_s:
             at_s = max(at_s, self.host.in_memory_s[model])
@@ -288,71 +311,66 @@ class Replica:
         self.hold_questions()
         started_s = self.run.clock.now_s
         if self.run.setup.serving.on_change == "recompute":
-            self.rep["pausing"] = 1
-            if self.rep["phase"] != BETWEEN:
+            self.record.pausing = 1
+            if self.record.phase != BETWEEN:
                 yield from self.serve(math.inf)
-            self.rep["pausing"] = 0
+            self.record.pausing = 0
             self.run.loop.preempt_all(self.run.world, self.index)
-        elif self.rep["num_rows"] > 0:
-            self.rep["draining"] = 1
+        elif self.record.num_rows > 0:
+            self.record.draining = 1
             yield from self.serve(math.inf)
-            self.rep["draining"] = 0
-        self.totals.drain_s += float(self.rep["now_s"]) - started_s
+            self.record.draining = 0
+        self.totals.drain_s += self.record.now_s - started_s
 
     def hold_questions(self) -> None:
         """Serve on without asking while a decision is carried out."""
-        self.rep["watching"] = self.rep["tripped"] = 0
-        self.rep["evaluating"] = 0
-        self.rep["quota"] = UNBOUNDED
-        self.rep["finish_target"] = UNBOUNDED
+        self.record.watching = self.record.tripped = 0
+        self.record.evaluating = 0
+        self.record.quota = UNBOUNDED
+        self.record.finish_target = UNBOUNDED
 
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""
-        setup = self.run.setup
-        model = setup.profile.model(assignment.model).model
-        pool = setup.pool_blocks(assignment.model, assignment.depth)
-        if pool == 0:
-            raise setup.no_room(assignment.model, assignment.depth)
+        place = self.run.place(assignment.model, assignment.depth)
         self.account_weights()
-        level = model.exit_layers.index(assignment.depth)
-        mode = EXIT_MODES[assignment.exit_mode.value]
         leaves_early = assignment.exit_mode in (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
-        rep = self.rep
-        rep["model"] = self.run.setup.candidates.index(assignment.model)
-        rep["level"] = level
-        rep["depth"] = assignment.depth
-        rep["exit_mode"] = mode
-        rep["column"] = self.run.world.exit_layers.shape[1] + level if leaves_early else level
-        rep["batch_limit"] = 1 if assignment.exit_mode is ExitMode.SOLO else rep["max_batch"]
-        resize_pool(self.record, pool)
-        rep["window_seen"] = rep["window_breaches"] = rep["tripped"] = 0
+        rep, level = self.record, place.level
+        rep.model = place.model
+        rep.level = level
+        rep.depth = assignment.depth
+        rep.exit_mode = EXIT_MODES[assignment.exit_mode]
+        rep.column = self.run.world.exit_layers.shape[1] + level if leaves_early else level
+        rep.batch_limit = 1 if assignment.exit_mode is ExitMode.SOLO else rep.max_batch
+        resize_pool(rep, place.pool_blocks)
+        rep.window_seen = rep.window_breaches = rep.tripped = 0
         self.assignment = assignment
         self.weight_bytes = self.run.weight_bytes[assignment.model, assignment.depth]
+        self.block_bytes = place.block_bytes
         self.totals.peak_weight_bytes = max(self.totals.peak_weight_bytes, self.weight_bytes)
 
     def aim(self, decision: Decision) -> None:
         """Tell the batch loop when to come back."""
-        rep = self.rep
-        rep["evaluating"] = int(isinstance(decision, Evaluate))
+        rep = self.record
+        rep.evaluating = int(isinstance(decision, Evaluate))
         if isinstance(decision, Evaluate):
-            rep["quota"] = rep["finish_target"] = decision.num_requests
-            rep["watching"] = 0
+            rep.quota = rep.finish_target = decision.num_requests
+            rep.watching = 0
             return
         watching = self.policy.watching
-        rep["quota"] = UNBOUNDED
-        rep["finish_target"] = (
+        rep.quota = UNBOUNDED
+        rep.finish_target = (
             UNBOUNDED if self.until_reassessment is None else self.until_reassessment
         )
-        rep["watching"] = int(watching.breach_window_tokens is not None)
+        rep.watching = int(watching.breach_window_tokens is not None)
 
     def serve(self, until_s: float) -> Process:
         """Serve until somebody must decide, the work runs out, or the clock reaches `until_s`."""
-        run, rep = self.run, self.rep
-        cut_s = float(rep["now_s"])
+        run, rep = self.run, self.record
+        cut_s = rep.now_s
         while True:
             limit_s = min(until_s, run.next_arrival_s)
             # The cut moves on even where an iteration or an idle time outlasts the slice.
-            cut_s = max(cut_s, float(rep["now_s"])) + max(run.slice_s, float(rep["now_s"]) / 200)
+            cut_s = max(cut_s, rep.now_s) + max(run.slice_s, rep.now_s / 200)
             cause = int(self.run.loop.advance(run.world, self.index, min(limit_s, cut_s)))
             if cause == AT_HORIZON and cut_s < limit_s:
                 run.report_progress()
@@ -362,12 +380,12 @@ class Replica:
                 if cause in _WAITS:
                     continue
             if cause not in _WAITS:
-                yield run.clock.at(float(rep["now_s"]))
+                yield run.clock.at(rep.now_s)
                 return cause
             if until_s == math.inf:
                 return OUT_OF_WORK
             yield run.clock.at(until_s)
-            if rep["phase"] == BETWEEN and rep["now_s"] < until_s:
+            if rep.phase == BETWEEN and rep.now_s < until_s:
                 self.run.loop.pass_idle_time(self.record, until_s)
             return AT_HORIZON
 
@@ -400,84 +418,83 @@ class Replica:
             return needed
         return max(0, needed - self.weight_bytes)
 
-    def block_bytes(self) -> int:
-        """Bytes of a KV block of the present pool."""
-        if self.assignment is None:
-            return 1
-        return self.run.setup.block_bytes(self.assignment.model, self.assignment.depth)
-
     def load_seconds(self) -> dict[str, tuple[float, ...]]:
         """Seconds to bring each candidate in at each exit, on an idle link."""
+        # A host's memory only ever gains models, so their number tells which ones it holds.
+        loaded = None if self.assignment is None else self.assignment.model
+        key = loaded, self.weight_bytes, len(self.host.in_memory_s)
+        if key not in self.load_s:
+            self.load_s[key] = {
+                candidate.name: self.load_seconds_of(candidate) for candidate in self.run.candidates
+            }
+        return self.load_s[key]
+
+    def load_seconds_of(self, candidate: Candidate) -> tuple[float, ...]:
+        """Seconds to bring a candidate in at each exit, on an idle link."""
         loading = self.run.setup.profile.loading
-        estimates = {}
-        for candidate in self.run.candidates:
-            disk_s = 0.0
-            if candidate.name not in self.host.in_memory_s:
-                disk_s = loading.disk.seconds(candidate.weight_bytes[-1])
-            missing = [self.missing_bytes(candidate.name, k) for k in candidate.exit_layers]
-            estimates[candidate.name] = tuple(
-                disk_s + loading.host.seconds(num_bytes) if num_bytes else 0.0
-                for num_bytes in missing
-            )
-        return estimates
+        disk_s = 0.0
+        if candidate.name not in self.host.in_memory_s:
+            disk_s = loading.disk.seconds(candidate.weight_bytes[-1])
+        missing = [self.missing_bytes(candidate.name, k) for k in candidate.exit_layers]
+        return tuple(
+            disk_s + loading.host.seconds(num_bytes) if num_bytes else 0.0 for num_bytes in missing
+        )
 
     def expected_tokens(self) -> float:
         """Tokens until the next reassessment, as far as experience tells."""
-        rep = self.rep
-        if rep["num_finished"]:
-            per_request = float(rep["num_tokens"]) / float(rep["num_finished"])
+        rep = self.record
+        if rep.num_finished:
+            per_request = float(rep.num_tokens / rep.num_finished)
         else:
             per_request = float(self.run.setup.serving.expected_output_tokens)
         return (self.until_reassessment or 0) * per_request
 
     def marked(self) -> _Mark:
         """The running sums as they stand, to take differences from."""
-        rep = self.rep
-        rep["ttft_sum_s"] = rep["tpot_sum_s"] = 0.0
-        rep["period_finished"] = rep["period_tpots"] = 0
-        counts = self.run.world.exit_counts[self.index, rep["model"]]
+        rep = self.record
+        rep.ttft_sum_s = rep.tpot_sum_s = 0.0
+        rep.period_finished = rep.period_tpots = 0
         return _Mark(
-            time_s=float(rep["now_s"]),
-            num_tokens=int(rep["num_tokens"]),
-            exit_counts=tuple(int(count) for count in counts),
-            executed_layers=int(rep["executed_layers"]),
-            num_breaches=int(rep["num_breaches"]),
-            nll=int(rep["nll"]),
-            energy_j=float(rep["energy_j"]),
-            num_decode_iterations=int(rep["num_decode_iterations"]),
-            decode_rows=int(rep["decode_rows"]),
+            time_s=rep.now_s,
+            num_tokens=rep.num_tokens,
+            exit_counts=self.exit_counts[rep.model].tolist(),
+            executed_layers=rep.executed_layers,
+            num_breaches=rep.num_breaches,
+            nll=rep.nll,
+            energy_j=rep.energy_j,
+            num_decode_iterations=rep.num_decode_iterations,
+            decode_rows=rep.decode_rows,
         )
 
     def telemetry(self) -> Telemetry | None:
         """What the replica saw since its last decision was carried out."""
         if self.assignment is None:
             return None
-        rep, mark = self.rep, self.mark
-        num_exits = self.run.setup.profile.model(self.assignment.model).model.num_exits
-        counts = self.run.world.exit_counts[self.index, rep["model"]]
-        iterations = int(rep["num_decode_iterations"]) - mark.num_decode_iterations
+        rep, mark = self.record, self.mark
+        num_exits = self.run.place(self.assignment.model, self.assignment.depth).num_exits
+        counts = self.exit_counts[rep.model, :num_exits].tolist()
+        iterations = rep.num_decode_iterations - mark.num_decode_iterations
         return Telemetry(
             assignment=self.assignment,
-            duration_s=float(rep["now_s"]) - mark.time_s,
-            num_finished=int(rep["period_finished"]),
-            num_tokens=int(rep["num_tokens"]) - mark.num_tokens,
+            duration_s=rep.now_s - mark.time_s,
+            num_finished=rep.period_finished,
+            num_tokens=rep.num_tokens - mark.num_tokens,
             exit_counts=tuple(
-                int(count) - before
-                for count, before in zip(counts[:num_exits], mark.exit_counts, strict=False)
+                count - before for count, before in zip(counts, mark.exit_counts, strict=False)
             ),
-            executed_layers=int(rep["executed_layers"]) - mark.executed_layers,
-            num_breaches=int(rep["num_breaches"]) - mark.num_breaches,
-            nll_nats=(int(rep["nll"]) - mark.nll) / NLL_UNITS_PER_NAT,
-            mean_ttft_s=_mean(rep["ttft_sum_s"], rep["period_finished"]),
-            mean_tpot_s=_mean(rep["tpot_sum_s"], rep["period_tpots"]),
-            mean_batch=(int(rep["decode_rows"]) - mark.decode_rows) / max(1, iterations),
-            energy_j=float(rep["energy_j"]) - mark.energy_j,
-            is_evaluation=bool(rep["evaluating"]),
+            executed_layers=rep.executed_layers - mark.executed_layers,
+            num_breaches=rep.num_breaches - mark.num_breaches,
+            nll_nats=(rep.nll - mark.nll) / NLL_UNITS_PER_NAT,
+            mean_ttft_s=_mean(rep.ttft_sum_s, rep.period_finished),
+            mean_tpot_s=_mean(rep.tpot_sum_s, rep.period_tpots),
+            mean_batch=(rep.decode_rows - mark.decode_rows) / max(1, iterations),
+            energy_j=rep.energy_j - mark.energy_j,
+            is_evaluation=bool(rep.evaluating),
         )
 
     def account_weights(self) -> None:
         """Book the time spent with the weights that are about to change."""
-        now_s = float(self.rep["now_s"])
+        now_s = self.record.now_s
         if self.assignment is not None:
             seconds = now_s - self.totals.weights_since_s
             name = f"{self.assignment.model}@{self.assignment.depth}"
@@ -487,13 +504,13 @@ class Replica:
         self.totals.weights_since_s = now_s
 
 
-@dataclass
+@dataclass(slots=True)
 class _Mark:
     """Running sums at the moment the last decision was carried out."""
 
     time_s: float = 0.0
     num_tokens: int = 0
-    exit_counts: tuple[int, ...] = ()
+    exit_counts: Sequence[int] = ()
     executed_layers: int = 0
     num_breaches: int = 0
     nll: int = 0
@@ -562,6 +579,7 @@ class Run:
             for card in self.candidates
             for depth, num_bytes in zip(card.exit_layers, card.weight_bytes, strict=True)
         }
+        self.places: dict[tuple[str, int], Place] = {}
         self.clock = Clock()
         self.decisions: list[DecisionEntry] = []
         self.next_arrival_s = math.inf
@@ -579,6 +597,23 @@ class Run:
         # A compiled call answers to nobody until it returns, so it is cut into slices; cuts change
         # no result.
         self.slice_s = 60.0 + requests.span_s / 200
+
+    def place(self, name: str, depth: int) -> Place:
+        """A model loaded to a depth; one that leaves no room for KV is an `InputError`."""
+        if (name, depth) not in self.places:
+            setup = self.setup
+            model = setup.profile.model(name).model
+            pool_blocks = setup.pool_blocks(name, depth)
+            if pool_blocks == 0:
+                raise setup.no_room(name, depth)
+            self.places[name, depth] = Place(
+                model=setup.candidates.index(name),
+                level=model.exit_layers.index(depth),
+                num_exits=model.num_exits,
+                pool_blocks=pool_blocks,
+                block_bytes=setup.block_bytes(name, depth),
+            )
+        return self.places[name, depth]
 
     def play(self) -> None:
         """Run the world until no work is left."""
@@ -629,12 +664,13 @@ class Run:
     def report_progress(self) -> None:
         """Tell how much of the workload has ended, from 0 to 1."""
         if self.on_progress is not None:
-            ended = sum(int(rep.num_finished + rep.num_refused) for rep in self.world.replicas)
+            records = [replica.record for replica in self.replicas]
+            ended = sum(record.num_finished + record.num_refused for record in records)
             self.on_progress(ended / len(self.requests))
 
     def finish(self) -> None:
         """Let every replica idle to the end of the run and close the books."""
-        self.end_s = max(float(rep.now_s) for rep in self.world.replicas)
+        self.end_s = max(replica.record.now_s for replica in self.replicas)
         for replica in self.replicas:
             if replica.record.now_s < self.end_s:
                 self.loop.pass_idle_time(replica.record, self.end_s)

@@ -14,7 +14,6 @@ import polars as pl
 from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
 from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
-from helios_sim.policy.snapshot_json import snapshot_to_json
 from helios_sim.records import STATUSES, RunData, RunTotals
 from helios_sim.state import (
     FINISHED,
@@ -156,7 +155,7 @@ def decisions_table(run: Run) -> pl.DataFrame:
             "reason": column(_reason),
             "ready_s": column(lambda e: e.ready_s),
             "moved_bytes": column(lambda e: e.moved_bytes),
-            "snapshot": column(lambda e: snapshot_to_json(e.snapshot)),
+            "snapshot": column(lambda e: e.snapshot),
         },
         strict=False,
     )

@@ -77,7 +77,8 @@ DECISION_COLUMNS: dict[str, str] = {
     "reason": "the policy's own words",
     "ready_s": "when the decision was carried out; null if the run ended before",
     "moved_bytes": "weight bytes brought in for it",
-    "snapshot": "the snapshot the policy saw, as JSON",
+    "snapshot": "the snapshot the policy saw, as JSON, without what it shares with the replica's "
+    "last one",
 }
 
 

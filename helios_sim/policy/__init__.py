@@ -9,7 +9,11 @@ from helios_sim.policy.registry import (
     policy_names,
     policy_options,
 )
-from helios_sim.policy.snapshot_json import snapshot_from_json, snapshot_to_json
+from helios_sim.policy.snapshot_json import (
+    read_snapshots,
+    snapshot_from_json,
+    snapshot_to_json,
+)
 
 __all__ = [
     "Controller",
@@ -20,6 +24,7 @@ __all__ = [
     "option_grades",
     "policy_names",
     "policy_options",
+    "read_snapshots",
     "snapshot_from_json",
     "snapshot_to_json",
 ]

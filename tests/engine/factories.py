@@ -15,12 +15,13 @@ import numpy as np
 
 from helios_sim.arrivals import ArrivalSettings, PoissonArrivals, open_arrivals, stream
 from helios_sim.cost import COEFFICIENTS
-from helios_sim.engine import Run, Setup, simulate
+from helios_sim.engine import DecisionEntry, Run, Setup, simulate
 from helios_sim.exits import ExitTraces
 from helios_sim.model import EarlyExitModel, ModelShape
 from helios_sim.outcome import run_data
-from helios_sim.policy.contract import Policy, Slo
+from helios_sim.policy.contract import Policy, Slo, Snapshot
 from helios_sim.policy.registry import make_policy
+from helios_sim.policy.snapshot_json import read_snapshots
 from helios_sim.profile import (
     Confidence,
     Device,
@@ -297,6 +298,12 @@ def play_policy(
     run = simulate(setup, requests, make)
     policy: Policy = run.policy
     return run, run_data(run, label, policy.name, setup.seed, {"name": "test"})
+
+
+def snapshots_of(entries: Sequence[DecisionEntry]) -> list[Snapshot]:
+    """What the policy saw at each decision of a log."""
+    replicas = [entry.replica for entry in entries]
+    return read_snapshots(replicas, [entry.snapshot for entry in entries])
 
 
 def at_memory(profile: Profile, memory_bytes: int) -> Profile:

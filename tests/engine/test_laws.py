@@ -26,8 +26,9 @@ from helios_sim.exits import ExitTraces
 from helios_sim.memory import used_blocks
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Evaluate, ExitMode, Keep, Watching
+from helios_sim.policy.controller import Controller
 from helios_sim.policy.registry import make_policy, policy_names
-from helios_sim.policy.snapshot_json import snapshot_from_json
+from helios_sim.policy.snapshot_json import read_snapshots
 from helios_sim.profile import Link
 from helios_sim.records import RunData, check_run, write_run
 from helios_sim.state import FINISHED, NOBODY, REFUSED, RUNNING, UNSENT, WAITING
@@ -46,6 +47,7 @@ from tests.engine.factories import (
     policy_of,
     requests_of,
     setup_of,
+    snapshots_of,
 )
 
 WORLDS: dict[str, dict[str, Any]] = {
@@ -499,19 +501,31 @@ def test_another_future_changes_no_decision_up_to_now(
 def test_only_a_policy_that_says_so_sees_the_future() -> None:
     for use in policy_names():
         run, _ = play(drifting_setup(), drifting_requests(60), use)
-        sees = {entry.snapshot.foresight is not None for entry in run.decisions}
+        sees = {snapshot.foresight is not None for snapshot in snapshots_of(run.decisions)}
         assert sees == {use == "clairvoyant"}
 
 
 @pytest.mark.parametrize("use", policy_names())
 @pytest.mark.parametrize("world", ["one replica", "chunked, least outstanding"])
-def test_a_fresh_policy_decides_every_logged_snapshot_alike(world: str, use: str) -> None:
+def test_a_fresh_policy_decides_every_logged_snapshot_alike(
+    world: str, use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the log holds is what the policy saw, whole, though a line leaves out what stays."""
+    seen: list[Any] = []
+
+    def consult(controller: Controller, **given: Any) -> Any:
+        decision, snapshot = ask(controller, **given)
+        seen.append(snapshot)
+        return decision, snapshot
+
+    ask = Controller.consult
+    monkeypatch.setattr(Controller, "consult", consult)
     run, data = play(setup_in(world), drifting_requests(150), use)
+    assert snapshots_of(run.decisions) == seen
     entries = decided(run.decisions)
-    assert data.decisions.height == len(entries)
-    for text, entry in zip(data.decisions["snapshot"], entries, strict=True):
-        snapshot = snapshot_from_json(text)
-        assert snapshot == entry.snapshot
+    logged = read_snapshots(data.decisions["replica"], data.decisions["snapshot"])
+    assert [snapshot.now_s for snapshot in logged] == data.decisions["time_s"].to_list()
+    for snapshot, entry in zip(logged, entries, strict=True):
         assert policy_of(use).decide(snapshot) == entry.decision
 
 
@@ -689,7 +703,7 @@ def test_weights_and_pool_stay_within_memory_also_while_weights_arrive(
 
     def checked(self: Replica, assignment: Any) -> None:
         take_up(self, assignment)
-        pool = int(self.record.pool_blocks) * self.block_bytes()
+        pool = int(self.record.pool_blocks) * self.block_bytes
         assert self.weight_bytes + pool <= usable
         assert int(self.record.staged_blocks) == 0
         assert int(self.record.free_blocks) == int(self.record.pool_blocks)
@@ -830,7 +844,8 @@ def test_after_an_evaluation_that_is_kept_nobody_is_evaluated_any_more() -> None
     assert data.requests["evaluated"].to_list() == [True] * 4 + [False] * 56
     events = [str(entry.event) for entry in run.decisions]
     assert events == ["start", "evaluated"] + ["reassess"] * 5
-    kept = [entry.snapshot.telemetry.is_evaluation for entry in run.decisions[1:]]
+    told = [snapshot.telemetry for snapshot in snapshots_of(run.decisions)[1:]]
+    kept = [telemetry.is_evaluation for telemetry in told if telemetry is not None]
     assert kept == [True] + [False] * 5
 
 

@@ -22,6 +22,7 @@ from tests.engine.factories import (
     drifting_setup,
     play,
     play_policy,
+    snapshots_of,
 )
 
 ROUTERS = ("round-robin", "random", "least-outstanding", "least-kv")
@@ -117,10 +118,11 @@ def test_helios_does_all_it_can_do_on_a_drifting_workload() -> None:
 def test_an_evaluation_serves_exactly_as_many_requests_as_it_asked_for() -> None:
     run, data = play(drifting_setup(), drifting_requests(), evaluation_requests=4)
     entries = run.decisions
-    for entry, following in pairwise(entries):
+    seen = snapshots_of(entries)
+    for (entry, following), snapshot in zip(pairwise(entries), seen[1:], strict=True):
         if entry.event == "evaluated" or following.event != "evaluated":
             continue
-        telemetry = following.snapshot.telemetry
+        telemetry = snapshot.telemetry
         assert telemetry is not None and telemetry.is_evaluation
         assert telemetry.num_finished == 4
         assert telemetry.assignment == entry.assignment
@@ -132,8 +134,8 @@ def test_an_interval_counts_requests_since_the_last_evaluation() -> None:
     run, _ = play(drifting_setup(), drifting_requests(300), reassess_requests=30)
     served = 0
     since: list[int] = []
-    for entry in run.decisions[1:]:
-        telemetry = entry.snapshot.telemetry
+    for entry, snapshot in zip(run.decisions[1:], snapshots_of(run.decisions)[1:], strict=True):
+        telemetry = snapshot.telemetry
         assert telemetry is not None
         if not telemetry.is_evaluation:
             served += telemetry.num_finished

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from helios_sim.policy.contract_suite import (
     example_candidates,
     example_evaluation,
 )
+from helios_sim.policy.snapshot_json import SnapshotLog, SnapshotReader, read_snapshots
 
 SMALL, LARGE, MIDDLE, OTHER = example_candidates()
 PAIR = (SMALL, LARGE)
@@ -187,6 +189,29 @@ def test_candidates_have_distinct_names_and_there_is_one() -> None:
     for candidates in ((), (SMALL, SMALL)):
         with pytest.raises(InputError, match="at least one, and no name twice"):
             Controller(Helios(), candidates)
+
+
+def test_a_line_of_the_log_holds_what_the_one_before_does_not() -> None:
+    """Candidates stand in the first line alone; an evaluation in the history is a line's number."""
+    walked = [seen for _, seen in ScriptedHost(make_policy("helios"), example_candidates()).walk()]
+    log, reader = SnapshotLog(), SnapshotReader()
+    lines = [log.write(seen) for seen in walked]
+    assert [reader.read(line) for line in lines] == walked
+    told = [json.loads(line) for line in lines]
+    assert set(told[0]) == {field.name for field in fields(Snapshot)}
+    assert not any({"candidates", "slo", "max_batch"} & set(line) for line in told[1:])
+    evaluated = [k for k, seen in enumerate(walked) if seen.event is Event.EVALUATED]
+    for k in evaluated:
+        assert walked[k].telemetry is not None
+        assert told[k]["history"][walked[k].telemetry.assignment.model][-1] == k
+
+
+def test_logs_of_several_replicas_are_told_apart() -> None:
+    walked = [seen for _, seen in ScriptedHost(make_policy("helios"), example_candidates()).walk()]
+    logs = SnapshotLog(), SnapshotLog()
+    order = [(replica, seen) for seen in walked for replica in (1, 0)]
+    lines = [logs[replica].write(seen) for replica, seen in order]
+    assert read_snapshots([replica for replica, _ in order], lines) == [seen for _, seen in order]
 
 
 def test_a_logged_snapshot_replays_to_the_same_decision() -> None:
