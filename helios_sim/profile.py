@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +29,23 @@ from helios_sim.errors import InputError
 from helios_sim.model import EarlyExitModel, Family, ModelShape
 
 SCHEMA_VERSION: Final = 1
-GRADES: Final = ("measured", "published", "derived", "assumed")
+UNAVAILABLE: Final = "unavailable"
+GRADES: Final = ("measured", "published", "derived", "assumed", UNAVAILABLE)
 """What stands behind a number, best first.
 
 `measured`: read off this device. `published`: printed by its source. `derived`: our arithmetic on
-published figures. `assumed`: chosen by us, nothing stands behind it but plausibility.
+measured or published figures. `assumed`: chosen by us, nothing stands behind it but plausibility.
+`unavailable`: nobody could read it, so there is no number (null), only the reason; allowed for
+joules and watts.
 """
 
 CONFIDENCE_KINDS: Final = (
     "max-softmax",
     "top2-margin",
+    "entropy",
     "calibrated-max-softmax",
     "calibrated-top2-margin",
+    "calibrated-entropy",
 )
 FAMILIES: Final = ("opt", "llama")
 PROFILE_FILE: Final = "profile.json"
@@ -58,14 +64,18 @@ _SHAPE_INTS: Final = (
     "vocab",
     "max_positions",
 )
+_WATTS: Final = ("idle_w", "active_w", "load_w")
 _SHIPPED: Final = Path(__file__).parent / "profiles"
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a profile with what stands behind it; `error` is its standard error."""
+    """A number of a profile with what stands behind it; `error` is its standard error.
 
-    value: float
+    `value` is None for a joule or a watt that could not be read (grade `unavailable`).
+    """
+
+    value: float | None
     unit: str
     grade: str
     source: str
@@ -77,7 +87,8 @@ class Device:
     """The GPUs of one replica; memory and watts are summed over its `num_gpus`.
 
     `idle_w` is drawn by an idle replica, `active_w` is the floor while it works (idle included),
-    `load_w` is drawn while weights move and nothing else runs.
+    `load_w` is drawn while weights move and nothing else runs. Where watts are unavailable they
+    are 0 here, so that times can be computed; `Profile.has_energy` says whether to believe them.
     """
 
     name: str
@@ -129,20 +140,54 @@ class ModelProfile:
     """An early-exit model on the profile's device.
 
     `batch_residual` holds knots (batch, factor) by which a predicted layer time is multiplied;
-    empty means 1. `batch_buckets` are the batch sizes a backend pads to; empty means none.
+    empty means 1. `batch_buckets` are the batch sizes a backend pads to; empty means none. A
+    coefficient of energy or power is None where it is unavailable.
     """
 
     model: EarlyExitModel
-    coefficients: Mapping[str, float]
+    coefficients: Mapping[str, float | None]
     batch_buckets: tuple[int, ...]
     batch_residual: tuple[tuple[float, float], ...]
     hull: Hull | None
     workspace_bytes: int
     confidence: Confidence
 
+    @property
+    def has_energy(self) -> bool:
+        """Whether every coefficient of energy is known; the power limit may be missing."""
+        return all(
+            value is not None
+            for name, value in self.coefficients.items()
+            if name != "power.limit_w"
+        )
+
     def coefficient_array(self) -> Array:
-        """The coefficients as `helios_sim.cost` reads them."""
-        return np.array([self.coefficients[name] for name in COEFFICIENTS], dtype=np.float64)
+        """The coefficients as `helios_sim.cost` reads them.
+
+        Unavailable joules and watts count as 0, so that seconds can be computed; an unavailable
+        power limit beside known joules limits nothing.
+        """
+        values = {name: value or 0.0 for name, value in self.coefficients.items()}
+        if self.coefficients["power.limit_w"] is None and self.has_energy:
+            values["power.limit_w"] = sys.float_info.max
+        return np.array([values[name] for name in COEFFICIENTS], dtype=np.float64)
+
+    def beyond_hull(self, max_batch: int, max_context_tokens: int) -> str | None:
+        """What of a run lies outside the measured range, as a clause; None where nothing does.
+
+        `max_batch` is the largest batch run, `max_context_tokens` the longest request in it.
+        """
+        if self.hull is None:
+            return None
+        parts = [
+            f"{what} up to {given} where {measured} was the largest measured"
+            for what, given, measured in (
+                ("batches", max_batch, self.hull.max_batch),
+                ("contexts", max_context_tokens, self.hull.max_context_tokens),
+            )
+            if given > measured
+        ]
+        return f"{self.model.name}: {' and '.join(parts)}" if parts else None
 
     def padded_rows(self, max_batch: int) -> Array:
         """For each batch from 0 to `max_batch` the rows computed: the next bucket, or itself."""
@@ -251,10 +296,25 @@ class Profile:
             )
         return self.models[name]
 
+    @property
+    def has_energy(self) -> bool:
+        """Whether energy is known: the device's watts and every model's joules.
+
+        Where it is not, whatever joules a simulation adds up mean nothing and are to be shown as
+        unavailable, never as zero.
+        """
+        watts = (self.quantities[f"device.{key}"].value for key in _WATTS)
+        return all(value is not None for value in watts) and all(
+            model.has_energy for model in self.models.values()
+        )
+
     def grade_counts(self) -> dict[str, int]:
-        """How many numbers stand at each grade."""
+        """How many numbers stand at each grade; `unavailable` is named only where it occurs."""
         grades = [quantity.grade for quantity in self.quantities.values()]
-        return {grade: grades.count(grade) for grade in GRADES}
+        counts = {grade: grades.count(grade) for grade in GRADES}
+        if not counts[UNAVAILABLE]:
+            del counts[UNAVAILABLE]
+        return counts
 
 
 @dataclass(frozen=True)
@@ -309,7 +369,11 @@ _UNITS: Final = {
 def quantity(
     name: str, value: Any, grade: str, source: str, error: float | None = None
 ) -> dict[str, Any]:
-    """A number as the file holds it; its unit follows from its name (see `unit_of`)."""
+    """A number as the file holds it; its unit follows from its name (see `unit_of`).
+
+    A joule or a watt that could not be read is None with the grade `unavailable`; the source
+    then says why.
+    """
     entry: dict[str, Any] = {"value": value, "unit": unit_of(name), "grade": grade}
     entry["source"] = source
     if error is not None:
@@ -554,7 +618,21 @@ class _Reader:
         error = table.get("error")
         if error is not None:
             error = self.number(error, f"{place}.error")
-        return table["value"], unit, grade, source, error
+        value = table["value"]
+        if grade == UNAVAILABLE and unit[0] not in "JW":
+            raise self.fail(
+                f"{place}.grade",
+                "'unavailable' was given; only joules and watts may be: without seconds and "
+                "bytes nothing can be simulated. Measure the number, or give one with the "
+                "grade 'assumed'.",
+            )
+        if (value is None) != (grade == UNAVAILABLE):
+            raise self.fail(
+                f"{place}.value",
+                f"The value {_shown(value)} was given with the grade {grade!r}; null and "
+                "'unavailable' belong together.",
+            )
+        return value, unit, grade, source, error
 
     def quantity(
         self,
@@ -574,6 +652,14 @@ class _Reader:
             raise self.fail(place, "The value 0 was given; it must be greater.")
         self.quantities[place] = Quantity(number, unit, grade, source, error)
         return number
+
+    def energy(self, node: Any, place: str, name: str) -> float | None:
+        """The joules or watts of a quantity, None where they are unavailable."""
+        value, unit, grade, source, error = self._entry(node, place, name)
+        if value is not None:
+            return self.quantity(node, place, name)
+        self.quantities[place] = Quantity(None, unit, grade, source, error)
+        return None
 
     def quantities_list(self, node: Any, place: str, name: str) -> tuple[float, ...]:
         """The values of a quantity that is a list."""
@@ -671,15 +757,13 @@ def _parse(document: Any, folder: Path, content_hash: str) -> Profile:
 def _parse_device(reader: _Reader, node: Any) -> Device:
     keys = ("name", "num_gpus", "memory_bytes", "idle_w", "active_w", "load_w")
     table = reader.table(node, "device", keys)
-    watts = {
-        key: reader.quantity(table[key], f"device.{key}", key)
-        for key in ("idle_w", "active_w", "load_w")
-    }
-    if watts["active_w"] < watts["idle_w"]:
+    watts = {key: reader.energy(table[key], f"device.{key}", key) for key in _WATTS}
+    idle_w, active_w = watts["idle_w"], watts["active_w"]
+    if idle_w is not None and active_w is not None and active_w < idle_w:
         raise reader.fail(
             "device.active_w",
-            f"The value {watts['active_w']:g} was given; it includes the idle power, so it must "
-            f"be at least idle_w ({watts['idle_w']:g}).",
+            f"The value {active_w:g} was given; it includes the idle power, so it must "
+            f"be at least idle_w ({idle_w:g}).",
         )
     return Device(
         name=reader.text(table["name"], "device.name"),
@@ -687,7 +771,7 @@ def _parse_device(reader: _Reader, node: Any) -> Device:
         memory_bytes=reader.count(
             table["memory_bytes"], "device.memory_bytes", "memory_bytes", above_zero=True
         ),
-        **watts,
+        **{key: value or 0.0 for key, value in watts.items()},
     )
 
 
@@ -730,7 +814,7 @@ def _parse_model(reader: _Reader, name: str, node: Any, place: str) -> ModelProf
     return ModelProfile(
         model=_parse_early_exit_model(reader, name, table, place),
         coefficients={
-            key: reader.quantity(coefficients[key], f"{place}.coefficients.{key}", key)
+            key: reader.energy(coefficients[key], f"{place}.coefficients.{key}", key)
             for key in COEFFICIENTS
         },
         batch_buckets=_parse_buckets(reader, table["batch_buckets"], f"{place}.batch_buckets"),

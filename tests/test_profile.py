@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helios_sim.cost import COEFFICIENTS
+from helios_sim.cost import COEFFICIENTS, iteration_joules
 from helios_sim.errors import InputError
 from helios_sim.profile import (
     PROFILE_FILE,
@@ -309,6 +309,14 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
         "sum to 0.9",
     ),
     ("an impossible perplexity", "exits/candidates/opt-1.3b/perplexity/value", 0.5, "at least 1"),
+    ("seconds that are missing", f"{COEFFICIENT}/value", None, "null and 'unavailable' belong"),
+    ("seconds called unavailable", f"{COEFFICIENT}/grade", "unavailable", "only joules and watts"),
+    (
+        "watts called unavailable beside a value",
+        "device/idle_w/grade",
+        "unavailable",
+        "null and 'unavailable' belong",
+    ),
     ("an origin nobody knows", "provenance/origin", "hearsay", "allowed are 'published'"),
 ]
 
@@ -370,3 +378,82 @@ def test_a_markov_section_is_read_into_its_statistics() -> None:
     assert exits.domains == ("chat", "code")
     assert exits.candidates["opt-1.3b"].exit_layers == (6, 12, 24)
     assert exits.candidates["opt-1.3b"].exit_shares["chat"] == (0.730, 0.047, 0.223)
+
+
+def without_energy(document: Document, keep: tuple[str, ...] = ()) -> Document:
+    """The document of a device without a meter."""
+    gone = {"value": None, "grade": "unavailable", "source": "no meter answered"}
+    for place in ("idle_w", "active_w", "load_w"):
+        document["device"][place] |= gone
+    for model in document["models"].values():
+        for name, entry in model["coefficients"].items():
+            if entry["unit"][0] in "JW" and name not in keep:
+                entry |= gone
+    return document
+
+
+def test_a_shipped_profile_knows_its_energy() -> None:
+    profile = load_profile("opt-a100-40gb")
+    assert profile.has_energy
+    assert "unavailable" not in profile.grade_counts()
+
+
+def test_energy_without_a_meter_is_unavailable_and_times_still_work(
+    tmp_path: Path, document: Document
+) -> None:
+    profile = save_profile(without_energy(document), tmp_path / "mine")
+    assert not profile.has_energy
+    number = profile.quantities["models.opt-1.3b.coefficients.decode.j_per_layer"]
+    assert number.value is None
+    assert number.grade == "unavailable"
+    assert number.source == "no meter answered"
+    assert profile.grade_counts()["unavailable"] == 3 + 2 * 14
+    model = profile.models["opt-1.3b"]
+    assert model.coefficients["power.active_w"] is None
+    original = load_profile("opt-a100-40gb").models["opt-1.3b"].coefficient_array()
+    array = model.coefficient_array()
+    for index, name in enumerate(COEFFICIENTS):
+        expected = original[index] if unit_of(name)[0] == "s" else 0.0
+        assert array[index] == expected, name
+
+
+def test_one_missing_joule_is_enough_for_energy_to_be_unknown(
+    tmp_path: Path, document: Document
+) -> None:
+    entry = document["models"]["opt-6.7b"]["coefficients"]["head.j_base"]
+    entry |= {"value": None, "grade": "unavailable"}
+    assert not save_profile(document, tmp_path / "mine").has_energy
+
+
+def test_an_unknown_power_limit_beside_known_joules_limits_nothing(
+    tmp_path: Path, document: Document
+) -> None:
+    for model in document["models"].values():
+        model["coefficients"]["power.limit_w"] |= {"value": None, "grade": "unavailable"}
+    profile = save_profile(document, tmp_path / "mine")
+    assert profile.has_energy
+    array = profile.models["opt-1.3b"].coefficient_array()
+    assert iteration_joules(array, 0.01, 1e9) > 1e9
+    assert iteration_joules(array, 0.0, 0.0) == 0.0
+
+
+def test_leaving_the_measured_range_is_said_in_words(tmp_path: Path, document: Document) -> None:
+    document["models"]["opt-1.3b"]["hull"] = {"max_batch": 64, "max_context_tokens": 2048}
+    profile = save_profile(document, tmp_path / "mine")
+    model = profile.models["opt-1.3b"]
+    assert model.beyond_hull(64, 2048) is None
+    assert model.beyond_hull(65, 100) == (
+        "opt-1.3b: batches up to 65 where 64 was the largest measured"
+    )
+    said = model.beyond_hull(70, 4000)
+    assert said is not None
+    assert "batches up to 70" in said
+    assert "contexts up to 4000" in said
+    assert profile.models["opt-6.7b"].beyond_hull(10_000, 10_000) is None
+
+
+@pytest.mark.parametrize("kind", ["entropy", "calibrated-entropy"])
+def test_confidence_may_be_an_entropy(tmp_path: Path, document: Document, kind: str) -> None:
+    document["models"]["opt-1.3b"]["confidence"]["kind"] = kind
+    profile = save_profile(document, tmp_path / "mine")
+    assert profile.models["opt-1.3b"].confidence.kind == kind
