@@ -7,7 +7,6 @@ compiled code.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import os
@@ -78,8 +77,8 @@ def play_and_record(experiment: Experiment, watch: Stopwatch) -> tuple[RunData, 
     run = play(experiment, watch)
     policy = experiment.scenario.policy[0]
     data = run_data(run, policy.name, policy.use, SEED, resolved(experiment.scenario))
+    run.disband()
     del run
-    gc.collect()
     watch.lap("records")
     check_run(data)
     watch.lap("check")

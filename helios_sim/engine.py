@@ -488,7 +488,7 @@ class Replica:
             mean_ttft_s=_mean(rep.ttft_sum_s, rep.period_finished),
             mean_tpot_s=_mean(rep.tpot_sum_s, rep.period_tpots),
             mean_batch=(rep.decode_rows - mark.decode_rows) / max(1, iterations),
-            energy_j=rep.energy_j - mark.energy_j,
+            energy_j=rep.energy_j - mark.energy_j if self.run.has_energy else None,
             is_evaluation=bool(rep.evaluating),
         )
 
@@ -548,6 +548,7 @@ class Run:
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         self.setup = setup
+        self.has_energy = setup.profile.has_energy
         self.requests = requests
         self.on_progress = on_progress
         self.policy = make()
@@ -677,6 +678,14 @@ class Run:
             self.loop.settle_all(self.world, replica.index)
             self.loop.sample(self.world, replica.index, self.loop.state_of(replica.record))
             replica.account_weights()
+
+    def disband(self) -> None:
+        """Let the fleet go, once its records are taken, so that the world can be freed.
+
+        Replicas and their run refer to each other, and a collection would search everything else
+        for them.
+        """
+        self.replicas.clear()
 
     def foresight(self, replica: Replica) -> dict[str, tuple[float, ...]]:
         """True exit shares of the requests to come, for policies that bound the others."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -190,10 +189,9 @@ def run_policy(
         check_fits(len(requests), watching.reassess_requests, len(experiment.setup.candidates))
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
-        # The world is as large as the records made of it, and nobody needs it any more; replicas
-        # and their run refer to each other, so it takes a collection to let it go.
+        # The world is as large as the records made of it, and nobody needs it any more.
+        played.disband()
         del played, requests
-        gc.collect()
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary["num_shortened"] = num_shortened

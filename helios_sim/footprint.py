@@ -13,8 +13,8 @@ BASE_BYTES = 300_000_000
 BYTES_PER_REQUEST = 250
 """A request's record and its row in the tables, at the run's peak."""
 
-BYTES_PER_DECISION = 15_000
-"""A logged decision with its snapshot, as objects, text and table."""
+BYTES_PER_DECISION = 2_500
+"""A logged decision with its snapshot's line, as objects and in the table."""
 
 
 def estimated_bytes(num_requests: int, reassess_requests: int | None, num_candidates: int) -> int:

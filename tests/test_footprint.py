@@ -15,7 +15,7 @@ SCENARIO = Path(__file__).parents[1] / "scenarios" / "quickstart.toml"
 def test_the_estimate_grows_with_requests_and_with_decisions() -> None:
     plain = footprint.estimated_bytes(1_000_000, None, 2)
     assert plain == 300_000_000 + 250_000_000
-    assert footprint.estimated_bytes(1_000_000, 150, 2) - plain == 6667 * 3 * 15_000
+    assert footprint.estimated_bytes(1_000_000, 150, 2) - plain == 6667 * 3 * 2_500
 
 
 def test_a_run_beyond_memory_is_refused_with_the_estimate_and_the_setting_that_helps(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import pairwise
@@ -870,3 +872,18 @@ def test_traces_and_setups_are_only_read() -> None:
     assert all(np.array_equal(traces.confidence[name], rows) for name, rows in before.items())
     assert np.array_equal(requests.arrival_s, arrivals)
     assert np.array_equal(requests.output_tokens, outputs)
+
+
+@pytest.mark.parametrize("world", ["one replica", "chunked, least outstanding"])
+def test_a_disbanded_run_is_freed_without_a_collection(world: str) -> None:
+    run, _ = play(setup_in(world), drifting_requests(60))
+    requests = weakref.ref(run.world.requests)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        run.disband()
+        del run
+        assert requests() is None
+    finally:
+        if collects:
+            gc.enable()
