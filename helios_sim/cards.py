@@ -136,7 +136,7 @@ def candidate_card(room: Room, name: str) -> Candidate:
         kv_bytes_per_token=tuple(model.kv_bytes_per_token(depth) for depth in model.exit_layers),
         batch_limit=tuple(limits),
         decode_iteration_s=tuple(decode_s),
-        decode_iteration_j=tuple(decode_j),
+        decode_iteration_j=tuple(decode_j) if room.profile.has_energy else None,
         prefill_s=tuple(prefill_s),
         reference_batch=reference,
         typical_tokens=tokens,

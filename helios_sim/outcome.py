@@ -193,7 +193,7 @@ def timeline_table(run: Run) -> pl.DataFrame:
                     "model": names[lines["model"]],
                     "depth": np.ascontiguousarray(lines["depth"]),
                     "state": np.array(STATE_NAMES)[lines["state"]],
-                    "power_w": per_interval("energy_j") / interval_s,
+                    "power_w": per_interval("energy_j") / interval_s if run.has_energy else None,
                     "tokens": per_interval("tokens"),
                     "breaches": per_interval("breaches"),
                 }
@@ -223,9 +223,11 @@ def totals(run: Run) -> RunTotals:
         end_s=run.end_s,
         num_replicas=len(reps),
         num_gpus=len(reps) * setup.profile.device.num_gpus,
-        energy_j=_sum(reps, "energy_j"),
-        energy_idle_j=_sum(reps, "idle_energy_j"),
-        energy_load_j=math.fsum(part.energy_load_j for part in parts),
+        energy_j=_sum(reps, "energy_j") if run.has_energy else math.nan,
+        energy_idle_j=_sum(reps, "idle_energy_j") if run.has_energy else math.nan,
+        energy_load_j=math.fsum(part.energy_load_j for part in parts)
+        if run.has_energy
+        else math.nan,
         busy_s=_sum(reps, "busy_s"),
         idle_s=_sum(reps, "idle_s"),
         load_s=math.fsum(part.load_s for part in parts),

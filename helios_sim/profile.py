@@ -303,8 +303,10 @@ class Profile:
         Where it is not, whatever joules a simulation adds up mean nothing and are to be shown as
         unavailable, never as zero.
         """
-        watts = (self.quantities[f"device.{key}"].value for key in _WATTS)
-        return all(value is not None for value in watts) and all(
+        unread = (
+            name for name, one in self.quantities.items() if one.value is None and one.unit == "W"
+        )
+        return not any(name.startswith("device.") for name in unread) and all(
             model.has_energy for model in self.models.values()
         )
 

@@ -56,6 +56,7 @@ class Candidate:
     weights; `decode_iteration_s` and `decode_iteration_j` are predicted at batch
     `reference_batch` and the typical context, `prefill_s` for one typical prompt.
     `typical_tokens` is the typical length itself, prompt and output together; 0 where unknown.
+    `decode_iteration_j` is None where nobody could read the device's energy.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Candidate:
     kv_bytes_per_token: tuple[int, ...]
     batch_limit: tuple[int, ...]
     decode_iteration_s: tuple[float, ...]
-    decode_iteration_j: tuple[float, ...]
+    decode_iteration_j: tuple[float, ...] | None
     prefill_s: tuple[float, ...]
     reference_batch: int = 1
     typical_tokens: int = 0
@@ -100,7 +101,8 @@ class Telemetry:
 
     `exit_counts` holds the decoded tokens by the exit level at which they left; TTFT and TPOT
     are means over the requests finished in the period (NaN-free: None without any).
-    `nll_nats` is the summed negative log-likelihood of the emitted tokens.
+    `nll_nats` is the summed negative log-likelihood of the emitted tokens. `energy_j` is None where
+    no meter was.
     """
 
     assignment: Assignment
@@ -114,7 +116,7 @@ class Telemetry:
     mean_ttft_s: float | None
     mean_tpot_s: float | None
     mean_batch: float
-    energy_j: float
+    energy_j: float | None
     is_evaluation: bool
 
     @property

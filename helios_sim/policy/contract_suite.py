@@ -97,7 +97,8 @@ def example_evaluation(
     num_tokens = sum(exit_counts)
     layers = sum(n * k for n, k in zip(exit_counts, candidate.exit_layers, strict=True))
     card_s = sum(n * s for n, s in zip(exit_counts, candidate.decode_iteration_s, strict=True))
-    card_j = sum(n * j for n, j in zip(exit_counts, candidate.decode_iteration_j, strict=True))
+    by_exit_j = candidate.decode_iteration_j or (0.0,) * len(exit_counts)
+    card_j = sum(n * j for n, j in zip(exit_counts, by_exit_j, strict=True))
     tpot_s = (card_s / num_tokens if num_tokens else None) if mean_tpot_s is None else mean_tpot_s
     return Telemetry(
         assignment=Assignment(candidate.name, candidate.num_layers, ExitMode.WAIT),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+from helios_sim.errors import InputError
 from helios_sim.policy.contract import Candidate, Objective, Slo, Telemetry
 from helios_sim.policy.history import mean_executed_layers
 
@@ -58,7 +59,13 @@ def predicted_ttft_s(candidate: Candidate, level: int, evaluation: Telemetry | N
 def predicted_token_j(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:
     """Joules per output token when every token leaves at `level`."""
     card_j = candidate.decode_iteration_j
-    if evaluation is not None and evaluation.num_tokens:
+    if card_j is None:
+        raise InputError(
+            f"The objective 'energy' compares joules, and none are known of {candidate.name!r}: "
+            "its profile was made without an energy meter. Choose another objective, or a profile "
+            "whose energy was measured."
+        )
+    if evaluation is not None and evaluation.num_tokens and evaluation.energy_j is not None:
         layers = mean_executed_layers(evaluation)
         if layers is not None:
             at_measured_j = interpolate(candidate.exit_layers, card_j, layers)
