@@ -1,4 +1,4 @@
-"""The command `helios`: simulate scenarios, compare and report runs, list profiles.
+"""The command `helios`: simulate, plan and tune scenarios, compare and report runs.
 
 Heavy modules are imported inside the commands, so that `helios --help` answers at once.
 """
@@ -19,7 +19,9 @@ from helios_sim.errors import InputError
 
 if TYPE_CHECKING:
     from helios_sim.experiment import Progress, Result
+    from helios_sim.fidelity import Sides
     from helios_sim.scenario import Scenario
+    from helios_sim.search.commands import Running, Said
 
 app = typer.Typer(
     name="helios",
@@ -38,6 +40,27 @@ Changes = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting, such as fleet.num_replicas=2."
     ),
 ]
+
+
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Use the finished points that the folder holds.")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Worker processes.", show_default="one a processor"),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Run on the dask cluster of this scheduler instead."),
+]
+Shard = Annotated[
+    str | None, typer.Option(metavar="I/N", help="Run only this part of the points, and stop.")
+]
+SearchFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder for points and results.", show_default="runs/NAME-COMMAND"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 
 
 @app.command()
@@ -90,12 +113,116 @@ def simulate(
 
 
 @app.command()
+def plan(
+    scenario: ScenarioFile,
+    changes: Changes = None,
+    out: SearchFolder = None,
+    resume: Resume = False,
+    processes: Processes = None,
+    scheduler: Scheduler = None,
+    shard: Shard = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the highest rate that fleets carry under the SLO, or the fleet that a rate needs."""
+    from helios_sim.search.commands import plan as plan_command
+
+    running = _running(out, resume, processes, scheduler, shard)
+    _show_search(plan_command(scenario, changes or [], running), as_json)
+
+
+@app.command()
+def tune(
+    scenario: ScenarioFile,
+    changes: Changes = None,
+    out: SearchFolder = None,
+    resume: Resume = False,
+    processes: Processes = None,
+    scheduler: Scheduler = None,
+    shard: Shard = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search the settings that [search] declares, and try the best on traffic not tuned on."""
+    from helios_sim.search.commands import tune as tune_command
+
+    running = _running(out, resume, processes, scheduler, shard)
+    _show_search(tune_command(scenario, changes or [], running), as_json)
+
+
+@app.command()
+def whatif(
+    scenario: ScenarioFile,
+    vary: Annotated[
+        list[str],
+        typer.Option("--vary", metavar="KEY=A,B,C", help="Settings to vary; may be repeated."),
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="NAME", help="Run only these policies of the scenario."),
+    ] = None,
+    replications: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Runs a cell.", show_default="the scenario's"),
+    ] = None,
+    changes: Changes = None,
+    out: SearchFolder = None,
+    resume: Resume = False,
+    processes: Processes = None,
+    scheduler: Scheduler = None,
+    shard: Shard = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a small grid of settings side by side."""
+    from helios_sim.search.commands import whatif as whatif_command
+
+    running = _running(out, resume, processes, scheduler, shard)
+    said = whatif_command(scenario, changes or [], vary, policy or [], replications, running)
+    _show_search(said, as_json)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders of one workload.")],
+    simulated: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="The simulated run; the others are real runs of its scenario."
+        ),
+    ] = None,
+    attribution: Annotated[
+        bool,
+        typer.Option(
+            "--attribution/--no-attribution",
+            help="Simulate again with parts of the real run, to see what an error comes from.",
+        ),
+    ] = True,
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder that the scenario's files are relative to.",
+            show_default="the current one",
+        ),
+    ] = None,
+    allow_simulated: Annotated[
+        bool,
+        typer.Option("--allow-simulated", help="Take simulated runs for real ones."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write a page with the comparison here.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write a page here; of real runs, a folder with its figures too."),
+    ] = None,
 ) -> None:
-    """Compare runs of the same requests, figure by figure."""
+    """Compare runs of the same requests, figure by figure; or real runs with the simulated one."""
+    from helios_sim.fidelity.sides import sides_given
+
+    given = sides_given(runs, simulated)
+    if given is not None:
+        from helios_sim.fidelity import read_sides
+
+        sides = read_sides(*given, allow_simulated=allow_simulated)
+        _compare_sides(sides, files or Path(), attribution, as_json, out)
+        return
     from helios_sim.metrics import compare as compare_runs
     from helios_sim.records import read_run, read_summary
 
@@ -190,6 +317,66 @@ def _load(path: Path, changes: Sequence[str]) -> Scenario:
     from helios_sim.scenario import load_scenario
 
     return load_scenario(path, changes)
+
+
+def _compare_sides(
+    sides: Sides, files: Path, attribution: bool, as_json: bool, out: Path | None
+) -> None:
+    """Compare real runs with the simulated one."""
+    from helios_sim.fidelity import assess
+    from helios_sim.fidelity.publish import check_fidelity_target, write_fidelity
+    from helios_sim.fidelity.tables import attribution_table, figures_table, requests_table
+    from helios_sim.fidelity.words import headline, remarks
+
+    if out is not None:
+        check_fidelity_target(out)
+    with _progress(quiet=as_json) as progress:
+        found = assess(sides, files, attribution=attribution, report=progress)
+    page = None if out is None else write_fidelity(found, out)
+    if as_json:
+        _print_json(found.data())
+        return
+    _say(headline(found))
+    for table in (figures_table(found), requests_table(found)):
+        _say("")
+        _console().print(table)
+    if found.attribution is not None:
+        _say("")
+        _console().print(attribution_table(found, found.attribution))
+    _say("")
+    for text in remarks(found):
+        _say(text)
+    if page is not None:
+        _say(f"Page: {page}")
+
+
+def _running(
+    out: Path | None,
+    resume: bool,
+    processes: int | None,
+    scheduler: str | None,
+    shard: str | None,
+) -> Running:
+    from helios_sim.search.commands import Running
+
+    return Running(out, resume, processes, scheduler, shard)
+
+
+def _show_search(said: Said, as_json: bool) -> None:
+    if as_json:
+        from helios_sim.metrics import rounded_figures
+
+        _print_json(rounded_figures(said.rows))
+        return
+    from helios_sim.search.tables import terminal_table
+
+    for sentence in said.sentences:
+        _say(sentence)
+    for cells, best_first in said.tables:
+        _say("")
+        _console().print(terminal_table(cells, best_first))
+    if said.has_page:
+        _say(f"\nPage: {said.folder / 'report.html'}")
 
 
 def _write(results: Sequence[Result], target: Path) -> None:

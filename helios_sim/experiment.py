@@ -173,7 +173,9 @@ def run_policy(
     """Run one policy, over all replications, and summarise it."""
     scenario = experiment.scenario
     measure = scenario.measure
-    plain = resolved(scenario.model_copy(update={"policy": (policy,)}))
+    # A run answers one policy; what else is asked of the scenario is not its business.
+    alone = {"policy": (policy,), "plan": None, "search": None}
+    plain = resolved(scenario.model_copy(update=alone))
     results: list[Result] = []
     for replication in range(measure.replications):
         seed = scenario.seed + replication

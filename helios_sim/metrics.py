@@ -415,7 +415,7 @@ def gap_percentile_s(run: RunData, percentile: float) -> float:
     return float(lower * (upper / lower) ** share)
 
 
-def _gap_share_within(run: RunData, limit_s: float) -> float | None:
+def gap_share_within(run: RunData, limit_s: float) -> float | None:
     """Share of the pooled gaps within a limit, geometric inside the limit's bin."""
     counts = np.asarray(run.totals.itl_counts, dtype=np.int64)
     if int(counts.sum()) == 0:
@@ -451,7 +451,7 @@ def _slo_figures(run: RunData, columns: Columns, slo: SloSpec | None) -> dict[st
         attained: float | None = float(meets(columns, limit)[measured].mean())
         passed: bool | None = None
         if limit.percentile is not None:
-            share = _gap_share_within(run, limit.limit_s) if limit.metric == "itl" else attained
+            share = gap_share_within(run, limit.limit_s) if limit.metric == "itl" else attained
             passed = share is not None and share >= limit.percentile / 100.0
         limits.append(
             {

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from helios_sim.arrivals import ClosedArrivals, StrictSettings, as_tuple
 from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
+from helios_sim.questions import PlanSettings, SearchSettings
 from helios_sim.slo import SloSpec, slo_from_table
 from helios_sim.workload import WorkloadSettings
 
@@ -135,6 +136,8 @@ class Scenario(StrictSettings):
     measure: MeasureSettings = MeasureSettings()
     policy: Annotated[tuple[PolicySettings, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     published: Annotated[tuple[PublishedFigure, ...], BeforeValidator(as_tuple)] = ()
+    plan: PlanSettings | None = None
+    search: SearchSettings | None = None
 
     @model_validator(mode="after")
     def _check_policies(self) -> Self:
@@ -228,6 +231,12 @@ def apply_change(data: dict[str, Any], change: str) -> None:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    apply_value(data, path, value, "--set")
+
+
+def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -> None:
+    """Put a value at a path of plain data; a number in the path is an index, from 0."""
+    key = ".".join(path)
     node: Any = data
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
@@ -235,7 +244,7 @@ def apply_change(data: dict[str, Any], change: str) -> None:
             if not part.isdigit() or int(part) >= len(node):
                 raise InputError(
                     f"{key!r} needs an index from 0 to {len(node) - 1} in place of {part!r}.",
-                    "--set",
+                    where,
                 )
             if last:
                 node[int(part)] = value
@@ -248,7 +257,7 @@ def apply_change(data: dict[str, Any], change: str) -> None:
                 node = node.setdefault(part, {})
         else:
             raise InputError(
-                f"{key!r} goes into {'.'.join(path[:depth])!r}, which is a plain value.", "--set"
+                f"{key!r} goes into {'.'.join(path[:depth])!r}, which is a plain value.", where
             )
 
 

@@ -71,7 +71,35 @@ def trace_tables(
     Column c < K holds what happens when all tokens leave at level c, column K + c when tokens
     leave at their own exits but not beyond level c; models with fewer exits repeat their last.
     `replaced` holds a policy's own hot rules.
+
+    Those of the last few policies are kept, since runs on the same traces follow one another;
+    nobody writes into them.
     """
+    if replaced:
+        return _trace_tables(traces, names, thresholds, replaced)
+    key = tuple(names), tuple(thresholds[name] for name in names)
+    for at, (known, known_key, tables) in enumerate(_KEPT):
+        if known is traces and known_key == key:
+            _KEPT.append(_KEPT.pop(at))
+            return tables
+    tables = _trace_tables(traces, names, thresholds, replaced)
+    _KEPT.append((traces, key, tables))
+    del _KEPT[:-MAX_KEPT]
+    return tables
+
+
+MAX_KEPT = 4
+"""Tables kept for the next run: some 10 MB each."""
+
+_KEPT: list[tuple[ExitTraces, tuple[tuple[str, ...], tuple[float, ...]], TraceTables]] = []
+
+
+def _trace_tables(
+    traces: ExitTraces,
+    names: Sequence[str],
+    thresholds: Mapping[str, float],
+    replaced: Mapping[str, Callable[..., Any]],
+) -> TraceTables:
     leaves_here = on_arrays("leaves_here", replaced)
     is_breach = on_arrays("is_breach", replaced)
     num_levels = max(len(traces.exit_layers[name]) for name in names)

@@ -1,0 +1,1 @@
+"""Searches over scenarios: `plan` (capacity and fleets), `tune` (settings), `whatif` (grids)."""

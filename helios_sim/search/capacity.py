@@ -1,0 +1,158 @@
+"""The highest rate that is carried, and the smallest fleet that carries one: probe and bisect.
+
+Both are generators over verdicts: they yield a rate (or a number of replicas), are sent its
+verdict and return what they found. They know nothing of how a verdict comes about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from helios_sim.search.verdict import Verdict
+
+MAX_DOUBLINGS: Final = 20
+BOUNDS_FACTOR: Final = 3.0
+"""How much coarser than the capacity itself its bounds are closed in."""
+IDLE_RUNNING: Final = 0.02
+"""Requests running on average below which they hardly meet: a lower rate changes nothing."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A rate that was tried, and its verdict."""
+
+    rate_per_s: float
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The highest rate that is carried on average, between bounds that leave no doubt.
+
+    `low_per_s` is the highest rate that is surely carried below every rate that is not,
+    `high_per_s` the lowest that is surely missed above every rate that is not. `found` is False
+    where no rate is carried at all, or none missed: the last probe then says why.
+    """
+
+    rate_per_s: float
+    low_per_s: float
+    high_per_s: float
+    probes: tuple[Probe, ...]
+    outcome: Literal["found", "none carried", "all carried"] = "found"
+
+    @property
+    def first_missed(self) -> Probe:
+        """The lowest rate that was missed on average: what breaks there breaks first."""
+        return min(
+            (one for one in self.probes if not one.verdict.carried),
+            key=lambda one: one.rate_per_s,
+        )
+
+    @property
+    def last_carried(self) -> Probe:
+        """The probe at the capacity."""
+        return next(one for one in self.probes if one.rate_per_s == self.rate_per_s)
+
+
+def find_capacity(start_per_s: float, precision: float) -> Generator[float, Verdict, Capacity]:
+    """Double or halve from a start until a rate is carried and its double is not, then bisect.
+
+    Three boundaries are closed in: where the mean verdict turns, to within `precision`, and up to
+    where a rate is surely carried and from where it is surely missed, to within three times that,
+    since replications blur these anyway.
+    """
+    known: dict[float, Verdict] = {}
+
+    def ask(rate: float) -> Generator[float, Verdict, Verdict]:
+        place = _round(rate)
+        if place not in known:
+            known[place] = yield place
+        return known[place]
+
+    rate = _round(start_per_s)
+    verdict = yield from ask(rate)
+    step = 2.0 if verdict.carried else 0.5
+    for _ in range(MAX_DOUBLINGS):
+        if verdict.carried != (step > 1.0):
+            break
+        if not verdict.carried and verdict.mean_running < IDLE_RUNNING:
+            break
+        rate = _round(rate * step)
+        verdict = yield from ask(rate)
+    carried = any(one.carried for one in known.values())
+    missed = any(not one.carried for one in known.values())
+    if not (carried and missed):
+        probes = _sorted(known)
+        place = probes[-1].rate_per_s if carried else probes[0].rate_per_s
+        if carried:
+            return Capacity(place, place, math.inf, probes, "all carried")
+        return Capacity(0.0, 0.0, place, probes, "none carried")
+
+    tests: tuple[tuple[Callable[[Verdict], bool], float], ...] = (
+        (lambda one: one.carried, precision),
+        (lambda one: one.surely_carried, BOUNDS_FACTOR * precision),
+        (lambda one: not one.surely_missed, BOUNDS_FACTOR * precision),
+    )
+    edges: list[tuple[float, float]] = []
+    for test, within in tests:
+        while True:
+            low, high = _edge(known, test)
+            if low == 0.0 or math.isinf(high) or high / low <= 1.0 + within:
+                break
+            middle = _round(math.sqrt(low * high))
+            if middle in (low, high):
+                break
+            yield from ask(middle)
+        edges.append((low, high))
+    return Capacity(_edge(known, tests[0][0])[0], edges[1][0], edges[2][1], _sorted(known))
+
+
+def _edge(known: dict[float, Verdict], test: Callable[[Verdict], bool]) -> tuple[float, float]:
+    """The lowest rate that fails a test, and the highest below it that passes (0 without one)."""
+    high = min((rate for rate, one in known.items() if not test(one)), default=math.inf)
+    low = max((rate for rate, one in known.items() if test(one) and rate < high), default=0.0)
+    return low, high
+
+
+def _sorted(known: dict[float, Verdict]) -> tuple[Probe, ...]:
+    return tuple(Probe(rate, known[rate]) for rate in sorted(known))
+
+
+def _round(rate: float) -> float:
+    """Four significant digits: rates that people can repeat."""
+    return float(f"{rate:.4g}")
+
+
+@dataclass(frozen=True)
+class FleetSize:
+    """The fewest replicas that surely carry a rate; None where not even the most do."""
+
+    num_replicas: int | None
+    verdicts: dict[int, Verdict]
+
+
+def find_fleet(guess: int, most: int) -> Generator[int, Verdict, FleetSize]:
+    """The smallest surely carried number near a guess: downwards while carried, else upwards.
+
+    More replicas are taken never to carry less, so that one carried above one missed is the
+    answer. Steps double while nothing is bracketed.
+    """
+    known: dict[int, Verdict] = {}
+    low, high = 0, most + 1
+    at, step = max(1, min(guess, most)), 1
+    while high - low > 1:
+        known[at] = yield at
+        if known[at].surely_carried:
+            high = at
+        else:
+            low = at
+        if low == 0:
+            at, step = max(1, at - step), 2 * step
+        elif high == most + 1:
+            at, step = min(most, at + step), 2 * step
+        else:
+            at = (low + high) // 2
+    return FleetSize(high if high <= most else None, known)

@@ -1,0 +1,280 @@
+"""The commands plan, tune and whatif, from a scenario file to a folder and a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from helios_sim.errors import InputError
+from helios_sim.experiment import choose_policies, folder_name
+from helios_sim.report.words import span
+from helios_sim.scenario import load_scenario
+from helios_sim.search.executors import Workers, open_workers
+from helios_sim.search.page import plan_page, tune_page, whatif_page
+from helios_sim.search.plan import (
+    check_answerable,
+    headroom_study,
+    make_plan,
+    plan_studies,
+    read_plan,
+)
+from helios_sim.search.plan import recommended as planned_scenario
+from helios_sim.search.points import Point
+from helios_sim.search.results import (
+    JOURNAL,
+    PAGE,
+    PARETO,
+    RESULTS,
+    SCENARIO,
+    csv_bytes,
+    open_folder,
+    parquet_bytes,
+    scenario_bytes,
+    write_results,
+)
+from helios_sim.search.store import Store
+from helios_sim.search.studies import OnPoint, Standing, Study, carry_out, figures_of
+from helios_sim.search.tables import (
+    Cells,
+    cell_records,
+    fleet_rows,
+    plan_front,
+    plan_records,
+    setting_rows,
+    trial_records,
+    trial_rows,
+    tune_front,
+    whatif_rows,
+)
+from helios_sim.search.tune import known_points, nearest_miss, read_tune, tune_study
+from helios_sim.search.tune import recommended as tuned_scenario
+from helios_sim.search.whatif import parse_vary, whatif_studies
+from helios_sim.search.words import plan_headline, plan_remarks, tune_headline, tune_remarks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a search is run: where its folder is, by whom, and which part of it."""
+
+    out: Path | None = None
+    resume: bool = False
+    num_processes: int | None = None
+    scheduler: str | None = None
+    shard: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_processes is not None and self.num_processes < 1:
+            raise InputError(
+                f"It was given {self.num_processes}; allowed is a number from 1 on.", "--processes"
+            )
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """The shard as (place from 0, how many)."""
+        if self.shard is None:
+            return None
+        place, slash, num = self.shard.partition("/")
+        if not (slash and place.isdigit() and num.isdigit() and 1 <= int(place) <= int(num)):
+            raise InputError(
+                f"It was given {self.shard!r}; write i/n, such as 1/4, with i from 1 to n.",
+                "--shard",
+            )
+        return int(place) - 1, int(num)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command prints: sentences, tables, and the rows behind them for programs."""
+
+    sentences: Sequence[str]
+    tables: Sequence[tuple[Cells, bool]]
+    rows: Sequence[dict[str, Any]]
+    folder: Path
+    has_page: bool = True
+
+
+def plan(path: Path, changes: Sequence[str], running: Running) -> Said:
+    """Answer how much a fleet carries, or how many GPUs a rate needs."""
+    scenario = load_scenario(path, changes)
+    question = read_plan(scenario, path.parent, str(path))
+    out = running.out or Path("runs") / f"{folder_name(scenario.name)}-plan"
+    studies = plan_studies(question)
+    part = running.part
+    with _session(running, out) as (workers, store, on_point):
+        if part is not None:
+            mine = studies[part[0] :: part[1]]
+            carry_out(mine, workers, store, on_point)
+            return _shard_done(running, store, len(mine), len(studies), "fleets", out)
+        answers = carry_out(studies, workers, store, on_point)
+        best = check_answerable(question, answers)
+        (best,) = carry_out([headroom_study(question, best)], workers, store, on_point)
+        found = make_plan(question, answers, best)
+        scenario = planned_scenario(found)
+        write_results(
+            out,
+            store,
+            {
+                RESULTS: parquet_bytes(plan_records(found)),
+                PARETO: csv_bytes(plan_front(found)),
+                SCENARIO: scenario_bytes(
+                    scenario, path.parent, out, ["Recommended by helios plan."]
+                ),
+                PAGE: plan_page(found, scenario).encode(),
+            },
+        )
+    sentences = [plan_headline(found), *plan_remarks(found)]
+    return Said(sentences, [(fleet_rows(found, brief=True), True)], plan_records(found), out)
+
+
+def tune(path: Path, changes: Sequence[str], running: Running) -> Said:
+    """Answer which settings are best, and whether they are on traffic they were not tuned on."""
+    scenario = load_scenario(path, changes)
+    question = read_tune(scenario, path.parent, str(path))
+    out = running.out or Path("runs") / f"{folder_name(scenario.name)}-tune"
+    part = running.part
+    points = known_points(question) if part is not None else []
+    with _session(running, out) as (workers, store, on_point):
+        if part is not None:
+            mine = points[part[0] :: part[1]]
+            carry_out([_all_of(mine)], workers, store, on_point)
+            return _shard_done(running, store, len(mine), len(points), "points", out)
+        study = tune_study(question, out / JOURNAL)
+        (found,) = carry_out([study], workers, store, on_point)
+        if all(trial.state == "impossible" for trial in found.trials):
+            raise InputError(
+                f"None of {len(found.trials)} trials can be run; the first says: "
+                f"{found.trials[0].why}",
+                f"{path}, search",
+            )
+        scenario = tuned_scenario(found)
+        better = found.winner is not None and found.is_better
+        header = (
+            "Settings found by helios tune."
+            if better
+            else "As it stood: helios tune found nothing better."
+        )
+        write_results(
+            out,
+            store,
+            {
+                RESULTS: parquet_bytes(trial_records(found)),
+                PARETO: csv_bytes(tune_front(found)),
+                SCENARIO: scenario_bytes(scenario, path.parent, out, [header]),
+                PAGE: tune_page(found, scenario).encode(),
+            },
+        )
+    if found.winner is None:
+        raise InputError(
+            f"None of {len(found.trials)} trials keeps the constraints "
+            f"{question.judge.constraints}: {nearest_miss(found)}. All trials are in {out}.",
+            f"{path}, search.constraints",
+        )
+    sentences = [tune_headline(found), *tune_remarks(found)]
+    tables = [(trial_rows(found), True), (setting_rows(found), False)]
+    return Said(sentences, tables, trial_records(found), out)
+
+
+def whatif(
+    path: Path,
+    changes: Sequence[str],
+    vary: Sequence[str],
+    policies: Sequence[str],
+    replications: int | None,
+    running: Running,
+) -> Said:
+    """Compare a small grid side by side."""
+    scenario = load_scenario(path, changes)
+    chosen = choose_policies(scenario, policies)
+    num = replications or scenario.measure.replications
+    studies = whatif_studies(scenario, path.parent, str(path), chosen, parse_vary(vary), num)
+    out = running.out or Path("runs") / f"{folder_name(scenario.name)}-whatif"
+    part = running.part
+    with _session(running, out) as (workers, store, on_point):
+        if part is not None:
+            mine = studies[part[0] :: part[1]]
+            carry_out(mine, workers, store, on_point)
+            return _shard_done(running, store, len(mine), len(studies), "cells", out)
+        cells = carry_out(studies, workers, store, on_point)
+        write_results(
+            out,
+            store,
+            {
+                RESULTS: parquet_bytes(cell_records(cells)),
+                PAGE: whatif_page(scenario, cells, num).encode(),
+            },
+        )
+    cannot = [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]
+    return Said(cannot, [(whatif_rows(cells), False)], cell_records(cells), out)
+
+
+def _all_of(points: Sequence[Point]) -> Study[None]:
+    """A study that wants these points and concludes nothing."""
+
+    def steps() -> Any:
+        outcomes = yield points
+        figures_of([one for one in outcomes if not isinstance(one, InputError)])
+
+    return Study("shard", steps(), len(points))
+
+
+def _shard_done(running: Running, store: Store, num: int, of: int, what: str, out: Path) -> Said:
+    sentences = [
+        f"Shard {running.shard} is done: {num} of {of} {what}. {store.kept()}",
+        "When all shards are, bring their points folders together and give the command once more "
+        "with --resume and without --shard.",
+    ]
+    return Said(sentences, [], [], out, has_page=False)
+
+
+@contextmanager
+def _session(running: Running, out: Path) -> Iterator[tuple[Workers, Store, OnPoint]]:
+    """Workers, the store of the folder, and a bar; an interrupt says what is kept."""
+    resume = running.resume or running.part is not None
+    store = open_folder(out, resume)
+    try:
+        with (
+            _bar() as on_point,
+            open_workers(running.num_processes, running.scheduler) as workers,
+        ):
+            yield workers, store, on_point
+    except KeyboardInterrupt:
+        print(f"\n{store.kept()} Go on with --resume.", file=sys.stderr)
+        raise
+    except OSError as error:
+        raise InputError(
+            f"The search cannot go on: {error.strerror or error}. {store.kept()} Give the command "
+            "again with --resume.",
+            str(out),
+        ) from error
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[Standing], None]]:
+    """A bar with the time left on standard error, where somebody is there to see it."""
+    if not sys.stderr.isatty():
+        yield lambda _standing: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("runs"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("runs", total=None, left="")
+
+        def show(standing: Standing) -> None:
+            left = standing.left_s
+            words = "" if left is None else f"about {span(max(1.0, left))} left"
+            bar.update(task, completed=standing.num_done, total=standing.num_expected, left=words)
+
+        yield show

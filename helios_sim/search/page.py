@@ -1,0 +1,376 @@
+"""The pages of searches: the answer first, then the evidence it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from helios_sim.records import toml_text
+from helios_sim.report.document import Figure, add_figure, document, section
+from helios_sim.report.figures import policy_colour
+from helios_sim.report.words import number
+from helios_sim.scenario import Scenario, resolved
+from helios_sim.search import drawings
+from helios_sim.search.goals import in_words
+from helios_sim.search.plan import FleetAnswer, Plan
+from helios_sim.search.prices import words_of
+from helios_sim.search.tables import Cells, fleet_rows, setting_rows, whatif_rows
+from helios_sim.search.tune import Tuned
+from helios_sim.search.verdict import BACKLOG
+from helios_sim.search.whatif import Cell
+from helios_sim.search.words import (
+    fleet_words,
+    plan_headline,
+    plan_remarks,
+    tune_headline,
+    tune_remarks,
+)
+
+
+def plan_page(plan: Plan, scenario: Scenario) -> str:
+    """The page of a plan; `scenario` is the recommended one."""
+    question = plan.question
+    drawn: dict[str, Figure] = {}
+    settings = question.settings
+    compared = [one for one in plan.answers if one.loads]
+    sections = [
+        _opening(question.scenario, plan_headline(plan), plan_remarks(plan)),
+        section(
+            "Fleets, in order of merit",
+            _ranking(plan),
+            _table(fleet_rows(plan), swatches=len(compared) > 1),
+            "".join(
+                f'<p class="small">{escape(one.fleet.name)} cannot serve: {escape(one.refusal)}</p>'
+                for one in plan.answers
+                if one.refusal
+            ),
+        ),
+        section(
+            "Attainment against rate",
+            "Where each fleet stops carrying its load.",
+            add_figure(
+                drawn,
+                "attainment",
+                drawings.attainment_figure(compared, question.target_per_s),
+                "Share of requests that meet the limit, against requests per second",
+                "The limit that is met least, averaged over replications, with its "
+                f"{100 * settings.confidence:g} % bounds on either side. Dotted: the share that "
+                "is needed"
+                + (", and the target rate." if question.target_per_s is not None else "."),
+            ),
+        ),
+        section(
+            "Frontiers",
+            "What a rate costs in energy, and what users see against what a GPU gives.",
+            add_figure(
+                drawn,
+                "frontiers",
+                drawings.plan_frontiers(compared),
+                "Goodput against energy, and tokens per second per user against per GPU",
+                "Every rate that was measured; open marks miss the SLO. Up and to the left is "
+                "better on the left, up and to the right on the right.",
+            ),
+        ),
+        _day(plan, drawn),
+        _evidence(plan.best),
+        _notes(question.scenario, plan.question.skipped),
+        section(
+            "How it was found",
+            "",
+            f"<p>{escape(_method(plan))}</p>",
+            *(
+                [f"<p>Prices: {escape(words_of(question.prices))}.</p>"]
+                if question.prices is not None
+                else []
+            ),
+            _scenario(scenario),
+        ),
+    ]
+    return document(f"{question.scenario.name}: plan", sections, drawn)
+
+
+def tune_page(tuned: Tuned, scenario: Scenario) -> str:
+    """The page of a search; `scenario` is the recommended one."""
+    question = tuned.question
+    goal = question.judge.goals[0]
+    drawn: dict[str, Figure] = {}
+    sections = [
+        _opening(question.scenario, tune_headline(tuned), tune_remarks(tuned)),
+        section(
+            "Settings",
+            "What the scenario says, and what the winner says instead.",
+            _table(setting_rows(tuned)),
+        )
+        if tuned.winner is not None
+        else "",
+        _held_out(tuned),
+        section(
+            "Frontier",
+            "Every trial, on the tuning traffic.",
+            add_figure(
+                drawn,
+                "frontier",
+                drawings.tune_frontiers(tuned),
+                f"{goal.name} against energy, and tokens per second per user against per GPU",
+                "Hover for the settings. Trials that were stopped early show their first sample "
+                "of traffic alone.",
+            ),
+        ),
+    ]
+    if tuned.importance:
+        sections.append(
+            section(
+                "What mattered",
+                f"Which settings tell the best tenth of the trials from the rest, by {goal.name}.",
+                add_figure(
+                    drawn,
+                    "importance",
+                    drawings.importance_figure(tuned),
+                    "Importance of each setting",
+                    "PED-ANOVA (Watanabe et al., 2023) over all trials, on the first sample of "
+                    "traffic, whether or not they keep the constraints. Over so few trials small "
+                    "shares are noise.",
+                ),
+            )
+        )
+    if tuned.sensitivity:
+        sections.append(
+            section(
+                "Sensitivity",
+                "One setting at a time around the winner, which is marked.",
+                add_figure(
+                    drawn,
+                    "sensitivity",
+                    drawings.sensitivity_figure(tuned.sensitivity, goal.name, goal.unit),
+                    f"{goal.name} as each setting varies alone",
+                    f"{goal.name} ({goal.unit or 'no unit'}) on the tuning traffic; a gap is a "
+                    "combination that cannot be. A flat line says that the setting does not "
+                    "matter here.",
+                ),
+            )
+        )
+    sections += [
+        _notes(question.scenario),
+        section("How it was found", "", f"<p>{escape(_search(tuned))}</p>", _scenario(scenario)),
+    ]
+    return document(f"{question.scenario.name}: tune", sections, drawn)
+
+
+def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int) -> str:
+    """The page of a grid."""
+    drawn: dict[str, Figure] = {}
+    num = f"{len(cells)} cells, {replications} run{'s' if replications != 1 else ''} each"
+    sections = [
+        _opening(scenario, f"{num}.", []),
+        section("Side by side", "", _table(whatif_rows(cells))),
+        section(
+            "Frontiers",
+            "What throughput costs in energy, and what users see against what a GPU gives.",
+            add_figure(
+                drawn,
+                "cells",
+                drawings.cells_figure(cells),
+                "Throughput against energy, and tokens per second per user against per GPU",
+                "A mark a cell; hover for its settings.",
+            ),
+        ),
+        _notes(scenario),
+        section("The scenario", "", _scenario(scenario)),
+    ]
+    return document(f"{scenario.name}: what if", sections, drawn)
+
+
+def _opening(scenario: Scenario, headline: str, remarks: Sequence[str]) -> str:
+    asked = f'<p class="question">{escape(scenario.question)}</p>' if scenario.question else ""
+    said = "".join(f"<li>{escape(text)}</li>" for text in remarks)
+    return (
+        f"<header><h1>{escape(scenario.name)}</h1>{asked}"
+        f'<p class="headline">{escape(headline)}</p><ul class="remarks">{said}</ul></header>'
+    )
+
+
+def _table(cells: Cells, swatches: bool = False) -> str:
+    """A table whose first column is a heading and whose others are figures."""
+    titles, rows = cells
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    body = []
+    for place, row in enumerate(rows):
+        mark = ""
+        if swatches and place < drawings.MAX_FLEETS:
+            colour = policy_colour(place).removeprefix("@")
+            mark = f'<span class="swatch" style="background:var(--{colour})"></span>'
+        first = f'<th scope="row" style="white-space:normal">{mark}{escape(row[0])}</th>'
+        rest = "".join(f"<td>{escape(value)}</td>" for value in row[1:])
+        body.append(f"<tr>{first}{rest}</tr>")
+    width = 240 + 78 * (len(titles) - 1)
+    return (
+        '<div class="panel scroll"><table class="figures" style="table-layout:auto;'
+        f'min-width:{width}px"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _ranking(plan: Plan) -> str:
+    if plan.question.target_per_s is None:
+        by = "cost a million tokens" if plan.question.prices else "requests/s carried by a GPU"
+        return f"Ranked by {by}; capacities with their bounds."
+    by = "cost an hour" if plan.question.prices else "GPUs"
+    return (
+        f"The fewest replicas of each that surely carry {plan.question.target_per_s:.4g} "
+        f"requests/s, ranked by {by}. Capacities are of the replicas named before them."
+    )
+
+
+def _day(plan: Plan, drawn: dict[str, Figure]) -> str:
+    if not plan.hours:
+        return ""
+    each = plan.best.fleet.gpus_per_replica
+    return section(
+        "A day",
+        "How many replicas each hour needs.",
+        add_figure(
+            drawn,
+            "day",
+            drawings.day_figure(plan.hours),
+            "Replicas and requests per second by hour",
+            "Reckoned from what a replica carries alone and what it carries in the fleet, the "
+            f"smaller of the two; {each} GPU{'s' if each != 1 else ''} a replica. Starting and "
+            "stopping replicas is not simulated.",
+        ),
+    )
+
+
+def _evidence(best: FleetAnswer) -> str:
+    """Every load that the recommendation was measured at."""
+    names: list[str] = []
+    for load in best.loads:
+        names += [one.name for one in load.verdict.criteria if one.name not in names]
+    rows: list[list[str]] = []
+    for load in sorted(best.loads, key=lambda one: (one.num_replicas, one.rate_per_s)):
+        by_name = {one.name: one for one in load.verdict.criteria}
+        shares = []
+        for name in names:
+            one = by_name.get(name)
+            if one is None:
+                shares.append("\N{EN DASH}")
+            elif one.name == BACKLOG:
+                shares.append("keeps up" if one.mean == 1.0 else f"{100 * one.mean:.0f} % keep up")
+            else:
+                shares.append(
+                    f"{100 * one.mean:.1f} [{100 * max(0.0, one.low):.1f}, "
+                    f"{100 * min(1.0, one.high):.1f}]"
+                )
+        sure = load.verdict
+        said = "carried" if sure.carried else "missed"
+        if not sure.is_sure:
+            said += ", in doubt"
+        rows.append(
+            [
+                f"{load.num_replicas} at {number(load.rate_per_s, 4)}/s",
+                str(load.verdict.num_replications),
+                *shares,
+                number(load.means.get("p99_ttft_ms")),
+                number(load.means.get("p99_tpot_ms")),
+                said,
+            ]
+        )
+    titles = ["Replicas, rate", "runs", *names, "TTFT p99 ms", "TPOT p99 ms", "verdict"]
+    return section(
+        "Evidence",
+        f"Every load at which {fleet_words(best, 1)} was measured: the share of requests within "
+        "each limit in %, with its bounds.",
+        _table((titles, rows)),
+    )
+
+
+def _held_out(tuned: Tuned) -> str:
+    if not tuned.held_out:
+        return ""
+    judge = tuned.question.judge
+    titles = ["Traffic"]
+    for goal in judge.goals:
+        unit = f" {goal.unit}" if goal.unit else ""
+        titles += [f"{goal.name}{unit}, as it stands", "tuned", "difference, 95 % interval"]
+    titles.append("constraints")
+    rows = []
+    for held in tuned.held_out:
+        row = [f"held out, rate \N{MULTIPLICATION SIGN} {held.rate_scale:g}"]
+        for place, goal in enumerate(judge.goals):
+            gain, low, high = held.gains[place]
+            sign = 1.0 if goal.better == "higher" else -1.0
+            ends = sorted((sign * low, sign * high))
+            row += [
+                number(held.base[place], 4),
+                number(held.tuned[place], 4),
+                f"{sign * gain:+.3g} [{ends[0]:+.3g}, {ends[1]:+.3g}]",
+            ]
+        broken = [in_words(one) for one in held.tuned_broken]
+        row.append("breaks " + ", ".join(broken) if broken else "kept")
+        rows.append(row)
+    if tuned.winner is not None and tuned.winner.scores is not None and tuned.base.scores:
+        row = ["tuned on, rate \N{MULTIPLICATION SIGN} 1"]
+        for place in range(len(judge.goals)):
+            mine, own = tuned.winner.scores[place], tuned.base.scores[place]
+            row += [number(own, 4), number(mine, 4), f"{mine - own:+.3g}"]
+        rows.append([*row, "kept"])
+    settings = tuned.question.settings
+    return section(
+        "On traffic it was not tuned on",
+        f"The winner beside the scenario as it stands, on {settings.held_out} samples that no "
+        "trial saw, paired sample by sample.",
+        _table((titles, rows)),
+    )
+
+
+def _notes(scenario: Scenario, skipped: Sequence[str] = ()) -> str:
+    notes = [*scenario.notes, *(f"Left out: {text}." for text in skipped)]
+    if not notes:
+        return ""
+    said = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return section("Notes", "", f'<ul class="notes">{said}</ul>')
+
+
+def _samples(traffic: Any) -> str:
+    if traffic.replays:
+        return (
+            f"Replications are stretches of the trace, {traffic.num_windows} of equally many "
+            "requests, each played at the rate asked for"
+        )
+    if traffic.is_shaped:
+        return "Replications are the whole workload under other seeds"
+    return f"Replications are {traffic.num_requests:,} requests a replica under other seeds"
+
+
+def _method(plan: Plan) -> str:
+    settings = plan.question.settings
+    return (
+        "A rate is doubled or halved until one is carried and its double is not, then bisected to "
+        f"{100 * settings.precision:g} %. A load is carried when every limit reaches its share on "
+        "average and the system keeps up with its arrivals; it is surely carried or missed when "
+        f"the one-sided {100 * settings.confidence:g} % bounds over replications say so too. "
+        f"{_samples(plan.question.traffic)}; {settings.replications} of them, "
+        f"{settings.max_replications} where those leave doubt. The first "
+        f"{100 * settings.warmup_share:g} % of the requests of each are not measured. All fleets "
+        "meet the same traffic."
+    )
+
+
+def _search(tuned: Tuned) -> str:
+    settings = tuned.question.settings
+    return (
+        f"Sampler {settings.sampler}, seed {settings.seed}, batches of {settings.batch}; a batch "
+        "is proposed and answered together, so the number of workers changes nothing. "
+        f"{_samples(tuned.question.traffic)}. Every trial meets the first sample; those that rank "
+        f"within the best {100 * settings.go_on_share:g} % so far meet "
+        f"{settings.replications - 1} more. The first {100 * settings.warmup_share:g} % of the "
+        "requests of each are not measured. Constraints are judged on the mean over samples; a "
+        "latency's percentile is over the requests sent."
+    )
+
+
+def _scenario(scenario: Scenario) -> str:
+    return (
+        "<details><summary>The recommended scenario</summary>"
+        f"<pre>{escape(toml_text(resolved(scenario)))}</pre></details>"
+    )

@@ -1,0 +1,524 @@
+"""Capacity planning: the highest rate a fleet carries, the smallest fleet for one, and its day."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Final
+
+from helios_sim.errors import InputError
+from helios_sim.experiment import choose_policies
+from helios_sim.profile import load_profile
+from helios_sim.questions import PlanSettings
+from helios_sim.scenario import PolicySettings, Scenario
+from helios_sim.search.bottleneck import Bottleneck, find_bottleneck
+from helios_sim.search.capacity import (
+    Capacity,
+    FleetSize,
+    find_capacity,
+    find_fleet,
+)
+from helios_sim.search.points import Figures, Point, point_of
+from helios_sim.search.prices import Cost, Prices, cost_of, load_prices
+from helios_sim.search.studies import Outcome, Steps, Study, figures_of
+from helios_sim.search.traffic import Traffic, at_rate
+from helios_sim.search.verdict import Verdict, judge
+from helios_sim.slo import SloSpec
+
+MAX_RUN_REQUESTS: Final = 200_000
+"""Requests of one run of a large fleet; beyond, each replica sees fewer."""
+
+Means = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """One way to serve: which GPUs, which models, who decides, who routes.
+
+    Its name says what tells it from the other fleets of a plan.
+    """
+
+    name: str
+    profile: str
+    device: str
+    gpus_per_replica: int
+    candidates: tuple[str, ...]
+    policy: PolicySettings
+    router: str
+
+
+@dataclass(frozen=True)
+class Load:
+    """A number of replicas at a rate: the verdict, and the figures' means over replications."""
+
+    num_replicas: int
+    rate_per_s: float
+    verdict: Verdict
+    means: Means
+
+
+@dataclass(frozen=True)
+class FleetAnswer:
+    """What was found for one fleet; `refusal` says why it cannot serve at all.
+
+    `capacity` is that of `capacity_replicas` replicas. With a target, `size` is the smallest
+    number that carries it and `planned` what that number does at the target; without one
+    `planned` is the load at the capacity. `loads` are all that was measured.
+    """
+
+    fleet: Fleet
+    capacity_replicas: int
+    capacity: Capacity | None = None
+    bottleneck: Bottleneck | None = None
+    size: FleetSize | None = None
+    planned: Load | None = None
+    loads: tuple[Load, ...] = ()
+    refusal: str | None = None
+    cost: Cost | None = None
+
+    @property
+    def num_gpus(self) -> int | None:
+        """GPUs of the planned fleet."""
+        if self.planned is None:
+            return None
+        return self.planned.num_replicas * self.fleet.gpus_per_replica
+
+
+@dataclass(frozen=True)
+class Hour:
+    """One hour of the day: its rate, the replicas it needs, what they cost."""
+
+    hour: int
+    rate_per_s: float
+    num_replicas: int
+    cost_per_hour: float | None
+
+
+@dataclass(frozen=True)
+class PlanQuestion:
+    """A scenario's plan with all it names read: what every study needs to know."""
+
+    scenario: Scenario
+    settings: PlanSettings
+    base_dir: Path
+    where: str
+    slo: SloSpec
+    traffic: Traffic
+    prices: Prices | None
+    fleets: tuple[Fleet, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def target_per_s(self) -> float | None:
+        """The rate to carry; None where the highest is asked."""
+        return self.settings.target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Answers in order of merit, the first recommended, with its own capacity and its day."""
+
+    question: PlanQuestion
+    answers: tuple[FleetAnswer, ...]
+    best: FleetAnswer
+    headroom: float
+    hours: tuple[Hour, ...] = field(default=())
+
+
+def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
+    """Read what the `[plan]` table names; without the table its defaults hold."""
+    settings = scenario.plan or PlanSettings()
+    slo = scenario.slo_spec
+    if slo is None:
+        raise InputError(
+            "A plan asks what is carried under an SLO; give the scenario one, such as text = "
+            '"ttft:p99<500ms;tpot:p95<50ms".',
+            f"{where}, slo",
+        )
+    place = f"{where}, plan"
+    fleets, skipped = _fleets(scenario, settings, base_dir, place)
+    prices = None
+    if settings.prices is not None:
+        prices = load_prices(settings.prices, base_dir, f"{place}.prices")
+        for fleet in fleets:
+            cost_of(prices, fleet.device, 1, None, None, f"{place}.prices")
+    traffic = Traffic(
+        scenario,
+        base_dir,
+        where,
+        settings.num_requests,
+        settings.windows,
+        settings.warmup_share,
+    )
+    if traffic.num_samples is not None and settings.max_replications > traffic.num_samples:
+        raise InputError(
+            f"max_replications is {settings.max_replications} but the trace is cut into "
+            f"{settings.windows} windows, and a replication takes one; give at least as many "
+            "windows.",
+            f"{place}.windows",
+        )
+    return PlanQuestion(scenario, settings, base_dir, where, slo, traffic, prices, fleets, skipped)
+
+
+def _fleets(
+    scenario: Scenario, settings: PlanSettings, base_dir: Path, place: str
+) -> tuple[tuple[Fleet, ...], tuple[str, ...]]:
+    """Every combination of what the lists name; model sets that a profile lacks are left out."""
+    routers = settings.routers or (scenario.fleet.router,)
+    for router in routers:
+        check_word(router, _ROUTERS, f"{place}.routers", "router")
+    try:
+        policies = choose_policies(scenario, settings.policies)
+    except InputError as error:
+        raise InputError(error.message, f"{place}.policies") from error
+    found: list[Fleet] = []
+    skipped: list[str] = []
+    for name in settings.profiles or (scenario.fleet.profile,):
+        try:
+            profile = load_profile(name, base_dir)
+        except InputError as error:
+            raise InputError(error.message, f"{place}.profiles, {error.where}") from error
+        own = scenario.fleet.candidates
+        if not own or not set(own) <= set(profile.models):
+            own = tuple(profile.models)
+        for models in settings.candidates or (own,):
+            lacking = [model for model in models if model not in profile.models]
+            if lacking:
+                skipped.append(f"{name} has no {', '.join(lacking)}")
+                continue
+            for policy, router in product(policies, routers):
+                device = profile.device
+                found.append(Fleet("", name, device.name, device.num_gpus, models, policy, router))
+    if not found:
+        raise InputError(
+            f"No profile has the models that are asked for: {'; '.join(skipped)}.",
+            f"{place}.candidates",
+        )
+    return tuple(_named(found)), tuple(skipped)
+
+
+def _named(fleets: Sequence[Fleet]) -> list[Fleet]:
+    """The fleets under names of what differs among them; the policy is always named."""
+    parts = [
+        (fleet.policy.name, "+".join(fleet.candidates), fleet.profile, fleet.router)
+        for fleet in fleets
+    ]
+    differs = [True, *(len(set(column)) > 1 for column in list(zip(*parts, strict=True))[1:])]
+    return [
+        replace(
+            fleet, name=", ".join(part for part, named in zip(mine, differs, strict=True) if named)
+        )
+        for fleet, mine in zip(fleets, parts, strict=True)
+    ]
+
+
+_ROUTERS: Final = ("round-robin", "random", "least-outstanding", "least-kv")
+
+
+def check_word(word: str, allowed: Sequence[str], where: str, what: str) -> None:
+    """Refuse a word that is not allowed, with the nearest that is."""
+    if word not in allowed:
+        near = get_close_matches(word, allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InputError(
+            f"{word!r} is no {what}.{hint} Allowed are {', '.join(map(repr, allowed))}.", where
+        )
+
+
+def plan_studies(question: PlanQuestion) -> list[Study[FleetAnswer]]:
+    """A study a fleet."""
+    expected = 45 if question.target_per_s is None else 65
+    return [Study(fleet.name, _fleet_steps(question, fleet), expected) for fleet in question.fleets]
+
+
+def fleet_scenario(question: PlanQuestion, fleet: Fleet, num_replicas: int) -> Scenario:
+    """The scenario with a fleet in place of its own."""
+    settings = question.scenario.fleet.model_copy(
+        update={
+            "profile": fleet.profile,
+            "candidates": fleet.candidates,
+            "num_replicas": num_replicas,
+            # One replica gets every request whoever routes.
+            "router": fleet.router if num_replicas > 1 else "round-robin",
+        }
+    )
+    return question.scenario.model_copy(
+        update={"fleet": settings, "policy": (fleet.policy,), "plan": None, "search": None}
+    )
+
+
+Measured = Generator[Sequence[Point], list[Outcome], Load]
+
+
+class _Bench:
+    """Measures loads of one fleet and keeps them."""
+
+    def __init__(self, question: PlanQuestion, fleet: Fleet) -> None:
+        self.question, self.fleet = question, fleet
+        self.loads: dict[tuple[int, float], Load] = {}
+        self.figures: dict[tuple[int, float], list[Figures]] = {}
+
+    def measure(self, num_replicas: int, rate_per_s: float) -> Measured:
+        """Replicated runs at a load, more of them where the first leave doubt."""
+        key = num_replicas, rate_per_s
+        if key in self.loads:
+            return self.loads[key]
+        settings = self.question.settings
+        scenario = fleet_scenario(self.question, self.fleet, num_replicas)
+        figures: list[Figures] = []
+        for upto in (settings.replications, settings.max_replications):
+            points = [
+                self._point(scenario, index, rate_per_s, num_replicas)
+                for index in range(len(figures), upto)
+            ]
+            if points:
+                figures += figures_of((yield points))
+            verdict = judge(figures, self.question.slo, settings.attainment, settings.confidence)
+            if verdict.is_sure:
+                break
+        load = Load(num_replicas, rate_per_s, verdict, mean_figures(figures))
+        self.loads[key], self.figures[key] = load, figures
+        return load
+
+    def _point(self, scenario: Scenario, index: int, rate: float, num_replicas: int) -> Point:
+        traffic = self.question.traffic
+        longest = max(1, MAX_RUN_REQUESTS // self.question.settings.num_requests)
+        sample = traffic.sample(scenario, index, rate, min(num_replicas, longest))
+        return point_of(sample, self.question.base_dir, str(self.question.slo))
+
+    def capacity(
+        self, num_replicas: int, start_per_s: float
+    ) -> Generator[Sequence[Point], list[Outcome], Capacity]:
+        """The capacity of so many replicas."""
+        search = find_capacity(start_per_s, self.question.settings.precision)
+        rate = next(search)
+        while True:
+            load = yield from self.measure(num_replicas, rate)
+            try:
+                rate = search.send(load.verdict)
+            except StopIteration as end:
+                found: Capacity = end.value
+                return found
+
+    def size(
+        self, guess: int, rate_per_s: float
+    ) -> Generator[Sequence[Point], list[Outcome], FleetSize]:
+        """The smallest number of replicas that carries a rate."""
+        search = find_fleet(guess, self.question.settings.max_replicas)
+        at = next(search)
+        while True:
+            load = yield from self.measure(at, rate_per_s)
+            try:
+                at = search.send(load.verdict)
+            except StopIteration as end:
+                found: FleetSize = end.value
+                return found
+
+    def bottleneck(self, num_replicas: int, capacity: Capacity) -> Bottleneck | None:
+        """What gives way at the first rate that is missed."""
+        if capacity.outcome == "all carried":
+            return None
+        at = num_replicas, capacity.first_missed.rate_per_s
+        summaries = [one["summary"] for one in self.figures[at]]
+        late = capacity.first_missed.verdict.worst.words.split(":")[0].split("<")[0] in (
+            "tpot",
+            "itl",
+        )
+        return find_bottleneck(summaries, self.question.scenario.serving, late)
+
+
+def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
+    """Capacity of a fleet, and how many replicas the target takes."""
+    bench = _Bench(question, fleet)
+    target = question.target_per_s
+    replicas = question.scenario.fleet.num_replicas if target is None else 1
+    answer = FleetAnswer(fleet, replicas)
+    try:
+        capacity = yield from bench.capacity(replicas, question.traffic.rate_per_s)
+        answer = replace(answer, capacity=capacity, bottleneck=bench.bottleneck(replicas, capacity))
+        if target is None:
+            if capacity.rate_per_s > 0.0:
+                planned = bench.loads[replicas, capacity.rate_per_s]
+                answer = replace(answer, planned=planned)
+        elif capacity.rate_per_s > 0.0:
+            guess = math.ceil(target / capacity.rate_per_s)
+            size = yield from bench.size(guess, target)
+            answer = replace(answer, size=size)
+            if size.num_replicas is not None:
+                planned = bench.loads[size.num_replicas, target]
+                answer = replace(answer, planned=planned)
+    except InputError as error:
+        return replace(answer, refusal=str(error))
+    return _priced(question, replace(answer, loads=tuple(bench.loads.values())))
+
+
+def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:
+    planned, gpus = answer.planned, answer.num_gpus
+    if question.prices is None or planned is None or gpus is None:
+        return answer
+    cost = cost_of(
+        question.prices,
+        answer.fleet.device,
+        gpus,
+        planned.means.get("average_gpu_power"),
+        planned.means.get("output_throughput"),
+        f"{question.where}, plan.prices",
+    )
+    return replace(answer, cost=cost)
+
+
+def mean_figures(figures: Sequence[Figures]) -> Means:
+    """The mean over replications of every plain figure; None where one of them has none."""
+    summaries = [one["summary"] for one in figures]
+    means: Means = {}
+    for key, first in summaries[0].items():
+        if isinstance(first, bool | str | list | Mapping):
+            continue
+        values = [summary[key] for summary in summaries]
+        known = [float(value) for value in values if isinstance(value, int | float)]
+        means[key] = fmean(known) if len(known) == len(values) else None
+    return means
+
+
+def ranked(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> tuple[FleetAnswer, ...]:
+    """Answers in order of merit: those that plan something first, then the cheapest."""
+
+    def merit(answer: FleetAnswer) -> tuple[Any, ...]:
+        planned = answer.planned
+        if planned is None or answer.num_gpus is None:
+            near = answer.capacity.rate_per_s if answer.capacity else -1.0
+            return 1, -near, 0.0, 0.0
+        joules = planned.means.get("energy_per_output_token") or 0.0
+        if question.target_per_s is None:
+            carried = planned.rate_per_s / answer.num_gpus
+            price = answer.cost.per_million_tokens if answer.cost else None
+            return 0, -carried if price is None else price, joules, 0.0
+        price = answer.cost.per_hour if answer.cost else float(answer.num_gpus)
+        return 0, price, answer.num_gpus, joules
+
+    return tuple(sorted(answers, key=merit))
+
+
+def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> FleetAnswer:
+    """The best answer; if none plans anything, an `InputError` with the nearest miss."""
+    best = ranked(question, answers)[0]
+    if best.planned is not None:
+        return best
+    if all(answer.refusal is not None for answer in answers):
+        raise InputError(f"No fleet can serve this at all. {answers[0].refusal}", question.where)
+    if best.capacity is not None and best.capacity.rate_per_s > 0.0:
+        raise InputError(
+            f"No fleet of up to {question.settings.max_replicas} replicas carries "
+            f"{question.target_per_s:.4g} requests/s; one replica of {best.fleet.name!r} carries "
+            f"{best.capacity.rate_per_s:.4g}. Give more max_replicas.",
+            f"{question.where}, plan.max_replicas",
+        )
+    missed = [one for one in answers if one.capacity is not None and one.capacity.probes]
+    nearest = min(missed, key=lambda one: _lowest(one).verdict.worst.shortfall)
+    raise InputError(
+        f"The SLO is met by none of {len(answers)} fleet{'s' if len(answers) != 1 else ''}, even "
+        f"at the lowest rate. Nearest comes {nearest.fleet.name!r}: {miss_in_words(nearest)}. "
+        "Give a looser limit, or models and GPUs that answer sooner.",
+        f"{question.where}, slo",
+    )
+
+
+def _lowest(answer: FleetAnswer) -> Load:
+    return min(answer.loads, key=lambda load: load.rate_per_s)
+
+
+def miss_in_words(answer: FleetAnswer) -> str:
+    """Which criterion a fleet misses at the lowest rate tried, and by how much."""
+    load = _lowest(answer)
+    worst = load.verdict.worst
+    text = (
+        f"at {load.rate_per_s:.3g} requests/s {worst.words} is met by {100 * worst.mean:.1f} % of "
+        f"the requests, {100 * worst.target:g} % needed"
+    )
+    if worst.value_ms is not None and worst.limit_ms is not None:
+        over = worst.value_ms / worst.limit_ms - 1.0
+        text += (
+            f" (that percentile is {worst.value_ms:.4g} ms, "
+            f"{100 * over:.0f} % over {worst.limit_ms:g} ms)"
+        )
+    return text
+
+
+def headroom_study(question: PlanQuestion, best: FleetAnswer) -> Study[FleetAnswer]:
+    """The capacity of the recommended fleet itself: how much more than the target it carries."""
+
+    def steps() -> Steps[FleetAnswer]:
+        planned = best.planned
+        if planned is None or question.target_per_s is None:
+            return best
+        bench = _Bench(question, best.fleet)
+        num = planned.num_replicas
+        capacity = yield from bench.capacity(num, planned.rate_per_s)
+        known = {(load.num_replicas, load.rate_per_s): load for load in best.loads} | bench.loads
+        return replace(
+            best,
+            capacity=capacity,
+            capacity_replicas=num,
+            bottleneck=bench.bottleneck(num, capacity),
+            loads=tuple(known.values()),
+        )
+
+    expected = 0 if question.target_per_s is None else 40
+    return Study("headroom", steps(), expected)
+
+
+def make_plan(question: PlanQuestion, answers: Sequence[FleetAnswer], best: FleetAnswer) -> Plan:
+    """The plan, once the recommended fleet's own capacity is known."""
+    assert best.capacity is not None
+    others = [one for one in ranked(question, answers) if one.fleet != best.fleet]
+    asked = question.target_per_s or question.traffic.rate_per_s
+    headroom = best.capacity.rate_per_s / asked - 1.0
+    return Plan(question, (best, *others), best, headroom, _hours(question, answers, best))
+
+
+def _hours(
+    question: PlanQuestion, answers: Sequence[FleetAnswer], best: FleetAnswer
+) -> tuple[Hour, ...]:
+    """Replicas hour by hour, from what a replica carries alone and what it carries in the fleet.
+
+    The smaller of the two counts, so that neither pooling nor uneven routing is relied on.
+    """
+    weights, target = question.settings.hourly_weights, question.target_per_s
+    if not weights or target is None or best.planned is None or best.capacity is None:
+        return ()
+    alone = next(one for one in answers if one.fleet == best.fleet).capacity
+    assert alone is not None
+    peak = best.planned.num_replicas
+    # The fleet is known to carry the target, whatever its capacity's estimate.
+    together = max(best.capacity.rate_per_s, target) / best.capacity_replicas
+    each = min(alone.rate_per_s, together)
+    found = []
+    for hour, weight in enumerate(weights):
+        rate = target * weight / max(weights)
+        num = min(peak, max(1, math.ceil(rate / each - 1e-9)))
+        per_hour = None if best.cost is None else best.cost.per_hour * num / peak
+        found.append(Hour(hour, rate, num, per_hour))
+    return tuple(found)
+
+
+def recommended(plan: Plan) -> Scenario:
+    """The scenario that the plan recommends, at the rate it is planned for."""
+    question, best = plan.question, plan.best
+    assert best.planned is not None
+    scenario = fleet_scenario(question, best.fleet, best.planned.num_replicas)
+    if question.target_per_s is not None:
+        scenario = at_rate(scenario, question.traffic, question.target_per_s)
+    models = "+".join(best.fleet.candidates)
+    said = (
+        f"Recommended by helios plan: {best.planned.num_replicas} x {best.fleet.policy.name}, "
+        f"{models} on {best.fleet.profile}; carries "
+        f"{plan.best.capacity.rate_per_s:.4g} requests/s in all."  # type: ignore[union-attr]
+    )
+    return scenario.model_copy(
+        update={"name": f"{scenario.name}_plan", "notes": (*scenario.notes, said)}
+    )

@@ -1,0 +1,183 @@
+"""A point: one policy on one sample of traffic, named by the content of all that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from helios_sim.errors import InputError
+from helios_sim.experiment import prepare, run_policy
+from helios_sim.metrics import columns_of, gap_percentile_s, gap_share_within, meets
+from helios_sim.profile import load_profile
+from helios_sim.records import SCHEMA_VERSION, RunData
+from helios_sim.scenario import Scenario, resolved
+from helios_sim.slo import SloLimit, parse_slo
+
+POINT_SCHEMA: Final = 1
+"""Version of a point's file."""
+
+_PACKAGE: Final = Path(__file__).parent.parent
+_NO_PART: Final = ("search", "report", "cli.py", "command.py", "publish.py", "terminal.py")
+"""Sources that change no figure of a run: what proposes points, and what shows results."""
+
+Figures = dict[str, Any]
+"""What a point gave: `summary`, and for each judged limit its share and its percentile."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A scenario of one policy and one replication, with latency limits to judge beside its SLO.
+
+    Two points with one key give the same figures, whatever they are called and whoever runs them.
+    """
+
+    scenario: Scenario
+    base_dir: Path
+    limits: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the settings, of the files they name, and of the code that runs them."""
+        data = resolved(self.scenario)
+        named = {
+            "point": POINT_SCHEMA,
+            "run": SCHEMA_VERSION,
+            "scenario": data,
+            "limits": self.limits,
+            "files": dict(_files_of(data, self.base_dir)),
+            "code": code_hash(),
+        }
+        text = json.dumps(named, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def point_of(scenario: Scenario, base_dir: Path, limits: str = "") -> Point:
+    """The point of a scenario of one policy, without what changes no figure."""
+    if len(scenario.policy) != 1:
+        raise InputError(
+            f"A point was given {len(scenario.policy)} policies; it takes one.", scenario.name
+        )
+    changes = {
+        "name": "point",
+        "question": "",
+        "notes": (),
+        "published": (),
+        "plan": None,
+        "search": None,
+        "policy": (scenario.policy[0].model_copy(update={"label": None}),),
+        "measure": scenario.measure.model_copy(update={"replications": 1}),
+    }
+    return Point(scenario.model_copy(update=changes), base_dir, limits)
+
+
+def run_point(point: Point) -> Figures:
+    """Play a point; what it gives is plain data."""
+    experiment = prepare(point.scenario, point.base_dir, "scenario")
+    result = run_policy(experiment, point.scenario.policy[0])
+    judged = [] if not point.limits else _judged(result.run, point)
+    return {"summary": result.summary, "judged": judged}
+
+
+def _judged(run: RunData, point: Point) -> list[dict[str, Any]]:
+    measure = point.scenario.measure
+    columns = columns_of(run, measure.warmup_s, measure.warmup_requests)
+    measured = columns.measured
+    found = []
+    for limit in parse_slo(point.limits).limits:
+        percentile = 100.0 if limit.percentile is None else limit.percentile
+        if limit.metric == "itl" and limit.percentile is not None:
+            has_gaps = sum(run.totals.itl_counts) > 0
+            value_s = gap_percentile_s(run, percentile) if has_gaps else 0.0
+            share = gap_share_within(run, limit.limit_s) if has_gaps else 1.0
+        else:
+            sent_s = np.sort(_sent_s(columns, limit)[measured])
+            place = max(0, math.ceil(percentile / 100.0 * len(sent_s)) - 1)
+            value_s = float(sent_s[place])
+            share = float(meets(columns, limit)[measured].mean())
+        found.append(
+            {
+                "limit": str(limit),
+                "share": share,
+                "value_ms": 1e3 * value_s if math.isfinite(value_s) else None,
+            }
+        )
+    return found
+
+
+def _sent_s(columns: Any, limit: SloLimit) -> Any:
+    """A latency of every request sent; infinite where it did not finish."""
+    if limit.metric == "ttft":
+        value = columns.ttft_s
+    elif limit.metric == "e2e":
+        value = columns.e2e_s
+    else:
+        value = np.where(columns.several_tokens, columns.tpot_s, 0.0)
+    return np.where(columns.finished, value, math.inf)
+
+
+def _files_of(data: Mapping[str, Any], base_dir: Path) -> Iterator[tuple[str, str]]:
+    """Every file that a scenario names, with the hash of its content."""
+    yield "profile", _profile_hash(data["fleet"]["profile"], base_dir)
+    for name in sorted(set(_named_files(data["workload"]))):
+        yield name, content_hash(base_dir / name)
+    for policy in data["policy"]:
+        module, colon, _ = str(policy["use"]).partition(":")
+        source = base_dir.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
+        if colon and source.is_file():
+            yield module, content_hash(source)
+
+
+@cache
+def _profile_hash(name: str, base_dir: Path) -> str:
+    return load_profile(name, base_dir).hash
+
+
+def _named_files(node: Any) -> Iterator[str]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == "file" and isinstance(value, str):
+                yield value
+            else:
+                yield from _named_files(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _named_files(value)
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file, or of all files of a folder; an empty text for what is not there."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stamps = []
+    for file in files:
+        if file.is_file():
+            status = file.stat()
+            stamps.append((file, status.st_size, status.st_mtime_ns))
+    return _hash_of(tuple(stamps)) if stamps else ""
+
+
+@cache
+def _hash_of(stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash of files, read again only when their size or time changes."""
+    digest = hashlib.sha256()
+    for file, _, _ in stamps:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+@cache
+def code_hash() -> str:
+    """Hash of every source that takes part in a run's figures."""
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        inside = path.relative_to(_PACKAGE)
+        if inside.parts[0] not in _NO_PART:
+            digest.update(inside.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""Prices from the user's file: money per GPU hour and per kilowatt hour."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from helios_sim.arrivals import StrictSettings
+from helios_sim.errors import InputError
+
+Grade = Literal["assumed", "quoted", "paid"]
+
+
+class GpuPrice(StrictSettings):
+    """What one GPU costs an hour, and where that number comes from."""
+
+    per_gpu_hour: Annotated[float, Field(ge=0, le=1e9)]
+    grade: Grade
+    source: str = ""
+
+
+class EnergyPrice(StrictSettings):
+    """What energy costs, where the GPU's hour does not include it.
+
+    `overhead` is the building's factor on the GPUs' own energy (its PUE).
+    """
+
+    per_kwh: Annotated[float, Field(ge=0, le=1e9)]
+    overhead: Annotated[float, Field(ge=1, le=10)] = 1.0
+    grade: Grade
+    source: str = ""
+
+
+class Prices(StrictSettings):
+    """A prices file: a currency, a price a device by the profile's device name, energy."""
+
+    currency: str = "USD"
+    gpu: dict[str, GpuPrice]
+    energy: EnergyPrice | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What serving costs: an hour of it, and a million output tokens."""
+
+    per_hour: float
+    per_million_tokens: float | None
+
+
+def load_prices(name: str, base_dir: Path, where: str) -> Prices:
+    """Read a prices file, strictly; `where` names the key that asked for it."""
+    path = base_dir / name
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"The prices file {name!r} cannot be read: {error.strerror}.", where
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"The prices file is not TOML: {error}.", str(path)) from error
+    try:
+        return Prices.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            allowed = ("currency", "gpu", "energy", "per_gpu_hour", "per_kwh", "overhead", "grade")
+            near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            message = f"Unknown key {first['loc'][-1]!r}.{hint}"
+        else:
+            message = f"It was given {first.get('input')!r}; {first['msg'].lower()}."
+        raise InputError(message, f"{path}, {place}") from error
+
+
+def cost_of(
+    prices: Prices,
+    device: str,
+    num_gpus: int,
+    power_w: float | None,
+    tokens_per_s: float | None,
+    where: str,
+) -> Cost:
+    """The cost of GPUs that draw a power and give tokens, at a steady rate."""
+    if device not in prices.gpu:
+        near = difflib.get_close_matches(device, prices.gpu, n=1)
+        hint = f" Did you mean it for {near[0]!r}?" if near else ""
+        raise InputError(
+            f"The prices file has no [gpu.{device!r}].{hint} It has "
+            f"{', '.join(map(repr, prices.gpu)) or 'none'}.",
+            where,
+        )
+    per_hour = num_gpus * prices.gpu[device].per_gpu_hour
+    if prices.energy is not None:
+        per_hour += (power_w or 0.0) / 1e3 * prices.energy.overhead * prices.energy.per_kwh
+    if not tokens_per_s:
+        return Cost(per_hour, None)
+    return Cost(per_hour, per_hour / (tokens_per_s * 3600.0) * 1e6)
+
+
+def words_of(prices: Prices) -> str:
+    """What the prices are, with their grades, for a page."""
+    parts = [
+        f"{device} {one.per_gpu_hour:g} {prices.currency} an hour and GPU ({one.grade}"
+        f"{': ' + one.source if one.source else ''})"
+        for device, one in prices.gpu.items()
+    ]
+    if prices.energy is not None:
+        one = prices.energy
+        parts.append(
+            f"energy {one.per_kwh:g} {prices.currency} a kWh times {one.overhead:g} ({one.grade}"
+            f"{': ' + one.source if one.source else ''})"
+        )
+    return "; ".join(parts)

@@ -1,0 +1,147 @@
+"""The folder of a search: points while it runs, results once it is done, each file whole."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import polars as pl
+
+from helios_sim.errors import InputError
+from helios_sim.metrics import rounded_figures
+from helios_sim.profile import shipped_names
+from helios_sim.records import toml_text
+from helios_sim.scenario import Scenario, resolved
+from helios_sim.search.store import POINTS, Store
+
+RESULTS: Final = "results.parquet"
+PARETO: Final = "pareto.csv"
+SCENARIO: Final = "scenario.toml"
+PAGE: Final = "report.html"
+JOURNAL: Final = "study.journal"
+_OURS: Final = (RESULTS, PARETO, SCENARIO, PAGE, JOURNAL, f"{JOURNAL}.lock", POINTS)
+
+
+def open_folder(out: Path, resume: bool) -> Store:
+    """The store of a search's folder.
+
+    Results of a finished search are replaced. Points of an unfinished one are used with `resume`
+    and never thrown away without a word.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError("It is a file; allowed is a new folder.", str(out))
+    if out.is_dir():
+        foreign = [
+            one.name
+            for one in sorted(out.iterdir())
+            if one.name not in _OURS and not one.name.endswith((".partial", ".py"))
+        ]
+        if foreign:
+            raise InputError(
+                f"The folder holds {foreign[0]!r}, which is no part of a search; allowed is a new "
+                "folder, an empty one, or that of an earlier search.",
+                str(out),
+            )
+        points = out / POINTS
+        num_points = sum(1 for _ in points.glob("*.json")) if points.is_dir() else 0
+        if num_points and not resume:
+            if not (out / RESULTS).is_file():
+                raise InputError(
+                    f"The folder holds {num_points:,} finished points of a search that was not "
+                    "ended; go on with --resume, or give another --out.",
+                    str(out),
+                )
+            shutil.rmtree(points)
+            (out / RESULTS).unlink()
+    return Store(out / POINTS)
+
+
+def write_results(out: Path, store: Store, files: Mapping[str, bytes]) -> None:
+    """Write result files one by one, each moved into place; the table comes last.
+
+    A folder with the table is that of a finished search.
+    """
+    order = sorted(files, key=lambda name: name == RESULTS)
+    for name in order:
+        target = out / name
+        partial = target.with_name(f".{name}.partial")
+        try:
+            partial.write_bytes(files[name])
+            partial.replace(target)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise InputError(
+                f"{name} cannot be written: {error.strerror}. {store.kept()} Make room and give "
+                "the command again with --resume.",
+                str(out),
+            ) from error
+
+
+def parquet_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as a Parquet table; a column of mixed kinds becomes text."""
+    buffer = io.BytesIO()
+    _frame(rows).write_parquet(buffer, compression="zstd", compression_level=3)
+    return buffer.getvalue()
+
+
+def csv_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Rows as comma-separated text."""
+    return _frame(rows).write_csv(line_terminator="\n").encode()
+
+
+def _frame(rows: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns: dict[str, list[Any]] = {}
+    for name in names:
+        values = [rounded_figures(row.get(name)) for row in rows]
+        kinds = {type(value) for value in values if value is not None}
+        if kinds == {int, float}:
+            values = [None if value is None else float(value) for value in values]
+        elif len(kinds) > 1 or kinds & {list, dict}:
+            values = [None if value is None else str(value) for value in values]
+        columns[name] = values
+    return pl.DataFrame(columns, infer_schema_length=None)
+
+
+def scenario_bytes(scenario: Scenario, base_dir: Path, out: Path, said: Sequence[str]) -> bytes:
+    """A recommended scenario as a file that runs where it lies: its paths lead from `out`.
+
+    A policy of the user's own is found beside a scenario, so its source is copied there.
+    """
+    data = resolved(scenario)
+    _relocate(data["workload"], base_dir, out)
+    profile = data["fleet"]["profile"]
+    if profile not in shipped_names():
+        data["fleet"]["profile"] = _path_from(out, base_dir / profile)
+    for policy in scenario.policy:
+        module, colon, _ = policy.use.partition(":")
+        source = base_dir.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
+        if colon and source.is_file():
+            target = out.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    header = "".join(f"# {line}\n" for line in said)
+    return f"{header}\n{toml_text(data)}".encode()
+
+
+def _relocate(node: Any, base_dir: Path, out: Path) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key == "file" and isinstance(value, str):
+                node[key] = _path_from(out, base_dir / value)
+            else:
+                _relocate(value, base_dir, out)
+    elif isinstance(node, list):
+        for value in node:
+            _relocate(value, base_dir, out)
+
+
+def _path_from(out: Path, target: Path) -> str:
+    """A path that leads from a folder to a file, so that both can be moved together."""
+    return Path(os.path.relpath(target.resolve(), out.resolve())).as_posix()

@@ -1,0 +1,295 @@
+"""A search space: `[search.ranges]` over the settings of one policy's scenario."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+from helios_sim.errors import InputError
+from helios_sim.experiment import choose_policies
+from helios_sim.policy.options import nearest
+from helios_sim.scenario import Scenario, apply_value, parse_scenario, resolved
+from helios_sim.search.samplers import sobol_shares
+
+Values = dict[str, Any]
+"""A setting for each range, by its key."""
+
+_RANGE_KEYS: Final = ("low", "high", "log", "step", "points", "choices")
+GRID_POINTS: Final = 5
+"""Values that a grid takes of a range which does not say how many."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """What one setting may be: a number between two bounds, or one of `choices`."""
+
+    key: str
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    step: float | None = None
+    points: int | None = None
+    choices: tuple[Any, ...] = ()
+    is_whole: bool = False
+
+    def at(self, share: float) -> Any:
+        """The value a share (0 up to below 1) of the way through the range."""
+        if self.choices:
+            return self.choices[int(share * len(self.choices))]
+        if self.step is not None:
+            num = int((self.high - self.low) / self.step + 1e-9) + 1
+            value = self.low + int(share * num) * self.step
+        elif self.is_whole:
+            low, high = self.low - 0.5, self.high + 0.5
+            if self.log:
+                low = max(low, 0.5)
+                value = math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+            else:
+                value = low + share * (high - low)
+        elif self.log:
+            value = math.exp(math.log(self.low) + share * (math.log(self.high / self.low)))
+        else:
+            value = self.low + share * (self.high - self.low)
+        return self._fitted(value)
+
+    def grid(self, most: int | None = None) -> list[Any]:
+        """Evenly spread values, both ends included."""
+        if self.choices:
+            return list(self.choices)
+        num = most or self.points or GRID_POINTS
+        if self.step is not None:
+            steps = int((self.high - self.low) / self.step + 1e-9) + 1
+            if self.points is None and most is None:
+                num = steps
+            num = min(num, steps)
+        if num == 1 or self.low == self.high:
+            return [self._fitted(self.low)]
+        values = []
+        for place in range(num):
+            share = place / (num - 1)
+            if self.step is not None:
+                value = self.low + round(share * (steps - 1)) * self.step
+            elif self.log:
+                value = self.low * (self.high / self.low) ** share
+            else:
+                value = self.low + share * (self.high - self.low)
+            values.append(self._fitted(value))
+        return list(dict.fromkeys(values))
+
+    def _fitted(self, value: float) -> Any:
+        if self.is_whole:
+            return min(int(self.high), max(int(self.low), round(value)))
+        return min(self.high, max(self.low, float(f"{value:.6g}")))
+
+
+@dataclass(frozen=True)
+class Space:
+    """Ranges over the settings of a scenario with one policy."""
+
+    base: Scenario
+    base_dir: Path
+    where: str
+    ranges: tuple[Range, ...]
+
+    def scenario(self, values: Mapping[str, Any]) -> Scenario:
+        """The scenario with these settings; `InputError` where they do not go together."""
+        return with_settings(self.base, values, self.base_dir, self.where)
+
+    def own(self, key: str) -> Any:
+        """What the scenario itself says of a setting; None where it leaves it out."""
+        node: Any = resolved(self.base)
+        for part in _path(key):
+            if isinstance(node, list):
+                node = node[int(part)] if int(part) < len(node) else None
+            else:
+                node = node.get(part) if isinstance(node, dict) else None
+        return node
+
+    def grid(self) -> Iterator[Values]:
+        """Every combination of the ranges' grids."""
+        for values in product(*(one.grid() for one in self.ranges)):
+            yield dict(zip((one.key for one in self.ranges), values, strict=True))
+
+    @property
+    def grid_size(self) -> int:
+        """How many combinations the grid has."""
+        return math.prod(len(one.grid()) for one in self.ranges)
+
+    def at(self, shares: Sequence[float]) -> Values:
+        """The settings at a point of the unit cube."""
+        return {
+            one.key: one.at(float(share)) for one, share in zip(self.ranges, shares, strict=True)
+        }
+
+
+def with_settings(
+    base: Scenario, values: Mapping[str, Any], base_dir: Path, where: str
+) -> Scenario:
+    """A scenario of one policy with settings changed, checked like a file."""
+    data = resolved(base)
+    for key, value in values.items():
+        apply_value(data, _path(key), value, where)
+    return parse_scenario(data, where, base_dir)
+
+
+def _path(key: str) -> list[str]:
+    """A key's path; `policy.option` means the one policy that is there."""
+    parts = key.split(".")
+    if parts[0] == "policy" and len(parts) > 1 and not parts[1].isdigit():
+        return ["policy", "0", *parts[1:]]
+    return parts
+
+
+def alone(scenario: Scenario, policy: str | None, where: str) -> Scenario:
+    """The scenario with the one policy that is searched over."""
+    if policy is None:
+        if len(scenario.policy) > 1:
+            names = ", ".join(repr(one.name) for one in scenario.policy)
+            raise InputError(
+                f"The scenario has {len(scenario.policy)} policies and nothing says which is "
+                f"meant; give the name of one of {names}.",
+                f"{where}.policy",
+            )
+        chosen = scenario.policy
+    else:
+        try:
+            chosen = choose_policies(scenario, [policy])[:1]
+        except InputError as error:
+            raise InputError(error.message, f"{where}.policy") from error
+    update = {"policy": chosen, "plan": None, "search": None, "published": ()}
+    return scenario.model_copy(update=update)
+
+
+def read_space(scenario: Scenario, base_dir: Path, where: str) -> Space:
+    """The space of a scenario's `[search]` table, with every key known to be a setting."""
+    settings = scenario.search
+    if settings is None:
+        raise InputError(
+            "The scenario has no [search] table, which says what may vary; see docs/tune.md.",
+            where,
+        )
+    place = f"{where}, search"
+    base = alone(scenario, settings.policy, place)
+    ranges = tuple(_ranges(settings.ranges, f"{place}.ranges"))
+    if not ranges:
+        raise InputError(
+            'It names no setting that may vary; give some, such as "policy.breach_limit" = '
+            "{ low = 10, high = 90 }.",
+            f"{place}.ranges",
+        )
+    space = Space(base, base_dir, where, ranges)
+    for one in ranges:
+        _check_key(space, one, f"{place}.ranges.{one.key}")
+    _check_some_work(space, place)
+    return space
+
+
+def _ranges(table: Mapping[str, Any], where: str, prefix: str = "") -> Iterator[Range]:
+    """Ranges of a table; a table without any of a range's keys is a dotted key that TOML split."""
+    for name, given in table.items():
+        key = f"{prefix}{name}"
+        if isinstance(given, Mapping) and not set(given) & set(_RANGE_KEYS):
+            if not given:
+                raise InputError(
+                    "The range is empty; give low and high, or choices.", f"{where}.{key}"
+                )
+            if all(isinstance(one, Mapping | list) for one in given.values()):
+                yield from _ranges(given, where, f"{key}.")
+                continue
+        yield _range(key, given, f"{where}.{key}")
+
+
+def _range(key: str, given: Any, where: str) -> Range:
+    if isinstance(given, list):
+        given = {"choices": given}
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"It was given {given!r}; allowed is a list of choices, or a table with low and high.",
+            where,
+        )
+    for name in given:
+        if name not in _RANGE_KEYS:
+            raise InputError(
+                f"Unknown key {name!r}.{nearest(name, _RANGE_KEYS)} Allowed are "
+                f"{', '.join(_RANGE_KEYS)}.",
+                where,
+            )
+    if "choices" in given:
+        choices = given["choices"]
+        if len(given) > 1 or not isinstance(choices, list):
+            raise InputError("choices is a list, and stands alone.", where)
+        if not choices:
+            raise InputError(
+                "The range is empty: choices holds no value; give at least one.", where
+            )
+        return Range(key, choices=tuple(_frozen(one) for one in choices))
+    low, high = given.get("low"), given.get("high")
+    for name, value in (("low", low), ("high", high), ("step", given.get("step", 1))):
+        if not _is_number(value):
+            raise InputError(f"{name} was given {value!r}; allowed is a number.", where)
+    assert low is not None and high is not None
+    if low > high:
+        raise InputError(
+            f"The range is empty: low is {low} and high is {high}; low must be at most high.", where
+        )
+    log = given.get("log", False)
+    if not isinstance(log, bool):
+        raise InputError(f"log was given {log!r}; allowed is true or false.", where)
+    step = given.get("step")
+    if step is not None and (step <= 0 or log):
+        raise InputError(
+            f"step was given {step}; it must be positive, and does not go with log.", where
+        )
+    if log and low <= 0:
+        raise InputError(f"low is {low}; a logarithmic range is above 0.", where)
+    points = given.get("points")
+    if points is not None and (
+        isinstance(points, bool) or not isinstance(points, int) or points < 1
+    ):
+        raise InputError(
+            f"points was given {points!r}; allowed is a whole number from 1 on.", where
+        )
+    is_whole = all(isinstance(one, int) for one in (low, high) if one is not None)
+    if is_whole and step is not None and not isinstance(step, int):
+        raise InputError(f"step was given {step}; a whole range takes a whole step.", where)
+    return Range(key, low, high, log, step, points, is_whole=is_whole)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(one) for one in value) if isinstance(value, list) else value
+
+
+def _check_key(space: Space, one: Range, where: str) -> None:
+    """Raise `InputError` if no setting has this key; a value may still need others beside it."""
+    try:
+        space.scenario({one.key: one.grid()[0]})
+    except InputError as error:
+        if error.message.startswith("Unknown key") or "unknown option" in error.message:
+            raise InputError(error.message, where) from error
+        if "goes into" in error.message or "index" in error.message:
+            raise InputError(error.message, where) from error
+
+
+def _check_some_work(space: Space, where: str) -> None:
+    """Raise the first error if none of 64 spread combinations is a scenario."""
+    first: InputError | None = None
+    for shares in sobol_shares(len(space.ranges), 64, seed=0):
+        try:
+            space.scenario(space.at(shares))
+            return
+        except InputError as error:
+            first = first or error
+    assert first is not None
+    raise InputError(
+        f"Of 64 combinations spread over the ranges none is a scenario; the first says: "
+        f"{first.message}",
+        f"{where}.ranges",
+    )

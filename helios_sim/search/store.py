@@ -1,0 +1,86 @@
+"""Finished points on disk: one file each, whole or absent, found again by content."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from helios_sim.errors import InputError
+from helios_sim.search.points import POINT_SCHEMA, Figures
+
+POINTS: Final = "points"
+
+
+class Store:
+    """The points of one folder; without a folder they are kept in memory alone."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._known: dict[str, Figures] = {}
+        self.num_written = 0
+        self.num_found = 0
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"No points can be kept there: {error.strerror}.", str(folder)
+                ) from error
+
+    def get(self, key: str) -> Figures | None:
+        """The figures of a finished point; a file that is not whole counts as absent."""
+        if key in self._known:
+            return self._known[key]
+        figures = None if self.folder is None else _read(self.folder / f"{key}.json", key)
+        if figures is not None:
+            self._known[key] = figures
+            self.num_found += 1
+        return figures
+
+    def put(self, key: str, figures: Figures) -> Figures:
+        """Keep a point's figures; they come back as a later run will read them."""
+        text = json.dumps(
+            {"schema_version": POINT_SCHEMA, "key": key, **figures},
+            separators=(",", ":"),
+            allow_nan=False,
+        )
+        if self.folder is not None:
+            self._write(self.folder / f"{key}.json", text)
+        kept: Figures = json.loads(text)
+        self._known[key] = kept
+        self.num_written += 1
+        return kept
+
+    def _write(self, path: Path, text: str) -> None:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            partial.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise InputError(
+                f"A finished point cannot be written: {error.strerror}. {self.kept()} Make room "
+                "and give the command again with --resume.",
+                str(path.parent),
+            ) from error
+
+    def kept(self) -> str:
+        """How many points a later run will find, as a sentence."""
+        if self.folder is None:
+            return "No points were kept, since no folder was given."
+        num = sum(1 for _ in self.folder.glob("[0-9a-f]*.json"))
+        return f"{num:,} finished point{'s are' if num != 1 else ' is'} kept."
+
+
+def _read(path: Path, key: str) -> Figures | None:
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(data, dict) or data.get("key") != key or "judged" not in data:
+        return None
+    return data if data.get("schema_version") == POINT_SCHEMA else None

@@ -1,0 +1,309 @@
+"""Searches as rows: for the terminal, for pages, and for files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+from rich.table import Table
+from rich.text import Text
+
+from helios_sim.report.words import number
+from helios_sim.search.drawings import gpu_rate, joules, user_rate
+from helios_sim.search.goals import in_words
+from helios_sim.search.pareto import front
+from helios_sim.search.plan import FleetAnswer, Load, Means, Plan
+from helios_sim.search.tune import Trial, Tuned
+from helios_sim.search.whatif import Cell
+from helios_sim.search.words import bracket
+
+Cells: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""Titles and rows; the first column names the row."""
+
+Rows: TypeAlias = list[dict[str, Any]]
+
+_DASH = "\N{EN DASH}"
+
+
+def terminal_table(cells: Cells, best_first: bool = False) -> Table:
+    """Rows in the terminal, the first one marked where rows are ranked."""
+    titles, rows = cells
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for place, title in enumerate(titles):
+        if place == 0:
+            table.add_column(Text(title), overflow="fold")
+        else:
+            table.add_column(Text(title), justify="right", no_wrap=len(title) < 14)
+    for place, row in enumerate(rows):
+        style = "bold green" if best_first and place == 0 and len(rows) > 1 else ""
+        table.add_row(*(Text(value, style=style) for value in row))
+    return table
+
+
+def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
+    """Fleets in order of merit; in brief, for a narrow terminal, without what users see."""
+    question = plan.question
+    target = question.target_per_s is not None
+    titles = ["Fleet"]
+    if target:
+        titles += ["GPUs"] if brief else ["replicas", "GPUs"]
+    titles += ["req/s", "bounds", "held by"] if brief else ["capacity req/s", "bounds", "held by"]
+    titles += ["J/tok"] if brief else ["tok/s per user", "J/token", "agreement %"]
+    if question.prices is not None:
+        titles += [f"{question.prices.currency}/h", f"{question.prices.currency}/Mtok"]
+    rows = []
+    for answer in plan.answers:
+        row = [answer.fleet.name]
+        if target:
+            planned = answer.planned
+            most = f">{question.settings.max_replicas}"
+            unknown = most if answer.size is not None else _DASH
+            if brief:
+                row += [str(answer.num_gpus) if planned else unknown]
+            else:
+                row += [str(planned.num_replicas) if planned else unknown]
+                row += [str(answer.num_gpus) if planned else _DASH]
+        row += _capacity_cells(answer)
+        means: Means = answer.planned.means if answer.planned else {}
+        agreement = means.get("agreement")
+        row += [number(joules(means))]
+        if not brief:
+            row.insert(-1, number(user_rate(means)))
+            row += [number(None if agreement is None else 100 * agreement)]
+        if question.prices is not None:
+            cost = answer.cost
+            row += [number(cost.per_hour if cost else None)]
+            row += [number(cost.per_million_tokens if cost else None)]
+        rows.append(row)
+    return titles, rows
+
+
+def _capacity_cells(answer: FleetAnswer) -> list[str]:
+    if answer.capacity is None:
+        return ["cannot serve", _DASH, _DASH]
+    if answer.capacity.outcome == "none carried":
+        return ["none", _DASH, _DASH]
+    many = f" ({answer.capacity_replicas})" if answer.capacity_replicas > 1 else ""
+    return [
+        f"{number(answer.capacity.rate_per_s, 4)}{many}",
+        bracket(answer.capacity),
+        answer.bottleneck.cause if answer.bottleneck else _DASH,
+    ]
+
+
+def setting_rows(tuned: Tuned) -> Cells:
+    """The winner's settings beside the scenario's own, with what each mattered."""
+    assert tuned.winner is not None
+    rows = []
+    for one in tuned.question.space.ranges:
+        own = tuned.question.space.own(one.key)
+        share = tuned.importance.get(one.key)
+        rows.append(
+            [
+                one.key,
+                "default" if own is None else str(own),
+                str(tuned.winner.values[one.key]),
+                _DASH if share is None else f"{100 * share:.0f} %",
+            ]
+        )
+    return ["Setting", "as it stands", "winner", "importance"], rows
+
+
+def trial_rows(tuned: Tuned, most: int = 10) -> Cells:
+    """The best trials that keep the constraints, after the scenario as it stands."""
+    goals = tuned.question.judge.goals
+    titles = ["Trial", *(f"{goal.name} {goal.unit}".strip() for goal in goals)]
+    titles += ["J/token", "agreement %", "TTFT p99 ms", "TPOT p99 ms", "constraints"]
+    feasible = [one for one in tuned.trials if one.is_feasible]
+    feasible.sort(key=lambda one: (goals[0].cost((one.scores or (0.0,))[0]), one.number))
+    if tuned.winner is not None:
+        feasible = [tuned.winner, *(one for one in feasible if one is not tuned.winner)]
+    rows = []
+    for trial in [*feasible[:most], tuned.base]:
+        means: Means = trial.means or {}
+        agreement = means.get("agreement")
+        rows.append(
+            [
+                f"{trial.number}" if trial.number >= 0 else "as it stands",
+                *(number(score, 4) for score in trial.scores or (None,) * len(goals)),
+                number(joules(means)),
+                number(None if agreement is None else 100 * agreement),
+                number(means.get("p99_ttft_ms")),
+                number(means.get("p99_tpot_ms")),
+                "; ".join(in_words(one) for one in trial.broken) or "kept",
+            ]
+        )
+    return titles, rows
+
+
+def whatif_rows(cells: Sequence[Cell]) -> Cells:
+    """A grid side by side: settings, policy, main figures."""
+    keys = list(dict.fromkeys(key for cell in cells for key in cell.values))
+    has_slo = any((cell.means or {}).get("slo_attainment") is not None for cell in cells)
+    titles = ["Policy", *(key.split(".", 1)[-1] for key in keys), "tok/s"]
+    if has_slo:
+        titles += ["goodput req/s", "attainment %"]
+    titles += ["TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "J/token", "agreement %", "load"]
+    rows = []
+    for cell in cells:
+        row = [cell.policy, *(str(cell.values.get(key, _DASH)) for key in keys)]
+        if cell.means is None:
+            rows.append([*row, *[_DASH] * (len(titles) - len(row) - 1), "cannot be"])
+            continue
+        means = cell.means
+        row.append(number(means.get("output_throughput")))
+        if has_slo:
+            row.append(number(means.get("request_goodput")))
+            row.append(_percent(means.get("slo_attainment")))
+        row += [
+            number(means.get("median_ttft_ms")),
+            number(means.get("p99_ttft_ms")),
+            number(means.get("median_tpot_ms")),
+            number(joules(means)),
+            _percent(means.get("agreement")),
+            cell.saturation,
+        ]
+        rows.append(row)
+    return titles, rows
+
+
+def _percent(share: float | None) -> str:
+    return number(None if share is None else 100 * share)
+
+
+def plan_records(plan: Plan) -> Rows:
+    """Every load of every fleet, for `results.parquet`."""
+    rows: Rows = []
+    for rank, answer in enumerate(plan.answers, 1):
+        for load in sorted(answer.loads, key=lambda one: (one.num_replicas, one.rate_per_s)):
+            rows.append(_fleet_record(rank, answer) | _load_record(answer, load))
+        if not answer.loads:
+            rows.append(_fleet_record(rank, answer) | {"refusal": answer.refusal})
+    return rows
+
+
+def _fleet_record(rank: int, answer: FleetAnswer) -> dict[str, Any]:
+    fleet = answer.fleet
+    return {
+        "rank": rank,
+        "policy": fleet.policy.name,
+        "profile": fleet.profile,
+        "device": fleet.device,
+        "candidates": "+".join(fleet.candidates),
+        "router": fleet.router,
+    }
+
+
+def _load_record(answer: FleetAnswer, load: Load) -> dict[str, Any]:
+    planned = answer.planned
+    is_planned = planned is not None and (planned.num_replicas, planned.rate_per_s) == (
+        load.num_replicas,
+        load.rate_per_s,
+    )
+    worst = load.verdict.worst
+    return {
+        "num_replicas": load.num_replicas,
+        "num_gpus": load.num_replicas * answer.fleet.gpus_per_replica,
+        "rate_per_s": load.rate_per_s,
+        "carried": load.verdict.carried,
+        "sure": load.verdict.is_sure,
+        "num_replications": load.verdict.num_replications,
+        "worst_limit": worst.words,
+        "worst_share": worst.mean,
+        "worst_share_low": worst.low,
+        "worst_share_high": worst.high,
+        "planned": is_planned,
+        "cost_per_hour": answer.cost.per_hour if is_planned and answer.cost else None,
+        "cost_per_million_tokens": (
+            answer.cost.per_million_tokens if is_planned and answer.cost else None
+        ),
+        "tokens_per_s_per_user": user_rate(load.means),
+        "tokens_per_s_per_gpu": gpu_rate(load.means),
+        **_figures(load.means),
+    }
+
+
+_LEFT_OUT = ("schema_version", "seed", "num_gpus", "num_replicas", "warmup_s", "warmup_requests")
+
+
+def _figures(means: Means) -> dict[str, float | None]:
+    return {key: value for key, value in means.items() if key not in _LEFT_OUT}
+
+
+def plan_front(plan: Plan) -> Rows:
+    """Carried loads that no other beats in energy, tokens per user and tokens per GPU."""
+    rows = [row for row in plan_records(plan) if row.get("carried")]
+    keys = ("energy_per_output_token", "tokens_per_s_per_user", "tokens_per_s_per_gpu")
+    known = [row for row in rows if all(row[key] is not None for key in keys)]
+    costs = [(row[keys[0]], -row[keys[1]], -row[keys[2]]) for row in known]
+    shown = (
+        *("policy", "profile", "candidates", "router", "num_replicas", "num_gpus", "rate_per_s"),
+        *("request_goodput", "energy_per_output_token", "tokens_per_s_per_user"),
+        *("tokens_per_s_per_gpu", "agreement"),
+    )
+    return [{key: known[place][key] for key in shown} for place in front(costs)]
+
+
+def trial_records(tuned: Tuned) -> Rows:
+    """Every trial, for `results.parquet`; the scenario as it stands is number -1."""
+    return [_trial_record(tuned, trial) for trial in (tuned.base, *tuned.trials)]
+
+
+def _trial_record(tuned: Tuned, trial: Trial) -> dict[str, Any]:
+    goals = tuned.question.judge.goals
+    scores = trial.scores or (None,) * len(goals)
+    own = {one.key: tuned.question.space.own(one.key) for one in tuned.question.space.ranges}
+    return {
+        "trial": trial.number,
+        "state": trial.state,
+        "feasible": trial.is_feasible,
+        "winner": tuned.winner is not None and trial.number == tuned.winner.number,
+        **{goal.name: score for goal, score in zip(goals, scores, strict=True)},
+        "violation": sum(one.violation for one in trial.broken),
+        "broken": "; ".join(in_words(one) for one in trial.broken),
+        "why_impossible": trial.why,
+        **{f"setting {key}": value for key, value in (trial.values or own).items()},
+        "tokens_per_s_per_user": user_rate(trial.means or {}),
+        "tokens_per_s_per_gpu": gpu_rate(trial.means or {}),
+        **_figures(trial.means or {}),
+    }
+
+
+def tune_front(tuned: Tuned) -> Rows:
+    """Trials that keep the constraints and that no other beats in the objectives and energy."""
+    goals = tuned.question.judge.goals
+    feasible = [one for one in tuned.trials if one.is_feasible and one.scores is not None]
+    costs = []
+    for trial in feasible:
+        scores = trial.scores or ()
+        energy = joules(trial.means or {})
+        costs.append(
+            (
+                *(goal.cost(score) for goal, score in zip(goals, scores, strict=True)),
+                math.inf if energy is None else energy,
+            )
+        )
+    shown = ["trial", *(goal.name for goal in goals), "energy_per_output_token", "agreement"]
+    rows = []
+    for place in front(costs):
+        record = _trial_record(tuned, feasible[place])
+        names = [*shown, *(key for key in record if key.startswith("setting "))]
+        rows.append({key: record.get(key) for key in names})
+    return rows
+
+
+def cell_records(cells: Sequence[Cell]) -> Rows:
+    """Every cell of a grid, for `results.parquet`."""
+    return [
+        {
+            "policy": cell.policy,
+            **{f"setting {key}": value for key, value in cell.values.items()},
+            "saturation": cell.saturation,
+            "why_impossible": cell.why,
+            "tokens_per_s_per_user": user_rate(cell.means or {}),
+            "tokens_per_s_per_gpu": gpu_rate(cell.means or {}),
+            **_figures(cell.means or {}),
+        }
+        for cell in cells
+    ]

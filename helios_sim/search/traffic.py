@@ -1,0 +1,216 @@
+"""Samples of a scenario's traffic, at any rate: other seeds, or other stretches of its trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helios_sim.arrivals import ClosedArrivals, DailyArrivals, ScheduleArrivals
+from helios_sim.errors import InputError
+from helios_sim.experiment import prepare
+from helios_sim.scenario import Scenario
+from helios_sim.traces import read_trace
+from helios_sim.workload import MAX_SPAN_S
+
+MIN_WINDOW_REQUESTS = 40
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a trace: from, to (seconds of the trace) and the requests in it."""
+
+    start_s: float
+    end_s: float
+    num_requests: int
+
+    @property
+    def rate_per_s(self) -> float:
+        """Requests per second at the trace's own pace."""
+        return self.num_requests / (self.end_s - self.start_s)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The workload of a scenario as samples: sample i has the scenario's seed + i.
+
+    A replayed trace brings the same arrivals whatever the seed, so its samples are stretches of
+    equally many requests instead, `num_windows` of them. Where the rate or the domains change with
+    time, a sample is the whole workload under another seed. Anything else is `num_requests`
+    requests a replica. The first `warmup_share` of the requests are not measured.
+    """
+
+    scenario: Scenario
+    base_dir: Path
+    where: str
+    num_requests: int
+    num_windows: int
+    warmup_share: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scenario.workload.arrivals, ClosedArrivals):
+            raise InputError(
+                "A closed loop has no rate of its own, since its users wait for their answers; "
+                "give arrivals with a rate, such as poisson.",
+                f"{self.where}, workload.arrivals",
+            )
+
+    @property
+    def replays(self) -> bool:
+        """Whether arrivals are those of a trace."""
+        return self.scenario.workload.replays_arrivals
+
+    @property
+    def num_samples(self) -> int | None:
+        """How many samples there are; None where every seed gives another."""
+        return self.num_windows if self.replays else None
+
+    @property
+    def is_shaped(self) -> bool:
+        """Whether the rate or the mix of domains changes over the run, so that it is kept whole."""
+        workload = self.scenario.workload
+        return isinstance(workload.arrivals, ScheduleArrivals | DailyArrivals) or any(
+            domain.shares is not None for domain in workload.domains
+        )
+
+    @cached_property
+    def stretches(self) -> tuple[Stretch, ...]:
+        """The windows of a replayed trace, one after another, equal in requests."""
+        settings = self.scenario.workload.trace
+        assert settings is not None
+        plain = settings.model_copy(
+            update={"rate_scale": 1.0, "repeat": 1, "max_requests": settings.max_requests}
+        )
+        trace = read_trace(plain, self.base_dir, self.scenario.seed)
+        num = len(trace)
+        if num < self.num_windows * MIN_WINDOW_REQUESTS:
+            raise InputError(
+                f"The trace holds {num:,} requests, too few for {self.num_windows} windows of at "
+                f"least {MIN_WINDOW_REQUESTS}; give fewer windows or a longer trace.",
+                f"{self.where}, windows",
+            )
+        places = [num * i // self.num_windows for i in range(self.num_windows + 1)]
+        times = trace.arrival_s
+        edges = [float(times[place]) for place in places[:-1]]
+        last_s = float(times[-1])
+        edges.append(settings.end_s - settings.start_s if settings.end_s else last_s + 1e-6)
+        found = []
+        for start_s, end_s in pairwise(edges):
+            inside = int(np.searchsorted(times, end_s) - np.searchsorted(times, start_s))
+            if inside < MIN_WINDOW_REQUESTS // 2 or end_s <= start_s:
+                raise InputError(
+                    f"A window of the trace from {start_s:g} to {end_s:g} s holds {inside} "
+                    "requests; give fewer windows.",
+                    f"{self.where}, windows",
+                )
+            found.append(Stretch(settings.start_s + start_s, settings.start_s + end_s, inside))
+        return tuple(found)
+
+    @cached_property
+    def rate_per_s(self) -> float:
+        """Requests per second of the scenario as it stands, on average."""
+        workload = self.scenario.workload
+        if self.replays:
+            assert workload.trace is not None
+            parts = self.stretches
+            span_s = parts[-1].end_s - parts[0].start_s
+            own = sum(part.num_requests for part in parts) / span_s
+            return own * workload.trace.rate_scale
+        given = getattr(workload.arrivals, "rate_per_s", None)
+        if given is not None:
+            return float(given)
+        experiment = prepare(self.scenario, self.base_dir, self.where)
+        requests, _ = experiment.requests(self.scenario.seed)
+        return len(requests) / (workload.duration_s or requests.span_s)
+
+    def sample(
+        self, base: Scenario, index: int, rate_per_s: float | None = None, num_replicas: int = 1
+    ) -> Scenario:
+        """`base` under sample `index` of this traffic, at a rate or at the scenario's own.
+
+        `num_replicas` lengthens the sample, so that each replica sees as many requests.
+        """
+        if self.num_samples is not None and index >= self.num_samples:
+            raise InputError(
+                f"Sample {index + 1} of the traffic was asked for; the trace has "
+                f"{self.num_samples} windows.",
+                f"{self.where}, windows",
+            )
+        if self.replays:
+            update, num = self._window(base, index, rate_per_s, num_replicas)
+        else:
+            update, num = self._drawn(base, rate_per_s, num_replicas)
+        measure = base.measure.model_copy(
+            update={"warmup_s": 0.0, "warmup_requests": int(self.warmup_share * num)}
+        )
+        return base.model_copy(
+            update={
+                "seed": base.seed + index,
+                "workload": base.workload.model_copy(update=update),
+                "measure": measure,
+            }
+        )
+
+    def _window(
+        self, base: Scenario, index: int, rate_per_s: float | None, num_replicas: int
+    ) -> tuple[dict[str, Any], int]:
+        part = self.stretches[index]
+        trace = base.workload.trace
+        assert trace is not None
+        scale = trace.rate_scale if rate_per_s is None else rate_per_s / part.rate_per_s
+        if part.num_requests / part.rate_per_s / scale * num_replicas > MAX_SPAN_S:
+            raise InputError(f"A rate of {rate_per_s:g} per second is too low for the trace.")
+        changed = trace.model_copy(
+            update={
+                "start_s": part.start_s,
+                "end_s": part.end_s,
+                "rate_scale": scale,
+                "repeat": num_replicas,
+                "max_requests": None,
+            }
+        )
+        num = part.num_requests * num_replicas
+        return {"trace": changed, "num_requests": None, "duration_s": None}, num
+
+    def _drawn(
+        self, base: Scenario, rate_per_s: float | None, num_replicas: int
+    ) -> tuple[dict[str, Any], int]:
+        workload = base.workload
+        rate = self.rate_per_s if rate_per_s is None else rate_per_s
+        factor = rate / self.rate_per_s
+        arrivals = _faster(workload.arrivals, factor)
+        if self.is_shaped:
+            changed: dict[str, Any] = {"arrivals": arrivals}
+            if workload.duration_s is None:
+                return changed, workload.num_requests or 0
+            return changed, int(rate * workload.duration_s)
+        num = self.num_requests * num_replicas
+        return {"arrivals": arrivals, "num_requests": num, "duration_s": None}, num
+
+
+def at_rate(scenario: Scenario, traffic: Traffic, rate_per_s: float) -> Scenario:
+    """The whole scenario at another mean rate."""
+    workload = scenario.workload
+    factor = rate_per_s / traffic.rate_per_s
+    if traffic.replays:
+        assert workload.trace is not None
+        scale = workload.trace.rate_scale * factor
+        update: dict[str, Any] = {"trace": workload.trace.model_copy(update={"rate_scale": scale})}
+    else:
+        update = {"arrivals": _faster(workload.arrivals, factor)}
+    return scenario.model_copy(update={"workload": workload.model_copy(update=update)})
+
+
+def _faster(arrivals: Any, factor: float) -> Any:
+    """The same arrivals, `factor` times as many a second."""
+    if factor == 1.0:
+        return arrivals
+    if isinstance(arrivals, ScheduleArrivals):
+        points = tuple((at_s, rate * factor) for at_s, rate in arrivals.points)
+        return arrivals.model_copy(update={"points": points})
+    key = "mean_rate_per_s" if isinstance(arrivals, DailyArrivals) else "rate_per_s"
+    return arrivals.model_copy(update={key: getattr(arrivals, key) * factor})

@@ -1,0 +1,484 @@
+"""Tuning: settings proposed in batches, judged on common traffic, the winner tried on other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Final, Literal
+
+from helios_sim.errors import InputError
+from helios_sim.profile import load_profile
+from helios_sim.questions import SearchSettings
+from helios_sim.scenario import Scenario
+from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, parse_goal
+from helios_sim.search.pareto import front, knee, ranks
+from helios_sim.search.plan import Means, mean_figures
+from helios_sim.search.points import Figures, Point, point_of
+from helios_sim.search.prices import load_prices
+from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
+from helios_sim.search.space import Space, read_space, with_settings
+from helios_sim.search.studies import Outcome, Steps, Study, figures_of
+from helios_sim.search.traffic import Traffic
+from helios_sim.search.verdict import t_quantile
+
+State = Literal["full", "stopped", "impossible"]
+
+SENSITIVITY_POINTS: Final = 5
+RANKED_TRIALS: Final = 500
+"""Trials that a new one is ranked among: peeling fronts takes time that grows with their square."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings and what they gave.
+
+    `full` trials ran on every sample of the tuning traffic, `stopped` ones on the first alone,
+    `impossible` ones not at all, for the reason in `why`.
+    """
+
+    number: int
+    values: Values
+    state: State
+    first: tuple[float, ...] | None = None
+    scores: tuple[float, ...] | None = None
+    broken: tuple[Broken, ...] = ()
+    means: Means | None = None
+    why: str = ""
+
+    @property
+    def is_feasible(self) -> bool:
+        """Whether it ran on all samples and no constraint is broken."""
+        return self.state == "full" and not self.broken
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The winner and the scenario as it stands, on traffic that nothing was tuned on."""
+
+    rate_scale: float
+    base: tuple[float, ...]
+    tuned: tuple[float, ...]
+    base_broken: tuple[Broken, ...]
+    tuned_broken: tuple[Broken, ...]
+    gains: tuple[tuple[float, float, float], ...]
+    """For each objective the mean paired gain with its 95 % interval; positive is better."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One setting varied around the winner's others: its values, and the first objective's."""
+
+    key: str
+    chosen: Any
+    values: tuple[Any, ...]
+    scores: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class TuneQuestion:
+    """A scenario's search with all it names read."""
+
+    scenario: Scenario
+    settings: SearchSettings
+    base_dir: Path
+    where: str
+    space: Space
+    traffic: Traffic
+    judge: Judge
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a search found. `winner` is None where no trial keeps the constraints."""
+
+    question: TuneQuestion
+    base: Trial
+    trials: tuple[Trial, ...]
+    front: tuple[Trial, ...]
+    winner: Trial | None
+    held_out: tuple[HeldOut, ...]
+    sensitivity: tuple[Sensitivity, ...]
+    importance: Mapping[str, float]
+
+    @property
+    def own_rate(self) -> HeldOut | None:
+        """The comparison on held-out traffic at the scenario's own rate."""
+        return next((one for one in self.held_out if one.rate_scale == 1.0), None)
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the winner is to be recommended: better on held-out traffic, within bounds.
+
+        A scenario that breaks its constraints as it stands is worse than one that keeps them.
+        """
+        held = self.own_rate
+        if held is None or held.tuned_broken:
+            return False
+        if held.base_broken:
+            return True
+        relative = [
+            gain / abs(base) if base else gain
+            for (gain, _, _), base in zip(held.gains, held.base, strict=True)
+        ]
+        return sum(relative) > 0.0
+
+
+def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
+    """Read the `[search]` table and all it names."""
+    space = read_space(scenario, base_dir, where)
+    settings = scenario.search
+    assert settings is not None
+    place = f"{where}, search"
+    goals = tuple(parse_goal(text, f"{place}.objectives") for text in settings.objectives)
+    if len({goal.name for goal in goals}) < len(goals):
+        raise InputError("An objective is given twice.", f"{place}.objectives")
+    constraints = parse_constraints(settings.constraints, f"{place}.constraints")
+    used = [*goals, *(bound.goal for bound in constraints.bounds)]
+    needs_slo = [goal.name for goal in used if goal.name in ("goodput", "attainment")]
+    if needs_slo and scenario.slo_spec is None:
+        raise InputError(
+            f"{needs_slo[0]} is counted under an SLO, and the scenario has none; give it a table "
+            "[slo], or another objective, such as throughput.",
+            f"{where}, slo",
+        )
+    prices = None
+    if any(goal.name == "cost" for goal in used):
+        if settings.prices is None:
+            raise InputError(
+                'cost needs a prices file; give its name, such as "prices.toml".',
+                f"{place}.prices",
+            )
+        prices = load_prices(settings.prices, base_dir, f"{place}.prices")
+    device = load_profile(scenario.fleet.profile, base_dir).device.name
+    traffic = Traffic(
+        space.base, base_dir, where, settings.num_requests, settings.windows, settings.warmup_share
+    )
+    needed = settings.replications + settings.held_out
+    if traffic.num_samples is not None and needed > traffic.num_samples:
+        raise InputError(
+            f"{settings.replications} replications and {settings.held_out} held out are "
+            f"{needed} samples, but the trace is cut into {settings.windows} windows; give at "
+            "least as many windows.",
+            f"{place}.windows",
+        )
+    judge = Judge(goals, constraints, prices, device, f"{place}.prices")
+    return TuneQuestion(scenario, settings, base_dir, where, space, traffic, judge)
+
+
+def tune_study(question: TuneQuestion, journal: Path | None = None) -> Study[Tuned]:
+    """The whole search as one study."""
+    settings = question.settings
+    expected = settings.replications
+    num_trials = _num_trials(question)
+    more = (settings.replications - 1) * settings.go_on_share
+    expected += int(num_trials * (1.0 + more))
+    expected += 2 * settings.held_out * len(settings.held_out_rates)
+    expected += len(question.space.ranges) * SENSITIVITY_POINTS * settings.replications
+    sampler = make_sampler(
+        question.space,
+        settings.sampler,
+        settings.seed,
+        settings.batch,
+        num_trials,
+        [goal.better for goal in question.judge.goals],
+        journal,
+    )
+    return Study("tune", _tune_steps(question, sampler, num_trials), expected)
+
+
+def _num_trials(question: TuneQuestion) -> int:
+    if question.settings.sampler == "grid":
+        return question.space.grid_size
+    return question.settings.num_trials
+
+
+def known_points(question: TuneQuestion) -> list[Point]:
+    """Every point of a search whose trials are known beforehand, for a shard of it."""
+    if question.settings.sampler not in ("grid", "sobol"):
+        raise InputError(
+            f"The sampler {question.settings.sampler!r} proposes each batch from the answers to "
+            'the last, so a search with it has no shards; use "grid" or "sobol".',
+            f"{question.where}, search.sampler",
+        )
+    settings = question.settings
+    num = _num_trials(question)
+    sampler = make_sampler(question.space, settings.sampler, settings.seed, 1, num, (), None)
+    points = []
+    for values in sampler.propose(num):
+        try:
+            scenario = question.space.scenario(values)
+        except InputError:
+            continue
+        points += _points(question, scenario, range(settings.replications))
+    return points
+
+
+def _points(
+    question: TuneQuestion, scenario: Scenario, samples: Sequence[int], scale: float = 1.0
+) -> list[Point]:
+    traffic = question.traffic
+    # The scenario's own rate is left as it is, to the last bit.
+    rate = None if scale == 1.0 else traffic.rate_per_s * scale
+    return [
+        point_of(
+            traffic.sample(scenario, index, rate, 1),
+            question.base_dir,
+            question.judge.constraints.limits,
+        )
+        for index in samples
+    ]
+
+
+Asked = Generator[Sequence[Point], list[Outcome], list[Figures]]
+
+
+def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> Steps[Tuned]:
+    settings = question.settings
+    judge = question.judge
+    own = figures_of((yield _points(question, question.space.base, range(settings.replications))))
+    base = _full_trial(judge, -1, {}, own)
+    trials: list[Trial] = []
+    while len(trials) < num_trials:
+        proposed = sampler.propose(min(settings.batch, num_trials - len(trials)))
+        if not proposed:
+            break
+        batch = yield from _judge_batch(question, proposed, trials)
+        sampler.learn(
+            [trial.scores for trial in batch],
+            [sum(one.violation for one in trial.broken) for trial in batch],
+        )
+        trials += batch
+    feasible = [trial for trial in trials if trial.is_feasible]
+    costs = [_costs(judge, trial) for trial in feasible]
+    on_front = tuple(feasible[place] for place in front(costs))
+    winner = on_front[knee([_costs(judge, one) for one in on_front])] if on_front else None
+    held_out: list[HeldOut] = []
+    sensitivity: list[Sensitivity] = []
+    if winner is not None:
+        for scale in settings.held_out_rates:
+            held_out.append((yield from _hold_out(question, winner, scale)))
+        sensitivity = yield from _vary(question, winner)
+    told = [(one.values, one.first[0]) for one in trials if one.first is not None]
+    importance = importances(question.space, told, judge.goals[0].better)
+    return Tuned(
+        question,
+        base,
+        tuple(trials),
+        on_front,
+        winner,
+        tuple(held_out),
+        tuple(sensitivity),
+        importance,
+    )
+
+
+def _judge_batch(
+    question: TuneQuestion, proposed: Sequence[Values], before: Sequence[Trial]
+) -> Generator[Sequence[Point], list[Outcome], list[Trial]]:
+    """A batch on the first sample; those that look well among all so far on the others too."""
+    settings, judge = question.settings, question.judge
+    found: dict[int, Trial] = {}
+    scenarios: dict[int, Scenario] = {}
+    for place, values in enumerate(proposed):
+        number = len(before) + place
+        try:
+            scenarios[place] = question.space.scenario(values)
+        except InputError as error:
+            found[place] = Trial(number, values, "impossible", why=str(error))
+    places = list(scenarios)
+    asked = [_points(question, scenarios[place], range(1))[0] for place in places]
+    outcomes = (yield asked) if asked else []
+    first: dict[int, Figures] = {}
+    for place, outcome in zip(places, outcomes, strict=True):
+        number, values = len(before) + place, proposed[place]
+        if isinstance(outcome, InputError):
+            found[place] = Trial(number, values, "impossible", why=str(outcome))
+            continue
+        scores = _known(judge.scores([outcome]))
+        if scores is None:
+            found[place] = Trial(number, values, "impossible", why="An objective is undefined.")
+            continue
+        first[place] = outcome
+        broken = judge.broken([outcome])
+        means = mean_figures([outcome])
+        found[place] = Trial(number, values, "stopped", scores, scores, broken, means)
+    if settings.replications == 1:
+        chosen = list(first)
+    else:
+        chosen = _promising(judge, found, before, settings.go_on_share)
+    rest = range(1, settings.replications)
+    asked = [point for place in chosen for point in _points(question, scenarios[place], rest)]
+    outcomes = (yield asked) if asked else []
+    for at, place in enumerate(chosen):
+        mine = outcomes[at * len(rest) : (at + 1) * len(rest)]
+        number, values = len(before) + place, proposed[place]
+        refused = next((one for one in mine if isinstance(one, InputError)), None)
+        if refused is not None:
+            found[place] = Trial(number, values, "impossible", why=str(refused))
+            continue
+        found[place] = _full_trial(judge, number, values, [first[place], *figures_of(mine)])
+    return [found[place] for place in range(len(proposed))]
+
+
+def _full_trial(judge: Judge, number: int, values: Values, figures: list[Figures]) -> Trial:
+    scores = _known(judge.scores(figures))
+    if scores is None:
+        return Trial(number, values, "impossible", why="An objective is undefined.")
+    return Trial(
+        number,
+        values,
+        "full",
+        _known(judge.scores(figures[:1])),
+        scores,
+        judge.broken(figures),
+        mean_figures(figures),
+    )
+
+
+def _known(scores: Sequence[float | None]) -> tuple[float, ...] | None:
+    known = tuple(score for score in scores if score is not None)
+    return known if len(known) == len(scores) else None
+
+
+def _costs(judge: Judge, trial: Trial) -> tuple[float, ...]:
+    assert trial.scores is not None
+    return tuple(goal.cost(score) for goal, score in zip(judge.goals, trial.scores, strict=True))
+
+
+def _promising(
+    judge: Judge, batch: Mapping[int, Trial], before: Sequence[Trial], share: float
+) -> list[int]:
+    """Places of the trials that rank within the share of all so far, by their first sample.
+
+    Trials that keep the constraints come before those that do not, which rank by how much they
+    break; within the kept ones fronts count.
+    """
+    mine = [(place, trial) for place, trial in batch.items() if trial.state == "stopped"]
+    others = [trial for trial in before if trial.first is not None][-RANKED_TRIALS:]
+    everyone = [*(trial for _, trial in mine), *others]
+    costs = [
+        tuple(goal.cost(score) for goal, score in zip(judge.goals, trial.first or (), strict=True))
+        for trial in everyone
+    ]
+    fronts = ranks(costs)
+    keys = [
+        (sum(one.violation for one in trial.broken), rank)
+        for trial, rank in zip(everyone, fronts, strict=True)
+    ]
+    # Of equals the earlier trial ranks first: a tie is no reason to spend runs on a later one.
+    order = sorted(range(len(everyone)), key=lambda at: (keys[at], everyone[at].number))
+    kept = set(order[: max(1, math.ceil(share * len(everyone)))])
+    return sorted(place for at, (place, _) in enumerate(mine) if at in kept)
+
+
+def _hold_out(
+    question: TuneQuestion, winner: Trial, scale: float
+) -> Generator[Sequence[Point], list[Outcome], HeldOut]:
+    """The winner and the scenario as it stands, on samples that come after the tuned ones."""
+    settings, judge = question.settings, question.judge
+    samples = range(settings.replications, settings.replications + settings.held_out)
+    base = _points(question, question.space.base, samples, scale)
+    tuned = _points(question, question.space.scenario(winner.values), samples, scale)
+    figures = figures_of((yield [*base, *tuned]))
+    own, won = figures[: len(base)], figures[len(base) :]
+    gains = []
+    for goal in judge.goals:
+        paired = []
+        for before, after in zip(own, won, strict=True):
+            a, b = judge.value(goal, [before]), judge.value(goal, [after])
+            paired.append(math.nan if a is None or b is None else goal.cost(a) - goal.cost(b))
+        gains.append(_interval(paired))
+    return HeldOut(
+        scale,
+        tuple(math.nan if one is None else one for one in judge.scores(own)),
+        tuple(math.nan if one is None else one for one in judge.scores(won)),
+        judge.broken(own),
+        judge.broken(won),
+        tuple(gains),
+    )
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval; no width is known of one value alone."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    half = t_quantile(len(values) - 1, 0.975) * stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def _vary(
+    question: TuneQuestion, winner: Trial
+) -> Generator[Sequence[Point], list[Outcome], list[Sensitivity]]:
+    """Each setting at a few values, with the winner's others, on the tuning traffic."""
+    settings, judge = question.settings, question.judge
+    samples = range(settings.replications)
+    asked: list[Point] = []
+    plan: list[tuple[str, Any, int | None]] = []
+    for one in question.space.ranges:
+        values = one.grid(SENSITIVITY_POINTS)
+        own = winner.values[one.key]
+        if own not in values:
+            values = [*values, own]
+        if not one.choices:
+            values = sorted(values)
+        for value in values:
+            try:
+                scenario = question.space.scenario({**winner.values, one.key: value})
+            except InputError:
+                plan.append((one.key, value, None))
+                continue
+            plan.append((one.key, value, len(asked)))
+            asked += _points(question, scenario, samples)
+    outcomes = (yield asked) if asked else []
+    found: dict[str, list[tuple[Any, float | None]]] = {}
+    for key, value, at in plan:
+        score = None
+        if at is not None:
+            mine = outcomes[at : at + len(samples)]
+            if not any(isinstance(outcome, InputError) for outcome in mine):
+                score = judge.value(judge.goals[0], figures_of(mine))
+        found.setdefault(key, []).append((value, score))
+    return [
+        Sensitivity(
+            key,
+            winner.values[key],
+            tuple(value for value, _ in pairs),
+            tuple(score for _, score in pairs),
+        )
+        for key, pairs in found.items()
+    ]
+
+
+def recommended(tuned: Tuned) -> Scenario:
+    """The scenario with the winner's settings, or as it stands where that is not shown better."""
+    question = tuned.question
+    base = question.space.base
+    if tuned.winner is None or not tuned.is_better:
+        said = "helios tune found no setting that is better on held-out traffic: as it stood."
+        scenario = base
+    else:
+        scenario = with_settings(base, tuned.winner.values, question.base_dir, question.where)
+        said = "Settings found by helios tune: " + ", ".join(
+            f"{key} = {value}" for key, value in tuned.winner.values.items()
+        )
+    return scenario.model_copy(
+        update={
+            "name": f"{base.name}_tuned",
+            "notes": (*scenario.notes, f"{said}.".replace("..", ".")),
+        }
+    )
+
+
+def nearest_miss(tuned: Tuned) -> str:
+    """Where no trial keeps the constraints: the trial that comes nearest, in words."""
+    tried = [trial for trial in tuned.trials if trial.broken]
+    if not tried:
+        return "no trial could be run"
+    best = min(tried, key=lambda trial: sum(one.violation for one in trial.broken))
+    return f"trial {best.number} comes nearest and breaks " + ", ".join(
+        in_words(one) for one in best.broken
+    )

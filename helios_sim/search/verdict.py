@@ -1,0 +1,167 @@
+"""Whether replicated runs carry their load under an SLO, how surely, and what breaks first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import fmean, stdev
+from typing import Any, Final
+
+from helios_sim.slo import SloSpec
+
+BACKLOG: Final = "backlog"
+"""The criterion that the system keeps up at all: a short run may meet an SLO while it drowns."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A share that has to reach its target, with its confidence bounds over replications.
+
+    `value_ms` and `limit_ms` say by how much a latency limit is met or missed, where one is
+    behind the share; `detail` names the limit that is met least, where several are.
+    """
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    target: float
+    value_ms: float | None = None
+    limit_ms: float | None = None
+    detail: str = ""
+
+    @property
+    def words(self) -> str:
+        """The criterion as a sentence names it: by the limit behind it."""
+        return self.detail or self.name
+
+    @property
+    def holds(self) -> bool:
+        """Whether the share reaches the target on average."""
+        return self.mean >= self.target
+
+    @property
+    def shortfall(self) -> float:
+        """What is missing to the target, as a share of it; negative where it is reached."""
+        return (self.target - self.mean) / self.target
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Criteria of one load. `mean_running` says how much there was to do at all."""
+
+    criteria: tuple[Criterion, ...]
+    num_replications: int
+    mean_running: float = math.inf
+
+    @property
+    def carried(self) -> bool:
+        """Whether every criterion holds on average."""
+        return all(one.holds for one in self.criteria)
+
+    @property
+    def surely_carried(self) -> bool:
+        """Whether every criterion holds at its lower bound."""
+        return all(one.low >= one.target for one in self.criteria)
+
+    @property
+    def surely_missed(self) -> bool:
+        """Whether some criterion fails even at its upper bound."""
+        return any(one.high < one.target for one in self.criteria)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the bounds leave no doubt."""
+        return self.surely_carried or self.surely_missed
+
+    @property
+    def worst(self) -> Criterion:
+        """The criterion with the largest shortfall."""
+        return max(self.criteria, key=lambda one: one.shortfall)
+
+    @property
+    def broken(self) -> tuple[Criterion, ...]:
+        """The criteria that fail, the worst first."""
+        missed = [one for one in self.criteria if not one.holds]
+        return tuple(sorted(missed, key=lambda one: -one.shortfall))
+
+
+def criterion(
+    name: str,
+    values: Sequence[float],
+    target: float,
+    confidence: float,
+    value_ms: float | None = None,
+    limit_ms: float | None = None,
+    detail: str = "",
+) -> Criterion:
+    """A criterion from one share a replication, bounded on either side by Student's t."""
+    mean = fmean(values)
+    half = 0.0
+    if len(values) > 1:
+        half = t_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values))
+    return Criterion(name, mean, mean - half, mean + half, target, value_ms, limit_ms, detail)
+
+
+@lru_cache(maxsize=1000)
+def t_quantile(degrees: int, confidence: float) -> float:
+    """The one-sided quantile of Student's t."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, confidence))
+
+
+def judge(
+    figures: Sequence[dict[str, Any]], spec: SloSpec, attainment: float, confidence: float
+) -> Verdict:
+    """Judge replications of one load.
+
+    A limit at a percentile needs that share of the requests sent. Limits that hold for each
+    request share one criterion: the share of requests that meet them all reaches `attainment`.
+    Beside them the system has to keep up with its arrivals.
+    """
+    summaries = [one["summary"] for one in figures]
+    criteria = []
+    for place, limit in enumerate(spec.limits):
+        judged = [one["judged"][place] for one in figures]
+        if limit.percentile is not None:
+            criteria.append(
+                criterion(
+                    str(limit),
+                    [one["share"] for one in judged],
+                    limit.percentile / 100.0,
+                    confidence,
+                    _mean_or_none([one["value_ms"] for one in judged]),
+                    1e3 * limit.limit_s,
+                )
+            )
+    plain = [limit for limit in spec.limits if limit.percentile is None]
+    if plain:
+        shares = {
+            limit.metric: fmean(
+                summary["slo_attainment_by_metric"][limit.metric] for summary in summaries
+            )
+            for limit in plain
+        }
+        worst = min(plain, key=lambda limit: shares[limit.metric])
+        criteria.append(
+            criterion(
+                "every limit",
+                [summary["slo_attainment"] for summary in summaries],
+                attainment,
+                confidence,
+                detail=f"{worst} for {100 * attainment:g} % of the requests",
+            )
+        )
+    drowned = [summary["saturation"] == "overloaded" for summary in summaries]
+    kept_up = [0.0 if one else 1.0 for one in drowned]
+    criteria.append(Criterion(BACKLOG, fmean(kept_up), min(kept_up), max(kept_up), 0.5))
+    running = fmean(summary["mean_running"] or 0.0 for summary in summaries)
+    return Verdict(tuple(criteria), len(figures), running)
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None

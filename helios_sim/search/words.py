@@ -1,0 +1,180 @@
+"""Searches in sentences: what is recommended, on what evidence, and what it does not say."""
+
+from __future__ import annotations
+
+import math
+
+from helios_sim.report.words import limits, listed, number
+from helios_sim.search.capacity import Capacity
+from helios_sim.search.goals import in_words
+from helios_sim.search.plan import FleetAnswer, Plan
+from helios_sim.search.tune import Tuned, nearest_miss
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def fleet_words(answer: FleetAnswer, replicas: int | None = None) -> str:
+    """A fleet as people say it: '3 x static-depth, opt-6.7b on opt-a100-40gb, round-robin'."""
+    num = replicas or answer.capacity_replicas
+    return f"{num} {TIMES} {answer.fleet.name}"
+
+
+def bracket(capacity: Capacity) -> str:
+    """The bounds of a capacity."""
+    high = "beyond" if math.isinf(capacity.high_per_s) else number(capacity.high_per_s, 4)
+    low = number(capacity.low_per_s, 4) if capacity.low_per_s else "0"
+    return f"{low} to {high}"
+
+
+def plan_headline(plan: Plan) -> str:
+    """The answer in one sentence."""
+    best, target = plan.best, plan.question.target_per_s
+    assert best.capacity is not None and best.planned is not None
+    if target is None:
+        return (
+            f"{fleet_words(best)} carries {number(best.capacity.rate_per_s, 4)} requests/s under "
+            f"the SLO ({bracket(best.capacity)})."
+        )
+    gpus = best.num_gpus or 0
+    return (
+        f"{number(target, 4)} requests/s take {gpus} GPU{'s' if gpus != 1 else ''}: "
+        f"{fleet_words(best, best.planned.num_replicas)}."
+    )
+
+
+def plan_remarks(plan: Plan) -> list[str]:
+    """What has to be said beside the headline."""
+    question, best = plan.question, plan.best
+    capacity, planned = best.capacity, best.planned
+    assert capacity is not None and planned is not None
+    settings = question.settings
+    found = [f"SLO: {limits(str(question.slo))}."]
+    if any(limit.percentile is None for limit in question.slo.limits):
+        found[0] = found[0][:-1] + f", by {100 * settings.attainment:g} % of the requests sent."
+    if question.target_per_s is not None:
+        found.append(
+            f"That fleet carries {number(capacity.rate_per_s, 4)} requests/s in all "
+            f"({bracket(capacity)}): {headroom_words(plan.headroom)}."
+        )
+    else:
+        own = question.traffic.rate_per_s
+        found.append(
+            f"The scenario's own rate is {number(own, 4)} requests/s: "
+            f"{headroom_words(plan.headroom)}."
+        )
+    if capacity.outcome == "all carried":
+        found.append("No rate tried was missed: the search ended before the SLO broke.")
+    else:
+        broken = capacity.first_missed.verdict.broken
+        what = listed([one.words for one in broken])
+        found.append(f"First to break, at {number(capacity.first_missed.rate_per_s, 4)}: {what}.")
+    if best.bottleneck is not None:
+        found.append(f"Bottleneck: {best.bottleneck.cause}; {best.bottleneck.evidence}.")
+    energy = planned.means.get("energy_per_output_token")
+    if energy is not None:
+        quality = planned.means.get("agreement")
+        said = f"Energy: {number(1e-3 * energy)} J an output token at that rate"
+        if quality is not None:
+            said += f"; {number(100 * quality)} % of the tokens equal the full model's"
+        found.append(f"{said}.")
+    if best.cost is not None and question.prices is not None:
+        currency = question.prices.currency
+        found.append(
+            f"Cost: {number(best.cost.per_hour)} {currency} an hour, "
+            f"{number(best.cost.per_million_tokens)} {currency} a million output tokens, at the "
+            f"prices of {settings.prices}."
+        )
+    if plan.hours and best.cost is not None:
+        day = sum(hour.cost_per_hour or 0.0 for hour in plan.hours)
+        always = 24 * best.cost.per_hour
+        saved = 1.0 - day / always if always else 0.0
+        found.append(
+            f"Over the day: {number(day)} instead of {number(always)} with the fleet always on, "
+            f"{100 * saved:.0f} % less."
+        )
+    return found
+
+
+def headroom_words(headroom: float) -> str:
+    """How far a capacity lies above (or below) what is asked."""
+    if headroom < 0:
+        return f"{100 * -headroom:.0f} % too little"
+    return f"{100 * headroom:.0f} % headroom"
+
+
+def tune_headline(tuned: Tuned) -> str:
+    """The answer in one sentence."""
+    judge = tuned.question.judge
+    if tuned.winner is None:
+        return f"None of {len(tuned.trials):,} trials keeps the constraints: {nearest_miss(tuned)}."
+    held = tuned.own_rate
+    assert held is not None
+    goal = judge.goals[0]
+    change = f"{number(held.base[0], 4)} to {number(held.tuned[0], 4)} {goal.unit}".strip()
+    if not tuned.is_better:
+        why = (
+            f"breaks {listed([in_words(one) for one in held.tuned_broken])}"
+            if held.tuned_broken
+            else f"takes {goal.name} from {change}"
+        )
+        return (
+            f"No setting found is better on traffic it was not tuned on: the best of "
+            f"{len(tuned.trials):,} trials {why} there. The scenario stays as it is."
+        )
+    return f"Trial {tuned.winner.number} takes {goal.name} from {change}, on traffic not tuned on."
+
+
+def tune_remarks(tuned: Tuned) -> list[str]:
+    """What has to be said beside the headline."""
+    states = [trial.state for trial in tuned.trials]
+    judge = tuned.question.judge
+    found = [
+        f"{len(tuned.trials):,} trials by {tuned.question.settings.sampler}: "
+        f"{states.count('full'):,} on all samples of the tuning traffic, "
+        f"{states.count('stopped'):,} stopped after the first, "
+        f"{states.count('impossible'):,} combinations that cannot be."
+    ]
+    if str(judge.constraints):
+        kept = sum(one.is_feasible for one in tuned.trials)
+        found.append(f"Constraints: {judge.constraints}; {kept:,} trials keep them.")
+    if tuned.base.broken:
+        broken = listed([in_words(one) for one in tuned.base.broken])
+        found.append(f"The scenario as it stands breaks {broken}.")
+    held = tuned.own_rate
+    if tuned.winner is None or held is None:
+        return found
+    for place, goal in enumerate(judge.goals):
+        gain, low, high = held.gains[place]
+        sure = low > 0.0 or high < 0.0
+        sign = 1.0 if goal.better == "higher" else -1.0
+        ends = sorted((sign * low, sign * high))
+        found.append(
+            f"{goal.name} on held-out traffic: {_signed(sign * gain)} {goal.unit} "
+            f"[{_signed(ends[0])}, {_signed(ends[1])}] against the scenario as it stands"
+            f"{'' if sure else ', which shows no difference'}; {_loss(tuned, place)}."
+        )
+    if held.tuned_broken:
+        found.append(
+            "On held-out traffic the winner breaks "
+            f"{listed([in_words(one) for one in held.tuned_broken])}."
+        )
+    return found
+
+
+def _loss(tuned: Tuned, place: int) -> str:
+    """What is left of a gain off the tuning traffic."""
+    assert tuned.winner is not None and tuned.own_rate is not None
+    base, best, held = tuned.base.scores, tuned.winner.scores, tuned.own_rate
+    if base is None or best is None or not base[place] or not held.base[place]:
+        return "nothing to compare it with on the tuning traffic"
+    on, off = best[place] / base[place], held.tuned[place] / held.base[place]
+    return (
+        f"the ratio to it is {off:.3g} there and {on:.3g} on the tuning traffic "
+        f"({100 * (off / on - 1):+.0f} %)"
+    )
+
+
+def _signed(value: float) -> str:
+    if math.isinf(value):
+        return "unknown"
+    return f"{'+' if value >= 0 else chr(0x2212)}{number(abs(value))}"
