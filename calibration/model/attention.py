@@ -8,6 +8,8 @@ one the function is transformers' SDPA attention, so a wrapped model still works
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
@@ -16,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from calibration.model.kv import Pool
 
 NAME: Final = "helios"
 """Name under which the attention function is registered with transformers."""
@@ -54,6 +58,107 @@ class DenseAttend:
     ) -> Tensor:
         """Each token attends to itself and the tokens before it in its sequence."""
         return causal(query, key, value, scaling).transpose(1, 2)
+
+
+class PoolWriter:
+    """Writes new keys and values of packed tokens to a pool at `addresses` [N]."""
+
+    def __init__(self, pool: Pool, addresses: Tensor) -> None:
+        self.pool = pool
+        self.addresses = addresses
+
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [1, kv_heads, N, head_dim] to the pool and pass it on."""
+        self.pool.write(layer, self.addresses, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        return key, value
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float
+    ) -> Tensor:
+        """Refuse: filling writes and attends to nothing."""
+        raise NotImplementedError("This writer fills a pool and does not attend.")
+
+
+class DecodeAttend(PoolWriter):
+    """One new token a row, each attending to its row's cached tokens, all rows at once.
+
+    `positions` [N] are the new tokens' places, `located` finds the rows in the pool, and
+    `context_tokens` is the width read of every row; what a row does not have is masked.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        addresses: Tensor,
+        positions: Tensor,
+        located: Tensor | None,
+        context_tokens: int,
+    ) -> None:
+        super().__init__(pool, addresses)
+        # Made contiguous once here, so that no layer has to.
+        self.located = None if located is None else located.contiguous()
+        self.context_tokens = context_tokens
+        self.mask = prefix_mask(positions, context_tokens, pool.dims.dtype)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float
+    ) -> Tensor:
+        """[1, N, heads, head_dim] of queries [1, heads, N, head_dim]."""
+        tokens = query[0].transpose(0, 1)
+        cached = self.pool.gather(layer, self.located, tokens.shape[0], self.context_tokens)
+        return one_token(tokens, *cached, self.mask, scaling)[None]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The new tokens of one row within a packed batch: `count` of them from `begin` on.
+
+    `located` and `context_tokens` find what the row holds; `mask` is additive over it, [1, 1,
+    query heads a key head x count, context]. A row that starts at 0 needs neither.
+    """
+
+    begin: int
+    count: int
+    starts_at_zero: bool
+    row: Tensor | None = None
+    context_tokens: int = 0
+    mask: Tensor | None = None
+
+
+class ExtendAttend(PoolWriter):
+    """Several new tokens a row, packed; each attends to its row's cached and earlier tokens."""
+
+    def __init__(self, pool: Pool, addresses: Tensor, spans: Sequence[Span]) -> None:
+        super().__init__(pool, addresses)
+        self.spans = tuple(spans)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float
+    ) -> Tensor:
+        """[1, N, heads, head_dim] of queries [1, heads, N, head_dim], row after row."""
+        _, heads, num_tokens, head_dim = query.shape
+        output = query.new_empty((1, num_tokens, heads, head_dim))
+        for span in self.spans:
+            here = slice(span.begin, span.begin + span.count)
+            if span.starts_at_zero:
+                found = causal(query[:, :, here], key[:, :, here], value[:, :, here], scaling)
+            else:
+                cached = self.pool.gather(layer, span.row, 1, span.context_tokens)
+                grouped = query[:, :, here].reshape(1, cached[0].shape[1], -1, head_dim)
+                found = scaled_dot_product_attention(
+                    grouped, *cached, attn_mask=span.mask, scale=scaling
+                ).reshape(1, heads, span.count, head_dim)
+            output[:, here] = found.transpose(1, 2)
+        return output
+
+
+def span_mask(start: int, count: int, context_tokens: int, groups: int, pool: Pool) -> Tensor:
+    """Additive mask of tokens start..start+count-1 over their row, repeated for grouped heads."""
+    positions = torch.arange(start, start + count, device=pool.dims.device)
+    mask = prefix_mask(positions, context_tokens, pool.dims.dtype)
+    return mask.reshape(1, 1, count, context_tokens).repeat(1, 1, groups, 1)
 
 
 def attention(

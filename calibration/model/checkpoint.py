@@ -1,0 +1,468 @@
+"""A local checkpoint folder: safetensors read by key, strictly, and planned before it is loaded.
+
+Every file's header is checked against the file before a byte of weights is read, and every key
+and shape against the model that config.json describes. Pickles are never opened. Beside the
+stock files a folder may hold `early_exit.json` (exits, confidence, guard) and
+`exit_heads.safetensors` (auxiliary exit heads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, OPTConfig
+
+from calibration.model.confidence import Confidence, confidence_from_json
+from calibration.model.family import unsupported
+from helios_sim.errors import InputError
+
+SETTINGS_FILE: Final = "early_exit.json"
+HEADS_FILE: Final = "exit_heads.safetensors"
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+SCHEMA_VERSION: Final = 1
+
+PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+HEADER_LIMIT_BYTES: Final = 100_000_000
+"""The limit of the safetensors format."""
+
+DTYPES: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+Config = LlamaConfig | OPTConfig
+Heads = Literal["shared", "auxiliary"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies: its file, its bytes [begin, end) there, its type and shape."""
+
+    path: Path
+    begin: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, checked against the file's size; no weights are read."""
+    where = str(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, HEADER_LIMIT_BYTES):
+                raise InputError(
+                    f"The header claims {length:,} bytes and the file has {size:,}: it is corrupt "
+                    "or was cut short. Download or convert it again.",
+                    where,
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise InputError(f"The file cannot be read: {error.strerror or error}.", where) from error
+    try:
+        document = json.loads(text)
+        tensors = {
+            str(name): _entry(path, 8 + length, entry)
+            for name, entry in document.items()
+            if name != "__metadata__"
+        }
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            "The header is not what a safetensors file begins with: it is corrupt. Download or "
+            "convert the file again.",
+            where,
+        ) from error
+    last = 8 + length
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if entry.begin < last or entry.end > size:
+            raise InputError(
+                f"The tensor {name!r} claims bytes {entry.begin:,} to {entry.end:,} of a file of "
+                f"{size:,}, or bytes of another tensor: it is corrupt or was cut short. Download "
+                "or convert it again.",
+                where,
+            )
+        last = entry.end
+    return tensors
+
+
+def _entry(path: Path, data: int, entry: Mapping[str, Any]) -> Entry:
+    if entry["dtype"] not in DTYPES:
+        raise InputError(
+            f"The type {entry['dtype']!r} is not supported; allowed are {', '.join(DTYPES)}.",
+            str(path),
+        )
+    begin, end = entry["data_offsets"]
+    found = Entry(
+        path,
+        data + int(begin),
+        data + int(end),
+        DTYPES[entry["dtype"]],
+        tuple(int(length) for length in entry["shape"]),
+    )
+    if begin < 0 or math.prod(found.shape) * found.dtype.itemsize != found.num_bytes:
+        raise ValueError("a tensor's bytes differ from its shape's")
+    return found
+
+
+def read_into(entry: Entry, target: Tensor) -> None:
+    """Fill a CPU tensor of the entry's shape from the file, converting the type if it differs."""
+    same = target.dtype == entry.dtype and target.is_contiguous()
+    raw = target if same else torch.empty(entry.shape, dtype=entry.dtype)
+    octets: Any = raw.detach().reshape(-1).view(torch.uint8).numpy()
+    view = memoryview(octets)
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
+            done = 0
+            while done < len(view):
+                # One call reads at most about 2 GiB on Linux.
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(
+                        "The file ended before its tensors did: it changed while it was read.",
+                        str(entry.path),
+                    )
+                done += count
+    except OSError as error:
+        raise InputError(
+            f"The file cannot be read: {error.strerror or error}.", str(entry.path)
+        ) from error
+    if not same:
+        target.copy_(raw)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What the logits of fixed tokens add up to at every exit: proof that weights are the ones.
+
+    `sums` are sums of |logits| in float64, one an exit, None where no load has reached it yet;
+    `tolerance` is relative.
+    """
+
+    token_ids: tuple[int, ...]
+    sums: tuple[float | None, ...]
+    tolerance: float = 1e-3
+
+
+@dataclass(frozen=True)
+class EarlyExitSettings:
+    """What early_exit.json says of a checkpoint."""
+
+    name: str
+    exit_layers: tuple[int, ...]
+    heads: Heads = "shared"
+    tokenizer: str = "unknown"
+    confidence: Confidence = field(default_factory=Confidence)
+    guard: Guard | None = None
+    corpus: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the file."""
+        guard = self.guard
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "exit_layers": list(self.exit_layers),
+            "heads": self.heads,
+            "tokenizer": self.tokenizer,
+            "confidence": self.confidence.to_json(),
+            "guard": guard
+            and {
+                "token_ids": list(guard.token_ids),
+                "logits_sums": list(guard.sums),
+                "tolerance": guard.tolerance,
+            },
+            "corpus": None if self.corpus is None else dict(self.corpus),
+        }
+
+
+SETTINGS_KEYS: Final = frozenset(
+    {
+        "schema_version",
+        "name",
+        "exit_layers",
+        "heads",
+        "tokenizer",
+        "confidence",
+        "guard",
+        "corpus",
+    }
+)
+
+
+def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
+    """Read what `EarlyExitSettings.to_json` wrote; anything else is an InputError."""
+    if not isinstance(document, dict):
+        raise InputError("The file must hold a JSON object.", where)
+    unknown = sorted(set(document) - SETTINGS_KEYS)
+    if unknown:
+        raise InputError(
+            f"Unknown keys {unknown}; allowed are {', '.join(sorted(SETTINGS_KEYS))}.", where
+        )
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"The schema_version is {document.get('schema_version')!r}; this version of the "
+            f"software reads {SCHEMA_VERSION}.",
+            where,
+        )
+    heads = document.get("heads", "shared")
+    if heads not in ("shared", "auxiliary"):
+        raise InputError(f"heads is {heads!r}; allowed are shared, auxiliary.", where)
+    try:
+        layers = tuple(int(layer) for layer in document["exit_layers"])
+        guard = document.get("guard")
+        return EarlyExitSettings(
+            name=str(document["name"]),
+            exit_layers=layers,
+            heads=cast(Heads, heads),
+            tokenizer=str(document.get("tokenizer", "unknown")),
+            confidence=confidence_from_json(document.get("confidence") or {}, where),
+            guard=guard
+            and Guard(
+                tuple(int(token) for token in guard["token_ids"]),
+                tuple(None if s is None else float(s) for s in guard["logits_sums"]),
+                float(guard["tolerance"]),
+            ),
+            corpus=document.get("corpus"),
+        )
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            "name, exit_layers (a list of layers) and guard (token_ids, logits_sums, tolerance) "
+            "must be there and of their kinds.",
+            where,
+        ) from error
+
+
+def default_exits(num_layers: int) -> tuple[int, ...]:
+    """A quarter, half and all of the layers."""
+    return tuple(sorted({max(1, num_layers // 4), max(1, num_layers // 2), num_layers}))
+
+
+def check_exits(exits: Sequence[int], num_layers: int, where: str | None = None) -> tuple[int, ...]:
+    """Exit layers, ascending and ending with the full depth, or an InputError."""
+    given = tuple(exits)
+    right = given and list(given) == sorted(set(given)) and given[0] >= 1
+    if not right or given[-1] != num_layers:
+        raise InputError(
+            f"The exit layers {list(given)} are not allowed; they ascend from 1 or more and end "
+            f"with the full depth of {num_layers} layers.",
+            where,
+        )
+    return given
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened folder: what it holds and where, nothing loaded.
+
+    `entries` has the weights by the stock model's names and `head_entries` the auxiliary heads';
+    `settings` is early_exit.json, None where there is none.
+    """
+
+    folder: Path
+    config: Config
+    entries: Mapping[str, Entry]
+    head_entries: Mapping[str, Entry]
+    settings: EarlyExitSettings | None
+
+    @property
+    def where(self) -> str:
+        """The folder's name in messages."""
+        return str(self.folder)
+
+    def check_names(self, expected: Mapping[str, Sequence[int]], heads: Iterable[str] = ()) -> None:
+        """Compare keys and shapes with the model's; names what is missing, extra or different.
+
+        `expected` maps the names of all weights, auxiliary heads included, to their shapes;
+        `heads` are those of the auxiliary heads.
+        """
+        wanted_heads = set(heads)
+        for held, wanted, file in (
+            (self.entries, set(expected) - wanted_heads, self.where),
+            (self.head_entries, wanted_heads, str(self.folder / HEADS_FILE)),
+        ):
+            missing, extra = sorted(wanted - set(held)), sorted(set(held) - wanted)
+            if missing or extra:
+                said = [
+                    f"{what} {len(names)} keys ({_some(names)})"
+                    for what, names in (("it misses", missing), ("it has", extra))
+                    if names
+                ]
+                raise InputError(
+                    f"The weights do not fit config.json and {SETTINGS_FILE}: "
+                    f"{' and '.join(said)}{' too many' if extra else ''}. Use a checkpoint and "
+                    "a configuration that belong together.",
+                    file,
+                )
+        every = {**self.entries, **self.head_entries}
+        for name, shape in expected.items():
+            if every[name].shape != tuple(shape):
+                raise InputError(
+                    f"The tensor {name!r} is {list(every[name].shape)} and config.json asks for "
+                    f"{list(shape)}. Use a checkpoint and a configuration that belong together.",
+                    str(every[name].path),
+                )
+
+    def fill(self, views: Mapping[str, Tensor]) -> None:
+        """Read tensors by name into CPU tensors of their shapes."""
+        for name, target in views.items():
+            read_into(self.head_entries.get(name) or self.entries[name], target)
+
+    def store_settings(self, settings: EarlyExitSettings) -> bool:
+        """Write early_exit.json; False where the folder does not allow it."""
+        try:
+            write_settings(self.folder, settings)
+        except OSError:
+            return False
+        return True
+
+
+def write_settings(folder: Path, settings: EarlyExitSettings) -> None:
+    """Write early_exit.json, whole or not at all."""
+    write_json(folder / SETTINGS_FILE, settings.to_json())
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read a folder's configuration and headers; weights stay where they are.
+
+    Raises InputError for a folder without safetensors (naming pickles it holds), an unsupported
+    architecture, corrupt headers, and missing shards.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise InputError("This is not a folder; give a local checkpoint folder.", str(folder))
+    entries = _weights(path)
+    config = _config(path)
+    settings_path = path / SETTINGS_FILE
+    settings = None
+    if settings_path.exists():
+        settings = settings_from_json(_json(settings_path), str(settings_path))
+        check_exits(settings.exit_layers, int(config.num_hidden_layers), str(settings_path))
+        if settings.guard and len(settings.guard.sums) != len(settings.exit_layers):
+            raise InputError("The guard needs one sum for each exit layer.", str(settings_path))
+    heads: dict[str, Entry] = {}
+    if settings is not None and settings.heads == "auxiliary":
+        heads = read_header(path / HEADS_FILE)
+    return Checkpoint(path, config, _stock_names(entries, config), heads, settings)
+
+
+def _weights(path: Path) -> dict[str, Entry]:
+    index = path / INDEX_FILE
+    if index.exists():
+        return _sharded(path, index)
+    if (path / WEIGHTS_FILE).exists():
+        return read_header(path / WEIGHTS_FILE)
+    pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLES)
+    if pickles:
+        raise InputError(
+            f"The folder's weights are pickles ({_some(pickles)}), which can run any code when "
+            "they are opened and are refused; convert them with safetensors (save_file of the "
+            f"state dict to {WEIGHTS_FILE}) or download the safetensors version.",
+            str(path),
+        )
+    raise InputError(f"The folder holds neither {WEIGHTS_FILE} nor {INDEX_FILE}.", str(path))
+
+
+def _sharded(path: Path, index: Path) -> dict[str, Entry]:
+    document = _json(index)
+    try:
+        weight_map = {str(name): str(file) for name, file in document["weight_map"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError("The index must map names to files in weight_map.", str(index)) from error
+    files = sorted(set(weight_map.values()))
+    outside = [file for file in files if Path(file).name != file or not (path / file).exists()]
+    if outside:
+        raise InputError(
+            f"The index names files that are not in the folder: {_some(outside)}. Download them.",
+            str(index),
+        )
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in read_header(path / file).items():
+            if weight_map.get(name) != file:
+                raise InputError(
+                    f"The tensor {name!r} lies in {file} and the index says "
+                    f"{weight_map.get(name)}.",
+                    str(index),
+                )
+            entries[name] = entry
+    absent = sorted(set(weight_map) - set(entries))
+    if absent:
+        raise InputError(f"The index names tensors no file holds: {_some(absent)}.", str(index))
+    return entries
+
+
+def _config(path: Path) -> Config:
+    file = path / "config.json"
+    document = _json(file)
+    named = document.get("architectures") if isinstance(document, dict) else None
+    kind = document.get("model_type") if isinstance(document, dict) else None
+    by_kind = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
+    architecture = str(named[0] if named else by_kind.get(str(kind), kind))
+    classes: dict[str, Any] = {"LlamaForCausalLM": LlamaConfig, "OPTForCausalLM": OPTConfig}
+    if architecture not in classes:
+        raise unsupported(architecture, str(file))
+    try:
+        config: Config = classes[architecture].from_dict(document)
+    except Exception as error:  # Validation differs between versions of transformers.
+        raise InputError(f"The configuration is not accepted: {error}", str(file)) from error
+    return config
+
+
+def _stock_names(entries: Mapping[str, Entry], config: Config) -> dict[str, Entry]:
+    """Entries under the names of the stock causal model, without what it derives itself."""
+    prefix = "" if any(name.startswith("model.") for name in entries) else "model."
+    found = {}
+    for name, entry in entries.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            continue
+        if name == "lm_head.weight":
+            if not config.tie_word_embeddings:
+                found[name] = entry
+            continue
+        found[prefix + name] = entry
+    return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"The file cannot be read: {error.strerror or error}.", str(path)
+        ) from error
+    except ValueError as error:
+        raise InputError(f"The file is not JSON: {error}.", str(path)) from error
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,369 @@
+"""Prefill, decode and KV filling of an early-exit model over a pool, segment by segment.
+
+Rows, positions and counts are host integers: a host that batches knows them, and asking the
+device would wait for it. Everything else stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.model import graphs, varlen
+from calibration.model.attention import (
+    Attend,
+    DecodeAttend,
+    ExtendAttend,
+    PoolWriter,
+    Span,
+    span_mask,
+)
+from calibration.model.kv import Indices, PagedPool, Pool, SlotPool, to_device
+from helios_sim.errors import InputError
+
+if TYPE_CHECKING:
+    from calibration.model.early_exit import EarlyExitLM
+
+KEPT_PLACES: Final = 8
+"""Places remembered, so that the segments of an iteration compute theirs once."""
+
+
+@dataclass
+class Place:
+    """Where the new tokens of some rows go, packed row after row.
+
+    `rows`, `starts` (tokens a row holds already) and `counts` (new ones) are host integers;
+    `addresses_host`, `positions_host` and `located_host` say on the host what the tensors say on
+    the device. `context_tokens` is the width that attention reads of every row.
+    """
+
+    rows: Indices
+    starts: Indices
+    counts: Indices
+    positions_host: Indices
+    addresses_host: Indices
+    located_host: Indices | None
+    context_tokens: int
+    device: torch.device
+    _positions: Tensor | None = None
+    _addresses: Tensor | None = None
+    attend: Attend | None = field(default=None, repr=False)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each row has exactly one new token."""
+        return self.num_tokens == len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all rows."""
+        return len(self.positions_host)
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each row's last token stands among the packed ones."""
+        return [end - 1 for end in accumulate(self.counts.tolist())]
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions [N] of the packed tokens."""
+        if self._positions is None:
+            self._positions = to_device(self.positions_host, self.device)
+        return self._positions
+
+    @property
+    def addresses(self) -> Tensor:
+        """Where in the pool's stores the packed tokens go, [N]."""
+        if self._addresses is None:
+            self._addresses = to_device(self.addresses_host, self.device)
+        return self._addresses
+
+
+class Decoder:
+    """Runs a model's loaded layers over the rows of a KV pool.
+
+    The pool must hold as many layers as are to run. Prompts longer than the model's positions,
+    or rows the pool has no place for, raise InputError and PoolExhausted.
+    """
+
+    def __init__(self, model: EarlyExitLM, pool: Pool) -> None:
+        self.model = model
+        self.pool = pool
+        self.num_heads = int(model.backbone.config.num_attention_heads)
+        self.choice = varlen.choose(pool, self.num_heads)
+        """The attention over a paged pool, and why."""
+        self.graphs: graphs.DecodeGraphs | None = None
+        self.graphs_off_reason = "graphs were not asked for"
+        self._places: dict[object, Place] = {}
+
+    def place(
+        self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int] | None = None
+    ) -> Place:
+        """Find (and reserve) the place of new tokens; one token a row unless `counts` is given."""
+        new = [1] * len(rows) if counts is None else list(counts)
+        if (
+            not len(rows) == len(starts) == len(new) > 0
+            or min(new) < 1
+            or len(set(rows)) < len(rows)
+        ):
+            raise ValueError(
+                f"Rows {list(rows)}, starts {list(starts)} and counts {new} must be equally many, "
+                "at least one, without a row twice, and every row needs a new token."
+            )
+        longest = max(start + count for start, count in zip(starts, new, strict=True))
+        if longest > self.model.backbone.max_positions:
+            raise InputError(
+                f"A row would hold {longest} tokens; the model allows "
+                f"{self.model.backbone.max_positions} positions. Give shorter prompts or ask for "
+                "fewer tokens."
+            )
+        for row, start, count in zip(rows, starts, new, strict=True):
+            self.pool.reserve(row, start + count)
+        key = (tuple(rows), tuple(starts), tuple(new), self.pool.edition, self.pool.generation)
+        found = self._places.get(key)
+        if found is None:
+            while len(self._places) >= KEPT_PLACES:
+                del self._places[next(iter(self._places))]
+            found = self._places[key] = self._new_place(rows, starts, new, longest)
+        return found
+
+    def embed(self, place: Place, ids: Tensor | Sequence[int]) -> Tensor:
+        """Hidden states [N, hidden] before the first layer, of packed token ids."""
+        if not isinstance(ids, Tensor):
+            ids = to_device(np.asarray(ids, dtype=np.int64), self.pool.dims.device)
+        if ids.shape != (place.num_tokens,):
+            raise ValueError(f"{place.num_tokens} token ids belong here, not {tuple(ids.shape)}.")
+        with torch.no_grad():
+            return self.model.backbone.embed(ids, place.positions)
+
+    def run(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor:
+        """Take hidden states [N, hidden] through layers first..last-1, writing their KV."""
+        captured = self._captured()
+        if captured is not None:
+            replayed = captured.run(place, hidden, first, last)
+            if replayed is not None:
+                return replayed
+        with torch.no_grad():
+            attend = self._attend(place)
+            return self.model.backbone.run(hidden, first, last, attend, place.positions)
+
+    def fill_place(self, place: Place, hidden: Tensor, first: int, last: int) -> None:
+        """Fill the KV of skipped layers first..last-1 from the exit's states [N, hidden]."""
+        writer = PoolWriter(self.pool, place.addresses)
+        with torch.no_grad():
+            self.model.backbone.fill(hidden, place.positions, first, last, writer)
+
+    def extend(
+        self,
+        rows: Sequence[int],
+        ids: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        last: int | None = None,
+    ) -> Tensor:
+        """Feed several tokens to each row: a prompt, a chunk of one, or tokens fed again.
+
+        Returns the states [rows, hidden] of each row's last token after layer `last` (the loaded
+        depth unless given). Tokens attend to the row's first `starts` tokens and to each other.
+        """
+        place = self.place(rows, starts, [len(given) for given in ids])
+        packed = [token for given in ids for token in given]
+        depth = self.model.depth if last is None else last
+        hidden = self.run(place, self.embed(place, packed), 0, depth)
+        return self.last(place, hidden)
+
+    def last(self, place: Place, hidden: Tensor) -> Tensor:
+        """States [rows, hidden] of each row's last new token, of packed states [N, hidden]."""
+        if place.is_decode:
+            return hidden
+        if len(place.rows) == 1:
+            return hidden[-1:]
+        ends = to_device(np.asarray(place.ends, dtype=np.int64), hidden.device)
+        return hidden.index_select(0, ends)
+
+    def segment(
+        self,
+        rows: Sequence[int],
+        hidden: Tensor,
+        positions: Sequence[int],
+        first: int,
+        last: int,
+    ) -> Tensor:
+        """Take one token a row at `positions` through layers first..last-1; [rows, hidden]."""
+        return self.run(self.place(rows, positions), hidden, first, last)
+
+    def fill(
+        self,
+        rows: Sequence[int],
+        hidden: Tensor,
+        positions: Sequence[int],
+        first: int,
+        last: int,
+    ) -> None:
+        """Fill the KV of skipped layers for one token a row."""
+        self.fill_place(self.place(rows, positions), hidden, first, last)
+
+    def begin(
+        self, rows: Sequence[int], ids: Tensor | Sequence[int], positions: Sequence[int]
+    ) -> Tensor:
+        """Embed one token a row at `positions`; [rows, hidden]."""
+        return self.embed(self.place(rows, positions), ids)
+
+    def use_graphs(
+        self,
+        batch_buckets: Sequence[int] | None = None,
+        max_context: int | None = None,
+        *,
+        segments: Sequence[tuple[int, int]] | None = None,
+        subsets: bool = False,
+        recorder: graphs.Recorder | None = None,
+    ) -> bool:
+        """Capture one CUDA graph for each (segment, batch bucket, context bucket).
+
+        `segments` are layer ranges, between the exits up to the loaded depth unless given;
+        `subsets` also captures later segments for rows that are not the pool's first ones.
+        Where graphs cannot be had this says why in `graphs_off_reason`, returns False, and the
+        eager path goes on giving the same tokens.
+        """
+        self.graphs = None
+        if recorder is None:
+            made = graphs.cuda_recorder(self.pool.dims.device)
+            if isinstance(made, str):
+                self.graphs_off_reason = made
+                return False
+            recorder = made
+        ranges = self.segments() if segments is None else list(segments)
+        rows = min(self.pool.max_rows, max(batch_buckets or (self.pool.max_rows,)))
+        longest = min(max_context or self.pool.max_tokens, self.pool.max_tokens)
+        settings = graphs.GraphSettings(
+            segments=tuple(ranges),
+            batch_buckets=graphs.buckets_up_to(rows, batch_buckets),
+            context_buckets=tuple(
+                sorted({self.pool.context_tokens(c) for c in graphs.context_buckets(longest)})
+            ),
+            subsets=subsets,
+        )
+        try:
+            self.graphs = graphs.DecodeGraphs(
+                self.model, self.pool, self.choice, settings, recorder
+            )
+        except graphs.CaptureError as error:
+            self.graphs_off_reason = f"capturing failed: {error}"
+            return False
+        self.graphs_off_reason = ""
+        return True
+
+    def drop_graphs(self, reason: str = "graphs were dropped") -> None:
+        """Give the graphs and their memory back."""
+        self.graphs = None
+        self.graphs_off_reason = reason
+
+    def segments(self) -> list[tuple[int, int]]:
+        """The layer ranges between the exits up to the loaded depth."""
+        depth = self.model.depth
+        bounds = [0, *(layer for layer in self.model.exit_layers if layer < depth), depth]
+        return list(pairwise(bounds))
+
+    def _captured(self) -> graphs.DecodeGraphs | None:
+        if self.graphs is not None and not self.graphs.is_valid:
+            self.drop_graphs("layers or KV stores were dropped after the graphs were captured")
+        return self.graphs
+
+    def _new_place(
+        self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], longest: int
+    ) -> Place:
+        rows_, starts_, counts_ = (np.asarray(v, dtype=np.int64) for v in (rows, starts, counts))
+        ends = np.cumsum(counts_)
+        within = np.arange(ends[-1], dtype=np.int64) - np.repeat(ends - counts_, counts_)
+        positions = np.repeat(starts_, counts_) + within
+        width = self.pool.context_tokens(longest)
+        return Place(
+            rows=rows_,
+            starts=starts_,
+            counts=counts_,
+            positions_host=positions,
+            addresses_host=self.pool.addresses(np.repeat(rows_, counts_), positions),
+            located_host=self.pool.locate(rows_, width),
+            context_tokens=width,
+            device=self.pool.dims.device,
+        )
+
+    def _attend(self, place: Place) -> Attend:
+        if place.attend is None:
+            place.attend = self._new_attend(place)
+        return place.attend
+
+    def _new_attend(self, place: Place) -> Attend:
+        pool, host = self.pool, place.located_host
+        located = None if host is None else to_device(host, pool.dims.device)
+        if self.choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
+            return varlen.extend_attend(
+                self.choice.varlen, pool, place.addresses, place.starts, place.counts, located
+            )
+        if place.is_decode:
+            return DecodeAttend(
+                pool, place.addresses, place.positions, located, place.context_tokens
+            )
+        return ExtendAttend(pool, place.addresses, self._spans(place))
+
+    def _spans(self, place: Place) -> list[Span]:
+        pool = self.pool
+        groups = self.num_heads // pool.dims.kv_heads
+        spans, begin = [], 0
+        for row, start, count in zip(
+            place.rows.tolist(), place.starts.tolist(), place.counts.tolist(), strict=True
+        ):
+            if start == 0:
+                spans.append(Span(begin, count, True))
+            else:
+                width = pool.context_tokens(start + count)
+                where = pool.locate(np.asarray([row], dtype=np.int64), width)
+                located = None if where is None else to_device(where, pool.dims.device)
+                mask = span_mask(start, count, width, groups, pool)
+                spans.append(Span(begin, count, False, located, width, mask))
+            begin += count
+        return spans
+
+
+def slot_pool(
+    model: EarlyExitLM, num_slots: int, max_tokens: int, num_layers: int | None = None
+) -> SlotPool:
+    """A slot pool for a model's loaded layers."""
+    layers = model.depth if num_layers is None else num_layers
+    return SlotPool(model.kv_dims, layers, num_slots, max_tokens)
+
+
+def paged_pool(
+    model: EarlyExitLM, num_blocks: int, block_tokens: int, num_layers: int | None = None
+) -> PagedPool:
+    """A paged pool for a model's loaded layers."""
+    layers = model.depth if num_layers is None else num_layers
+    return PagedPool(model.kv_dims, layers, num_blocks, block_tokens)
+
+
+def generate(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], num_tokens: int
+) -> list[list[int]]:
+    """Greedy tokens of prompts served as one batch at the loaded depth; rows are released after.
+
+    Nothing ends early: every prompt gets `num_tokens` tokens.
+    """
+    pool, model = decoder.pool, decoder.model
+    rows = [pool.admit(len(prompt) + num_tokens - 1) for prompt in prompts]
+    hidden = decoder.extend(rows, prompts, [0] * len(rows))
+    positions = [len(prompt) for prompt in prompts]
+    made = [model.decide(model.logits(hidden, model.depth_level)).tokens]
+    for _ in range(num_tokens - 1):
+        hidden = decoder.begin(rows, made[-1], positions)
+        for first, last in decoder.segments():
+            hidden = decoder.segment(rows, hidden, positions, first, last)
+        made.append(model.decide(model.logits(hidden, model.depth_level)).tokens)
+        positions = [position + 1 for position in positions]
+    for row in sorted(rows, reverse=True):
+        pool.release(row)
+    return [[int(token) for token in column] for column in torch.stack(made, dim=1).tolist()]

@@ -1,0 +1,278 @@
+"""CUDA graphs of decode segments: captured once per bucket, replayed without launching kernels.
+
+One graph for each (segment between exits, batch bucket, context bucket), the largest first, all
+in one memory pool. A graph reads its inputs from buffers that all graphs share; rows that pad a
+bucket write to the pool's scratch tokens. Whether a token leaves at an exit is decided on the
+host between two replays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.model import varlen
+from calibration.model.attention import Attend, DecodeAttend
+from calibration.model.kv import PagedPool, Pool
+
+if TYPE_CHECKING:
+    from calibration.model.decode import Place
+    from calibration.model.early_exit import EarlyExitLM
+
+SMALLEST_CONTEXT_TOKENS: Final = 256
+WARM_UPS: Final = 2
+"""Runs before capturing, so that libraries have made their workspaces."""
+
+
+class CaptureError(RuntimeError):
+    """A graph could not be captured."""
+
+
+class Recording(Protocol):
+    """A captured computation."""
+
+    def replay(self) -> Tensor:
+        """Compute anew from what the inputs hold now; the output is overwritten every time."""
+        ...
+
+
+class Recorder(Protocol):
+    """Captures computations."""
+
+    def record(self, body: Callable[[], Tensor]) -> Recording:
+        """Capture `body`, whose inputs stay where they are; raises CaptureError."""
+        ...
+
+
+@dataclass(frozen=True)
+class CudaRecording:
+    """A CUDA graph and its output."""
+
+    graph: Any
+    output: Tensor
+
+    def replay(self) -> Tensor:
+        """Launch the graph on the current stream."""
+        self.graph.replay()
+        return self.output
+
+
+class CudaRecorder:
+    """Captures CUDA graphs that share one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool: Any = torch.cuda.graph_pool_handle()
+
+    def record(self, body: Callable[[], Tensor]) -> Recording:
+        """Warm up on a stream of its own, then capture."""
+        cuda: Any = torch.cuda
+        try:
+            with torch.cuda.device(self.device):
+                stream: Any = cuda.Stream()
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UPS):
+                        body()
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    output = body()
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from error
+        return CudaRecording(graph, output)
+
+
+def cuda_recorder(device: torch.device) -> CudaRecorder | str:
+    """A recorder for a device, or why there is none."""
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA GPU and the pool is on {device}"
+    return CudaRecorder(device)
+
+
+def buckets_up_to(largest: int, asked: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Batch buckets, ascending, up to `largest`: those asked, or 1, 2, 4, 8, 16, 24, 32, 48, ...
+
+    The last one is `largest` itself.
+    """
+    if asked is None:
+        asked, bucket = [1, 2, 4], 8
+        while bucket < largest:
+            asked += [bucket] if bucket == 8 else [bucket, bucket + bucket // 2]
+            bucket *= 2
+    return tuple(sorted({bucket for bucket in asked if 1 <= bucket < largest} | {largest}))
+
+
+def context_buckets(longest: int) -> tuple[int, ...]:
+    """Context buckets in tokens, ascending: doubling from 256 up to `longest`."""
+    found, bucket = [], SMALLEST_CONTEXT_TOKENS
+    while bucket < longest:
+        found.append(bucket)
+        bucket *= 2
+    return (*found, longest)
+
+
+def bucket_of(count: int, buckets: Sequence[int]) -> int | None:
+    """The smallest bucket that holds `count`, or None if none does."""
+    return next((bucket for bucket in buckets if bucket >= count), None)
+
+
+@dataclass(frozen=True)
+class GraphSettings:
+    """Which graphs to capture; buckets ascending, segments as half-open layer ranges."""
+
+    segments: tuple[tuple[int, int], ...]
+    batch_buckets: tuple[int, ...]
+    context_buckets: tuple[int, ...]
+    subsets: bool = False
+
+
+@dataclass(frozen=True)
+class GraphKey:
+    """One graph; `gathers` says that its rows are found one by one, not as the first ones."""
+
+    first: int
+    last: int
+    rows: int
+    context_tokens: int
+    gathers: bool
+
+
+class DecodeGraphs:
+    """The captured segments of one model over one pool.
+
+    `capture_s` and `num_graphs` say what capturing took. The graphs hold for as long as no layer
+    and no store they read is dropped.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitLM,
+        pool: Pool,
+        choice: varlen.Choice,
+        settings: GraphSettings,
+        recorder: Recorder,
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.choice = choice
+        self.settings = settings
+        self.captured_of = (model.generation, pool.generation)
+        device = pool.dims.device
+        rows = settings.batch_buckets[-1]
+        self.blocks = 0
+        if isinstance(pool, PagedPool):
+            self.blocks = settings.context_buckets[-1] // pool.block_tokens
+        hidden = int(model.backbone.config.hidden_size)
+        self.hidden = torch.zeros((rows, hidden), dtype=pool.dims.dtype, device=device)
+        # Positions, addresses and rows (or their blocks), in one buffer: one copy an iteration.
+        self.host = np.zeros(rows * (2 + max(1, self.blocks)), dtype=np.int64)
+        self.host[rows : 2 * rows] = pool.scratch_address
+        self.integers = torch.from_numpy(self.host.copy()).to(device)
+        self.laid_out: Place | None = None
+        self.recordings: dict[GraphKey, Recording] = {}
+        began_s = time.perf_counter()
+        for key in self._keys():
+            self.recordings[key] = recorder.record(self._body(key))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.capture_s = time.perf_counter() - began_s
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs captured."""
+        return len(self.recordings)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether everything the graphs read is still there."""
+        return self.captured_of == (self.model.generation, self.pool.generation)
+
+    def key_of(self, place: Place, first: int, last: int) -> GraphKey | None:
+        """The graph that serves a place, or None."""
+        rows = bucket_of(len(place.rows), self.settings.batch_buckets)
+        context = bucket_of(place.context_tokens, self.settings.context_buckets)
+        if not place.is_decode or rows is None or context is None:
+            return None
+        key = GraphKey(first, last, rows, context, place.located_host is not None)
+        return key if key in self.recordings else None
+
+    def run(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor | None:
+        """Replay a segment: states [rows, hidden] in and out, or None where no graph serves."""
+        key = self.key_of(place, first, last)
+        if key is None:
+            return None
+        if self.laid_out is not place:
+            self._lay_out(place)
+        count = len(place.rows)
+        self.hidden[:count].copy_(hidden)
+        # A copy, since the next replay of any graph may overwrite this memory.
+        return self.recordings[key].replay()[:count].clone()
+
+    def _keys(self) -> list[GraphKey]:
+        """Largest first: later graphs then find their memory in the pool."""
+        settings = self.settings
+        keys = []
+        for context, rows, (first, last) in product(
+            reversed(settings.context_buckets),
+            reversed(settings.batch_buckets),
+            settings.segments,
+        ):
+            if self.blocks:
+                keys.append(GraphKey(first, last, rows, context, True))
+                continue
+            keys.append(GraphKey(first, last, rows, context, False))
+            if settings.subsets and first > 0:
+                keys.append(GraphKey(first, last, rows, context, True))
+        return keys
+
+    def _body(self, key: GraphKey) -> Callable[[], Tensor]:
+        most = self.settings.batch_buckets[-1]
+        positions = self.integers[: key.rows]
+        addresses = self.integers[most : most + key.rows]
+        rest = self.integers[2 * most :]
+        hidden = self.hidden[: key.rows]
+        backbone = self.model.backbone
+
+        def body() -> Tensor:
+            with torch.no_grad():
+                attend = self._attend(key, addresses, positions, rest)
+                return backbone.run(hidden, key.first, key.last, attend, positions)
+
+        return body
+
+    def _attend(self, key: GraphKey, addresses: Tensor, positions: Tensor, rest: Tensor) -> Attend:
+        pool = self.pool
+        located: Tensor | None = None
+        if isinstance(pool, PagedPool):
+            blocks = key.context_tokens // pool.block_tokens
+            located = rest.view(-1, self.blocks)[: key.rows, :blocks]
+            if self.choice.varlen is not None:
+                return varlen.decode_attend(self.choice.varlen, pool, addresses, positions, located)
+        elif key.gathers:
+            located = rest[: key.rows]
+        return DecodeAttend(pool, addresses, positions, located, key.context_tokens)
+
+    def _lay_out(self, place: Place) -> None:
+        """Copy a place's integers to the buffer all graphs read."""
+        most, count = self.settings.batch_buckets[-1], len(place.rows)
+        host = self.host.copy()
+        host[:count] = place.positions_host
+        host[most : most + count] = place.addresses_host
+        located, rest = place.located_host, host[2 * most :]
+        if located is not None and self.blocks:
+            rest.reshape(-1, self.blocks)[:count, : located.shape[1]] = located
+        elif located is not None:
+            rest[:count] = located
+        values = torch.from_numpy(host)
+        if self.integers.is_cuda:
+            values = values.pin_memory()
+        self.integers.copy_(values, non_blocking=True)
+        self.laid_out = place

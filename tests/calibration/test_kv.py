@@ -1,0 +1,177 @@
+"""The KV pools keep what was written, give places back, and never give one away twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibration.model import kv, memory
+from calibration.model.kv import KvDims, PagedPool, Pool, PoolExhausted, SlotPool
+from helios_sim.errors import InputError
+
+DIMS = KvDims(2, 4, torch.float32, torch.device("cpu"))
+
+
+def pools() -> list[Pool]:
+    return [SlotPool(DIMS, 2, 4, 20), PagedPool(DIMS, 2, 20, 4, max_rows=4, max_tokens=20)]
+
+
+def write(pool: Pool, layer: int, row: int, positions: list[int], seed: int) -> torch.Tensor:
+    values = torch.randn(len(positions), 2, 4, generator=torch.Generator().manual_seed(seed))
+    where = np.asarray(positions, dtype=np.int64)
+    addresses = pool.addresses(np.full(len(positions), row, dtype=np.int64), where)
+    pool.write(layer, torch.from_numpy(addresses), values, -values)
+    return values
+
+
+@pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
+def test_what_was_written_is_read_layer_by_layer(pool):
+    written = {}
+    for row, length in enumerate((3, 11, 7)):
+        assert pool.admit(length) == row
+        for layer in range(2):
+            values = write(pool, layer, row, list(range(length)), 10 * row + layer)
+            written[row, layer] = values
+    for rows in ([0, 1, 2], [1], [2, 0]):
+        key, value = pool.read(1, rows, 11)
+        assert key.shape == (len(rows), 2, 11, 4)
+        for index, row in enumerate(rows):
+            expected = written[row, 1]
+            length = len(expected)
+            assert torch.equal(key[index, :, :length].transpose(0, 1), expected)
+            assert torch.equal(value[index, :, :length].transpose(0, 1), -expected)
+
+
+def test_the_first_slots_are_a_view_and_others_a_copy():
+    pool = SlotPool(DIMS, 1, 4, 20)
+    for _ in range(3):
+        pool.admit(5)
+    key, _ = pool.read(0, [0, 1], 5)
+    assert key.data_ptr() == pool.keys[0].data_ptr()
+    key, _ = pool.read(0, [1, 2], 5)
+    assert key.untyped_storage().data_ptr() != pool.keys[0].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("make", [0, 1], ids=["slots", "paged"])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_rows_keep_their_tokens_through_any_coming_and_going(make, data):
+    pool = pools()[make]
+    contents: list[torch.Tensor] = []
+    for turn in range(data.draw(st.integers(1, 25))):
+        kind = data.draw(st.sampled_from(["admit", "grow", "release", "swap"]))
+        if kind == "admit":
+            length = data.draw(st.integers(0, 20))
+            try:
+                row = pool.admit(length)
+            except PoolExhausted:
+                continue
+            contents.append(write(pool, 1, row, list(range(length)), turn))
+        elif kind == "grow" and contents:
+            row = data.draw(st.integers(0, len(contents) - 1))
+            held = len(contents[row])
+            length = data.draw(st.integers(held, 20))
+            try:
+                pool.reserve(row, length)
+            except PoolExhausted:
+                continue
+            more = write(pool, 1, row, list(range(held, length)), turn)
+            contents[row] = torch.cat((contents[row], more))
+        elif kind == "release" and contents:
+            row = data.draw(st.integers(0, len(contents) - 1))
+            moved = pool.release(row)
+            last = contents.pop()
+            assert moved == (None if row == len(contents) else len(contents))
+            if moved is not None:
+                contents[row] = last
+        elif kind == "swap" and contents:
+            one, other = (data.draw(st.integers(0, len(contents) - 1)) for _ in range(2))
+            pool.swap(one, other)
+            contents[one], contents[other] = contents[other], contents[one]
+        pool.check()
+        assert pool.lengths == [len(held) for held in contents]
+        for row, held in enumerate(contents):
+            if len(held):
+                key, value = pool.read(1, [row], len(held))
+                assert torch.equal(key[0].transpose(0, 1), held)
+                assert torch.equal(value[0].transpose(0, 1), -held)
+
+
+def test_blocks_go_out_and_come_back():
+    pool = PagedPool(DIMS, 1, 5, 4)
+    pool.admit(9)
+    assert pool.num_free_blocks == 2
+    with pytest.raises(PoolExhausted, match="needs 3 more blocks and 2 of 5 are free"):
+        pool.admit(9)
+    assert pool.num_rows == 1
+    pool.admit(8)
+    pool.release(0)
+    assert pool.num_free_blocks == 3
+    pool.check()
+    pool.clear()
+    assert pool.num_free_blocks == 5
+
+
+def test_all_rows_in_use_is_said():
+    pool = SlotPool(DIMS, 1, 1, 20)
+    pool.admit()
+    with pytest.raises(PoolExhausted, match="All 1 rows"):
+        pool.admit()
+
+
+def test_the_check_finds_a_block_that_two_rows_hold():
+    pool = PagedPool(DIMS, 1, 5, 4)
+    pool.admit(4)
+    pool.admit(4)
+    pool.table[1, 0] = pool.table[0, 0]
+    with pytest.raises(RuntimeError, match="Two rows own the same token"):
+        pool.check()
+
+
+def test_the_check_finds_a_lost_block():
+    pool = PagedPool(DIMS, 1, 5, 4)
+    pool.admit(4)
+    pool.free.pop()
+    with pytest.raises(RuntimeError, match="3 free and 1 held blocks are not the pool's 5"):
+        pool.check()
+
+
+@pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
+def test_resizing_keeps_rows_and_counts_bytes(pool):
+    pool.admit(6)
+    values = write(pool, 0, 0, list(range(6)), 1)
+    planned = pool.planned_bytes(2)
+    assert pool.bytes == planned
+    store, generation = pool.keys[0], pool.generation
+    pool.resize(5)
+    assert pool.num_layers == 5
+    assert pool.bytes == pool.planned_bytes(5)
+    assert pool.keys[0] is store
+    assert pool.generation == generation
+    pool.resize(1)
+    assert pool.generation == generation + 1
+    assert pool.bytes == planned // 2
+    assert torch.equal(pool.read(0, [0], 6)[0][0].transpose(0, 1), values)
+
+
+def test_a_pool_too_large_for_the_device_is_refused_with_needed_and_available(monkeypatch):
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 1000)
+    with pytest.raises(
+        InputError, match=r"needs 6,144 bytes .* on cpu and 1,000 bytes .* use fewer rows"
+    ):
+        SlotPool(DIMS, 1, 4, 20)
+
+
+def test_a_released_row_cannot_be_used():
+    pool = SlotPool(DIMS, 1, 2, 20)
+    with pytest.raises(ValueError, match="Row 0 is not in use"):
+        pool.reserve(0, 1)
+
+
+@pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
+def test_padding_writes_where_no_row_reads(pool):
+    assert pool.capacity_tokens <= pool.scratch_address < pool.keys[0].shape[0]
+    assert pool.keys[0].shape[0] == pool.capacity_tokens + kv.SCRATCH_TOKENS
