@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,10 +39,43 @@ def environment() -> None:
 
 
 @app.command()
+def fit(
+    points: Annotated[Path, typer.Argument(help="The folder of readings that measure wrote.")],
+    out: Annotated[Path, typer.Option(help="The profile folder to write.")],
+    mode: Annotated[
+        str, typer.Option(help="What times stand for: graph, eager, or auto (graph if measured).")
+    ] = "auto",
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model to keep; may be repeated. All by default.")
+    ] = None,
+    exits: Annotated[
+        str | None,
+        typer.Option(help="A trace file, or a profile whose exits stand in for unmeasured ones."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The profile's name; the folder's.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the profile folder.")] = False,
+) -> None:
+    """Fit readings into a profile, say how far off it is, and draw its page beside it."""
+    from calibration.check import check_text
+    from calibration.fit import FitSettings, fit_profile
+    from calibration.page import page_path, write_page
+
+    settings = FitSettings(name, mode, tuple(model or ()), exits, overwrite)
+    profile = fit_profile(points, out, settings)
+    typer.echo(check_text(profile))
+    page = write_page(profile, page_path(out), points)
+    typer.echo(f"Profile: {out}\nPage: {page}")
+
+
+@app.command()
 def check(
     profile: Annotated[str, typer.Argument(help="A profile folder, or a shipped profile's name.")],
+    page: Annotated[
+        Path | None, typer.Option(help="Where to draw the calibration's page; not at all if unset.")
+    ] = None,
 ) -> None:
-    """Read a profile strictly and say what it holds and how far each number is known."""
+    """Read a profile strictly, say what it holds, and hold it to its own readings."""
+    from calibration.check import check_text
     from helios_sim.profile import load_profile
 
     loaded = load_profile(profile)
@@ -50,7 +84,15 @@ def check(
     typer.echo(f"Models: {', '.join(loaded.models)}")
     grades = ", ".join(f"{count} {grade}" for grade, count in loaded.grade_counts().items())
     typer.echo(f"Numbers: {grades}")
+    if not loaded.has_energy:
+        why = loaded.quantities["device.active_w"].source
+        typer.echo(f"Energy: unavailable ({why})")
     typer.echo(f"Hash: {loaded.hash}")
+    typer.echo(check_text(loaded))
+    if page is not None:
+        from calibration.page import write_page
+
+        typer.echo(f"Page: {write_page(loaded, page)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,0 +1,328 @@
+"""Regression with physics in it: coefficients never negative, errors relative, roofs as a max.
+
+A layer's time is the largest of several planes (launch floor, memory, compute), each linear in
+what the layer carries. Readings are stacks of k layers, so a reading is an overhead plus k times
+that maximum. Which plane bounds a reading is not known beforehand: assignment and coefficients
+are improved in turn, as in Magnani and Boyd, "Convex piecewise-linear fitting", Optimization and
+Engineering 10 (2009), here with non-negative least squares (Lawson and Hanson) in the inner step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+Floats: TypeAlias = NDArray[np.float64]
+Assignment: TypeAlias = NDArray[np.int64]
+Groups: TypeAlias = NDArray[np.int64]
+
+MAX_ROUNDS: Final = 60
+REAL_GAIN: Final = 0.9
+"""An extra plane must bring the left-out error below this share of what it is without."""
+REAL_GAIN_ABSOLUTE: Final = 0.002
+"""... and lower it by at least this much: a tenth of nothing is no reason for a knee."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What is fitted: seconds explained by overheads and by k layers of the largest plane.
+
+    `planes` holds for every plane its features, shape (readings, features of that plane);
+    `overheads` are columns outside the maximum, shape (readings, overheads); `layers` is k and
+    `known` are seconds explained already.
+    """
+
+    seconds: Floats
+    layers: Floats
+    known: Floats
+    overheads: Floats
+    planes: tuple[Floats, ...]
+
+    def __len__(self) -> int:
+        return len(self.seconds)
+
+    def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> Readings:
+        """Some of the readings."""
+        return Readings(
+            self.seconds[places],
+            self.layers[places],
+            self.known[places],
+            self.overheads[places],
+            tuple(plane[places] for plane in self.planes),
+        )
+
+    def with_planes(self, chosen: Sequence[int]) -> Readings:
+        """The same readings with some of the planes."""
+        return Readings(
+            self.seconds,
+            self.layers,
+            self.known,
+            self.overheads,
+            tuple(self.planes[i] for i in chosen),
+        )
+
+
+@dataclass(frozen=True)
+class MaxFit:
+    """Coefficients of the overheads and of every plane, all at least 0."""
+
+    overheads: Floats
+    planes: tuple[Floats, ...]
+
+    def layer_values(self, readings: Readings) -> Floats:
+        """Seconds of one layer by (plane, reading), before the maximum."""
+        return np.stack(
+            [
+                features @ coefficients
+                for features, coefficients in zip(readings.planes, self.planes, strict=True)
+            ]
+        )
+
+    def layer_seconds(self, readings: Readings) -> Floats:
+        """Seconds of one layer of each reading."""
+        return np.asarray(self.layer_values(readings).max(axis=0), dtype=np.float64)
+
+    def seconds(self, readings: Readings) -> Floats:
+        """Predicted seconds of each reading."""
+        layers_s = readings.layers * self.layer_seconds(readings)
+        return readings.known + readings.overheads @ self.overheads + layers_s
+
+    def flat(self) -> Floats:
+        """All coefficients in one array: overheads, then plane by plane."""
+        return np.concatenate((self.overheads, *self.planes))
+
+    def like(self, flat: Floats) -> MaxFit:
+        """The same shape with other coefficients."""
+        cuts = np.cumsum([len(self.overheads), *(len(plane) for plane in self.planes)])
+        overheads, *planes = np.split(flat, cuts[:-1])
+        return MaxFit(overheads, tuple(planes))
+
+
+def relative_nnls(features: Floats, values: Floats, sizes: Floats | None = None) -> Floats:
+    """Non-negative coefficients of least squares in error relative to `sizes` (the values).
+
+    Columns are scaled to one size first, so that coefficients of a thousand seconds and of a
+    nanosecond are found equally well; a column of zeros gets 0.
+    """
+    scale = 1.0 / (values if sizes is None else sizes)
+    rows = features * scale[:, None]
+    lengths = np.sqrt((rows**2).sum(axis=0))
+    used = lengths > 0.0
+    found = np.zeros(features.shape[1])
+    if used.any():
+        solved, _ = nnls(rows[:, used] / lengths[used], values * scale, maxiter=1000)
+        found[used] = solved / lengths[used]
+    return found
+
+
+def relative_errors(predicted: Floats, measured: Floats) -> Floats:
+    """(predicted - measured) / measured."""
+    return np.asarray((predicted - measured) / measured, dtype=np.float64)
+
+
+def fit_max(readings: Readings) -> MaxFit:
+    """The max of the readings' planes that comes nearest in relative error.
+
+    Assignment starts from splits of the readings by size of the layer, in all orders of the
+    planes that are worth a try; the best end of all starts is kept. Where the assignment
+    turns in circles the best of the circle is taken.
+    """
+    best: MaxFit | None = None
+    best_loss = np.inf
+    for start in _starts(readings):
+        found, loss = _alternate(readings, start)
+        if loss < best_loss * (1.0 - 1e-9):
+            best, best_loss = found, loss
+    assert best is not None
+    return best
+
+
+def _starts(readings: Readings) -> list[Assignment]:
+    """Assignments to begin with: planes in their order along growing seconds per layer."""
+    count, num_planes = len(readings), len(readings.planes)
+    if num_planes == 1:
+        return [np.zeros(count, np.int64)]
+    per_layer = (readings.seconds - readings.known) / np.maximum(readings.layers, 1.0)
+    orders = [per_layer] + [plane[:, -1] for plane in readings.planes if plane.shape[1] > 1]
+    orders += [plane[:, 1] for plane in readings.planes if plane.shape[1] > 2]
+    starts = []
+    for order in orders:
+        rank = np.argsort(np.argsort(order, kind="stable"), kind="stable") / count
+        for cut in (0.25, 0.5, 0.75):
+            if num_planes == 2:
+                starts.append((rank >= cut).astype(np.int64))
+            else:
+                for second in (0.5, 0.75, 0.9):
+                    if second > cut:
+                        starts.append((rank >= cut).astype(np.int64) + (rank >= second))
+    return starts
+
+
+def _alternate(readings: Readings, start: Assignment) -> tuple[MaxFit, float]:
+    assigned = start
+    best: MaxFit | None = None
+    best_loss = np.inf
+    seen: set[bytes] = set()
+    for _ in range(MAX_ROUNDS):
+        if assigned.tobytes() in seen:
+            break
+        seen.add(assigned.tobytes())
+        found = _solve(readings, assigned)
+        errors = relative_errors(found.seconds(readings), readings.seconds)
+        loss = float(errors @ errors)
+        if loss < best_loss:
+            best, best_loss = found, loss
+        assigned = assignment(readings, found)
+    assert best is not None
+    return best, best_loss
+
+
+def _solve(readings: Readings, assigned: Assignment) -> MaxFit:
+    """Coefficients for a given assignment of readings to planes."""
+    columns = [readings.overheads]
+    for place, plane in enumerate(readings.planes):
+        mine = (assigned == place) * readings.layers
+        columns.append(plane * mine[:, None])
+    unexplained = readings.seconds - readings.known
+    solved = relative_nnls(np.hstack(columns), unexplained, readings.seconds)
+    cuts = np.cumsum([column.shape[1] for column in columns])[:-1]
+    overheads, *planes = np.split(solved, cuts)
+    return MaxFit(overheads, tuple(planes))
+
+
+def assignment(readings: Readings, fit: MaxFit) -> Assignment:
+    """The plane that bounds each reading."""
+    return np.asarray(np.argmax(fit.layer_values(readings), axis=0), dtype=np.int64)
+
+
+def refit(readings: Readings, start: Assignment) -> MaxFit:
+    """The fit reached from one assignment: quick, where a good one is known already."""
+    return _alternate(readings, start)[0]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Each reading predicted by a fit that did not see it, and how far the coefficients moved.
+
+    `errors` are relative; `standard_errors` are the jackknife's, in the order of `MaxFit.flat`.
+    """
+
+    errors: Floats
+    standard_errors: Floats
+
+
+def leave_out(readings: Readings, fit: MaxFit, groups: Groups | None = None) -> LeftOut:
+    """Leave out reading by reading, or group by group, starting from the whole fit's assignment.
+
+    A group's readings are left out together, so that repeated trials of one point do not vouch
+    for each other.
+    """
+    labels = np.arange(len(readings)) if groups is None else groups
+    assigned = assignment(readings, fit)
+    errors = np.zeros(len(readings))
+    moved = []
+    for label in np.unique(labels):
+        out = labels == label
+        if out.all():
+            return LeftOut(np.zeros(len(readings)), np.zeros(len(fit.flat())))
+        found = refit(readings.take(~out), assigned[~out])
+        rest = readings.take(out)
+        errors[out] = relative_errors(found.seconds(rest), rest.seconds)
+        moved.append(found.flat())
+    spread = np.stack(moved) - np.mean(moved, axis=0)
+    count = len(moved)
+    return LeftOut(errors, np.sqrt((count - 1) / count * (spread**2).sum(axis=0)))
+
+
+def score(errors: Floats) -> float:
+    """Root of the mean squared relative error: what a choice between models goes by."""
+    return float(np.sqrt(np.mean(errors**2))) if len(errors) else 0.0
+
+
+def clearly_better(new: float, old: float) -> bool:
+    """Whether a left-out error is so much lower that a richer model is worth it."""
+    return new < REAL_GAIN * old and old - new > REAL_GAIN_ABSOLUTE
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The planes kept, their fit, and the left-out errors by which they were chosen.
+
+    `considered` holds (places of the planes, score) of everything tried, simplest first.
+    """
+
+    planes: tuple[int, ...]
+    fit: MaxFit
+    left_out: LeftOut
+    considered: tuple[tuple[tuple[int, ...], float], ...]
+
+    def plane(self, place: int) -> tuple[Floats, Floats] | None:
+        """Coefficients of a plane and their standard errors; None where it was not kept."""
+        if place not in self.planes:
+            return None
+        at = self.planes.index(place)
+        return self.fit.planes[at], self.fit.like(self.left_out.standard_errors).planes[at]
+
+
+def choose_planes(
+    readings: Readings, options: Sequence[tuple[int, ...]], groups: Groups | None = None
+) -> Chosen:
+    """The simplest set of planes, unless a richer one clearly lowers the left-out error.
+
+    `options` name planes of the readings, simplest first; one with about as many coefficients as
+    there are distinct readings is not tried.
+    """
+    labels = np.arange(len(readings)) if groups is None else groups
+    num_points = len(np.unique(labels))
+    considered: list[tuple[tuple[int, ...], float]] = []
+    best: Chosen | None = None
+    for option in options:
+        part = readings.with_planes(option)
+        width = sum(plane.shape[1] for plane in part.planes)
+        if best is not None and width > num_points - 2:
+            continue
+        fit = fit_max(part)
+        left_out = leave_out(part, fit, labels)
+        considered.append((option, score(left_out.errors)))
+        if best is None or clearly_better(score(left_out.errors), score(best.left_out.errors)):
+            best = Chosen(option, fit, left_out, ())
+    assert best is not None
+    return replace(best, considered=tuple(considered))
+
+
+FLOOR: Final = 0
+LINE: Final = 1
+
+
+def fit_floor_line(rows: Floats, seconds: Floats) -> Chosen:
+    """max(floor, base + slope x rows) in least relative error; the floor only where it helps.
+
+    Planes of the result: `FLOOR` (one coefficient, perhaps absent) and `LINE` (base, slope).
+    """
+    ones = np.ones(len(rows))
+    planes = (ones[:, None], np.column_stack((ones, rows)))
+    readings = Readings(seconds, ones, 0.0 * ones, np.zeros((len(rows), 0)), planes)
+    groups = np.unique(rows, return_inverse=True)[1].astype(np.int64)
+    return choose_planes(readings, ((LINE,), (FLOOR, LINE)), groups)
+
+
+def monotone_factors(
+    batches: Sequence[float],
+    factors: Sequence[float],
+    least_ratio: Callable[[float, float], float],
+) -> list[float]:
+    """Factors raised where needed so that no product falls from one batch to the next.
+
+    `least_ratio(a, b)` is the smallest factor(b) / factor(a) at which the time does not fall
+    from batch a to batch b.
+    """
+    safe: list[float] = []
+    for place, factor in enumerate(factors):
+        least = 0.0 if not place else safe[-1] * least_ratio(batches[place - 1], batches[place])
+        safe.append(max(float(factor), least))
+    return safe

@@ -1,0 +1,119 @@
+"""A measured profile is held to its own readings; a published one has none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from calibration.check import check_rows, check_text, compare, verdict
+from calibration.cli import main
+from calibration.fit import fit_profile
+from helios_sim.errors import InputError
+from helios_sim.profile import Profile, load_profile
+from tests.calibration import planted
+from tests.calibration.planted import Plan
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """A profile of readings with one per cent of noise."""
+    root = tmp_path_factory.mktemp("check")
+    folder = planted.folder(root / "points", Plan(noise=0.01, trials=3))
+    return fit_profile(folder, root / "profile")
+
+
+def test_every_planted_quantity_is_predicted(profile: Profile) -> None:
+    quantities = {row.quantity for row in check_rows(profile)}
+    assert quantities >= {
+        "decode_layers",
+        "iteration",
+        "prefill_layers",
+        "prefill_iteration",
+        "head",
+        "check",
+        "kv_fill",
+        "load_disk",
+        "load_host_pinned",
+        "decode_energy",
+        "memory_weights",
+    }
+
+
+def test_errors_are_of_the_held_out_points_where_there_are_some(profile: Profile) -> None:
+    rows = {row.quantity: row for row in check_rows(profile)}
+    decode = rows["decode_layers"]
+    assert (decode.purpose, decode.n) == ("held-out", 18)
+    assert decode.median < 0.02
+    assert decode.within_bars
+    assert rows["head"].purpose == "fit"
+
+
+def test_the_worst_point_is_named_with_its_place(profile: Profile) -> None:
+    compared = compare(profile)
+    decode = compared.filter(
+        (pl.col("quantity") == "decode_layers") & (pl.col("purpose") == "held-out")
+    )
+    row = next(row for row in check_rows(profile) if row.quantity == "decode_layers")
+    assert abs(row.worst) == pytest.approx(decode["error"].abs().max())
+    assert "rows" in row.where
+    assert "tokens of context" in row.where
+
+
+def test_noise_is_the_deviation_among_trials(profile: Profile) -> None:
+    row = next(row for row in check_rows(profile) if row.quantity == "decode_layers")
+    assert row.noise is not None
+    assert 0.001 < row.noise < 0.02
+
+
+def test_a_profile_that_is_off_misses_the_bars(profile: Profile, tmp_path: Path) -> None:
+    folder = tmp_path / "off"
+    folder.mkdir()
+    for path in profile.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    points = pl.read_parquet(folder / "points.parquet")
+    points.with_columns(seconds=pl.col("seconds") * 1.2).write_parquet(folder / "points.parquet")
+    rows = check_rows(load_profile(folder))
+    assert "miss the bars" in verdict(rows, cuda=True)
+    assert "shared CPU" not in verdict(rows, cuda=True)
+    assert "shared CPU" in verdict(rows, cuda=False)
+
+
+def test_a_profile_that_fits_meets_the_bars(profile: Profile) -> None:
+    assert "meet the bars" in check_text(profile)
+
+
+def test_a_published_profile_says_that_it_holds_no_readings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["check", "opt-a100-40gb"])
+    assert not end.value.code
+    assert "No readings: opt-a100-40gb is published" in capsys.readouterr().out
+
+
+def test_readings_that_are_corrupt_are_refused_in_a_sentence(
+    profile: Profile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "corrupt"
+    folder.mkdir()
+    for path in profile.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "points.parquet").write_bytes(b"PAR1 and nothing else")
+    with pytest.raises(InputError, match="no readable Parquet file"):
+        check_text(load_profile(folder))
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(folder)])
+    assert end.value.code == 2
+    assert "Parquet" in capsys.readouterr().err
+
+
+def test_an_absent_meter_is_said_by_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(energy=False), meter={"reason": "no meter"})
+    fit_profile(folder, tmp_path / "profile")
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "profile")])
+    assert "Energy: unavailable (no meter)" in capsys.readouterr().out

@@ -1,0 +1,310 @@
+"""Readings of a planted cost model become a profile that has the planted numbers again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from calibration.cli import main
+from calibration.fit import FitSettings, fit_profile
+from calibration.fit_times import falling_time, fit_times, model_profile
+from helios_sim.cost import COEFFICIENTS, decode_seconds
+from helios_sim.errors import InputError
+from helios_sim.exits import load_traces
+from helios_sim.profile import Profile, load_profile, unit_of
+from tests.calibration import planted
+from tests.calibration.planted import GPU_LIKE, Plan
+
+PLANTED_TIMES = [name for name in GPU_LIKE if unit_of(name)[0] == "s"]
+
+
+def fitted(tmp_path: Path, plan: Plan | None = None, **more: Any) -> Profile:
+    """A profile fitted from a planted folder."""
+    folder = planted.folder(tmp_path / "points", plan or Plan(), **more)
+    return fit_profile(folder, tmp_path / "profile")
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """The profile of readings without noise."""
+    return fitted(tmp_path_factory.mktemp("exact"))
+
+
+def test_without_noise_every_planted_second_is_found(exact: Profile) -> None:
+    found = exact.models["planted"].coefficients
+    for name in PLANTED_TIMES:
+        assert found[name] == pytest.approx(GPU_LIKE[name], rel=1e-4), name
+
+
+def test_without_noise_every_planted_joule_and_watt_is_found(exact: Profile) -> None:
+    found = exact.models["planted"].coefficients
+    for name in GPU_LIKE:
+        if unit_of(name)[0] in "JW":
+            assert found[name] == pytest.approx(GPU_LIKE[name], rel=1e-4), name
+    assert exact.has_energy
+    assert exact.device.idle_w == planted.IDLE_W
+    assert exact.device.active_w == pytest.approx(140.0)
+
+
+def test_loading_is_a_start_and_a_rate(exact: Profile) -> None:
+    for link, (alpha_s, rate) in (
+        (exact.loading.disk, planted.DISK),
+        (exact.loading.host, planted.HOST),
+    ):
+        assert link.alpha_s == pytest.approx(alpha_s, rel=1e-4)
+        assert link.bytes_per_s == pytest.approx(rate, rel=1e-4)
+
+
+def test_measured_numbers_name_their_points_and_their_error(exact: Profile) -> None:
+    number = exact.quantities["models.planted.coefficients.decode.memory_s_per_row"]
+    assert number.grade == "measured"
+    assert "points of decode_layers" in number.source
+    assert number.error is not None
+    assert exact.provenance.origin == "measured"
+    derived = exact.quantities["models.planted.coefficients.rebatch.overhead_s"]
+    assert derived.grade == "derived"
+
+
+def test_readings_and_traces_travel_with_the_profile(exact: Profile) -> None:
+    assert pl.read_parquet(exact.folder / "points.parquet").height > 100
+    assert load_traces(exact).candidates == ("planted",)
+    assert sorted(path.name for path in exact.folder.iterdir()) == [
+        "exits.parquet",
+        "points.parquet",
+        "profile.json",
+    ]
+
+
+def test_the_measured_range_is_the_hull(exact: Profile) -> None:
+    hull = exact.models["planted"].hull
+    assert hull is not None
+    assert (hull.max_batch, hull.max_context_tokens) == (128, 1000)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    launch=st.floats(0.0, 8e-5),
+    memory=st.floats(5e-6, 5e-5),
+    per_row=st.floats(1e-7, 2e-6),
+    per_token=st.floats(1e-10, 1e-8),
+    fixed=st.floats(1e-4, 1e-3),
+    seed=st.integers(0, 1000),
+)
+def test_under_noise_the_planted_times_are_predicted_within_it(
+    launch: float, memory: float, per_row: float, per_token: float, fixed: float, seed: int
+) -> None:
+    coefficients = dict(GPU_LIKE) | {
+        "decode.launch_s": launch,
+        "decode.memory_s_per_layer": memory,
+        "decode.memory_s_per_row": per_row,
+        "decode.memory_s_per_context_token": per_token,
+        "decode.fixed_s": fixed,
+    }
+    noise = 0.01
+    points = planted.points(Plan(coefficients, noise=noise, seed=seed, energy=False))
+    found = fit_times(points, planted.model())
+    own = model_profile(planted.model(), found.numbers, (), found.residual, found.hull)
+    c, truth = own.coefficient_array(), planted.array(coefficients)
+    for batch in (1, 6, 20, 100):
+        for context in (20, 300, 900):
+            predicted = decode_seconds(c, batch, batch * context, 9, 0, 1, 0, batch, 1.0)[0]
+            right = decode_seconds(truth, batch, batch * context, 9, 0, 1, 0, batch, 1.0)[0]
+            assert predicted == pytest.approx(right, rel=4 * noise)
+    assert falling_time(own) is None
+
+
+def test_a_floor_that_does_not_show_is_not_kept(tmp_path: Path) -> None:
+    coefficients = dict(GPU_LIKE) | {"decode.launch_s": 0.0, "prefill.launch_s": 0.0}
+    profile = fitted(tmp_path, Plan(coefficients, noise=0.01))
+    kept = profile.document["measurement"]["models"]["planted"]["planes"]
+    assert kept["decode"]["kept"] == ["memory"]
+    assert kept["prefill"]["kept"] == ["compute"]
+    number = profile.quantities["models.planted.coefficients.decode.launch_s"]
+    assert (number.value, number.grade) == (0.0, "derived")
+
+
+def test_beside_a_prefill_a_lone_plane_adds_its_work_and_reads_the_weights_once(
+    exact: Profile,
+) -> None:
+    found = exact.models["planted"].coefficients
+    assert found["decode.compute_s_per_layer"] == 0.0
+    assert found["decode.compute_s_per_row"] == found["decode.memory_s_per_row"]
+
+
+def test_a_bump_over_batch_is_kept_where_it_lowers_the_left_out_error(tmp_path: Path) -> None:
+    factor = dict.fromkeys((16, 32), 1.25)
+    coefficients = dict(GPU_LIKE) | {"decode.launch_s": 0.0}
+    profile = fitted(tmp_path, Plan(coefficients, noise=0.005, factor=factor))
+    record = profile.document["measurement"]["models"]["planted"]["batch_residual"]
+    assert record["kept"]
+    assert record["left_out_rms_with"] < record["left_out_rms_without"]
+    assert falling_time(profile.models["planted"]) is None
+
+
+def test_no_factor_lets_a_time_fall_as_rows_join(tmp_path: Path) -> None:
+    factor = {1: 2.5, 2: 2.0, 4: 0.6, 8: 0.5}
+    coefficients = dict(GPU_LIKE) | {"decode.launch_s": 0.0}
+    profile = fitted(tmp_path, Plan(coefficients, noise=0.005, factor=factor))
+    assert falling_time(profile.models["planted"]) is None
+
+
+def test_a_falling_time_is_found_and_said_where(exact: Profile) -> None:
+    model = replace(exact.models["planted"], batch_residual=((8.0, 1.0), (9.0, 0.3)))
+    said = falling_time(model)
+    assert said is not None
+    assert "from batch 8 to 9" in said
+
+
+def test_graphs_stand_for_the_profile_where_measured_and_eager_is_a_choice(
+    tmp_path: Path,
+) -> None:
+    plan = Plan(modes=("graph", "eager"), eager_slowdown_s=6e-5)
+    folder = planted.folder(tmp_path / "points", plan)
+    graph = fit_profile(folder, tmp_path / "graph")
+    eager = fit_profile(folder, tmp_path / "eager", FitSettings(mode="eager"))
+    name = "decode.launch_s"
+    assert graph.models["planted"].coefficients[name] == pytest.approx(3e-5, rel=1e-3)
+    slow = eager.models["planted"].coefficient_array()
+    assert decode_seconds(slow, 1, 512, 12, 0, 1, 0, 1, 1.0)[0] == pytest.approx(
+        decode_seconds(planted.array(GPU_LIKE), 1, 512, 12, 0, 1, 0, 1, 1.0)[0] + 12 * 6e-5,
+        rel=1e-2,
+    )
+    assert graph.models["planted"].batch_buckets == planted.BATCHES
+    assert eager.models["planted"].batch_buckets == ()
+    assert "Decode times stand for: graph." in graph.provenance.notes
+    assert "Decode times stand for: eager." in eager.provenance.notes
+    shares = graph.document["measurement"]["models"]["planted"]["launch_bound_share"]["by_batch"]
+    assert shares[0][1] > shares[-1][1] > 0.0
+
+
+def test_decode_is_set_beside_the_floors_of_the_same_run(exact: Profile) -> None:
+    kept = exact.document["measurement"]["models"]["planted"]["against_floor"]
+    batch, _, layer_s, floor_s, ratio = kept[0]
+    assert batch == 1
+    assert layer_s == pytest.approx(3e-5)
+    assert ratio == pytest.approx(layer_s / floor_s)
+
+
+def test_without_a_meter_energy_is_unavailable_and_says_why(tmp_path: Path) -> None:
+    profile = fitted(tmp_path, Plan(energy=False), meter={"reason": "no NVIDIA driver answers"})
+    assert not profile.has_energy
+    number = profile.quantities["device.idle_w"]
+    assert number.grade == "unavailable"
+    assert number.source == "no NVIDIA driver answers"
+    assert profile.models["planted"].coefficients["decode.launch_s"] == pytest.approx(3e-5)
+
+
+def test_workspace_is_the_most_that_was_measured(exact: Profile) -> None:
+    assert exact.models["planted"].workspace_bytes == 3_000_000
+    assert exact.quantities["models.planted.workspace_bytes"].grade == "measured"
+
+
+def test_held_out_points_take_no_part_in_the_fit(tmp_path: Path) -> None:
+    folder = planted.folder(tmp_path / "points", Plan())
+    path = folder / "points.parquet"
+    spoilt = pl.read_parquet(path).with_columns(
+        seconds=pl.when(pl.col("purpose") == "held-out")
+        .then(pl.col("seconds") * 2)
+        .otherwise(pl.col("seconds"))
+    )
+    spoilt.write_parquet(path)
+    profile = fit_profile(folder, tmp_path / "profile")
+    assert profile.models["planted"].coefficients["decode.launch_s"] == pytest.approx(3e-5)
+    errors = profile.document["measurement"]["models"]["planted"]["errors"]["decode_layers"]
+    assert errors["held_out"]["median"] == pytest.approx(0.5, abs=0.01)
+    assert errors["left_out"]["median"] < 1e-6
+
+
+def test_exits_of_another_profile_can_stand_in(tmp_path: Path) -> None:
+    statistics = dict(load_profile("opt-a100-40gb").document)
+    folder = planted.folder(tmp_path / "points", Plan(name="opt-1.3b"), with_traces=False)
+    with pytest.raises(InputError, match=r"give --exits"):
+        fit_profile(folder, tmp_path / "profile")
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["models"]["opt-1.3b"]["exit_layers"] = [6, 12]
+    (folder / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(InputError, match=r"which was measured with the exits \[6, 12\]"):
+        fit_profile(folder, tmp_path / "profile", FitSettings(exits="opt-a100-40gb"))
+    environment["models"]["opt-1.3b"]["exit_layers"] = [6, 12, 24]
+    environment["models"]["opt-1.3b"]["shape"]["layers"] = 24
+    (folder / "environment.json").write_text(json.dumps(environment))
+    profile = fit_profile(folder, tmp_path / "profile", FitSettings(exits="opt-a100-40gb"))
+    assert profile.document["exits"]["domains"] == statistics["exits"]["domains"]
+    assert any("opt-a100-40gb" in note for note in profile.provenance.notes)
+
+
+def test_an_existing_profile_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    folder = planted.folder(tmp_path / "points", Plan())
+    fit_profile(folder, tmp_path / "profile")
+    with pytest.raises(InputError, match="--overwrite"):
+        fit_profile(folder, tmp_path / "profile")
+    fit_profile(folder, tmp_path / "profile", FitSettings(overwrite=True))
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Damage a folder of readings."""
+    points, environment = folder / "points.parquet", folder / "environment.json"
+    frame = pl.read_parquet(points)
+    if how == "truncated":
+        points.write_bytes(points.read_bytes()[:200])
+    elif how == "negative":
+        frame.with_columns(seconds=-pl.col("seconds")).write_parquet(points)
+    elif how == "too few":
+        frame.filter(pl.col("quantity") != "head").write_parquet(points)
+    elif how == "unknown quantity":
+        frame.with_columns(quantity=pl.lit("colour")).write_parquet(points)
+    elif how == "no environment":
+        environment.unlink()
+    elif how == "no models":
+        environment.write_text('{"device": {"name": "a", "memory_bytes": 1}}')
+    elif how == "a model without a shape":
+        environment.write_text('{"device": {"name": "a"}, "models": {"planted": {}}}')
+    elif how == "traces of other exits":
+        planted.traces(("other",)).write_parquet(folder / "exits.parquet")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "no readable Parquet file"),
+        ("negative", "a finite number of at least 0"),
+        ("too few", "0 points of head; at least 2 are needed"),
+        ("unknown quantity", "'colour' is unknown"),
+        ("no environment", "cannot be read"),
+        ("no models", "'models' must hold"),
+        ("a model without a shape", "'shape' is missing"),
+        ("traces of other exits", "planted"),
+    ],
+)
+def test_readings_that_cannot_be_used_are_refused_and_leave_nothing(
+    tmp_path: Path, how: str, message: str
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan())
+    spoil(folder, how)
+    with pytest.raises(InputError, match=message):
+        fit_profile(folder, tmp_path / "profile")
+    assert [path.name for path in tmp_path.iterdir()] == ["points"]
+
+
+def test_the_command_fits_says_the_errors_and_draws_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(noise=0.01))
+    with pytest.raises(SystemExit) as end:
+        main(["fit", str(folder), "--out", str(tmp_path / "profile")])
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert "decode, stacks of layers" in said
+    assert (tmp_path / "profile.calibration.html").is_file()
+    assert load_profile(tmp_path / "profile").hash == load_profile(tmp_path / "profile").hash
+
+
+def test_every_coefficient_of_the_cost_model_gets_a_number(exact: Profile) -> None:
+    assert set(exact.models["planted"].coefficients) == set(COEFFICIENTS)

@@ -1,0 +1,133 @@
+"""The calibration's page stands alone and shows what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.cli import main
+from calibration.fit import fit_profile
+from calibration.page import calibration_error, page_path, reliability, render, write_page
+from helios_sim.errors import InputError
+from helios_sim.profile import Profile, load_profile
+from tests.calibration import planted
+from tests.calibration.planted import Plan
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """A profile of graph and eager readings with energy and traces."""
+    root = tmp_path_factory.mktemp("page")
+    plan = Plan(noise=0.01, trials=3, modes=("graph", "eager"), eager_slowdown_s=6e-5)
+    return fit_profile(planted.folder(root / "points", plan), root / "profile")
+
+
+@pytest.fixture(scope="module")
+def page(profile: Profile) -> str:
+    """Its page."""
+    return render(profile)
+
+
+def figures(page: str) -> dict[str, Any]:
+    """The figures of a page."""
+    found = re.search(r'id="figures">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    return dict(json.loads(found.group(1)))
+
+
+def test_every_part_of_a_calibration_has_its_section(page: str) -> None:
+    for title in (
+        "Predicted against measured",
+        "Decode time per layer",
+        "Energy",
+        "Memory",
+        "Loading",
+        "Exits",
+        "Provenance",
+    ):
+        assert f"<h2>{title}</h2>" in page
+
+
+def test_every_figure_has_a_place_and_every_place_a_figure(page: str) -> None:
+    places = set(re.findall(r'<div class="plot" id="(\w+)"', page))
+    assert places == set(figures(page)) == {"errors", "layers0", "loading", "reliability"}
+
+
+def test_the_layer_figure_shows_points_curve_and_floors(page: str) -> None:
+    names = {trace["name"] for trace in figures(page)["layers0"]["data"]}
+    assert any(name.startswith("memory floor") for name in names)
+    assert "16 tokens a row" in names
+
+
+def test_the_page_reads_nothing_from_the_network(page: str) -> None:
+    assert "default-src 'none'" in page
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="http', page)
+
+
+def test_launching_is_said_to_be_what_graphs_save(page: str) -> None:
+    assert "launching takes" in page
+
+
+def test_without_energy_the_page_says_unavailable_and_why(tmp_path: Path) -> None:
+    plan = Plan(energy=False)
+    folder = planted.folder(tmp_path / "points", plan, meter={"reason": "no meter was found"})
+    page = render(fit_profile(folder, tmp_path / "profile"))
+    assert "Unavailable, which is not zero: no meter was found" in page
+
+
+def test_a_redrawn_page_changes_no_hash(profile: Profile) -> None:
+    path = write_page(profile, page_path(profile.folder))
+    assert path.parent == profile.folder.parent
+    assert load_profile(profile.folder).hash == profile.hash
+
+
+def test_a_profile_without_readings_has_no_page() -> None:
+    with pytest.raises(InputError, match="holds no readings"):
+        render(load_profile("opt-a100-40gb"))
+
+
+def test_the_check_draws_the_page_where_asked(profile: Profile, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(profile.folder), "--page", str(tmp_path / "page.html")])
+    assert not end.value.code
+    assert (tmp_path / "page.html").stat().st_size > 100_000
+
+
+def test_a_calibrated_confidence_has_no_calibration_error() -> None:
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0, 1, 40_000)
+    agrees = rng.uniform(0, 1, 40_000) < confidence
+    assert calibration_error(confidence, agrees) < 0.02
+    assert calibration_error(np.full(1000, 0.9), np.zeros(1000, bool)) == pytest.approx(0.9)
+    assert sum(count for _, _, count in reliability(confidence, agrees)) == 40_000
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium on the PATH")
+def test_a_browser_draws_every_figure_without_an_error(profile: Profile, tmp_path: Path) -> None:
+    path = write_page(profile, tmp_path / "page.html")
+    found = subprocess.run(
+        [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--virtual-time-budget=8000",
+            "--dump-dom",
+            path.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    ).stdout
+    opening = found[: found.index("<head>")]
+    assert "data-errors" not in opening
+    assert 'data-ready="4"' in opening

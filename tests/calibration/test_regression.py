@@ -1,0 +1,112 @@
+"""Regression with physics: what is planted is found, and a knee is kept only where it shows."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calibration.regression import (
+    FLOOR,
+    LINE,
+    Readings,
+    choose_planes,
+    fit_floor_line,
+    fit_max,
+    leave_out,
+    monotone_factors,
+    relative_nnls,
+)
+
+SMALL = st.floats(1e-7, 1e-3)
+
+
+def two_planes(floor: float, base: float, slope: float) -> Readings:
+    """Stacks of 1, 3 and 9 layers of max(floor, base + slope x rows), and 0.1 ms beside them."""
+    rows = np.repeat([1.0, 2, 4, 8, 16, 32, 64, 128], 3)
+    layers = np.tile([1.0, 3, 9], 8)
+    ones = np.ones(len(rows))
+    seconds = 1e-4 + layers * np.maximum(floor, base + slope * rows)
+    planes = (ones[:, None], np.column_stack((ones, rows)))
+    return Readings(seconds, layers, 0 * ones, ones[:, None], planes)
+
+
+@given(st.lists(SMALL, min_size=3, max_size=3))
+def test_non_negative_least_squares_find_what_was_planted_at_any_scale(
+    planted: list[float],
+) -> None:
+    rng = np.random.default_rng(0)
+    features = rng.uniform(1, 100, (20, 3)) * np.array([1.0, 1e3, 1e6])
+    found = relative_nnls(features, features @ np.array(planted))
+    assert found == pytest.approx(planted, rel=1e-6)
+
+
+def test_a_coefficient_that_would_be_negative_is_zero() -> None:
+    rows = np.arange(1.0, 9.0)
+    found = relative_nnls(np.column_stack((np.ones(8), rows)), 10.0 - rows)
+    assert found[1] == 0.0
+
+
+def test_a_floor_and_a_plane_are_told_apart() -> None:
+    readings = two_planes(5e-5, 1e-5, 3e-6)
+    fit = fit_max(readings)
+    assert fit.overheads == pytest.approx([1e-4], rel=1e-6)
+    assert fit.planes[0] == pytest.approx([5e-5], rel=1e-6)
+    assert fit.planes[1] == pytest.approx([1e-5, 3e-6], rel=1e-6)
+
+
+def test_a_knee_is_kept_only_where_it_clearly_lowers_the_left_out_error() -> None:
+    options = ((1,), (0, 1))
+    assert choose_planes(two_planes(5e-5, 1e-5, 3e-6), options).planes == (0, 1)
+    plain = two_planes(0.0, 1e-5, 3e-6)
+    noisy = Readings(
+        plain.seconds * np.exp(0.01 * np.random.default_rng(3).standard_normal(24)),
+        plain.layers,
+        plain.known,
+        plain.overheads,
+        plain.planes,
+    )
+    assert choose_planes(noisy, options).planes == (1,)
+
+
+def test_left_out_errors_are_of_points_the_fit_did_not_see() -> None:
+    readings = two_planes(0.0, 1e-5, 3e-6).with_planes((1,))
+    spoilt = readings.seconds.copy()
+    spoilt[5] *= 1.5
+    wrong = Readings(spoilt, readings.layers, readings.known, readings.overheads, readings.planes)
+    errors = leave_out(wrong, fit_max(wrong)).errors
+    assert int(np.argmax(np.abs(errors))) == 5
+    assert errors[5] == pytest.approx(1 / 1.5 - 1, abs=0.01)
+
+
+def test_the_jackknife_widens_with_the_noise() -> None:
+    widths = []
+    for noise in (0.01, 0.05):
+        plain = two_planes(0.0, 1e-5, 3e-6).with_planes((1,))
+        factor = np.exp(noise * np.random.default_rng(1).standard_normal(24))
+        noisy = Readings(
+            plain.seconds * factor, plain.layers, plain.known, plain.overheads, plain.planes
+        )
+        widths.append(leave_out(noisy, fit_max(noisy)).standard_errors[-1])
+    assert 0.0 < widths[0] < widths[1]
+
+
+def test_a_line_without_a_floor_has_none() -> None:
+    rows = np.array([1.0, 2, 4, 8, 16, 32])
+    chosen = fit_floor_line(rows, 1e-4 + 1e-6 * rows)
+    assert chosen.plane(FLOOR) is None
+    line = chosen.plane(LINE)
+    assert line is not None
+    assert line[0] == pytest.approx([1e-4, 1e-6], rel=1e-6)
+
+
+@given(st.lists(st.floats(0.3, 3.0), min_size=2, max_size=8))
+def test_factors_are_raised_until_no_product_falls(factors: list[float]) -> None:
+    batches = [float(2**place) for place in range(len(factors))]
+    safe = monotone_factors(batches, factors, lambda a, b: a / b)
+    products = [batch * factor for batch, factor in zip(batches, safe, strict=True)]
+    assert all(b >= a * (1 - 1e-12) for a, b in pairwise(products))
+    assert all(new >= old for new, old in zip(safe, factors, strict=True))
