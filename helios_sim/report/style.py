@@ -97,6 +97,8 @@ details { margin-top: .7rem; }
 summary { cursor: pointer; color: var(--muted); font-size: .9rem; }
 summary:hover { color: var(--ink); }
 .figures.paired td { white-space: normal; }
+.figures.plain { table-layout: auto; }
+.figures.plain :is(td, thead th):last-child.words { text-align: left; white-space: normal; }
 .published { font-size: .87rem; }
 .published tbody th { white-space: normal; min-width: 14rem; }
 .published :is(th, td):is(:nth-child(2), :nth-child(3), :nth-child(4)) {

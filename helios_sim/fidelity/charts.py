@@ -1,0 +1,459 @@
+"""Figures of a comparison of real and simulated runs, as plain plotly data and layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+
+from helios_sim.fidelity.assessment import Fidelity
+from helios_sim.fidelity.figures import FigureRow, per_request, real_per_request
+from helios_sim.fidelity.sides import Side, Sides
+from helios_sim.fidelity.swaps import SMALL, Attribution
+from helios_sim.fidelity.timing import TimingRow
+from helios_sim.fidelity.words import TOLD, signed_percent
+from helios_sim.records import RunData
+from helios_sim.report.figures import (
+    Figure,
+    base_layout,
+    log_ticks,
+    plain_axis,
+    rounded,
+    top_legend,
+)
+from helios_sim.report.words import number
+
+MAX_POINTS: Final = 2500
+MAX_STEPS: Final = 400
+REAL: Final = "@c1"
+OURS: Final = "@c2"
+_KINDS: Final = ("evaluate", "serve", "load-layers", "switch", "keep")
+_SYMBOLS: Final = {
+    "evaluate": "circle",
+    "serve": "circle-open",
+    "load-layers": "triangle-up",
+    "switch": "diamond",
+    "keep": "square-open",
+}
+
+
+def errors_figure(rows: Sequence[FigureRow]) -> Figure:
+    """Each figure's error as a dot, with the run-to-run spread of the real side as a bar."""
+    shown = [row for row in rows if row.mean and row.error is not None]
+    names = [escape(row.title) for row in shown]
+    low = [_relative(row.low, row.mean) for row in shown]
+    high = [_relative(row.high, row.mean) for row in shown]
+    errors = [100.0 * (row.error or 0.0) for row in shown]
+    reach = max((abs(one) for one in (*errors, *low, *high) if one is not None), default=1.0)
+    # Beyond this the small errors, which matter, could not be told apart.
+    reach = min(1.15 * max(reach, 1.0), 60.0)
+    off = [abs(one) > reach for one in errors]
+    return {
+        "data": [
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": "run-to-run spread of the real side",
+                "y": names,
+                "base": [one or 0.0 for one in low],
+                "x": [
+                    0.0 if one is None or other is None else other - one
+                    for one, other in zip(low, high, strict=True)
+                ],
+                "width": 0.62,
+                "marker": {"color": f"{REAL}/0.28", "line": {"width": 0}},
+                "hoverinfo": "skip",
+            },
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "simulated",
+                "y": names,
+                "x": rounded([max(-reach, min(reach, one)) for one in errors]),
+                "marker": {
+                    "color": OURS,
+                    "size": 9,
+                    "symbol": [
+                        ("triangle-right" if one > 0 else "triangle-left") if far else "circle"
+                        for one, far in zip(errors, off, strict=True)
+                    ],
+                },
+                "text": [
+                    f"<b>{escape(row.title)}</b><br>real {number(row.mean)} {escape(row.unit)}, "
+                    f"simulated {number(row.simulated)}<br>{signed_percent(row.error)}, "
+                    f"{TOLD[row.verdict]}"
+                    for row in shown
+                ],
+                "hovertemplate": "%{text}<extra></extra>",
+                "cliponaxis": False,
+            },
+        ],
+        "layout": base_layout(
+            96 + 21 * len(shown),
+            barmode="overlay",
+            legend=top_legend(y=1.005),
+            xaxis=plain_axis(
+                "difference to the mean of the real runs",
+                range=[-reach, reach],
+                ticksuffix=" %",
+                zeroline=True,
+                zerolinecolor="@muted",
+            ),
+            yaxis=plain_axis(
+                type="category",
+                autorange="reversed",
+                showgrid=True,
+                tickfont={"color": "@ink", "size": 12},
+                ticks="outside",
+                ticklen=6,
+                tickcolor="rgba(0,0,0,0)",
+            ),
+        ),
+    }
+
+
+def _relative(value: float | None, mean: float | None) -> float | None:
+    if value is None or not mean:
+        return None
+    return 100.0 * (value - mean) / abs(mean)
+
+
+def scatter_figure(sides: Sides) -> Figure:
+    """Predicted against real seconds of each request: TTFT, TPOT and E2E side by side."""
+    real, ours = real_per_request(sides), per_request(sides.simulated)
+    layout = base_layout(400, showlegend=False, margin={"l": 62, "r": 16, "t": 28, "b": 50})
+    data: list[Figure] = []
+    domains = ((0.0, 0.29), (0.355, 0.645), (0.71, 1.0))
+    for at, (metric, title, unit, scale) in enumerate(
+        (("ttft", "TTFT", "ms", 1e3), ("tpot", "TPOT", "ms", 1e3), ("e2e", "E2E", "s", 1.0))
+    ):
+        suffix = "" if at == 0 else str(at + 1)
+        both = (real[metric] > 0.0) & (ours[metric] > 0.0)
+        x, y = scale * real[metric][both], scale * ours[metric][both]
+        ids = np.flatnonzero(both)
+        if x.size > MAX_POINTS:
+            kept = np.linspace(0, x.size - 1, MAX_POINTS).astype(int)
+            x, y, ids = x[kept], y[kept], ids[kept]
+        least = float(min(x.min(), y.min())) if x.size else 1.0
+        most = float(max(x.max(), y.max())) if x.size else 10.0
+        least, most = least / 1.1, most * 1.1
+        data += [
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "x": [least, most],
+                "y": [least, most],
+                "xaxis": f"x{suffix}",
+                "yaxis": f"y{suffix}",
+                "line": {"color": "@muted", "width": 1, "dash": "dot"},
+                "hoverinfo": "skip",
+            },
+            {
+                "type": "scattergl" if x.size > 1000 else "scatter",
+                "mode": "markers",
+                "x": rounded(x, 4),
+                "y": rounded(y, 4),
+                "xaxis": f"x{suffix}",
+                "yaxis": f"y{suffix}",
+                "customdata": ids.tolist(),
+                "marker": {"color": f"{OURS}/0.45", "size": 5, "line": {"width": 0}},
+                "hovertemplate": f"request %{{customdata}}<br>real %{{x:.4~g}} {unit}, "
+                f"simulated %{{y:.4~g}} {unit}<extra></extra>",
+            },
+        ]
+        ticks = log_ticks(least, most)
+        shared = {
+            "type": "log",
+            "range": [math.log10(least), math.log10(most)],
+            "tickvals": ticks,
+            "ticktext": [number(tick) for tick in ticks],
+        }
+        layout[f"xaxis{suffix}"] = plain_axis(
+            f"{title} real ({unit})", domain=list(domains[at]), anchor=f"y{suffix}", **shared
+        )
+        layout[f"yaxis{suffix}"] = plain_axis(
+            "simulated" if at == 0 else None, anchor=f"x{suffix}", **shared
+        )
+    return {"data": data, "layout": layout}
+
+
+def timing_figure(rows: Sequence[TimingRow]) -> Figure:
+    """Iteration times by batch: recorded with their middle 80 %, and predicted."""
+    layout = base_layout(
+        380,
+        legend=top_legend(y=1.06),
+        margin={"l": 62, "r": 16, "t": 40, "b": 50},
+    )
+    data: list[Figure] = []
+    models = list(dict.fromkeys(row.model for row in rows))
+    for at, (kind, title) in enumerate(
+        (("decode", "decode, rows computed"), ("prefill", "prefill, prompt tokens up to"))
+    ):
+        suffix = "" if at == 0 else str(at + 1)
+        for place, model in enumerate(models):
+            mine = [row for row in rows if row.model == model and row.kind == kind]
+            if not mine:
+                continue
+            colour = f"@m{place % 4 + 1}"
+            shared = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "legendgroup": model}
+            x = [row.batch for row in mine]
+            data += [
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": f"{escape(model)}, recorded",
+                    "showlegend": at == 0,
+                    "x": x,
+                    "y": rounded([row.recorded_ms for row in mine]),
+                    "error_y": {
+                        "type": "data",
+                        "symmetric": False,
+                        "array": rounded([row.high_ms - row.recorded_ms for row in mine]),
+                        "arrayminus": rounded([row.recorded_ms - row.low_ms for row in mine]),
+                        "color": f"{colour}/0.5",
+                        "thickness": 1.4,
+                        "width": 0,
+                    },
+                    "marker": {"color": colour, "size": 6},
+                    "text": [f"{row.num_iterations:,}" for row in mine],
+                    "hovertemplate": f"<b>{escape(model)}</b>, recorded<br>%{{x}}: %{{y:.4~g}} ms "
+                    "(%{text} iterations)<extra></extra>",
+                    **shared,
+                },
+                {
+                    "type": "scatter",
+                    "mode": "lines" if len(mine) > 1 else "markers",
+                    "name": f"{escape(model)}, predicted",
+                    "showlegend": at == 0,
+                    "x": x,
+                    "y": rounded([row.predicted_ms for row in mine]),
+                    "line": {"color": colour, "width": 1.8, "dash": "dash"},
+                    "marker": {"color": colour, "symbol": "line-ew-open", "size": 11},
+                    "hovertemplate": f"<b>{escape(model)}</b>, predicted<br>%{{x}}: %{{y:.4~g}} ms"
+                    "<extra></extra>",
+                    **shared,
+                },
+            ]
+        layout[f"xaxis{suffix}"] = plain_axis(
+            title,
+            domain=[0.0, 0.47] if at == 0 else [0.55, 1.0],
+            anchor=f"y{suffix}",
+            **({"rangemode": "tozero"} if at == 0 else {"type": "log"}),
+        )
+        layout[f"yaxis{suffix}"] = plain_axis(
+            "median ms" if at == 0 else None, anchor=f"x{suffix}", rangemode="tozero"
+        )
+        if at == 1:
+            ticks = sorted({row.batch for row in rows if row.kind == kind})
+            layout["xaxis2"] |= {"tickvals": ticks, "ticktext": [number(one) for one in ticks]}
+    return {"data": data, "layout": layout}
+
+
+def overlay_figure(sides: Sides) -> Figure:
+    """Running and waiting requests and power over time, both sides over each other."""
+    frames = [_thinned(side.run) for side in (*sides.reals, sides.simulated)]
+    panels = [("mean_running", "running", 1.0), ("waiting", "waiting", 0.8)]
+    if any(frame["power_w"].null_count() < frame.height for frame in frames):
+        panels.append(("power_w", "power (W)", 0.8))
+    end_s = max(side.run.totals.end_s for side in (*sides.reals, sides.simulated))
+    layout = base_layout(
+        90 + int(160 * sum(share for _, _, share in panels)),
+        legend=top_legend(y=1.03),
+        hovermode="closest",
+        margin={"l": 66, "r": 16, "t": 44, "b": 46},
+    )
+    top, gap = 1.0, 0.05
+    whole = sum(share for _, _, share in panels)
+    data: list[Figure] = []
+    num = len(sides.reals)
+    for at, (column, title, share) in enumerate(panels):
+        suffix = "" if at == 0 else str(at + 1)
+        height = share / whole * (1.0 - gap * (len(panels) - 1))
+        layout[f"yaxis{suffix}"] = plain_axis(
+            title, domain=[max(0.0, top - height), top], rangemode="tozero", nticks=5
+        )
+        top -= height + gap
+        for place, frame in enumerate(frames):
+            is_real = place < num
+            data.append(
+                {
+                    "type": "scatter",
+                    "mode": "lines",
+                    "name": ("real" if num == 1 else f"real, {num} runs")
+                    if is_real
+                    else "simulated",
+                    "legendgroup": "real" if is_real else "simulated",
+                    "showlegend": at == 0 and place in (0, num),
+                    "x": rounded(frame["time_s"]),
+                    "y": rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
+                    "yaxis": f"y{suffix}",
+                    "line": {
+                        "color": (REAL if num == 1 else f"{REAL}/0.55") if is_real else OURS,
+                        "width": 1.3 if is_real else 1.7,
+                        "shape": "hv",
+                    },
+                    "hovertemplate": f"%{{y:.4~g}} {title} at %{{x:.4~g}} s<extra></extra>",
+                }
+            )
+    layout["xaxis"] = plain_axis(
+        "seconds since the start", anchor=f"y{len(panels)}".replace("y1", "y"), range=[0, end_s]
+    )
+    return {"data": data, "layout": layout}
+
+
+def _thinned(run: RunData) -> pl.DataFrame:
+    """A timeline's replicas together, in at most 400 equal steps of time."""
+    end_s = max(run.totals.end_s, 1e-9)
+    width_s = end_s / MAX_STEPS
+    weight = pl.col("interval_s")
+    return (
+        run.timeline.with_columns(
+            step=((pl.col("time_s") - weight / 2) / width_s).floor().clip(0, MAX_STEPS - 1)
+        )
+        .group_by("step", "replica")
+        .agg(
+            ((pl.col("mean_running") * weight).sum() / weight.sum()).alias("mean_running"),
+            ((pl.col("power_w") * weight).sum() / weight.sum()).alias("power_w"),
+            pl.col("power_w").null_count().alias("unmetered"),
+            pl.col("waiting").max(),
+            (pl.col("time_s") - weight).min().alias("time_s"),
+        )
+        .group_by("step")
+        .agg(
+            pl.col("mean_running").sum(),
+            pl.col("waiting").sum(),
+            pl.when(pl.col("unmetered").sum() == 0).then(pl.col("power_w").sum()).first(),
+            pl.col("time_s").min(),
+        )
+        .sort("step")
+    )
+
+
+def decisions_figure(sides: Sides) -> Figure:
+    """What each side decided and when: a lane a run, a mark a decision."""
+    lanes: list[tuple[str, Side, str]] = []
+    for place, side in enumerate(sides.reals):
+        name = "real" if len(sides.reals) == 1 else f"real {place + 1}"
+        lanes.append((name, side, REAL))
+    lanes.append(("simulated", sides.simulated, OURS))
+    data: list[Figure] = []
+    present = {kind for _, side, _ in lanes for kind in side.run.decisions["decision"].unique()}
+    for kind in _KINDS:
+        if kind not in present:
+            continue
+        x: list[float | None] = []
+        y, text, colours = [], [], []
+        for name, side, colour in lanes:
+            rows = side.run.decisions.filter(pl.col("decision") == kind).head(800)
+            x += rounded(rows["time_s"], 7)
+            y += [name] * rows.height
+            colours += [colour] * rows.height
+            text += [
+                f"<b>{kind}</b> {escape(row['model'] or '')} at {row['depth']} layers<br>"
+                f"{row['time_s']:,.2f} s, asked on {escape(row['event'])}"
+                for row in rows.iter_rows(named=True)
+            ]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": kind,
+                "x": x,
+                "y": y,
+                "text": text,
+                "marker": {
+                    "symbol": _SYMBOLS[kind],
+                    "size": 10,
+                    "color": colours,
+                    "line": {"width": 1.4, "color": colours},
+                },
+                "cliponaxis": False,
+                "hovertemplate": "%{text}<extra></extra>",
+            }
+        )
+    end_s = max(side.run.totals.end_s for _, side, _ in lanes)
+    return {
+        "data": data,
+        "layout": base_layout(
+            110 + 34 * len(lanes),
+            legend=top_legend(y=1.06),
+            xaxis=plain_axis("seconds since the start", range=[-0.01 * end_s, 1.01 * end_s]),
+            yaxis=plain_axis(
+                type="category",
+                categoryorder="array",
+                categoryarray=[name for name, _, _ in lanes][::-1],
+                range=[-0.6, len(lanes) - 0.4],
+                tickfont={"color": "@ink", "size": 12.5},
+            ),
+        ),
+    }
+
+
+def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
+    """The error of each headline figure with nothing, each ingredient and everything swapped."""
+    swaps = attribution.telling
+    causes = [one for one in attribution.causes if one.error and abs(one.error) > SMALL]
+    names = []
+    for cause in causes:
+        row = fidelity.row(cause.key)
+        names.append(escape(cause.key if row is None else row.title))
+    colours = ["@ink", "@c6", "@c3", "@c2", "@c5", "@c4", "@m1", "@c7"]
+    every = [
+        abs(error)
+        for swap in swaps
+        for cause in causes
+        if (error := attribution.error(swap, cause.key)) is not None
+    ]
+    reach = min(100.0 * max(every, default=0.01) * 1.15 + 0.1, 120.0)
+    places = {swap.name: place for place, swap in enumerate(attribution.swaps)}
+    data: list[Any] = []
+    for swap in swaps:
+        errors = [attribution.error(swap, cause.key) for cause in causes]
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": escape(swap.title),
+                "y": names,
+                "x": rounded(
+                    [
+                        math.nan if one is None else max(-reach, min(reach, 100.0 * one))
+                        for one in errors
+                    ],
+                    4,
+                ),
+                "text": [signed_percent(one) for one in errors],
+                "textposition": "none",
+                "marker": {"color": colours[places[swap.name] % len(colours)]},
+                "hovertemplate": f"<b>%{{y}}</b><br>{escape(swap.title)}: %{{text}}<extra></extra>",
+            }
+        )
+    return {
+        "data": data,
+        "layout": base_layout(
+            130 + len(names) * (14 + 10 * len(swaps)),
+            barmode="group",
+            bargap=0.28,
+            legend=top_legend(y=1.01, traceorder="normal"),
+            xaxis=plain_axis(
+                "error of the simulation",
+                range=[-reach, reach],
+                ticksuffix=" %",
+                zeroline=True,
+                zerolinecolor="@muted",
+            ),
+            yaxis=plain_axis(
+                type="category",
+                autorange="reversed",
+                tickfont={"color": "@ink", "size": 12},
+                ticks="outside",
+                ticklen=6,
+                tickcolor="rgba(0,0,0,0)",
+            ),
+            margin={"l": 60, "r": 16, "t": 66, "b": 46},
+        ),
+    }

@@ -1,0 +1,223 @@
+"""Figure by figure, request by request: real against simulated, beside the run-to-run spread."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from helios_sim.fidelity.sides import Side, Sides
+from helios_sim.metrics import SCALE, columns_of
+
+Floats = npt.NDArray[np.float64]
+Value = float | str | None
+Verdict = Literal["within", "above", "below", "same", "differs", "unknown", "not measured"]
+
+_LATENCIES: Final = (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E"))
+_STATISTICS: Final = (("mean", "mean"), ("p50", "p50"), ("p90", "p90"), ("p99", "p99"))
+
+COMPARED: Final[tuple[tuple[str, str, str, str], ...]] = (
+    ("output_throughput", "Output tokens", "tokens/s", "Load"),
+    ("request_throughput", "Requests finished", "requests/s", "Load"),
+    ("request_goodput", "Goodput", "requests/s", "Load"),
+    ("slo_attainment", "SLO attainment", "%", "Load"),
+    ("duration", "Duration", "s", "Load"),
+    ("saturation", "Saturation", "", "Load"),
+    *(
+        (f"{statistic}_{name}_ms", f"{title}, {told}", "ms", "Latency")
+        for name, title in _LATENCIES
+        for statistic, told in _STATISTICS
+    ),
+    ("mean_batch_size", "Batch size, mean", "", "Memory and batching"),
+    ("max_batch_size", "Batch size, most", "", "Memory and batching"),
+    ("mean_kv_use", "KV blocks in use", "%", "Memory and batching"),
+    ("weight_bytes_loaded", "Weights loaded, mean", "GiB", "Memory and batching"),
+    ("num_preemptions", "Preemptions", "", "Memory and batching"),
+    ("mean_executed_layers", "Executed layers, mean", "", "Exits and quality"),
+    ("breach_rate", "Breaches, relative", "%", "Exits and quality"),
+    ("breach_rate_observed", "Breaches, observed", "%", "Exits and quality"),
+    ("agreement", "Agreement with full depth", "%", "Exits and quality"),
+    ("perplexity", "Perplexity", "", "Exits and quality"),
+    ("total_gpu_energy", "Energy", "J", "Energy"),
+    ("energy_per_output_token", "Energy per output token", "J", "Energy"),
+    ("average_gpu_power", "Power, mean", "W", "Energy"),
+    ("num_evaluations", "Evaluations", "", "Decisions"),
+    ("num_switches", "Switches", "", "Decisions"),
+    ("num_loads", "Loads of more layers", "", "Decisions"),
+    ("switch_time_s", "Time of switches and loads", "s", "Decisions"),
+)
+"""Figures set beside each other: key of the summary, title, unit, group."""
+
+_SCALE: Final = SCALE | {"mean_kv_use": 100.0, "breach_rate_observed": 100.0}
+_EQUAL: Final = 1e-9
+
+
+@dataclass(frozen=True)
+class FigureRow:
+    """One figure of both sides.
+
+    `real` holds a value a repeat, `mean` their mean; `low` to `high` is the run-to-run spread: the
+    wider of the range met and of two standard deviations about the mean, None with one repeat.
+    `error` is (simulated - mean) / mean, None where that is undefined; `error_in_spreads` the
+    distance over half the width of the spread.
+    """
+
+    key: str
+    title: str
+    unit: str
+    group: str
+    real: tuple[Value, ...]
+    simulated: Value
+    mean: float | None
+    low: float | None
+    high: float | None
+    error: float | None
+    error_in_spreads: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class RequestRow:
+    """How well one latency is predicted request by request, over those finished on both sides.
+
+    Errors are relative to the real value (the mean over its repeats): `mape` the mean of their
+    absolute values, `median_error` the median of those, `bias` the mean with its sign.
+    `noise_mape` is the same between two repeats of the real side, None with one.
+    """
+
+    metric: str
+    title: str
+    num_requests: int
+    mape: float | None
+    median_error: float | None
+    bias: float | None
+    pearson: float | None
+    spearman: float | None
+    noise_mape: float | None
+
+
+def relative_error(simulated: float, real: float) -> float | None:
+    """(simulated - real) / |real|; 0 where they are equal, None where only the real one is 0."""
+    if simulated == real:
+        return 0.0
+    return (simulated - real) / abs(real) if real != 0.0 else None
+
+
+def scaled(key: str, value: Any) -> Value:
+    """A value of a summary in the unit that is shown."""
+    if value is None or isinstance(value, str):
+        return value
+    return float(value) * _SCALE.get(key, 1.0)
+
+
+def figure_rows(sides: Sides) -> list[FigureRow]:
+    """Every figure that either side has."""
+    rows = []
+    for key, title, unit, group in COMPARED:
+        real = tuple(scaled(key, side.summary.get(key)) for side in sides.reals)
+        ours = scaled(key, sides.simulated.summary.get(key))
+        if ours is None and all(value is None for value in real):
+            continue
+        rows.append(_row(key, title, unit, group, real, ours))
+    return rows
+
+
+def _row(
+    key: str, title: str, unit: str, group: str, real: tuple[Value, ...], ours: Value
+) -> FigureRow:
+    texts = [value for value in real if isinstance(value, str)]
+    if texts or isinstance(ours, str):
+        verdict: Verdict = "same" if ours in texts else "differs"
+        return FigureRow(key, title, unit, group, real, ours, None, None, None, None, None, verdict)
+    known = [float(value) for value in real if value is not None]
+    mean = math.fsum(known) / len(known) if known else None
+    if mean is None or ours is None:
+        return FigureRow(
+            key, title, unit, group, real, ours, mean, None, None, None, None, "not measured"
+        )
+    error = relative_error(ours, mean)
+    if len(known) < 2:
+        return FigureRow(
+            key, title, unit, group, real, ours, mean, None, None, error, None, "unknown"
+        )
+    double = 2.0 * float(np.std(known, ddof=1))
+    low, high = min(min(known), mean - double), max(max(known), mean + double)
+    slack = _EQUAL * max(abs(low), abs(high))
+    verdict = "below" if ours < low - slack else "above" if ours > high + slack else "within"
+    half = (high - low) / 2
+    spreads = abs(ours - mean) / half if half > slack else (0.0 if verdict == "within" else None)
+    return FigureRow(key, title, unit, group, real, ours, mean, low, high, error, spreads, verdict)
+
+
+def per_request(side: Side) -> dict[str, Floats]:
+    """Seconds of each measured, finished request by metric, by request_id; NaN elsewhere."""
+    warmup = side.summary["warmup_s"], side.summary["warmup_requests"]
+    columns = columns_of(side.run, *warmup)
+    counted = columns.measured & columns.finished
+    order = np.argsort(columns.request_id, kind="stable")
+    return {
+        "ttft": np.where(counted, columns.ttft_s, math.nan)[order],
+        "tpot": np.where(counted & columns.several_tokens, columns.tpot_s, math.nan)[order],
+        "e2e": np.where(counted, columns.e2e_s, math.nan)[order],
+    }
+
+
+def real_per_request(sides: Sides) -> dict[str, Floats]:
+    """The real side's seconds: the mean over its repeats, where all of them finished it."""
+    tables = [per_request(side) for side in sides.reals]
+    return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
+
+
+def request_rows(sides: Sides) -> list[RequestRow]:
+    """TTFT, TPOT and E2E request by request."""
+    real, ours = real_per_request(sides), per_request(sides.simulated)
+    repeats = [per_request(side) for side in sides.reals]
+    rows = []
+    for metric, title in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E")):
+        both = (real[metric] > 0.0) & ~np.isnan(ours[metric])
+        theirs, own = real[metric][both], ours[metric][both]
+        errors = (own - theirs) / theirs
+        rows.append(
+            RequestRow(
+                metric=metric,
+                title=title,
+                num_requests=int(both.sum()),
+                mape=_known(np.mean, np.abs(errors)),
+                median_error=_known(np.median, np.abs(errors)),
+                bias=_known(np.mean, errors),
+                pearson=_correlation(theirs, own, "pearson"),
+                spearman=_correlation(theirs, own, "spearman"),
+                noise_mape=_noise([table[metric] for table in repeats]),
+            )
+        )
+    return rows
+
+
+def _known(statistic: Any, values: Floats) -> float | None:
+    return float(statistic(values)) if values.size else None
+
+
+def _correlation(x: Floats, y: Floats, method: Literal["pearson", "spearman"]) -> float | None:
+    """A correlation; None with fewer than three pairs, or where a side is constant."""
+    if x.size < 3 or np.ptp(x) == 0.0 or np.ptp(y) == 0.0:
+        return None
+    frame = pl.DataFrame({"x": x, "y": y})
+    value = float(frame.select(pl.corr("x", "y", method=method)).item())
+    return value if math.isfinite(value) else None
+
+
+def _noise(repeats: Sequence[Floats]) -> float | None:
+    """The mean absolute relative difference between two repeats, over all pairs of them."""
+    found = []
+    for one, other in combinations(repeats, 2):
+        both = (one > 0.0) & (other > 0.0)
+        if both.any():
+            gap = np.abs(one[both] - other[both])
+            found.append(float(np.mean(2.0 * gap / (one[both] + other[both]))))
+    return math.fsum(found) / len(found) if found else None

@@ -1,0 +1,305 @@
+"""The page of a comparison of real and simulated runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from itertools import groupby
+from typing import Final
+
+from helios_sim.fidelity import charts
+from helios_sim.fidelity.assessment import Fidelity
+from helios_sim.fidelity.figures import FigureRow
+from helios_sim.fidelity.swaps import INGREDIENTS
+from helios_sim.fidelity.tables import real_text
+from helios_sim.fidelity.words import (
+    TOLD,
+    headline,
+    remarks,
+    sentence,
+    signed_percent,
+    spread_text,
+)
+from helios_sim.records import flat_items, toml_text
+from helios_sim.report.document import Figure, add_figure, document, section
+from helios_sim.report.words import number
+
+_MEANINGS: Final = (
+    ("Real", "the mean over the real runs"),
+    (
+        "Spread",
+        "the run-to-run spread of the real side: the wider of the range met and of two standard "
+        "deviations about the mean; unknown with one run",
+    ),
+    ("Error", "(simulated \N{MINUS SIGN} real) / real"),
+    ("MAPE", "mean absolute error of single requests, relative to the real value"),
+    ("Repeats", "the MAPE between two real runs: what no simulation can go below"),
+)
+
+
+def render(fidelity: Fidelity) -> str:
+    """The page, one self-contained file."""
+    drawn: dict[str, Figure] = {}
+    scenario = fidelity.sides.scenario
+    title = f"{scenario.name}: real and simulated"
+    return document(
+        title,
+        [
+            _opening(fidelity, title),
+            _figures(fidelity, drawn),
+            _requests(fidelity, drawn),
+            _attribution(fidelity, drawn),
+            _timing(fidelity, drawn),
+            _timeline(fidelity, drawn),
+            _decisions(fidelity, drawn),
+            _definitions(),
+            _provenance(fidelity),
+        ],
+        drawn,
+    )
+
+
+def _opening(fidelity: Fidelity, title: str) -> str:
+    said = "".join(f"<li>{escape(text)}</li>" for text in remarks(fidelity))
+    question = fidelity.sides.scenario.question
+    asked = f'<p class="question">{escape(question)}</p>' if question else ""
+    return (
+        f"<header><h1>{escape(title)}</h1>{asked}"
+        f'<p class="headline">{escape(headline(fidelity))}</p>'
+        f'<ul class="remarks">{said}</ul></header>'
+    )
+
+
+def _figures(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
+    num = len(fidelity.sides.reals)
+    body = []
+    for group, members in groupby(fidelity.figures, key=lambda row: row.group):
+        body.append(f'<tr class="group"><th scope="rowgroup" colspan="6">{escape(group)}</th></tr>')
+        body += [_row(row) for row in members]
+    head = "".join(
+        f'<th scope="col">{name}</th>'
+        for name in ("Figure", "Real", "Spread", "Simulated", "Error", "Verdict")
+    )
+    return section(
+        "Figures",
+        f"{num} real run{'s' if num != 1 else ''} of the scenario beside the simulated one.",
+        '<div class="panel scroll"><table class="figures" style="min-width:860px">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>",
+        add_figure(
+            drawn,
+            "errors",
+            charts.errors_figure(fidelity.figures),
+            "Error of each simulated figure beside the run-to-run spread of the real side",
+            "A dot is the simulated value's difference to the mean of the real runs; a bar is the "
+            "spread between the real runs. A dot in its bar cannot be told from another real run. "
+            "Arrows lie beyond the axis.",
+        ),
+    )
+
+
+def _row(row: FigureRow) -> str:
+    unit = f' <span class="unit">{escape(row.unit)}</span>' if row.unit else ""
+    css = ' class="overloaded"' if row.verdict in ("above", "below", "differs") else ""
+    return (
+        f'<tr><th scope="row">{escape(row.title)}{unit}</th><td>{escape(real_text(row))}</td>'
+        f"<td>{escape(spread_text(row))}</td><td>{escape(number(row.simulated))}</td>"
+        f"<td>{escape(signed_percent(row.error))}</td><td{css}>{escape(TOLD[row.verdict])}</td></tr>"
+    )
+
+
+def _requests(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
+    def percent(share: float | None) -> str:
+        return number(None if share is None else 100.0 * share)
+
+    rows = [
+        (
+            row.title,
+            number(row.num_requests),
+            percent(row.mape),
+            percent(row.median_error),
+            signed_percent(row.bias),
+            number(row.pearson),
+            number(row.spearman),
+            percent(row.noise_mape),
+        )
+        for row in fidelity.requests
+    ]
+    titles = (
+        *("Latency", "Requests", "MAPE %", "Median %", "Bias"),
+        *("Pearson", "Spearman", "Repeats %"),
+    )
+    return section(
+        "Request by request",
+        "Each request's latency on both sides; on the dotted line they are the same.",
+        _plain_table(titles, rows),
+        add_figure(
+            drawn,
+            "requests",
+            charts.scatter_figure(fidelity.sides),
+            "Simulated against real TTFT, TPOT and E2E of each request",
+            "A point a request that finished on both sides; the real value is the mean over the "
+            "real runs. Logarithmic scales.",
+        ),
+    )
+
+
+def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
+    attribution = fidelity.attribution
+    if attribution is None:
+        return ""
+    swaps = attribution.telling
+    rows = []
+    for cause in attribution.causes:
+        row = fidelity.row(cause.key)
+        rows.append(
+            (
+                cause.key if row is None else row.title,
+                *(signed_percent(attribution.error(one, cause.key)) for one in swaps),
+                cause.said,
+            )
+        )
+    said = [
+        f"{sentence(one.title)}: {one.missing}."
+        for one in attribution.swaps
+        if one.missing is not None
+    ]
+    said += [f"{sentence(one.title)}: no effect." for one in attribution.without_effect]
+    gone = "".join(f"<li>{escape(text)}</li>" for text in said)
+    return section(
+        "What the error comes from",
+        "The scenario simulated again with one ingredient at a time taken from the real run "
+        f"({attribution.repeat}). An error that goes away came from that ingredient; what is left "
+        "with everything swapped is in none of them.",
+        add_figure(
+            drawn,
+            "attribution",
+            charts.attribution_figure(fidelity, attribution),
+            "Error of each headline figure by the ingredient taken from the real run",
+            "The first bar is the error as it stands, the last what everything swapped leaves. "
+            "Errors within half a per cent are left out.",
+        ),
+        _plain_table(("Figure", *(one.name for one in swaps), "Cause"), rows),
+        f'<ul class="notes small">{gone}</ul>' if gone else "",
+    )
+
+
+def _timing(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
+    if not fidelity.timing:
+        return ""
+    rows = []
+    for (model, kind), members in groupby(fidelity.timing, key=lambda row: (row.model, row.kind)):
+        told = list(members)
+        recorded = sum(row.recorded_s for row in told)
+        predicted = sum(row.predicted_s for row in told)
+        rows.append(
+            (
+                f"{model}, {kind}",
+                number(sum(row.num_iterations for row in told)),
+                number(recorded),
+                number(predicted),
+                signed_percent((predicted - recorded) / recorded if recorded else None),
+            )
+        )
+    return section(
+        "Iteration times",
+        "What the real run recorded, and what the profile predicts for the very same iterations.",
+        add_figure(
+            drawn,
+            "timing",
+            charts.timing_figure(fidelity.timing),
+            "Recorded and predicted iteration times by batch and prompt",
+            "Dots are recorded medians with the middle 80 %, dashed lines the profile's "
+            "predictions, over all depths that were served.",
+        ),
+        _plain_table(
+            ("Iterations", "Number", "Recorded s", "Predicted s", "Error of the sum"), rows
+        ),
+    )
+
+
+def _timeline(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
+    sides = fidelity.sides
+    if any(side.run.timeline.height == 0 for side in (*sides.reals, sides.simulated)):
+        return ""
+    return section(
+        "Timeline",
+        "Both sides over the same seconds.",
+        add_figure(
+            drawn,
+            "overlay",
+            charts.overlay_figure(sides),
+            "Running and waiting requests and power of both sides over time",
+            "Running requests (mean), waiting ones (peak) and, where it was metered, power.",
+        ),
+    )
+
+
+def _decisions(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
+    return section(
+        "Decisions",
+        "What the policy decided on both sides, and when.",
+        add_figure(
+            drawn,
+            "decisions",
+            charts.decisions_figure(fidelity.sides),
+            "Decisions of both sides over time",
+            "A lane a run, a mark a decision; hover for the model, its layers and the event.",
+        ),
+    )
+
+
+def _definitions() -> str:
+    items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in _MEANINGS)
+    swaps = (
+        ("arrivals", "requests are sent when they were sent"),
+        ("exits", "tokens meet the exits of the text that was served"),
+        ("times", "an iteration takes the median recorded for its model, kind and batch"),
+        ("slow", "iterations are longer by what the recorded mean exceeds the median"),
+        ("pauses", "between iterations passes the time recorded beside the model"),
+        ("decisions", "the logged decisions are carried out at their times"),
+    )
+    items += "".join(
+        f"<dt>{escape(sentence(INGREDIENTS[name]))}</dt><dd>{escape(text)}</dd>"
+        for name, text in swaps
+    )
+    return section("Definitions", "", f"<dl>{items}</dl>")
+
+
+def _provenance(fidelity: Fidelity) -> str:
+    sides = fidelity.sides
+    facts = [
+        ("simulated run", str(sides.simulated.path)),
+        *((f"real run {place + 1}", str(side.path)) for place, side in enumerate(sides.reals)),
+    ]
+    for name, side in (("simulated", sides.simulated), ("real", sides.typical)):
+        facts += [(f"{name}: {key}", text) for key, text in flat_items(side.run.environment)]
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
+    scenario = toml_text(sides.simulated.run.scenario)
+    return section(
+        "Provenance",
+        "What this page was made from.",
+        f"<dl>{items}</dl>",
+        f"<details><summary>Scenario</summary><pre>{escape(scenario)}</pre></details>",
+    )
+
+
+def _plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(
+        f'<th scope="col"{_words(title) if title == "Cause" else ""}>{escape(title)}</th>'
+        for title in titles
+    )
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td{_words(cell)}>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        '<div class="panel scroll"><table class="figures plain">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _words(cell: str) -> str:
+    """Marks a cell of words, which are set to the left and may wrap."""
+    return ' class="words"' if len(cell.split()) > 2 or cell == "Cause" else ""

@@ -1,0 +1,355 @@
+"""Where an error comes from: one ingredient at a time is taken from the real run, and simulated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from helios_sim.cards import candidate_card
+from helios_sim.engine import Run, Setup
+from helios_sim.errors import InputError
+from helios_sim.exits import ExitTraces
+from helios_sim.experiment import Experiment, prepare
+from helios_sim.fidelity.figures import Value, relative_error, scaled
+from helios_sim.fidelity.recordings import (
+    EXITS_FILE,
+    ITERATIONS_FILE,
+    Iterations,
+    read_exits,
+    read_iterations,
+)
+from helios_sim.fidelity.replayed import replayed_run
+from helios_sim.fidelity.sides import Side, Sides
+from helios_sim.fidelity.timing import Factors, Predicted, factors, pauses, predict, retimed
+from helios_sim.metrics import summarise
+from helios_sim.outcome import run_data
+from helios_sim.policy.contract import Policy
+from helios_sim.policy.controller import Controller
+from helios_sim.profile import Profile
+from helios_sim.records import RunData, conformed
+from helios_sim.scenario import PolicySettings
+from helios_sim.workload import Requests
+
+INGREDIENTS: Final[dict[str, str]] = {
+    "arrivals": "recorded arrivals",
+    "exits": "recorded exits",
+    "times": "recorded iteration times",
+    "slow": "slow iterations",
+    "pauses": "pauses between iterations",
+    "decisions": "recorded decisions",
+}
+"""What can be taken from the real run, in words.
+
+`times` are the median times of an iteration of its kind, `slow` is by how much the mean exceeds
+the median, `pauses` the time from an iteration to the next while requests wait or run.
+"""
+NOTHING: Final = "nothing"
+EVERYTHING: Final = "everything"
+
+HEADLINES: Final = (
+    "output_throughput",
+    "mean_tpot_ms",
+    "p50_e2el_ms",
+    "p90_ttft_ms",
+    "mean_batch_size",
+    "total_gpu_energy",
+    "mean_executed_layers",
+    "breach_rate",
+    "perplexity",
+    "num_switches",
+    "num_loads",
+    "saturation",
+)
+"""Figures whose errors are attributed."""
+
+SMALL: Final = 0.005
+"""A relative error within this share needs no cause."""
+EFFECT: Final = 0.001
+"""A swap that moves every error by less than this share changes nothing."""
+EXPLAINS: Final = 0.3
+"""A cause takes away at least this share of the error."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """The simulation with one ingredient taken from the real run.
+
+    `figures` holds the headline figures of that simulation; it is empty, and `missing` says why,
+    where the real run did not record the ingredient.
+    """
+
+    name: str
+    title: str
+    figures: dict[str, Value]
+    missing: str | None = None
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What explains the error of one figure best.
+
+    Errors are relative. `ingredient` is None where the error is small or nothing takes away a
+    third of it; `remainder` is the error with everything swapped at once.
+    """
+
+    key: str
+    error: float | None
+    ingredient: str | None
+    error_without: float | None
+    remainder: float | None
+    said: str
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Errors against one real run, with nothing, each ingredient and everything swapped."""
+
+    repeat: str
+    real: dict[str, Value]
+    swaps: tuple[Swap, ...]
+    causes: tuple[Cause, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def telling(self) -> tuple[Swap, ...]:
+        """Nothing, everything, and the ingredients that change some headline figure."""
+        first, last = self.swaps[0], self.swaps[-1]
+        found = [first]
+        for swap in self.swaps[1:-1]:
+            moved = [
+                abs(ours - before)
+                for key in swap.figures
+                if (ours := self.error(swap, key)) is not None
+                and (before := self.error(first, key)) is not None
+            ]
+            if any(one > EFFECT for one in moved):
+                found.append(swap)
+        return (*found, last)
+
+    @property
+    def without_effect(self) -> tuple[Swap, ...]:
+        """Ingredients that were recorded and change nothing."""
+        return tuple(
+            swap for swap in self.swaps if swap.missing is None and swap not in self.telling
+        )
+
+    def error(self, swap: Swap, key: str) -> float | None:
+        """The relative error of a figure under a swap."""
+        ours, theirs = swap.figures.get(key), self.real.get(key)
+        if not isinstance(ours, float) or not isinstance(theirs, float):
+            return None
+        return relative_error(ours, theirs)
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a real run recorded; None where it did not."""
+
+    arrival_s: Any
+    exits: ExitTraces | None
+    trace_start: Any
+    iterations: Iterations | None
+    predicted: Predicted | None
+
+
+def experiment_of(sides: Sides, base_dir: Path) -> Experiment:
+    """The simulated run's scenario with the profile it was simulated with."""
+    where = str(sides.simulated.path / "scenario.toml")
+    experiment = prepare(sides.scenario, base_dir, where)
+    used = str(sides.simulated.run.environment.get("profile_hash") or "")
+    found = experiment.setup.profile.hash
+    if used and found != used:
+        raise InputError(
+            f"The profile {sides.scenario.fleet.profile!r} found here has the hash {found[:12]} "
+            f"and the run was simulated with {used[:12]}; simulate anew, or name the folder of "
+            "the right one with --files.",
+            where,
+        )
+    return experiment
+
+
+def ingredients_of(side: Side, setup: Setup) -> Ingredients:
+    """All that a real run recorded."""
+    requests = side.run.requests.sort("request_id")
+    iterations = read_iterations(side.path, side.run)
+    return Ingredients(
+        arrival_s=requests["arrival_s"].to_numpy(),
+        exits=read_exits(side.path, setup.profile, setup.candidates),
+        trace_start=requests["trace_start"].to_numpy(),
+        iterations=iterations,
+        predicted=None
+        if iterations is None
+        else predict(iterations, setup.profile, setup.serving.max_batch),
+    )
+
+
+def attribute(
+    sides: Sides, experiment: Experiment, report: Callable[[str, float], None] | None = None
+) -> Attribution:
+    """Simulate with nothing, each ingredient and everything taken from the typical real run."""
+    side = sides.typical
+    found = ingredients_of(side, experiment.setup)
+    scene = _Scene(experiment, _policy_of(sides), sides.simulated.run.seed, side.run, found)
+    swaps: list[Swap] = []
+    present: list[str] = []
+    steps = (NOTHING, *INGREDIENTS, EVERYTHING)
+    for place, name in enumerate(steps):
+        if report is not None:
+            report("attribution", place / len(steps))
+        why_not = _missing(name, found)
+        title = INGREDIENTS.get(name, f"{name} swapped")
+        if why_not is not None:
+            swaps.append(Swap(name, title, {}, why_not))
+            continue
+        taken = {EVERYTHING: tuple(present), NOTHING: ()}.get(name, (name,))
+        if name in INGREDIENTS:
+            present.append(name)
+        figures = scene.play(frozenset(taken))
+        swaps.append(Swap(name, title, {key: scaled(key, figures.get(key)) for key in HEADLINES}))
+    real = {key: scaled(key, side.summary.get(key)) for key in HEADLINES}
+    attribution = Attribution(side.path.name, real, tuple(swaps), (), ())
+    return replace(
+        attribution,
+        causes=tuple(_causes(attribution)),
+        notes=tuple(_notes(attribution, sides)),
+    )
+
+
+def _policy_of(sides: Sides) -> PolicySettings:
+    run = sides.simulated.run
+    named = [one for one in sides.scenario.policy if one.name == run.label]
+    return (named or list(sides.scenario.policy))[0]
+
+
+def _missing(name: str, found: Ingredients) -> str | None:
+    if name == "exits" and found.exits is None:
+        return f"not recorded: the real run has no {EXITS_FILE}"
+    if name in ("times", "slow", "pauses") and found.iterations is None:
+        return f"not recorded: the real run has no {ITERATIONS_FILE}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A scenario that is played again with ingredients of a real run."""
+
+    experiment: Experiment
+    policy: PolicySettings
+    seed: int
+    real: RunData
+    found: Ingredients
+
+    def play(self, taken: frozenset[str]) -> dict[str, Any]:
+        """The figures with these ingredients."""
+        scenario, found = self.experiment.scenario, self.found
+        setup = replace(self.experiment.setup, seed=self.seed)
+        requests, _ = self.experiment.requests(self.seed)
+        if "arrivals" in taken:
+            requests = _sent_at(requests, found.arrival_s)
+        if "exits" in taken:
+            assert found.exits is not None
+            setup = replace(setup, traces=found.exits)
+            start = np.asarray(found.trace_start % found.exits.num_positions, np.int32)
+            requests = replace(requests, trace_start=start)
+        original = setup
+        if taken & {"times", "slow", "pauses"}:
+            setup = replace(setup, profile=self._retimed(setup.profile, taken))
+
+        def make() -> Policy:
+            return self.experiment.policy(self.policy)
+
+        def build(maker: Callable[[], Policy]) -> Run:
+            run = Run(setup, requests, maker)
+            _tell(run, original)
+            return run
+
+        run = replayed_run(build, make, self.real) if "decisions" in taken else build(make)
+        run.play()
+        data = conformed(run_data(run, self.policy.name, self.policy.use, self.seed, {}))
+        measure = scenario.measure
+        return summarise(data, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
+
+    def _retimed(self, profile: Profile, taken: frozenset[str]) -> Profile:
+        iterations, predicted = self.found.iterations, self.found.predicted
+        assert iterations is not None and predicted is not None
+        by_model: dict[str, Factors] = {}
+        if taken >= {"times", "slow"}:
+            by_model = factors(iterations, predicted, "mean")
+        elif "times" in taken:
+            by_model = factors(iterations, predicted, "typical")
+        elif "slow" in taken:
+            by_model = factors(iterations, predicted, "slow")
+        paused = pauses(iterations, self.real) if "pauses" in taken else {}
+        return retimed(profile, by_model, paused)
+
+
+def _tell(run: Run, setup: Setup) -> None:
+    """Let the policy know what it knew on the real side: the profile as it is, not as recorded."""
+    if run.setup.profile is setup.profile:
+        return
+    known = tuple(candidate_card(setup, name) for name in setup.candidates)
+    run.candidates = known
+    for replica in run.replicas:
+        replica.controller = Controller(replica.policy, known)
+
+
+def _sent_at(requests: Requests, arrival_s: Any) -> Requests:
+    """The requests sent when they were in fact sent; nobody overtakes another."""
+    return replace(requests, arrival_s=np.maximum.accumulate(arrival_s), user=None)
+
+
+def _causes(attribution: Attribution) -> list[Cause]:
+    """For each headline figure that both sides have, what explains its error."""
+    nothing, everything = attribution.swaps[0], attribution.swaps[-1]
+    swaps = [one for one in attribution.swaps[1:-1] if one.missing is None]
+    causes = []
+    for key in HEADLINES:
+        error = attribution.error(nothing, key)
+        if error is None:
+            continue
+        remainder = attribution.error(everything, key)
+        left = {one.name: attribution.error(one, key) for one in swaps}
+        known = {name: one for name, one in left.items() if one is not None}
+        best = min(known, key=lambda name: abs(known[name]), default=None)
+        if abs(error) <= SMALL:
+            causes.append(Cause(key, error, None, None, remainder, "no error to speak of"))
+        elif best is None or abs(error) - abs(known[best]) < EXPLAINS * abs(error):
+            causes.append(Cause(key, error, None, None, remainder, _unexplained(error, remainder)))
+        else:
+            causes.append(
+                Cause(key, error, best, known[best], remainder, f"mostly {INGREDIENTS[best]}")
+            )
+    return causes
+
+
+def _unexplained(error: float, remainder: float | None) -> str:
+    """What is said of an error that no single ingredient takes away."""
+    if remainder is not None and abs(error) - abs(remainder) >= EXPLAINS * abs(error):
+        return "several ingredients together"
+    return "no ingredient: physics that the model does not have, or noise"
+
+
+def _notes(attribution: Attribution, sides: Sides) -> Sequence[str]:
+    """Whether the simulation that nothing was swapped in is the one that was given."""
+    again, given = attribution.swaps[0].figures, sides.simulated.summary
+    off = []
+    for key, value in again.items():
+        before = scaled(key, given.get(key))
+        same = (
+            math.isclose(value, before, rel_tol=1e-9)
+            if isinstance(value, float) and isinstance(before, float)
+            else value == before
+        )
+        if not same:
+            off.append(key)
+    if not off:
+        return ()
+    return (
+        f"Simulated again with nothing swapped, {', '.join(off)} differ from the given run: it was "
+        "made by another version or profile.",
+    )

@@ -1,0 +1,289 @@
+"""Recorded iterations beside predicted ones, and a profile whose costs are as recorded.
+
+A model's time has two factors on the profile's prediction: one for decoding by batch, one for
+prefills. A factor on a whole iteration becomes a factor on every coefficient of its kind, and what
+is left of it by batch a factor on the layers alone, which is where a profile can hold it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from helios_sim import cost
+from helios_sim.fidelity.recordings import Iterations
+from helios_sim.profile import ModelProfile, Profile, unit_of
+from helios_sim.records import RunData
+
+Floats = npt.NDArray[np.float64]
+Statistic = Literal["typical", "slow", "mean"]
+
+_LEAST: Final = 0.02
+"""No recorded time makes the layers take less than this share of what the profile says."""
+_DECODING: Final = ("decode", "head", "check", "kv_fill", "rebatch")
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Seconds that a profile predicts for each iteration: its layers, and the rest.
+
+    Both are NaN where the profile does not have the model.
+    """
+
+    layers_s: Floats
+    rest_s: Floats
+
+    @property
+    def seconds(self) -> Floats:
+        """Whole iterations."""
+        return self.layers_s + self.rest_s
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Recorded over predicted seconds of one model's iterations.
+
+    `decode` maps a batch to its factor, `prefill` is None where no prefill was recorded. `shares`
+    holds for each batch the predicted seconds of the layers and of the rest, summed.
+    """
+
+    decode: Mapping[int, float]
+    shares: Mapping[int, tuple[float, float]]
+    prefill: float | None
+    prefill_s: float = 0.0
+    prefill_head_s: float = 0.0
+
+
+def predict(iterations: Iterations, profile: Profile, max_batch: int) -> Predicted:
+    """What the profile predicts for each recorded iteration, as the simulated loop charges it."""
+    layers_s = np.full(len(iterations), math.nan)
+    rest_s = layers_s.copy()
+    for name in np.unique(iterations.model):
+        if str(name) not in profile.models:
+            continue
+        model = profile.models[str(name)]
+        # A backend may compute more rows than may run, and a table must reach them.
+        rows_up_to = max(max_batch, int(iterations.batch.max(initial=1)))
+        padded, residual = model.padded_rows(rows_up_to), model.residual(rows_up_to)
+        c = model.coefficient_array()
+        for i in np.flatnonzero(iterations.model == name):
+            one = _decode if iterations.is_decode[i] else _prefill
+            layers_s[i], rest_s[i] = one(iterations, int(i), c, padded, residual)
+    return Predicted(layers_s, rest_s)
+
+
+def _decode(
+    its: Iterations, i: int, c: Floats, padded: Floats, residual: Floats
+) -> tuple[float, float]:
+    batch = int(its.batch[i])
+    rows = float(padded[batch])
+    layer_s, _ = cost.layer_seconds(
+        c, rows + float(its.pending_tokens[i]), float(its.context_tokens[i]), 0.0, 0.0, 0.0
+    )
+    rest = cost.fixed_seconds(c, True, False)
+    rest += float(its.checks[i]) * cost.check_seconds(c, rows)
+    rest += float(its.heads[i]) * cost.head_seconds(c, rows)
+    filled = float(padded[int(its.filled_rows[i])])
+    rest += cost.kv_fill_seconds(c, filled, float(its.filled_layers[i]))
+    rest += float(its.overheads[i]) * float(c[cost.REBATCH_OVERHEAD_S])
+    layers = float(its.layers[i] - its.first_layer[i])
+    return layers * layer_s * float(residual[batch]), rest
+
+
+def _prefill(
+    its: Iterations, i: int, c: Floats, padded: Floats, residual: Floats
+) -> tuple[float, float]:
+    layer_s, _ = cost.layer_seconds(
+        c, 0.0, 0.0, float(its.prompt_tokens[i]), 0.0, float(its.prompt_pairs[i])
+    )
+    head = cost.head_seconds(c, float(its.rows[i]))
+    return float(its.layers[i]) * layer_s + cost.fixed_seconds(c, False, True), head
+
+
+def factors(
+    iterations: Iterations, predicted: Predicted, statistic: Statistic
+) -> dict[str, Factors]:
+    """Recorded over predicted seconds by model.
+
+    "typical" is the median ratio, "mean" the ratio of sums, and "slow" the mean over the typical:
+    what iterations that take much longer than their kind add.
+    """
+    found = {}
+    whole = predicted.seconds
+    known = np.isfinite(whole) & (whole > 0.0)
+    for name in np.unique(iterations.model[known]):
+        mine = known & (iterations.model == name)
+        decodes = mine & iterations.is_decode
+        by_batch: dict[int, float] = {}
+        shares: dict[int, tuple[float, float]] = {}
+        for batch in np.unique(iterations.batch[decodes]):
+            at = decodes & (iterations.batch == batch)
+            by_batch[int(batch)] = _factor(iterations.model_s[at], whole[at], statistic)
+            shares[int(batch)] = (
+                float(predicted.layers_s[at].sum()),
+                float(predicted.rest_s[at].sum()),
+            )
+        at = mine & ~iterations.is_decode
+        found[str(name)] = Factors(
+            decode=by_batch,
+            shares=shares,
+            prefill=_factor(iterations.model_s[at], whole[at], statistic) if at.any() else None,
+            prefill_s=float(predicted.layers_s[at].sum()),
+            prefill_head_s=float(predicted.rest_s[at].sum()),
+        )
+    return found
+
+
+def _factor(recorded: Floats, predicted: Floats, statistic: Statistic) -> float:
+    typical = float(np.median(recorded / predicted))
+    mean = float(recorded.sum() / predicted.sum())
+    if statistic == "typical":
+        return typical
+    return mean if statistic == "mean" else (mean / typical if typical > 0.0 else 1.0)
+
+
+def retimed(
+    profile: Profile,
+    by_model: Mapping[str, Factors],
+    pauses_s: Mapping[str, float],
+) -> Profile:
+    """The profile with iterations as long as the factors say, and pauses added by kind."""
+    models = dict(profile.models)
+    for name, model in models.items():
+        changed = _retimed(model, by_model[name]) if name in by_model else model
+        coefficients = dict(changed.coefficients)
+        for kind, pause_s in pauses_s.items():
+            coefficients[f"{kind}.fixed_s"] = pause_s + (coefficients[f"{kind}.fixed_s"] or 0.0)
+        models[name] = replace(changed, coefficients=coefficients)
+    return replace(profile, models=models)
+
+
+def _retimed(model: ModelProfile, factors: Factors) -> ModelProfile:
+    overall = 1.0
+    if factors.decode:
+        weights = [sum(factors.shares[batch]) for batch in factors.decode]
+        overall = math.fsum(
+            factor * weight for factor, weight in zip(factors.decode.values(), weights, strict=True)
+        ) / math.fsum(weights)
+        overall = max(overall, _LEAST)
+    knots = []
+    if factors.decode:
+        before = model.residual(max(factors.decode))
+        for batch, factor in sorted(factors.decode.items()):
+            layers_s, rest_s = factors.shares[batch]
+            wanted = (factor * (layers_s + rest_s) / overall - rest_s) / layers_s
+            knots.append((float(batch), float(before[batch]) * max(wanted, _LEAST)))
+    scales = dict.fromkeys(_DECODING, overall)
+    if factors.prefill is not None and factors.prefill_s > 0.0:
+        head_s = factors.prefill_head_s
+        wanted = factors.prefill * (factors.prefill_s + head_s) - overall * head_s
+        scales["prefill"] = max(wanted / factors.prefill_s, _LEAST)
+    coefficients = {
+        name: value
+        if value is None or not _is_time(name)
+        else value * scales.get(name.split(".")[0], 1.0)
+        for name, value in model.coefficients.items()
+    }
+    residual = tuple(knots) or model.batch_residual
+    return replace(model, coefficients=coefficients, batch_residual=residual)
+
+
+def _is_time(coefficient: str) -> bool:
+    """Whether a coefficient is of seconds, not of joules or watts."""
+    return unit_of(coefficient).split("/")[0] == "s"
+
+
+def pauses(iterations: Iterations, run: RunData) -> dict[str, float]:
+    """Mean seconds by kind that an iteration took beside the model, until the next one began.
+
+    What the host itself booked, and what passed between two iterations where somebody was there all
+    the while and no weights were under way.
+    """
+    requests = run.requests
+    arrival_s = np.sort(requests["arrival_s"].to_numpy())
+    left_s = requests["finished_s"].fill_null(math.inf).to_numpy()
+    refused = (requests["status"] == "refused").to_numpy()
+    left_s = np.sort(np.where(refused, requests["arrival_s"].to_numpy(), left_s))
+    moves = run.decisions.filter(pl.col("moved_bytes") > 0)
+    sums = {"decode": [0.0, 0], "prefill": [0.0, 0]}
+    for at in np.unique(iterations.replica):
+        mine = np.flatnonzero(iterations.replica == at)
+        end_s, next_s = iterations.end_s[mine][:-1], iterations.start_s[mine][1:]
+        # Who had come by the end and had not left by the next start was there all the while.
+        there = np.searchsorted(arrival_s, end_s, "right") - np.searchsorted(left_s, next_s)
+        counted = there > 0
+        for move in moves.filter(pl.col("replica") == int(at)).iter_rows(named=True):
+            until_s = math.inf if move["ready_s"] is None else move["ready_s"]
+            counted &= ~((next_s >= move["time_s"]) & (end_s <= until_s))
+        decodes = iterations.is_decode[mine][:-1]
+        for kind, of_kind in (("decode", decodes), ("prefill", ~decodes)):
+            gaps = np.maximum(next_s - end_s, 0.0)[counted & of_kind]
+            sums[kind][0] += float(gaps.sum())
+            sums[kind][1] += gaps.size
+    found = {}
+    for kind, of_kind in (("decode", iterations.is_decode), ("prefill", ~iterations.is_decode)):
+        total_s, num = sums[kind]
+        booked_s = iterations.host_s[of_kind]
+        found[kind] = (total_s / num if num else 0.0) + (
+            float(booked_s.mean()) if booked_s.size else 0.0
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class TimingRow:
+    """Iterations of one model and kind at one batch: recorded and predicted milliseconds.
+
+    `low_ms` to `high_ms` hold the middle 80 % of the recorded ones. For a prefill `batch` is the
+    upper end of a class of prompt tokens, for a decode the rows that were computed.
+    """
+
+    model: str
+    kind: Literal["decode", "prefill"]
+    batch: int
+    num_iterations: int
+    recorded_ms: float
+    low_ms: float
+    high_ms: float
+    predicted_ms: float
+    recorded_s: float
+    predicted_s: float
+
+
+def timing_rows(iterations: Iterations, predicted: Predicted) -> list[TimingRow]:
+    """Recorded and predicted times of decodes by batch and of prefills by prompt tokens."""
+    rows = []
+    known = np.isfinite(predicted.seconds)
+    # Classes of prompt tokens double, so that few prompts make few rows.
+    tokens = 2.0 ** np.ceil(np.log2(np.maximum(iterations.prompt_tokens, 1.0)))
+    for name in np.unique(iterations.model):
+        for kind, of_kind, classes in (
+            ("decode", iterations.is_decode, iterations.batch),
+            ("prefill", ~iterations.is_decode, tokens),
+        ):
+            mine = known & (iterations.model == name) & of_kind
+            for batch in np.unique(classes[mine]):
+                at = mine & (classes == batch)
+                recorded, ours = 1e3 * iterations.model_s[at], 1e3 * predicted.seconds[at]
+                low, middle, high = np.quantile(recorded, [0.1, 0.5, 0.9])
+                rows.append(
+                    TimingRow(
+                        model=str(name),
+                        kind="decode" if kind == "decode" else "prefill",
+                        batch=int(batch),
+                        num_iterations=int(at.sum()),
+                        recorded_ms=float(middle),
+                        low_ms=float(low),
+                        high_ms=float(high),
+                        predicted_ms=float(np.median(ours)),
+                        recorded_s=float(recorded.sum()) / 1e3,
+                        predicted_s=float(ours.sum()) / 1e3,
+                    )
+                )
+    return rows
