@@ -1,0 +1,331 @@
+"""A checkpoint folder is read by key, and everything wrong with it is named before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calibration.model.checkpoint import (
+    HEADS_FILE,
+    INDEX_FILE,
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    default_exits,
+    open_checkpoint,
+    read_header,
+    read_into,
+)
+from calibration.model.early_exit import from_stock, load, save
+from calibration.model.exit_heads import new_exit_heads
+from helios_sim.errors import InputError
+from tests.calibration import tiny
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A checkpoint of a tiny Llama with a guard, made once."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    save(from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4), name="tiny"), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy to spoil."""
+    return shutil.copytree(saved, tmp_path / "tiny")
+
+
+def edit(path, change):
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def resave(folder, change):
+    tensors = load_file(folder / WEIGHTS_FILE)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+def shard(folder):
+    """Two shards and an index, as large models come."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    (folder / WEIGHTS_FILE).unlink()
+    names = sorted(tensors)
+    files = {"model-00001-of-00002.safetensors": names[:10], "model-00002-of-00002.safetensors": []}
+    files["model-00002-of-00002.safetensors"] = names[10:]
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, folder / file)
+    weight_map = {name: file for file, held in files.items() for name in held}
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_saved_model_comes_back_whole(family, tmp_path):
+    stock = tiny.stock_model(family)
+    ids = torch.tensor([tiny.prompt(10)])
+    with torch.no_grad():
+        expected = stock(ids).logits
+    save(from_stock(stock, (1, 2, 4), name="tiny", tokenizer="bytes"), tmp_path / "tiny")
+    model = load(tmp_path / "tiny")
+    assert (model.name, model.exit_layers, model.spec.tokenizer) == ("tiny", (1, 2, 4), "bytes")
+    assert model.guard_note == "the logits agree with the stored guard"
+    with torch.no_grad():
+        assert torch.equal(model.backbone.model(ids).logits, expected)
+
+
+def test_stock_transformers_reads_what_was_saved(saved):
+    from transformers import AutoModelForCausalLM
+
+    stock, ids = tiny.stock_model("llama-gqa"), torch.tensor([tiny.prompt(10)])
+    loaded = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, stock(ids).logits)
+
+
+def test_headers_say_where_every_tensor_lies(saved):
+    tensors = load_file(saved / WEIGHTS_FILE)
+    entries = read_header(saved / WEIGHTS_FILE)
+    assert set(entries) == set(tensors)
+    for name, entry in entries.items():
+        target = torch.empty(entry.shape)
+        read_into(entry, target)
+        assert torch.equal(target, tensors[name])
+        half = torch.empty(entry.shape, dtype=torch.bfloat16)
+        read_into(entry, half)
+        assert torch.equal(half, tensors[name].bfloat16())
+
+
+def test_shards_are_found_through_their_index(folder):
+    before = load(folder).logits_sums([1, 2, 3], [4])
+    shard(folder)
+    assert load(folder).logits_sums([1, 2, 3], [4]) == before
+
+
+def test_a_missing_key_is_named(folder):
+    resave(folder, lambda t: t.pop("model.layers.2.mlp.up_proj.weight"))
+    with pytest.raises(InputError, match=r"it misses 1 keys \(model.layers.2.mlp.up_proj.weight\)"):
+        load(folder)
+
+
+def test_an_extra_key_is_named(folder):
+    resave(folder, lambda t: t.update({"model.layers.2.mlp.third.weight": torch.zeros(2)}))
+    with pytest.raises(InputError, match=r"it has 1 keys \(model.layers.2.mlp.third.weight\) too"):
+        load(folder)
+
+
+def test_old_rotary_buffers_and_tied_heads_are_not_extra(tmp_path):
+    save(from_stock(tiny.stock_model("llama", tie_word_embeddings=True), (2, 4)), tmp_path)
+
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    resave(tmp_path, add)
+    model = load(tmp_path)
+    assert model.backbone.head_weight is model.backbone.embedding_weight
+
+
+def test_a_different_shape_is_named(folder):
+    edit(folder / "config.json", lambda c: c.update(intermediate_size=96))
+    with pytest.raises(InputError, match=r"\[64, 128\] and config.json asks for \[64, 96\]"):
+        load(folder)
+
+
+def test_a_configuration_with_more_layers_than_weights_is_refused(folder):
+    edit(folder / "config.json", lambda c: c.update(num_hidden_layers=5))
+    edit(folder / SETTINGS_FILE, lambda s: s.update(exit_layers=[1, 2, 5]))
+    with pytest.raises(InputError, match=r"it misses 9 keys .* and 3 more"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 400, 5000, -1])
+def test_a_truncated_file_is_named(folder, keep):
+    path = folder / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError, match="corrupt") as caught:
+        load(folder)
+    assert caught.value.where == str(path)
+
+
+def test_a_header_that_is_no_header_is_named(folder):
+    path = folder / WEIGHTS_FILE
+    content = bytearray(path.read_bytes())
+    content[8:40] = b"x" * 32
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not what a safetensors file begins with"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 400]}, "begins with"),
+        ({"dtype": "F32", "shape": [100], "data_offsets": [0, 400]}, "claims bytes"),
+        ({"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}, "begins with"),
+        ({"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}, "type 'F8_E4M3' is not"),
+        ({"dtype": "F32"}, "begins with"),
+        ([], "begins with"),
+    ],
+)
+def test_a_header_that_lies_is_named(tmp_path, entry, message):
+    text = json.dumps({"weight": entry}).encode()
+    path = tmp_path / "lying.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+    with pytest.raises(InputError, match=message):
+        read_header(path)
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    text = json.dumps({"one": entry, "two": entry}).encode()
+    path = tmp_path / "shared.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(InputError, match="bytes of another tensor"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pkl"])
+def test_a_folder_of_pickles_is_refused_with_the_remedy(folder, name):
+    (folder / WEIGHTS_FILE).rename(folder / name)
+    with pytest.raises(InputError, match=rf"pickles \({name}\).*convert them with safetensors"):
+        load(folder)
+
+
+def test_an_empty_folder_and_a_missing_one_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"holds neither model.safetensors nor"):
+        load(tmp_path)
+    with pytest.raises(InputError, match="not a folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_an_unsupported_architecture_is_named(folder):
+    edit(folder / "config.json", lambda c: c.update(architectures=["MistralForCausalLM"]))
+    with pytest.raises(InputError, match="'MistralForCausalLM' has no adapter; supported are"):
+        load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_configuration_that_cannot_be_read_is_named(folder, text):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        load(folder)
+    assert caught.value.where == str(folder / "config.json")
+
+
+def test_a_missing_shard_is_named(folder):
+    shard(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match="not in the folder: model-00002-of-00002"):
+        load(folder)
+
+
+def test_a_shard_outside_the_folder_is_refused(folder):
+    shard(folder)
+    edit(
+        folder / INDEX_FILE,
+        lambda d: d["weight_map"].update({"model.norm.weight": "../other.safetensors"}),
+    )
+    with pytest.raises(InputError, match=r"not in the folder: \.\./other"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"exit_layers": [1, 2]}, "end with the full depth of 4"),
+        ({"exit_layers": [2, 1, 4]}, "ascend"),
+        ({"exit_layers": "all"}, "must be there and of their kinds"),
+        ({"schema_version": 2}, "schema_version is 2"),
+        ({"heads": "none"}, "heads is 'none'"),
+        ({"exits": [1]}, "Unknown keys"),
+        ({"guard": {"token_ids": [1], "logits_sums": [1.0], "tolerance": 0.1}}, "one sum for each"),
+        ({"confidence": {"kind": "hope"}}, "'hope' is unknown"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(folder, change, message):
+    edit(folder / SETTINGS_FILE, lambda s: s.update(change))
+    with pytest.raises(InputError, match=message) as caught:
+        load(folder)
+    assert caught.value.where == str(folder / SETTINGS_FILE)
+
+
+def test_the_guard_notices_other_weights(folder):
+    def spoil(tensors):
+        tensors["model.layers.2.mlp.up_proj.weight"].normal_()
+
+    resave(folder, spoil)
+    with pytest.raises(InputError, match=r"exit layer 4 add up to .* not the weights the guard"):
+        load(folder)
+    # What is spoilt lies beyond the second layer, and is noticed when it is reached.
+    model = load(folder, depth=2)
+    with pytest.raises(InputError, match="exit layer 4"):
+        model.grow(4)
+    assert model.depth == 2
+
+
+def test_a_folder_without_settings_gets_them_with_a_guard_at_its_first_load(folder):
+    (folder / SETTINGS_FILE).unlink()
+    model = load(folder, depth=2)
+    assert model.exit_layers == (1, 2, 4)
+    assert model.guard_note == f"the guard was stored in {SETTINGS_FILE}"
+    sums = json.loads((folder / SETTINGS_FILE).read_text())["guard"]["logits_sums"]
+    assert sums[0] > 0
+    assert sums[1] > 0
+    assert sums[2] is None
+    model.grow(4)
+    sums = json.loads((folder / SETTINGS_FILE).read_text())["guard"]["logits_sums"]
+    assert sums[2] > 0
+    assert load(folder).guard_note == "the logits agree with the stored guard"
+
+
+def test_the_guard_holds_in_sixteen_bits(folder):
+    assert load(folder, dtype=torch.bfloat16).guard_note == "the logits agree with the stored guard"
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_auxiliary_heads_come_from_their_own_file(family, tmp_path):
+    stock = tiny.stock_model(family)
+    heads = new_exit_heads(from_stock(stock, (1, 2, 4)).backbone, (1, 2, 4))
+    with torch.no_grad():
+        heads[1].head.weight.normal_()
+        heads[2].norm.weight.mul_(2)
+    made = from_stock(stock, (1, 2, 4), exit_heads=heads)
+    save(made, tmp_path)
+    names = {f"exit.{layer}.{name}" for layer in (1, 2) for name in ("norm.weight", "head.weight")}
+    if family == "opt":
+        names |= {"exit.1.norm.bias", "exit.2.norm.bias"}
+    assert set(load_file(tmp_path / HEADS_FILE)) == names
+    model = load(tmp_path, depth=2)
+    hidden = torch.randn(3, 64)
+    for level, layer in enumerate((1, 2)):
+        with torch.no_grad():
+            assert torch.equal(model.logits(hidden, level), heads[layer](hidden))
+    assert model.spec.exit_head_params == sum(w.numel() for w in heads[1].parameters())
+    head_bytes = 2 * 4 * model.spec.exit_head_params
+    assert model.plan(2).exit_head_bytes == head_bytes
+    with pytest.raises(InputError, match="has heads for"):
+        load(tmp_path, exits=(1, 3, 4))
+    resaved = load_file(tmp_path / HEADS_FILE)
+    resaved.pop("exit.2.head.weight")
+    save_file(resaved, tmp_path / HEADS_FILE)
+    with pytest.raises(InputError, match=r"it misses 1 keys \(exit.2.head.weight\)") as caught:
+        load(tmp_path)
+    assert caught.value.where == str(tmp_path / HEADS_FILE)
+
+
+def test_missing_heads_are_named(folder):
+    edit(folder / SETTINGS_FILE, lambda s: s.update(heads="auxiliary"))
+    with pytest.raises(InputError, match="cannot be read: No such file") as caught:
+        open_checkpoint(folder)
+    assert caught.value.where == str(folder / HEADS_FILE)
+
+
+def test_exits_default_to_a_quarter_half_and_all():
+    assert default_exits(32) == (8, 16, 32)
+    assert default_exits(2) == (1, 2)
+    assert default_exits(1) == (1,)

@@ -1,0 +1,157 @@
+"""Models are loaded as deep as asked, grow and shrink in place, and take the planned bytes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibration.model import memory
+from calibration.model.confidence import Confidence, PiecewiseLinear
+from calibration.model.decode import Decoder, generate, slot_pool
+from calibration.model.early_exit import from_stock, load, save
+from helios_sim.errors import InputError
+from tests.calibration import tiny
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def folder(request, tmp_path_factory):
+    """A checkpoint of each family."""
+    path = tmp_path_factory.mktemp(request.param)
+    save(from_stock(tiny.stock_model(request.param), (1, 2, 4), name=request.param), path)
+    return path
+
+
+def tokens(model, num_tokens=12):
+    return generate(Decoder(model, slot_pool(model, 2, 64)), [tiny.prompt(9)], num_tokens)
+
+
+@pytest.mark.parametrize("device", tiny.DEVICES)
+def test_a_grown_model_equals_one_loaded_whole(folder, device):
+    where = tiny.need(device)
+    whole = load(folder, device=where, dtype=torch.float32)
+    grown = load(folder, depth=1, device=where, dtype=torch.float32)
+    first = grown.backbone.layers[0].self_attn.q_proj.weight
+    assert grown.depth == 1
+    report = grown.grow(2)
+    assert (report.first_layer, report.last_layer, report.source) == (1, 2, "disk")
+    grown.grow(4)
+    assert grown.backbone.layers[0].self_attn.q_proj.weight is first
+    assert tokens(grown) == tokens(whole)
+    held = whole.backbone.model.state_dict()
+    for name, weight in grown.backbone.model.state_dict().items():
+        assert torch.equal(weight, held[name])
+
+
+def test_a_shrunk_model_equals_one_loaded_to_that_depth(folder):
+    shrunk = load(folder)
+    generation = shrunk.generation
+    shrunk.shrink(2)
+    assert shrunk.generation == generation + 1
+    assert shrunk.depth == 2
+    assert tokens(shrunk) == tokens(load(folder, depth=2))
+    shrunk.grow(4)
+    assert tokens(shrunk) == tokens(load(folder))
+
+
+@pytest.mark.parametrize("device", tiny.DEVICES)
+def test_measured_bytes_are_planned_bytes_at_every_depth(folder, device):
+    model = load(folder, depth=1, device=tiny.need(device), dtype=torch.float32)
+    for depth in (1, 2, 4):
+        before = model.loaded_bytes
+        report = model.grow(depth)
+        plan = model.plan(depth)
+        assert model.loaded_bytes == plan.total_bytes == before + report.bytes
+    model.shrink(1)
+    assert model.loaded_bytes == model.plan(1).total_bytes
+    assert model.unload() >= 0
+    assert model.loaded_bytes == 0
+
+
+def test_planned_bytes_are_those_the_simulator_counts(folder):
+    model = load(folder, depth=1)
+    final_norm = 2 * 64 * 4 if model.name == "opt-post-norm" else 0
+    for depth in (1, 2, 4):
+        assert model.plan(depth).total_bytes == model.spec.weight_bytes(depth) - final_norm
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("device", tiny.DEVICES)
+def test_evicted_layers_come_back_from_host_memory(folder, device, pinned):
+    where = tiny.need(device)
+    model = load(folder, device=where, dtype=torch.float32, host_copy=True, pinned=pinned)
+    before = tokens(model)
+    model.shrink(1)
+    assert model.grow(4).source == "host"
+    assert tokens(model) == before
+    model.unload()
+    assert model.depth == 0
+    assert model.grow(2).source == "host"
+    model.grow(4)
+    assert tokens(model) == before
+    copy = model.host_copy
+    assert copy is not None
+    assert copy.bytes == model.plan(4).host_bytes == model.plan(4).total_bytes
+    assert copy.is_pinned == (pinned and device == "cuda")
+    if pinned and device == "cpu":
+        assert copy.note == "memory is page-locked for a CUDA GPU only, not for cpu"
+
+
+def test_a_stock_model_in_memory_can_shrink_and_grow():
+    model = from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4))
+    before = tokens(model)
+    model.shrink(1)
+    assert model.grow(4).source == "memory"
+    assert tokens(model) == before
+
+
+def test_too_little_memory_is_refused_before_it_is_touched(folder, monkeypatch):
+    model = load(folder, depth=1)
+    bytes_before = model.loaded_bytes
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 5000)
+    with pytest.raises(
+        InputError, match=r"from layer 1 to 4 needs .* bytes .* 5,000 bytes .* load fewer layers"
+    ):
+        model.grow(4)
+    assert (model.depth, model.loaded_bytes) == (1, bytes_before)
+
+
+def test_a_depth_that_is_no_exit_is_refused(folder):
+    with pytest.raises(InputError, match=r"depth 3 is no exit layer; allowed are \[1, 2, 4\]"):
+        load(folder, depth=3)
+    assert load(folder, depth=3, exits=(3, 4)).depth_level == 0
+
+
+@pytest.mark.parametrize("depth", [0, 5])
+def test_a_depth_the_model_does_not_have_is_refused(folder, depth):
+    model = load(folder, depth=1)
+    with pytest.raises(InputError, match=f"asked for {depth} loaded layers; allowed are 1 to 4"):
+        model.grow(depth)
+
+
+def test_growing_downwards_is_a_mistake_of_the_caller(folder):
+    model = load(folder, depth=2)
+    with pytest.raises(ValueError, match="cannot grow to 1"):
+        model.grow(1)
+    with pytest.raises(ValueError, match="grow it to 4"):
+        model.shrink(4)
+
+
+def test_a_decision_holds_token_confidence_and_likelihood():
+    maps = {"all": {2: PiecewiseLinear((0.0,), (0.25,))}}
+    model = from_stock(
+        tiny.stock_model("llama"), (1, 2, 4), confidence=Confidence("max-softmax", 0.5, maps)
+    )
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
+    p = logits.softmax(-1)
+    raw = model.decide(logits)
+    assert raw.tokens.tolist() == [0, 2]
+    torch.testing.assert_close(raw.confidence, p.amax(-1))
+    torch.testing.assert_close(raw.nll(), -p.amax(-1).log())
+    torch.testing.assert_close(raw.nll(torch.tensor([1, 1])), -p[:, 1].log())
+    assert model.decide(logits, level=1).confidence.tolist() == [0.25, 0.25]
+    torch.testing.assert_close(model.decide(logits, level=0).confidence, p.amax(-1))
+
+
+def test_saving_needs_every_layer(folder, tmp_path):
+    with pytest.raises(InputError, match="1 of 4 layers loaded; grow it"):
+        save(load(folder, depth=1), tmp_path / "half")
