@@ -240,12 +240,12 @@ class Decoder:
         ranges = self.segments() if segments is None else list(segments)
         rows = min(self.pool.max_rows, max(batch_buckets or (self.pool.max_rows,)))
         longest = min(max_context or self.pool.max_tokens, self.pool.max_tokens)
+        # Torch's own paged attention reads what a row holds, however wide the bucket.
+        widths = graphs.context_buckets(longest) if self.choice.varlen is None else (longest,)
         settings = graphs.GraphSettings(
             segments=tuple(ranges),
             batch_buckets=graphs.buckets_up_to(rows, batch_buckets),
-            context_buckets=tuple(
-                sorted({self.pool.context_tokens(c) for c in graphs.context_buckets(longest)})
-            ),
+            context_buckets=tuple(sorted({self.pool.context_tokens(w) for w in widths})),
             subsets=subsets,
         )
         try:

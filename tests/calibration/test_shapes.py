@@ -81,8 +81,8 @@ def test_a_shape_too_large_is_refused_before_memory_is_touched(monkeypatch):
     monkeypatch.setattr(memory, "available_host_bytes", lambda: 8 * 2**30)
     with pytest.raises(
         InputError,
-        match=r"Loading llama2-70b from layer 0 to 80 needs 275,906,592,768 bytes \(256.96 GiB\) on "
-        r"cpu and 8,589,934,592 bytes \(8.00 GiB\) are available; load fewer layers",
+        match=r"Loading llama2-70b from layer 0 to 80 needs 275,906,592,768 bytes \(256.96 GiB\) "
+        r"on cpu and 8,589,934,592 bytes \(8.00 GiB\) are available; load fewer layers",
     ):
         random_model("llama2-70b", 80)
 

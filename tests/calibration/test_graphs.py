@@ -1,0 +1,201 @@
+"""Captured segments give the eager path's tokens, from the bucket that fits, largest first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
+from calibration.model.early_exit import from_stock
+from calibration.model.graphs import (
+    CaptureError,
+    GraphKey,
+    bucket_of,
+    buckets_up_to,
+    context_buckets,
+)
+from tests.calibration import tiny
+
+
+class FakeRecording:
+    """Computes at every replay, and spoils the memory of all other outputs as one pool may."""
+
+    def __init__(self, recorder, body):
+        self.recorder, self.body = recorder, body
+        self.output = body().clone()
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        made = self.body()
+        for other in self.recorder.recordings:
+            other.output.fill_(float("nan"))
+        return self.output.copy_(made)
+
+
+class FakeRecorder:
+    """Stands in for a GPU: what was captured reads its inputs where they were captured."""
+
+    def __init__(self, fails=False):
+        self.recordings, self.fails = [], fails
+
+    def record(self, body):
+        if self.fails:
+            raise CaptureError("no memory is left")
+        self.recordings.append(FakeRecording(self, body))
+        return self.recordings[-1]
+
+
+def decoder_of(family="llama-gqa", pool="slots", rows=5):
+    model = from_stock(tiny.stock_model(family), (1, 2, 4))
+    if pool == "slots":
+        return Decoder(model, slot_pool(model, rows, 48))
+    return Decoder(model, paged_pool(model, rows * 6, 8))
+
+
+def capture(decoder, **changes):
+    recorder = FakeRecorder()
+    settings = {"batch_buckets": (1, 2, 4), "max_context": 48, "recorder": recorder, **changes}
+    assert decoder.use_graphs(**settings)
+    return recorder
+
+
+def test_batch_buckets_are_narrow_where_it_matters_and_end_with_the_largest():
+    assert buckets_up_to(1) == (1,)
+    assert buckets_up_to(5) == (1, 2, 4, 5)
+    assert buckets_up_to(64) == (1, 2, 4, 8, 16, 24, 32, 48, 64)
+    assert buckets_up_to(6, (2, 6, 9)) == (2, 6)
+
+
+def test_context_buckets_double_and_end_with_the_longest():
+    assert context_buckets(100) == (100,)
+    assert context_buckets(2048) == (256, 512, 1024, 2048)
+    assert context_buckets(1500) == (256, 512, 1024, 1500)
+
+
+def test_the_smallest_bucket_that_holds_is_taken():
+    assert [bucket_of(n, (1, 4, 8)) for n in (1, 2, 4, 5, 8, 9)] == [1, 4, 4, 8, 8, None]
+
+
+@pytest.mark.parametrize("pool", ["slots", "paged"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_replayed_segments_give_the_tokens_of_the_eager_path(family, pool):
+    prompts = [tiny.prompt(length, seed) for seed, length in enumerate((5, 17, 9))]
+    decoder = decoder_of(family, pool)
+    expected = generate(decoder, prompts, 16)
+    recorder = capture(decoder)
+    assert generate(decoder, prompts, 16) == expected
+    assert sum(recording.replays for recording in recorder.recordings) == 3 * 15
+    decoder.pool.check()
+
+
+def test_padding_rows_leave_other_rows_alone():
+    decoder = decoder_of()
+    capture(decoder, batch_buckets=(4,))
+    prompts = [tiny.prompt(4 + row, row) for row in range(4)]
+    rows = [decoder.pool.admit() for _ in prompts]
+    decoder.extend(rows, prompts, [0] * 4)
+    before = [part.clone() for part in decoder.pool.read(0, [1, 2, 3], 7)]
+    hidden = decoder.begin([0], [3], [4])
+    decoder.segment([0], hidden, [4], 0, 1)
+    for ours, kept in zip(decoder.pool.read(0, [1, 2, 3], 7), before, strict=True):
+        assert torch.equal(ours, kept)
+
+
+def test_states_stay_what_they_were_when_other_graphs_are_replayed():
+    decoder = decoder_of()
+    capture(decoder)
+    row = decoder.pool.admit()
+    decoder.extend([row], [tiny.prompt(5)], [0])
+    first = decoder.segment([row], decoder.begin([row], [3], [5]), [5], 0, 1)
+    kept = first.clone()
+    decoder.segment([row], first, [5], 1, 2)
+    assert torch.equal(first, kept)
+
+
+def test_graphs_are_captured_largest_first():
+    decoder = decoder_of()
+    capture(decoder, segments=[(0, 2), (2, 4)], max_context=48, subsets=True)
+    keys = list(decoder.graphs.recordings)
+    assert keys[0] == GraphKey(0, 2, 4, 48, False)
+    assert keys[-1] == GraphKey(2, 4, 1, 48, True)
+    assert [key.rows for key in keys] == sorted((key.rows for key in keys), reverse=True)
+    assert decoder.graphs.num_graphs == 3 * 3
+    assert decoder.graphs.capture_s > 0
+
+
+def test_rows_that_are_not_the_first_go_eager_or_to_a_graph_that_gathers():
+    prompts = [tiny.prompt(length, seed) for seed, length in enumerate((7, 12, 4))]
+    states = {}
+    for subsets in (None, False, True):
+        decoder = decoder_of()
+        recorder = None if subsets is None else capture(decoder, subsets=subsets)
+        rows = [decoder.pool.admit() for _ in prompts]
+        decoder.extend(rows, prompts, [0, 0, 0])
+        positions = [7, 12, 4]
+        middle = decoder.segment(rows, decoder.begin(rows, [1, 2, 3], positions), positions, 0, 2)
+        before = 0 if recorder is None else sum(r.replays for r in recorder.recordings)
+        states[subsets] = decoder.segment([2, 0], middle[[2, 0]], [4, 7], 2, 4)
+        if recorder is not None:
+            after = sum(recording.replays for recording in recorder.recordings)
+            assert after - before == (1 if subsets else 0)
+    for found in (states[False], states[True]):
+        torch.testing.assert_close(found, states[None], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_or_context_beyond_every_bucket_goes_eager():
+    decoder = decoder_of()
+    capture(decoder, batch_buckets=(1, 2), max_context=16)
+    rows = [decoder.pool.admit() for _ in range(3)]
+    graphs = decoder.graphs
+    assert graphs.key_of(decoder.place([0], [15]), 0, 1) == GraphKey(0, 1, 1, 16, False)
+    assert graphs.key_of(decoder.place([0], [16]), 0, 1) is None
+    assert graphs.key_of(decoder.place(rows, [3, 3, 3]), 0, 1) is None
+    assert graphs.key_of(decoder.place([0], [3], [2]), 0, 1) is None
+    assert graphs.key_of(decoder.place([0], [3]), 0, 3) is None
+
+
+def test_graphs_are_void_once_layers_or_stores_are_dropped():
+    decoder = decoder_of()
+    capture(decoder, segments=[(0, 2)])
+    decoder.model.shrink(2)
+    row = decoder.pool.admit()
+    decoder.segment([row], decoder.begin([row], [1], [0]), [0], 0, 2)
+    assert decoder.graphs is None
+    assert "dropped after the graphs were captured" in decoder.graphs_off_reason
+    capture(decoder, segments=[(0, 2)])
+    decoder.pool.resize(2)
+    decoder.segment([row], decoder.begin([row], [1], [1]), [1], 0, 2)
+    assert decoder.graphs is None
+
+
+def test_growing_keeps_the_graphs_of_the_layers_that_stay():
+    decoder = decoder_of()
+    decoder.model.shrink(2)
+    capture(decoder, segments=[(0, 2)])
+    decoder.model.grow(4)
+    row = decoder.pool.admit()
+    decoder.segment([row], decoder.begin([row], [1], [0]), [0], 0, 2)
+    assert decoder.graphs is not None
+
+
+def test_a_failed_capture_leaves_the_eager_path_and_says_why():
+    decoder = decoder_of()
+    assert not decoder.use_graphs((1,), 48, recorder=FakeRecorder(fails=True))
+    assert decoder.graphs_off_reason == "capturing failed: no memory is left"
+    assert len(generate(decoder, [tiny.prompt(4)], 3)[0]) == 3
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pool", ["slots", "paged"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_cuda_graphs_give_the_tokens_of_the_eager_path(family, pool):
+    device = tiny.need("cuda")
+    model = from_stock(tiny.stock_model(family).to(device), (1, 2, 4))
+    made = slot_pool(model, 5, 64) if pool == "slots" else paged_pool(model, 40, 8)
+    decoder = Decoder(model, made)
+    prompts = [tiny.prompt(length, seed) for seed, length in enumerate((5, 17, 9))]
+    expected = generate(decoder, prompts, 20)
+    assert decoder.use_graphs((1, 2, 4), 64), decoder.graphs_off_reason
+    assert generate(decoder, prompts, 20) == expected
+    assert decoder.graphs is not None
