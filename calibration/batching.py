@@ -162,14 +162,24 @@ class Batch:
         self.max_running = 0
 
     def take_up(
-        self, *, pool_blocks: int, max_positions: int, solo: bool, rebatches: bool, levels: int
+        self,
+        *,
+        pool_blocks: int,
+        max_positions: int,
+        solo: bool,
+        rebatches: bool,
+        levels: int,
+        max_rows: int,
     ) -> None:
-        """Serve with another pool from now on; nothing may be running."""
+        """Serve with another pool from now on; nothing may be running.
+
+        `max_rows` is what the KV cache holds at once, whatever its blocks would allow.
+        """
         assert not self.rows
         self.pool_blocks = self.free_blocks = pool_blocks
         self.staged_blocks = 0
         self.max_positions = max_positions
-        self.batch_limit = 1 if solo else self.max_batch
+        self.batch_limit = 1 if solo else min(self.max_batch, max_rows)
         self.rebatches = rebatches
         self.levels = levels
 

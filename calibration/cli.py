@@ -95,6 +95,61 @@ def check(
         typer.echo(f"Page: {write_page(loaded, page)}")
 
 
+@app.command()
+def serve(
+    scenario: Annotated[Path, typer.Argument(help="A scenario file.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FOLDER", help="A checkpoint folder, or a folder of several; may be repeated."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The run folder to write.")],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Serve only these policies of the scenario."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Serve only the first so many requests.")
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(min=0.0, help="Serve only what arrives in so many seconds.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, max=100, help="Serve each policy so often.")] = 1,
+    kv: Annotated[str, typer.Option(help="The KV cache: slots or pages.")] = "slots",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs on a GPU.")] = True,
+    free_running: Annotated[
+        bool, typer.Option("--free-running", help="Feed a model its own tokens, not the true text.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of a processor.", show_default="torch's")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
+    ] = None,
+) -> None:
+    """Serve a scenario for real, in wall-clock time, into a run folder like a simulated one's."""
+    from calibration.serve import command
+
+    command(
+        scenario,
+        out,
+        changes or [],
+        checkpoints=tuple(checkpoints),
+        policies=tuple(policy or ()),
+        limit=limit,
+        duration_s=duration,
+        repeat=repeat,
+        kv=kv,
+        device=device,
+        graphs=graphs,
+        free_running=free_running,
+        threads=threads,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
     run_app(app, "helios-calibrate", arguments)

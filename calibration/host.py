@@ -153,12 +153,13 @@ class _Mark:
     nll_units: int = 0
     num_decode_iterations: int = 0
     decode_rows: int = 0
+    energy_j: float | None = None
 
 
 class Host:
     """One replica serving a workload under a policy until no work is left.
 
-    `energy_j` tells the joules of a span of time so far, for telemetry; None where no meter is.
+    `read_j` reads a meter: joules since some origin, or None where no meter is.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class Host:
         max_batch: int,
         timeline_interval_s: float,
         on_progress: Callable[[float], None] | None = None,
-        free_running: bool = False,
+        read_j: Callable[[], float | None] | None = None,
     ) -> None:
         if policy.sees_future:
             raise InputError(
@@ -181,6 +182,13 @@ class Host:
                 "does not; serve a policy that sees telemetry only, and bound it by simulating "
                 "this one.",
                 f"policy {policy.name}",
+            )
+        settings = getattr(policy, "settings", policy)
+        if getattr(settings, "objective", None) == "energy" and (read_j or _unmetered)() is None:
+            raise InputError(
+                f"Policy {policy.name!r} chooses by energy, and there is no energy meter here; "
+                "give it another objective, or serve where a meter can be read.",
+                f"policy {policy.name}, objective",
             )
         serving = room.serving
         if serving.batching == "chunked":
@@ -196,7 +204,7 @@ class Host:
         self.weights = weights
         self.clock = clock
         self.on_progress = on_progress
-        self.free_running = free_running
+        self.read_j = read_j or _unmetered
         self.rules = HotRules.of(policy)
         self.cards = tuple(candidate_card(room, name) for name in room.candidates)
         self.card_of = {card.name: card for card in self.cards}
@@ -330,6 +338,8 @@ class Host:
         if not overlaps:
             self.clear_rows(self.tally.booked_s)
             self.sample(self.state())
+            # The old pool and graphs go before the new weights come.
+            self.machine = self.stepper = None
             self.weights.bring_in(name, depth)
             self.tally.book("load", self.clock.now_s())
             self.sample("loading")
@@ -394,6 +404,7 @@ class Host:
             solo=mode is ExitMode.SOLO,
             rebatches=mode is ExitMode.REBATCH,
             levels=level + 1,
+            max_rows=self.machine.max_rows,
         )
         self.window.clear()
         self.assignment = assignment
@@ -611,6 +622,7 @@ class Host:
             nll_units=tally.nll_units,
             num_decode_iterations=tally.num_decode_iterations,
             decode_rows=tally.decode_rows,
+            energy_j=self.read_j(),
         )
 
     def telemetry(self, now_s: float) -> Telemetry | None:
@@ -634,7 +646,7 @@ class Host:
             mean_ttft_s=_mean(tally.ttft_sum_s, tally.period_finished),
             mean_tpot_s=_mean(tally.tpot_sum_s, tally.period_tpots),
             mean_batch=(tally.decode_rows - mark.decode_rows) / max(1, iterations),
-            energy_j=0.0,
+            energy_j=_difference(self.read_j(), mark.energy_j),
             is_evaluation=self.evaluating,
         )
 
@@ -697,8 +709,17 @@ def lives_of(requests: Requests, texts: Sequence[list[int]]) -> list[Life]:
     return lives
 
 
+def _unmetered() -> None:
+    """What is read where no meter is."""
+
+
 def _order_of_arrival(life: Life) -> tuple[float, int]:
     return life.arrival_s, life.request_id
+
+
+def _difference(now_j: float | None, before_j: float | None) -> float | None:
+    """Joules between two readings, None where no meter was."""
+    return None if now_j is None or before_j is None else now_j - before_j
 
 
 def _mean(total: float, count: float) -> float | None:

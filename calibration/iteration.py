@@ -51,7 +51,9 @@ class Outcome:
     `first_layer` and `layers` are where it began and stopped, counted from the embedding;
     `checks` and `heads` how often an exit before the loaded depth and the loaded depth itself were
     asked, `filled_layers` and `filled_rows` the KV that was filled, `pending_tokens` those fed
-    again, `context_tokens` the KV tokens that the rows read, each its own included.
+    again, `context_tokens` the KV tokens that the rows read, each its own included,
+    `prompt_pairs` the sum of n (n + 1) / 2 over prompts, `ghosts` the rows of a static batch that
+    are done and computed all the same, `overheads` the splits of a batch.
     """
 
     emitted: tuple[Emitted, ...]
@@ -65,6 +67,8 @@ class Outcome:
     pending_tokens: int = 0
     context_tokens: int = 0
     prompt_tokens: int = 0
+    prompt_pairs: float = 0.0
+    ghosts: int = 0
     held_level: int = 0
     overheads: int = 0
 
@@ -74,6 +78,10 @@ class Machine(Protocol):
 
     Levels index the model's exits. `read` answers in the order of the rows begun with.
     """
+
+    @property
+    def max_rows(self) -> int:
+        """Requests that the KV cache holds at once."""
 
     def prefill(self, rows: Sequence[Row]) -> None:
         """Take new rows in and run all their tokens through the loaded layers."""
@@ -190,6 +198,7 @@ class Stepper:
             first_layer=0,
             layers=self.depth,
             prompt_tokens=sum(row.to_prefill for row in plan.rows),
+            prompt_pairs=sum(row.to_prefill * (row.to_prefill + 1) / 2 for row in plan.rows),
         )
 
     def _decode(self, plan: Decode) -> Outcome:
@@ -231,6 +240,7 @@ class Stepper:
             filled_rows=len(rows) if filled else 0,
             pending_tokens=pending,
             context_tokens=sum(row.context + 1 for row in rows),
+            ghosts=len(plan.ghosts),
         )
 
     def _rebatched(self, plan: Decode) -> Outcome:

@@ -68,6 +68,13 @@ class Window(Protocol):
     def close(self, busy_s: float | None = None) -> Measurement | Absence:
         """End the window; `busy_s` are the seconds within it in which work ran, if known."""
 
+    def curve(self) -> list[tuple[float, float]]:
+        """Readings so far: seconds of `time.perf_counter` and joules since the first of them.
+
+        A counter gives the readings at which it moved. Empty where nothing is measured; it may be
+        asked for while the window is open.
+        """
+
 
 class Meter(Protocol):
     """A source of energy readings. Windows of one meter must not overlap."""
@@ -223,6 +230,15 @@ class _CounterWindow:
         self._meter = meter
         self._sampler = sampler
 
+    def curve(self) -> list[tuple[float, float]]:
+        samples = list(self._sampler.samples)
+        moved = [
+            later
+            for earlier, later in zip(samples, samples[1:], strict=False)
+            if later[1] != earlier[1]
+        ]
+        return [(at_s, value - moved[0][1]) for at_s, value in moved]
+
     def close(self, busy_s: float | None = None) -> Measurement | Absence:
         sampler, source = self._sampler, self._meter.source
         try:
@@ -298,6 +314,14 @@ class _PowerWindow:
         self._source = source
         self._min_window_s = min_window_s
         self._sampler = sampler
+
+    def curve(self) -> list[tuple[float, float]]:
+        samples = list(self._sampler.samples)
+        points = [(samples[0][0], 0.0)] if samples else []
+        for earlier, later in zip(samples, samples[1:], strict=False):
+            joules = (later[0] - earlier[0]) * (later[1] + earlier[1]) / 2
+            points.append((later[0], points[-1][1] + joules))
+        return points
 
     def close(self, busy_s: float | None = None) -> Measurement | Absence:
         sampler = self._sampler
@@ -409,6 +433,9 @@ class NoMeter:
 class _GivenWindow:
     outcome: Measurement | Absence
 
+    def curve(self) -> list[tuple[float, float]]:
+        return []
+
     def close(self, busy_s: float | None = None) -> Measurement | Absence:
         if isinstance(self.outcome, Absence) or busy_s is None:
             return self.outcome
@@ -435,6 +462,9 @@ class _CrossWindow:
     def __init__(self, first: Window, second: Window) -> None:
         self._first = first
         self._second = second
+
+    def curve(self) -> list[tuple[float, float]]:
+        return self._first.curve() or self._second.curve()
 
     def close(self, busy_s: float | None = None) -> Measurement | Absence:
         second = self._second.close(busy_s)

@@ -211,6 +211,9 @@ RUN_FILES: Final = (
 )
 """Files every run has; the report is drawn from them and may be absent."""
 
+MEASURED_FILES: Final = ("iterations.parquet", "tokens.parquet", "exits.parquet")
+"""Files that only a run on a real backend has beside them."""
+
 _IDENTITY: Final = (
     "schema_version",
     "label",
@@ -516,7 +519,8 @@ def check_target(out_dir: Path) -> None:
     if not out_dir.is_dir():
         raise InputError("It is a file; allowed is a new folder or a run to replace.", str(out_dir))
     present = sorted(entry.name for entry in out_dir.iterdir())
-    foreign = [name for name in present if name not in RUN_FILES and name != REPORT_FILE]
+    allowed = {*RUN_FILES, *MEASURED_FILES, REPORT_FILE}
+    foreign = [name for name in present if name not in allowed]
     if foreign or (present and TOTALS_FILE not in present):
         named = ", ".join((foreign or present)[:3])
         raise InputError(

@@ -35,6 +35,8 @@ class Clockwork:
 class ClockworkMachine:
     """Knows from traces what each exit says of a request's next token."""
 
+    max_rows = 10**6
+
     def __init__(self, name: str, traces: ExitTraces, requests: Requests) -> None:
         self.name = name
         self.traces = traces

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from tests.calibration.clockwork import ClockworkHost, serve_by_clockwork
+from calibration.host import Host, lives_of
+from calibration.tally import Sample, Tally, gap_counts, gap_edges
+from helios_sim.errors import InputError
+from helios_sim.policy import Controller, read_snapshots
+from helios_sim.policy.contract import Event, Slo
+from helios_sim.state import TIMELINE_CAPACITY
+from tests.calibration.clockwork import (
+    Clockwork,
+    ClockworkHost,
+    ClockworkWeights,
+    serve_by_clockwork,
+)
 from tests.engine.factories import (
     drifting_requests,
     drifting_setup,
@@ -56,7 +68,8 @@ def comparable(host: ClockworkHost, run, frame) -> None:
     for name, column in columns.items():
         assert column == frame[name].to_list(), name
     assert len(host.decisions) == len(run.decisions)
-    for mine, simulated in zip(host.decisions, run.decisions, strict=True):
+    told = read_snapshots([0] * len(run.decisions), [one.snapshot for one in run.decisions])
+    for mine, simulated, snapshot in zip(host.decisions, run.decisions, told, strict=True):
         assert (mine.time_s, mine.event, mine.decision, mine.assignment) == (
             simulated.time_s,
             simulated.event,
@@ -65,7 +78,7 @@ def comparable(host: ClockworkHost, run, frame) -> None:
         )
         assert mine.moved_bytes == simulated.moved_bytes
         assert mine.ready_s == simulated.ready_s
-        assert seen(mine.snapshot) == seen(simulated.snapshot)
+        assert seen(mine.snapshot) == seen(snapshot)
 
 
 def seen(snapshot):
@@ -118,3 +131,114 @@ def test_the_host_takes_the_simulators_decisions_at_its_times(use, options, serv
         totals.num_evaluations,
     )
     assert host.batch.max_running == totals.max_running
+
+
+def test_a_closed_loop_sends_its_users_next_requests_at_the_simulators_times() -> None:
+    setup = drifting_setup()
+    requests = drifting_requests(80, num_users=6)
+    run, data = play(setup, requests, "helios")
+    host = serve_by_clockwork(setup, setup.traces, requests, policy_of("helios"))
+    comparable(host, run, data.requests)
+
+
+def test_requests_that_never_fit_are_refused_as_in_the_simulator() -> None:
+    setup = drifting_setup(fleet={"memory_bytes": 25_000})
+    requests = drifting_requests(60, max_prompt=80)
+    run, data = play(setup, requests, "ee-single", exit_mode="wait")
+    host = serve_by_clockwork(
+        setup, setup.traces, requests, policy_of("ee-single", exit_mode="wait")
+    )
+    comparable(host, run, data.requests)
+    assert any(life.status == "refused" for life in host.lives)
+    assert any(life.num_preemptions for life in host.lives)
+
+
+def test_recorded_telemetry_gives_the_same_decisions_in_a_fresh_controller() -> None:
+    setup = drifting_setup()
+    requests = drifting_requests(160)
+    host = serve_by_clockwork(setup, setup.traces, requests, policy_of("helios"))
+    controller = Controller(policy_of("helios"), host.cards)
+    assert len(host.decisions) > 10
+    for entry in host.decisions:
+        seen_then = entry.snapshot
+        decision, snapshot = controller.consult(
+            now_s=seen_then.now_s,
+            event=seen_then.event,
+            assignment=seen_then.assignment,
+            telemetry=seen_then.telemetry,
+            load_s=seen_then.load_s,
+            num_waiting=seen_then.num_waiting,
+            num_running=seen_then.num_running,
+            max_batch=seen_then.max_batch,
+            expected_tokens=seen_then.expected_tokens,
+            slo=seen_then.slo,
+        )
+        assert decision == entry.decision
+        assert snapshot == seen_then
+
+
+def test_all_events_are_asked_for() -> None:
+    setup = drifting_setup()
+    host = serve_by_clockwork(
+        setup, setup.traces, drifting_requests(240), policy_of("helios", breach_limit=4)
+    )
+    assert {entry.event for entry in host.decisions} == set(Event)
+
+
+def host_of(use: str, read_j=None, **serving) -> Host:
+    setup = drifting_setup(**serving)
+    requests = drifting_requests(4)
+    clock = Clockwork()
+    return Host(
+        room=setup,
+        policy=policy_of(use) if isinstance(use, str) else use,
+        slo=Slo(),
+        lives=lives_of(requests, [[]] * 4),
+        weights=ClockworkWeights(setup, setup.traces, requests, clock),
+        clock=clock,
+        max_batch=8,
+        timeline_interval_s=1.0,
+        read_j=read_j,
+    )
+
+
+def test_a_policy_that_knows_the_future_is_refused() -> None:
+    with pytest.raises(InputError, match="real backend does not"):
+        host_of("clairvoyant")
+
+
+def test_chunked_batches_are_refused_with_what_is_allowed() -> None:
+    with pytest.raises(InputError, match='"continuous" and "static"'):
+        host_of("vanilla", batching="chunked")
+
+
+def test_a_choice_by_energy_is_refused_without_a_meter_and_reads_it_otherwise() -> None:
+    by_energy = policy_of("helios", objective="energy")
+    with pytest.raises(InputError, match="no energy meter"):
+        host_of(by_energy)
+    counted_j = iter(range(0, 10**6, 5))
+    host = host_of(by_energy, read_j=lambda: float(next(counted_j)))
+    host.play()
+    told = [one.snapshot.telemetry for one in host.decisions if one.snapshot.telemetry]
+    assert told
+    assert all(telemetry.energy_j == 5.0 for telemetry in told)
+
+
+def test_gaps_are_counted_in_bins_about_one_percent_wide() -> None:
+    edges, gaps = gap_edges(), [0.0, 1e-9, 0.01, 0.0101, 5.0, 1e9]
+    counts = gap_counts(gaps)
+    assert len(edges) == len(counts) + 1
+    assert sum(counts) == len(gaps)
+    place = int(np.searchsorted(edges, 5.0, side="right")) - 1
+    assert counts[place] == 1
+    assert edges[place + 1] / edges[place] < 1.02
+    assert gap_counts([]) == (0,) * len(counts)
+
+
+def test_the_timeline_halves_its_resolution_when_it_is_full() -> None:
+    tally = Tally(timeline_interval_s=1.0)
+    for second in range(TIMELINE_CAPACITY + 10):
+        tally.sample(Sample(float(second), 0.0, 0, 0, 0, 0, 0, "", 0, "idle"))
+    assert len(tally.samples) == TIMELINE_CAPACITY // 2 + 10
+    assert tally.timeline_interval_s == 2.0
+    assert tally.samples[0].time_s == 1.0

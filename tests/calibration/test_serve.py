@@ -1,0 +1,324 @@
+"""A scenario served for real becomes a run folder that keeps the laws and can be replayed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from calibration.cli import main
+from calibration.energy import RunEnergy
+from calibration.meters import Absence, Measurement, NoMeter
+from calibration.serve import ServeSettings, serve
+from helios_sim.errors import InputError
+from helios_sim.exits import read_traces
+from helios_sim.policy import Controller, make_policy, read_snapshots
+from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
+from helios_sim.records import read_run, read_summary
+from tests.calibration.serving import DOMAINS, family, first_exit_threshold, model_of, write_profile
+
+HELIOS = """
+[[policy]]
+use = "helios"
+evaluation_requests = 2
+reassess_requests = 12
+breach_window_tokens = 20
+breach_limit = 8
+"""
+SCENARIO = """
+name = "tiny"
+seed = 3
+
+[workload]
+num_requests = 30
+arrivals = {{ kind = "poisson", rate_per_s = 60.0 }}
+prompt = {{ kind = "uniform", min_tokens = 4, max_tokens = 24 }}
+output = {{ kind = "geometric", mean_tokens = 8, max_tokens = 20 }}
+domains = [{{ name = "code", share = 0.5 }}, {{ name = "prose", share = 0.5 }}]
+
+[fleet]
+profile = "profile"
+
+[serving]
+max_batch = 4
+block_tokens = 8
+expected_prompt_tokens = 14
+expected_output_tokens = 8
+
+[measure]
+timeline_interval_s = 0.05
+{policies}
+"""
+NAMES = {Keep: "keep", Evaluate: "evaluate", Serve: "serve"} | {
+    LoadLayers: "load-layers",
+    Switch: "switch",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with two checkpoints, their profile and a scenario of two policies."""
+    folder = tmp_path_factory.mktemp("serving")
+    models = [model_of("small", (2, 4), seed=1), model_of("large", (2, 4, 6), seed=2)]
+    threshold = first_exit_threshold(models[0])
+    family(folder / "family", threshold)
+    write_profile(folder / "profile", models, threshold)
+    wait = '[[policy]]\nuse = "ee-single"\nexit_mode = "wait"\n'
+    (folder / "tiny.toml").write_text(SCENARIO.format(policies=HELIOS + wait))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(place) -> Path:
+    """A run of HELIOS on the real backend."""
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu")
+    serve(place / "tiny.toml", place / "run", settings)
+    return place / "run"
+
+
+def told(capsys, *arguments: str) -> tuple[int, str]:
+    """The exit code of a command line and what it said on standard error."""
+    with pytest.raises(SystemExit) as end:
+        main(["serve", *arguments])
+    return int(end.value.code or 0), capsys.readouterr().err
+
+
+def test_a_served_run_keeps_every_law_and_says_that_it_was_measured(served) -> None:
+    run = read_run(served)
+    summary = read_summary(served)
+    assert run.origin == summary["origin"] == "measured"
+    assert summary["completed"] == 30
+    assert run.requests["generated_tokens"].sum() == run.requests["output_tokens"].sum()
+    totals = run.totals
+    assert totals.busy_s + totals.idle_s + totals.load_s == pytest.approx(totals.end_s)
+    assert totals.load_s > 0.0
+    assert run.timeline["interval_s"].sum() == pytest.approx(totals.end_s)
+    assert 0.0 <= summary["agreement"] <= 1.0
+    assert summary["perplexity"] > 1.0
+    assert run.environment["tokens"] == "teacher-forced"
+
+
+def test_energy_is_null_where_no_meter_is_and_never_zero(served) -> None:
+    run = read_run(served)
+    if run.environment["meter"] != "none":
+        pytest.skip("this machine has an energy meter")
+    assert math.isnan(run.totals.energy_j)
+    assert read_summary(served)["total_gpu_energy"] is None
+    assert run.timeline["power_w"].null_count() == run.timeline.height
+
+
+def test_recorded_telemetry_gives_the_same_decisions_in_the_simulators_controller(served) -> None:
+    run = read_run(served)
+    log = run.decisions
+    snapshots = read_snapshots(log["replica"], log["snapshot"])
+    options = {key: value for key, value in run.scenario["policy"][0].items() if key != "use"}
+    controller = Controller(make_policy("helios", options), snapshots[0].candidates)
+    assert log.height >= 4
+    for row, seen in zip(log.iter_rows(named=True), snapshots, strict=True):
+        decision, snapshot = controller.consult(
+            now_s=seen.now_s,
+            event=seen.event,
+            assignment=seen.assignment,
+            telemetry=seen.telemetry,
+            load_s=seen.load_s,
+            num_waiting=seen.num_waiting,
+            num_running=seen.num_running,
+            max_batch=seen.max_batch,
+            expected_tokens=seen.expected_tokens,
+            slo=seen.slo,
+        )
+        assert (NAMES[type(decision)], decision.reason) == (row["decision"], row["reason"])
+        assert snapshot == seen
+
+
+def test_iterations_and_tokens_add_up_to_the_run(served) -> None:
+    run = read_run(served)
+    iterations = pl.read_parquet(served / "iterations.parquet")
+    tokens = pl.read_parquet(served / "tokens.parquet")
+    totals = run.totals
+    assert iterations.height == totals.num_iterations
+    assert iterations["seconds"].sum() == pytest.approx(totals.busy_s)
+    assert iterations["emitted"].sum() == tokens.height == run.requests["generated_tokens"].sum()
+    assert (iterations["host_s"] <= iterations["seconds"]).all()
+    starts, ends = iterations["start_s"], iterations["start_s"] + iterations["seconds"]
+    assert (starts[1:] >= ends[:-1] - 1e-9).all()
+    decodes = iterations.filter(pl.col("kind") == "decode")
+    assert decodes["rows"].sum() == totals.decode_rows
+    assert (decodes["layers"] <= decodes["depth"]).all()
+    by_request = tokens.group_by("request_id").agg(
+        pl.col("agrees").sum(), pl.col("breached").sum(), pl.col("breached_relative").sum()
+    )
+    joined = run.requests.with_columns(pl.col("request_id").cast(pl.Int32)).join(
+        by_request, "request_id"
+    )
+    assert (joined["agrees"] == joined["agree_tokens"]).all()
+    assert (joined["breached"] == joined["breaches"]).all()
+    assert (joined["breached_relative"] == joined["breaches_relative"]).all()
+
+
+def test_the_runs_own_exit_traces_hold_what_each_served_token_would_do(served) -> None:
+    run = read_run(served)
+    traces = read_traces(served / "exits.parquet")
+    tokens = pl.read_parquet(served / "tokens.parquet")
+    assert set(traces.domains) == set(DOMAINS)
+    assert traces.exit_layers == {"small": (2, 4), "large": (2, 4, 6)}
+    starts = dict(run.requests.select("request_id", "trace_start").iter_rows())
+    domains = dict(run.requests.select("request_id", "domain").iter_rows())
+    for one in tokens.filter(pl.col("exit_level") == 0).iter_rows(named=True):
+        at = (
+            traces.domain_index(domains[one["request_id"]]),
+            starts[one["request_id"]] + one["place"],
+            0,
+        )
+        # Layers before the first exit are never skipped, so serving and rereading agree there.
+        assert traces.confidence[one["model"]][at] == pytest.approx(one["confidence"], abs=1e-4)
+        assert bool(traces.agrees[one["model"]][at]) == one["agrees"]
+
+
+def test_serving_again_gives_the_same_tokens_but_not_the_same_times(place, capsys) -> None:
+    main_arguments = [
+        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family")),
+        *("--out", str(place / "twice"), "--policy", "ee-single", "--limit", "6"),
+        *("--repeat", "2", "--device", "cpu", "--kv", "pages"),
+    ]
+    code, _ = told(capsys, *main_arguments)
+    assert code == 0
+    first, second = (
+        pl.read_parquet(place / "twice" / f"repeat-{k}/tokens.parquet") for k in (1, 2)
+    )
+    both = [
+        frame.sort("request_id", "place").select("request_id", "place", "exit_level")
+        for frame in (first, second)
+    ]
+    assert both[0].height == both[1].height
+    run = read_run(place / "twice" / "repeat-1")
+    assert run.requests.height == run.scenario["workload"]["num_requests"] == 6
+
+
+def test_free_running_feeds_a_model_its_own_tokens(place) -> None:
+    settings = ServeSettings(
+        (place / "family" / "large", place / "family" / "small"),
+        ("ee-single",),
+        device="cpu",
+        free_running=True,
+        duration_s=0.1,
+    )
+    (one,) = serve(place / "tiny.toml", place / "free", settings)
+    run = read_run(one.folder)
+    assert run.environment["tokens"] == "free-running"
+    assert 0 < run.requests.height < 30
+    tokens = pl.read_parquet(one.folder / "tokens.parquet")
+    # The likelihood of a model's own most likely token is never below that of an even guess.
+    assert (tokens["nll_nats"] <= math.log(256) + 1e-6).all()
+
+
+def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calibration.host.Host.emit", interrupted)
+    code, said = told(
+        capsys,
+        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family")),
+        *("--out", str(place / "never"), "--policy", "helios", "--device", "cpu"),
+    )
+    assert code == 130
+    assert "the run under way was not written" in said
+    assert not (place / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "serving.batching=chunked"], 'serves "continuous" and "static"'),
+        (["--set", "fleet.num_replicas=2"], "serves one replica"),
+        (["--policy", "vanila"], "has no policy 'vanila'"),
+        (["--device", "tpu"], "allowed are auto, cpu and cuda"),
+        (["--kv", "pools"], "allowed are slots and pages"),
+        (["--set", "policy.0.use=clairvoyant", "--set", "policy.0.label=c"], "exits of tokens to"),
+        (["--set", "workload.prompt={kind='constant',tokens=250}",
+          "--set", "workload.over_context=error"], "more than the 256 positions"),
+    ],
+    ids=lambda one: str(one)[:30],
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused_in_a_sentence(place, capsys, arguments, said) -> None:
+    if "policy.0.use=clairvoyant" in arguments:
+        text = SCENARIO.format(policies='[[policy]]\nuse = "clairvoyant"\n')
+        (place / "future.toml").write_text(text)
+        arguments, scenario = [], place / "future.toml"
+    else:
+        scenario = place / "tiny.toml"
+    out = place / "refused"
+    code, error = told(
+        capsys,
+        *(str(scenario), "--checkpoints", str(place / "family"), "--out", str(out)),
+        *arguments,
+    )
+    assert code == 2
+    assert said in error
+    assert not out.exists()
+
+
+def test_a_candidate_without_a_checkpoint_is_named(place, capsys) -> None:
+    code, error = told(
+        capsys,
+        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family" / "small")),
+        *("--out", str(place / "refused")),
+    )
+    assert code == 2
+    assert "candidate 'large' has no checkpoint" in error
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("tokenizer", "words", "tokenizer is words"),
+        ("exit_layers", [1, 4], "exit_layers is [1, 4]"),
+        ("confidence", {"kind": "top2-margin", "threshold": 0.5}, "confidence is top2-margin"),
+    ],
+)
+def test_another_model_than_the_profiles_is_refused(place, tmp_path, key, value, said) -> None:
+    paths = family(tmp_path / "family")
+    file = paths["small"] / "early_exit.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value, "guard": None}))
+    settings = ServeSettings((tmp_path / "family",), device="cpu")
+    with pytest.raises(InputError, match=said.replace("[", r"\[")):
+        serve(place / "tiny.toml", tmp_path / "run", settings)
+
+
+def test_a_run_is_never_written_over_something_else(place, tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu")
+    with pytest.raises(InputError, match="not a run"):
+        serve(place / "tiny.toml", tmp_path, settings)
+
+
+class Steady:
+    """A meter of 10 W, with a reading every 10 ms of a clock that the test sets."""
+
+    source, explanation, tick_s, min_window_s = "steady", "ten watts", 0.0, 0.0
+
+    def open(self) -> Steady:
+        return self
+
+    def curve(self) -> list[tuple[float, float]]:
+        return [(100.0 + k / 100, k / 10) for k in range(1000)]
+
+    def close(self, busy_s: float | None = None) -> Measurement:
+        return Measurement("steady", 99.9, 9.99, 10.0, 10.0, 999, True, False)
+
+
+def test_energy_is_read_at_any_time_of_the_run_between_two_readings() -> None:
+    energy = RunEnergy(Steady())
+    energy.open()
+    energy.started(101.0)
+    energy.close(1.0)
+    assert energy.at(2.005) - energy.at(0.0) == pytest.approx(20.05)
+    without = RunEnergy(NoMeter("none here"))
+    without.open()
+    assert isinstance(without.close(1.0), Absence)
+    assert math.isnan(without.at(0.5))
+    assert without.so_far_j() is None
