@@ -6,12 +6,13 @@ import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import polars as pl
 
+from calibration.timing import Timing
 from helios_sim.errors import InputError
 
 READINGS_FILE: Final = "readings.jsonl"
@@ -64,6 +65,7 @@ class Reading:
     prefill. `seconds` is the median of one repetition and `mad_s` its spread. `joules` are those
     of one repetition, None without a meter; `watts` is the mean over the window, `cross_watts`
     a second source's word on it. `short_window` marks an energy window below the meter's minimum.
+    `idle_share` is the part of a window, or of a processor's samples, in which no work ran.
     `bytes` are measured (memory) or moved (copies, loads); `predicted_bytes` is what the model
     arithmetic says of them.
     """
@@ -95,6 +97,16 @@ class Reading:
     started_at: str = ""
     purpose: Purpose = "fit"
     note: str = ""
+
+    def timed(self, timing: Timing) -> Reading:
+        """The same reading with a timing's figures."""
+        return replace(
+            self,
+            seconds=timing.seconds,
+            mad_s=timing.mad_s,
+            repetitions=timing.repetitions * timing.samples,
+            idle_share=timing.waited_share,
+        )
 
     @property
     def key(self) -> Key:

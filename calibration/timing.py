@@ -2,7 +2,8 @@
 
 A sample is a run of repetitions long enough to be told from the timer's own cost; what counts is
 the median of several samples and their median absolute deviation. Pieces of work that are to be
-compared are sampled in turns, so that a machine that slows down slows all of them.
+compared are sampled in turns, so that a machine that slows down slows all of them. On a shared
+processor a sample during which others were let run is taken again, a few times at most.
 """
 
 from __future__ import annotations
@@ -24,20 +25,34 @@ CUDA_SAMPLE_S: Final = 0.02
 
 CPU_SAMPLE_S: Final = 0.005
 
+DISTURBED_SHARE: Final = 0.03
+"""Of a sample's time; where the process waited for longer, the sample is taken again."""
+
+MAX_TRIES: Final = 4
+"""Samples taken for each one that is wanted."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of a sample, and the share of them in which the process was kept from running."""
+
+    seconds: float
+    waited_share: float = 0.0
+
 
 @dataclass(frozen=True)
 class Timing:
     """Median seconds of one repetition, their median absolute deviation, and how they came about.
 
-    `repetitions` were run in each of `samples` samples; `spent_s` is the wall time all of it took,
-    warm-up included.
+    `repetitions` were run in each of `samples` samples. `waited_share` is the mean share of the
+    samples' time in which the process was kept from running, on a processor.
     """
 
     seconds: float
     mad_s: float
     repetitions: int
     samples: int
-    spent_s: float
+    waited_share: float
 
 
 class Timer(Protocol):
@@ -47,8 +62,8 @@ class Timer(Protocol):
     def min_sample_s(self) -> float:
         """Seconds of work that one sample holds at least."""
 
-    def sample_s(self, work: Work, repetitions: int) -> float:
-        """Seconds that `repetitions` of the work take together, the device idle before."""
+    def sample(self, work: Work, repetitions: int) -> Sample:
+        """Time `repetitions` of the work together, the device idle before."""
 
 
 class WallTimer:
@@ -59,14 +74,18 @@ class WallTimer:
         self.min_sample_s = min_sample_s or (CUDA_SAMPLE_S if cuda else CPU_SAMPLE_S)
         self._device = device
 
-    def sample_s(self, work: Work, repetitions: int) -> float:
+    def sample(self, work: Work, repetitions: int) -> Sample:
         """Seconds from an idle device to an idle device."""
         synchronise(self._device)
-        begin_s = time.perf_counter()
+        begin_s, begin_running_s = time.perf_counter(), time.process_time()
         for _ in range(repetitions):
             work()
         synchronise(self._device)
-        return time.perf_counter() - begin_s
+        seconds = time.perf_counter() - begin_s
+        running_s = time.process_time() - begin_running_s
+        # A host that waits for a GPU is not disturbed; several threads run more than the clock.
+        waited = self._device.type == "cpu" and seconds > 0.0
+        return Sample(seconds, max(0.0, 1.0 - running_s / seconds) if waited else 0.0)
 
 
 class CudaTimer:
@@ -75,7 +94,7 @@ class CudaTimer:
     def __init__(self, min_sample_s: float = CUDA_SAMPLE_S) -> None:
         self.min_sample_s = min_sample_s
 
-    def sample_s(self, work: Work, repetitions: int) -> float:
+    def sample(self, work: Work, repetitions: int) -> Sample:
         """Seconds between two events on the stream."""
         begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -85,7 +104,7 @@ class CudaTimer:
             work()
         end.record()
         end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+        return Sample(float(begin.elapsed_time(end)) / 1e3)
 
 
 def timer_for(device: torch.device, min_sample_s: float | None = None) -> Timer:
@@ -108,35 +127,41 @@ def timed(
     samples: int = 5,
     warmups: int = 2,
     seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
     """Time several pieces of work in turns; one `Timing` each, in the order given.
 
-    Every round samples each piece once, in a random order. Repetitions are chosen for each piece
-    so that a sample holds at least the timer's `min_sample_s`.
+    Every round samples each piece once, in a random order, until each has `samples` that were
+    not disturbed, or `MAX_TRIES` times as many in all; the least disturbed then count.
+    Repetitions are chosen for each piece so that a sample holds at least the timer's
+    `min_sample_s`.
     """
     if samples < 1 or warmups < 1:
         raise ValueError(f"timed() was given {samples} samples and {warmups} warm-ups; 1 at least.")
-    spent_s = [0.0] * len(works)
-    repetitions = [1] * len(works)
-    for index, work in enumerate(works):
-        begin_s = clock()
-        repetitions[index] = _repetitions(work, timer, warmups)
-        spent_s[index] += clock() - begin_s
-    found: list[list[float]] = [[] for _ in works]
-    order = list(range(len(works)))
+    repetitions = [_repetitions(work, timer, warmups) for work in works]
+    taken: list[list[Sample]] = [[] for _ in works]
     shuffle = random.Random(seed).shuffle
-    for _ in range(samples):
+    for _ in range(samples * MAX_TRIES):
+        order = [index for index, found in enumerate(taken) if _num_quiet(found) < samples]
+        if not order:
+            break
         shuffle(order)
         for index in order:
-            begin_s = clock()
-            seconds = timer.sample_s(works[index], repetitions[index])
-            found[index].append(seconds / repetitions[index])
-            spent_s[index] += clock() - begin_s
+            taken[index].append(timer.sample(works[index], repetitions[index]))
     return [
-        Timing(*median_and_mad(values), repetitions[index], samples, spent_s[index])
-        for index, values in enumerate(found)
+        _timing(found, samples, number) for found, number in zip(taken, repetitions, strict=True)
     ]
+
+
+def _num_quiet(found: Sequence[Sample]) -> int:
+    return sum(sample.waited_share <= DISTURBED_SHARE for sample in found)
+
+
+def _timing(found: Sequence[Sample], samples: int, repetitions: int) -> Timing:
+    """The figures of the least disturbed samples."""
+    kept = sorted(found, key=lambda sample: sample.waited_share)[:samples]
+    middle, spread = median_and_mad([sample.seconds / repetitions for sample in kept])
+    waited = statistics.fmean(sample.waited_share for sample in kept)
+    return Timing(middle, spread, repetitions, len(kept), waited)
 
 
 def median_and_mad(values: Sequence[float]) -> tuple[float, float]:
@@ -147,10 +172,12 @@ def median_and_mad(values: Sequence[float]) -> tuple[float, float]:
 
 def _repetitions(work: Work, timer: Timer, warmups: int) -> int:
     """Warm up, then raise the repetitions until a sample is long enough."""
-    timer.sample_s(work, warmups)
+    timer.sample(work, warmups)
     repetitions = 1
     while True:
-        seconds = timer.sample_s(work, repetitions)
+        found = timer.sample(work, repetitions)
+        # What was waited for others is no work, and will be less in a quiet sample.
+        seconds = found.seconds * max(0.5, 1.0 - found.waited_share)
         if seconds >= timer.min_sample_s:
             return repetitions
         # A tenth on top, so that the usual sample is not just too short.

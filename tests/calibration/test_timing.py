@@ -10,6 +10,7 @@ import torch
 from calibration.timing import (
     Captured,
     NotCaptured,
+    Sample,
     WallTimer,
     Work,
     capture,
@@ -30,9 +31,9 @@ class CountingTimer:
         self.seconds = seconds
         self.calls: list[tuple[Work, int]] = []
 
-    def sample_s(self, work: Work, repetitions: int) -> float:
+    def sample(self, work: Work, repetitions: int) -> Sample:
         self.calls.append((work, repetitions))
-        return self.seconds[work] * repetitions
+        return Sample(self.seconds[work] * repetitions)
 
 
 def works(count: int) -> list[Work]:
@@ -65,7 +66,38 @@ def test_an_outlier_moves_neither_median_nor_spread() -> None:
 def test_the_wall_clock_finds_the_time_of_a_sleep() -> None:
     (found,) = timed([lambda: time.sleep(0.01)], WallTimer(CPU), samples=3)
     assert found.seconds == pytest.approx(0.01, rel=0.5)
-    assert found.spent_s >= 3 * 0.01
+    assert found.waited_share > 0.5
+
+
+def test_samples_in_which_others_ran_are_taken_again() -> None:
+    class SharedTimer:
+        min_sample_s = 0.5
+        calls = 0
+
+        def sample(self, work: Work, repetitions: int) -> Sample:
+            self.calls += 1
+            return Sample(5.0, 0.8) if self.calls % 2 else Sample(1.0, 0.0)
+
+    timer = SharedTimer()
+    (found,) = timed(works(1), timer, samples=3)
+    assert found.seconds == 1.0
+    assert found.waited_share == 0.0
+
+
+def test_a_machine_that_is_never_quiet_ends_the_wait_and_says_so() -> None:
+    class BusyTimer:
+        min_sample_s = 0.5
+        calls = 0
+
+        def sample(self, work: Work, repetitions: int) -> Sample:
+            self.calls += 1
+            return Sample(2.0, 0.5)
+
+    timer = BusyTimer()
+    (found,) = timed(works(1), timer, samples=3)
+    assert found.waited_share == 0.5
+    assert found.samples == 3
+    assert timer.calls < 20
 
 
 def test_twice_the_work_takes_about_twice_the_time() -> None:

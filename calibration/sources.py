@@ -1,0 +1,139 @@
+"""Models to measure as a user names them: checkpoint folders, and public shapes by name."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from calibration.model.checkpoint import default_exits, open_checkpoint
+from calibration.model.early_exit import EarlyExitLM, load
+from calibration.model.family import shape_of
+from calibration.model.shapes import SHAPES, random_model
+from helios_sim.errors import InputError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be loaded to any of its exits; `folder` is None for a public shape."""
+
+    name: str
+    folder: Path | None
+    num_layers: int
+    exit_layers: tuple[int, ...]
+    vocab: int
+    tokenizer: str
+    max_positions: int
+
+    def load(self, depth: int, device: torch.device, dtype: torch.dtype) -> EarlyExitLM:
+        """The model with its first `depth` layers, an exit; random weights for a shape."""
+        if self.folder is not None:
+            return load(
+                self.folder,
+                depth=depth,
+                exits=self.exit_layers,
+                device=device,
+                dtype=dtype,
+                name=self.name,
+            )
+        return random_model(
+            self.name, depth=depth, exits=self.exit_layers, device=device, dtype=dtype, seed=0
+        )
+
+
+def find_sources(models: Sequence[str], exits: Sequence[int] | None = None) -> tuple[Source, ...]:
+    """Checkpoints and shapes of these names, in order, each once.
+
+    A folder without config.json stands for the checkpoints in it. `exits` replaces the exit
+    layers of every model. Raises `InputError` naming what is neither a folder nor a shape.
+    """
+    found: list[Source] = []
+    for model in models:
+        path = Path(model)
+        if path.is_dir():
+            found += [_checkpoint(folder, exits) for folder in _checkpoint_folders(path)]
+        elif model in SHAPES:
+            found.append(_shape(model, exits))
+        else:
+            near = difflib.get_close_matches(model, list(SHAPES), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise InputError(
+                f"{model!r} is neither a folder nor a public shape{hint} Shapes are "
+                f"{', '.join(SHAPES)}.",
+                "--models",
+            )
+    if not found:
+        raise InputError("No model was named; give checkpoint folders or shapes.", "--models")
+    names = [source.name for source in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"Two models are called {name!r}; measure them apart.", "--models")
+    return tuple(found)
+
+
+def sample_tokens(vocab: int, count: int = 65536) -> list[int]:
+    """Token ids of the interpreter's own sources, as many as asked for.
+
+    Bytes where the vocabulary is one of bytes; else words by their hash, which repeat as words
+    of real text do.
+    """
+    folder = Path(os.__file__).parent
+    ids: list[int] = []
+    for file in sorted(folder.glob("*.py")):
+        content = file.read_bytes()
+        if vocab == 256:
+            ids += content.replace(b"\0", b" ")
+        else:
+            ids += [zlib.crc32(word) % vocab for word in content.split()]
+        if len(ids) >= count:
+            break
+    if not ids:
+        raise InputError("The interpreter ships no sources to take text from.", str(folder))
+    return [ids[place % len(ids)] for place in range(count)]
+
+
+def _checkpoint_folders(path: Path) -> list[Path]:
+    if (path / "config.json").is_file():
+        return [path]
+    inside = sorted(entry for entry in path.iterdir() if (entry / "config.json").is_file())
+    if not inside:
+        raise InputError(
+            "The folder holds no config.json, nor does a folder in it; give a checkpoint folder "
+            "or one that holds such folders.",
+            str(path),
+        )
+    return inside
+
+
+def _checkpoint(folder: Path, exits: Sequence[int] | None) -> Source:
+    opened = open_checkpoint(folder)
+    shape = shape_of(opened.config)
+    settings = opened.settings
+    standing = settings.exit_layers if settings else default_exits(shape.layers)
+    return Source(
+        name=settings.name if settings else folder.resolve().name,
+        folder=folder,
+        num_layers=shape.layers,
+        exit_layers=tuple(exits) if exits else standing,
+        vocab=shape.vocab,
+        tokenizer=settings.tokenizer if settings else "unknown",
+        max_positions=shape.max_positions,
+    )
+
+
+def _shape(name: str, exits: Sequence[int] | None) -> Source:
+    shape = SHAPES[name]
+    return Source(
+        name=name,
+        folder=None,
+        num_layers=shape.layers,
+        exit_layers=tuple(exits) if exits else default_exits(shape.layers),
+        vocab=shape.vocab,
+        tokenizer="random",
+        max_positions=shape.max_positions,
+    )
