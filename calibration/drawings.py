@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from calibration.check import MEDIAN_BAR, NAMES, P95_BAR, place_of
+from calibration.check import MEDIAN_BAR, MEMORY, NAMES, P95_BAR, place_of
 from calibration.points import HELD_OUT, of_quantity
 from calibration.predict import Predictor
 from helios_sim.report.figures import (
@@ -26,28 +26,31 @@ from helios_sim.report.words import number
 
 _COLUMNS: Final = 3
 _PANEL_HEIGHT: Final = 190
-_UNITS: Final = {"time": ("ms", 1e3), "energy": ("J", 1.0), "bytes": ("MiB", 2.0**-20)}
+_UNITS: Final = {"time": ("ms", 1e3), "energy": ("J", 1.0)}
 _FIT_COLOUR: Final = "@c1"
 _HELD_OUT_COLOUR: Final = "@c2"
 
 
 def _kind(quantity: str) -> str:
-    if quantity.endswith("_energy"):
-        return "energy"
-    return "bytes" if quantity.startswith("memory_") else "time"
+    return "energy" if quantity.endswith("_energy") else "time"
 
 
 def error_figure(compared: pl.DataFrame) -> Figure:
-    """A panel a quantity: relative error over the measured value, fitted and held-out points."""
-    quantities = [name for name in NAMES if (compared["quantity"] == name).any()]
+    """A panel a quantity: relative error over the measured value, fitted and held-out points.
+
+    Memory is left to its table: few values, far apart.
+    """
+    quantities = [
+        name for name in NAMES if name not in MEMORY and (compared["quantity"] == name).any()
+    ]
     rows = math.ceil(len(quantities) / _COLUMNS)
     layout = base_layout(
-        60 + _PANEL_HEIGHT * rows,
+        40 + _PANEL_HEIGHT * rows,
         legend=top_legend(y=1.0 + 34 / (_PANEL_HEIGHT * rows)),
         hovermode="closest",
         shapes=[],
         annotations=[],
-        margin={"l": 60, "r": 16, "t": 62, "b": 44},
+        margin={"l": 60, "r": 16, "t": 62, "b": 4},
     )
     data: list[Figure] = []
     named: set[str] = set()
@@ -56,10 +59,10 @@ def error_figure(compared: pl.DataFrame) -> Figure:
         part = compared.filter(pl.col("quantity") == quantity)
         unit, scale = _UNITS[_kind(quantity)]
         column, row = at % _COLUMNS, at // _COLUMNS
-        left = column / _COLUMNS + (0.03 if column else 0.0)
+        left = column / _COLUMNS + (0.045 if column else 0.0)
         high = 1.0 - row / rows
-        low = high - (0.54 / rows)
-        high -= 0.06 / rows
+        low = high - 0.64 / rows
+        high -= 0.04 / rows
         values = part["measured"].to_numpy() * scale
         largest = max(0.1, 1.15 * float(part["error"].abs().max() or 0.0))  # type: ignore[arg-type]
         ticks = log_ticks(float(values.min()) * 0.8, float(values.max()) * 1.25)
@@ -233,7 +236,59 @@ def layer_figure(
         hovermode="closest",
         margin={"l": 64, "r": 16, "t": 64, "b": 50},
         xaxis=plain_axis("batch (rows)", type="log", tickvals=ticks),
-        yaxis=plain_axis("microseconds per layer", rangemode="tozero"),
+        yaxis=_log_axis("microseconds per layer", data),
+    )
+    return {"data": data, "layout": layout}
+
+
+def _log_axis(title: str, data: Sequence[Figure]) -> Figure:
+    """A logarithmic axis with round ticks over all that is drawn."""
+    values = [value for trace in data for value in trace["y"] if value]
+    if not values:
+        return plain_axis(title, type="log")
+    ticks = log_ticks(min(values), max(values))
+    return plain_axis(title, type="log", tickvals=ticks, ticktext=[number(tick) for tick in ticks])
+
+
+def energy_figure(points: pl.DataFrame, predictor: Predictor) -> Figure:
+    """Joules per token of decode stacks at their deepest, by batch: windows and the profile."""
+    decode = points.filter(
+        (pl.col("quantity") == "decode_energy") & (pl.col("joules") > 0.0) & (pl.col("batch") > 0)
+    )
+    decode = decode.filter(pl.col("layers") == pl.col("layers").max()).sort("batch")
+    joules = decode["joules"].to_numpy() / decode["batch"].to_numpy()
+    predicted = [
+        (predictor.joules(row) or 0.0) / row["batch"] for row in decode.iter_rows(named=True)
+    ]
+    places = [place_of(row) for row in decode.iter_rows(named=True)]
+    data: list[Figure] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": name,
+            "x": decode["batch"].to_list(),
+            "y": rounded(values),
+            "text": places,
+            "marker": {"color": colour, "size": 9, "symbol": symbol},
+            "hovertemplate": f"{name}, %{{text}}<br>%{{y:.4~g}} J a token<extra></extra>",
+        }
+        for name, values, colour, symbol in (
+            ("measured", joules, _FIT_COLOUR, "circle"),
+            ("profile", predicted, _HELD_OUT_COLOUR, "x-thin-open"),
+        )
+    ]
+    largest = int(decode["batch"].max() or 1)  # type: ignore[arg-type]
+    layout = base_layout(
+        340,
+        legend=top_legend(),
+        hovermode="closest",
+        margin={"l": 70, "r": 16, "t": 44, "b": 50},
+        xaxis=plain_axis(
+            "batch (rows)",
+            type="log",
+            tickvals=[2**power for power in range(int(math.log2(largest)) + 1)],
+        ),
+        yaxis=_log_axis("joules per token", data),
     )
     return {"data": data, "layout": layout}
 

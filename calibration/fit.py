@@ -175,7 +175,7 @@ def _measured_model(name: str, node: Any, where: str) -> _Measured:
         )
         confidence = node.get("confidence") or {}
         kind = confidence.get("kind", "max-softmax")
-        if confidence.get("calibration") and not kind.startswith("calibrated-"):
+        if confidence.get("calibrated") and not kind.startswith("calibrated-"):
             kind = f"calibrated-{kind}"
         if kind not in CONFIDENCE_KINDS:
             raise InputError(f"The confidence kind {kind!r} is unknown.", place)
@@ -206,7 +206,7 @@ def _document(
     where = str(folder / POINTS_FILE)
     counts = bool(environment.get("context_counts_new_token", True))
     device = _object(environment, "device", str(folder / ENVIRONMENT_FILE))
-    why_not = _why_no_energy(environment, points)
+    why_not = _why_no_energy(environment)
     idle = _idle(points, why_not)
     limit = _limit(device)
     times: dict[str, TimesFit] = {}
@@ -290,18 +290,14 @@ def _notes(times: Mapping[str, TimesFit], energy: Mapping[str, EnergyFit]) -> li
     return notes
 
 
-def _why_no_energy(environment: Mapping[str, Any], points: pl.DataFrame) -> str:
+def _why_no_energy(environment: Mapping[str, Any]) -> str:
     """Why there is no energy, in the measurement's own words where it has some."""
     meter = environment.get("meter")
-    if isinstance(meter, Mapping):
-        said = meter.get("reason") or meter.get("explanation")
-        if said:
-            return str(said).rstrip(".")
-    if isinstance(meter, str) and meter and meter != "none":
-        return f"the meter {meter} gave no window of decode"
-    if points["watts"].drop_nulls().len():
-        return "no energy window of decode was read"
-    return "no energy meter was there when it was measured"
+    meter = meter if isinstance(meter, Mapping) else {}
+    if meter.get("source", "none") != "none":
+        return f"the meter {meter['source']} gave no sound window of decode"
+    said = meter.get("explanation") or "no energy meter was there when it was measured"
+    return str(said).rstrip(".")
 
 
 def _idle(points: pl.DataFrame, why_not: str) -> Number:
@@ -581,7 +577,7 @@ def _against_floor(
         return []
     rows = []
     own = 0 if counts_new_token else 1
-    decode = of_quantity(points, "decode_layers", mode)
+    decode = of_quantity(points.filter(pl.col("model") == model.name), "decode_layers", mode)
     for row in decode.filter(pl.col("layers") == pl.col("layers").max()).iter_rows(named=True):
         tokens = row["batch"] * ((row["context_tokens"] or 0) + own)
         read = model.layer_weight_bytes() + tokens * model.kv_bytes_per_token(1)

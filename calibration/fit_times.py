@@ -482,7 +482,7 @@ def _prefill_numbers(prefill: _Layers, decode: _Layers, said: _Said) -> dict[str
 def _planes_said(layers: _Layers) -> dict[str, Any]:
     return {
         "kept": [cost.REGIMES[place] for place in layers.chosen.planes],
-        "left_out_rms": {
+        "left_out_mean": {
             "+".join(cost.REGIMES[place] for place in planes): score
             for planes, score in layers.chosen.considered
         },
@@ -503,7 +503,7 @@ def _residual(
 ) -> tuple[tuple[tuple[float, float], ...], dict[str, Any], Floats]:
     """Knots of the batch residual where it lowers the left-out error, and that error."""
     without = decode.chosen.left_out.errors
-    record: dict[str, Any] = {"kept": False, "left_out_rms_without": regression.score(without)}
+    record: dict[str, Any] = {"kept": False, "left_out_mean_without": regression.score(without)}
     batch = _column(decode.points, "batch")
     if len(np.unique(batch)) < _LEAST_BATCHES:
         return (), record | {"why": "fewer than three batches were measured"}, without
@@ -519,7 +519,7 @@ def _residual(
         layers_s = fit.layer_seconds(rest) * factors[batch[out].astype(np.int64)]
         predicted = rest.known + rest.overheads @ fit.overheads + rest.layers * layers_s
         left_out[out] = regression.relative_errors(predicted, rest.seconds)
-    record["left_out_rms_with"] = regression.score(left_out)
+    record["left_out_mean_with"] = regression.score(left_out)
     if not regression.clearly_better(regression.score(left_out), regression.score(without)):
         return (), record | {"why": "it does not clearly lower the left-out error"}, without
     knots = _safe_knots(_factors(readings, decode.chosen.fit, batch), plain)

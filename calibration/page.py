@@ -74,7 +74,7 @@ def render(profile: Profile, points: Path | None = None) -> str:
         _opening(profile, rows),
         _errors(profile, rows, compared, drawn),
         _layers(profile, readings, drawn),
-        _energy(profile),
+        _energy(profile, readings, drawn),
         _memory(profile),
         _loading(profile, compared, drawn),
         _exits(profile, drawn),
@@ -269,7 +269,7 @@ def _layer_facts(name: str, kept: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _energy(profile: Profile) -> str:
+def _energy(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) -> str:
     if not profile.has_energy:
         why = profile.quantities["device.active_w"].source
         return section(
@@ -294,10 +294,25 @@ def _energy(profile: Profile) -> str:
                     found.source,
                 )
             )
+    figures = []
+    for place, name in enumerate(profile.models):
+        mine = readings.filter(pl.col("model") == name)
+        if mine.filter((pl.col("quantity") == "decode_energy") & (pl.col("joules") > 0)).height:
+            figures.append(
+                add_figure(
+                    drawn,
+                    f"energy{place}",
+                    drawings.energy_figure(mine, predictor_of(profile, name)),
+                    f"Joules per token of {name} by batch",
+                    f"{name}: windows of decode stacks at the greatest depth, without head and "
+                    "fixed part; gross joules. Both axes logarithmic.",
+                )
+            )
     return section(
         "Energy",
         "Windows of whole stacks, regressed on seconds, layers, rows and tokens; gross joules. "
         "Active power includes the idle one.",
+        *figures,
         _table(("Power", "Value", "Standard error", "Grade", "Source"), rows, texts=1),
     )
 

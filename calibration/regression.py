@@ -22,6 +22,10 @@ Assignment: TypeAlias = NDArray[np.int64]
 Groups: TypeAlias = NDArray[np.int64]
 
 MAX_ROUNDS: Final = 60
+TRUST_ROUNDS: Final = 3
+HUBER_EDGE: Final = 2.0
+"""Errors beyond so many usual ones (as standard deviations) are trusted less."""
+
 REAL_GAIN: Final = 0.9
 """An extra plane must bring the left-out error below this share of what it is without."""
 REAL_GAIN_ABSOLUTE: Final = 0.002
@@ -165,6 +169,7 @@ def _starts(readings: Readings) -> list[Assignment]:
 
 def _alternate(readings: Readings, start: Assignment) -> tuple[MaxFit, float]:
     assigned = start
+    trust = np.ones(len(readings))
     best: MaxFit | None = None
     best_loss = np.inf
     seen: set[bytes] = set()
@@ -172,24 +177,46 @@ def _alternate(readings: Readings, start: Assignment) -> tuple[MaxFit, float]:
         if assigned.tobytes() in seen:
             break
         seen.add(assigned.tobytes())
-        found = _solve(readings, assigned)
-        errors = relative_errors(found.seconds(readings), readings.seconds)
-        loss = float(errors @ errors)
+        found = _solve(readings, assigned, trust)
+        loss = _loss(readings, found)
         if loss < best_loss:
             best, best_loss = found, loss
         assigned = assignment(readings, found)
     assert best is not None
-    return best, best_loss
+    for _ in range(TRUST_ROUNDS):
+        trust = _trust(relative_errors(best.seconds(readings), readings.seconds))
+        if trust.min() == 1.0:
+            break
+        best = _solve(readings, assignment(readings, best), trust)
+    return best, _loss(readings, best)
 
 
-def _solve(readings: Readings, assigned: Assignment) -> MaxFit:
+def _trust(errors: Floats) -> Floats:
+    """Huber's weights: readings far beyond the usual error pull no harder than at its edge.
+
+    Huber, "Robust estimation of a location parameter", Annals of Mathematical Statistics 35
+    (1964). A shared machine's interruptions make times longer, now and then by half.
+    """
+    usual = 1.4826 * float(np.median(np.abs(errors)))
+    if usual < 1e-12:
+        return np.ones(len(errors))
+    edge = HUBER_EDGE * usual
+    return np.asarray(np.minimum(1.0, np.sqrt(edge / np.maximum(np.abs(errors), edge))))
+
+
+def _loss(readings: Readings, fit: MaxFit) -> float:
+    """Mean size of the relative errors: what alternatives are judged by, outliers included."""
+    return score(relative_errors(fit.seconds(readings), readings.seconds))
+
+
+def _solve(readings: Readings, assigned: Assignment, trust: Floats) -> MaxFit:
     """Coefficients for a given assignment of readings to planes."""
     columns = [readings.overheads]
     for place, plane in enumerate(readings.planes):
         mine = (assigned == place) * readings.layers
         columns.append(plane * mine[:, None])
     unexplained = readings.seconds - readings.known
-    solved = relative_nnls(np.hstack(columns), unexplained, readings.seconds)
+    solved = relative_nnls(np.hstack(columns), unexplained, readings.seconds / trust)
     cuts = np.cumsum([column.shape[1] for column in columns])[:-1]
     overheads, *planes = np.split(solved, cuts)
     return MaxFit(overheads, tuple(planes))
@@ -240,8 +267,8 @@ def leave_out(readings: Readings, fit: MaxFit, groups: Groups | None = None) -> 
 
 
 def score(errors: Floats) -> float:
-    """Root of the mean squared relative error: what a choice between models goes by."""
-    return float(np.sqrt(np.mean(errors**2))) if len(errors) else 0.0
+    """Mean size of relative errors: what a choice between models goes by."""
+    return float(np.mean(np.abs(errors))) if len(errors) else 0.0
 
 
 def clearly_better(new: float, old: float) -> bool:

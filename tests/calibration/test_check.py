@@ -112,7 +112,9 @@ def test_readings_that_are_corrupt_are_refused_in_a_sentence(
 def test_an_absent_meter_is_said_by_the_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = planted.folder(tmp_path / "points", Plan(energy=False), meter={"reason": "no meter"})
+    folder = planted.folder(
+        tmp_path / "points", Plan(energy=False), meter={"source": "none", "explanation": "no meter"}
+    )
     fit_profile(folder, tmp_path / "profile")
     with pytest.raises(SystemExit):
         main(["check", str(tmp_path / "profile")])

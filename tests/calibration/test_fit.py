@@ -144,7 +144,7 @@ def test_a_bump_over_batch_is_kept_where_it_lowers_the_left_out_error(tmp_path: 
     profile = fitted(tmp_path, Plan(coefficients, noise=0.005, factor=factor))
     record = profile.document["measurement"]["models"]["planted"]["batch_residual"]
     assert record["kept"]
-    assert record["left_out_rms_with"] < record["left_out_rms_without"]
+    assert record["left_out_mean_with"] < record["left_out_mean_without"]
     assert falling_time(profile.models["planted"]) is None
 
 
@@ -193,7 +193,11 @@ def test_decode_is_set_beside_the_floors_of_the_same_run(exact: Profile) -> None
 
 
 def test_without_a_meter_energy_is_unavailable_and_says_why(tmp_path: Path) -> None:
-    profile = fitted(tmp_path, Plan(energy=False), meter={"reason": "no NVIDIA driver answers"})
+    profile = fitted(
+        tmp_path,
+        Plan(energy=False),
+        meter={"source": "none", "explanation": "no NVIDIA driver answers"},
+    )
     assert not profile.has_energy
     number = profile.quantities["device.idle_w"]
     assert number.grade == "unavailable"

@@ -57,7 +57,17 @@ def test_every_part_of_a_calibration_has_its_section(page: str) -> None:
 
 def test_every_figure_has_a_place_and_every_place_a_figure(page: str) -> None:
     places = set(re.findall(r'<div class="plot" id="(\w+)"', page))
-    assert places == set(figures(page)) == {"errors", "layers0", "loading", "reliability"}
+    assert (
+        places
+        == set(figures(page))
+        == {
+            "errors",
+            "layers0",
+            "energy0",
+            "loading",
+            "reliability",
+        }
+    )
 
 
 def test_the_layer_figure_shows_points_curve_and_floors(page: str) -> None:
@@ -77,7 +87,9 @@ def test_launching_is_said_to_be_what_graphs_save(page: str) -> None:
 
 def test_without_energy_the_page_says_unavailable_and_why(tmp_path: Path) -> None:
     plan = Plan(energy=False)
-    folder = planted.folder(tmp_path / "points", plan, meter={"reason": "no meter was found"})
+    folder = planted.folder(
+        tmp_path / "points", plan, meter={"source": "none", "explanation": "no meter was found"}
+    )
     page = render(fit_profile(folder, tmp_path / "profile"))
     assert "Unavailable, which is not zero: no meter was found" in page
 
@@ -130,4 +142,4 @@ def test_a_browser_draws_every_figure_without_an_error(profile: Profile, tmp_pat
     ).stdout
     opening = found[: found.index("<head>")]
     assert "data-errors" not in opening
-    assert 'data-ready="4"' in opening
+    assert 'data-ready="5"' in opening

@@ -110,3 +110,13 @@ def test_factors_are_raised_until_no_product_falls(factors: list[float]) -> None
     products = [batch * factor for batch, factor in zip(batches, safe, strict=True)]
     assert all(b >= a * (1 - 1e-12) for a, b in pairwise(products))
     assert all(new >= old for new, old in zip(safe, factors, strict=True))
+
+
+def test_a_few_interrupted_readings_hardly_move_the_fit() -> None:
+    plain = two_planes(0.0, 1e-5, 3e-6).with_planes((1,))
+    factor = np.exp(0.01 * np.random.default_rng(2).standard_normal(24))
+    factor[[4, 11, 17]] *= 1.8
+    noisy = Readings(
+        plain.seconds * factor, plain.layers, plain.known, plain.overheads, plain.planes
+    )
+    assert fit_max(noisy).planes[0] == pytest.approx([1e-5, 3e-6], rel=0.05)
