@@ -1,0 +1,133 @@
+"""Teacher-forced scores of text at every exit: confidence, the token predicted, its likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calibration.model.confidence import KINDS, Kind, confidence_of
+from calibration.model.early_exit import EarlyExitLM
+from helios_sim.errors import InputError
+
+_MAX_LOGITS: Final = 32_000_000
+"""Logits held at once: 128 MB in single precision."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Contiguous positions of a text, each seen with context.
+
+    Row i of the scores predicts token `first + i + 1` of the text from what stands before it,
+    in windows of `window_tokens` of which the last `traced_tokens` count, so that every position
+    has at least window - traced tokens of context.
+    """
+
+    window_tokens: int
+    traced_tokens: int
+    num_positions: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.traced_tokens <= self.window_tokens or self.num_positions < 1:
+            raise InputError(
+                f"Windows of {self.window_tokens} tokens with {self.traced_tokens} scored for "
+                f"{self.num_positions} positions were asked for; the scored part must be at "
+                "least 1 and fit the window, and one position is needed at least."
+            )
+
+    @property
+    def min_context_tokens(self) -> int:
+        """Tokens before a scored position that the model sees at least, with the token itself."""
+        return self.window_tokens - self.traced_tokens + 1
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that the positions take."""
+        return -(-self.num_positions // self.traced_tokens)
+
+    @property
+    def needed_tokens(self) -> int:
+        """Tokens of text that the positions take."""
+        return self.num_windows * self.traced_tokens + self.min_context_tokens
+
+    def cut(self, tokens: NDArray[np.int64]) -> Tensor:
+        """Windows [windows, window_tokens + 1], the last column being only predicted."""
+        if len(tokens) < self.needed_tokens:
+            raise InputError(
+                f"The text has {len(tokens):,} tokens; {self.num_positions:,} positions with "
+                f"their context need {self.needed_tokens:,}. Ask for fewer positions."
+            )
+        text = torch.from_numpy(np.ascontiguousarray(tokens[: self.needed_tokens]))
+        return text.unfold(0, self.window_tokens + 1, self.traced_tokens)[: self.num_windows]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model does at each position and exit; arrays [positions, exits].
+
+    `confidence` is raw, by kind. `predicted` is the most likely token, `nll_nats` the negative
+    log-likelihood of the true token `target` [positions].
+    """
+
+    exit_layers: tuple[int, ...]
+    target: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    nll_nats: NDArray[np.float32]
+    confidence: dict[Kind, NDArray[np.float32]]
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Whether the predicted token is the text's, [positions, exits]."""
+        return self.predicted == self.target[:, None]
+
+    @property
+    def agrees(self) -> NDArray[np.bool_]:
+        """Whether the predicted token is the full model's, [positions, exits]."""
+        return self.predicted == self.predicted[:, -1:]
+
+
+@torch.no_grad()
+def score(
+    model: EarlyExitLM,
+    tokens: NDArray[np.int64],
+    windows: Windows,
+    kinds: Sequence[Kind] = KINDS,
+) -> Scores:
+    """Score a text at every exit of a model loaded to its full depth, windows in batches."""
+    cut = windows.cut(tokens)
+    rows = max(1, _MAX_LOGITS // (model.spec.shape.vocab * windows.window_tokens))
+    parts: list[list[list[Tensor]]] = []
+    for first in range(0, len(cut), rows):
+        batch = cut[first : first + rows].to(model.device)
+        targets = batch[:, 1:][:, -windows.traced_tokens :].reshape(-1)
+        states = model.backbone.forward_dense(batch[:, :-1])
+        exits = []
+        for level, layer in enumerate(model.exit_layers):
+            traced = states[layer - 1][:, -windows.traced_tokens :].flatten(0, 1)
+            logits = model.logits(traced, level).float()
+            nll = logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+            confidences = [confidence_of(logits, kind) for kind in kinds]
+            exits.append([logits.argmax(-1), nll, *confidences])
+        parts.append(exits)
+    num = windows.num_positions
+
+    def column(place: int) -> NDArray[np.float32]:
+        """One quantity [positions, exits] of all batches."""
+        batches = [torch.stack([values[place] for values in exits], -1) for exits in parts]
+        joined: NDArray[np.float32] = torch.cat(batches)[:num].cpu().numpy()
+        return joined
+
+    first_target = windows.min_context_tokens
+    return Scores(
+        exit_layers=model.exit_layers,
+        target=tokens[first_target : first_target + num],
+        predicted=column(0).astype(np.int64),
+        # A likelihood of one may come out a rounding error above one.
+        nll_nats=np.maximum(column(1), 0.0),
+        confidence={kind: column(2 + place) for place, kind in enumerate(kinds)},
+    )
