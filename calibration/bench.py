@@ -30,9 +30,11 @@ from calibration.model.early_exit import EarlyExitLM
 from calibration.occupancy import peak_bytes
 from calibration.readings import Reading
 from calibration.timing import (
+    MAX_TRIES,
     Timer,
     WallTimer,
     Work,
+    quiet_share,
     synchronise,
     timed,
     timer_for,
@@ -196,7 +198,7 @@ class Bench:
         """Seconds that a latency trial is likely to take."""
         depths = job.depths or (self.depths[-1],)
         passes = [probe.pass_s(job, depth / self.depths[-1]) for depth in depths]
-        return timing_s(passes, self.timer.min_sample_s)
+        return timing_s(passes, self.timer.min_sample_s, probe.samples_per_quiet_one)
 
     def probe(self) -> Probe:
         """A few rough looks at how long passes take."""
@@ -215,6 +217,7 @@ class Bench:
             )
             return self._once(self.work(job, depth))
 
+        short_work = self.work(Job("decode_layers", batch=1, context_tokens=short), depth)
         one = seconds("decode_layers", 1, short)
         many = seconds("decode_layers", wide, short)
         far = seconds("decode_layers", wide, long)
@@ -232,6 +235,7 @@ class Bench:
             prefill_s_per_pair=0.0,
             head_s=head,
             head_s_per_row=_slope(head, heads, wide - 1),
+            samples_per_quiet_one=min(MAX_TRIES, 1.0 / quiet_share(self.timer, short_work)),
         )
 
     def time(self, job: Job) -> Iterator[Reading]:

@@ -99,6 +99,8 @@ class Probe:
     prefill_s_per_pair: float
     head_s: float
     head_s_per_row: float
+    samples_per_quiet_one: float = 1.0
+    """Samples to take for one that nothing disturbs."""
 
     def pass_s(self, job: Job, share: float) -> float:
         """Seconds of one repetition of a job with this share of the layers."""
@@ -232,13 +234,16 @@ def shuffled_rounds(jobs: Iterable[Job], seed: int) -> tuple[Job, ...]:
     return tuple(ordered)
 
 
-def timing_s(pass_s: Iterable[float], min_sample_s: float) -> float:
-    """Estimated seconds to time passes of these lengths in turns, warm-up included."""
+def timing_s(pass_s: Iterable[float], min_sample_s: float, samples_each: float = 1.0) -> float:
+    """Estimated seconds to time passes of these lengths in turns, warm-up included.
+
+    `samples_each` is how many samples are taken for one that counts.
+    """
     total = 0.0
     for seconds in pass_s:
         sample_s = max(1.1 * min_sample_s, seconds)
         # One sample more goes into finding the repetitions.
-        total += (SAMPLES + 1) * sample_s + (WARMUPS + 1) * seconds
+        total += (samples_each * SAMPLES + 1) * sample_s + (WARMUPS + 1) * seconds
     return total
 
 

@@ -105,7 +105,7 @@ class Reading:
             seconds=timing.seconds,
             mad_s=timing.mad_s,
             repetitions=timing.repetitions * timing.samples,
-            idle_share=timing.waited_share,
+            idle_share=timing.lost_share,
         )
 
     @property

@@ -3,7 +3,8 @@
 A sample is a run of repetitions long enough to be told from the timer's own cost; what counts is
 the median of several samples and their median absolute deviation. Pieces of work that are to be
 compared are sampled in turns, so that a machine that slows down slows all of them. On a shared
-processor a sample during which others were let run is taken again, a few times at most.
+processor a sample is taken again, a few times at most, if others were let run during it or if a
+known piece of work beside it ran slower than it can.
 """
 
 from __future__ import annotations
@@ -25,34 +26,38 @@ CUDA_SAMPLE_S: Final = 0.02
 
 CPU_SAMPLE_S: Final = 0.005
 
-DISTURBED_SHARE: Final = 0.03
-"""Of a sample's time; where the process waited for longer, the sample is taken again."""
+DISTURBED_SHARE: Final = 0.05
+"""Of a sample's time; where more was lost to others, the sample is taken again."""
 
 MAX_TRIES: Final = 4
 """Samples taken for each one that is wanted."""
 
 
+_REFERENCE_JITTER: Final = 1.08
+"""The reference's own time varies by so much on a quiet machine."""
+
+
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of a sample, and the share of them in which the process was kept from running."""
+    """Seconds of a sample, and the share of them that was lost to others, as far as seen."""
 
     seconds: float
-    waited_share: float = 0.0
+    lost_share: float = 0.0
 
 
 @dataclass(frozen=True)
 class Timing:
     """Median seconds of one repetition, their median absolute deviation, and how they came about.
 
-    `repetitions` were run in each of `samples` samples. `waited_share` is the mean share of the
-    samples' time in which the process was kept from running, on a processor.
+    `repetitions` were run in each of `samples` samples. `lost_share` is the mean share of the
+    samples' time that was lost to others, on a processor.
     """
 
     seconds: float
     mad_s: float
     repetitions: int
     samples: int
-    waited_share: float
+    lost_share: float
 
 
 class Timer(Protocol):
@@ -66,6 +71,32 @@ class Timer(Protocol):
         """Time `repetitions` of the work together, the device idle before."""
 
 
+class Reference:
+    """A known piece of work whose time tells whether a processor is shared at the moment.
+
+    Small products and sums, as small models are made of; the quickest time so far is what it
+    takes alone.
+    """
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._rows = torch.randn(16, 96, generator=generator)
+        self._weights = torch.randn(96, 96, generator=generator)
+        self._best_s = math.inf
+        for _ in range(20):
+            self.slowdown()
+
+    def slowdown(self) -> float:
+        """How many times longer it takes now than alone; 1 or more."""
+        begin_s = time.perf_counter()
+        for _ in range(30):
+            torch.mm(self._rows, self._weights)
+            self._rows.add(1.0)
+        seconds = time.perf_counter() - begin_s
+        self._best_s = min(self._best_s, seconds)
+        return seconds / self._best_s
+
+
 class WallTimer:
     """The wall clock; on a GPU the device is waited for before and after, so host time counts."""
 
@@ -73,19 +104,28 @@ class WallTimer:
         cuda = device.type == "cuda"
         self.min_sample_s = min_sample_s or (CUDA_SAMPLE_S if cuda else CPU_SAMPLE_S)
         self._device = device
+        self._reference = None if cuda else Reference()
 
     def sample(self, work: Work, repetitions: int) -> Sample:
         """Seconds from an idle device to an idle device."""
+        if self._reference is None:
+            return Sample(self._timed(work, repetitions)[0])
+        before = self._reference.slowdown()
+        seconds, running_s = self._timed(work, repetitions)
+        slowdown = max(before, self._reference.slowdown())
+        # Several threads run for more seconds than the clock counts.
+        waited = 1.0 - running_s / seconds if seconds > 0.0 else 0.0
+        slowed = 1.0 - _REFERENCE_JITTER / slowdown
+        return Sample(seconds, max(0.0, waited, slowed))
+
+    def _timed(self, work: Work, repetitions: int) -> tuple[float, float]:
+        """Seconds on the clock, and those in which this process ran."""
         synchronise(self._device)
         begin_s, begin_running_s = time.perf_counter(), time.process_time()
         for _ in range(repetitions):
             work()
         synchronise(self._device)
-        seconds = time.perf_counter() - begin_s
-        running_s = time.process_time() - begin_running_s
-        # A host that waits for a GPU is not disturbed; several threads run more than the clock.
-        waited = self._device.type == "cpu" and seconds > 0.0
-        return Sample(seconds, max(0.0, 1.0 - running_s / seconds) if waited else 0.0)
+        return time.perf_counter() - begin_s, time.process_time() - begin_running_s
 
 
 class CudaTimer:
@@ -152,15 +192,22 @@ def timed(
     ]
 
 
+def quiet_share(timer: Timer, work: Work, looks: int = 10) -> float:
+    """Share of samples of the work that nothing disturbs, from a few looks; above 0."""
+    repetitions = _repetitions(work, timer, 1)
+    found = [timer.sample(work, repetitions) for _ in range(looks)]
+    return max(1, _num_quiet(found)) / looks
+
+
 def _num_quiet(found: Sequence[Sample]) -> int:
-    return sum(sample.waited_share <= DISTURBED_SHARE for sample in found)
+    return sum(sample.lost_share <= DISTURBED_SHARE for sample in found)
 
 
 def _timing(found: Sequence[Sample], samples: int, repetitions: int) -> Timing:
     """The figures of the least disturbed samples."""
-    kept = sorted(found, key=lambda sample: sample.waited_share)[:samples]
+    kept = sorted(found, key=lambda sample: sample.lost_share)[:samples]
     middle, spread = median_and_mad([sample.seconds / repetitions for sample in kept])
-    waited = statistics.fmean(sample.waited_share for sample in kept)
+    waited = statistics.fmean(sample.lost_share for sample in kept)
     return Timing(middle, spread, repetitions, len(kept), waited)
 
 
@@ -177,7 +224,7 @@ def _repetitions(work: Work, timer: Timer, warmups: int) -> int:
     while True:
         found = timer.sample(work, repetitions)
         # What was waited for others is no work, and will be less in a quiet sample.
-        seconds = found.seconds * max(0.5, 1.0 - found.waited_share)
+        seconds = found.seconds * max(0.5, 1.0 - found.lost_share)
         if seconds >= timer.min_sample_s:
             return repetitions
         # A tenth on top, so that the usual sample is not just too short.

@@ -66,7 +66,7 @@ def test_an_outlier_moves_neither_median_nor_spread() -> None:
 def test_the_wall_clock_finds_the_time_of_a_sleep() -> None:
     (found,) = timed([lambda: time.sleep(0.01)], WallTimer(CPU), samples=3)
     assert found.seconds == pytest.approx(0.01, rel=0.5)
-    assert found.waited_share > 0.5
+    assert found.lost_share > 0.5
 
 
 def test_samples_in_which_others_ran_are_taken_again() -> None:
@@ -81,7 +81,7 @@ def test_samples_in_which_others_ran_are_taken_again() -> None:
     timer = SharedTimer()
     (found,) = timed(works(1), timer, samples=3)
     assert found.seconds == 1.0
-    assert found.waited_share == 0.0
+    assert found.lost_share == 0.0
 
 
 def test_a_machine_that_is_never_quiet_ends_the_wait_and_says_so() -> None:
@@ -95,7 +95,7 @@ def test_a_machine_that_is_never_quiet_ends_the_wait_and_says_so() -> None:
 
     timer = BusyTimer()
     (found,) = timed(works(1), timer, samples=3)
-    assert found.waited_share == 0.5
+    assert found.lost_share == 0.5
     assert found.samples == 3
     assert timer.calls < 20
 
