@@ -9,11 +9,13 @@ one the function is transformers' SDPA attention, so a wrapped model still works
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -180,6 +182,19 @@ def attention(
         return output, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend.attend(query, key, value, int(module.layer_idx), scale), None
+
+
+def kernels(device: torch.device) -> AbstractContextManager[None]:
+    """The SDPA kernels to choose among on a device.
+
+    On a GPU cuDNN's are left out: they build a plan for every new shape, and contexts change
+    their width all the time.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    chosen: AbstractContextManager[None] = sdpa_kernel(allowed)
+    return chosen
 
 
 def register() -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.model import graphs, varlen
+from calibration.model import attention, graphs, varlen
 from calibration.model.attention import (
     Attend,
     DecodeAttend,
@@ -149,7 +149,7 @@ class Decoder:
             replayed = captured.run(place, hidden, first, last)
             if replayed is not None:
                 return replayed
-        with torch.no_grad():
+        with torch.no_grad(), attention.kernels(hidden.device):
             attend = self._attend(place)
             return self.model.backbone.run(hidden, first, last, attend, place.positions)
 

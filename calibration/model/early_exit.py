@@ -95,6 +95,7 @@ class EarlyExitLM:
         self._layer_layout = layout_of(_layer_shapes(backbone))
         self._heads_layout = layout_of(self._head_shapes())
         self._host: HostCopy | None = None
+        self._staging: HostCopy | None = None
         if host_copy or pinned:
             parts = [self._backbone_layout.num_elements, self._heads_layout.num_elements]
             parts += [self._layer_layout.num_elements] * spec.shape.layers
@@ -186,7 +187,7 @@ class EarlyExitLM:
             "load fewer layers, choose a smaller model, or free memory on the device",
         )
         began_s = time.perf_counter()
-        loader = Loader(self.source, self._host, self.dtype, self.device)
+        loader = Loader(self.source, self._host, self._staging, self.dtype, self.device)
         try:
             if not was_resident:
                 self._assign_resident(
@@ -199,6 +200,7 @@ class EarlyExitLM:
                 assign(layer, loader.part(2 + index, self._layer_layout, prefix))
                 layers.append(layer)
             loader.finish()
+            self._staging = loader.staging
             self.backbone.set_layers(layers)
             seconds = time.perf_counter() - began_s
             self._check_guard(before if was_resident else 0)
@@ -227,6 +229,7 @@ class EarlyExitLM:
             raise ValueError(f"{self.name} has {self.depth} layers; grow it to {depth}.")
         began_s = time.perf_counter()
         if depth < self.depth:
+            self._wait()
             self.generation += 1
             self.backbone.set_layers(list(self.backbone.layers)[:depth])
             self._give_back()
@@ -235,6 +238,7 @@ class EarlyExitLM:
     def unload(self) -> float:
         """Drop all weights; a copy in host memory stays. Returns the seconds."""
         began_s = time.perf_counter()
+        self._wait()
         self.generation += 1
         self.backbone.set_layers([])
         self._assign_resident(
@@ -363,9 +367,14 @@ class EarlyExitLM:
         self.exit_heads = heads
         self.is_resident = True
 
-    def _give_back(self) -> None:
+    def _wait(self) -> None:
+        """Let the device finish with weights that are about to go."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _give_back(self) -> None:
+        """Return memory that nothing holds any more to the device."""
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 

@@ -160,11 +160,12 @@ class Backbone(ABC):
         rotary = self.position_embeddings(positions)
         attend = DenseAttend()
         states = []
-        for layer in self.layers:
-            hidden = layer(
-                hidden, past_key_values=attend, position_embeddings=rotary, attend=attend
-            )
-            states.append(hidden)
+        with attention.kernels(ids.device):
+            for layer in self.layers:
+                hidden = layer(
+                    hidden, past_key_values=attend, position_embeddings=rotary, attend=attend
+                )
+                states.append(hidden)
         return states
 
     def set_layers(self, layers: Sequence[nn.Module]) -> None:
@@ -201,6 +202,7 @@ class LlamaBackbone(Backbone):
 
     family: Family = "llama"
     layer_prefix = "model.layers."
+    has_fused_norms = False
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__(model)
@@ -255,7 +257,10 @@ class LlamaBackbone(Backbone):
     def new_layer(self, index: int) -> nn.Module:
         """A stock LlamaDecoderLayer on the meta device."""
         with torch.device("meta"):
-            return LlamaDecoderLayer(self.config, index).train(self.model.training)
+            layer = LlamaDecoderLayer(self.config, index).train(self.model.training)
+        if self.has_fused_norms:
+            replace_norms(layer)
+        return layer
 
     def rebuild_buffers(self, device: torch.device) -> None:
         """The rotary frequencies, in float32 whatever the model's dtype."""
@@ -268,18 +273,19 @@ class LlamaBackbone(Backbone):
         It multiplies by the weight before it rounds, so bf16 results differ in the last place
         from the stock norm's. Weight names stay as they are.
         """
-        for module in list(self.model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, LlamaRMSNorm):
-                    setattr(module, name, fused_norm(child))
+        self.has_fused_norms = True
+        replace_norms(self.model)
 
 
-def fused_norm(norm: LlamaRMSNorm) -> nn.RMSNorm:
-    """The RMS norm of torch with the same weight and epsilon."""
-    with torch.device("meta"):
-        fused = nn.RMSNorm(norm.weight.shape[0], eps=float(norm.variance_epsilon))
-    fused.weight = norm.weight
-    return fused
+def replace_norms(root: nn.Module) -> None:
+    """Put torch's RMS norm, with the same weight and epsilon, in the place of each stock one."""
+    for module in list(root.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, LlamaRMSNorm):
+                with torch.device("meta"):
+                    fused = nn.RMSNorm(child.weight.shape[0], eps=float(child.variance_epsilon))
+                fused.weight = child.weight
+                setattr(module, name, fused.train(child.training))
 
 
 class OptBackbone(Backbone):

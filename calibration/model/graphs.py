@@ -8,6 +8,7 @@ host between two replays.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from calibration.model import varlen
-from calibration.model.attention import Attend, DecodeAttend
+from calibration.model.attention import Attend, DecodeAttend, kernels
 from calibration.model.kv import PagedPool, Pool
 
 if TYPE_CHECKING:
@@ -179,8 +180,14 @@ class DecodeGraphs:
         self.laid_out: Place | None = None
         self.recordings: dict[GraphKey, Recording] = {}
         began_s = time.perf_counter()
-        for key in self._keys():
-            self.recordings[key] = recorder.record(self._body(key))
+        # Every capture collects garbage; what is alive now need not be looked through each time.
+        gc.collect()
+        gc.freeze()
+        try:
+            for key in self._keys():
+                self.recordings[key] = recorder.record(self._body(key))
+        finally:
+            gc.unfreeze()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.capture_s = time.perf_counter() - began_s
@@ -242,7 +249,7 @@ class DecodeGraphs:
         backbone = self.model.backbone
 
         def body() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), kernels(hidden.device):
                 attend = self._attend(key, addresses, positions, rest)
                 return backbone.run(hidden, key.first, key.last, attend, positions)
 

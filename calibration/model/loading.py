@@ -135,10 +135,19 @@ class LoadReport:
 
 
 class Loader:
-    """Brings parts onto the device, through host memory where the source is on disk."""
+    """Brings parts onto the device, through host memory where the source is on disk.
+
+    `staging` is the buffer of an earlier loader of the same model, to be used again; where None
+    is given one is made if it is needed. Work goes to the current stream.
+    """
 
     def __init__(
-        self, source: Source, host: HostCopy | None, dtype: torch.dtype, device: torch.device
+        self,
+        source: Source,
+        host: HostCopy | None,
+        staging: HostCopy | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.source = source
         self.host = host
@@ -146,7 +155,7 @@ class Loader:
         self.device = device
         self.read_s = self.copy_s = 0.0
         self.origin: Origin = source.kind
-        self.staging: HostCopy | None = None
+        self.staging = staging
         self.events: list[Any] = [None, None]
         self.turn = 0
 
@@ -180,7 +189,7 @@ class Loader:
         """Wait until everything has arrived."""
         if self.device.type == "cuda":
             began_s = time.perf_counter()
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
             self.copy_s += time.perf_counter() - began_s
 
     def _read(self, views: Mapping[str, Tensor]) -> None:

@@ -113,6 +113,7 @@ def test_fused_norms_agree_with_the_stock_norms_and_keep_their_names():
     backbone.fuse_norms()
     assert sorted(model.state_dict()) == names
     assert type(backbone.layers[0].input_layernorm) is torch.nn.RMSNorm
+    assert type(backbone.new_layer(1).post_attention_layernorm) is torch.nn.RMSNorm
     torch.testing.assert_close(backbone.forward_dense(ids)[-1], before)
 
 
