@@ -33,9 +33,10 @@ _LOOKS: Final = 50
 
 @dataclass(frozen=True)
 class Recorded:
-    """A decision of the log: when and why the policy was asked, and what it said."""
+    """A decision of the log: when and why the policy was asked, what it said, when it was done."""
 
     time_s: float
+    ready_s: float
     event: Event
     decision: Decision
 
@@ -68,8 +69,10 @@ class Replayed:
 class ReplayedReplica(Replica):
     """A replica whose policy is asked at the recorded times, not when the simulation would ask.
 
-    What follows an evaluation is asked when the evaluation is over, here as there. A time that
-    falls into an iteration waits for its end.
+    What follows an evaluation is asked when the evaluation is over, here as there. Where carrying a
+    decision out takes longer than it did, the next one comes later by as much, so that the replica
+    serves between them as long as it did; else two would follow each other with nothing served. A
+    time that falls into an iteration waits for its end.
     """
 
     def __init__(self, index: int, run: Run, host: Host, policy: Replayed) -> None:
@@ -78,24 +81,27 @@ class ReplayedReplica(Replica):
 
     def live(self) -> Process:
         """Ask and carry out at the recorded times, then serve what is left."""
+        late_s = 0.0
         for place, step in enumerate(self.log):
-            if place and (yield from self.reach(step)) == OUT_OF_WORK:
+            if place and (yield from self.reach(step, late_s)) == OUT_OF_WORK:
                 return
             yield from self.carry_out(self.ask(step.event))
+            late_s = max(0.0, self.record.now_s - step.ready_s)
         if not self.log:
             yield from self.carry_out(self.ask(Event.START))
         while (yield from self.serve(math.inf)) != OUT_OF_WORK:
             yield from self.carry_out(self.ask(Event.REASSESS))
 
-    def reach(self, step: Recorded) -> Process:
+    def reach(self, step: Recorded, late_s: float) -> Process:
         """Serve until a recorded decision is due; says whether any work is left then."""
         if step.event is Event.EVALUATED:
             return (yield from self.serve(math.inf))
+        due_s = step.time_s + late_s
         last_s = float(self.run.requests.arrival_s[-1])
-        while self.record.now_s < step.time_s:
+        while self.record.now_s < due_s:
             now_s = self.record.now_s
-            look_s = max(last_s, now_s + (step.time_s - max(last_s, now_s)) / _LOOKS)
-            until_s = min(step.time_s, look_s) if look_s > now_s else step.time_s
+            look_s = max(last_s, now_s + (due_s - max(last_s, now_s)) / _LOOKS)
+            until_s = min(due_s, look_s) if look_s > now_s else due_s
             yield from self.serve(until_s)
             yield from self.end_iteration()
             done = self.record.num_rows == 0 and self.record.num_waiting == 0
@@ -133,7 +139,12 @@ def recorded(run: RunData) -> dict[int, tuple[Recorded, ...]]:
         finished_s = np.sort(mine.to_numpy())
         until = [row["time_s"] for row in told[1:]] + [math.inf]
         logs[int(str(replica))] = tuple(
-            Recorded(row["time_s"], Event(row["event"]), _decision(row, finished_s, until_s))
+            Recorded(
+                time_s=row["time_s"],
+                ready_s=math.inf if row["ready_s"] is None else row["ready_s"],
+                event=Event(row["event"]),
+                decision=_decision(row, finished_s, until_s),
+            )
             for row, until_s in zip(told, until, strict=True)
         )
     return logs

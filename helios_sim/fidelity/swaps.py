@@ -25,7 +25,16 @@ from helios_sim.fidelity.recordings import (
 )
 from helios_sim.fidelity.replayed import replayed_run
 from helios_sim.fidelity.sides import Side, Sides
-from helios_sim.fidelity.timing import Factors, Predicted, factors, pauses, predict, retimed
+from helios_sim.fidelity.timing import (
+    Factors,
+    Predicted,
+    factors,
+    loads,
+    pauses,
+    predict,
+    reloaded,
+    retimed,
+)
 from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
@@ -41,12 +50,14 @@ INGREDIENTS: Final[dict[str, str]] = {
     "times": "recorded iteration times",
     "slow": "slow iterations",
     "pauses": "pauses between iterations",
+    "loads": "recorded loading times",
     "decisions": "recorded decisions",
 }
 """What can be taken from the real run, in words.
 
 `times` are the median times of an iteration of its kind, `slow` is by how much the mean exceeds
-the median, `pauses` the time from an iteration to the next while requests wait or run.
+the median, `pauses` the time from an iteration to the next while requests wait or run, `loads` the
+time of loads for which serving waited.
 """
 NOTHING: Final = "nothing"
 EVERYTHING: Final = "everything"
@@ -63,7 +74,7 @@ HEADLINES: Final = (
     "perplexity",
     "num_switches",
     "num_loads",
-    "saturation",
+    "switch_time_s",
 )
 """Figures whose errors are attributed."""
 
@@ -155,6 +166,7 @@ class Ingredients:
     trace_start: Any
     iterations: Iterations | None
     predicted: Predicted | None
+    load_factor: float | None
 
 
 def experiment_of(sides: Sides, base_dir: Path) -> Experiment:
@@ -185,6 +197,7 @@ def ingredients_of(side: Side, setup: Setup) -> Ingredients:
         predicted=None
         if iterations is None
         else predict(iterations, setup.profile, setup.serving.max_batch),
+        load_factor=loads(side.run, setup.profile),
     )
 
 
@@ -231,6 +244,8 @@ def _missing(name: str, found: Ingredients) -> str | None:
         return f"not recorded: the real run has no {EXITS_FILE}"
     if name in ("times", "slow", "pauses") and found.iterations is None:
         return f"not recorded: the real run has no {ITERATIONS_FILE}"
+    if name == "loads" and found.load_factor is None:
+        return "not recorded: serving waited for no load in the real run"
     return None
 
 
@@ -259,6 +274,8 @@ class _Scene:
         original = setup
         if taken & {"times", "slow", "pauses"}:
             setup = replace(setup, profile=self._retimed(setup.profile, taken))
+        if "loads" in taken and found.load_factor is not None:
+            setup = replace(setup, profile=reloaded(setup.profile, found.load_factor))
 
         def make() -> Policy:
             return self.experiment.policy(self.policy)

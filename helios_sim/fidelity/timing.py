@@ -18,7 +18,7 @@ import polars as pl
 
 from helios_sim import cost
 from helios_sim.fidelity.recordings import Iterations
-from helios_sim.profile import ModelProfile, Profile, unit_of
+from helios_sim.profile import Link, Loading, ModelProfile, Profile, unit_of
 from helios_sim.records import RunData
 
 Floats = npt.NDArray[np.float64]
@@ -26,6 +26,7 @@ Statistic = Literal["typical", "slow", "mean"]
 
 _LEAST: Final = 0.02
 """No recorded time makes the layers take less than this share of what the profile says."""
+_SAME_INSTANT_S: Final = 1e-6
 _DECODING: Final = ("decode", "head", "check", "kv_fill", "rebatch")
 
 
@@ -234,6 +235,44 @@ def pauses(iterations: Iterations, run: RunData) -> dict[str, float]:
             float(booked_s.mean()) if booked_s.size else 0.0
         )
     return found
+
+
+def loads(run: RunData, profile: Profile) -> float | None:
+    """Recorded over predicted seconds of the loads for which serving waited; None without any.
+
+    Read from the timeline's loading intervals between a decision and its being carried out; loads
+    beside running requests leave no such interval.
+    """
+    waiting = run.timeline.filter(pl.col("state") == "loading")
+    recorded = predicted = 0.0
+    in_memory: set[tuple[int, str]] = set()
+    from_disk = run.scenario.get("fleet", {}).get("weights_start", "disk") == "disk"
+    moves = run.decisions.filter((pl.col("moved_bytes") > 0) & pl.col("ready_s").is_not_null())
+    for move in moves.sort("time_s").iter_rows(named=True):
+        if move["model"] not in profile.models:
+            continue
+        mine = waiting.filter(
+            (pl.col("replica") == move["replica"])
+            & (pl.col("time_s") > move["time_s"])
+            & (pl.col("time_s") <= move["ready_s"] + _SAME_INSTANT_S)
+        )
+        first = (move["replica"], move["model"]) not in in_memory
+        in_memory.add((move["replica"], move["model"]))
+        if mine.height == 0:
+            continue
+        recorded += float(mine["interval_s"].sum())
+        predicted += profile.loading.host.seconds(move["moved_bytes"])
+        if from_disk and first:
+            whole = profile.models[move["model"]].model
+            predicted += profile.loading.disk.seconds(whole.weight_bytes(whole.shape.layers))
+    return recorded / predicted if predicted > 0.0 and recorded > 0.0 else None
+
+
+def reloaded(profile: Profile, factor: float) -> Profile:
+    """The profile with loads that take a factor as long."""
+    links = (profile.loading.disk, profile.loading.host)
+    disk, host = (Link(link.alpha_s * factor, link.bytes_per_s / factor) for link in links)
+    return replace(profile, loading=Loading(disk, host))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,83 @@
+"""Regenerate the fidelity study: `python -m reports.fidelity --profile ... --checkpoints ...`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from helios_sim.command import run_app
+from helios_sim.errors import InputError
+from reports.fidelity.cases import CASES, StudySettings, read_ground
+from reports.fidelity.page import render
+from reports.fidelity.study import results_of, run_study, serving_command, write_results
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def study(
+    profile: Annotated[Path, typer.Option(help="The measured profile: a folder.")],
+    checkpoints: Annotated[
+        list[Path], typer.Option(help="Checkpoint folders of its models; may be repeated.")
+    ],
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="Seconds that a real run takes, about.")] = 20.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Real runs of each case.")] = 3,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most requests running at once.")] = 16,
+    overlap_loads: Annotated[
+        bool, typer.Option("--overlap-loads", help="Load weights beside serving.")
+    ] = False,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(help="A model that takes part; may be repeated. All of the profile's."),
+    ] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Run only this case; may be repeated. All of them.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Folder for scenarios and runs.")] = Path(
+        "runs/fidelity"
+    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the page and the results.", show_default="here, by profile"),
+    ] = None,
+    note: Annotated[
+        list[str] | None, typer.Option(help="A sentence for the page; may be repeated.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Serve again what was served.")] = False,
+    more: Annotated[
+        str, typer.Option("--serve", help="Further options for helios-calibrate serve.")
+    ] = "",
+) -> None:
+    """Serve, simulate and compare every case, and write the page."""
+    names = [one.name for one in CASES]
+    unknown = [name for name in case or [] if name not in names]
+    if unknown:
+        raise InputError(
+            f"There is no case {unknown[0]!r}; there are {', '.join(names)}.", "--case"
+        )
+    settings = StudySettings(
+        profile=profile,
+        candidates=tuple(candidate or ()),
+        seconds=seconds,
+        repeats=repeats,
+        max_batch=max_batch,
+        overlap_loads=overlap_loads,
+    )
+    ground = read_ground(settings)
+    chosen = tuple(one for one in CASES if not case or one.name in case)
+    server = serving_command(checkpoints, device, shlex.split(more))
+    outcomes = run_study(ground, work, server, cases=chosen, fresh=fresh, say=typer.echo)
+    command = shlex.join(["python", "-m", "reports.fidelity", *sys.argv[1:]])
+    results = results_of(outcomes, ground, command)
+    target = out or Path(__file__).parent / ground.profile.name
+    write_results(results, render(results, note or ()), target)
+    typer.echo(f"Page: {target / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_app(app, "reports.fidelity", None)

@@ -1,0 +1,259 @@
+"""The cases of the study: which policy meets which load, arrivals and texts, as scenarios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from helios_sim.cards import room_of
+from helios_sim.errors import InputError
+from helios_sim.exits import load_traces
+from helios_sim.experiment import prepare, run_policy
+from helios_sim.profile import Profile, load_profile
+from helios_sim.scenario import parse_scenario
+
+Load = Literal["light", "70 %", "saturating"]
+Arrivals = Literal["steady", "bursty"]
+Texts = Literal["stable", "drifting"]
+
+SHARE_OF_CAPACITY: Final[Mapping[Load, float]] = {"light": 0.25, "70 %": 0.7, "saturating": 1.25}
+"""Arrival rates, as shares of what the simulated policy can carry."""
+
+POLICIES: Final = ("vanilla", "ee-single wait", "ee-single rebatch", "static-depth", "helios")
+BURSTY_CV: Final = 2.5
+CAPACITY_REQUESTS: Final = 300
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scenario of the study.
+
+    Cases of one `group` share their requests, so that their policies can be compared; their rate is
+    relative to the policy that carries most.
+    """
+
+    policy: str
+    load: Load
+    arrivals: Arrivals
+    texts: Texts
+    group: str | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name, fit for a folder."""
+        words = f"{self.policy} {self.load} {self.arrivals} {self.texts}"
+        return words.replace(" %", "").replace(" ", "-")
+
+
+CASES: Final[tuple[Case, ...]] = (
+    *(Case(policy, "saturating", "steady", "stable", "gain") for policy in POLICIES),
+    Case("vanilla", "light", "steady", "drifting"),
+    Case("ee-single wait", "70 %", "bursty", "drifting"),
+    Case("ee-single rebatch", "light", "bursty", "stable"),
+    Case("static-depth", "70 %", "steady", "drifting"),
+    Case("helios", "70 %", "bursty", "drifting"),
+    Case("helios", "saturating", "bursty", "drifting"),
+)
+"""All five policies at saturation on the same requests, and each of them elsewhere."""
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What the study runs on and how long.
+
+    `profile` is a profile folder or a shipped name, `candidates` its models that take part (all of
+    them where empty). A real run takes about `seconds`; every case is served `repeats` times. Loads
+    beside serving need a backend that can (`overlap_loads`).
+    """
+
+    profile: Path
+    candidates: tuple[str, ...] = ()
+    seconds: float = 20.0
+    repeats: int = 3
+    max_batch: int = 16
+    seed: int = 20
+    overlap_loads: bool = False
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all cases share: the profile, its models and texts, and typical lengths."""
+
+    settings: StudySettings
+    profile: Profile
+    candidates: tuple[str, ...]
+    domains: tuple[str, ...]
+    prompt: tuple[int, int]
+    output: tuple[int, int]
+    large: str
+    middle_depth: int
+
+    @property
+    def can_drift(self) -> bool:
+        """Whether there are two kinds of text to drift between."""
+        return len(self.domains) > 1
+
+
+def read_ground(settings: StudySettings) -> Ground:
+    """Read the profile and choose lengths that fit its models' context."""
+    profile = load_profile(settings.profile)
+    candidates = settings.candidates or tuple(profile.models)
+    probe = parse_scenario(_probe(settings, candidates), "study", Path())
+    room = room_of(probe, Path(), "study")
+    context = room.context_tokens
+    large = max(
+        candidates,
+        key=lambda name: profile.model(name).model.weight_bytes(
+            profile.model(name).model.shape.layers
+        ),
+    )
+    exits = profile.model(large).model.exit_layers
+    if len(exits) < 2:
+        raise InputError(
+            f"{large!r} has no exit before its full depth; the study needs one.",
+            str(settings.profile),
+        )
+    # A quarter of the context for the longest prompt and an eighth for the longest output leave
+    # room for a batch in a small pool, and bound the time of a real run on long contexts.
+    longest_prompt = max(2, min(context // 4, 1024))
+    longest_output = max(2, min(context // 8, 192))
+    return Ground(
+        settings=settings,
+        profile=profile,
+        candidates=candidates,
+        domains=load_traces(profile, candidates).domains,
+        prompt=(max(1, longest_prompt // 4), longest_prompt),
+        output=(max(1, longest_output // 4), longest_output),
+        large=large,
+        middle_depth=exits[len(exits) // 2 if len(exits) > 2 else 0],
+    )
+
+
+def _probe(settings: StudySettings, candidates: tuple[str, ...]) -> dict[str, Any]:
+    """The least scenario that names the profile."""
+    return {
+        "name": "probe",
+        "workload": {
+            "num_requests": 1,
+            "arrivals": {"kind": "poisson", "rate_per_s": 1.0},
+            "prompt": {"kind": "constant", "tokens": 2},
+            "output": {"kind": "constant", "tokens": 2},
+        },
+        "fleet": {"profile": str(settings.profile), "candidates": list(candidates)},
+        "policy": [{"use": "vanilla"}],
+    }
+
+
+def scenario_of(
+    case: Case, ground: Ground, rate_per_s: float, num_requests: int, profile: str
+) -> dict[str, Any]:
+    """The scenario of a case as plain data; `profile` is the path that its file will name."""
+    settings = ground.settings
+    arrivals: dict[str, Any] = {"kind": "poisson", "rate_per_s": rate_per_s}
+    if case.arrivals == "bursty":
+        arrivals = {"kind": "gamma", "rate_per_s": rate_per_s, "cv": BURSTY_CV}
+    span_s = num_requests / rate_per_s
+    return {
+        "schema_version": 1,
+        "name": f"fidelity: {case.policy}, {case.load}, {case.arrivals}, {case.texts}",
+        "question": "How far is the simulation from the real backend?",
+        "seed": settings.seed,
+        "workload": {
+            "num_requests": num_requests,
+            "arrivals": arrivals,
+            "prompt": _uniform(ground.prompt),
+            "output": _uniform(ground.output),
+            "domains": _domains(case, ground, span_s),
+        },
+        "fleet": {
+            "profile": profile,
+            "candidates": list(ground.candidates),
+            "weights_start": "host",
+        },
+        "serving": {
+            "max_batch": settings.max_batch,
+            "overlap_loads": settings.overlap_loads,
+            "expected_prompt_tokens": sum(ground.prompt) // 2,
+            "expected_output_tokens": sum(ground.output) // 2,
+        },
+        "measure": {"timeline_interval_s": 0.25},
+        "policy": [policy_of(case.policy, ground, num_requests)],
+    }
+
+
+def _uniform(bounds: tuple[int, int]) -> dict[str, Any]:
+    return {"kind": "uniform", "min_tokens": bounds[0], "max_tokens": bounds[1]}
+
+
+def _domains(case: Case, ground: Ground, span_s: float) -> list[dict[str, Any]]:
+    """One mix for the whole run, or one kind of text that gives way to another."""
+    if case.texts == "stable" or not ground.can_drift:
+        return [{"name": name, "share": 1.0} for name in ground.domains]
+    first, last = ground.domains[0], ground.domains[1]
+    early, late = round(0.3 * span_s, 3), round(0.7 * span_s, 3)
+    return [
+        {"name": first, "shares": [[0.0, 1.0], [early, 1.0], [late, 0.0]]},
+        {"name": last, "shares": [[0.0, 0.0], [early, 0.0], [late, 1.0]]},
+    ]
+
+
+def policy_of(name: str, ground: Ground, num_requests: int) -> dict[str, Any]:
+    """A policy of the study with its options; those of one model take the largest."""
+    use, _, mode = name.partition(" ")
+    options: dict[str, Any] = {"use": use, "label": name}
+    if use == "helios":
+        # Several rounds in a short run, and the paper's interval in a long one.
+        options["reassess_requests"] = max(20, min(150, num_requests // 4))
+        return options
+    options["model"] = ground.large
+    if use == "ee-single":
+        options["exit_mode"] = mode
+    if use == "static-depth":
+        options["depth"] = ground.middle_depth
+    return options
+
+
+def capacity_per_s(case: Case, ground: Ground) -> float:
+    """Requests per second that the simulated policy finishes when it never runs out of work."""
+    data = scenario_of(case, ground, 1e5, CAPACITY_REQUESTS, str(ground.settings.profile))
+    data["workload"]["domains"] = [{"name": name, "share": 1.0} for name in ground.domains]
+    scenario = parse_scenario(data, "study", Path())
+    experiment = prepare(scenario, Path(), "study")
+    summary = run_policy(experiment, scenario.policy[0]).summary
+    return float(summary["request_throughput"])
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A case with the rate and the number of requests it is run at."""
+
+    case: Case
+    capacity_per_s: float
+    rate_per_s: float
+    num_requests: int
+
+
+def planned(cases: tuple[Case, ...], ground: Ground) -> list[Planned]:
+    """The rates of the cases, from simulated capacities.
+
+    Nobody takes much longer than twice the asked seconds, the slowest policy of a group included.
+    A group's rate is the same whichever of its cases are run.
+    """
+    capacity: dict[str, float] = {}
+
+    def carried(case: Case) -> float:
+        if case.policy not in capacity:
+            capacity[case.policy] = capacity_per_s(case, ground)
+        return capacity[case.policy]
+
+    seconds = ground.settings.seconds
+    found = []
+    for case in cases:
+        group = [one for one in CASES if case.group is not None and one.group == case.group]
+        alike = [carried(one) for one in group or [case]]
+        rate = float(f"{SHARE_OF_CAPACITY[case.load] * max(alike):.4g}")
+        num = max(10, min(round(rate * seconds), round(2.0 * seconds * min(alike))))
+        found.append(Planned(case, carried(case), rate, num))
+    return found

@@ -1,0 +1,306 @@
+"""The study's page: how far off, where from, and what HELIOS gains for real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, Final
+
+from helios_sim.fidelity.words import signed_percent
+from helios_sim.records import flat_items
+from helios_sim.report.document import Figure, add_figure, document, section
+from helios_sim.report.figures import base_layout, plain_axis, rounded, top_legend
+from helios_sim.report.words import listed, number, times
+
+_NAMES: Final = {
+    "output_throughput": "Throughput",
+    "mean_tpot_ms": "TPOT, mean",
+    "p50_e2el_ms": "E2E, p50",
+    "p90_ttft_ms": "TTFT, p90",
+    "total_gpu_energy": "Energy",
+    "mean_batch_size": "Batch size",
+}
+_BEYOND: Final = ("above", "below", "differs")
+
+
+def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
+    """The page of a study, one self-contained file."""
+    drawn: dict[str, Figure] = {}
+    title = f"Fidelity on {results['device']}"
+    return document(
+        title,
+        [
+            _opening(results, title),
+            _targets(results),
+            _cases(results, drawn),
+            _causes(results),
+            _gains(results),
+            _notes(notes),
+            _provenance(results),
+        ],
+        drawn,
+    )
+
+
+def _opening(results: Mapping[str, Any], title: str) -> str:
+    known = [one for one in results["targets"] if one["num_cases"]]
+    said = [
+        f"{_NAMES[one['key']].lower()} {number(100 * one['median_error'])} %"
+        for one in known
+        if one["key"] in ("output_throughput", "mean_tpot_ms", "p50_e2el_ms", "p90_ttft_ms")
+    ]
+    num = len(results["cases"])
+    remarks = [
+        f"The verdict on saturation is the same on both sides in {results['same_saturation']} of "
+        f"{num} cases.",
+        f"Every case was served {results['num_repeats']} times; errors are against the mean.",
+    ]
+    missing = [_NAMES[one["key"]].lower() for one in results["targets"] if not one["num_cases"]]
+    if missing:
+        remarks.append(f"Not measured here: {listed(missing)}.")
+    items = "".join(f"<li>{escape(text)}</li>" for text in remarks)
+    sentence = f"Median absolute error over {num} real scenarios: {', '.join(said)}."
+    return (
+        f"<header><h1>{escape(title)}</h1>"
+        '<p class="question">How far is the simulation from the real backend?</p>'
+        f'<p class="headline">{escape(sentence)}</p><ul class="remarks">{items}</ul></header>'
+    )
+
+
+def _targets(results: Mapping[str, Any]) -> str:
+    rows = []
+    for one in results["targets"]:
+        name = _NAMES[one["key"]]
+        if not one["num_cases"]:
+            rows.append((name, f"{100 * one['target']:g} %", *["\N{EN DASH}"] * 4, "not measured"))
+            continue
+        judged = one["num_judged"]
+        rows.append(
+            (
+                name,
+                f"{100 * one['target']:g} %",
+                f"{number(100 * one['median_error'])} %",
+                f"{number(100 * one['worst_error'])} %",
+                f"{one['within']} of {judged}" if judged else "unknown",
+                f"{one['within_twice']} of {judged}" if judged else "unknown",
+                "met" if one["met"] else "missed",
+            )
+        )
+    titles = ("Figure", "Aim", "Median error", "Worst", "In spread", "In twice", "Aim is")
+    return section(
+        "Errors over all cases",
+        "The aims are for a GPU; on a shared CPU the measure is twice the run-to-run spread.",
+        _table(titles, rows),
+    )
+
+
+def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
+    rows = []
+    for case in results["cases"]:
+        figures = {row["key"]: row for row in case["figures"]}
+        saturation = figures.get("saturation", {})
+        real = listed(sorted({str(one) for one in saturation.get("real", ())}))
+        ours = str(saturation.get("simulated"))
+        cells = [_cell(figures.get(key)) for key in _NAMES]
+        verdict = ours if saturation.get("verdict") == "same" else f"{ours} (real: {real})"
+        rows.append(
+            (
+                case["name"],
+                f"{number(case['rate_per_s'])}/s",
+                number(case["num_requests"]),
+                *cells,
+                verdict,
+            )
+        )
+    titles = ("Case", "Rate", "Requests", *_NAMES.values(), "Saturation")
+    return section(
+        "Cases",
+        "Error of the simulation in each case; a star marks one beyond the run-to-run spread.",
+        add_figure(
+            drawn,
+            "cases",
+            _cases_figure(results),
+            "Errors of every case by figure",
+            "A dot is a case's error, a bar the run-to-run spread of its real runs. Arrows lie "
+            "beyond the axis.",
+        ),
+        _table(titles, rows),
+    )
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["error"] is None:
+        return "\N{EN DASH}"
+    star = "*" if row["verdict"] in _BEYOND else ""
+    return f"{signed_percent(row['error'])}{star}"
+
+
+def _cases_figure(results: Mapping[str, Any]) -> Figure:
+    """A panel a figure, a row a case."""
+    cases = [case["name"] for case in results["cases"]]
+    shown = [
+        key
+        for key in _NAMES
+        if any(
+            row["key"] == key and row["error"] is not None
+            for case in results["cases"]
+            for row in case["figures"]
+        )
+    ]
+    data: list[Figure] = []
+    layout = base_layout(
+        110 + 25 * len(cases), barmode="overlay", showlegend=False, legend=top_legend()
+    )
+    width = 1.0 / max(len(shown), 1)
+    for at, key in enumerate(shown):
+        suffix = "" if at == 0 else str(at + 1)
+        rows = [
+            next((row for row in case["figures"] if row["key"] == key), None)
+            for case in results["cases"]
+        ]
+        errors = [None if row is None or row["error"] is None else row["error"] for row in rows]
+        spreads = [_spread(row) for row in rows]
+        every = [abs(one) for one in errors if one is not None]
+        every += [abs(edge) for pair in spreads if pair is not None for edge in pair]
+        reach = min(1.15 * 100 * max([*every, 0.01]), 60.0)
+        data += [
+            {
+                "type": "bar",
+                "orientation": "h",
+                "y": cases,
+                "base": [0.0 if one is None else 100 * one[0] for one in spreads],
+                "x": [0.0 if one is None else 100 * (one[1] - one[0]) for one in spreads],
+                "width": 0.6,
+                "xaxis": f"x{suffix}",
+                "marker": {"color": "@c1/0.28", "line": {"width": 0}},
+                "hoverinfo": "skip",
+            },
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "y": cases,
+                "x": rounded(
+                    [
+                        float("nan") if one is None else max(-reach, min(reach, 100 * one))
+                        for one in errors
+                    ]
+                ),
+                "xaxis": f"x{suffix}",
+                "text": [signed_percent(one) for one in errors],
+                "marker": {
+                    "color": "@c2",
+                    "size": 8,
+                    "symbol": [
+                        "circle"
+                        if one is None or abs(100 * one) <= reach
+                        else ("triangle-right" if one > 0 else "triangle-left")
+                        for one in errors
+                    ],
+                },
+                "cliponaxis": False,
+                "hovertemplate": f"<b>%{{y}}</b><br>{_NAMES[key]}: %{{text}}<extra></extra>",
+            },
+        ]
+        layout[f"xaxis{suffix}"] = plain_axis(
+            _NAMES[key],
+            domain=[at * width + 0.012, (at + 1) * width - 0.012],
+            range=[-reach, reach],
+            ticksuffix=" %",
+            nticks=4,
+            zeroline=True,
+            zerolinecolor="@muted",
+        )
+    layout["yaxis"] = plain_axis(
+        type="category", autorange="reversed", tickfont={"color": "@ink", "size": 11.5}
+    )
+    return {"data": data, "layout": layout}
+
+
+def _spread(row: Mapping[str, Any] | None) -> tuple[float, float] | None:
+    if row is None or row["low"] is None or not row["mean"]:
+        return None
+    mean = row["mean"]
+    return (row["low"] - mean) / abs(mean), (row["high"] - mean) / abs(mean)
+
+
+def _causes(results: Mapping[str, Any]) -> str:
+    rows = []
+    for case in results["cases"]:
+        attribution = case["attribution"]
+        if attribution is None:
+            continue
+        for cause in attribution["causes"]:
+            if cause["key"] not in _NAMES or not cause["error"] or abs(cause["error"]) < 0.01:
+                continue
+            rows.append(
+                (
+                    case["name"],
+                    _NAMES[cause["key"]],
+                    signed_percent(cause["error"]),
+                    signed_percent(cause["error_without"]),
+                    signed_percent(cause["remainder"]),
+                    cause["said"],
+                )
+            )
+    titles = ("Case", "Figure", "Error", "Without it", "All swapped", "Cause")
+    return section(
+        "What the errors come from",
+        "Errors of 1 % and more in the typical real run, with the one ingredient that takes most "
+        "of each away when it is taken from the real run.",
+        _table(titles, rows) if rows else "<p>No error is as large.</p>",
+    )
+
+
+def _gains(results: Mapping[str, Any]) -> str:
+    gains = results["gains"]
+    if not gains:
+        return ""
+    names = list(dict.fromkeys(one["name"] for one in gains))
+    rows = []
+    for against in dict.fromkeys(one["against"] for one in gains):
+        for side in ("real", "simulated"):
+            mine = {one["name"]: one[side] for one in gains if one["against"] == against}
+            rows.append(
+                (f"{against}, {side}", *(times(mine.get(name)) or "\N{EN DASH}" for name in names))
+            )
+    return section(
+        "What HELIOS gains",
+        "HELIOS over each baseline at saturation, on the same requests and the same device; above "
+        "1 HELIOS is better. Real runs first, then what the simulation says.",
+        _table(("Against", *names), rows),
+    )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return section("Notes", "", f'<ul class="notes">{items}</ul>')
+
+
+def _provenance(results: Mapping[str, Any]) -> str:
+    facts = [
+        ("profile", f"{results['profile']} ({results['profile_hash'][:12]})"),
+        ("models", ", ".join(results["candidates"])),
+        *flat_items(results["environment"]),
+    ]
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
+    return section(
+        "Provenance",
+        "What this page was made from. Results stand in results.json and results.csv beside it.",
+        f"<pre>{escape(results['command'])}</pre><dl>{items}</dl>",
+    )
+
+
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        '<div class="panel scroll"><table class="figures plain">'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )

@@ -1,0 +1,188 @@
+"""The fidelity study runs from end to end on a server that simulates a slower device."""
+
+from __future__ import annotations
+
+import csv
+import json
+import stat
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helios_sim.engine import Run
+from helios_sim.errors import InputError
+from helios_sim.exits import write_traces
+from helios_sim.experiment import prepare
+from helios_sim.fidelity.recordings import EXITS_FILE, ITERATIONS_FILE
+from helios_sim.metrics import summarise
+from helios_sim.outcome import run_data
+from helios_sim.profile import ModelProfile, load_profile
+from helios_sim.records import write_run
+from helios_sim.scenario import load_scenario, resolved
+from reports.fidelity import study
+from reports.fidelity.cases import (
+    CASES,
+    POLICIES,
+    SHARE_OF_CAPACITY,
+    Case,
+    Ground,
+    StudySettings,
+    planned,
+    read_ground,
+)
+from reports.fidelity.page import render
+from tests.test_fidelity import changed_profile, iterations_on
+from tests.test_report import Open, in_chromium, open_page, text_of
+
+__all__ = ["open_page"]
+SOME = (CASES[0], CASES[4], CASES[6])
+
+
+@pytest.fixture(scope="module")
+def ground() -> Ground:
+    """A small study on the paper's pair of models."""
+    return read_ground(StudySettings(Path("opt-a100-40gb"), seconds=30.0, repeats=2))
+
+
+def serve(scenario_path: Path, out: Path, repeats: int) -> None:
+    """Serve on a device that is a tenth slower, each time another per cent."""
+    scenario = load_scenario(scenario_path)
+    policy = scenario.policy[0]
+    experiment = prepare(scenario, scenario_path.parent)
+    for number in range(1, repeats + 1):
+        factor = 1.09 + 0.01 * number
+
+        def slower(model: ModelProfile, factor: float = factor) -> ModelProfile:
+            return replace(model, batch_residual=((1.0, factor),))
+
+        profile = changed_profile(experiment.setup.profile, slower)
+        setup = replace(experiment.setup, profile=profile, seed=scenario.seed)
+        run = Run(setup, experiment.requests(scenario.seed)[0], lambda: experiment.policy(policy))
+        run.play()
+        plain = resolved(scenario) | {"seed": scenario.seed}
+        data = run_data(run, policy.name, policy.use, scenario.seed, plain)
+        data = replace(data, origin="measured")
+        folder = out / f"repeat-{number}" if repeats > 1 else out
+        write_run(data, summarise(data), folder)
+        write_traces(setup.traces, folder / EXITS_FILE)
+        iterations_on(profile).write_parquet(folder / ITERATIONS_FILE)
+
+
+def test_the_cases_cross_policies_loads_arrivals_and_texts() -> None:
+    """At least eight cases, every level of every factor, and all policies on shared requests."""
+    assert len(CASES) >= 8
+    assert {case.policy for case in CASES} == set(POLICIES)
+    assert {case.load for case in CASES} == set(SHARE_OF_CAPACITY)
+    for policy in POLICIES:
+        assert len({case.load for case in CASES if case.policy == policy}) >= 2
+    assert {case.arrivals for case in CASES} == {"steady", "bursty"}
+    assert {case.texts for case in CASES} == {"stable", "drifting"}
+    assert {case.policy for case in CASES if case.group == "gain"} == set(POLICIES)
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_rates_are_shares_of_simulated_capacity(ground: Ground) -> None:
+    """A case alone takes its own policy's capacity, a group that of its fastest policy."""
+    alone, group = CASES[6], CASES[:5]
+    plans = planned((*group, alone), ground)
+    fastest = max(plan.capacity_per_s for plan in plans[:5])
+    assert len({plan.rate_per_s for plan in plans[:5]}) == 1
+    assert plans[0].rate_per_s == pytest.approx(1.25 * fastest, rel=1e-3)
+    assert len({plan.num_requests for plan in plans[:5]}) == 1
+    assert plans[5].rate_per_s == pytest.approx(0.7 * plans[5].capacity_per_s, rel=1e-3)
+    slowest = min(plan.capacity_per_s for plan in plans[:5])
+    assert plans[0].num_requests / slowest <= 2.1 * ground.settings.seconds
+
+
+@pytest.mark.browser
+@in_chromium
+def test_the_study_serves_simulates_compares_and_writes_its_page(
+    ground: Ground, tmp_path: Path, open_page: Open
+) -> None:
+    """Results as JSON and CSV, a page that opens, and nothing is served twice."""
+    said: list[str] = []
+    outcomes = study.run_study(ground, tmp_path / "work", serve, cases=SOME, say=said.append)
+    assert len(said) == 3
+    results = study.results_of(outcomes, ground, "python -m reports.fidelity --profile <mine>")
+    page = render(results, ["The clocks were free."])
+    study.write_results(results, page, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [case["name"] for case in found["cases"]] == [case.name for case in SOME]
+    by_key = {one["key"]: one for one in found["targets"]}
+    assert by_key["output_throughput"]["num_cases"] == 3
+    assert by_key["mean_tpot_ms"]["median_error"] > 0.05
+    assert not by_key["mean_tpot_ms"]["met"]
+    causes = {
+        cause["ingredient"]
+        for case in found["cases"]
+        for cause in case["attribution"]["causes"]
+        if cause["key"] == "mean_tpot_ms"
+    }
+    assert "times" in causes
+    assert {one["against"] for one in found["gains"]} == {"vanilla"}
+    with (tmp_path / "out" / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["case"] for row in rows} == {case.name for case in SOME}
+    text = text_of(page)
+    assert "Median absolute error over 3 real scenarios" in text
+    assert "--profile <mine>" in text
+    assert "The clocks were free." in text
+    document, console = open_page(page)
+    assert "data-errors" not in document[:2000]
+    assert console == ""
+
+    def never(scenario: Path, out: Path, repeats: int) -> None:
+        raise AssertionError("A case was served again.")
+
+    study.run_study(ground, tmp_path / "work", never, cases=SOME[:1], say=said.append)
+    with pytest.raises(AssertionError):
+        study.run_study(
+            ground, tmp_path / "work", never, cases=SOME[:1], fresh=True, say=said.append
+        )
+
+
+def test_a_profile_of_one_text_serves_stable_texts(ground: Ground, tmp_path: Path) -> None:
+    """Nothing can drift there: the case is run with stable texts and named so."""
+    one_text = replace(ground, domains=ground.domains[:1])
+    served: list[str] = []
+
+    def note(scenario: Path, out: Path, repeats: int) -> None:
+        served.append(scenario.stem)
+        serve(scenario, out, repeats)
+
+    drifting = Case("static-depth", "light", "steady", "drifting")
+    study.run_study(one_text, tmp_path, note, cases=(drifting,), say=lambda text: None)
+    assert served == ["static-depth-light-steady-stable"]
+
+
+def test_the_server_is_the_command_with_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs beside this program; what it says last is the reason when it fails."""
+    log = tmp_path / "log"
+    fake = tmp_path / "helios-calibrate"
+    fake.write_text(
+        f'#!/bin/sh\necho "$@" > {log}\ncase "$*" in *bad*) echo no model >&2; exit 2;; esac\n'
+    )
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    server = study.serving_command([tmp_path / "models"], "cpu", ["--threads", "1"])
+    server(Path("one.toml"), Path("out"), 3)
+    assert log.read_text().split() == [
+        *("serve", "one.toml", "--checkpoints", str(tmp_path / "models")),
+        *("--out", "out", "--device", "cpu", "--threads", "1", "--repeat", "3"),
+    ]
+    with pytest.raises(InputError, match="exit code 2: no model"):
+        server(Path("bad.toml"), Path("out"), 1)
+
+
+def test_a_model_without_early_exits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = load_profile("opt-a100-40gb")
+    large = profile.models["opt-6.7b"]
+    plain = replace(large, model=replace(large.model, exit_layers=(32,)))
+    without = replace(profile, models=dict(profile.models) | {"opt-6.7b": plain})
+    monkeypatch.setattr("reports.fidelity.cases.load_profile", lambda path: without)
+    with pytest.raises(InputError, match="no exit before its full depth"):
+        read_ground(StudySettings(Path("opt-a100-40gb")))
