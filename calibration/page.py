@@ -152,14 +152,14 @@ def _table(
     )
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="panel scroll"><table>{named}<thead><tr>{head}</tr></thead>'
+        f'<div class="panel scroll"><table style="font-size:.86rem">{named}<thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
 def _aligned(column: int, texts: int) -> str:
     numeric = "text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap"
-    return "" if column < texts else f' style="{numeric}"'
+    return ' style="white-space:nowrap"' if column < texts else f' style="{numeric}"'
 
 
 def _errors(

@@ -38,6 +38,9 @@ _MOVED: Final = (
 PREFILL_ITERATION: Final = "prefill_iteration"
 """A whole iteration that carries prompts: another cost than a whole decode iteration."""
 
+MOST_LOST_SHARE: Final = 0.1
+"""Of a trial's time that other processes may take before it counts as disturbed."""
+
 FIT: Final = "fit"
 HELD_OUT: Final = "held-out"
 
@@ -85,13 +88,26 @@ def read_environment(folder: Path) -> dict[str, Any]:
 def gather(readings: pl.DataFrame) -> pl.DataFrame:
     """One row a configuration: medians over its trials, `num_trials` and their `noise`.
 
-    `noise` is the median absolute deviation among trials over their median, null for a single
-    trial. A configuration measured for both purposes counts as held out nowhere: it was fitted.
+    Trials that lost more than a tenth of their time to other processes are left out where the
+    configuration has others. `noise` is the median absolute deviation among trials over their
+    median, null for a single trial. A configuration measured for both purposes counts as held
+    out nowhere: it was fitted.
     """
     moved = pl.col("quantity").is_in(_MOVED)
     deviation = (pl.col("seconds") - pl.col("seconds").median()).abs().median()
+    metered = pl.col("joules").is_not_null() | pl.col("watts").is_not_null()
+    disturbed = (pl.col("idle_share") > MOST_LOST_SHARE).fill_null(False) & ~metered
+    quiet = readings.filter(~disturbed).select(*_CONFIGURATION, "bytes").unique()
+    kept = pl.concat(
+        [
+            readings.filter(~disturbed),
+            readings.filter(disturbed).join(
+                quiet, on=[*_CONFIGURATION, "bytes"], how="anti", nulls_equal=True
+            ),
+        ]
+    )
     return (
-        readings.with_columns(
+        kept.with_columns(
             moved_bytes=pl.when(moved).then(pl.col("bytes")),
             quantity=pl.when(
                 (pl.col("quantity") == "iteration") & (pl.col("prompt_tokens").fill_null(0) > 0)

@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from helios_sim.cards import policy_slo, room_of
 from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError
@@ -197,12 +199,30 @@ def run_policy(
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary["num_shortened"] = num_shortened
+        beyond = _beyond_measured(experiment.setup.profile, run)
+        if beyond:
+            summary["beyond_measured"] = beyond
         results.append(Result(run, summary))
         report(1.0)
     first = results[0]
     if len(results) > 1:
         first.summary["replications"] = aggregate([result.summary for result in results])
     return first
+
+
+def _beyond_measured(profile: Profile, run: RunData) -> list[str]:
+    """What of a run a measured profile can only extrapolate, a clause for each model served."""
+    lengths = (
+        run.requests.filter(pl.col("model").is_not_null())
+        .group_by("model")
+        .agg((pl.col("prompt_tokens") + pl.col("generated_tokens")).max().alias("tokens"))
+        .sort(pl.col("model").cast(pl.String))
+    )
+    clauses = [
+        profile.models[name].beyond_hull(run.totals.max_running, tokens)
+        for name, tokens in lengths.iter_rows()
+    ]
+    return [clause for clause in clauses if clause]
 
 
 def folder_name(label: str) -> str:

@@ -156,6 +156,13 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
             f"Quality: {number(100 * agreement)} % of the tokens of {name} equal those of the same "
             f"model at full depth; perplexity {beside('perplexity', digits=4)}."
         )
+    extrapolated = [
+        f"{one['label']} ({'; '.join(one['beyond_measured'])})"
+        for one in summaries
+        if one.get("beyond_measured")
+    ]
+    if extrapolated:
+        found.append(f"Extrapolated beyond what was measured: {listed(extrapolated)}.")
     overloaded = [one["label"] for one in summaries if one.get("saturation") == "overloaded"]
     if overloaded:
         found.append(

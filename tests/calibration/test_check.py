@@ -10,6 +10,7 @@ import pytest
 from calibration.check import check_rows, check_text, compare, verdict
 from calibration.cli import main
 from calibration.fit import fit_profile
+from calibration.points import gather
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
 from tests.calibration import planted
@@ -119,3 +120,20 @@ def test_an_absent_meter_is_said_by_the_check(
     with pytest.raises(SystemExit):
         main(["check", str(tmp_path / "profile")])
     assert "Energy: unavailable (no meter)" in capsys.readouterr().out
+
+
+def test_disturbed_trials_give_way_to_quiet_ones_of_the_same_point() -> None:
+    frame = planted.frame(Plan(energy=False, trials=2))
+    spoilt = frame.with_columns(
+        seconds=pl.when(pl.col("trial") == 1)
+        .then(pl.col("seconds") * 3)
+        .otherwise(pl.col("seconds")),
+        idle_share=pl.when(pl.col("trial") == 1).then(0.6).otherwise(0.0),
+    )
+    quiet = planted.points(Plan(energy=False))
+    keys = ["quantity", "mode", "layers", "batch", "context_tokens", "prompt_tokens", "bytes"]
+    both = quiet.join(gather(spoilt), on=keys, suffix="_found", nulls_equal=True)
+    assert both.height == quiet.height
+    assert both["seconds"].to_list() == both["seconds_found"].to_list()
+    only_disturbed = spoilt.filter(pl.col("trial") == 1)
+    assert gather(only_disturbed).height == quiet.filter(pl.col("seconds").is_not_null()).height
