@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.scenario import Scenario
+from helios_sim.search.executors import is_death, open_workers, usable_cpus
 
 Summaries = list[dict[str, Any]]
 
@@ -29,7 +28,7 @@ def run_sweep(
     traces once and keeps them. `on_done` is told how many scenarios of how many are done. The
     first scenario that cannot run ends the sweep with its `InputError`.
     """
-    processes = min(num_processes or os.cpu_count() or 1, max(1, len(scenarios)))
+    processes = min(num_processes or usable_cpus(), max(1, len(scenarios)))
     results: list[Summaries] = []
     for summaries in _summaries(scenarios, base_dir, processes):
         results.append(summaries)
@@ -47,23 +46,20 @@ def run_point(scenario: Scenario, base_dir: Path) -> Summaries:
 def _summaries(
     scenarios: Sequence[Scenario], base_dir: Path, processes: int
 ) -> Iterator[Summaries]:
-    if processes == 1:
-        yield from (run_point(scenario, base_dir) for scenario in scenarios)
-        return
-    # Workers start afresh: a forked one would inherit the locks of this process's threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        points: list[Future[Summaries]] = [
-            pool.submit(run_point, scenario, base_dir) for scenario in scenarios
-        ]
+    with open_workers(processes) as workers:
+        running: deque[Future[Summaries]] = deque()
         try:
-            for point in points:
-                yield point.result()
-        except BrokenProcessPool as error:
+            for scenario in scenarios:
+                if len(running) == workers.max_in_flight:
+                    yield running.popleft().result()
+                running.append(workers.executor.submit(run_point, scenario, base_dir))
+            while running:
+                yield running.popleft().result()
+        except Exception as error:
+            if not is_death(error):
+                raise
             raise InputError(
                 "A process of the sweep died, perhaps for lack of memory; give fewer processes "
                 "or smaller scenarios.",
                 "sweep",
             ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)

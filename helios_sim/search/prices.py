@@ -66,7 +66,10 @@ def load_prices(name: str, base_dir: Path, where: str) -> Prices:
     try:
         return Prices.model_validate(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+        # A misspelt key is also a missing one; the spelling is what to mend.
+        unknown = [one for one in errors if one["type"] == "extra_forbidden"]
+        first = [*unknown, *errors][0]
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             allowed = ("currency", "gpu", "energy", "per_gpu_hour", "per_kwh", "overhead", "grade")

@@ -1,0 +1,368 @@
+"""plan, tune and whatif from a file to a folder: the same bytes whoever runs them and what dies."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from helios_sim.cli import main
+from helios_sim.errors import InputError
+from helios_sim.records import toml_text
+from helios_sim.scenario import load_scenario
+from helios_sim.search.commands import Running, plan, tune, whatif
+
+RANGES = {
+    "policy.breach_limit": {"low": 10, "high": 90},
+    "policy.reassess_requests": {"low": 20, "high": 500, "log": True},
+    "serving.max_batch": [8, 64],
+}
+
+
+def write(folder: Path, **more: Any) -> Path:
+    """A small scenario file with both tables."""
+    data = {
+        "name": "small",
+        "workload": {
+            "num_requests": 60,
+            "arrivals": {"kind": "poisson", "rate_per_s": 4.0},
+            "prompt": {"kind": "constant", "tokens": 100},
+            "output": {"kind": "geometric", "mean_tokens": 40, "max_tokens": 200},
+        },
+        "fleet": {"profile": "opt-a100-40gb", "weights_start": "host"},
+        "slo": {"text": "ttft:1000 tpot:30"},
+        "policy": [{"use": "helios"}],
+        "plan": {"num_requests": 200, "max_replications": 3, "precision": 0.1},
+        "search": {
+            "num_trials": 12,
+            "batch": 4,
+            "num_requests": 60,
+            "replications": 2,
+            "held_out": 2,
+            "held_out_rates": [1.0],
+            "constraints": "agreement>=0.5",
+            "ranges": RANGES,
+        },
+    }
+    for key, value in more.items():
+        data[key] = {**data[key], **value} if isinstance(data.get(key), dict) else value  # type: ignore[dict-item]
+    path = folder / "small.toml"
+    path.write_text(toml_text(data))
+    return path
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Everything a search leaves but the journal, which holds clock times."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith("study.journal")
+    }
+
+
+def inline(out: Path, **more: Any) -> Running:
+    return Running(out, num_processes=1, **more)
+
+
+def test_a_plan_without_a_target_finds_the_capacity_of_each_policy(tmp_path: Path) -> None:
+    path = write(tmp_path, policy=[{"use": "never"}, {"use": "vanilla"}])
+    said = plan(path, [], inline(tmp_path / "out"))
+    assert "carries" in said.sentences[0]
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet")
+    assert set(frame["policy"]) == {"never", "vanilla"}
+    for policy in ("never", "vanilla"):
+        mine = frame.filter(pl.col("policy") == policy)
+        planned = mine.filter(pl.col("planned"))
+        assert planned.height == 1
+        missed = mine.filter(~pl.col("carried"))["rate_per_s"].min()
+        assert planned["rate_per_s"][0] < missed <= 1.1001 * planned["rate_per_s"][0]  # type: ignore[operator]
+    assert (tmp_path / "out" / "pareto.csv").read_text().startswith("policy,profile")
+    page = (tmp_path / "out" / "report.html").read_text()
+    for title in ("Attainment against rate", "Frontiers", "Evidence", "How it was found"):
+        assert f"<h2>{title}</h2>" in page
+
+
+def test_a_plan_s_fleet_carries_its_target_and_one_replica_fewer_does_not(tmp_path: Path) -> None:
+    (tmp_path / "prices.toml").write_text(
+        '[gpu."NVIDIA A100-SXM4-40GB"]\nper_gpu_hour = 2.0\ngrade = "assumed"\n'
+    )
+    target = {"target_rate_per_s": 60.0, "prices": "prices.toml", "hourly_weights": [1, 2] * 12}
+    path = write(tmp_path, policy=[{"use": "vanilla", "model": "opt-6.7b"}], plan=target)
+    said = plan(path, [], inline(tmp_path / "out"))
+    found = load_scenario(tmp_path / "out" / "scenario.toml")
+    num = found.fleet.num_replicas
+    assert num > 1
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet")
+    at = frame.filter(pl.col("rate_per_s") == 60.0)
+    verdicts = {row["num_replicas"]: row["carried"] and row["sure"] for row in at.to_dicts()}
+    assert verdicts[num] is True
+    assert verdicts[num - 1] is False
+    assert found.workload.arrivals.rate_per_s == 60.0  # type: ignore[union-attr]
+    assert any(f"{num} GPUs" in sentence for sentence in said.sentences)
+    planned = at.filter(pl.col("planned")).to_dicts()[0]
+    assert planned["cost_per_hour"] == pytest.approx(2.0 * num)
+
+
+@pytest.mark.parametrize("command", ["plan", "tune"])
+def test_what_is_recommended_runs_as_it_is(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    {"plan": plan, "tune": tune}[command](path, [], inline(tmp_path / "out"))
+    with pytest.raises(SystemExit) as end:
+        main(["scenario", "check", str(tmp_path / "out" / "scenario.toml")])
+    assert end.value.code == 0
+    assert "is good" in capsys.readouterr().out
+    data = tomllib.loads((tmp_path / "out" / "scenario.toml").read_text())
+    assert len(data["policy"]) == 1
+    assert not {"plan", "search"} & set(data)
+
+
+def test_simulate_runs_a_scenario_with_questions_and_leaves_them_out_of_the_run(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["simulate", str(path), "--out", str(tmp_path / "run")])
+    assert end.value.code == 0
+    data = tomllib.loads((tmp_path / "run" / "helios" / "scenario.toml").read_text())
+    assert not {"plan", "search"} & set(data)
+
+
+def test_a_limit_nothing_can_meet_is_told_with_by_how_much_at_the_lowest_rate(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, slo={"text": "ttft:p99<1ms"})
+    with pytest.raises(InputError) as error:
+        plan(path, [], inline(tmp_path / "out"))
+    text = str(error.value)
+    assert re.search(r"at 0\.\d+ requests/s ttft:p99<=1ms is met by 0\.0 %", text)
+    assert re.search(r"\d+ % over 1 ms", text)
+    assert list((tmp_path / "out" / "points").iterdir())
+
+
+def test_constraints_that_no_trial_keeps_are_told_with_the_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, search={"constraints": "tpot:p99<1ms", "num_trials": 4})
+    with pytest.raises(InputError, match=r"nearest and breaks tpot:p99<=1ms \(reached"):
+        tune(path, [], inline(tmp_path / "out"))
+    assert pl.read_parquet(tmp_path / "out" / "results.parquet").height == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"slo": {"text": ""}}, "empty"),
+        ({"plan": {"routers": ["least-kw"]}}, "Did you mean 'least-kv'"),
+        ({"plan": {"policies": ["helos"]}}, "Did you mean 'helios'"),
+        ({"plan": {"profiles": ["opt-a100-40g"]}}, "opt-a100-40gb"),
+        ({"plan": {"candidates": [["opt-13b"]]}}, "has no opt-13b"),
+        ({"plan": {"precison": 0.1}}, "Did you mean 'precision'"),
+    ],
+)
+def test_a_plan_that_cannot_be_says_why(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as error:
+        plan(write(tmp_path, **changes), [], inline(tmp_path / "out"))
+    assert said in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "sobol", "grid"])
+def test_every_sampler_searches_and_tries_the_winner_on_other_traffic(
+    tmp_path: Path, sampler: str
+) -> None:
+    more: dict[str, Any] = {"sampler": sampler, "objectives": ["throughput", "energy"]}
+    if sampler == "grid":
+        more["ranges"] = {"policy.breach_limit": [20, 60], "serving.max_batch": [8, 64]}
+    tune(write(tmp_path, search=more), [], inline(tmp_path / "out"))
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet")
+    assert frame.height == 1 + (4 if sampler == "grid" else 12)
+    assert frame.filter(pl.col("winner")).height == 1
+    assert {"full", "stopped"} >= set(frame["state"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    for title in ("Settings", "On traffic it was not tuned on", "Frontier", "Sensitivity"):
+        assert f"<h2>{title}</h2>" in page
+    front = pl.read_csv(tmp_path / "out" / "pareto.csv")
+    assert set(front["trial"]) <= set(frame.filter(pl.col("feasible"))["trial"])
+
+
+def test_the_number_of_workers_changes_no_byte_of_a_search(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    tune(path, [], inline(tmp_path / "one"))
+    tune(path, [], Running(tmp_path / "two", num_processes=2))
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+
+
+def test_a_dask_cluster_of_two_workers_gives_the_bytes_of_processes(tmp_path: Path) -> None:
+    """The cluster runs in processes of its own, as a real one does."""
+    path = write(tmp_path, search={"num_trials": 8})
+    tune(path, [], inline(tmp_path / "here"))
+    scheduler_file = tmp_path / "scheduler.json"
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    scheduler = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "distributed.cli.dask_scheduler"),
+            *("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-jupyter"),
+            *("--scheduler-file", str(scheduler_file)),
+        ],
+        **quiet,
+    )
+    workers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "distributed.cli.dask_worker"),
+                *("--scheduler-file", str(scheduler_file), "--nthreads", "1", "--no-nanny"),
+                *("--no-dashboard", "--local-directory", str(tmp_path / f"worker{number}")),
+            ],
+            **quiet,
+        )
+        for number in range(2)
+    ]
+    try:
+        while not scheduler_file.is_file() or not scheduler_file.read_text():
+            assert scheduler.poll() is None
+            time.sleep(0.1)
+        address = json.loads(scheduler_file.read_text())["address"]
+        from distributed import Client
+
+        with Client(address) as client:  # type: ignore[no-untyped-call]
+            client.wait_for_workers(2)  # type: ignore[no-untyped-call]
+        tune(path, [], Running(tmp_path / "there", scheduler=address))
+    finally:
+        for process in (*workers, scheduler):
+            process.kill()
+            process.wait()
+    assert results(tmp_path / "here") == results(tmp_path / "there")
+
+
+def test_a_scheduler_that_is_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helios_sim.search.executors.CONNECT_S", 1)
+    with pytest.raises(InputError, match="No scheduler of a cluster answers"):
+        tune(write(tmp_path), [], Running(tmp_path / "out", scheduler="tcp://127.0.0.1:9"))
+
+
+def test_a_search_killed_at_random_moments_ends_with_the_bytes_of_an_undisturbed_one(
+    tmp_path: Path,
+) -> None:
+    """SIGKILL after a random number of further points, then --resume, until it is done."""
+    path = write(tmp_path)
+    start = (sys.executable, "-c", "from helios_sim.cli import main; main()", "tune", str(path))
+    subprocess.run(
+        [*start, "--out", str(tmp_path / "calm"), "--processes", "1"],
+        check=True,
+        capture_output=True,
+    )
+    command = [*start, "--out", str(tmp_path / "torn"), "--processes", "1", "--resume"]
+    points = tmp_path / "torn" / "points"
+    draw = random.Random(7)
+    kept = num_kills = 0
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        enough = kept + draw.randrange(1, 40)
+        while process.poll() is None and sum(1 for _ in points.glob("[0-9a-f]*.json")) < enough:
+            time.sleep(0.002)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        num_kills += 1
+        now = sum(1 for _ in points.glob("[0-9a-f]*.json"))
+        assert now >= kept
+        kept = now
+    assert process.returncode == 0
+    assert num_kills > 1
+    for left in (tmp_path / "torn").rglob("*.partial"):
+        left.unlink()
+    assert results(tmp_path / "torn") == results(tmp_path / "calm")
+
+
+def test_an_unfinished_search_is_not_thrown_away_without_a_word(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    out = tmp_path / "out"
+    tune(path, [], inline(out))
+    before = results(out)
+    (out / "results.parquet").unlink()
+    with pytest.raises(InputError, match=r"finished points of a search.*--resume"):
+        tune(path, [], inline(out))
+    tune(path, [], inline(out, resume=True))
+    assert results(out) == before
+
+
+def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("ten years of work")
+    with pytest.raises(InputError, match=r"'thesis\.tex', which is no part of a search"):
+        tune(write(tmp_path), [], inline(tmp_path / "out"))
+
+
+def test_shards_together_are_the_whole_search(tmp_path: Path) -> None:
+    path = write(tmp_path, search={"sampler": "sobol", "num_trials": 6})
+    tune(path, [], inline(tmp_path / "whole"))
+    parts = tmp_path / "parts"
+    for shard in ("1/2", "2/2"):
+        said = tune(path, [], inline(parts, shard=shard))
+        assert f"Shard {shard} is done" in said.sentences[0]
+        assert not said.has_page
+    num = len(list((parts / "points").iterdir()))
+    tune(path, [], inline(parts, resume=True))
+    assert len(list((parts / "points").iterdir())) > num
+    for name in ("results.parquet", "pareto.csv", "scenario.toml"):
+        assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])
+def test_a_shard_that_cannot_be_says_how_it_is_written(tmp_path: Path, shard: str) -> None:
+    with pytest.raises(InputError, match="write i/n"):
+        plan(write(tmp_path), [], inline(tmp_path / "out", shard=shard))
+
+
+def test_a_search_that_learns_has_no_shards(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match='use "grid" or "sobol"'):
+        tune(write(tmp_path), [], inline(tmp_path / "out", shard="1/2"))
+
+
+def test_whatif_shows_every_cell_of_the_grid_once(tmp_path: Path) -> None:
+    path = write(tmp_path, policy=[{"use": "helios"}, {"use": "vanilla"}])
+    vary = ["policy.breach_limit=20,60", "serving.max_batch=8,64"]
+    said = whatif(path, [], vary, [], 2, inline(tmp_path / "out"))
+    # Vanilla has no breach limit, so it has two cells and HELIOS four.
+    assert [(row["policy"], row["setting serving.max_batch"]) for row in said.rows].count(
+        ("vanilla", 8)
+    ) == 1
+    assert len(said.rows) == 6
+    titles, rows = said.tables[0][0]
+    assert len(rows) == 6
+    assert all(len(row) == len(titles) for row in rows)
+
+
+def test_whatif_names_the_nearest_of_an_option_nobody_has(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Did you mean 'breach_limit'"):
+        whatif(write(tmp_path), [], ["policy.breach_limt=1,2"], [], 1, inline(tmp_path / "out"))
+    with pytest.raises(InputError, match="Did you mean 'max_batch'"):
+        whatif(write(tmp_path), [], ["serving.max_bacth=1,2"], [], 1, inline(tmp_path / "out"))
+
+
+def test_the_command_line_prints_the_answer_and_where_the_page_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    arguments = [str(path), "--out", str(tmp_path / "out"), "--processes", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(["plan", *arguments])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "carries" in printed
+    assert str(tmp_path / "out" / "report.html") in printed.replace("\n", "")

@@ -1,0 +1,241 @@
+"""What may vary, what is best and what must hold: read strictly, in words of the user's file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helios_sim.errors import InputError
+from helios_sim.scenario import Scenario, parse_scenario
+from helios_sim.search.goals import parse_constraints, parse_goal
+from helios_sim.search.pareto import dominates, front, knee, ranks
+from helios_sim.search.prices import Prices, cost_of, load_prices
+from helios_sim.search.samplers import sobol_shares
+from helios_sim.search.space import Range, read_space
+from helios_sim.search.whatif import parse_vary
+
+
+def scenario(ranges: dict[str, Any], **search: Any) -> Scenario:
+    data = {
+        "name": "small",
+        "workload": {
+            "num_requests": 50,
+            "arrivals": {"kind": "poisson", "rate_per_s": 2.0},
+            "prompt": {"kind": "constant", "tokens": 50},
+            "output": {"kind": "constant", "tokens": 20},
+        },
+        "fleet": {"profile": "opt-a100-40gb"},
+        "policy": [{"use": "helios"}],
+        "search": {"ranges": ranges, **search},
+    }
+    return parse_scenario(data, "x.toml", Path())
+
+
+def told(ranges: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as error:
+        read_space(scenario(ranges), Path(), "x.toml")
+    return str(error.value)
+
+
+def test_an_unknown_option_names_the_nearest_and_the_range() -> None:
+    text = told({"policy.breach_limt": {"low": 1, "high": 9}})
+    assert "search.ranges.policy.breach_limt" in text
+    assert "'breach_limit'" in text
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    assert "Did you mean 'max_batch'?" in told({"serving.max_bach": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"low": 9, "high": 1}, "The range is empty: low is 9 and high is 1"),
+        ([], "The range is empty: choices holds no value"),
+        ({"low": 1, "hihg": 2}, "Did you mean 'high'?"),
+        ({"low": 0, "high": 9, "log": True}, "a logarithmic range is above 0"),
+        ({"low": 1, "high": 9, "step": 0}, "it must be positive"),
+        ("many", "allowed is a list of choices"),
+    ],
+)
+def test_a_range_that_cannot_be_says_why(given: Any, said: str) -> None:
+    assert said in told({"policy.breach_limit": given})
+
+
+def test_a_search_without_ranges_or_without_a_table_says_so() -> None:
+    assert "names no setting" in told({})
+    plain = scenario({}).model_copy(update={"search": None})
+    with pytest.raises(InputError, match=r"no \[search\] table"):
+        read_space(plain, Path(), "x.toml")
+
+
+def test_ranges_of_which_no_combination_is_a_scenario_say_what_the_first_lacks() -> None:
+    text = told({"policy.breach_limit": {"low": 500, "high": 900}})
+    assert "Of 64 combinations" in text
+    assert "breach_window_tokens" in text
+
+
+def test_a_dotted_key_may_stand_without_quotes() -> None:
+    nested = {"policy": {"breach_limit": {"low": 10, "high": 90}}, "serving": {"max_batch": [8, 9]}}
+    space = read_space(scenario(nested), Path(), "x.toml")
+    assert [one.key for one in space.ranges] == ["policy.breach_limit", "serving.max_batch"]
+    changed = space.scenario({"policy.breach_limit": 33, "serving.max_batch": 9})
+    assert changed.policy[0].options["breach_limit"] == 33
+    assert changed.serving.max_batch == 9
+    assert space.own("serving.max_batch") == 256
+
+
+ranges = st.one_of(
+    st.tuples(st.integers(1, 50), st.integers(0, 500), st.booleans()).map(
+        lambda t: Range("k", t[0], t[0] + t[1], t[2], is_whole=True)
+    ),
+    st.tuples(st.floats(0.01, 5.0), st.floats(0.0, 100.0), st.booleans()).map(
+        lambda t: Range("k", t[0], t[0] + t[1], t[2])
+    ),
+    st.lists(st.integers(), min_size=1, unique=True).map(lambda c: Range("k", choices=tuple(c))),
+)
+
+
+@given(ranges, st.floats(0.0, 1.0, exclude_max=True))
+def test_every_share_of_a_range_lies_in_it(one: Range, share: float) -> None:
+    value = one.at(share)
+    if one.choices:
+        assert value in one.choices
+    else:
+        assert one.low <= value <= one.high
+        assert isinstance(value, int) == one.is_whole
+
+
+@given(ranges)
+def test_a_grid_ascends_from_one_end_to_the_other(one: Range) -> None:
+    values = one.grid()
+    if one.choices:
+        assert values == list(one.choices)
+        return
+    assert values == sorted(set(values))
+    assert values[0] == pytest.approx(one.low, rel=1e-5)
+    assert values[-1] == pytest.approx(one.high, rel=1e-5)
+
+
+def test_sobol_points_are_the_same_again_and_fill_every_tenth_of_each_axis() -> None:
+    points = sobol_shares(3, 200, seed=5)
+    assert points == sobol_shares(3, 200, seed=5)
+    assert points != sobol_shares(3, 200, seed=6)
+    for axis in zip(*points, strict=True):
+        counts = [sum(int(10 * x) == tenth for x in axis) for tenth in range(10)]
+        assert min(counts) >= 15
+
+
+def test_constraints_take_slo_text_in_every_dialect_and_bounds_beside_it() -> None:
+    found = parse_constraints("ttft:p99<500ms; tpot:p95 < 50 ms; agreement>=0.98", "here")
+    assert found.limits == "ttft:p99<=500ms;tpot:p95<=50ms"
+    assert [str(bound) for bound in found.bounds] == ["agreement>=0.98"]
+    other = parse_constraints("p99_ttft_ms<=500 p95_tpot_ms<=50, agreement >= 98%", "here")
+    assert str(other) == str(found)
+    assert str(parse_constraints(str(found), "here")) == str(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("agrement>=0.9", "Did you mean 'agreement'?"),
+        ("agreement<=0.9", "from the wrong side"),
+        ("energy>=0.9", "from the wrong side"),
+        ("agreement>=98", "a share above 1"),
+        ("ttft>500", "lower limit"),
+        ("goodput>=-1", "not positive"),
+    ],
+)
+def test_a_constraint_that_cannot_be_says_why(text: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_constraints(text, "here")
+    assert said in str(error.value)
+
+
+def test_objectives_are_names_and_latencies_take_a_statistic() -> None:
+    assert (parse_goal("goodput", "here").better, parse_goal("energy", "here").scale) == (
+        "higher",
+        1e-3,
+    )
+    assert parse_goal("ttft:p95", "here").key == "p95_ttft_ms"
+    assert parse_goal("tpot", "here").key == "p99_tpot_ms"
+    with pytest.raises(InputError, match="Did you mean 'goodput'"):
+        parse_goal("goodputt", "here")
+    with pytest.raises(InputError, match="no statistic"):
+        parse_goal("ttft:p12", "here")
+
+
+costs = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=30
+)
+
+
+@given(costs)
+def test_a_front_is_what_nobody_dominates_and_ranks_peel_it(points: list[tuple[int, ...]]) -> None:
+    on = set(front(points))
+    for place, point in enumerate(points):
+        beaten = any(dominates(other, point) for other in points)
+        assert (place in on) == (not beaten)
+    found = ranks(points)
+    assert {place for place, rank in enumerate(found) if rank == 0} == on
+    for a, first in zip(points, found, strict=True):
+        for b, second in zip(points, found, strict=True):
+            assert not dominates(a, b) or first < second
+    best = [points[place] for place in sorted(on)]
+    assert points[sorted(on)[knee(best)]] in best
+
+
+def test_costs_by_pencil() -> None:
+    """Three GPUs at 2 an hour and 1 kW at 1.5 x 0.2: 6.3 an hour; 1,000 tokens/s are 3.6 M."""
+    prices = Prices.model_validate(
+        {
+            "gpu": {"X": {"per_gpu_hour": 2.0, "grade": "assumed"}},
+            "energy": {"per_kwh": 0.2, "overhead": 1.5, "grade": "assumed"},
+        }
+    )
+    cost = cost_of(prices, "X", 3, 1000.0, 1000.0, "here")
+    assert cost.per_hour == pytest.approx(6.3)
+    assert cost.per_million_tokens == pytest.approx(6.3 / 3.6)
+    assert cost_of(prices, "X", 3, None, None, "here").per_million_tokens is None
+    with pytest.raises(InputError, match="Did you mean it for 'X'"):
+        cost_of(prices, "XX", 1, None, None, "here")
+
+
+def test_a_prices_file_is_read_strictly(tmp_path: Path) -> None:
+    file = tmp_path / "p.toml"
+    file.write_text('[gpu.X]\nper_gpu_hours = 1.0\ngrade = "assumed"\n')
+    with pytest.raises(InputError, match="Did you mean 'per_gpu_hour'"):
+        load_prices("p.toml", tmp_path, "here")
+    file.write_text('[gpu.X]\nper_gpu_hour = 1.0\ngrade = "rumour"\n')
+    with pytest.raises(InputError, match="rumour"):
+        load_prices("p.toml", tmp_path, "here")
+    with pytest.raises(InputError, match="cannot be read"):
+        load_prices("q.toml", tmp_path, "here")
+
+
+def test_vary_reads_values_as_toml_and_keeps_lists_whole() -> None:
+    found = parse_vary(["a.b=1,2.5,text", 'c=["x","y"],[]'])
+    assert found == {"a.b": [1, 2.5, "text"], "c": [["x", "y"], []]}
+    for wrong in ("a.b", "=1,2", "a="):
+        with pytest.raises(InputError, match="write key=a,b,c"):
+            parse_vary([wrong])
+    with pytest.raises(InputError, match="twice"):
+        parse_vary(["a=1", "a=2"])
+
+
+def test_a_plan_s_target_follows_from_users() -> None:
+    """3,000 users at 0.5 requests a minute and a peak of twice that: 50 a second."""
+    data = scenario({"policy.breach_limit": [1]}).model_dump(exclude_none=True)
+    data["plan"] = {"users": 3000, "requests_per_user_per_min": 0.5, "peak_factor": 2.0}
+    plan = parse_scenario(data, "x.toml", Path()).plan
+    assert plan is not None
+    assert plan.target is not None
+    assert math.isclose(plan.target, 50.0)
+    data["plan"]["target_rate_per_s"] = 3.0
+    with pytest.raises(InputError, match="the target is one of them"):
+        parse_scenario(data, "x.toml", Path())

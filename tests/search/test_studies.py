@@ -1,0 +1,261 @@
+"""Points and studies: found by content, in order, kept as they come, whatever dies."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Generator, Sequence
+from concurrent.futures import Executor, Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import helios_sim.search.points
+from helios_sim.errors import InputError
+from helios_sim.scenario import Scenario, parse_scenario
+from helios_sim.search.executors import InlineExecutor, Workers, open_workers
+from helios_sim.search.points import Point, point_of, run_point
+from helios_sim.search.store import Store
+from helios_sim.search.studies import Outcome, Standing, Study, carry_out
+from helios_sim.search.traffic import Traffic, at_rate
+
+INLINE = Workers(InlineExecutor(), 1)
+
+
+def scenario(folder: Path, rate_per_s: float = 4.0, **more: Any) -> Scenario:
+    data = {
+        "name": "small",
+        "workload": {
+            "num_requests": 50,
+            "arrivals": {"kind": "poisson", "rate_per_s": rate_per_s},
+            "prompt": {"kind": "constant", "tokens": 50},
+            "output": {"kind": "constant", "tokens": 20},
+        },
+        "fleet": {"profile": "opt-a100-40gb"},
+        "slo": {"text": "ttft:p99<500ms;tpot:50;itl:p50<40"},
+        "policy": [{"use": "never"}],
+        **more,
+    }
+    return parse_scenario(data, "x.toml", folder)
+
+
+def points_of(folder: Path, rates: Sequence[float]) -> list[Point]:
+    return [point_of(scenario(folder, rate), folder, "ttft:p99<500ms") for rate in rates]
+
+
+def asking(points: Sequence[Point], batch: int) -> Study[list[Outcome]]:
+    """A study that asks for its points in batches and returns what it was sent."""
+
+    def steps() -> Generator[Sequence[Point], list[Outcome], list[Outcome]]:
+        got: list[Outcome] = []
+        for at in range(0, len(points), batch):
+            got += yield points[at : at + batch]
+        return got
+
+    return Study("asking", steps(), len(points))
+
+
+def test_a_point_is_named_by_what_decides_it_and_by_nothing_else(tmp_path: Path) -> None:
+    (point,) = points_of(tmp_path, [4.0])
+    renamed = scenario(tmp_path, name="other", question="why", notes=["a"])
+    assert point_of(renamed, tmp_path, "ttft:p99<500ms").key == point.key
+    labelled = scenario(tmp_path, policy=[{"use": "never", "label": "mine"}])
+    assert point_of(labelled, tmp_path, "ttft:p99<500ms").key == point.key
+    others = [
+        *points_of(tmp_path, [4.5]),
+        point_of(scenario(tmp_path, seed=2), tmp_path, "ttft:p99<500ms"),
+        point_of(scenario(tmp_path, policy=[{"use": "vanilla"}]), tmp_path, "ttft:p99<500ms"),
+        point_of(scenario(tmp_path), tmp_path, "ttft:p98<500ms"),
+    ]
+    assert len({point.key, *(other.key for other in others)}) == 5
+
+
+def test_another_content_of_a_named_file_is_another_point(tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    lines = [f'{{"timestamp":{n * 100},"input_length":9,"output_length":5}}\n' for n in range(9)]
+    trace.write_text("".join(lines))
+    replay = scenario(tmp_path, workload={"trace": {"file": "t.jsonl"}})
+    before = point_of(replay, tmp_path).key
+    trace.write_text("".join(lines[:-1]))
+    assert point_of(replay, tmp_path).key != before
+
+
+def test_outcomes_come_in_the_order_of_asking_and_errors_among_them(tmp_path: Path) -> None:
+    wrong = scenario(tmp_path, fleet={"profile": "opt-a100-40g"})
+    good, other = (
+        point_of(scenario(tmp_path, rate), tmp_path, "ttft:p99<500ms") for rate in (1.0, 9.0)
+    )
+    broken = Point(wrong, tmp_path)
+    object.__setattr__(broken, "key", "f" * 64)
+    found = carry_out([asking([good, broken, other], 3)], INLINE, Store())
+    assert isinstance(found[0][1], InputError)
+    spans = [found[0][place]["summary"]["duration"] for place in (0, 2)]  # type: ignore[index]
+    assert spans[0] > spans[1]
+
+
+def test_studies_share_points_and_a_second_look_runs_none(tmp_path: Path) -> None:
+    points = points_of(tmp_path, [1.0, 2.0])
+    store = Store(tmp_path / "points")
+    first = carry_out([asking(points, 1), asking(points[::-1], 2)], INLINE, store)
+    assert store.num_written == 2
+    assert first[0] == first[1][::-1]
+    again = Store(tmp_path / "points")
+    assert carry_out([asking(points, 2)], INLINE, again) == [first[0]]
+    assert (again.num_written, again.num_found) == (0, 2)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"key": "x"}', "[]", "\x00" * 100])
+def test_a_point_s_file_that_is_not_whole_counts_as_absent(tmp_path: Path, content: str) -> None:
+    (point,) = points_of(tmp_path, [2.0])
+    store = Store(tmp_path / "points")
+    (before,) = carry_out([asking([point], 1)], INLINE, store)
+    file = tmp_path / "points" / f"{point.key}.json"
+    whole = file.read_bytes()
+    file.write_text(content)
+    (after,) = carry_out([asking([point], 1)], INLINE, Store(tmp_path / "points"))
+    assert after == before
+    assert file.read_bytes() == whole
+
+
+def test_progress_counts_up_to_all_and_knows_what_is_left(tmp_path: Path) -> None:
+    told: list[Standing] = []
+    carry_out([asking(points_of(tmp_path, [1.0, 2.0, 3.0]), 2)], INLINE, Store(), told.append)
+    assert [one.num_done for one in told] == [0, 1, 2, 3]
+    assert told[0].left_s is None
+    assert [one.num_expected for one in told] == [3, 3, 3, 3]
+    assert told[-1].left_s == 0.0
+
+
+def test_a_full_disk_ends_clearly_and_keeps_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = points_of(tmp_path, [1.0, 2.0, 3.0])
+    written = Path.write_text
+    store = Store(tmp_path / "points")
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> int:
+        if store.num_written == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match=r"No space left.* 2 finished points are kept.*--resume"):
+        carry_out([asking(points, 1)], INLINE, store)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "points").iterdir())) == 2
+    again = Store(tmp_path / "points")
+    carry_out([asking(points, 1)], INLINE, again)
+    assert (again.num_found, again.num_written) == (2, 1)
+
+
+class Dying(Executor):
+    """Runs so many calls, then its worker is dead."""
+
+    def __init__(self, lives: int) -> None:
+        self.lives = lives
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.lives -= 1
+        if self.lives < 0:
+            future.set_exception(BrokenProcessPool("gone"))
+        else:
+            future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_a_worker_that_dies_ends_clearly_and_keeps_what_is_finished(tmp_path: Path) -> None:
+    store = Store(tmp_path / "points")
+    points = points_of(tmp_path, [1.0, 2.0, 3.0])
+    with pytest.raises(InputError, match=r"A worker died.*1 finished point is kept.*--resume"):
+        carry_out([asking(points, 3)], Workers(Dying(1), 1), store)
+
+
+def test_limits_are_judged_over_the_requests_sent(tmp_path: Path) -> None:
+    """One in fifty requests can never fit: infinitely late, so p99 is unknown and p90 is not."""
+    base = scenario(tmp_path, fleet={"profile": "opt-a100-40gb", "candidates": ["opt-1.3b"]})
+    values = {"kind": "values", "values": [50, 100_000], "weights": [0.94, 0.06]}
+    workload = base.workload.model_dump(exclude_none=True) | {"prompt": values}
+    mixed = scenario(
+        tmp_path, fleet={"profile": "opt-a100-40gb", "candidates": ["opt-1.3b"]}, workload=workload
+    )
+    found = run_point(point_of(mixed, tmp_path, "ttft:p99<60s;ttft:p50<60s;itl:p99<60s"))
+    refused = found["summary"]["num_refused"]
+    assert 0 < refused < 20
+    p99, p50, gaps = found["judged"]
+    assert p99["value_ms"] is None
+    assert p99["share"] == pytest.approx(1 - refused / 50)
+    assert 0 < p50["value_ms"] < 60_000
+    assert gaps["share"] == 1.0
+
+
+def test_processes_give_the_same_bytes_as_this_one(tmp_path: Path) -> None:
+    points = points_of(tmp_path, [1.0, 2.0, 3.0, 4.0])
+    here, there = Store(tmp_path / "a"), Store(tmp_path / "b")
+    carry_out([asking(points, 4)], INLINE, here)
+    with open_workers(2) as workers:
+        carry_out([asking(points, 4)], workers, there)
+    files = sorted((tmp_path / "a").iterdir())
+    assert len(files) == 4
+    assert [file.read_bytes() for file in files] == [
+        (tmp_path / "b" / file.name).read_bytes() for file in files
+    ]
+
+
+def test_samples_of_a_replayed_trace_are_stretches_at_the_rate_asked_for(tmp_path: Path) -> None:
+    lines = []
+    at_ms = 0
+    for n in range(400):
+        at_ms += 100 if n < 200 else 400
+        lines.append(f'{{"timestamp":{at_ms},"input_length":9,"output_length":5}}\n')
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    replay = scenario(tmp_path, workload={"trace": {"file": "t.jsonl"}})
+    traffic = Traffic(replay, tmp_path, "x.toml", 100, 4, 0.1)
+    assert [part.num_requests for part in traffic.stretches] == [100] * 4
+    for index in range(4):
+        for rate in (1.0, 20.0):
+            sample = traffic.sample(replay, index, rate, 2)
+            experiment = helios_sim.search.points.prepare(sample, tmp_path)
+            requests, _ = experiment.requests(sample.seed)
+            assert len(requests) == 200
+            assert len(requests) / requests.span_s == pytest.approx(rate, rel=0.02)
+            assert sample.measure.warmup_requests == 20
+    with pytest.raises(InputError, match="the trace has 4 windows"):
+        traffic.sample(replay, 4, 1.0)
+    whole = at_rate(replay, traffic, 2 * traffic.rate_per_s)
+    assert whole.workload.trace is not None
+    assert whole.workload.trace.rate_scale == pytest.approx(2.0)
+
+
+def test_samples_of_drawn_traffic_are_seeds_at_the_rate_asked_for(tmp_path: Path) -> None:
+    base = scenario(tmp_path)
+    traffic = Traffic(base, tmp_path, "x.toml", 3000, 4, 0.1)
+    one, other = (traffic.sample(base, index, 7.0) for index in (0, 1))
+    assert (one.seed, other.seed) == (1, 2)
+    requests, _ = helios_sim.search.points.prepare(one, tmp_path).requests(one.seed)
+    assert len(requests) / requests.span_s == pytest.approx(7.0, rel=0.1)
+    day = {
+        "duration_s": 400.0,
+        "arrivals": {"kind": "schedule", "points": [[0, 1.0], [200, 3.0]]},
+        "prompt": {"kind": "constant", "tokens": 50},
+        "output": {"kind": "constant", "tokens": 20},
+    }
+    shaped = scenario(tmp_path, workload=day)
+    traffic = Traffic(shaped, tmp_path, "x.toml", 3000, 4, 0.1)
+    sample = traffic.sample(shaped, 0, 2 * traffic.rate_per_s)
+    assert [rate for _, rate in sample.workload.arrivals.points] == [2.0, 6.0]  # type: ignore[union-attr]
+
+
+def test_a_closed_loop_has_no_rate_to_search(tmp_path: Path) -> None:
+    closed = scenario(
+        tmp_path,
+        workload={
+            "num_requests": 50,
+            "arrivals": {"kind": "closed", "num_users": 2, "think_s": 1.0},
+            "prompt": {"kind": "constant", "tokens": 50},
+            "output": {"kind": "constant", "tokens": 20},
+        },
+    )
+    with pytest.raises(InputError, match="A closed loop has no rate"):
+        Traffic(closed, tmp_path, "x.toml", 100, 4, 0.1)
