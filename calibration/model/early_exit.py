@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -507,20 +508,24 @@ def save(model: EarlyExitLM, folder: str | Path, settings: EarlyExitSettings | N
             "full depth before saving."
         )
     path = Path(folder)
+    try:
+        _write(model, path, settings)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"The checkpoint cannot be written: {error}. Free space or choose another folder.",
+            str(path),
+        ) from error
+
+
+def _write(model: EarlyExitLM, path: Path, settings: EarlyExitSettings | None) -> None:
     path.mkdir(parents=True, exist_ok=True)
     backbone = model.backbone
     names = backbone.resident_names()
     held = backbone.model.state_dict()
     names += [name for name in held if name.startswith(backbone.layer_prefix)]
-    # Clones, since tensors of one part share their memory, which the format does not allow.
-    save_file(
-        {name: held[name].detach().clone().contiguous() for name in names},
-        path / files.WEIGHTS_FILE,
-        metadata={"format": "pt"},
-    )
+    _save_tensors({name: held[name] for name in names}, path / files.WEIGHTS_FILE)
     if model.exit_heads:
-        heads = {n: w.clone().contiguous() for n, w in head_weights(model.exit_heads).items()}
-        save_file(heads, path / files.HEADS_FILE, metadata={"format": "pt"})
+        _save_tensors(head_weights(model.exit_heads), path / files.HEADS_FILE)
     config = backbone.config.to_dict()
     config["architectures"] = [type(backbone.model).__name__]
     files.write_json(path / "config.json", config)
@@ -536,6 +541,18 @@ def save(model: EarlyExitLM, folder: str | Path, settings: EarlyExitSettings | N
             guard=model.new_guard(),
         ),
     )
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    # Clones, since tensors of one part share their memory, which the format does not allow.
+    own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(own, partial, metadata={"format": "pt"})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _empty(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.model import memory
+from calibration.model import early_exit, memory
 from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.decode import Decoder, generate, slot_pool
 from calibration.model.early_exit import from_stock, load, save
@@ -150,6 +150,24 @@ def test_a_decision_holds_token_confidence_and_likelihood():
     torch.testing.assert_close(raw.nll(torch.tensor([1, 1])), -p[:, 1].log())
     assert model.decide(logits, level=1).confidence.tolist() == [0.25, 0.25]
     torch.testing.assert_close(model.decide(logits, level=0).confidence, p.amax(-1))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(InputError, match="The checkpoint cannot be written") as caught:
+        save(from_stock(tiny.stock_model("opt")), tmp_path / "taken")
+    assert caught.value.where == str(tmp_path / "taken")
+
+
+def test_a_disk_that_fills_leaves_no_half_a_file(tmp_path, monkeypatch):
+    def fills(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(early_exit, "save_file", fills)
+    with pytest.raises(InputError, match="No space left on device"):
+        save(from_stock(tiny.stock_model("opt")), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_needs_every_layer(folder, tmp_path):
