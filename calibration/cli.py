@@ -39,6 +39,183 @@ def environment() -> None:
 
 
 @app.command()
+def measure(
+    out: Annotated[Path, typer.Option(help="The folder for readings; new, or with --resume.")],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL...",
+            help="Checkpoint folders, folders of them, or public shapes such as llama3-8b.",
+            show_default=False,
+        ),
+    ] = None,
+    models: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="The same; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16.", show_default="float32 on cpu, bfloat16 on cuda"
+        ),
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Time to spend, such as 90s, 10m or 1h30m.")] = "10m",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the plan and readings of the folder.")
+    ] = False,
+    exits: Annotated[
+        str | None,
+        typer.Option(metavar="K,K,...", help="Exit layers instead of the models' own."),
+    ] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="Most rows.", show_default="16 on cpu, 64 on cuda")
+    ] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Longest context.", show_default="512 on cpu, 2048 on cuda"),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of a processor.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Order of trials and held-out loads.")] = 0,
+) -> None:
+    """Measure what models cost on this device: seconds, joules and bytes, as raw readings."""
+    from calibration.measure import command
+
+    command(
+        [*(models or []), *(more or [])],
+        out,
+        device=device,
+        dtype=dtype,
+        budget=budget,
+        resume=resume,
+        exits=exits,
+        max_batch=max_batch,
+        max_context=max_context,
+        threads=threads,
+        seed=seed,
+    )
+
+
+Target = Annotated[
+    float, typer.Option(help="Early tokens that equal the full model's, for the threshold.")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="One threshold for all models.", show_default="chosen on held-out text"),
+]
+KIND_HELP = "max-softmax, top2-margin or entropy; with calibrated- before it, fitted on text."
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Domains = Annotated[
+    list[str] | None,
+    typer.Option(help="code, prose or tables; may be repeated.", show_default="all"),
+]
+CheckpointFolders = Annotated[
+    list[Path], typer.Argument(help="Checkpoint folders, or folders of several.")
+]
+
+
+@app.command()
+def train(
+    out: Annotated[Path | None, typer.Option(help="The folder for the models.")] = None,
+    preset: Annotated[str, typer.Option(help="tiny, cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Weights and order of the text.")] = 0,
+    device: Device = "auto",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Most time, such as 9m.", show_default="the preset's"),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Models side by side.", show_default="cores; one on a GPU"),
+    ] = None,
+    confidence: Annotated[str, typer.Option(help=KIND_HELP)] = "max-softmax",
+    threshold: Threshold = None,
+    target_agreement: Target = 0.9,
+    heads_for: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT", help="Train exit heads of this frozen checkpoint instead."
+        ),
+    ] = None,
+    exits: Annotated[
+        str | None, typer.Option(metavar="K,K,...", help="Layers that get a head of their own.")
+    ] = None,
+    domain: Domains = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of exit heads.")] = 400,
+) -> None:
+    """Train a small family of early-exit models on text that ships with Python."""
+    from calibration import training_commands as commands
+
+    if heads_for is not None:
+        commands.heads(
+            heads_for,
+            out,
+            exits=exits,
+            domains=domain or (),
+            iterations=iterations,
+            seed=seed,
+            device=device,
+        )
+        return
+    commands.train(
+        out,
+        preset=preset,
+        seed=seed,
+        device=device,
+        budget=budget,
+        processes=processes,
+        confidence=confidence,
+        threshold=threshold,
+        target_agreement=target_agreement,
+    )
+
+
+@app.command()
+def confidence(
+    checkpoints: CheckpointFolders,
+    kind: Annotated[str, typer.Option(help=KIND_HELP)] = "max-softmax",
+    threshold: Threshold = None,
+    target_agreement: Target = 0.9,
+    device: Device = "auto",
+) -> None:
+    """Choose what counts as confident, fit it on held-out text and store it in the checkpoints."""
+    from calibration import training_commands as commands
+
+    commands.confidence(
+        checkpoints,
+        kind=kind,
+        threshold=threshold,
+        target_agreement=target_agreement,
+        device=device,
+    )
+
+
+@app.command()
+def trace(
+    checkpoints: CheckpointFolders,
+    out: Annotated[Path, typer.Option(help="The folder for exits.parquet and the report.")],
+    positions: Annotated[int, typer.Option(min=1, help="Positions of each domain.")] = 16384,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window.", show_default="up to 512")
+    ] = None,
+    domain: Domains = None,
+    device: Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
+) -> None:
+    """Trace at which exit each token of held-out text would leave, for every checkpoint."""
+    from calibration import training_commands as commands
+
+    commands.trace(
+        checkpoints,
+        out,
+        positions=positions,
+        window=window,
+        domains=domain or (),
+        device=device,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def fit(
     points: Annotated[Path, typer.Argument(help="The folder of readings that measure wrote.")],
     out: Annotated[Path, typer.Option(help="The profile folder to write.")],

@@ -30,6 +30,9 @@ USED_SHARE: Final = 0.9
 LARGEST_JOB_SHARE: Final = 0.04
 """Of the budget that one trial may take; a point that takes longer is left out."""
 
+SMALL_JOB_S: Final = 2.0
+"""A trial is never too long that takes no longer than this."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -192,10 +195,11 @@ def plan_latency(
     seed: int,
 ) -> Plan:
     """The richest grid of latency trials whose estimate fits, the coarsest if none does."""
+    longest_s = max(SMALL_JOB_S, LARGEST_JOB_SHARE * budget_s)
     for richness in RICHNESS:
         jobs, notes = [], []
         for job in _latency_jobs(bounds, richness, seed):
-            if estimate_s(job) <= LARGEST_JOB_SHARE * budget_s or _smallest(job, bounds):
+            if estimate_s(job) <= longest_s or _smallest(job, bounds):
                 jobs.append(job)
             elif job.trial == 0:
                 notes.append(_left_out(job))
@@ -311,7 +315,7 @@ def _one_trial(bounds: Bounds, richness: Richness, mode: str, seed: int) -> Iter
                     context_tokens=context,
                     longest_tokens=context,
                 )
-    middle = contexts[len(contexts) // 2]
+    middle = contexts[(len(contexts) - 1) // 2]
     for batch in batches:
         longest = _ragged_longest(middle, batch, bounds)
         if batch * longest <= bounds.pool_tokens:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,9 +45,10 @@ from calibration.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.memory import available_bytes
 from calibration.occupancy import reserve_bytes
-from calibration.readings import ENVIRONMENT_FILE, Purpose, Reading, Readings
+from calibration.readings import ENVIRONMENT_FILE, POINTS_FILE, Purpose, Reading, Readings
 from calibration.sources import Source, find_sources, sample_tokens
 from calibration.timing import synchronise, timer_for
+from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 
 PLAN_FILE: Final = "plan.json"
@@ -56,6 +57,9 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 _DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 _LEAST_BUDGET_S: Final = 5.0
 _COPY_TRIALS: Final = 3
+_COPY_BYTES: Final = {"cpu": 2**27, "cuda": 2**30}
+"""Far more than caches hold."""
+
 _LOAD_TRIALS: Final = 3
 _LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
 """Least and largest size of a stand-in file, where no checkpoint is loaded."""
@@ -120,6 +124,16 @@ def parse_budget(text: str) -> float:
     return 3600 * hours + 60 * minutes + seconds
 
 
+def parse_exits(text: str) -> tuple[int, ...]:
+    """Exit layers of a text such as 8,16,32; raises `InputError` otherwise."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"The exits {text!r} are no layers; write them like 8,16,32.", "--exits"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a measurement amounts to; `left_out` trials of the plan were not taken in time."""
@@ -137,12 +151,59 @@ def measure(settings: MeasureSettings, console: Console | None = None) -> Outcom
     An interruption (KeyboardInterrupt) passes through once the readings so far are exported.
     Raises `InputError` for what cannot be measured, and on a full disk.
     """
-    session = _Session(settings, console or Console(stderr=True, quiet=True))
+    session = _Session(settings, console or Console(quiet=True))
     try:
         session.run()
-    finally:
-        session.finish()
+    except BaseException:
+        # What ended the run is what is told, even where the readings cannot be exported either.
+        with suppress(InputError):
+            session.finish()
+        raise
+    session.finish()
     return session.outcome()
+
+
+def command(
+    models: Sequence[str],
+    out: Path,
+    *,
+    device: str,
+    dtype: str | None,
+    budget: str,
+    resume: bool,
+    exits: str | None,
+    max_batch: int | None,
+    max_context: int | None,
+    threads: int,
+    seed: int,
+) -> None:
+    """`helios-calibrate measure`: measure, tell what came of it, and keep all if interrupted."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = MeasureSettings(
+        models=tuple(models),
+        out=out,
+        device=device,
+        dtype=dtype,
+        budget_s=parse_budget(budget),
+        resume=resume,
+        exits=None if exits is None else parse_exits(exits),
+        max_batch=max_batch,
+        max_context=max_context,
+        seed=seed,
+    )
+    torch.set_num_threads(threads)
+    try:
+        done = measure(settings, Console())
+    except KeyboardInterrupt:
+        raise Interrupted(f"the readings so far are kept in {out}, and --resume goes on") from None
+    Console().print(
+        f"{done.num_new} new readings, {done.num_readings} in all, in {out / POINTS_FILE}. "
+        f"Next: helios-calibrate fit {out} --out PROFILE",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 class _Session:
@@ -220,8 +281,8 @@ class _Session:
             self._keep(replace(reading, seconds=found.seconds, **power_columns(found)))
 
     def _copies(self) -> None:
-        """Copies within the device's memory, far larger than its caches."""
-        num_bytes = 2**30 if self.device.type == "cuda" else 2**27
+        """Copies within the device's memory."""
+        num_bytes = _COPY_BYTES[self.device.type]
         for trial in range(_COPY_TRIALS):
             reading = Reading("copy_bandwidth", bytes=2 * num_bytes, trial=trial)
             if reading.key not in self.readings:
@@ -615,7 +676,7 @@ class _Session:
             return None
 
     def _say(self, sentence: str) -> None:
-        self.console.print(sentence, markup=False, highlight=False)
+        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def _note(self, *sentences: str) -> None:
         for sentence in sentences:

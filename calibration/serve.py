@@ -32,14 +32,21 @@ from calibration.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.record import run_data, write_extras
 from calibration.weights import CheckpointWeights, KvKind, WeightSettings
 from helios_sim.cards import Room, policy_slo, room_of
-from helios_sim.command import INTERRUPTED
+from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces, write_traces
 from helios_sim.metrics import summarise
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import TRACES_FILE, Profile
-from helios_sim.records import REPORT_FILE, RunData, check_run, check_target, write_run
+from helios_sim.records import (
+    REPORT_FILE,
+    TOTALS_FILE,
+    RunData,
+    check_run,
+    check_target,
+    write_run,
+)
 from helios_sim.report import render
 from helios_sim.scenario import PolicySettings, Scenario, load_scenario, resolved
 from helios_sim.workload import Requests, fit_context, generate
@@ -144,6 +151,12 @@ def serve(
     for policy in chosen:
         check_servable(bench, policy)
     places = _places(out, [policy.name for policy in chosen], settings.repeat)
+    if places != [out] and (out / TOTALS_FILE).exists():
+        raise InputError(
+            "This is a run, and several runs are to be written into folders within it; give "
+            "another folder.",
+            str(out),
+        )
     for place in places:
         check_target(place)
     threads = torch.get_num_threads()
@@ -183,11 +196,7 @@ def command(
         serve(scenario_path, out, settings, changes, progress_line(), tell)
     except KeyboardInterrupt:
         kept = f"the {len(written)} finished before it are kept" if written else "none was before"
-        print(
-            f"\nhelios-calibrate: interrupted; the run under way was not written, {kept}.",
-            file=sys.stderr,
-        )
-        raise SystemExit(INTERRUPTED) from None
+        raise Interrupted(f"the run under way was not written, {kept}") from None
 
 
 def line_of(one: Served) -> str:

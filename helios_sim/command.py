@@ -16,6 +16,14 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 
+class Interrupted(SystemExit):
+    """An interruption after which something is there; `kept` says what and where."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__(INTERRUPTED)
+        self.kept = kept
+
+
 @contextmanager
 def rarely_collected() -> Iterator[None]:
     """Look for garbage less often: what a command imports and reads stays, and is a lot."""
@@ -41,5 +49,6 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
     except SystemExit as end:
         # Typer ends an interrupted command with this code and without a word.
         if end.code == INTERRUPTED:
-            print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
+            kept = end.kept if isinstance(end, Interrupted) else "nothing was written"
+            print(f"{name}: interrupted; {kept}.", file=sys.stderr)
         raise

@@ -102,7 +102,6 @@ def test_a_budget_of_nothing_still_gets_the_coarsest_grid() -> None:
     jobs = latency(0.01)
     assert jobs
     assert max(job.trial for job in jobs) == RICHNESS[-1].trials - 1
-    assert all((job.batch or 1) == 1 for job in jobs)
 
 
 def test_energy_windows_fill_the_time_and_separate_layers_rows_and_context() -> None:

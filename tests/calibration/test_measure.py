@@ -1,0 +1,361 @@
+"""Measuring for real, with tiny models: what is there at the end, and what ends it early."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+
+from calibration import measure as measuring
+from calibration.bench import Bench
+from calibration.cli import main
+from calibration.grid import RICHNESS, Job
+from calibration.measure import MeasureSettings, measure, parse_budget, parse_exits
+from calibration.meters import Absence, Measurement, Replayed, to_json
+from calibration.model.early_exit import from_stock, save
+from calibration.readings import READINGS_FILE, read_points
+from calibration.sources import find_sources, sample_tokens
+from helios_sim.errors import InputError
+from tests.calibration.tiny import stock_model
+
+BUDGET_S = 60.0
+"""More than is used, so that a busy machine leaves nothing out: the coarsest grid is soon done."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """The coarsest grid, samples of a fraction of a millisecond, none of them taken again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calibration.grid.RICHNESS", RICHNESS[-1:])
+        patch.setattr("calibration.timing.CPU_SAMPLE_S", 2e-4)
+        patch.setattr("calibration.timing.DISTURBED_SHARE", 1.0)
+        patch.setitem(measuring._COPY_BYTES, "cpu", 2**20)
+        patch.setattr(measuring, "_LOAD_TRIALS", 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family") / "tiny-4l"
+    save(from_stock(stock_model("llama"), (1, 2, 4), name="tiny-4l", tokenizer="bytes"), folder)
+    return folder
+
+
+def settings(checkpoint: Path, out: Path, **changes: Any) -> MeasureSettings:
+    asked: dict[str, Any] = {"budget_s": BUDGET_S, "max_batch": 4, "max_context": 64}
+    return MeasureSettings((str(checkpoint),), out, **(asked | changes))
+
+
+@pytest.fixture(scope="module")
+def measured(quick: None, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of readings taken within a few seconds."""
+    out = tmp_path_factory.mktemp("measured") / "points"
+    done = measure(settings(checkpoint, out))
+    assert done.num_readings == done.num_new > 0
+    return out
+
+
+@pytest.fixture
+def bench(checkpoint: Path) -> Iterator[Bench]:
+    (source,) = find_sources([str(checkpoint)])
+    model = source.load(4, torch.device("cpu"), torch.float32)
+    made = Bench(model, sample_tokens(256), max_batch=4, max_context=64)
+    yield made
+    made.close()
+
+
+def run(*arguments: str) -> int:
+    """Run the command in this process; returns its exit code."""
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    return int(end.value.code or 0)
+
+
+def test_every_quantity_a_processor_has_is_measured(measured: Path) -> None:
+    found = set(read_points(measured)["quantity"])
+    assert found >= {
+        "decode_layers",
+        "prefill_layers",
+        "iteration",
+        "head",
+        "check",
+        "kv_fill",
+        "copy_bandwidth",
+        "launch_floor",
+        "load_open",
+        "load_disk",
+        "load_host",
+        "unload",
+        "memory_weights",
+        "memory_kv",
+        "memory_reserve",
+    }
+    assert not found & {"idle_power", "decode_energy", "load_host_pinned", "graph_capture"}
+
+
+def test_times_are_positive_and_energy_without_a_meter_is_null(measured: Path) -> None:
+    points = read_points(measured)
+    timed = points.filter(~pl.col("quantity").str.starts_with("memory"))
+    assert timed["seconds"].null_count() == 0
+    assert (timed["seconds"] > 0).all()
+    assert points["joules"].null_count() == points.height
+
+
+def test_deeper_stacks_take_longer(bench: Bench) -> None:
+    job = Job("decode_layers", "tiny-4l", "eager", (1, 4), 4, 64, 64)
+    shallow, deep = bench.time(job)
+    assert shallow.seconds is not None
+    assert deep.seconds is not None
+    assert 1.2 < deep.seconds / shallow.seconds < 12.0
+
+
+def test_measured_bytes_are_the_predicted_ones(measured: Path) -> None:
+    memory = read_points(measured).filter(pl.col("quantity").is_in(["memory_weights", "memory_kv"]))
+    assert memory.height == 4
+    for row in memory.iter_rows(named=True):
+        assert row["bytes"] == pytest.approx(row["predicted_bytes"], rel=0.1)
+
+
+def test_some_loads_are_held_out_and_some_rows_are_ragged(measured: Path) -> None:
+    points = read_points(measured)
+    held_out = points.filter(pl.col("purpose") == "held-out")
+    assert set(held_out["quantity"]) >= {"decode_layers", "load_disk"}
+    ragged = points.filter(pl.col("longest_context_tokens") > pl.col("context_tokens"))
+    assert "iteration" in set(ragged["quantity"])
+
+
+def test_the_environment_says_where_readings_come_from(measured: Path) -> None:
+    found = json.loads((measured / "environment.json").read_text())
+    model = found["models"]["tiny-4l"]
+    assert model["exit_layers"] == [1, 2, 4]
+    assert model["shape"]["hidden"] == 64
+    assert model["weights"] == "checkpoint"
+    assert model["launches_per_layer"] > 10
+    assert found["device"]["memory_bytes"] > 0
+    assert found["dtype"] == "float32"
+    assert "No energy meter" in found["meter"]["explanation"]
+    assert found["context_counts_new_token"] is True
+
+
+def test_an_iteration_moves_on_and_leaves_the_pool_as_it_was(bench: Bench) -> None:
+    lengths = list(bench.pool.lengths)
+    for prompt in (None, 16):
+        job = Job(
+            "iteration",
+            "tiny-4l",
+            "eager",
+            (2,),
+            batch=2,
+            context_tokens=0 if prompt else 32,
+            longest_tokens=None if prompt else 32,
+            prompt_tokens=prompt,
+        )
+        list(bench.time(job))
+    assert bench.pool.num_rows == len(lengths)
+    bench.pool.check()
+
+
+def test_an_energy_window_gives_joules_of_one_repetition(bench: Bench, tmp_path: Path) -> None:
+    window = Measurement("replayed", 10.0, 0.2, 50.0, 0.2, 20, True, False)
+    file = tmp_path / "windows.jsonl"
+    file.write_text(to_json(window) + "\n" + to_json(Absence("none", "the meter fell silent")))
+    meter = Replayed(file)
+    job = Job("decode_energy", "tiny-4l", "eager", (4,), 4, 64, 64)
+    found = bench.energy(job, meter, 0.2)
+    assert found.seconds is not None
+    assert found.joules == pytest.approx(50.0 * found.seconds)
+    assert found.watts == 50.0
+    silent = bench.energy(job, meter, 0.2)
+    assert silent.joules is None
+    assert silent.note == "the meter fell silent"
+
+
+def test_with_a_meter_idle_power_and_energy_are_measured(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from calibration.meters import CounterMeter
+
+    def meter(*_: object) -> CounterMeter:
+        import time
+
+        return CounterMeter(
+            "made-up",
+            lambda: 20.0 * (int(time.perf_counter() / 0.005) * 0.005),
+            "A counter of twenty watts",
+            min_window_s=0.05,
+            min_ticks=5,
+        )
+
+    monkeypatch.setattr(measuring, "best_meter", meter)
+    measure(settings(checkpoint, tmp_path / "out"))
+    points = read_points(tmp_path / "out")
+    idle = points.filter(pl.col("quantity") == "idle_power")
+    assert idle["watts"].to_list() == pytest.approx([20.0, 20.0], rel=0.1)
+    decode = points.filter(pl.col("quantity") == "decode_energy")
+    assert decode.height >= 4
+    assert (decode["joules"] / decode["seconds"]).to_list() == pytest.approx(
+        [20.0] * decode.height, rel=0.1
+    )
+
+
+def test_resuming_takes_only_what_is_missing(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = measure(settings(checkpoint, out))
+    lines = (out / READINGS_FILE).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"kv_fill"' not in line]
+    assert len(kept) < len(lines)
+    (out / READINGS_FILE).write_text("".join(kept) + lines[0][:25])
+    again = measure(settings(checkpoint, out, resume=True))
+    assert again.num_readings >= first.num_readings
+    assert again.num_new >= len(lines) - len(kept)
+    keys = [reading for reading in read_points(out).iter_rows()]
+    assert len(keys) == again.num_readings
+
+
+def test_a_folder_of_readings_is_not_overwritten(checkpoint: Path, measured: Path) -> None:
+    with pytest.raises(InputError, match="--resume"):
+        measure(settings(checkpoint, measured))
+
+
+def test_resuming_another_measurement_is_refused(checkpoint: Path, measured: Path) -> None:
+    with pytest.raises(InputError, match="was measured with exits"):
+        measure(settings(checkpoint, measured, resume=True, exits=(2, 4)))
+    with pytest.raises(InputError, match="seed"):
+        measure(settings(checkpoint, measured, resume=True, seed=3))
+
+
+def test_an_interruption_keeps_the_readings_and_says_where(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    taken = []
+
+    def interrupted(self: Bench, job: Job) -> Iterator[Any]:
+        taken.append(job)
+        if len(taken) > 3:
+            raise KeyboardInterrupt
+        yield job.reading(job.depths[0] if job.depths else None, seconds=1.0)
+
+    monkeypatch.setattr(Bench, "time", interrupted)
+    out = tmp_path / "out"
+    threads = torch.get_num_threads()
+    try:
+        code = run("measure", str(checkpoint), "--out", str(out), "--budget", "60s")
+    finally:
+        torch.set_num_threads(threads)
+    assert code == 130
+    said = capsys.readouterr().err
+    assert "--resume" in said
+    assert "nothing was written" not in said
+    assert read_points(out).height > 3
+    assert (out / "points.parquet").is_file()
+
+
+def test_a_disk_that_fills_ends_the_run_in_words(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from calibration.readings import Readings
+
+    append, count = Readings.append, [0]
+
+    def fill(self: Readings, reading: Any) -> None:
+        count[0] += 1
+        if count[0] == 5:
+            raise self._explained(OSError(errno.ENOSPC, "No space left on device"))
+        append(self, reading)
+
+    monkeypatch.setattr(Readings, "append", fill)
+    with pytest.raises(InputError, match=r"disk is full; 4 readings are kept"):
+        measure(settings(checkpoint, tmp_path / "out"))
+    assert read_points(tmp_path / "out").height == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_that_is_absent_is_said_with_the_remedy(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"CUDA was asked for .* --device cpu"):
+        measure(settings(checkpoint, tmp_path / "out", device="cuda"))
+
+
+def test_too_little_memory_shrinks_the_grid_and_says_so(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The pool of 4 rows of 64 tokens takes 512 KiB in 4 layers.
+    monkeypatch.setattr(measuring, "available_bytes", lambda _: 400_000)
+    done = measure(settings(checkpoint, tmp_path / "out"))
+    assert any("shrunk from 4 rows of 64 tokens" in note for note in done.notes)
+    monkeypatch.setattr(measuring, "available_bytes", lambda _: 1000)
+    with pytest.raises(InputError, match="leaves room for 0 KV tokens"):
+        measure(settings(checkpoint, tmp_path / "other"))
+
+
+def test_what_is_no_model_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'llama3-8b'"):
+        find_sources(["llama3-8"])
+    with pytest.raises(InputError, match=r"no config\.json"):
+        find_sources([str(tmp_path)])
+    with pytest.raises(InputError, match="No model was named"):
+        find_sources([])
+
+
+def test_a_folder_of_checkpoints_stands_for_all_of_them(checkpoint: Path) -> None:
+    (source,) = find_sources([str(checkpoint.parent)])
+    assert source.name == "tiny-4l"
+    with pytest.raises(InputError, match="Two models are called"):
+        find_sources([str(checkpoint), str(checkpoint.parent)])
+
+
+def test_public_shapes_have_default_exits() -> None:
+    (source,) = find_sources(["opt-1.3b"])
+    assert source.exit_layers == (6, 12, 24)
+    assert source.folder is None
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for changes, said in (
+        ({"device": "tpu"}, "device 'tpu'"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"budget_s": 1.0}, "budget of 1 s"),
+        ({"max_batch": 0}, "largest batch of 0"),
+    ):
+        with pytest.raises(InputError, match=said):
+            MeasureSettings(("x",), tmp_path, **changes)  # type: ignore[arg-type]
+
+
+def test_budgets_and_exits_are_read_as_people_write_them() -> None:
+    assert parse_budget("10m") == 600
+    assert parse_budget("90s") == 90
+    assert parse_budget("1h30m") == 5400
+    assert parse_budget("45") == 45
+    assert parse_exits("8,16,32") == (8, 16, 32)
+    for wrong in ("", "ten minutes", "-5m"):
+        with pytest.raises(InputError, match="no duration"):
+            parse_budget(wrong)
+    with pytest.raises(InputError, match="no layers"):
+        parse_exits("8;16")
+
+
+def test_text_fits_the_vocabulary_and_repeats_as_text_does() -> None:
+    tokens = sample_tokens(5000, 20000)
+    assert len(tokens) == 20000
+    assert 0 <= min(tokens) <= max(tokens) < 5000
+    assert len(set(tokens)) > 500
+    common = max(map(tokens.count, set(tokens[:200])))
+    assert common > 20000 / 5000 * 10
+    assert bytes(sample_tokens(256, 1000)).decode("utf-8", "replace").isprintable() is False
+
+
+@pytest.mark.cuda
+def test_the_same_on_a_gpu_with_graphs(checkpoint: Path, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; torch finds none")
+    measure(settings(checkpoint, tmp_path / "out", device="cuda", budget_s=30.0))
+    points = read_points(tmp_path / "out")
+    decode = points.filter(pl.col("quantity") == "decode_layers")
+    assert set(decode["mode"]) == {"eager", "graph"}
+    assert "graph_capture" in set(points["quantity"])
