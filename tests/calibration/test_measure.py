@@ -106,12 +106,13 @@ def test_times_are_positive_and_energy_without_a_meter_is_null(measured: Path) -
     assert points["joules"].null_count() == points.height
 
 
-def test_deeper_stacks_take_longer(bench: Bench) -> None:
+def test_deeper_stacks_take_longer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibration.timing.DISTURBED_SHARE", 0.05)
     job = Job("decode_layers", "tiny-4l", "eager", (1, 4), 4, 64, 64)
     shallow, deep = bench.time(job)
     assert shallow.seconds is not None
     assert deep.seconds is not None
-    assert 1.2 < deep.seconds / shallow.seconds < 12.0
+    assert deep.seconds > 1.2 * shallow.seconds
 
 
 def test_measured_bytes_are_the_predicted_ones(measured: Path) -> None:
