@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,18 +72,6 @@ def read_prompts(domains: Sequence[str], tokenizer: Tokenizer) -> Prompts:
         ids[domain] = text.tokens(tokenizer)
         hashes[domain] = text.sha256
     return Prompts(tokenizer.name, ids, hashes)
-
-
-def random_prompts(domains: Sequence[str], vocab_size: int, seed: int, num_tokens: int) -> Prompts:
-    """Uniform token ids instead of text, for weights that were never trained on any."""
-    ids = {
-        domain: np.random.Generator(np.random.PCG64([seed, place])).integers(
-            0, vocab_size, num_tokens
-        )
-        for place, domain in enumerate(domains)
-    }
-    hashes = {name: hashlib.sha256(found.tobytes()).hexdigest() for name, found in ids.items()}
-    return Prompts("random", ids, hashes)
 
 
 def tokenizer_of(name: str, folder: Path) -> Tokenizer:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,7 +14,7 @@ import torch
 
 from calibration.host import Clock
 from calibration.machine import ModelMachine
-from calibration.model.decode import Decoder
+from calibration.model.decode import Decoder, generate
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.kv import PagedPool, Pool, SlotPool
 from calibration.model.memory import available_bytes
@@ -92,11 +93,9 @@ class CheckpointWeights:
         """
         for name in self.folders:
             model = self.whole(name)
-            with torch.inference_mode():
-                states = model.backbone.forward_dense(
-                    torch.zeros((1, 8), dtype=torch.int64, device=self.settings.device)
-                )
-                model.logits(states[-1][:, -1], len(model.exit_layers) - 1)
+            decoder = Decoder(model, SlotPool(model.kv_dims, model.depth, 2, 32))
+            generate(decoder, [[0] * 8, [0] * 4], 4)
+            del decoder
             model.unload()
         from_disk = self.room.fleet.weights_start == "disk"
         if from_disk:
@@ -129,11 +128,9 @@ class CheckpointWeights:
     def load_beside(self, name: str, depth: int) -> None:
         """What the thread does: read, copy, and wait until the copy is there."""
         self._read_ahead(name)
-        new_stream: Any = torch.cuda.Stream
-        with torch.cuda.stream(new_stream(self.settings.device)):
+        with _side_stream(self.settings.device):
             self._load(name, depth)
             self._arriving = name
-            torch.cuda.current_stream(self.settings.device).synchronize()
 
     def take_up(self, name: str, depth: int, level: int, pool_blocks: int) -> ModelMachine:
         """The machine of what was brought in, cut to this depth, with an empty pool."""
@@ -254,6 +251,19 @@ class SideLoad:
         """Wait until they have arrived, or until a time."""
         while not self._done.is_set() and self._clock.now_s() < until_s:
             self._done.wait(_POLL_S)
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """A GPU stream of its own that has done its work at the end; nothing on a processor."""
+    if device.type != "cuda":
+        yield
+        return
+    new_stream: Any = torch.cuda.Stream
+    stream = new_stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def _read_through(file: Path) -> None:

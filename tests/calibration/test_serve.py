@@ -6,19 +6,25 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
+from calibration.board import Board, open_board
 from calibration.cli import main
 from calibration.energy import RunEnergy
-from calibration.meters import Absence, Measurement, NoMeter
+from calibration.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
+from calibration.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serve import ServeSettings, serve
+from calibration.text import ByteTokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
 from helios_sim.policy import Controller, make_policy, read_snapshots
 from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
 from helios_sim.records import read_run, read_summary
+from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.serving import DOMAINS, family, first_exit_threshold, model_of, write_profile
+from tests.engine.factories import requests_of
 
 HELIOS = """
 [[policy]]
@@ -215,6 +221,43 @@ def test_free_running_feeds_a_model_its_own_tokens(place) -> None:
     assert (tokens["nll_nats"] <= math.log(256) + 1e-6).all()
 
 
+def test_weights_arrive_beside_serving_where_the_device_allows_it(place, monkeypatch) -> None:
+    monkeypatch.setattr("calibration.weights.CheckpointWeights.overlaps", True)
+    (one,) = serve(
+        place / "tiny.toml",
+        place / "beside",
+        ServeSettings((place / "family",), ("helios",), device="cpu"),
+        ["workload.arrivals.rate_per_s=2000.0"],
+    )
+    run = read_run(one.folder)
+    assert run.environment["loads"] == "beside serving"
+    assert (run.requests["generated_tokens"] == run.requests["output_tokens"]).all()
+    ready = run.decisions["ready_s"] - run.decisions["time_s"]
+    assert (ready >= 0.0).all()
+
+
+def test_a_load_that_fails_beside_serving_ends_the_run_with_its_reason(place, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise InputError("The disk went away.")
+
+    monkeypatch.setattr("calibration.weights.CheckpointWeights.overlaps", True)
+    monkeypatch.setattr("calibration.weights.CheckpointWeights.load_beside", broken)
+    with pytest.raises(InputError, match="The disk went away"):
+        serve(
+            place / "tiny.toml",
+            place / "broken",
+            ServeSettings((place / "family",), ("helios",), device="cpu"),
+            ["workload.arrivals.rate_per_s=2000.0"],
+        )
+    assert not (place / "broken").exists()
+
+
+def test_several_runs_are_not_written_into_a_run(place, served) -> None:
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", repeat=2)
+    with pytest.raises(InputError, match="This is a run"):
+        serve(place / "tiny.toml", served, settings)
+
+
 def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -296,6 +339,44 @@ def test_a_run_is_never_written_over_something_else(place, tmp_path) -> None:
         serve(place / "tiny.toml", tmp_path, settings)
 
 
+def test_the_documentation_names_every_column_of_the_extra_files(served) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for name in ("iterations", "tokens"):
+        columns = pl.read_parquet(served / f"{name}.parquet").columns
+        assert [column for column in columns if f"`{column}`" not in page] == []
+
+
+def test_prompts_are_contiguous_pieces_of_the_held_out_text(place) -> None:
+    prompts = read_prompts(("code", "prose"), ByteTokenizer())
+    requests = requests_of(
+        [0.0, 1.0, 2.0],
+        [50, 20, 900],
+        [10, 30, 200],
+        trace_start=[12345, 99, 7],
+        domain=[0, 1, 0],
+        domains=("code", "prose"),
+    )
+    first, second, beyond = prompts.pieces(requests, context_tokens=256)
+    assert (len(first), len(second), beyond) == (60, 50, [])
+    assert bytes(first) in corpus("code", "validation").data
+    assert bytes(second) in corpus("prose", "validation").data
+    assert prompts.pieces(requests, context_tokens=256)[0] == first
+
+
+def test_prompts_longer_than_the_text_and_domains_without_one_are_refused() -> None:
+    prompts = Prompts("bytes", {"code": np.zeros(40, np.int64)}, {"code": ""})
+    requests = requests_of([0.0], [50], [10], domains=("code",))
+    with pytest.raises(InputError, match="has 60 tokens of prompt and output"):
+        prompts.pieces(requests, context_tokens=256)
+    with pytest.raises(InputError, match="of which there is no text"):
+        read_prompts(("poetry",), ByteTokenizer())
+
+
+def test_a_tokenizer_whose_files_are_missing_is_named(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        tokenizer_of("llama", tmp_path)
+
+
 class Steady:
     """A meter of 10 W, with a reading every 10 ms of a clock that the test sets."""
 
@@ -309,6 +390,23 @@ class Steady:
 
     def close(self, busy_s: float | None = None) -> Measurement:
         return Measurement("steady", 99.9, 9.99, 10.0, 10.0, 999, True, False)
+
+
+@pytest.mark.parametrize("meter", [NvmlCounter, NvmlPower])
+def test_a_meter_around_the_run_gives_its_energy_interval_by_interval(
+    place, monkeypatch, meter
+) -> None:
+    board = open_board(nvml=FakeNvml(watts=200.0, tick_s=0.02))
+    assert isinstance(board, Board)
+    monkeypatch.setattr("calibration.serve.best_meter", lambda *_: meter(board))
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=12)
+    (one,) = serve(place / "tiny.toml", place / f"metered-{meter.__name__}", settings)
+    run = read_run(one.folder)
+    totals = run.totals
+    assert totals.energy_j == pytest.approx(200.0 * totals.end_s, rel=0.15)
+    assert totals.energy_idle_j + totals.energy_load_j < totals.energy_j
+    assert run.timeline["power_w"].null_count() == 0
+    assert one.summary["average_gpu_power"] == pytest.approx(200.0, rel=0.15)
 
 
 def test_energy_is_read_at_any_time_of_the_run_between_two_readings() -> None:
