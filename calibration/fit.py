@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -42,6 +43,9 @@ from helios_sim.profile import (
     quantity,
     save_profile,
 )
+
+TRACE_REPORT_FILE: Final = "trace.json"
+"""Written by `calibration.trace` beside exits.parquet; not imported, as that needs torch."""
 
 MODES: Final = ("auto", "graph", "eager")
 _SHAPE_INTS: Final = (
@@ -115,6 +119,9 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
     points = gather(_sound(readings))
     document = _document(points, environment, measured, settings, folder, out.name)
     with_exits = _with_exits(document, measured, settings, folder)
+    report = _trace_report(with_exits[1])
+    if report is not None:
+        with_exits[0]["measurement"]["exit_traces"] = report
     profile = _save(with_exits[0], out, folder, with_exits[1], settings.overwrite)
     return profile
 
@@ -367,7 +374,8 @@ def _entry(name: str, number: Number, whole: bool = False) -> dict[str, Any]:
             return None
         return int(value) if whole else float(f"{value:.9g}")
 
-    error = None if number.error is None else float(f"{number.error:.3g}")
+    known = number.error is not None and math.isfinite(number.error)
+    error = float(f"{number.error:.3g}") if known else None
     return quantity(name, short(number.value), number.grade, number.source, error)
 
 
@@ -654,6 +662,18 @@ def _with_exits(
     ]
     exits = node | {"candidates": candidates}
     return _in_order(document | {"exits": exits, "provenance": provenance}), None
+
+
+def _trace_report(traces: Path | None) -> dict[str, Any] | None:
+    """What tracing wrote down about its texts and qualities, where it lies beside the traces."""
+    path = None if traces is None else traces.parent / TRACE_REPORT_FILE
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"The report on the traces cannot be read: {error}.", str(path)) from error
+    return dict(found) if isinstance(found, dict) else None
 
 
 def _traced(document: dict[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ _PREFILL_NAMES: Final = (
     ),
     ("prefill.compute_s_per_layer", "prefill.compute_s_per_token", "prefill.compute_s_per_pair"),
 )
-_LEAST_POINTS: Final = {"decode_layers": 4, "prefill_layers": 3, "head": 2}
+_LEAST_POINTS: Final = {"decode_layers": 3, "prefill_layers": 2, "head": 1}
 _LEAST_BATCHES: Final = 3
 _SHRINKS: Final = (1.0, 0.75, 0.5, 0.25)
 
@@ -145,7 +145,7 @@ def fit_times(
     lines = {
         quantity: _floor_line(fitted[quantity])
         for quantity in ("head", "check", "kv_fill")
-        if fitted[quantity].height >= 2
+        if fitted[quantity].height
     }
     numbers = _head_numbers(lines, said, fitted)
     head = lines["head"]
@@ -634,9 +634,9 @@ def errors_of(predictor: Predictor, points: pl.DataFrame) -> Floats:
 
 def spread(errors: Floats) -> dict[str, Any]:
     """Number, median and 95th percentile of the sizes of relative errors."""
-    if not len(errors):
+    sizes = np.abs(errors[np.isfinite(errors)])
+    if not len(sizes):
         return {"n": 0, "median": None, "p95": None}
-    sizes = np.abs(errors)
     return {
         "n": len(sizes),
         "median": float(np.median(sizes)),

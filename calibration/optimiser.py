@@ -34,7 +34,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     for _ in range(_NUM_NEWTON_SCHULZ):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+    answer: Tensor = (x.mT if tall else x).to(matrices.dtype)
+    return answer
 
 
 class Optimiser:
@@ -46,7 +47,7 @@ class Optimiser:
     def __init__(
         self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], weight_decay: float
     ) -> None:
-        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for matrix in matrices:
             by_shape.setdefault(tuple(matrix.shape), []).append(matrix)
         # Matrices of one shape are iterated on together: one batched product instead of dozens.
@@ -75,7 +76,7 @@ class Optimiser:
             parameter.grad = None
 
 
-def _gradient_of(parameter: nn.Parameter) -> Tensor:
+def _gradient_of(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         raise ValueError("A parameter has no gradient; every one must take part in the loss.")
     return parameter.grad

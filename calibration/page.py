@@ -152,8 +152,8 @@ def _table(
     )
     named = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="panel scroll"><table style="font-size:.86rem">{named}<thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="panel scroll"><table style="font-size:.86rem">{named}'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -434,12 +434,13 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
                 reliability(traces.confidence[name][..., 0], traces.agrees[name][..., 0]),
             )
         )
-    table = _table(
+    report = _measurement(profile).get("exit_traces", {}).get("candidates", {})
+    table = _reported_exits(report) or _table(
         ("Model", "Domain", "Exit after", "Perplexity", "Agrees", "Leave here", "Calibration"),
         rows,
         "By exit on held-out text, teacher-forced: perplexity of the text, share of tokens equal "
         "to the model's own at full depth, share that leaves at the default threshold, and the "
-        "expected calibration error of the confidence.",
+        "gap between confidence and that agreement (expected calibration error).",
         texts=2,
     )
     figure = add_figure(
@@ -457,6 +458,48 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
         table,
         figure,
         _complementarity(profile, traces),
+    )
+
+
+def _reported_exits(report: Mapping[str, Any]) -> str:
+    """Quality by exit as the tracing reported it, which knows the text's own tokens too."""
+    columns = (
+        "perplexity",
+        "right",
+        "agrees",
+        "share",
+        "calibration_error_raw",
+        "calibration_error_calibrated",
+    )
+    rows = []
+    for name, found in report.items():
+        for domain, quality in found.get("domains", {}).items():
+            own = " (own)" if domain in found.get("own_domains", ()) else ""
+            for level, layer in enumerate(found.get("exit_layers", ())):
+                values = [(quality.get(column) or {level: None})[level] for column in columns]
+                rows.append(
+                    (
+                        name,
+                        f"{domain}{own}",
+                        str(layer),
+                        number(values[0], 4),
+                        *(percent(value) for value in values[1:]),
+                    )
+                )
+    if not rows:
+        return ""
+    titles = (
+        "Model", "Domain", "Exit after", "Perplexity", "Right", "Agrees", "Leave here",
+        "Off, raw", "Off, calibrated",
+    )  # fmt: skip
+    return _table(
+        titles,
+        rows,
+        "By exit on held-out text, teacher-forced. Right: the exit's token is the text's own. "
+        "Agrees: it is the model's own at full depth. Leave here: share of tokens at the "
+        "threshold. Off: expected calibration error of the confidence as the chance of being "
+        "right, raw and after isotonic calibration.",
+        texts=2,
     )
 
 

@@ -237,6 +237,7 @@ class LeftOut:
     """Each reading predicted by a fit that did not see it, and how far the coefficients moved.
 
     `errors` are relative; `standard_errors` are the jackknife's, in the order of `MaxFit.flat`.
+    Both are NaN where everything is one group, so that nothing is left to fit.
     """
 
     errors: Floats
@@ -256,7 +257,8 @@ def leave_out(readings: Readings, fit: MaxFit, groups: Groups | None = None) -> 
     for label in np.unique(labels):
         out = labels == label
         if out.all():
-            return LeftOut(np.zeros(len(readings)), np.zeros(len(fit.flat())))
+            unknown = np.full(len(readings), np.nan)
+            return LeftOut(unknown, np.full(len(fit.flat()), np.nan))
         found = refit(readings.take(~out), assigned[~out])
         rest = readings.take(out)
         errors[out] = relative_errors(found.seconds(rest), rest.seconds)
@@ -267,8 +269,9 @@ def leave_out(readings: Readings, fit: MaxFit, groups: Groups | None = None) -> 
 
 
 def score(errors: Floats) -> float:
-    """Mean size of relative errors: what a choice between models goes by."""
-    return float(np.mean(np.abs(errors))) if len(errors) else 0.0
+    """Mean size of the known relative errors: what a choice between models goes by."""
+    known = errors[np.isfinite(errors)]
+    return float(np.mean(np.abs(known))) if len(known) else 0.0
 
 
 def clearly_better(new: float, old: float) -> bool:

@@ -83,12 +83,12 @@ class Scores:
     @property
     def right(self) -> NDArray[np.bool_]:
         """Whether the predicted token is the text's, [positions, exits]."""
-        return self.predicted == self.target[:, None]
+        return np.asarray(self.predicted == self.target[:, None])
 
     @property
     def agrees(self) -> NDArray[np.bool_]:
         """Whether the predicted token is the full model's, [positions, exits]."""
-        return self.predicted == self.predicted[:, -1:]
+        return np.asarray(self.predicted == self.predicted[:, -1:])
 
 
 @torch.no_grad()

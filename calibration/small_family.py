@@ -21,6 +21,7 @@ import torch
 
 from calibration.model.checkpoint import write_json
 from calibration.presets import ModelPlan, Preset
+from calibration.thresholds import TARGET_AGREEMENT, FittingOptions, kind_of, settle
 from calibration.train import Reading, train_model
 from helios_sim.errors import InputError
 
@@ -37,13 +38,17 @@ class FamilyOptions:
     """How a family is trained beyond its preset; None leaves the choice to the preset.
 
     `device` is "auto", "cpu" or "cuda". `num_processes` train models side by side, one thread
-    each, on a CPU; a GPU trains one after another.
+    each, on a CPU; a GPU trains one after another. `confidence` is a profile's kind; a threshold
+    that is not given is chosen for `target_agreement` (`calibration.thresholds.settle`).
     """
 
     seed: int = 0
     device: str = "auto"
     budget_s: float | None = None
     num_processes: int | None = None
+    confidence: str = "max-softmax"
+    threshold: float | None = None
+    target_agreement: float = TARGET_AGREEMENT
 
     def __post_init__(self) -> None:
         if self.budget_s is not None and not 1.0 <= self.budget_s <= 1e6:
@@ -55,6 +60,11 @@ class FamilyOptions:
             raise InputError(
                 f"{self.num_processes} processes were asked for; at least 1 is needed.",
                 "--processes",
+            )
+        kind_of(self.confidence)
+        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
+            raise InputError(
+                f"The threshold {self.threshold} was given; it lies in 0 to 1.", "--threshold"
             )
         if self.seed < 0:
             raise InputError(f"The seed {self.seed} was given; it is 0 or more.", "--seed")
@@ -89,11 +99,22 @@ def train_family(
     processes = min(options.num_processes or usual, len(preset.models))
     budget_s = options.budget_s or preset.budget_s
     jobs = [
-        _Job(plan, preset, out, options.seed, device.type, min(plan.share * processes, 1) * budget_s)
+        _Job(
+            plan, preset, out, options.seed, device.type, min(plan.share * processes, 1) * budget_s
+        )
         for plan in sorted(preset.models, key=lambda plan: -plan.share)
     ]
     tell = on_reading or (lambda reading: None)
     documents = _side_by_side(jobs, processes, tell) if processes > 1 else _in_turn(jobs, tell)
+    positions = preset.held_out_tokens // 2
+    confidence = settle(
+        [out / plan.name for plan in preset.models],
+        kind=options.confidence,
+        threshold=options.threshold,
+        target_agreement=options.target_agreement,
+        device=device,
+        options=FittingOptions(positions, min(256, preset.long_window_tokens)),
+    )
     report = {
         "preset": preset.name,
         "seed": options.seed,
@@ -104,6 +125,7 @@ def train_family(
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "safetensors")},
         },
+        "confidence": confidence,
         "models": {plan.name: documents[plan.name] for plan in preset.models},
     }
     write_json(out / REPORT_FILE, report)
@@ -135,14 +157,25 @@ def family_page(report: Mapping[str, Any]) -> str:
         for domain, found in model["held_out"].items():
             own = " (own)" if domain in model["text"] else ""
             losses = ", ".join(
-                f"L{layer} {nll:.3f}"
-                for layer, nll in zip(exits, found["nll_nats"], strict=True)
+                f"L{layer} {nll:.3f}" for layer, nll in zip(exits, found["nll_nats"], strict=True)
             )
             lines.append(
                 f"| {name} | {model['parameters']:,} | {model['tokens']:,} | "
                 f"{model['seconds']:.0f} | {model['ended_by']} | {domain}{own} | {losses} | "
                 f"{found['accuracy'][-1]:.1%} |"
             )
+    confidence = report["confidence"]
+    target = confidence["target_agreement"]
+    why = "as given" if target is None else f"for an agreement of {target:.0%} in every model"
+    early = ", ".join(
+        f"{name} {share:.1%} of tokens, {confidence['early_agreement'][name]:.1%} agree"
+        for name, share in confidence["early_share"].items()
+    )
+    lines += [
+        "",
+        f"Confidence: {confidence['kind']}, threshold {confidence['threshold']:g}, {why}. Leaving "
+        f"early on the domains a model was trained on: {early}.",
+    ]
     lines += ["", "| model | text | bytes | SHA-256 |", "|---|---|---|---|"]
     for name, model in report["models"].items():
         for domain, text in model["text"].items():

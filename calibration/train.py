@@ -96,7 +96,8 @@ def train_model(
         return finished
     began_s = time.perf_counter()
     torch.manual_seed(_seed_of(seed, plan.name, "weights"))
-    backbone = backbone_of(_new_model(plan, preset.long_window_tokens).to(device))
+    backbone = backbone_of(_new_model(plan, preset.long_window_tokens))
+    backbone.model.to(device)
     last = _train(backbone, plan, preset, texts, seed, device, budget_s, on_reading)
     stock = backbone.model.eval().requires_grad_(False)
     if device.type == "cuda":
@@ -122,7 +123,7 @@ def train_model(
             plan.name,
             plan.exit_layers,
             tokenizer=ByteTokenizer.name,
-            corpus={domain: text.facts() for domain, text in texts.items()},
+            corpus={"train": document["text"]},
         )
         save(model, partial, settings)
         weights = (partial / WEIGHTS_FILE).read_bytes()
@@ -222,7 +223,8 @@ def _train(
         )
         early_layer = early_layers[iteration % len(early_layers)] if early_layers else plan.layers
         early_loss, loss = _losses(backbone, batch, (early_layer, plan.layers))
-        (loss + preset.early_weight * early_loss).backward()
+        total = loss + preset.early_weight * early_loss
+        total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(optimiser.parameters, _GRADIENT_NORM)
         learning_rate = preset.learning_rate * _schedule(progress)
         optimiser.update(learning_rate)

@@ -143,3 +143,29 @@ def test_a_browser_draws_every_figure_without_an_error(profile: Profile, tmp_pat
     opening = found[: found.index("<head>")]
     assert "data-errors" not in opening
     assert 'data-ready="5"' in opening
+
+
+def test_qualities_come_from_the_tracing_where_it_left_its_report(tmp_path: Path) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(energy=False))
+    quality = {
+        "perplexity": [9.5, 7.25, 5.125],
+        "right": [0.2, 0.3, 0.4],
+        "agrees": [0.7, 0.8, 1.0],
+        "share": [0.5, 0.2, 0.3],
+        "calibration_error_raw": [0.11, 0.1, 0.09],
+        "calibration_error_calibrated": [0.03, 0.02, 0.01],
+    }
+    report = {
+        "candidates": {
+            "planted": {
+                "exit_layers": [3, 6, 12],
+                "own_domains": ["code"],
+                "domains": {"code": quality},
+            }
+        }
+    }
+    (folder / "trace.json").write_text(json.dumps(report))
+    page = render(fit_profile(folder, tmp_path / "profile"))
+    assert "code (own)" in page
+    assert "Off, calibrated" in page
+    assert "5.125" in page

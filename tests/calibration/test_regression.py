@@ -120,3 +120,8 @@ def test_a_few_interrupted_readings_hardly_move_the_fit() -> None:
         plain.seconds * factor, plain.layers, plain.known, plain.overheads, plain.planes
     )
     assert fit_max(noisy).planes[0] == pytest.approx([1e-5, 3e-6], rel=0.05)
+
+
+def test_one_point_alone_has_no_left_out_error() -> None:
+    chosen = fit_floor_line(np.array([4.0]), np.array([1e-4]))
+    assert np.isnan(chosen.left_out.errors).all()
