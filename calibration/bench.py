@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from calibration.batching import Life, Row
@@ -89,6 +90,7 @@ class Bench:
         self._tokens = tokens
         self.pool = slot_pool(model, max_batch, max_context)
         self.decoders = {"eager": Decoder(model, self.pool)}
+        self._graph_bytes = 0
         self.timer = timer_for(self.device)
         self._wall = WallTimer(self.device)
         self._fill_pool()
@@ -114,10 +116,12 @@ class Bench:
     def capture_graphs(self) -> Reading | str:
         """Capture CUDA graphs for every segment and bucket; the reason where that cannot be."""
         decoder = Decoder(self.model, self.pool)
+        before = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
         begin_s = time.perf_counter()
         if not decoder.use_graphs(max_context=self.max_context) or decoder.graphs is None:
             return decoder.graphs_off_reason
         seconds = time.perf_counter() - begin_s
+        self._graph_bytes = torch.cuda.memory_reserved(self.device) - before
         self.decoders["graph"] = decoder
         return Reading(
             "graph_capture",
@@ -157,7 +161,7 @@ class Bench:
         self.pool.resize(0)
 
     def memory(self) -> Iterator[Reading]:
-        """Bytes of the KV pool and of the largest work's workspace, beside what is predicted."""
+        """Bytes of the KV pool and of the largest work's workspace, captured graphs included."""
         spec, depth = self.model.spec, self.depths[-1]
         tokens = self.max_batch * self.max_context
         yield Reading(
@@ -192,7 +196,10 @@ class Bench:
             work()
             taken = peak_bytes(self.device, work)
             if taken is not None:
-                yield replace(job.reading(depth), quantity="memory_workspace", bytes=taken)
+                # Graphs keep their memory for good, beside whatever runs.
+                yield replace(
+                    job.reading(depth), quantity="memory_workspace", bytes=taken + self._graph_bytes
+                )
 
     def estimate_s(self, job: Job, probe: Probe) -> float:
         """Seconds that a latency trial is likely to take."""

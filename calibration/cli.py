@@ -74,8 +74,14 @@ def measure(
         int | None,
         typer.Option(min=2, help="Longest context.", show_default="512 on cpu, 2048 on cuda"),
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of a processor.")] = 1,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads of a processor.", show_default="1 on cpu"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Order of trials and held-out loads.")] = 0,
+    traces: Annotated[
+        bool, typer.Option(help="Trace the exits of checkpoints at the end, beyond the budget.")
+    ] = True,
 ) -> None:
     """Measure what models cost on this device: seconds, joules and bytes, as raw readings."""
     from calibration.measure import command
@@ -92,6 +98,7 @@ def measure(
         max_context=max_context,
         threads=threads,
         seed=seed,
+        traces=traces,
     )
 
 

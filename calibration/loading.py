@@ -24,7 +24,7 @@ from torch import Tensor
 from calibration.model.checkpoint import open_checkpoint, read_header, read_into
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.host_copy import HostCopy
-from calibration.timing import synchronise
+from calibration.timing import Work, synchronise
 
 PART_BYTES: Final = 128 * 2**20
 """Bytes of one part of a stand-in file: a layer of a model of one to two billion parameters."""
@@ -131,6 +131,20 @@ class PartsFile:
     ) -> StageTime:
         seconds = _seconds(lambda: _copied(copy, count, device))
         return StageTime(quantity, seconds, self.num_bytes, copy.note)
+
+
+def pinned_copies(num_bytes: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """Work that copies so many bytes from one pinned buffer to the device, and waits for them."""
+    elements = num_bytes // dtype.itemsize
+    copy = HostCopy([elements], dtype, True, device)
+    copy.buffer.normal_()
+    block = torch.empty(elements, dtype=dtype, device=device)
+
+    def work() -> None:
+        block.copy_(copy.part(0), non_blocking=True)
+        synchronise(device)
+
+    return work
 
 
 @contextmanager

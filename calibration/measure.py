@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +40,14 @@ from calibration.grid import (
     plan_latency,
     shuffled_rounds,
 )
-from calibration.loading import StageTime, load_sizes, parts_file, time_checkpoint
+from calibration.loading import (
+    PartsFile,
+    StageTime,
+    load_sizes,
+    parts_file,
+    pinned_copies,
+    time_checkpoint,
+)
 from calibration.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.memory import available_bytes
@@ -48,8 +55,10 @@ from calibration.occupancy import reserve_bytes
 from calibration.readings import ENVIRONMENT_FILE, POINTS_FILE, Purpose, Reading, Readings
 from calibration.sources import Source, find_sources, sample_tokens
 from calibration.timing import synchronise, timer_for
+from calibration.trace import trace_checkpoints
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
+from helios_sim.profile import TRACES_FILE
 
 PLAN_FILE: Final = "plan.json"
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,7 +91,8 @@ class MeasureSettings:
 
     `models` are checkpoint folders, folders of such folders, or names of public shapes, which
     get random weights. `exits` replaces their exit layers. `max_batch` and `max_context` bound
-    the grid; by default 16 rows of 512 tokens on a processor, 64 of 2048 on a GPU.
+    the grid; by default 16 rows of 512 tokens on a processor, 64 of 2048 on a GPU. `traces` asks
+    for exit traces of the checkpoints at the end.
     """
 
     models: tuple[str, ...]
@@ -95,6 +105,7 @@ class MeasureSettings:
     max_batch: int | None = None
     max_context: int | None = None
     seed: int = 0
+    traces: bool = True
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -174,8 +185,9 @@ def command(
     exits: str | None,
     max_batch: int | None,
     max_context: int | None,
-    threads: int,
+    threads: int | None,
     seed: int,
+    traces: bool,
 ) -> None:
     """`helios-calibrate measure`: measure, tell what came of it, and keep all if interrupted."""
     if device == "auto":
@@ -191,8 +203,10 @@ def command(
         max_batch=max_batch,
         max_context=max_context,
         seed=seed,
+        traces=traces,
     )
-    torch.set_num_threads(threads)
+    if threads is not None or device == "cpu":
+        torch.set_num_threads(threads or 1)
     try:
         done = measure(settings, Console())
     except KeyboardInterrupt:
@@ -242,6 +256,7 @@ class _Session:
         for number, source in enumerate(self.sources):
             self._model_readings(source, self._left_s() / (len(self.sources) - number))
         self._idle_power(trial=1)
+        self._trace()
 
     def finish(self) -> None:
         """Export what there is, whatever ended the run."""
@@ -292,14 +307,43 @@ class _Session:
     def _loading(self) -> None:
         """Every stage of loading at several sizes, some of them held out, in random order."""
         until_s = self._now_s() + LOADING_SHARE * self.settings.budget_s
-        loads = self._checkpoint_loads() or self._stand_in_loads()
-        for trial in range(_LOAD_TRIALS):
-            order = list(loads)
-            random.Random(f"{self.settings.seed}-load-{trial}").shuffle(order)
-            for load in order:
-                if trial > 0 and self._now_s() > until_s:
-                    return
-                self._load_stages(load, trial)
+        with ExitStack() as files:
+            loads = self._checkpoint_loads() or self._stand_in_loads(files)
+            for trial in range(_LOAD_TRIALS):
+                order = list(loads)
+                random.Random(f"{self.settings.seed}-load-{trial}").shuffle(order)
+                for load in order:
+                    if trial > 0 and self._now_s() > until_s:
+                        break
+                    self._load_stages(load, trial)
+        self._loading_power()
+
+    def _loading_power(self) -> None:
+        """Watts while weights go from host memory to a GPU, over and over."""
+        quantity, num_bytes = "load_host_pinned", _LOAD_BYTES["cuda"][0]
+        reading = Reading(quantity, bytes=num_bytes, trial=_LOAD_TRIALS, note="energy window")
+        metered = self.device.type == "cuda" and not isinstance(self.meter, NoMeter)
+        if not metered or reading.key in self.readings:
+            return
+        copying = pinned_copies(num_bytes, self.dtype, self.device)
+        copying()
+        window = self.meter.open()
+        begin_s, repetitions = time.perf_counter(), 0
+        while time.perf_counter() - begin_s < self._window_s():
+            copying()
+            repetitions += 1
+        seconds = (time.perf_counter() - begin_s) / repetitions
+        found = window.close(busy_s=seconds * repetitions)
+        if isinstance(found, Measurement):
+            self._keep(
+                replace(
+                    reading,
+                    seconds=seconds,
+                    repetitions=repetitions,
+                    joules=found.watts * seconds,
+                    **power_columns(found),
+                )
+            )
 
     def _checkpoint_loads(self) -> list[_Load]:
         """Each checkpoint to each of its exits; the middle one of every model is held out."""
@@ -313,17 +357,24 @@ class _Session:
                 loads.append(_Load("held-out" if held_out else "fit", source, depth))
         return loads
 
-    def _stand_in_loads(self) -> list[_Load]:
+    def _stand_in_loads(self, files: ExitStack) -> list[_Load]:
         """Files of several sizes, and of one between them that is held out."""
         low, high = _LOAD_BYTES[self.device.type]
         free = shutil.disk_usage(self.settings.out).free
-        largest = max(low, min(high, free // 4))
-        sizes = load_sizes(largest)
+        sizes = load_sizes(max(low, min(high, free // 4)))
         between = round((sizes[0] * sizes[1]) ** 0.5)
-        return [
-            *(_Load("fit", num_bytes=num_bytes) for num_bytes in sizes),
-            _Load("held-out", num_bytes=between),
-        ]
+        sized: list[tuple[Purpose, int]] = [("fit", size) for size in sizes]
+        try:
+            return [
+                _Load(
+                    purpose,
+                    file=files.enter_context(parts_file(self.settings.out, size, self.dtype)),
+                    num_bytes=size,
+                )
+                for purpose, size in [*sized, ("held-out", between)]
+            ]
+        except OSError as error:
+            raise self.readings.explained(error) from error
 
     def _load_stages(self, load: _Load, trial: int) -> None:
         name = load.source.name if load.source else ""
@@ -521,6 +572,23 @@ class _Session:
         for reading in bench.time(job):
             self._keep(reading, state, started_at)
 
+    def _trace(self) -> None:
+        """Exit traces of the checkpoints, beside the readings; their time is not the budget's."""
+        folders = [source.folder for source in self.sources if source.folder is not None]
+        if not self.settings.traces or not folders:
+            return
+        if self.settings.exits is not None:
+            self._note("No exits are traced: the models were given other exits than their own")
+            return
+        target = self.settings.out / TRACES_FILE
+        if target.is_file():
+            return
+        self._say(f"Tracing the exits of {len(folders)} checkpoints on held-out text.")
+        try:
+            trace_checkpoints(folders, self.settings.out, device=self.device)
+        except InputError as error:
+            self._note(f"No exits are traced: {error}")
+
     def _keep(
         self, reading: Reading, state: BoardState | None = None, started_at: str | None = None
     ) -> None:
@@ -703,11 +771,11 @@ class _Load:
     purpose: Purpose
     source: Source | None = None
     depth: int | None = None
+    file: PartsFile | None = None
     num_bytes: int | None = None
 
     def stages(self, session: _Session) -> Iterator[StageTime]:
         """Load it and let it go."""
-        settings = session.settings
         if self.source is not None and self.source.folder is not None and self.depth is not None:
             yield from time_checkpoint(
                 self.source.folder,
@@ -716,9 +784,8 @@ class _Load:
                 device=session.device,
                 dtype=session.dtype,
             )
-        elif self.num_bytes is not None:
-            with parts_file(settings.out, self.num_bytes, session.dtype) as file:
-                yield from file.stages(session.device)
+        elif self.file is not None:
+            yield from self.file.stages(session.device)
 
 
 def _device(asked: str) -> torch.device:

@@ -182,7 +182,7 @@ class Readings:
             with self._file.open("a", encoding="utf-8") as stream:
                 stream.write(line)
         except OSError as error:
-            raise self._explained(error) from error
+            raise self.explained(error) from error
         self._readings.append(reading)
         self._keys.add(reading.key)
 
@@ -196,7 +196,7 @@ class Readings:
             partial.replace(target)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise self._explained(error) from error
+            raise self.explained(error) from error
         return target
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
@@ -212,9 +212,10 @@ class Readings:
             partial.replace(target)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise self._explained(error) from error
+            raise self.explained(error) from error
 
-    def _explained(self, error: OSError) -> InputError:
+    def explained(self, error: OSError) -> InputError:
+        """What a failed write here means to the user: a full disk, or another reason."""
         kept = f"{len(self._readings)} readings are kept"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return InputError(

@@ -47,7 +47,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(checkpoint: Path, out: Path, **changes: Any) -> MeasureSettings:
-    asked: dict[str, Any] = {"budget_s": BUDGET_S, "max_batch": 4, "max_context": 64}
+    asked: dict[str, Any] = {
+        "budget_s": BUDGET_S,
+        "max_batch": 4,
+        "max_context": 64,
+        "traces": False,
+    }
     return MeasureSettings((str(checkpoint),), out, **(asked | changes))
 
 
@@ -268,7 +273,7 @@ def test_a_disk_that_fills_ends_the_run_in_words(
     def fill(self: Readings, reading: Any) -> None:
         count[0] += 1
         if count[0] == 5:
-            raise self._explained(OSError(errno.ENOSPC, "No space left on device"))
+            raise self.explained(OSError(errno.ENOSPC, "No space left on device"))
         append(self, reading)
 
     monkeypatch.setattr(Readings, "append", fill)
