@@ -240,32 +240,32 @@ def pauses(iterations: Iterations, run: RunData) -> dict[str, float]:
 def loads(run: RunData, profile: Profile) -> float | None:
     """Recorded over predicted seconds of the loads for which serving waited; None without any.
 
-    Read from the timeline's loading intervals between a decision and its being carried out; loads
-    beside running requests leave no such interval.
+    Those are the decisions that moved weights and left a loading interval in the timeline, which
+    loads beside running requests do not.
     """
     waiting = run.timeline.filter(pl.col("state") == "loading")
-    recorded = predicted = 0.0
+    predicted_s = 0.0
     in_memory: set[tuple[int, str]] = set()
     from_disk = run.scenario.get("fleet", {}).get("weights_start", "disk") == "disk"
     moves = run.decisions.filter((pl.col("moved_bytes") > 0) & pl.col("ready_s").is_not_null())
     for move in moves.sort("time_s").iter_rows(named=True):
         if move["model"] not in profile.models:
             continue
-        mine = waiting.filter(
+        waited = waiting.filter(
             (pl.col("replica") == move["replica"])
             & (pl.col("time_s") > move["time_s"])
             & (pl.col("time_s") <= move["ready_s"] + _SAME_INSTANT_S)
-        )
+        ).height
         first = (move["replica"], move["model"]) not in in_memory
         in_memory.add((move["replica"], move["model"]))
-        if mine.height == 0:
+        if not waited:
             continue
-        recorded += float(mine["interval_s"].sum())
-        predicted += profile.loading.host.seconds(move["moved_bytes"])
+        predicted_s += profile.loading.host.seconds(move["moved_bytes"])
         if from_disk and first:
             whole = profile.models[move["model"]].model
-            predicted += profile.loading.disk.seconds(whole.weight_bytes(whole.shape.layers))
-    return recorded / predicted if predicted > 0.0 and recorded > 0.0 else None
+            predicted_s += profile.loading.disk.seconds(whole.weight_bytes(whole.shape.layers))
+    recorded_s = run.totals.load_s
+    return recorded_s / predicted_s if predicted_s > 0.0 and recorded_s > 0.0 else None
 
 
 def reloaded(profile: Profile, factor: float) -> Profile:
