@@ -294,6 +294,14 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     requests, shortened = experiment.requests(question.seed)
     for chosen in question.policy:
         rehearse(experiment, chosen)
+    if question.plan is not None:
+        from helios_sim.search.plan import read_plan
+
+        read_plan(question, scenario.parent, str(scenario))
+    if question.search is not None:
+        from helios_sim.search.tune import read_tune
+
+        read_tune(question, scenario.parent, str(scenario))
     policies = ", ".join(policy.name for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
     if shortened:

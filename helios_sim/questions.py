@@ -117,7 +117,7 @@ class SearchSettings(StrictSettings):
     num_requests: RunLength = 2000
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     windows: Windows = 8
-    ranges: dict[str, Any] = Field(default_factory=dict)
+    ranges: dict[str, Any]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -30,6 +30,7 @@ import helios_sim.cli
 from helios_sim.metrics import DEFINITIONS
 from helios_sim.policy.registry import policy_names
 from helios_sim.profile import shipped_names
+from helios_sim.questions import PlanSettings, SearchSettings
 from helios_sim.records import (
     DECISION_COLUMNS,
     DECISION_SCHEMA,
@@ -144,6 +145,8 @@ def test_every_shipped_profile_and_policy_is_described() -> None:
         ("## `[fleet]`", FleetSettings),
         ("## `[serving]`", ServingSettings),
         ("## `[measure]`", MeasureSettings),
+        ("## `[plan]`", PlanSettings),
+        ("## `[search]`", SearchSettings),
         ("## `[[policy]]`", PolicySettings),
         ("## `[[published]]`", PublishedFigure),
     ],

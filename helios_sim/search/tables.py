@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from rich.table import Table
 from rich.text import Text
 
+from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.report.words import number
 from helios_sim.search.drawings import gpu_rate, joules, user_rate
 from helios_sim.search.goals import in_words
@@ -29,12 +30,13 @@ _DASH = "\N{EN DASH}"
 def terminal_table(cells: Cells, best_first: bool = False) -> Table:
     """Rows in the terminal, the first one marked where rows are ranked."""
     titles, rows = cells
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
     for place, title in enumerate(titles):
-        if place == 0:
-            table.add_column(Text(title), overflow="fold")
-        else:
-            table.add_column(Text(title), justify="right", no_wrap=len(title) < 14)
+        # Values stay whole; what is too wide for the terminal is the headings and the names.
+        widest = max((len(row[place]) for row in rows), default=1)
+        least = min(widest, 12 if place == 0 else 24)
+        side: Literal["left", "right"] = "left" if place == 0 else "right"
+        table.add_column(Text(title), justify=side, min_width=least, overflow="fold")
     for place, row in enumerate(rows):
         style = "bold green" if best_first and place == 0 and len(rows) > 1 else ""
         table.add_row(*(Text(value, style=style) for value in row))
@@ -102,7 +104,7 @@ def setting_rows(tuned: Tuned) -> Cells:
         rows.append(
             [
                 one.key,
-                "default" if own is None else str(own),
+                str(_default(tuned, one.key) if own is None else own),
                 str(tuned.winner.values[one.key]),
                 _DASH if share is None else f"{100 * share:.0f} %",
             ]
@@ -110,11 +112,19 @@ def setting_rows(tuned: Tuned) -> Cells:
     return ["Setting", "as it stands", "winner", "importance"], rows
 
 
+def _default(tuned: Tuned, key: str) -> Any:
+    """What a policy's option is where the scenario leaves it out."""
+    use = tuned.question.space.base.policy[0].use
+    options = policy_options(use) if use in policy_names() else {}
+    default, _ = options.get(key.split(".")[-1], (None, ""))
+    return "default" if default is None else default
+
+
 def trial_rows(tuned: Tuned, most: int = 10) -> Cells:
     """The best trials that keep the constraints, after the scenario as it stands."""
     goals = tuned.question.judge.goals
     titles = ["Trial", *(f"{goal.name} {goal.unit}".strip() for goal in goals)]
-    titles += ["J/token", "agreement %", "TTFT p99 ms", "TPOT p99 ms", "constraints"]
+    titles += ["J/tok", "agree %", "TTFT p99 ms", "TPOT p99 ms", "breaks"]
     feasible = [one for one in tuned.trials if one.is_feasible]
     feasible.sort(key=lambda one: (goals[0].cost((one.scores or (0.0,))[0]), one.number))
     if tuned.winner is not None:
@@ -131,7 +141,7 @@ def trial_rows(tuned: Tuned, most: int = 10) -> Cells:
                 number(None if agreement is None else 100 * agreement),
                 number(means.get("p99_ttft_ms")),
                 number(means.get("p99_tpot_ms")),
-                "; ".join(in_words(one) for one in trial.broken) or "kept",
+                "; ".join(in_words(one) for one in trial.broken) or "nothing",
             ]
         )
     return titles, rows
@@ -141,10 +151,10 @@ def whatif_rows(cells: Sequence[Cell]) -> Cells:
     """A grid side by side: settings, policy, main figures."""
     keys = list(dict.fromkeys(key for cell in cells for key in cell.values))
     has_slo = any((cell.means or {}).get("slo_attainment") is not None for cell in cells)
-    titles = ["Policy", *(key.split(".", 1)[-1] for key in keys), "tok/s"]
+    titles = ["Policy", *(key.split(".")[-1].replace("_", " ") for key in keys), "tok/s"]
     if has_slo:
-        titles += ["goodput req/s", "attainment %"]
-    titles += ["TTFT p50 ms", "TTFT p99 ms", "TPOT p50 ms", "J/token", "agreement %", "load"]
+        titles += ["goodput req/s", "SLO met %"]
+    titles += ["TTFT p99 ms", "TPOT p50 ms", "J/tok", "agree %", "load"]
     rows = []
     for cell in cells:
         row = [cell.policy, *(str(cell.values.get(key, _DASH)) for key in keys)]
@@ -157,7 +167,6 @@ def whatif_rows(cells: Sequence[Cell]) -> Cells:
             row.append(number(means.get("request_goodput")))
             row.append(_percent(means.get("slo_attainment")))
         row += [
-            number(means.get("median_ttft_ms")),
             number(means.get("p99_ttft_ms")),
             number(means.get("median_tpot_ms")),
             number(joules(means)),

@@ -140,6 +140,20 @@ def test_simulate_runs_a_scenario_with_questions_and_leaves_them_out_of_the_run(
     assert not {"plan", "search"} & set(data)
 
 
+def test_checking_a_scenario_checks_its_questions_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for more, said in (
+        ({"search": {"ranges": {"policy.breach_limt": [1]}}}, "breach_limit"),
+        ({"plan": {"routers": ["least-kw"]}}, "least-kv"),
+        ({}, "is good"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["scenario", "check", str(write(tmp_path, **more))])
+        printed = capsys.readouterr()
+        assert said in printed.out + printed.err
+
+
 def test_a_limit_nothing_can_meet_is_told_with_by_how_much_at_the_lowest_rate(
     tmp_path: Path,
 ) -> None:
