@@ -20,6 +20,14 @@ _NAMES: Final = {
     "total_gpu_energy": "Energy",
     "mean_batch_size": "Batch size",
 }
+_SAID: Final = {
+    "output_throughput": "throughput",
+    "mean_tpot_ms": "mean TPOT",
+    "p50_e2el_ms": "median E2E",
+    "p90_ttft_ms": "p90 TTFT",
+    "total_gpu_energy": "energy",
+    "mean_batch_size": "batch size",
+}
 _BEYOND: Final = ("above", "below", "differs")
 
 
@@ -44,18 +52,14 @@ def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
 
 def _opening(results: Mapping[str, Any], title: str) -> str:
     known = [one for one in results["targets"] if one["num_cases"]]
-    said = [
-        f"{_NAMES[one['key']].lower()} {number(100 * one['median_error'])} %"
-        for one in known
-        if one["key"] in ("output_throughput", "mean_tpot_ms", "p50_e2el_ms", "p90_ttft_ms")
-    ]
+    said = [f"{_SAID[one['key']]} {number(100 * one['median_error'])} %" for one in known]
     num = len(results["cases"])
     remarks = [
         f"The verdict on saturation is the same on both sides in {results['same_saturation']} of "
         f"{num} cases.",
         f"Every case was served {results['num_repeats']} times; errors are against the mean.",
     ]
-    missing = [_NAMES[one["key"]].lower() for one in results["targets"] if not one["num_cases"]]
+    missing = [_SAID[one["key"]] for one in results["targets"] if not one["num_cases"]]
     if missing:
         remarks.append(f"Not measured here: {listed(missing)}.")
     items = "".join(f"<li>{escape(text)}</li>" for text in remarks)
@@ -96,12 +100,13 @@ def _targets(results: Mapping[str, Any]) -> str:
 
 def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
     rows = []
+    names = {one["key"]: _NAMES[one["key"]] for one in results["targets"] if one["num_cases"]}
     for case in results["cases"]:
         figures = {row["key"]: row for row in case["figures"]}
         saturation = figures.get("saturation", {})
         real = listed(sorted({str(one) for one in saturation.get("real", ())}))
         ours = str(saturation.get("simulated"))
-        cells = [_cell(figures.get(key)) for key in _NAMES]
+        cells = [_cell(figures.get(key)) for key in names]
         verdict = ours if saturation.get("verdict") == "same" else f"{ours} (real: {real})"
         rows.append(
             (
@@ -112,7 +117,7 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
                 verdict,
             )
         )
-    titles = ("Case", "Rate", "Requests", *_NAMES.values(), "Saturation")
+    titles = ("Case", "Rate", "Requests", *names.values(), "Saturation")
     return section(
         "Cases",
         "Error of the simulation in each case; a star marks one beyond the run-to-run spread.",
@@ -293,10 +298,13 @@ def _provenance(results: Mapping[str, Any]) -> str:
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    def cells(row: Sequence[str]) -> list[tuple[str, str]]:
+        return list(zip(titles, row, strict=True))[1:]
+
+    head = "".join(f'<th scope="col"{_words(title)}>{escape(title)}</th>' for title in titles)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "".join(f"<td{_words(title)}>{escape(cell)}</td>" for title, cell in cells(row))
         + "</tr>"
         for row in rows
     )
@@ -304,3 +312,8 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         '<div class="panel scroll"><table class="figures plain">'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _words(title: str) -> str:
+    """Marks a column of words, which is set to the left and may wrap."""
+    return ' class="words"' if title in ("Cause", "Saturation") else ""
