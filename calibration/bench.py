@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from calibration.batching import Life, Row
@@ -28,7 +27,8 @@ from calibration.machine import ModelMachine
 from calibration.meters import Measurement, Meter
 from calibration.model.decode import Decoder, slot_pool
 from calibration.model.early_exit import EarlyExitLM
-from calibration.occupancy import peak_bytes
+from calibration.model.graphs import Recorder
+from calibration.occupancy import peak_bytes, reserved_bytes
 from calibration.readings import Reading
 from calibration.timing import (
     MAX_TRIES,
@@ -113,15 +113,19 @@ class Bench:
         """How decoding can run here."""
         return tuple(self.decoders)
 
-    def capture_graphs(self) -> Reading | str:
-        """Capture CUDA graphs for every segment and bucket; the reason where that cannot be."""
+    def capture_graphs(self, recorder: Recorder | None = None) -> Reading | str:
+        """Capture CUDA graphs for every segment and bucket; the reason where that cannot be.
+
+        `recorder` captures them in place of CUDA's own.
+        """
         decoder = Decoder(self.model, self.pool)
-        before = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+        before = reserved_bytes(self.device)
         begin_s = time.perf_counter()
-        if not decoder.use_graphs(max_context=self.max_context) or decoder.graphs is None:
+        captured = decoder.use_graphs(max_context=self.max_context, recorder=recorder)
+        if not captured or decoder.graphs is None:
             return decoder.graphs_off_reason
         seconds = time.perf_counter() - begin_s
-        self._graph_bytes = torch.cuda.memory_reserved(self.device) - before
+        self._graph_bytes = reserved_bytes(self.device) - before
         self.decoders["graph"] = decoder
         return Reading(
             "graph_capture",

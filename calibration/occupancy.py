@@ -30,15 +30,15 @@ def reserve_bytes(device: torch.device, board: Board | NoBoard) -> int | None:
     if used is None:
         free, total = torch.cuda.mem_get_info(device)
         used = total - free
-    return max(0, int(used) - int(torch.cuda.memory_reserved(device)))
+    return max(0, int(used) - reserved_bytes(device))
 
 
-def allocated_bytes(device: torch.device) -> int | None:
-    """Bytes of all tensors on a GPU; None on a processor, where nobody counts them."""
+def reserved_bytes(device: torch.device) -> int:
+    """Bytes that torch holds of a GPU, in use or kept for use; 0 on a processor."""
     if device.type != "cuda":
-        return None
+        return 0
     synchronise(device)
-    return int(torch.cuda.memory_stats(device).get("allocated_bytes.all.current", 0))
+    return int(torch.cuda.memory_reserved(device))
 
 
 def peak_bytes(device: torch.device, work: Work) -> int | None:

@@ -2,9 +2,11 @@
 
 A sample is a run of repetitions long enough to be told from the timer's own cost; what counts is
 the median of several samples and their median absolute deviation. Pieces of work that are to be
-compared are sampled in turns, so that a machine that slows down slows all of them. On a shared
-processor a sample is taken again, a few times at most, if others were let run during it or if a
-known piece of work beside it ran slower than it can.
+compared are sampled in turns, so that a machine that slows down slows all of them.
+
+On a processor that others use too, the seconds are those in which the process ran, and a sample
+is taken again, a few times at most, if others were let run during it or if a known piece of work
+beside it ran slower than it can.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ CPU_SAMPLE_S: Final = 0.005
 DISTURBED_SHARE: Final = 0.05
 """Of a sample's time; where more was lost to others, the sample is taken again."""
 
-MAX_TRIES: Final = 4
+MAX_TRIES: Final = 3
 """Samples taken for each one that is wanted."""
 
 
@@ -39,7 +41,7 @@ _REFERENCE_JITTER: Final = 1.08
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of a sample, and the share of them that was lost to others, as far as seen."""
+    """Seconds of a sample, and the share of its time that was lost to others, as far as seen."""
 
     seconds: float
     lost_share: float = 0.0
@@ -98,7 +100,10 @@ class Reference:
 
 
 class WallTimer:
-    """The wall clock; on a GPU the device is waited for before and after, so host time counts."""
+    """The wall clock; on a GPU the device is waited for before and after, so host time counts.
+
+    On a processor with one thread the time in which others were let run is left out.
+    """
 
     def __init__(self, device: torch.device, min_sample_s: float | None = None) -> None:
         cuda = device.type == "cuda"
@@ -113,9 +118,11 @@ class WallTimer:
         before = self._reference.slowdown()
         seconds, running_s = self._timed(work, repetitions)
         slowdown = max(before, self._reference.slowdown())
-        # Several threads run for more seconds than the clock counts.
         waited = 1.0 - running_s / seconds if seconds > 0.0 else 0.0
         slowed = 1.0 - _REFERENCE_JITTER / slowdown
+        if torch.get_num_threads() == 1:
+            seconds = min(seconds, running_s)
+        # Several threads run for more seconds than the clock counts: what they wait is not seen.
         return Sample(seconds, max(0.0, waited, slowed))
 
     def _timed(self, work: Work, repetitions: int) -> tuple[float, float]:
@@ -223,8 +230,7 @@ def _repetitions(work: Work, timer: Timer, warmups: int) -> int:
     repetitions = 1
     while True:
         found = timer.sample(work, repetitions)
-        # What was waited for others is no work, and will be less in a quiet sample.
-        seconds = found.seconds * max(0.5, 1.0 - found.lost_share)
+        seconds = found.seconds
         if seconds >= timer.min_sample_s:
             return repetitions
         # A tenth on top, so that the usual sample is not just too short.

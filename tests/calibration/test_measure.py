@@ -18,9 +18,10 @@ from calibration.grid import RICHNESS, Job
 from calibration.measure import MeasureSettings, measure, parse_budget, parse_exits
 from calibration.meters import Absence, Measurement, Replayed, to_json
 from calibration.model.early_exit import from_stock, save
-from calibration.readings import READINGS_FILE, read_points
+from calibration.readings import READINGS_FILE, Reading, read_points
 from calibration.sources import find_sources, sample_tokens
 from helios_sim.errors import InputError
+from tests.calibration.test_graphs import FakeRecorder
 from tests.calibration.tiny import stock_model
 
 BUDGET_S = 60.0
@@ -164,6 +165,28 @@ def test_an_iteration_moves_on_and_leaves_the_pool_as_it_was(bench: Bench) -> No
         list(bench.time(job))
     assert bench.pool.num_rows == len(lengths)
     bench.pool.check()
+
+
+def test_graph_readings_run_graphs_exit_by_exit(bench: Bench) -> None:
+    recorder = FakeRecorder()
+    captured = bench.capture_graphs(recorder)
+    assert isinstance(captured, Reading)
+    assert bench.modes == ("eager", "graph")
+    # Segments 0-1, 1-2 and 2-4; 1, 2 and 4 rows; one width of context.
+    assert captured.repetitions == len(recorder.recordings) == 9
+    assert bench.buckets == {"batch_buckets": [1, 2, 4], "context_buckets": [64]}
+
+    def replays() -> int:
+        return sum(recording.replays for recording in recorder.recordings)
+
+    work = bench.work(Job("decode_layers", "tiny-4l", "graph", (2,), 3, 20, 20), 2)
+    work()
+    assert replays() == 2
+    bench.work(Job("iteration", "tiny-4l", "graph", (4,), 3, 20, 20), 4)()
+    assert replays() == 5
+    bench.work(Job("decode_layers", "tiny-4l", "eager", (2,), 3, 20, 20), 2)()
+    bench.work(Job("prefill_layers", "tiny-4l", "eager", (2,), 1, 0, None, 16), 2)()
+    assert replays() == 5
 
 
 def test_an_energy_window_gives_joules_of_one_repetition(bench: Bench, tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Loading by stage, the device's floors and what a process takes: on a processor, for real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from calibration.board import NoBoard, open_board
+from calibration.floors import count_launches, launch_chain, time_copy, time_launches
+from calibration.loading import load_sizes, parts_file, time_checkpoint
+from calibration.model.early_exit import from_stock, save
+from calibration.occupancy import peak_bytes, reserve_bytes, reserved_bytes
+from calibration.timing import WallTimer
+from tests.calibration.fake_nvml import FakeNvml
+from tests.calibration.tiny import stock_model
+
+CPU = torch.device("cpu")
+
+
+def test_a_stand_in_file_goes_through_every_stage_and_is_gone_afterwards(tmp_path: Path) -> None:
+    with parts_file(tmp_path, 2**20, torch.float32) as file:
+        assert file.num_bytes == 2**20
+        found = {stage.quantity: stage for stage in file.stages(CPU)}
+    assert list(found) == ["load_open", "load_disk", "load_host", "unload"]
+    assert all(stage.seconds > 0.0 for stage in found.values())
+    assert all(stage.num_bytes == 2**20 for stage in found.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_loaded_by_the_real_loader(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    save(from_stock(stock_model("opt"), (2, 4), name="tiny"), folder)
+    stages = {
+        depth: {
+            stage.quantity: stage
+            for stage in time_checkpoint(
+                folder, depth, exits=(2, 4), device=CPU, dtype=torch.float32
+            )
+        }
+        for depth in (2, 4)
+    }
+    for depth in (2, 4):
+        assert list(stages[depth]) == ["load_open", "unload", "load_disk", "load_host"]
+        moved = {stage.num_bytes for stage in stages[depth].values()}
+        assert max(moved) < 1.02 * min(moved)
+    assert stages[4]["load_disk"].num_bytes > stages[2]["load_disk"].num_bytes
+
+
+def test_sizes_to_load_fall_by_fourths() -> None:
+    assert load_sizes(2**30) == (2**30, 2**28, 2**26, 2**24)
+    assert min(load_sizes(1)) == 4096
+
+
+def test_launches_are_counted_without_views() -> None:
+    value = torch.ones(4, 4)
+
+    def work() -> object:
+        return (value.view(16) + 1.0).reshape(4, 4).mm(value).transpose(0, 1)
+
+    assert count_launches(work) == 2
+    assert count_launches(launch_chain(7, CPU)) == 7
+
+
+def test_more_launches_take_longer_and_graphs_are_declined_in_words() -> None:
+    timer = WallTimer(CPU, 0.002)
+    few, many = (time_launches(count, CPU, timer, "eager", 3) for count in (10, 200))
+    assert not isinstance(few, str)
+    assert not isinstance(many, str)
+    assert many.seconds > few.seconds
+    assert "CUDA" in str(time_launches(10, CPU, timer, "graph", 3))
+
+
+def test_a_copy_counts_bytes_read_and_written() -> None:
+    timing, moved = time_copy(2**22, CPU, WallTimer(CPU, 0.002), 3)
+    assert moved == 2**23
+    # Slower than a disk or faster than any memory would be no copy.
+    assert 1e8 < moved / timing.seconds < 1e13
+
+
+def test_the_rise_of_memory_is_seen_where_the_system_tells() -> None:
+    taken = peak_bytes(CPU, lambda: torch.ones(2**24).sum())
+    if taken is None:
+        pytest.skip("this system does not tell a process's peak")
+    assert taken > 2**25
+
+
+def test_the_reserve_is_the_process_without_models() -> None:
+    reserve = reserve_bytes(CPU, NoBoard("a processor has no board"))
+    assert reserve is None or reserve > 2**24
+    assert reserved_bytes(CPU) == 0
+    assert open_board(nvml=FakeNvml()).state().memory_used_bytes == 600 * 2**20
