@@ -1,0 +1,118 @@
+"""Auxiliary exit heads: trained on a frozen backbone, saved beside it, loaded with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from calibration.cli import main
+from calibration.heads import HeadOptions, train_heads
+from calibration.model.early_exit import from_stock, load, save
+from helios_sim.errors import InputError
+from tests.calibration.tiny import stock_model
+
+OPTIONS = HeadOptions(
+    domains=("code",),
+    iterations=40,
+    rows=2,
+    window_tokens=64,
+    learning_rate=1e-2,
+    text_bytes=40_000,
+    held_out_positions=512,
+)
+
+
+def checkpoint(folder: Path, family: str = "opt", settings: bool = False) -> Path:
+    """A tiny stock model's folder, with or without early_exit.json."""
+    save(from_stock(stock_model(family), (2, 4), name="stock", tokenizer="bytes"), folder)
+    if not settings:
+        (folder / "early_exit.json").unlink()
+    return folder
+
+
+def weights_hash(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_heads_improve_their_exits_and_leave_the_backbone_alone(
+    tmp_path: Path, family: str
+) -> None:
+    folder = checkpoint(tmp_path / "model", family)
+    before = weights_hash(folder)
+    report = train_heads(folder, (1, 2), OPTIONS)
+    own, shared = report["held_out_nll_nats"]["code"], report["held_out_nll_nats_shared_head"]
+    assert own[0] < shared["code"][0] - 0.3
+    assert own[1] < shared["code"][1] - 0.3
+    assert own[-1] == shared["code"][-1]
+    assert weights_hash(folder) == before
+    model = load(folder)
+    assert model.exit_layers == (1, 2, 4)
+    assert set(model.exit_heads) == {1, 2}
+    assert model.spec.tokenizer == "bytes"
+    assert json.loads((folder / "heads.json").read_text()) == report
+
+
+def test_heads_of_a_copy_leave_the_checkpoint_as_it_was(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", settings=True)
+    before = sorted(path.name for path in folder.iterdir())
+    train_heads(folder, (2,), OPTIONS, out=tmp_path / "copy")
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert load(tmp_path / "copy").heads_kind == "auxiliary"
+    assert load(folder).heads_kind == "shared"
+
+
+def test_text_goes_through_the_folders_own_tokenizer(tmp_path: Path) -> None:
+    tokenizers: Any = pytest.importorskip("tokenizers")
+    folder = checkpoint(tmp_path / "model")
+    stock = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "def": 1}, unk_token="?"))
+    stock.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    stock.save(str(folder / "tokenizer.json"))
+    report = train_heads(folder, (2,), OPTIONS)
+    assert np.isfinite(report["held_out_nll_nats"]["code"]).all()
+    assert json.loads((folder / "early_exit.json").read_text())["tokenizer"] == "model"
+
+
+def test_what_cannot_be_trained_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    with pytest.raises(InputError, match="full depth of 4 layers"):
+        train_heads(folder, (2, 9), OPTIONS)
+    with pytest.raises(InputError, match="name an exit before it"):
+        train_heads(folder, (4,), OPTIONS)
+    with pytest.raises(InputError, match="there already"):
+        train_heads(folder, (2,), OPTIONS, out=tmp_path)
+    large = from_stock(stock_model("opt", vocab_size=300), (2, 4), name="large")
+    save(large, tmp_path / "large")
+    with pytest.raises(InputError, match="tokenizer"):
+        train_heads(tmp_path / "large", (2,), OPTIONS)
+    with pytest.raises(InputError, match="there are 'code'"):
+        HeadOptions(domains=("poems",))
+
+
+def test_a_checkpoint_with_heads_is_not_trained_again(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model")
+    train_heads(folder, (2,), HeadOptions(("code",), iterations=1, text_bytes=20_000))
+    with pytest.raises(InputError, match="auxiliary heads for \\[2, 4\\] already"):
+        train_heads(folder, (1,), OPTIONS)
+
+
+def test_the_command_says_what_heads_gain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(checkpoint(tmp_path / "model"))
+    common = ["train", "--heads-for", folder, "--domain", "prose", "--device", "cpu"]
+    for more, code, said in (
+        (["--exits", "2", "--iterations", "2"], 0, "L2"),
+        ([], 2, "--exits 6,12"),
+        (["--exits", "two"], 2, "write layers like 6,12"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([*common, *more])
+        assert (end.value.code or 0) == code
+        captured = capsys.readouterr()
+        assert said in captured.out + captured.err

@@ -1,0 +1,242 @@
+"""Traces and fitted confidence: the model's own word, on the same positions for all."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.cli import main
+from calibration.model.confidence import Confidence, confidence_of
+from calibration.model.early_exit import from_stock, load, save
+from calibration.model.exit_heads import new_exit_heads
+from calibration.scoring import Windows, score
+from calibration.small_family import FamilyOptions, train_family
+from calibration.text import corpus
+from calibration.thresholds import (
+    FittingOptions,
+    choose_threshold,
+    early_agreement,
+    exit_levels,
+    expected_calibration_error,
+    fit_map,
+    kind_of,
+    settle,
+)
+from calibration.trace import TraceOptions, trace_checkpoints
+from helios_sim.errors import InputError
+from helios_sim.exits import read_traces
+from tests.calibration.small import FAMILY
+from tests.calibration.tiny import stock_model
+
+OPTIONS = TraceOptions(
+    num_positions=512,
+    window_tokens=64,
+    domains=("code", "prose"),
+    fitting=FittingOptions(num_positions=512, window_tokens=64),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    out = tmp_path_factory.mktemp("family")
+    preset = replace(FAMILY, iterations=120)
+    train_family(preset, out, FamilyOptions(device="cpu", num_processes=1))
+    return [out / plan.name for plan in FAMILY.models]
+
+
+@pytest.fixture(scope="module")
+def traced(
+    folders: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("trace")
+    return out, trace_checkpoints(folders, out, OPTIONS)
+
+
+def test_windows_cover_every_position_once_with_context() -> None:
+    windows = Windows(window_tokens=8, traced_tokens=3, num_positions=7)
+    cut = windows.cut(np.arange(100))
+    assert cut.shape == (3, 9)
+    targets = cut[:, 1:][:, -3:].reshape(-1)
+    assert targets.tolist() == list(range(6, 15))
+    assert windows.min_context_tokens == 6
+    assert windows.needed_tokens == 15
+    with pytest.raises(InputError, match="Ask for fewer positions"):
+        windows.cut(np.arange(14))
+
+
+def test_scores_are_those_of_the_stock_model_at_full_depth() -> None:
+    stock = stock_model("llama")
+    model = from_stock(stock, (2, 4))
+    tokens = corpus("code", "trace", max_bytes=400).tokens()
+    windows = Windows(32, 16, 40)
+    scores = score(model, tokens, windows)
+    batch = windows.cut(tokens)
+    with torch.no_grad():
+        logits = stock(batch[:, :-1]).logits[:, -16:].reshape(-1, 256)[:40]
+    wanted = torch.nn.functional.cross_entropy(
+        logits, torch.from_numpy(scores.target), reduction="none"
+    )
+    np.testing.assert_allclose(scores.nll_nats[:, -1], wanted.numpy(), rtol=2e-4, atol=2e-4)
+    assert (scores.predicted[:, -1] == logits.argmax(-1).numpy()).all()
+    for kind, found in scores.confidence.items():
+        np.testing.assert_allclose(found[:, -1], confidence_of(logits, kind).numpy(), atol=2e-4)
+    assert scores.agrees[:, -1].all()
+
+
+def test_the_trace_file_is_one_that_the_simulator_reads(traced: Any, folders: list[Path]) -> None:
+    out, _ = traced
+    traces = read_traces(out / "exits.parquet")
+    assert traces.domains == OPTIONS.domains
+    assert traces.num_positions == OPTIONS.num_positions
+    assert dict(traces.exit_layers) == {plan.name: plan.exit_layers for plan in FAMILY.models}
+    for name in traces.candidates:
+        assert traces.agrees[name][..., -1].all()
+        steps = traces.nll_nats[name].astype(np.float64) * 1024
+        assert (steps == np.round(steps)).all()
+
+
+def test_shares_of_the_report_are_those_the_simulator_finds(traced: Any) -> None:
+    out, report = traced
+    traces = read_traces(out / "exits.parquet")
+    for name, found in report["candidates"].items():
+        for domain, figures in found["domains"].items():
+            shares = traces.share_by_exit(name, found["threshold"], domain)
+            np.testing.assert_allclose(figures["share"], shares, atol=1e-4)
+
+
+def test_depth_helps_every_exit_on_the_domains_a_model_was_trained_on(traced: Any) -> None:
+    _, report = traced
+    for found in report["candidates"].values():
+        for domain in found["own_domains"]:
+            nll = found["domains"][domain]["nll_nats"]
+            assert nll == sorted(nll, reverse=True)
+
+
+def test_the_page_prints_what_its_words_mean(traced: Any) -> None:
+    out, report = traced
+    page = (out / "trace.md").read_text()
+    assert all(text in page for text in report["definitions"].values())
+    assert json.loads((out / "trace.json").read_text()) == report
+    for variant in ("raw", "calibrated"):
+        pairs = report["complementarity"][variant]["pairs"]
+        assert len(pairs) == 2 * len(OPTIONS.domains)
+
+
+def test_tracing_twice_writes_the_same_bytes(
+    traced: Any, folders: list[Path], tmp_path: Path
+) -> None:
+    out, _ = traced
+    trace_checkpoints(folders, tmp_path, OPTIONS)
+    first, second = (path / "exits.parquet" for path in (out, tmp_path))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "kind", ["max-softmax", "top2-margin", "entropy", "calibrated-max-softmax"]
+)
+def test_settled_confidence_is_stored_and_used(
+    folders: list[Path], tmp_path: Path, kind: str
+) -> None:
+    chosen = settle(
+        folders, kind=kind, target_agreement=0.8, options=FittingOptions(512, 64, ("code",))
+    )
+    for folder in folders:
+        confidence = load(folder).confidence
+        assert confidence.threshold == chosen["threshold"]
+        assert confidence.is_calibrated == kind.startswith("calibrated-")
+    assert min(chosen["early_agreement"].values()) >= 0.8 or chosen["threshold"] == 1.0
+    report = trace_checkpoints(folders, tmp_path, OPTIONS)
+    assert {found["confidence"] for found in report["candidates"].values()} == {kind}
+
+
+def test_a_map_of_biased_confidence_brings_the_error_down() -> None:
+    rng = np.random.Generator(np.random.PCG64(0))
+    confidence = rng.random(8000).astype(np.float32)
+    right = rng.random(8000) < 0.4 * confidence**2
+    found = fit_map(confidence[:4000], right[:4000])
+    before = expected_calibration_error(confidence[4000:], right[4000:])
+    mapped = found.of_tensor(torch.from_numpy(confidence[4000:])).numpy()
+    after = expected_calibration_error(mapped, right[4000:])
+    assert before > 0.3
+    assert after < 0.05
+    assert list(found.y) == sorted(found.y)
+
+
+def test_a_map_of_one_value_is_one_knot() -> None:
+    found = fit_map(np.full(100, 0.7, dtype=np.float32), np.arange(100) % 4 == 0)
+    assert found.x == pytest.approx((0.7,))
+    assert found.y == pytest.approx((0.25,))
+
+
+def test_calibration_error_of_perfect_confidence_is_zero() -> None:
+    confidence = np.array([1.0, 1.0, 0.0], dtype=np.float32)
+    assert expected_calibration_error(confidence, np.array([True, True, False])) == 0.0
+
+
+def test_the_threshold_is_the_lowest_that_every_candidate_can_bear() -> None:
+    confidence = np.array([[0.9, 0.5], [0.6, 0.5], [0.3, 0.5]], dtype=np.float32)
+    agrees = np.array([[True, True], [False, True], [False, True]])
+    assert early_agreement(confidence, agrees, 0.5) == 0.5
+    assert exit_levels(confidence, 0.5).tolist() == [0, 0, 1]
+    assert choose_threshold([confidence], [agrees], 1.0) == 0.61
+    assert choose_threshold([confidence], [agrees], 0.5) == 0.31
+    sure = np.array([[0.995, 0.5]], dtype=np.float32)
+    assert choose_threshold([sure], [np.array([[False, True]])], 0.9) == 1.0
+
+
+def test_candidates_of_several_tokenizers_or_one_name_are_refused(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    other = from_stock(stock_model("llama"), (2, 4), name="other", tokenizer="pieces")
+    save(other, tmp_path / "other")
+    with pytest.raises(InputError, match=r"several tokenizers: 'bytes' .* 'pieces'"):
+        trace_checkpoints([folders[0], tmp_path / "other"], tmp_path / "out", OPTIONS)
+    with pytest.raises(InputError, match="Two checkpoints are named 'code-2l'"):
+        trace_checkpoints([folders[0], folders[0]], tmp_path / "out", OPTIONS)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        trace_checkpoints([tmp_path / "other"], tmp_path / "out", OPTIONS)
+
+
+def test_windows_longer_than_a_model_and_unknown_kinds_are_refused(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="the smallest candidate takes 96"):
+        trace_checkpoints(folders, tmp_path, replace(OPTIONS, window_tokens=512))
+    with pytest.raises(InputError, match="name some of 'code', 'prose', 'tables'"):
+        TraceOptions(domains=("poems",))
+    with pytest.raises(InputError, match="allowed are max-softmax"):
+        kind_of("calibrated-calibrated-entropy")
+
+
+def test_auxiliary_heads_are_traced_through_their_own_heads(tmp_path: Path) -> None:
+    model = from_stock(stock_model("opt"), (2, 4), name="opt", tokenizer="bytes")
+    model.exit_heads = new_exit_heads(model.backbone, (2, 4))
+    with torch.no_grad():
+        model.exit_heads[2].head.weight.zero_()
+    scores = score(model, corpus("code", "trace", max_bytes=400).tokens(), Windows(32, 16, 32))
+    np.testing.assert_allclose(scores.nll_nats[:, 0], np.log(256), rtol=1e-5)
+    assert scores.nll_nats[:, 1].std() > 0
+
+
+def test_the_commands_fit_and_trace(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = str(folders[0].parent)
+    for arguments in (
+        ["confidence", family, "--threshold", "0.25", "--device", "cpu"],
+        ["trace", family, "--out", str(tmp_path), "--positions", "256", "--device", "cpu"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert not end.value.code
+    said = capsys.readouterr().out
+    assert "threshold 0.25" in said
+    assert "code-2l on code, nats: L1" in said
+    assert read_traces(tmp_path / "exits.parquet").domains == ("code", "prose", "tables")
+    assert load(folders[0]).confidence == Confidence("max-softmax", 0.25)

@@ -1,0 +1,187 @@
+"""Training: a family that loads, learns, repeats itself and is whole or absent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from calibration.cli import main
+from calibration.model.early_exit import load
+from calibration.optimiser import Optimiser, orthogonalised
+from calibration.presets import PRESETS, ModelPlan, preset_of
+from calibration.small_family import FamilyOptions, choose_device, train_family
+from calibration.train import Reading, train_model
+from helios_sim.errors import InputError
+from tests.calibration.small import FAMILY
+
+ONE = replace(FAMILY, models=FAMILY.models[:1], iterations=12)
+
+
+def train_one(out: Path, seed: int = 0, **changes: Any) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    return train_model(
+        ONE.models[0],
+        replace(ONE, **changes),
+        out,
+        seed=seed,
+        device=torch.device("cpu"),
+        budget_s=60.0,
+        on_reading=lambda reading: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[Reading]]:
+    out = tmp_path_factory.mktemp("family")
+    told: list[Reading] = []
+    options = FamilyOptions(device="cpu", num_processes=1)
+    return out, train_family(FAMILY, out, options, told.append), told
+
+
+def test_every_model_loads_through_the_guard_with_its_exits(family: Any) -> None:
+    out, report, _ = family
+    for plan in FAMILY.models:
+        model = load(out / plan.name)
+        assert model.exit_layers == plan.exit_layers
+        assert model.spec.tokenizer == "bytes"
+        assert model.confidence.threshold == report["confidence"]["threshold"]
+        assert model.spec.shape.max_positions == FAMILY.long_window_tokens
+
+
+def test_a_model_learns_its_own_domain(family: Any) -> None:
+    _, report, told = family
+    for plan in FAMILY.models:
+        losses = [reading.loss for reading in told if reading.model == plan.name]
+        assert report["models"][plan.name]["held_out"]["code"]["nll_nats"][-1] < 4.0 < np.log(256)
+        assert losses[-1] < 4.0
+
+
+def test_the_report_names_text_weights_and_versions(family: Any) -> None:
+    out, report, _ = family
+    assert json.loads((out / "training.json").read_text()) == report
+    page = (out / "training.md").read_text()
+    for name, model in report["models"].items():
+        assert len(model["weights_sha256"]) == 64
+        assert all(len(text["sha256"]) == 64 for text in model["text"].values())
+        assert model["ended_by"] == "iterations"
+        assert model["weights_sha256"][:16] in page
+        readings = (out / "readings" / f"{name}.jsonl").read_text().splitlines()
+        assert json.loads(readings[-1])["iteration"] == FAMILY.iterations
+    assert {"python", "torch", "transformers"} <= set(report["versions"])
+
+
+def test_a_second_call_keeps_what_is_there(family: Any) -> None:
+    out, report, _ = family
+    before = (out / "code-2l" / "model.safetensors").stat().st_mtime_ns
+    again = train_family(FAMILY, out, FamilyOptions(device="cpu", num_processes=1))
+    assert (out / "code-2l" / "model.safetensors").stat().st_mtime_ns == before
+    assert again["models"] == report["models"]
+
+
+def test_a_folder_of_other_settings_is_not_overwritten(family: Any) -> None:
+    out, _, _ = family
+    with pytest.raises(InputError, match="not made by a training with these settings"):
+        train_family(FAMILY, out, FamilyOptions(seed=1, device="cpu", num_processes=1))
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
+    hashes = [
+        train_one(tmp_path / name, seed)["weights_sha256"]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_training_that_stops_leaves_no_model_behind(tmp_path: Path) -> None:
+    def stop(reading: Reading) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_family(ONE, tmp_path, FamilyOptions(device="cpu", num_processes=1), stop)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["readings"]
+    kept = (tmp_path / "readings" / "code-2l.jsonl").read_text().splitlines()
+    assert json.loads(kept[0])["model"] == "code-2l"
+
+
+def test_training_ends_with_its_budget_and_the_rate_has_fallen(tmp_path: Path) -> None:
+    told: list[Reading] = []
+    document = train_model(
+        ONE.models[0],
+        replace(ONE, iterations=100_000),
+        tmp_path,
+        seed=0,
+        device=torch.device("cpu"),
+        budget_s=1.5,
+        on_reading=told.append,
+    )
+    assert document["ended_by"] == "budget"
+    assert told[-1].learning_rate < 0.2 * ONE.learning_rate
+
+
+def test_a_training_that_diverges_says_so(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="diverged"):
+        train_one(tmp_path, learning_rate=float("inf"))
+
+
+def test_updates_are_nearly_orthogonal() -> None:
+    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(orthogonalised(matrices))
+    assert singular.min() > 0.4
+    assert singular.max() < 1.4
+    assert orthogonalised(matrices.mT).shape == (3, 40, 24)
+
+
+def test_the_optimiser_lowers_a_loss() -> None:
+    torch.manual_seed(0)
+    matrix, bias = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.zeros(8))
+    optimiser = Optimiser([matrix], [bias], weight_decay=0.0)
+    inputs, wanted = torch.randn(32, 8), torch.randn(32, 8)
+    losses = []
+    for _ in range(60):
+        loss = ((inputs @ matrix + bias - wanted) ** 2).mean()
+        loss.backward()
+        optimiser.update(0.05)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_every_preset_trains_code_prose_and_a_larger_general_model() -> None:
+    for preset in PRESETS.values():
+        names = [plan.name for plan in preset.models]
+        assert names == ["code-8l", "prose-8l", "general-12l"]
+        assert sum(plan.share for plan in preset.models) == pytest.approx(1.0)
+        general = preset.models[-1]
+        assert general.layers * general.hidden > preset.models[0].layers * preset.models[0].hidden
+        assert set(general.domains) == {"code", "prose", "tables"}
+
+
+def test_bad_input_is_told_with_what_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    for call, said in (
+        (lambda: preset_of("huge"), "'tiny', 'cpu', 'cuda'"),
+        (lambda: FamilyOptions(num_processes=0), "at least 1"),
+        (lambda: FamilyOptions(budget_s=0.0), "1 to 1,000,000"),
+        (lambda: FamilyOptions(confidence="sure"), "allowed are max-softmax"),
+        (lambda: FamilyOptions(threshold=1.5), "0 to 1"),
+        (lambda: choose_device("tpu"), "auto, cpu and cuda"),
+        (lambda: ModelPlan("x", {"poems": 1.0}, 1, 8, 1, 8, (1,), 1.0), "there are 'code'"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--preset", "tiny"])
+    assert end.value.code == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_a_file_where_the_family_should_go_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    target.write_text("")
+    with pytest.raises(InputError, match="It is a file"):
+        train_family(ONE, target, FamilyOptions(device="cpu", num_processes=1))
