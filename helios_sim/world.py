@@ -72,8 +72,8 @@ def trace_tables(
     leave at their own exits but not beyond level c; models with fewer exits repeat their last.
     `replaced` holds a policy's own hot rules.
 
-    Those of the last few policies are kept, since runs on the same traces follow one another;
-    nobody writes into them.
+    The last ones are kept, since runs on the same traces follow one another; nobody writes into
+    them.
     """
     if replaced:
         return _trace_tables(traces, names, thresholds, replaced)
@@ -84,12 +84,17 @@ def trace_tables(
             return tables
     tables = _trace_tables(traces, names, thresholds, replaced)
     _KEPT.append((traces, key, tables))
-    del _KEPT[:-MAX_KEPT]
+    del _KEPT[:-_most_kept]
     return tables
 
 
-MAX_KEPT = 4
-"""Tables kept for the next run: some 10 MB each."""
+def keep_tables(most: int) -> None:
+    """Keep the tables of so many policies for later runs: 10 to 100 MB each."""
+    global _most_kept
+    _most_kept = most
+
+
+_most_kept = 1
 
 _KEPT: list[tuple[ExitTraces, tuple[tuple[str, ...], tuple[float, ...]], TraceTables]] = []
 

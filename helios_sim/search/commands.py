@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies, folder_name
 from helios_sim.report.words import span
@@ -244,8 +245,8 @@ def _session(running: Running, out: Path) -> Iterator[tuple[Workers, Store, OnPo
         ):
             yield workers, store, on_point
     except KeyboardInterrupt:
-        print(f"\n{store.kept()} Go on with --resume.", file=sys.stderr)
-        raise
+        kept = store.kept()
+        raise Interrupted(f"{kept[0].lower()}{kept[1:]} Go on with --resume") from None
     except OSError as error:
         raise InputError(
             f"The search cannot go on: {error.strerror or error}. {store.kept()} Give the command "

@@ -9,6 +9,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -22,6 +23,8 @@ from helios_sim.errors import InputError
 
 T = TypeVar("T")
 
+TABLES_KEPT = 4
+"""Policies and profiles that a worker's points go back and forth between."""
 CONNECT_S = 20
 """Seconds a cluster's scheduler has to answer."""
 
@@ -77,12 +80,18 @@ def open_workers(
 
 
 def prepare_worker() -> None:
-    """Make a worker end with its parent, and keep collections off what never goes away."""
+    """Make a worker end with its parent, and keep collections off what never goes away.
+
+    An interrupt reaches every process of a terminal; what to do about it is the parent's matter.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     import helios_sim.search.points  # noqa: F401 - what every point needs
+    from helios_sim.world import keep_tables
 
+    keep_tables(TABLES_KEPT)
     gc.collect()
     gc.freeze()
 

@@ -203,7 +203,7 @@ def _table(cells: Cells, swatches: bool = False) -> str:
         first = f'<th scope="row" style="white-space:normal">{mark}{escape(row[0])}</th>'
         rest = "".join(f"<td>{escape(value)}</td>" for value in row[1:])
         body.append(f"<tr>{first}{rest}</tr>")
-    width = 240 + 78 * (len(titles) - 1)
+    width = 240 + 72 * (len(titles) - 1)
     return (
         '<div class="panel scroll"><table class="figures" style="table-layout:auto;'
         f'min-width:{width}px"><thead><tr>{head}</tr></thead>'

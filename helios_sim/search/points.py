@@ -75,7 +75,8 @@ def point_of(scenario: Scenario, base_dir: Path, limits: str = "") -> Point:
         "policy": (scenario.policy[0].model_copy(update={"label": None}),),
         "measure": scenario.measure.model_copy(update={"replications": 1}),
     }
-    return Point(scenario.model_copy(update=changes), base_dir, limits)
+    # A worker of a cluster stands in a folder of its own.
+    return Point(scenario.model_copy(update=changes), base_dir.resolve(), limits)
 
 
 def run_point(point: Point) -> Figures:

@@ -211,18 +211,23 @@ def test_every_sampler_searches_and_tries_the_winner_on_other_traffic(
 
 
 def test_the_number_of_workers_changes_no_byte_of_a_search(tmp_path: Path) -> None:
-    path = write(tmp_path)
+    path = write(tmp_path, search={"num_trials": 8})
     tune(path, [], inline(tmp_path / "one"))
     tune(path, [], Running(tmp_path / "two", num_processes=2))
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
-def test_a_dask_cluster_of_two_workers_gives_the_bytes_of_processes(tmp_path: Path) -> None:
-    """The cluster runs in processes of its own, as a real one does."""
-    path = write(tmp_path, search={"num_trials": 8})
+def test_a_dask_cluster_of_two_workers_gives_the_bytes_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster runs in processes of its own, in a folder of its own, as a real one does."""
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, search={"num_trials": 8}).relative_to(tmp_path)
     tune(path, [], inline(tmp_path / "here"))
     scheduler_file = tmp_path / "scheduler.json"
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    (tmp_path / "elsewhere").mkdir()
+    quiet["cwd"] = tmp_path / "elsewhere"
     scheduler = subprocess.Popen(
         [
             *(sys.executable, "-m", "distributed.cli.dask_scheduler"),
