@@ -50,7 +50,7 @@ from calibration.loading import (
 )
 from calibration.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.model.early_exit import EarlyExitLM
-from calibration.model.memory import available_bytes
+from calibration.model.memory import available_bytes, require
 from calibration.occupancy import reserve_bytes
 from calibration.readings import ENVIRONMENT_FILE, POINTS_FILE, Purpose, Reading, Readings
 from calibration.sources import Source, find_sources, sample_tokens
@@ -231,6 +231,14 @@ class _Session:
         self.device = _device(settings.device)
         self.dtype = DTYPES[settings.dtype or _default_dtype(settings.device)]
         self.sources = find_sources(settings.models, settings.exits)
+        for source in self.sources:
+            shallowest = source.exit_layers[0]
+            require(
+                self.device,
+                source.weight_bytes(shallowest, self.dtype),
+                f"{source.name} with its first {shallowest} layers",
+                "choose a smaller model, or earlier exits with --exits",
+            )
         self.readings = Readings(settings.out)
         self.num_before = len(self.readings)
         if self.num_before and not settings.resume:
@@ -412,7 +420,7 @@ class _Session:
         model, depth = self._load(source)
         try:
             batch, context = self._pool_of(source, model, depth)
-            tokens = sample_tokens(source.vocab)
+            tokens = sample_tokens(source.shape.vocab)
             bench = Bench(model, tokens, max_batch=batch, max_context=context)
             self._describe_model(source, bench)
             self._graphs(bench)
@@ -457,7 +465,7 @@ class _Session:
         """Rows and tokens of the pool: what was asked for, halved until it fits."""
         batch, context = _GRID[self.device.type]
         batch = self.settings.max_batch or batch
-        context = min(self.settings.max_context or context, source.max_positions)
+        context = min(self.settings.max_context or context, source.shape.max_positions)
         asked = batch, context
         per_token = model.spec.kv_bytes_per_token(depth)
         available = available_bytes(self.device)

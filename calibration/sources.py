@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from calibration.model.checkpoint import default_exits, open_checkpoint
+from calibration.model.checkpoint import check_exits, default_exits, open_checkpoint
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.family import shape_of
 from calibration.model.shapes import SHAPES, random_model
 from helios_sim.errors import InputError
+from helios_sim.model import EarlyExitModel, ModelShape
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,15 @@ class Source:
 
     name: str
     folder: Path | None
-    num_layers: int
+    shape: ModelShape
     exit_layers: tuple[int, ...]
-    vocab: int
     tokenizer: str
-    max_positions: int
+
+    def weight_bytes(self, depth: int, dtype: torch.dtype) -> int:
+        """Bytes of the weights with the first `depth` layers, auxiliary exit heads left out."""
+        size = dtype.itemsize
+        spec = EarlyExitModel(self.name, self.shape, self.exit_layers, self.tokenizer, size, size)
+        return spec.weight_bytes(depth)
 
     def load(self, depth: int, device: torch.device, dtype: torch.dtype) -> EarlyExitLM:
         """The model with its first `depth` layers, an exit; random weights for a shape."""
@@ -118,11 +123,9 @@ def _checkpoint(folder: Path, exits: Sequence[int] | None) -> Source:
     return Source(
         name=settings.name if settings else folder.resolve().name,
         folder=folder,
-        num_layers=shape.layers,
-        exit_layers=tuple(exits) if exits else standing,
-        vocab=shape.vocab,
+        shape=shape,
+        exit_layers=check_exits(exits, shape.layers, str(folder)) if exits else standing,
         tokenizer=settings.tokenizer if settings else "unknown",
-        max_positions=shape.max_positions,
     )
 
 
@@ -131,9 +134,9 @@ def _shape(name: str, exits: Sequence[int] | None) -> Source:
     return Source(
         name=name,
         folder=None,
-        num_layers=shape.layers,
-        exit_layers=tuple(exits) if exits else default_exits(shape.layers),
-        vocab=shape.vocab,
+        shape=shape,
+        exit_layers=check_exits(exits, shape.layers, name)
+        if exits
+        else default_exits(shape.layers),
         tokenizer="random",
-        max_positions=shape.max_positions,
     )

@@ -323,6 +323,15 @@ def test_too_little_memory_shrinks_the_grid_and_says_so(
         measure(settings(checkpoint, tmp_path / "other"))
 
 
+def test_a_shape_beyond_all_memory_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibration.model.memory.available_host_bytes", lambda: 2**30)
+    with pytest.raises(InputError, match=r"llama2-70b with its first 20 layers needs .* --exits"):
+        measure(MeasureSettings(("llama2-70b",), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_model_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'llama3-8b'"):
         find_sources(["llama3-8"])
