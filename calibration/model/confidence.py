@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final, Literal, get_args
 
@@ -40,6 +41,18 @@ def confidence_of(logits: Tensor, kind: Kind) -> Tensor:
     raise InputError(f"The confidence kind {kind!r} is unknown; allowed are {', '.join(KINDS)}.")
 
 
+@lru_cache(maxsize=256)
+def _knots(
+    x: tuple[float, ...], y: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """A map's knots on a device; kept there, since bringing them would wait for the device."""
+    with torch.inference_mode(False):
+        return (
+            torch.tensor(x, dtype=dtype, device=device),
+            torch.tensor(y, dtype=dtype, device=device),
+        )
+
+
 @dataclass(frozen=True)
 class PiecewiseLinear:
     """A non-decreasing map of [0, 1] into itself, constant beyond its first and last knot."""
@@ -60,8 +73,7 @@ class PiecewiseLinear:
 
     def of_tensor(self, values: Tensor) -> Tensor:
         """The map of each value, on the values' device."""
-        x = torch.tensor(self.x, dtype=values.dtype, device=values.device)
-        y = torch.tensor(self.y, dtype=values.dtype, device=values.device)
+        x, y = _knots(self.x, self.y, values.dtype, values.device)
         if len(self.x) == 1:
             return y.expand(values.shape).clone()
         right = torch.searchsorted(x, values.contiguous()).clamp(1, len(self.x) - 1)

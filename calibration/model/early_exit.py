@@ -293,7 +293,9 @@ class EarlyExitLM:
         """A guard of the model as it is loaded, over tokens spread through the vocabulary."""
         vocab = self.spec.shape.vocab
         ids = tuple((7 + 977 * place) % vocab for place in range(GUARD_TOKENS))
-        return Guard(ids, tuple(self.logits_sums(ids, self.exit_layers)))
+        sums = tuple(self.logits_sums(ids, self.exit_layers))
+        # Sums that 16 bits gave are no closer than that where another device or type checks them.
+        return Guard(ids, sums, tolerance=ROUGH_TOLERANCE) if self._is_rough else Guard(ids, sums)
 
     def _check_guard(self, checked_depth: int) -> None:
         """Compare the logits of exits deeper than `checked_depth` with the stored sums.
@@ -308,9 +310,7 @@ class EarlyExitLM:
             guard = replace(self.new_guard(), sums=(None,) * len(layers))
         new = [layer if checked_depth < layer else self.num_layers + 1 for layer in layers]
         sums = self.logits_sums(guard.token_ids, new)
-        tolerance = guard.tolerance
-        if self.dtype.itemsize < 4:
-            tolerance = max(tolerance, ROUGH_TOLERANCE)
+        tolerance = max(guard.tolerance, ROUGH_TOLERANCE if self._is_rough else 0.0)
         for layer, stored, found in zip(layers, guard.sums, sums, strict=True):
             if found is None or (stored is not None and _close(stored, found, tolerance)):
                 continue
@@ -334,6 +334,10 @@ class EarlyExitLM:
         else:
             self.guard_note = "the logits agree with the stored guard"
         self.guard = guard
+
+    @property
+    def _is_rough(self) -> bool:
+        return self.dtype.itemsize < 4
 
     def _check_depth(self, depth: int) -> None:
         if not 1 <= depth <= self.num_layers:
@@ -468,6 +472,9 @@ def from_stock(
     layers = len(backbone.layers)
     chosen = files.default_exits(layers) if exits is None else files.check_exits(exits, layers)
     weight = backbone.embedding_weight
+    if weight.dtype.itemsize < 4:
+        # Casting a model rounds its rotary frequencies too, which far positions do not bear.
+        backbone.rebuild_buffers(weight.device)
     heads: Heads = "auxiliary" if exit_heads else "shared"
     known = {n: w.detach() for n, w in stock.state_dict().items()}
     known.update(head_weights(exit_heads or {}))

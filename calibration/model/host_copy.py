@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -70,6 +71,9 @@ class HostCopy:
         address = self.buffer.data_ptr()
         failed = int(runtime.cudaHostRegister(address, self.bytes, 0))
         if failed:
+            # CUDA keeps the error until it is asked, and the next kernel would be blamed for it.
+            with suppress(RuntimeError):
+                torch.zeros(1, device=device)
             return f"the system refused to page-lock {self.bytes:,} bytes (CUDA error {failed})"
         weakref.finalize(self, _unpin, runtime, address, self.buffer)
         return ""

@@ -287,6 +287,16 @@ def test_the_guard_holds_in_sixteen_bits(folder):
     assert load(folder, dtype=torch.bfloat16).guard_note == "the logits agree with the stored guard"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_guard_made_in_sixteen_bits_holds_where_more_are_used(seed, tmp_path):
+    stock = tiny.stock_model("llama", layers=12, seed=seed).to(torch.bfloat16)
+    save(from_stock(stock, (3, 6, 12)), tmp_path)
+    model = load(tmp_path, dtype=torch.float32)
+    assert model.guard_note == "the logits agree with the stored guard"
+    assert model.guard is not None
+    assert model.guard.tolerance == pytest.approx(0.02)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_auxiliary_heads_come_from_their_own_file(family, tmp_path):
     stock = tiny.stock_model(family)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from calibration.model import early_exit, memory
 from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.decode import Decoder, generate, slot_pool
 from calibration.model.early_exit import from_stock, load, save
+from calibration.model.host_copy import HostCopy
 from helios_sim.errors import InputError
 from tests.calibration import tiny
 
@@ -173,3 +176,30 @@ def test_a_disk_that_fills_leaves_no_half_a_file(tmp_path, monkeypatch):
 def test_saving_needs_every_layer(folder, tmp_path):
     with pytest.raises(InputError, match="1 of 4 layers loaded; grow it"):
         save(load(folder, depth=1), tmp_path / "half")
+
+
+def test_a_model_cast_to_sixteen_bits_keeps_its_rotary_frequencies():
+    stock = tiny.stock_model("llama")
+    exact = stock.model.rotary_emb.inv_freq.clone()
+    stock.to(torch.bfloat16)
+    assert stock.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    model = from_stock(stock, (1, 2, 4))
+    assert torch.equal(model.backbone.decoder.rotary_emb.inv_freq, exact)
+
+
+def test_memory_that_cannot_be_page_locked_is_used_as_it_is(monkeypatch):
+    """CUDA's error is asked for, so that no kernel is blamed for it."""
+    asked = []
+
+    def zeros(*shape, device):
+        asked.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    runtime = SimpleNamespace(cudaHostRegister=lambda address, size, flags: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    device = torch.device("cuda")
+    copy = HostCopy([4, 8], torch.float32, True, device)
+    assert not copy.is_pinned
+    assert copy.note == "the system refused to page-lock 48 bytes (CUDA error 2)"
+    assert asked == [device]
