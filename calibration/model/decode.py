@@ -226,7 +226,8 @@ class Decoder:
         """Capture one CUDA graph for each (segment, batch bucket, context bucket).
 
         `segments` are layer ranges, between the exits up to the loaded depth unless given;
-        `subsets` also captures later segments for rows that are not the pool's first ones.
+        `subsets` also captures them for rows that are not the pool's first ones, as where some
+        rows wait at an exit while others begin a token.
         Where graphs cannot be had this says why in `graphs_off_reason`, returns False, and the
         eager path goes on giving the same tokens.
         """

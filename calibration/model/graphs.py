@@ -12,6 +12,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -65,6 +66,16 @@ class CudaRecording:
         return self.output
 
 
+@lru_cache(maxsize=8)
+def capture_stream(device_index: int) -> Any:
+    """The stream of a GPU on which everything is captured.
+
+    One for all: libraries keep tens of megabytes of workspace for every stream they have met.
+    """
+    new_stream: Any = torch.cuda.Stream
+    return new_stream(device_index)
+
+
 class CudaRecorder:
     """Captures CUDA graphs that share one memory pool."""
 
@@ -73,21 +84,23 @@ class CudaRecorder:
         self.pool: Any = torch.cuda.graph_pool_handle()
 
     def record(self, body: Callable[[], Tensor]) -> Recording:
-        """Warm up on a stream of its own, then capture."""
-        cuda: Any = torch.cuda
+        """Warm up on the capturing stream, then capture."""
+        serving = torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.device(self.device):
-                stream: Any = cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
+                stream = capture_stream(torch.cuda.current_device())
+                stream.wait_stream(serving)
                 with torch.cuda.stream(stream):
                     for _ in range(WARM_UPS):
                         body()
-                torch.cuda.current_stream().wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool):
+                # Entering it waits for the device, so that the warm-up is over by then.
+                with torch.cuda.graph(graph, pool=self.pool, stream=stream):
                     output = body()
         except RuntimeError as error:
-            raise CaptureError(str(error)) from error
+            # A capture that fails leaves its own stream the current one.
+            torch.cuda.set_stream(serving)
+            raise CaptureError(str(error).splitlines()[0]) from error
         return CudaRecording(graph, output)
 
 
@@ -236,7 +249,7 @@ class DecodeGraphs:
                 keys.append(GraphKey(first, last, rows, context, True))
                 continue
             keys.append(GraphKey(first, last, rows, context, False))
-            if settings.subsets and first > 0:
+            if settings.subsets:
                 keys.append(GraphKey(first, last, rows, context, True))
         return keys
 

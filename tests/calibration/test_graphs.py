@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
 from calibration.model.early_exit import from_stock
 from calibration.model.graphs import (
+    WARM_UPS,
     CaptureError,
+    CudaRecorder,
     GraphKey,
     bucket_of,
     buckets_up_to,
+    capture_stream,
     context_buckets,
 )
 from tests.calibration import tiny
@@ -120,7 +126,7 @@ def test_graphs_are_captured_largest_first():
     assert keys[0] == GraphKey(0, 2, 4, 48, False)
     assert keys[-1] == GraphKey(2, 4, 1, 48, True)
     assert [key.rows for key in keys] == sorted((key.rows for key in keys), reverse=True)
-    assert decoder.graphs.num_graphs == 3 * 3
+    assert decoder.graphs.num_graphs == 3 * 2 * 2
     assert decoder.graphs.capture_s > 0
 
 
@@ -184,6 +190,85 @@ def test_a_failed_capture_leaves_the_eager_path_and_says_why():
     assert not decoder.use_graphs((1,), 48, recorder=FakeRecorder(fails=True))
     assert decoder.graphs_off_reason == "capturing failed: no memory is left"
     assert len(generate(decoder, [tiny.prompt(4)], 3)[0]) == 3
+
+
+class FakeCuda:
+    """What the recorder asks of torch.cuda, with the streams that work ran on."""
+
+    def __init__(self, monkeypatch, fails=False):
+        self.current, self.ran_on, self.made, self.fails = "serving", [], 0, fails
+        for name in (
+            "CUDAGraph",
+            "Stream",
+            "current_device",
+            "current_stream",
+            "device",
+            "graph",
+            "graph_pool_handle",
+            "set_stream",
+            "stream",
+        ):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        capture_stream.cache_clear()
+
+    def Stream(self, device_index):
+        self.made += 1
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: None)
+
+    def current_device(self):
+        return 0
+
+    def current_stream(self, device=None):
+        return self.current
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def device(self, device):
+        return nullcontext()
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def graph(self, graph, pool, stream):
+        assert pool == "pool"
+        before, self.current = self.current, stream
+        yield
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\ntrace")
+        self.current = before
+
+    def body(self):
+        self.ran_on.append(self.current)
+        return torch.zeros(1)
+
+
+def test_everything_is_warmed_up_and_captured_on_one_stream(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    recorder = CudaRecorder(torch.device("cuda"))
+    assert float(recorder.record(cuda.body).replay()) == 0.0
+    CudaRecorder(torch.device("cuda")).record(cuda.body)
+    assert cuda.made == 1
+    assert len(cuda.ran_on) == 2 * (WARM_UPS + 1)
+    assert len(set(map(id, cuda.ran_on))) == 1
+    assert cuda.current == "serving"
+
+
+def test_a_capture_that_fails_gives_the_stream_back_and_says_why_in_a_line(monkeypatch):
+    cuda = FakeCuda(monkeypatch, fails=True)
+    with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
+        CudaRecorder(torch.device("cuda")).record(cuda.body)
+    assert cuda.current == "serving"
 
 
 @pytest.mark.cuda
