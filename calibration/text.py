@@ -12,7 +12,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Final, Literal, Protocol, get_args
 
@@ -126,6 +126,8 @@ def split_of(name: str) -> Split:
     raise AssertionError("the shares of the splits sum to 100")
 
 
+# A family's models share texts, and parsing a hundred megabytes of packages takes a minute.
+@lru_cache(maxsize=16)
 def corpus(
     domain: str,
     split: Split,
@@ -251,14 +253,18 @@ def _read(domain: str, name: str, path: Path | None) -> str:
         return _table(int(name.rpartition("/")[2], 16))
     if path is None:
         return _topics()[name]
+    code, prose = _separated(path)
+    return code if domain == "code" else prose
+
+
+@cache
+def _separated(path: Path) -> tuple[str, str]:
+    """A file's (code, prose); kept, since parsing takes minutes where packages join the text."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
-        return ""
-    if path.suffix != ".py":
-        return text
-    code, prose = separate(text)
-    return code if domain == "code" else prose
+        return "", ""
+    return separate(text) if path.suffix == ".py" else ("", text)
 
 
 def _library() -> Path:

@@ -10,7 +10,7 @@ from calibration import text as source
 from calibration.text import DOMAINS, SPLITS, START, ByteTokenizer, corpus, separate, split_of
 from helios_sim.errors import InputError
 
-SOURCE = '''"""A module that says at some length what it is for, so that it reads as prose."""
+SOURCE = '''"""A module that says at some length what it is for, and so it reads as prose to all."""
 
 LIMIT = 3  # a short comment stays with the code
 
@@ -27,6 +27,7 @@ def double(x):
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_corpus_is_the_same_each_time_and_its_hash_says_so(domain: str) -> None:
     first = corpus(domain, "calibration", max_bytes=20_000)
+    corpus.cache_clear()
     again = corpus(domain, "calibration", max_bytes=20_000)
     assert first == again
     assert first.sha256 == again.sha256
@@ -95,6 +96,7 @@ def test_too_little_text_is_refused_with_the_remedy(
     (tmp_path / "tiny.py").write_text("x = 1\n")
     monkeypatch.setattr(source, "_library", lambda: tmp_path)
     monkeypatch.setattr(source, "_library_files", lambda: (("tiny.py", tmp_path / "tiny.py"),))
+    corpus.cache_clear()
     with pytest.raises(InputError, match=r"0 bytes of code text .* installed with its sources"):
         corpus("code", "train")
 
