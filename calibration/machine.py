@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from calibration.batching import Row
 from calibration.iteration import Reading
 from calibration.model.decode import Decoder, Place
 from calibration.model.early_exit import EarlyExitLM
-from calibration.model.kv import Pool
+from calibration.model.kv import Pool, to_device
 
 
 class ModelMachine:
@@ -90,7 +91,7 @@ class ModelMachine:
         decided = self.model.decide(logits, level)
         targets = None
         if not self.free_running:
-            targets = torch.tensor(self._targets, device=logits.device)
+            targets = to_device(np.asarray(self._targets, dtype=np.int64), logits.device)
         nll = decided.nll(targets)
         said = torch.stack([decided.tokens.double(), decided.confidence.double(), nll.double()])
         tokens, confidences, nlls = said.cpu().tolist()
@@ -109,7 +110,8 @@ class ModelMachine:
             return
         wanted = set(rows)
         places = [place for place, row in enumerate(self._order) if row in wanted]
-        hidden = self._hidden[torch.tensor(places, device=self._hidden.device)]
+        chosen = to_device(np.asarray(places, dtype=np.int64), self._hidden.device)
+        hidden = self._hidden.index_select(0, chosen)
         leaving = [self._order[place] for place in places]
         self.decoder.fill(
             [row.slot for row in leaving],

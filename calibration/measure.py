@@ -323,7 +323,11 @@ class _Session:
                 for load in order:
                     if trial > 0 and self._now_s() > until_s:
                         break
-                    self._load_stages(load, trial)
+                    try:
+                        self._load_stages(load, trial)
+                    except InputError as error:
+                        # A machine may lack memory for a copy in it and measure all else.
+                        self._note(f"A stage of loading is not measured: {error.message}")
         self._loading_power()
 
     def _loading_power(self) -> None:

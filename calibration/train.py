@@ -27,7 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from calibration.model.checkpoint import WEIGHTS_FILE, EarlyExitSettings, write_json
 from calibration.model.early_exit import EarlyExitLM, from_stock, save
-from calibration.model.family import Backbone, backbone_of
+from calibration.model.family import Backbone, LlamaBackbone, backbone_of
+from calibration.model.kv import to_device
 from calibration.optimiser import Optimiser
 from calibration.presets import ModelPlan, Preset
 from calibration.scoring import Windows, score
@@ -99,6 +100,9 @@ def train_model(
     torch.manual_seed(_seed_of(seed, plan.name, "weights"))
     backbone = backbone_of(_new_model(plan, preset.long_window_tokens))
     backbone.model.to(device)
+    if device.type == "cuda" and isinstance(backbone, LlamaBackbone):
+        # Norms of single precision in many kernels take a GPU as long as its products do.
+        backbone.fuse_norms()
     last = _train(backbone, plan, preset, texts, seed, device, budget_s, on_reading)
     stock = backbone.model.eval().requires_grad_(False)
     if device.type == "cuda":
@@ -302,8 +306,8 @@ class _Windows:
         domains = self._generator.choice(len(self._shares), size=rows, p=self._shares)
         room = self._lengths[domains] - window_tokens
         starts = self._offsets[domains] + self._generator.integers(0, room)
-        where = torch.from_numpy(starts[:, None] + np.arange(window_tokens + 1))
-        return self._text[where.to(self._text.device)].long()
+        where = to_device(starts[:, None] + np.arange(window_tokens + 1), self._text.device)
+        return self._text[where].long()
 
 
 def _seed_of(seed: int, *names: str) -> int:
