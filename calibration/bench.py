@@ -407,9 +407,7 @@ class Bench:
         return self.decoders.get(job.mode, self.decoders["eager"])
 
     def _ranges(self, job: Job, depth: int) -> list[tuple[int, int]]:
-        """Layer ranges up to a depth: exit by exit where each has a graph, else in one go."""
-        if job.mode != "graph":
-            return [(0, depth)]
+        """Layer ranges up to a depth, exit by exit as the serving loop runs, graphs or not."""
         return [(first, last) for first, last in self._decoder(job).segments() if last <= depth]
 
     def _level(self, depth: int) -> int:

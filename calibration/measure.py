@@ -323,11 +323,7 @@ class _Session:
                 for load in order:
                     if trial > 0 and self._now_s() > until_s:
                         break
-                    try:
-                        self._load_stages(load, trial)
-                    except InputError as error:
-                        # A machine may lack memory for a copy in it and measure all else.
-                        self._note(f"A stage of loading is not measured: {error.message}")
+                    self._load_stages(load, trial)
         self._loading_power()
 
     def _loading_power(self) -> None:
@@ -401,7 +397,7 @@ class _Session:
             for reading in self.readings.all
         ):
             return
-        for found in load.stages(self):
+        for found in self._possible(load.stages(self)):
             self._keep(
                 replace(
                     known,
@@ -413,6 +409,13 @@ class _Session:
                     note=found.note,
                 )
             )
+
+    def _possible(self, stages: Iterator[StageTime]) -> Iterator[StageTime]:
+        """Stages up to one that cannot be had: a machine may lack memory for a copy alone."""
+        try:
+            yield from stages
+        except InputError as error:
+            self._note(f"A stage of loading is not measured: {error.message}")
 
     def _model_readings(self, source: Source, share_s: float) -> None:
         """Everything of one model, within its share of the time."""
