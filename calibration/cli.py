@@ -39,6 +39,16 @@ def environment() -> None:
 
 
 @app.command()
+def doctor(device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto") -> None:
+    """Run small models in every way this machine can, within seconds; they must agree."""
+    from calibration.doctor import command
+    from calibration.training.small_family import choose_device
+
+    if not command(choose_device(device), typer.echo):
+        raise typer.Exit(1)
+
+
+@app.command()
 def measure(
     out: Annotated[Path, typer.Option(help="The folder for readings; new, or with --resume.")],
     more: Annotated[
@@ -84,7 +94,7 @@ def measure(
     ] = True,
 ) -> None:
     """Measure what models cost on this device: seconds, joules and bytes, as raw readings."""
-    from calibration.measure import command
+    from calibration.measuring.measure import command
 
     command(
         [*(models or []), *(more or [])],
@@ -150,7 +160,7 @@ def train(
     iterations: Annotated[int, typer.Option(min=1, help="Iterations of exit heads.")] = 400,
 ) -> None:
     """Train a small family of early-exit models on text that ships with Python."""
-    from calibration import training_commands as commands
+    from calibration.training import training_commands as commands
 
     if heads_for is not None:
         commands.heads(
@@ -185,7 +195,7 @@ def confidence(
     device: Device = "auto",
 ) -> None:
     """Choose what counts as confident, fit it on held-out text and store it in the checkpoints."""
-    from calibration import training_commands as commands
+    from calibration.training import training_commands as commands
 
     commands.confidence(
         checkpoints,
@@ -209,7 +219,7 @@ def trace(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
 ) -> None:
     """Trace at which exit each token of held-out text would leave, for every checkpoint."""
-    from calibration import training_commands as commands
+    from calibration.training import training_commands as commands
 
     commands.trace(
         checkpoints,
@@ -240,9 +250,9 @@ def fit(
     overwrite: Annotated[bool, typer.Option(help="Replace the profile folder.")] = False,
 ) -> None:
     """Fit readings into a profile, say how far off it is, and draw its page beside it."""
-    from calibration.check import check_text
-    from calibration.fit import FitSettings, fit_profile
-    from calibration.page import page_path, write_page
+    from calibration.fitting.check import check_text
+    from calibration.fitting.fit import FitSettings, fit_profile
+    from calibration.fitting.page import page_path, write_page
 
     settings = FitSettings(name, mode, tuple(model or ()), exits, overwrite)
     profile = fit_profile(points, out, settings)
@@ -259,7 +269,7 @@ def check(
     ] = None,
 ) -> None:
     """Read a profile strictly, say what it holds, and hold it to its own readings."""
-    from calibration.check import check_text
+    from calibration.fitting.check import check_text
     from helios_sim.profile import load_profile
 
     loaded = load_profile(profile)
@@ -274,7 +284,7 @@ def check(
     typer.echo(f"Hash: {loaded.hash}")
     typer.echo(check_text(loaded))
     if page is not None:
-        from calibration.page import write_page
+        from calibration.fitting.page import write_page
 
         typer.echo(f"Page: {write_page(loaded, page)}")
 
@@ -315,7 +325,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a scenario for real, in wall-clock time, into a run folder like a simulated one's."""
-    from calibration.serve import command
+    from calibration.serving.serve import command
 
     command(
         scenario,

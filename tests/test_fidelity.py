@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from calibration.record import iterations_table
+from calibration.serving.record import iterations_table
 from helios_sim import cli, cost
 from helios_sim.engine import Run
 from helios_sim.errors import InputError

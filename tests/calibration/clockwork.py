@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from calibration.batching import Decode, Life, Prefill, Row
-from calibration.host import Host, lives_of
-from calibration.iteration import Outcome, Reading
+from calibration.serving.batching import Decode, Life, Prefill, Row
+from calibration.serving.host import Host, lives_of
+from calibration.serving.iteration import Outcome, Reading
 from helios_sim import cost
 from helios_sim.cards import Room, candidate_card
 from helios_sim.exits import ExitTraces

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from calibration.points import gather
-from calibration.readings import ENVIRONMENT_FILE, POINTS_FILE, SCHEMA, Reading
+from calibration.fitting.points import gather
+from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE, SCHEMA, Reading
 from helios_sim import cost
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.model import EarlyExitModel, ModelShape

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibration.batching import Life, Row
-from calibration.host import Host
-from calibration.machine import ModelMachine
 from calibration.model.confidence import Confidence
 from calibration.model.decode import Decoder
 from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.model.kv import PagedPool, SlotPool
-from calibration.serve import WallClock
+from calibration.serving.batching import Life, Row
+from calibration.serving.host import Host
+from calibration.serving.machine import ModelMachine
+from calibration.serving.serve import WallClock
 from helios_sim.cards import Room
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.exits import ExitTraces, write_traces

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from calibration.presets import ModelPlan, Preset
+from calibration.training.presets import ModelPlan, Preset
 
 FAMILY = Preset(
     name="test",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.judge import reread
 from calibration.model.decode import Decoder, generate, slot_pool
+from calibration.serving.judge import reread
 from helios_sim.policy.contract import ExitMode
 from tests.calibration.serving import (
     LENGTHS,

@@ -7,10 +7,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from calibration.check import check_rows, check_text, compare, verdict
 from calibration.cli import main
-from calibration.fit import fit_profile
-from calibration.points import gather
+from calibration.fitting.check import check_rows, check_text, compare, verdict
+from calibration.fitting.fit import fit_profile
+from calibration.fitting.points import gather
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
 from tests.calibration import planted

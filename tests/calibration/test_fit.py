@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calibration.cli import main
-from calibration.fit import FitSettings, fit_profile
-from calibration.fit_times import falling_time, fit_times, model_profile
+from calibration.fitting.fit import FitSettings, fit_profile
+from calibration.fitting.fit_times import falling_time, fit_times, model_profile
 from helios_sim.cost import COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calibration.grid import (
+from calibration.measuring.grid import (
     RICHNESS,
     Bounds,
     Job,

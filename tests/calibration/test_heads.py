@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from calibration.cli import main
-from calibration.heads import HeadOptions, train_heads
 from calibration.model.early_exit import from_stock, load, save
+from calibration.training.heads import HeadOptions, train_heads
 from helios_sim.errors import InputError
 from tests.calibration.tiny import stock_model
 

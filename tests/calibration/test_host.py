@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from calibration.host import Host, lives_of
-from calibration.tally import Sample, Tally, gap_counts, gap_edges
+from calibration.serving.host import Host, lives_of
+from calibration.serving.tally import Sample, Tally, gap_counts, gap_edges
 from helios_sim.errors import InputError
 from helios_sim.policy import Controller, read_snapshots
 from helios_sim.policy.contract import Event, Slo

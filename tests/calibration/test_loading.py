@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.board import NoBoard, open_board
-from calibration.floors import count_launches, launch_chain, time_copy, time_launches
-from calibration.loading import load_sizes, parts_file, time_checkpoint
+from calibration.measuring.board import NoBoard, open_board
+from calibration.measuring.floors import count_launches, launch_chain, time_copy, time_launches
+from calibration.measuring.loading import load_sizes, parts_file, time_checkpoint
+from calibration.measuring.occupancy import peak_bytes, reserve_bytes, reserved_bytes
+from calibration.measuring.timing import WallTimer
 from calibration.model.early_exit import from_stock, save
-from calibration.occupancy import peak_bytes, reserve_bytes, reserved_bytes
-from calibration.timing import WallTimer
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.tiny import stock_model
 

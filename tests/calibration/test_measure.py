@@ -11,15 +11,15 @@ import polars as pl
 import pytest
 import torch
 
-from calibration import measure as measuring
-from calibration.bench import Bench
 from calibration.cli import main
-from calibration.grid import RICHNESS, Job
-from calibration.measure import MeasureSettings, measure, parse_budget, parse_exits
-from calibration.meters import Absence, Measurement, Replayed, to_json
+from calibration.measuring import measure as measuring
+from calibration.measuring.bench import Bench
+from calibration.measuring.grid import RICHNESS, Job
+from calibration.measuring.measure import MeasureSettings, measure, parse_budget, parse_exits
+from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
+from calibration.measuring.readings import READINGS_FILE, Reading, read_points
+from calibration.measuring.sources import find_sources, sample_tokens
 from calibration.model.early_exit import from_stock, save
-from calibration.readings import READINGS_FILE, Reading, read_points
-from calibration.sources import find_sources, sample_tokens
 from helios_sim.errors import InputError
 from tests.calibration.test_graphs import FakeRecorder
 from tests.calibration.tiny import stock_model
@@ -32,9 +32,9 @@ BUDGET_S = 60.0
 def quick() -> Iterator[None]:
     """The coarsest grid, samples of a fraction of a millisecond, none of them taken again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calibration.grid.RICHNESS", RICHNESS[-1:])
-        patch.setattr("calibration.timing.CPU_SAMPLE_S", 2e-4)
-        patch.setattr("calibration.timing.DISTURBED_SHARE", 1.0)
+        patch.setattr("calibration.measuring.grid.RICHNESS", RICHNESS[-1:])
+        patch.setattr("calibration.measuring.timing.CPU_SAMPLE_S", 2e-4)
+        patch.setattr("calibration.measuring.timing.DISTURBED_SHARE", 1.0)
         patch.setitem(measuring._COPY_BYTES, "cpu", 2**20)
         patch.setattr(measuring, "_LOAD_TRIALS", 1)
         yield
@@ -113,7 +113,7 @@ def test_times_are_positive_and_energy_without_a_meter_is_null(measured: Path) -
 
 
 def test_deeper_stacks_take_longer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibration.timing.DISTURBED_SHARE", 0.05)
+    monkeypatch.setattr("calibration.measuring.timing.DISTURBED_SHARE", 0.05)
     job = Job("decode_layers", "tiny-4l", "eager", (1, 4), 4, 64, 64)
     shallow, deep = bench.time(job)
     assert shallow.seconds is not None
@@ -207,7 +207,7 @@ def test_an_energy_window_gives_joules_of_one_repetition(bench: Bench, tmp_path:
 def test_with_a_meter_idle_power_and_energy_are_measured(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from calibration.meters import CounterMeter
+    from calibration.measuring.meters import CounterMeter
 
     def meter(*_: object) -> CounterMeter:
         import time
@@ -289,7 +289,7 @@ def test_a_disk_that_fills_ends_the_run_in_words(
 ) -> None:
     import errno
 
-    from calibration.readings import Readings
+    from calibration.measuring.readings import Readings
 
     append, count = Readings.append, [0]
 

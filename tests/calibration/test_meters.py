@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from calibration.board import Board, BoardState, NoBoard, open_board
-from calibration.meters import (
+from calibration.measuring.board import Board, BoardState, NoBoard, open_board
+from calibration.measuring.meters import (
     Absence,
     CounterMeter,
     CrossChecked,

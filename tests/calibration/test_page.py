@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from calibration.cli import main
-from calibration.fit import fit_profile
-from calibration.page import calibration_error, page_path, reliability, render, write_page
+from calibration.fitting.fit import fit_profile
+from calibration.fitting.page import calibration_error, page_path, reliability, render, write_page
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
 from tests.calibration import planted

@@ -8,7 +8,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from calibration.readings import POINTS_FILE, READINGS_FILE, SCHEMA, Reading, Readings, read_points
+from calibration.measuring.readings import (
+    POINTS_FILE,
+    READINGS_FILE,
+    SCHEMA,
+    Reading,
+    Readings,
+    read_points,
+)
 from helios_sim.errors import InputError
 
 

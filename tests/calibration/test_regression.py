@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.regression import (
+from calibration.fitting.regression import (
     FLOOR,
     LINE,
     Readings,

@@ -10,13 +10,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from calibration.board import Board, open_board
 from calibration.cli import main
-from calibration.energy import RunEnergy
-from calibration.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
-from calibration.prompts import Prompts, read_prompts, tokenizer_of
-from calibration.serve import ServeSettings, serve
-from calibration.text import ByteTokenizer, corpus
+from calibration.measuring.board import Board, open_board
+from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
+from calibration.serving.energy import RunEnergy
+from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
+from calibration.serving.serve import ServeSettings, serve
+from calibration.training.text import ByteTokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
 from helios_sim.policy import Controller, make_policy, read_snapshots
@@ -222,7 +222,7 @@ def test_free_running_feeds_a_model_its_own_tokens(place) -> None:
 
 
 def test_weights_arrive_beside_serving_where_the_device_allows_it(place, monkeypatch) -> None:
-    monkeypatch.setattr("calibration.weights.CheckpointWeights.overlaps", True)
+    monkeypatch.setattr("calibration.serving.weights.CheckpointWeights.overlaps", True)
     (one,) = serve(
         place / "tiny.toml",
         place / "beside",
@@ -240,8 +240,8 @@ def test_a_load_that_fails_beside_serving_ends_the_run_with_its_reason(place, mo
     def broken(*_: object) -> None:
         raise InputError("The disk went away.")
 
-    monkeypatch.setattr("calibration.weights.CheckpointWeights.overlaps", True)
-    monkeypatch.setattr("calibration.weights.CheckpointWeights.load_beside", broken)
+    monkeypatch.setattr("calibration.serving.weights.CheckpointWeights.overlaps", True)
+    monkeypatch.setattr("calibration.serving.weights.CheckpointWeights.load_beside", broken)
     with pytest.raises(InputError, match="The disk went away"):
         serve(
             place / "tiny.toml",
@@ -262,7 +262,7 @@ def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("calibration.host.Host.emit", interrupted)
+    monkeypatch.setattr("calibration.serving.host.Host.emit", interrupted)
     code, said = told(
         capsys,
         *(str(place / "tiny.toml"), "--checkpoints", str(place / "family")),
@@ -398,7 +398,7 @@ def test_a_meter_around_the_run_gives_its_energy_interval_by_interval(
 ) -> None:
     board = open_board(nvml=FakeNvml(watts=200.0, tick_s=0.02))
     assert isinstance(board, Board)
-    monkeypatch.setattr("calibration.serve.best_meter", lambda *_: meter(board))
+    monkeypatch.setattr("calibration.serving.serve.best_meter", lambda *_: meter(board))
     settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=12)
     (one,) = serve(place / "tiny.toml", place / f"metered-{meter.__name__}", settings)
     run = read_run(one.folder)

@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from calibration import text as source
-from calibration.text import DOMAINS, SPLITS, START, ByteTokenizer, corpus, separate, split_of
+from calibration.training import text as source
+from calibration.training.text import (
+    DOMAINS,
+    SPLITS,
+    START,
+    ByteTokenizer,
+    corpus,
+    separate,
+    split_of,
+)
 from helios_sim.errors import InputError
 
 SOURCE = '''"""A module that says at some length what it is for, and so it reads as prose to all."""

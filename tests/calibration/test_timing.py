@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from calibration.timing import (
+from calibration.measuring.timing import (
     Captured,
     NotCaptured,
     Sample,

@@ -15,10 +15,10 @@ from calibration.cli import main
 from calibration.model.confidence import Confidence, confidence_of
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
-from calibration.scoring import Windows, score
-from calibration.small_family import FamilyOptions, train_family
-from calibration.text import corpus
-from calibration.thresholds import (
+from calibration.training.scoring import Windows, score
+from calibration.training.small_family import FamilyOptions, train_family
+from calibration.training.text import corpus
+from calibration.training.thresholds import (
     FittingOptions,
     choose_threshold,
     early_agreement,
@@ -28,7 +28,7 @@ from calibration.thresholds import (
     kind_of,
     settle,
 )
-from calibration.trace import TraceOptions, trace_checkpoints
+from calibration.training.trace import TraceOptions, trace_checkpoints
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
 from tests.calibration.small import FAMILY

@@ -14,10 +14,10 @@ from torch import nn
 
 from calibration.cli import main
 from calibration.model.early_exit import load
-from calibration.optimiser import Optimiser, orthogonalised
-from calibration.presets import PRESETS, ModelPlan, preset_of
-from calibration.small_family import FamilyOptions, choose_device, train_family
-from calibration.train import Reading, train_model
+from calibration.training.optimiser import Optimiser, orthogonalised
+from calibration.training.presets import PRESETS, ModelPlan, preset_of
+from calibration.training.small_family import FamilyOptions, choose_device, train_family
+from calibration.training.train import Reading, train_model
 from helios_sim.errors import InputError
 from tests.calibration.small import FAMILY
 

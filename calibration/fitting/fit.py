@@ -1,0 +1,687 @@
+"""Raw points become a profile: every number with its grade, source and error."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+
+from calibration.fitting import regression
+from calibration.fitting.fit_energy import EnergyFit, fit_energy, no_energy, unavailable
+from calibration.fitting.fit_times import Number, TimesFit, fit_times, spread
+from calibration.fitting.points import (
+    FIT,
+    HELD_OUT,
+    gather,
+    of_quantity,
+    read_environment,
+    read_points,
+)
+from calibration.fitting.regression import Readings
+from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE
+from helios_sim.cost import COEFFICIENTS
+from helios_sim.errors import InputError
+from helios_sim.exits import load_traces
+from helios_sim.model import EarlyExitModel, ModelShape
+from helios_sim.profile import (
+    CONFIDENCE_KINDS,
+    FAMILIES,
+    PROFILE_FILE,
+    SCHEMA_VERSION,
+    TRACES_FILE,
+    MarkovExits,
+    Profile,
+    load_profile,
+    quantity,
+    save_profile,
+)
+
+TRACE_REPORT_FILE: Final = "trace.json"
+"""Written by `calibration.training.trace` beside exits.parquet; importing it needs torch."""
+
+MODES: Final = ("auto", "graph", "eager")
+_SHAPE_INTS: Final = (
+    "layers",
+    "hidden",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "ffn",
+    "vocab",
+    "max_positions",
+)
+_ASSUMED_RATE_BYTES_PER_S: Final = 3e9
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What is asked of a fit.
+
+    `mode`: what the profile's times stand for; "auto" takes CUDA graphs where they were
+    measured. `models`: those to keep, all by default. `exits`: a trace file, or a profile (folder
+    or shipped name) whose exit statistics stand in; by default exits.parquet beside the points.
+    """
+
+    name: str | None = None
+    mode: str = "auto"
+    models: tuple[str, ...] = ()
+    exits: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InputError(f"The mode {self.mode!r} is unknown; allowed are {', '.join(MODES)}.")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One model as the measurement described it."""
+
+    model: EarlyExitModel
+    confidence_kind: str
+    threshold: float
+    buckets: tuple[int, ...]
+    random_weights: bool
+
+
+def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) -> Profile:
+    """Fit the readings of a folder into a profile folder, and return it as loaded.
+
+    The raw readings travel with the profile. Errors on left-out and held-out points are kept
+    under `measurement`.
+    """
+    settings = settings or FitSettings()
+    if out.exists() and not settings.overwrite:
+        raise InputError(
+            "The profile folder exists already; give another folder or --overwrite.",
+            where=str(out),
+        )
+    readings = read_points(folder)
+    environment = read_environment(folder)
+    where = str(folder / ENVIRONMENT_FILE)
+    measured = {
+        name: _measured_model(name, node, where)
+        for name, node in _object(environment, "models", where).items()
+        if not settings.models or name in settings.models
+    }
+    for name in settings.models:
+        if name not in measured:
+            known = ", ".join(_object(environment, "models", where))
+            raise InputError(f"Model {name!r} was not measured; there are {known}.", where)
+    points = gather(_sound(readings))
+    document = _document(points, environment, measured, settings, folder, out.name)
+    with_exits = _with_exits(document, measured, settings, folder)
+    report = _trace_report(with_exits[1])
+    if report is not None:
+        with_exits[0]["measurement"]["exit_traces"] = report
+    profile = _save(with_exits[0], out, folder, with_exits[1], settings.overwrite)
+    return profile
+
+
+def _save(
+    document: dict[str, Any], out: Path, folder: Path, traces: Path | None, overwrite: bool
+) -> Profile:
+    """Save under a draft first, so that traces that do not fit leave nothing behind."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.parent / f".{out.name}.{os.getpid()}.draft"
+    points = out.parent / f".{out.name}.{os.getpid()}.points"
+    read_points(folder).write_parquet(points)
+    try:
+        profile = save_profile(document, draft, points=points, traces=traces, overwrite=True)
+        load_traces(profile)
+        if out.exists() and overwrite:
+            shutil.rmtree(out)
+        draft.rename(out)
+    finally:
+        points.unlink(missing_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+    return load_profile(out)
+
+
+def _sound(readings: pl.DataFrame) -> pl.DataFrame:
+    """Without energy windows too short to be trusted, where the quantity has longer ones."""
+    short = pl.col("short_window").fill_null(False)
+    longer = readings.filter(pl.col("joules").is_not_null() & ~short)["quantity"].unique()
+    return readings.filter(~(short & pl.col("quantity").is_in(longer.to_list())))
+
+
+def _object(node: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    found = node.get(key)
+    if not isinstance(found, dict) or not found:
+        raise InputError(f"The key {key!r} must hold an object that is not empty.", where)
+    return found
+
+
+def _measured_model(name: str, node: Any, where: str) -> _Measured:
+    """A model from the measurement's environment."""
+    place = f"{where}, models.{name}"
+    try:
+        shape = node["shape"]
+        if shape["family"] not in FAMILIES:
+            raise InputError(f"The family {shape['family']!r} is unknown.", place)
+        model = EarlyExitModel(
+            name=name,
+            shape=ModelShape(
+                family=shape["family"],
+                tied_head=bool(shape["tied_head"]),
+                **{key: int(shape[key]) for key in _SHAPE_INTS},
+            ),
+            exit_layers=tuple(int(layer) for layer in node["exit_layers"]),
+            tokenizer=str(node["tokenizer"]),
+            bytes_per_param=int(node["bytes_per_param"]),
+            bytes_per_kv_element=int(node["bytes_per_kv_element"]),
+            exit_head_params=int(node.get("exit_head_params", 0)),
+        )
+        confidence = node.get("confidence") or {}
+        kind = confidence.get("kind", "max-softmax")
+        if confidence.get("calibrated") and not kind.startswith("calibrated-"):
+            kind = f"calibrated-{kind}"
+        if kind not in CONFIDENCE_KINDS:
+            raise InputError(f"The confidence kind {kind!r} is unknown.", place)
+        return _Measured(
+            model,
+            kind,
+            float(confidence.get("threshold", 0.5)),
+            tuple(int(batch) for batch in node.get("batch_buckets") or ()),
+            node.get("weights") == "random",
+        )
+    except KeyError as error:
+        raise InputError(f"The key {error} is missing; measure again.", place) from error
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"The model's description cannot be used: {error}.", place) from error
+
+
+def _document(
+    points: pl.DataFrame,
+    environment: Mapping[str, Any],
+    measured: Mapping[str, _Measured],
+    settings: FitSettings,
+    folder: Path,
+    name: str,
+) -> dict[str, Any]:
+    """The content of profile.json without its exits."""
+    where = str(folder / POINTS_FILE)
+    counts = bool(environment.get("context_counts_new_token", True))
+    device = _object(environment, "device", str(folder / ENVIRONMENT_FILE))
+    why_not = _why_no_energy(environment)
+    idle = _idle(points, why_not)
+    limit = _limit(device)
+    times: dict[str, TimesFit] = {}
+    energy: dict[str, EnergyFit] = {}
+    for one, found in measured.items():
+        mine = points.filter(pl.col("model") == one)
+        times[one] = fit_times(
+            mine,
+            found.model,
+            mode=settings.mode,
+            buckets=found.buckets,
+            counts_new_token=counts,
+            where=where,
+        )
+        energy[one] = fit_energy(mine, found.model, idle.value, limit, why_not, counts)
+    if not all(fit.record["available"] for fit in energy.values()):
+        missing = [one for one, fit in energy.items() if not fit.record["available"]]
+        why = energy[missing[0]].record["why"]
+        # Energy is known for a profile or it is not: candidates must compare.
+        if len(missing) < len(energy):
+            why = f"not every model's energy was read: {', '.join(missing)} ({why})"
+            energy = dict.fromkeys(energy, no_energy(why, limit))
+    links, link_record = _links(points)
+    floors = _floors(points)
+    models = {
+        one: _model_node(found, times[one], energy[one], points) for one, found in measured.items()
+    }
+    origin = f"readings of {device['name']}"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": settings.name or name,
+        "description": f"{', '.join(measured)} measured on {device['name']}",
+        "device": _device_node(device, idle, energy, points),
+        "loading": links,
+        "models": models,
+        "provenance": {
+            "origin": "measured",
+            "sources": [origin],
+            "notes": _notes(times, energy),
+            "environment": _plain(environment),
+        },
+        "measurement": {
+            "context_counts_new_token": counts,
+            "floors": floors,
+            "loading": link_record,
+            "memory": _memory_record(points, measured),
+            "graph_capture": _median_seconds(points, "graph_capture"),
+            "unload": _median_seconds(points, "unload"),
+            "models": {
+                one: {
+                    **times[one].record,
+                    "energy": energy[one].record,
+                    "against_floor": _against_floor(
+                        points, found.model, times[one], floors, counts
+                    ),
+                }
+                for one, found in measured.items()
+            },
+        },
+    }
+
+
+def _plain(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment without what the profile says elsewhere."""
+    return {key: value for key, value in environment.items() if key != "models"}
+
+
+def _notes(times: Mapping[str, TimesFit], energy: Mapping[str, EnergyFit]) -> list[str]:
+    modes = sorted(
+        {fit.modes["decode_layers"] or "the one mode measured" for fit in times.values()}
+    )
+    notes = [f"Decode times stand for: {', '.join(modes)}."]
+    for name, fit in times.items():
+        hull = fit.hull
+        notes.append(
+            f"{name}: measured up to batch {hull.max_batch} and {hull.max_context_tokens} tokens "
+            "of context; beyond it a prediction extrapolates."
+        )
+    reasons = {fit.record["why"] for fit in energy.values() if not fit.record["available"]}
+    notes += [f"Energy is unavailable: {why}." for why in sorted(reasons)]
+    return notes
+
+
+def _why_no_energy(environment: Mapping[str, Any]) -> str:
+    """Why there is no energy, in the measurement's own words where it has some."""
+    meter = environment.get("meter")
+    meter = meter if isinstance(meter, Mapping) else {}
+    if meter.get("source", "none") != "none":
+        return f"the meter {meter['source']} gave no sound window of decode"
+    said = meter.get("explanation") or "no energy meter was there when it was measured"
+    return str(said).rstrip(".")
+
+
+def _idle(points: pl.DataFrame, why_not: str) -> Number:
+    watts = points.filter(pl.col("quantity") == "idle_power")["watts"].drop_nulls()
+    if not len(watts):
+        return unavailable(why_not)
+    error = float(watts.std() or 0.0) / math.sqrt(len(watts))  # type: ignore[arg-type]
+    return Number(
+        float(watts.median()),  # type: ignore[arg-type]
+        "measured",
+        f"median of {len(watts)} idle windows, the model loaded",
+        error,
+    )
+
+
+def _limit(device: Mapping[str, Any]) -> Number:
+    limit = device.get("power_limit_w")
+    if limit is None:
+        return unavailable("the device names no power limit")
+    return Number(float(limit), "measured", "the board's enforced limit, read and not set")
+
+
+def _device_node(
+    device: Mapping[str, Any],
+    idle: Number,
+    energy: Mapping[str, EnergyFit],
+    points: pl.DataFrame,
+) -> dict[str, Any]:
+    known = [fit.numbers["power.active_w"] for fit in energy.values()]
+    if all(number.value is not None for number in known):
+        active = min(known, key=lambda number: number.value or 0.0)
+        loads = points.filter(pl.col("quantity").str.starts_with("load_"))["watts"].drop_nulls()
+        load = (
+            Number(
+                float(loads.median()),  # type: ignore[arg-type]
+                "measured",
+                f"median over {len(loads)} loads",
+            )
+            if len(loads)
+            else Number(
+                active.value, "derived", "no power was read while weights moved; as active_w"
+            )
+        )
+    else:
+        active = load = known[0]
+    try:
+        memory = Number(
+            float(int(device["memory_bytes"])), "measured", "as the device or its driver says"
+        )
+        return {
+            "name": str(device["name"]),
+            "num_gpus": int(device.get("num_gpus", 1)),
+            "memory_bytes": _entry("memory_bytes", memory, whole=True),
+            "idle_w": _entry("idle_w", idle),
+            "active_w": _entry("active_w", active),
+            "load_w": _entry("load_w", load),
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"The device's description cannot be used: {error}.") from error
+
+
+def _entry(name: str, number: Number, whole: bool = False) -> dict[str, Any]:
+    """A number as the file holds it, at digits that outlast its error."""
+
+    def short(value: float | None) -> float | int | None:
+        if value is None:
+            return None
+        return int(value) if whole else float(f"{value:.9g}")
+
+    known = number.error is not None and math.isfinite(number.error)
+    error = float(f"{number.error:.3g}") if known else None
+    return quantity(name, short(number.value), number.grade, number.source, error)
+
+
+def _model_node(
+    found: _Measured, times: TimesFit, energy: EnergyFit, points: pl.DataFrame
+) -> dict[str, Any]:
+    """A model's entry in the profile."""
+    model, shape = found.model, found.model.shape
+    numbers = {**energy.numbers, **times.numbers}
+    grade = "published" if found.random_weights else "measured"
+    source = (
+        "public model configuration, weights random"
+        if found.random_weights
+        else "the checkpoint's configuration"
+    )
+    residual = None
+    if times.residual:
+        knots = [[float(b), float(f"{f:.6g}")] for b, f in times.residual]
+        residual = quantity(
+            "batch_residual", knots, "measured", "factor on the layers, by measured batch"
+        )
+    return {
+        "shape": {
+            "family": shape.family,
+            **{key: getattr(shape, key) for key in _SHAPE_INTS},
+            "tied_head": shape.tied_head,
+            "grade": grade,
+            "source": source,
+        },
+        "exit_layers": quantity("exit_layers", list(model.exit_layers), grade, source),
+        "tokenizer": model.tokenizer,
+        "bytes_per_param": model.bytes_per_param,
+        "bytes_per_kv_element": model.bytes_per_kv_element,
+        "exit_head_params": quantity("exit_head_params", model.exit_head_params, grade, source),
+        "workspace_bytes": _entry("workspace_bytes", _workspace(points, found, times), whole=True),
+        "confidence": {
+            "kind": found.confidence_kind,
+            "default_threshold": quantity(
+                "default_threshold", found.threshold, "assumed", "set with the model, not measured"
+            ),
+        },
+        "batch_buckets": list(times.buckets),
+        "batch_residual": residual,
+        "hull": {
+            "max_batch": times.hull.max_batch,
+            "max_context_tokens": times.hull.max_context_tokens,
+        },
+        "coefficients": {name: _entry(name, numbers[name]) for name in COEFFICIENTS},
+    }
+
+
+def _workspace(points: pl.DataFrame, found: _Measured, times: TimesFit) -> Number:
+    mine = points.filter(
+        (pl.col("quantity") == "memory_workspace")
+        & pl.col("model").is_in([found.model.name, ""])
+        & pl.col("bytes").is_not_null()
+    )
+    if mine.height:
+        largest = float(mine["bytes"].max())  # type: ignore[arg-type]
+        return Number(largest, "measured", f"the most over {mine.height} loads of work")
+    shape = found.model.shape
+    rows = times.hull.max_batch
+    estimate = rows * (2 * shape.ffn + 4 * shape.hidden + shape.vocab) * found.model.bytes_per_param
+    return Number(
+        float(estimate), "assumed", f"not measured; activations and logits of {rows} rows"
+    )
+
+
+@dataclass(frozen=True)
+class _Link:
+    alpha: Number
+    rate: Number
+    record: dict[str, Any]
+
+
+def _links(points: pl.DataFrame) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two ways weights take, and how well a start and a rate describe them.
+
+    Opening a file is timed by itself too; the disk's readings hold it already.
+    """
+    host = next(
+        (
+            name
+            for name in ("load_host_pinned", "load_host")
+            if of_quantity(points, name, purpose=FIT).height
+        ),
+        "load_host",
+    )
+    disk_link = _link(points, "load_disk", "disk to host memory")
+    host_link = _link(points, host, "host memory to device")
+    nodes = {
+        "disk": {
+            "alpha_s": _entry("alpha_s", disk_link.alpha),
+            "bytes_per_s": _entry("bytes_per_s", disk_link.rate),
+        },
+        "host": {
+            "alpha_s": _entry("alpha_s", host_link.alpha),
+            "bytes_per_s": _entry("bytes_per_s", host_link.rate),
+        },
+    }
+    return nodes, {
+        "open_s": _median_seconds(points, "load_open"),
+        "disk": disk_link.record,
+        "host": {"stands_for": host, **host_link.record},
+    }
+
+
+def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
+    """Alpha and rate of seconds = alpha + bytes / rate, in least relative error."""
+    fitted = of_quantity(points, name, purpose=FIT).filter(pl.col("bytes") > 0)
+    if not fitted.height:
+        assumed = f"{name} was not measured"
+        return _Link(
+            Number(0.0, "assumed", assumed),
+            Number(_ASSUMED_RATE_BYTES_PER_S, "assumed", assumed),
+            {"why": assumed},
+        )
+    size = fitted["bytes"].cast(pl.Float64).to_numpy()
+    ones = np.ones(len(size))
+    line = np.column_stack((ones, size))
+    readings = Readings(
+        fitted["seconds"].to_numpy(), ones, 0.0 * ones, np.zeros((len(size), 0)), (line,)
+    )
+    groups = np.unique(size, return_inverse=True)[1].astype(np.int64)
+    chosen = regression.choose_planes(readings, ((0,),), groups)
+    (alpha, slope), (alpha_error, slope_error) = chosen.plane(0) or (np.zeros(2), np.zeros(2))
+    if slope <= 0.0:
+        # Loads too small to show a rate: all of their time is charged to the bytes.
+        slope, alpha = float(np.median(readings.seconds / size)), 0.0
+    source = f"{way}: fitted to {fitted.height} points of {name}"
+    held_out = of_quantity(points, name, purpose=HELD_OUT).filter(pl.col("bytes") > 0)
+    measured = held_out["seconds"].to_numpy()
+    predicted = alpha + slope * held_out["bytes"].cast(pl.Float64).to_numpy()
+    return _Link(
+        Number(float(alpha), "measured", source, float(alpha_error)),
+        Number(1.0 / float(slope), "measured", source, float(slope_error / slope**2)),
+        {
+            "errors": {
+                "left_out": spread(chosen.left_out.errors),
+                "held_out": spread(regression.relative_errors(predicted, measured)),
+            }
+        },
+    )
+
+
+def _median_seconds(points: pl.DataFrame, name: str) -> float | None:
+    found = of_quantity(points, name)["seconds"]
+    return float(found.median()) if len(found) else None  # type: ignore[arg-type]
+
+
+def _floors(points: pl.DataFrame) -> dict[str, Any]:
+    """What the device cannot go below, measured in the same run: copying and launching.
+
+    By mode, since a copy within the device and one over the link are different floors.
+    """
+    copies = of_quantity(points, "copy_bandwidth").with_columns(
+        rate=pl.col("bytes") / pl.col("seconds")
+    )
+    launches = of_quantity(points, "launch_floor")
+    return {
+        "copy_bytes_per_s": {
+            str(mode): float(rate)
+            for mode, rate in copies.group_by("mode").agg(pl.col("rate").max()).sort("mode").rows()
+        },
+        "launch_s_per_layer": {
+            str(model): {
+                str(mode): float(seconds)
+                for mode, seconds in part.group_by("mode")
+                .agg((pl.col("seconds") / pl.col("layers").fill_null(1).clip(1)).median())
+                .sort("mode")
+                .rows()
+            }
+            for (model,), part in launches.sort("model").group_by("model", maintain_order=True)
+        },
+    }
+
+
+def device_floors(
+    floors: Mapping[str, Any], model: str, mode: str
+) -> tuple[float | None, float | None]:
+    """Bytes per second of a copy within the device, and seconds of launching one layer.
+
+    None where it was not measured.
+    """
+    rates = floors.get("copy_bytes_per_s", {})
+    launches = floors.get("launch_s_per_layer", {})
+    own = launches.get(model, launches.get("", {}))
+    rate = rates.get("device", rates.get("", max(rates.values(), default=None)))
+    return rate, own.get(mode, own.get(""))
+
+
+def _against_floor(
+    points: pl.DataFrame,
+    model: EarlyExitModel,
+    times: TimesFit,
+    floors: Mapping[str, Any],
+    counts_new_token: bool,
+) -> list[list[float]]:
+    """By decode point at full depth: batch, context, seconds a layer, floor, their ratio.
+
+    The floor is the larger of launching a layer and of reading its weights and KV at the measured
+    copy rate. Empty where no floor was measured.
+    """
+    mode = times.modes["decode_layers"]
+    rate, launch_s = device_floors(floors, model.name, mode)
+    if not rate:
+        return []
+    rows = []
+    own = 0 if counts_new_token else 1
+    decode = of_quantity(points.filter(pl.col("model") == model.name), "decode_layers", mode)
+    for row in decode.filter(pl.col("layers") == pl.col("layers").max()).iter_rows(named=True):
+        tokens = row["batch"] * ((row["context_tokens"] or 0) + own)
+        read = model.layer_weight_bytes() + tokens * model.kv_bytes_per_token(1)
+        floor_s = max(launch_s or 0.0, read / rate)
+        layer_s = (row["seconds"] - times.overheads["decode"]) / row["layers"]
+        rows.append([row["batch"], row["context_tokens"] or 0, layer_s, floor_s, layer_s / floor_s])
+    return sorted(rows)
+
+
+def _memory_record(
+    points: pl.DataFrame, measured: Mapping[str, _Measured]
+) -> dict[str, list[list[Any]]]:
+    """By kind of memory: model, layers, batch, context, bytes measured and predicted."""
+    record: dict[str, list[list[Any]]] = {}
+    for kind in ("memory_weights", "memory_kv", "memory_workspace", "memory_reserve"):
+        found = points.filter(
+            (pl.col("quantity") == kind)
+            & pl.col("bytes").is_not_null()
+            & pl.col("model").is_in(["", *measured])
+        )
+        record[kind] = [
+            [
+                row["model"],
+                row["layers"],
+                row["batch"],
+                row["context_tokens"],
+                row["bytes"],
+                row["predicted_bytes"],
+            ]
+            for row in found.iter_rows(named=True)
+        ]
+    return record
+
+
+def _with_exits(
+    document: dict[str, Any],
+    measured: Mapping[str, _Measured],
+    settings: FitSettings,
+    folder: Path,
+) -> tuple[dict[str, Any], Path | None]:
+    """The document with its exits, and the trace file to put beside it."""
+    if settings.exits is None:
+        path = folder / TRACES_FILE
+        if not path.is_file():
+            raise InputError(
+                f"The readings have no {TRACES_FILE} beside them, and a profile needs to know "
+                "where tokens leave: trace the checkpoints, or give --exits with a trace file or "
+                "with a profile whose exit statistics stand in.",
+                where=str(folder),
+            )
+        return _traced(document), path
+    given = Path(settings.exits)
+    if given.is_file() and given.name != PROFILE_FILE:
+        return _traced(document), given
+    source = load_profile(settings.exits)
+    if not isinstance(source.exits, MarkovExits):
+        return _traced(document), source.exits.path
+    node = dict(source.document["exits"])
+    candidates = {}
+    for name, found in measured.items():
+        own = source.exits.candidates.get(name)
+        if own is None or own.exit_layers != found.model.exit_layers:
+            has = f"the exits {list(own.exit_layers)}" if own else "no such model"
+            raise InputError(
+                f"Profile {source.name!r} has {has} for {name!r}, which was measured with the "
+                f"exits {list(found.model.exit_layers)}; give a profile or a trace with the same.",
+                where="--exits",
+            )
+        candidates[name] = node["candidates"][name]
+    provenance = dict(document["provenance"])
+    provenance["notes"] = [
+        *provenance["notes"],
+        f"Exits were not measured: they are those of the profile {source.name!r}, at its grades.",
+    ]
+    exits = node | {"candidates": candidates}
+    return _in_order(document | {"exits": exits, "provenance": provenance}), None
+
+
+def _trace_report(traces: Path | None) -> dict[str, Any] | None:
+    """What tracing wrote down about its texts and qualities, where it lies beside the traces."""
+    path = None if traces is None else traces.parent / TRACE_REPORT_FILE
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"The report on the traces cannot be read: {error}.", str(path)) from error
+    return dict(found) if isinstance(found, dict) else None
+
+
+def _traced(document: dict[str, Any]) -> dict[str, Any]:
+    return _in_order(document | {"exits": {"kind": "trace", "file": TRACES_FILE}})
+
+
+def _in_order(document: dict[str, Any]) -> dict[str, Any]:
+    """Keys in the order readers expect: exits before where it all comes from."""
+    last = ("exits", "provenance", "measurement")
+    head = {key: value for key, value in document.items() if key not in last}
+    return head | {key: document[key] for key in last}

@@ -1,0 +1,182 @@
+"""Watts and joules: energy windows become the coefficients of the simulator's energy model.
+
+A window's joules are idle power and, where the device works, power above it over the window's
+seconds, and joules of layers, rows, tokens and pairs; none of them negative. Without a meter every
+one of these numbers is unavailable, which is not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+
+from calibration.fitting.fit_times import Number, kv_share, spread
+from calibration.fitting.points import FIT, HELD_OUT
+from calibration.fitting.predict import prefill_load
+from calibration.fitting.regression import Floats, relative_errors, relative_nnls
+from helios_sim.cost import COEFFICIENTS
+from helios_sim.model import EarlyExitModel
+from helios_sim.profile import UNAVAILABLE, unit_of
+
+_ENERGY: Final = ("decode_energy", "prefill_energy", "head_energy")
+_COLUMNS: Final = (
+    "power.active_w",
+    "decode.j_per_layer",
+    "decode.j_per_row_layer",
+    "decode.j_per_context_token_layer",
+    "prefill.j_per_layer",
+    "prefill.j_per_token_layer",
+    "prefill.j_per_pair_layer",
+    "head.j_base",
+    "head.j_per_row",
+)
+ENERGY_COEFFICIENTS: Final = tuple(name for name in COEFFICIENTS if unit_of(name)[0] in "JW")
+"""Coefficients in joules or watts; the power limit is among them."""
+_LEAST_WINDOWS: Final = 4
+
+
+@dataclass(frozen=True)
+class EnergyFit:
+    """The energy of one model: numbers by coefficient; `record` is what the profile keeps."""
+
+    numbers: Mapping[str, Number]
+    record: Mapping[str, Any]
+
+
+def unavailable(why: str) -> Number:
+    """A number that nobody could read."""
+    return Number(None, UNAVAILABLE, why)
+
+
+def no_energy(why: str, limit: Number) -> EnergyFit:
+    """A model without energy: every joule unavailable, for the reason given."""
+    numbers = {name: unavailable(why) for name in ENERGY_COEFFICIENTS}
+    return EnergyFit(numbers | {"power.limit_w": limit}, {"available": False, "why": why})
+
+
+def fit_energy(
+    points: pl.DataFrame,
+    model: EarlyExitModel,
+    idle_w: float | None,
+    limit: Number,
+    why_not: str,
+    counts_new_token: bool = True,
+) -> EnergyFit:
+    """Fit the energy of one model from its gathered points.
+
+    `idle_w` is the device's measured idle power, the floor under the active one. `why_not` is
+    said where there is nothing to fit.
+    """
+    windows = points.filter(
+        pl.col("quantity").is_in(_ENERGY) & (pl.col("joules") > 0.0) & (pl.col("seconds") > 0.0)
+    )
+    fitted = windows.filter(pl.col("purpose") == FIT)
+    if idle_w is None or not fitted.height:
+        return no_energy(why_not, limit)
+    num_decode = fitted.filter(pl.col("quantity") == "decode_energy").height
+    if num_decode < _LEAST_WINDOWS:
+        return no_energy(
+            f"{num_decode} energy windows of decode were read; {_LEAST_WINDOWS} are needed", limit
+        )
+    features = _features(fitted, counts_new_token)
+    joules = fitted["joules"].to_numpy()
+    above_idle = joules - idle_w * fitted["seconds"].to_numpy()
+    solved = relative_nnls(features, above_idle, joules)
+    left_out, errors = _leave_one_out(features, above_idle, joules)
+    source = f"regression over {fitted.height} energy windows"
+    numbers = {
+        name: Number(float(value), "measured", source, float(error))
+        for name, value, error in zip(_COLUMNS, solved, errors, strict=True)
+    }
+    active = numbers["power.active_w"]
+    numbers["power.active_w"] = Number(
+        (active.value or 0.0) + idle_w, "measured", f"{source}, above idle", active.error
+    )
+    present = set(fitted["quantity"])
+    numbers |= _derived(numbers, model, present)
+    numbers["power.limit_w"] = limit
+    held_out = windows.filter(pl.col("purpose") == HELD_OUT)
+    return EnergyFit(
+        numbers,
+        {
+            "available": True,
+            "windows": fitted.height,
+            "errors": {
+                "left_out": spread(left_out),
+                "held_out": spread(_errors(held_out, solved, idle_w, counts_new_token)),
+            },
+        },
+    )
+
+
+def _features(windows: pl.DataFrame, counts_new_token: bool) -> Floats:
+    """What each window carried, in the order of `_COLUMNS`."""
+    own = 0.0 if counts_new_token else 1.0
+    rows = np.zeros((windows.height, len(_COLUMNS)))
+    for at, row in enumerate(windows.iter_rows(named=True)):
+        layers, batch = float(row["layers"] or 0), float(row["batch"] or 0)
+        rows[at, 0] = row["seconds"]
+        if row["quantity"] == "decode_energy":
+            context = batch * ((row["context_tokens"] or 0) + own)
+            rows[at, 1:4] = layers, layers * batch, layers * context
+        elif row["quantity"] == "prefill_energy":
+            tokens, _, pairs = prefill_load(row)
+            rows[at, 4:7] = layers, layers * tokens, layers * pairs
+        else:
+            rows[at, 7:9] = 1.0, batch
+    return rows
+
+
+def _leave_one_out(features: Floats, above_idle: Floats, joules: Floats) -> tuple[Floats, Floats]:
+    """Relative error of each window left out, and the jackknife's standard errors."""
+    count = len(joules)
+    errors, moved = np.zeros(count), np.zeros((count, features.shape[1]))
+    for at in range(count):
+        keep = np.arange(count) != at
+        moved[at] = relative_nnls(features[keep], above_idle[keep], joules[keep])
+        errors[at] = (features[at] @ moved[at] - above_idle[at]) / joules[at]
+    deviations = moved - moved.mean(axis=0)
+    return errors, np.sqrt((count - 1) / count * (deviations**2).sum(axis=0))
+
+
+def _errors(windows: pl.DataFrame, solved: Floats, idle_w: float, counts_new_token: bool) -> Floats:
+    if not windows.height:
+        return np.zeros(0)
+    predicted = _features(windows, counts_new_token) @ solved
+    predicted = predicted + idle_w * windows["seconds"].to_numpy()
+    return relative_errors(predicted, windows["joules"].to_numpy())
+
+
+def _derived(
+    numbers: Mapping[str, Number], model: EarlyExitModel, present: set[str]
+) -> dict[str, Number]:
+    """Joules that were not measured by themselves, from those that were."""
+    derived: dict[str, Number] = {}
+
+    def take(name: str, factor: float, other: str, why: str) -> None:
+        value = derived[other].value if other in derived else numbers[other].value
+        derived[name] = Number(factor * (value or 0.0), "derived", f"{why}: {factor:.3g} x {other}")
+
+    if "prefill_energy" not in present:
+        why = "not measured; a prompt token computes what a row does"
+        take("prefill.j_per_layer", 1.0, "decode.j_per_layer", why)
+        take("prefill.j_per_token_layer", 1.0, "decode.j_per_row_layer", why)
+        take("prefill.j_per_pair_layer", 1.0, "decode.j_per_context_token_layer", why)
+    if "head_energy" not in present:
+        shape = model.shape
+        share = shape.vocab * shape.hidden / shape.layer_params()
+        why = "not measured; by the head's weights beside a layer's"
+        take("head.j_base", share, "decode.j_per_layer", why)
+        take("head.j_per_row", share, "decode.j_per_row_layer", why)
+    same = "an exit check reads the head's weights too"
+    take("check.j_base", 1.0, "head.j_base", same)
+    take("check.j_per_row", 1.0, "head.j_per_row", same)
+    share = kv_share(model)
+    why = "by the key and value projections' share of a layer's weights"
+    take("kv_fill.j_per_layer", share, "decode.j_per_layer", why)
+    take("kv_fill.j_per_row_layer", share, "decode.j_per_row_layer", why)
+    return derived

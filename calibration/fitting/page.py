@@ -1,0 +1,583 @@
+"""The calibration's page: what was measured, how far off the profile is, and what stands behind it.
+
+Drawn beside the profile rather than into it, so that a redrawn page changes no profile's hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import polars as pl
+
+from calibration.fitting import drawings
+from calibration.fitting.check import (
+    MEDIAN_BAR,
+    NAMES,
+    P95_BAR,
+    CheckRow,
+    check_rows,
+    compare,
+    has_readings,
+    on_cuda,
+    percent,
+    verdict,
+)
+from calibration.fitting.fit import device_floors
+from calibration.fitting.points import HELD_OUT, gather, of_quantity, read_points
+from calibration.fitting.predict import predictor_of
+from helios_sim.errors import InputError
+from helios_sim.exits import ExitTraces, load_traces
+from helios_sim.profile import Profile, TraceExits
+from helios_sim.records import flat_items
+from helios_sim.report.document import add_figure, document, section
+from helios_sim.report.figures import Figure
+from helios_sim.report.words import listed, number, size, span
+
+NUM_BINS: Final = 10
+MAX_MEMORY_ROWS: Final = 24
+
+
+def page_path(profile_folder: Path) -> Path:
+    """Where a profile's page is drawn unless said otherwise: beside its folder."""
+    return profile_folder.parent / f"{profile_folder.name}.calibration.html"
+
+
+def write_page(profile: Profile, path: Path, points: Path | None = None) -> Path:
+    """Draw the page of a profile with readings, and return where it lies.
+
+    `points` is the folder the readings came from, whose name the page states.
+    """
+    try:
+        path.write_text(render(profile, points), encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise InputError(f"The page cannot be written: {error.strerror}.", str(path)) from error
+    return path
+
+
+def render(profile: Profile, points: Path | None = None) -> str:
+    """The page as one self-contained file."""
+    if not has_readings(profile):
+        raise InputError(
+            f"Profile {profile.name!r} is {profile.provenance.origin} and holds no readings, so "
+            "there is no calibration to draw; give a measured profile.",
+            where=str(profile.folder),
+        )
+    compared = compare(profile)
+    rows = check_rows(profile, compared)
+    readings = gather(read_points(profile.folder))
+    drawn: dict[str, Figure] = {}
+    sections = [
+        _opening(profile, rows),
+        _errors(profile, rows, compared, drawn),
+        _layers(profile, readings, drawn),
+        _energy(profile, readings, drawn),
+        _memory(profile),
+        _loading(profile, compared, drawn),
+        _exits(profile, drawn),
+        _provenance(profile, points),
+    ]
+    return document(f"Calibration of {profile.name}", sections, drawn)
+
+
+def _measurement(profile: Profile) -> Mapping[str, Any]:
+    found = profile.document.get("measurement") or {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _kept(profile: Profile, model: str) -> Mapping[str, Any]:
+    found = _measurement(profile).get("models", {}).get(model, {})
+    return found if isinstance(found, Mapping) else {}
+
+
+def _opening(profile: Profile, rows: Sequence[CheckRow]) -> str:
+    held_out = [row for row in rows if row.is_time and row.purpose == HELD_OUT]
+    headline = verdict(rows, on_cuda(profile))
+    if held_out:
+        worst = max(held_out, key=lambda row: row.median)
+        headline = (
+            f"{profile.device.name}: times held out of the fit are predicted within a median of "
+            f"{percent(min(row.median for row in held_out))} to {percent(worst.median)}, by kind."
+        )
+    remarks = [verdict(rows, on_cuda(profile))]
+    for name, model in profile.models.items():
+        kept = _kept(profile, name)
+        if model.hull is not None:
+            remarks.append(
+                f"{name}: measured up to batch {number(model.hull.max_batch)} and "
+                f"{number(model.hull.max_context_tokens)} tokens of context; beyond, a prediction "
+                "extrapolates."
+            )
+        shares = (kept.get("launch_bound_share") or {}).get("by_batch")
+        if shares:
+            first, last = shares[0], shares[-1]
+            remarks.append(
+                f"{name}: launching takes {percent(first[1])} of eager decode time at batch "
+                f"{first[0]} and {percent(last[1])} at batch {last[0]}; graphs save it."
+            )
+        if kept.get("falls"):
+            remarks.append(f"{name}: a predicted time falls {kept['falls']}.")
+    if not profile.has_energy:
+        why = profile.quantities["device.active_w"].source
+        remarks.append(f"Energy is unavailable, which is not zero: {why}.")
+    said = "".join(f"<li>{escape(text)}</li>" for text in remarks)
+    return (
+        f"<header><h1>{escape(f'Calibration of {profile.name}')}</h1>"
+        '<p class="question">What does this device really do with these models, and how far off '
+        "is the profile?</p>"
+        f'<p class="headline">{escape(headline)}</p><ul class="remarks">{said}</ul></header>'
+    )
+
+
+def _table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", texts: int = 1
+) -> str:
+    """A table whose first `texts` columns are text and whose others are figures."""
+    head = "".join(
+        f'<th scope="col"{_aligned(at, texts)}>{escape(title)}</th>'
+        for at, title in enumerate(titles)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(
+            (f'<th scope="row">{escape(cell)}</th>' if not at else "")
+            or f"<td{_aligned(at, texts)}>{escape(cell)}</td>"
+            for at, cell in enumerate(row)
+        )
+        + "</tr>"
+        for row in rows
+    )
+    named = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return (
+        f'<div class="panel scroll"><table style="font-size:.86rem">{named}'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _aligned(column: int, texts: int) -> str:
+    numeric = "text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap"
+    return ' style="white-space:nowrap"' if column < texts else f' style="{numeric}"'
+
+
+def _errors(
+    profile: Profile, rows: Sequence[CheckRow], compared: pl.DataFrame, drawn: dict[str, Figure]
+) -> str:
+    shown = [
+        (
+            NAMES[row.quantity],
+            row.model or "device",
+            row.mode or "\N{EN DASH}",
+            f"{row.purpose}, {row.n}",
+            percent(row.median),
+            percent(row.p95),
+            percent(row.left_out_median),
+            percent(row.noise),
+            ("+" if row.worst >= 0 else "") + percent(row.worst),
+            row.where,
+        )
+        for row in rows
+    ]
+    titles = (
+        "Quantity", "Model", "Mode", "Points", "Median", "p95", "Left out", "Noise", "Worst",
+        "Where it lies",
+    )  # fmt: skip
+    table = _table(
+        titles,
+        shown,
+        "Sizes of relative errors. Left out: median error of fits that did not see the point. "
+        "Noise: median deviation among the trials of one point, which no fit goes below.",
+        texts=3,
+    )
+    figure = add_figure(
+        drawn,
+        "errors",
+        drawings.error_figure(compared),
+        "Relative error of every point by quantity",
+        "(predicted \N{MINUS SIGN} measured) / measured over the measured value. Bands: "
+        f"{MEDIAN_BAR:.0%} and {P95_BAR:.0%}, the bars for the median and the 95th percentile of "
+        "times on a GPU. Hover for a point's place.",
+    )
+    return section("Predicted against measured", "", figure, table)
+
+
+def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) -> str:
+    measurement = _measurement(profile)
+    floors = measurement.get("floors", {})
+    panes: list[str] = []
+    facts: list[tuple[str, ...]] = []
+    names = list(profile.models)
+    for place, name in enumerate(names):
+        kept = _kept(profile, name)
+        mode = kept.get("modes", {}).get("decode_layers", "")
+        mine = readings.filter(pl.col("model") == name)
+        if not of_quantity(mine, "decode_layers", mode).height:
+            continue
+        rate, launch_s = device_floors(floors, name, mode)
+        plot = add_figure(
+            drawn,
+            f"layers{place}",
+            drawings.layer_figure(mine, predictor_of(profile, name), mode, rate, launch_s),
+            f"Decode time per layer of {name} against batch",
+            f"Measured at full depth ({mode or 'one mode'}), less what a stack takes beside its "
+            "layers; lines are the profile. Dashed: the layer's weights and the KV it reads at the "
+            "measured copy rate. Dotted: launching as many kernels without work.",
+        )
+        hidden = "" if not panes else " hidden"
+        panes.append(f'<div id="layer-pane{place}" data-tabs="layers"{hidden}>{plot}</div>')
+        facts.append(_layer_facts(name, kept))
+    if not panes:
+        return ""
+    tabs = ""
+    if len(panes) > 1:
+        options = "".join(
+            f'<label><input type="radio" name="layers" value="layer-pane{place}"'
+            f"{' checked' if not place else ''}>{escape(name)}</label>"
+            for place, name in enumerate(names)
+        )
+        tabs = f'<fieldset class="tabs"><legend class="hidden">Model</legend>{options}</fieldset>'
+    table = _table(
+        ("Model", "Decode is bounded by", "Prefill by", "Batch residual", "Over the floor"),
+        facts,
+        "What was kept of the candidates (a floor or a second plane only where it clearly lowers "
+        "the left-out error), and decode time per layer over the larger floor: median, least to "
+        "most.",
+        texts=4,
+    )
+    return section("Decode time per layer", "What one layer takes, and what bounds it.", tabs,
+                   *panes, table)  # fmt: skip
+
+
+def _layer_facts(name: str, kept: Mapping[str, Any]) -> tuple[str, ...]:
+    planes = kept.get("planes", {})
+    ratios = [row[-1] for row in kept.get("against_floor", [])]
+    over = "\N{EN DASH}"
+    if ratios:
+        over = (
+            f"{number(float(np.median(ratios)))}\N{MULTIPLICATION SIGN} "
+            f"({number(min(ratios))} to {number(max(ratios))})"
+        )
+    residual = kept.get("batch_residual", {})
+    return (
+        name,
+        listed(planes.get("decode", {}).get("kept", [])),
+        listed(planes.get("prefill", {}).get("kept", [])),
+        "kept" if residual.get("kept") else f"not kept: {residual.get('why', 'not tried')}",
+        over,
+    )
+
+
+def _energy(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) -> str:
+    if not profile.has_energy:
+        why = profile.quantities["device.active_w"].source
+        return section(
+            "Energy",
+            f"Unavailable, which is not zero: {why}. Joules of a run on this profile are unknown; "
+            "its times are not concerned.",
+        )
+    names = ("idle_w", "active_w", "load_w")
+    rows = []
+    for name in names:
+        found = profile.quantities[f"device.{name}"]
+        rows.append((name, _watts(found.value), _watts(found.error), found.grade, found.source))
+    for model in profile.models:
+        for name in ("power.active_w", "power.limit_w"):
+            found = profile.quantities[f"models.{model}.coefficients.{name}"]
+            rows.append(
+                (
+                    f"{model} {name}",
+                    _watts(found.value),
+                    _watts(found.error),
+                    found.grade,
+                    found.source,
+                )
+            )
+    figures = []
+    for place, name in enumerate(profile.models):
+        mine = readings.filter(pl.col("model") == name)
+        if mine.filter((pl.col("quantity") == "decode_energy") & (pl.col("joules") > 0)).height:
+            figures.append(
+                add_figure(
+                    drawn,
+                    f"energy{place}",
+                    drawings.energy_figure(mine, predictor_of(profile, name)),
+                    f"Joules per token of {name} by batch",
+                    f"{name}: windows of decode stacks at the greatest depth, without head and "
+                    "fixed part; gross joules. Both axes logarithmic.",
+                )
+            )
+    return section(
+        "Energy",
+        "Windows of whole stacks, regressed on seconds, layers, rows and tokens; gross joules. "
+        "Active power includes the idle one.",
+        *figures,
+        _table(("Power", "Value", "Standard error", "Grade", "Source"), rows, texts=1),
+    )
+
+
+def _watts(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{number(value)} W"
+
+
+def _memory(profile: Profile) -> str:
+    record = _measurement(profile).get("memory", {})
+    rows = []
+    for kind in ("memory_weights", "memory_kv", "memory_workspace", "memory_reserve"):
+        for model, layers, batch, context, found, predicted in record.get(kind, []):
+            where = [
+                f"{value} {word}"
+                for value, word in ((layers, "layers"), (batch, "rows"), (context, "tokens"))
+                if value
+            ]
+            rows.append(
+                (
+                    kind.removeprefix("memory_"),
+                    model or "device",
+                    ", ".join(where),
+                    size(found),
+                    size(predicted) if predicted else "\N{EN DASH}",
+                    percent((predicted - found) / found) if predicted and found else "\N{EN DASH}",
+                )
+            )
+    if not rows:
+        return section("Memory", "No memory was read.")
+    titles = ("Memory", "Model", "At", "Measured", "Predicted", "Error")
+    table = _table(titles, rows[:MAX_MEMORY_ROWS], texts=3)
+    more = rows[MAX_MEMORY_ROWS:]
+    if more:
+        table += f"<details><summary>{len(more)} more</summary>{_table(titles, more, texts=3)}"
+        table += "</details>"
+    return section(
+        "Memory", "A wrong block count spoils more than a wrong time: bytes by the model's "
+        "arithmetic beside bytes allocated.", table
+    )  # fmt: skip
+
+
+def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure]) -> str:
+    record = _measurement(profile).get("loading", {})
+    host = record.get("host", {}).get("stands_for", "load_host")
+    links = [("load_disk", profile.loading.disk), (host, profile.loading.host)]
+    rows = []
+    rates = _measurement(profile).get("floors", {}).get("copy_bytes_per_s", {})
+    link_rate = rates.get("link", rates.get("h2d"))
+    for quantity, link in links:
+        share = ""
+        if quantity != "load_disk" and link_rate:
+            share = percent(link.bytes_per_s / link_rate)
+        grade = profile.quantities[
+            f"loading.{'disk' if quantity == 'load_disk' else 'host'}.bytes_per_s"
+        ].grade
+        rows.append(
+            (
+                NAMES[quantity],
+                grade,
+                span(link.alpha_s),
+                f"{size(link.bytes_per_s)}/s",
+                share or "\N{EN DASH}",
+            )
+        )
+    for label, key in (("graph capture", "graph_capture"), ("unloading", "unload")):
+        seconds = _measurement(profile).get(key)
+        if seconds is not None:
+            rows.append((label, "measured", span(seconds), "\N{EN DASH}", "\N{EN DASH}"))
+    table = _table(
+        ("Stage", "Grade", "Start", "Rate", "Of the copy rate"),
+        rows,
+        "Seconds = start + bytes / rate. Capturing and unloading are medians, and no part of the "
+        "profile's links.",
+        texts=2,
+    )
+    if not compared["quantity"].is_in([quantity for quantity, _ in links]).any():
+        return section("Loading", "No loading was measured.", table)
+    figure = add_figure(
+        drawn,
+        "loading",
+        drawings.loading_figure(compared, links),
+        "Seconds of a load against its bytes",
+        "Points are medians over trials, lines the profile's links, both axes logarithmic.",
+    )
+    return section("Loading", "How long weights take on their way.", figure, table)
+
+
+def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
+    if not isinstance(profile.exits, TraceExits):
+        return section(
+            "Exits", "Not measured: generated from published statistics, at their grades."
+        )
+    traces = load_traces(profile)
+    rows, curves = [], []
+    for name in traces.candidates:
+        threshold = profile.models[name].confidence.default_threshold
+        for domain in traces.domains:
+            at = traces.domain_index(domain)
+            shares = traces.share_by_exit(name, threshold, domain)
+            for level, layer in enumerate(traces.exit_layers[name]):
+                confidence = traces.confidence[name][at, :, level]
+                agrees = traces.agrees[name][at, :, level]
+                rows.append(
+                    (
+                        name,
+                        domain,
+                        str(layer),
+                        number(float(np.exp(traces.nll_nats[name][at, :, level].mean())), 4),
+                        percent(float(agrees.mean())),
+                        percent(float(shares[level])),
+                        percent(calibration_error(confidence, agrees)),
+                    )
+                )
+        first = traces.exit_layers[name][0]
+        curves.append(
+            (
+                f"{name}, layer {first}",
+                reliability(traces.confidence[name][..., 0], traces.agrees[name][..., 0]),
+            )
+        )
+    report = _measurement(profile).get("exit_traces", {}).get("candidates", {})
+    table = _reported_exits(report) or _table(
+        ("Model", "Domain", "Exit after", "Perplexity", "Agrees", "Leave here", "Calibration"),
+        rows,
+        "By exit on held-out text, teacher-forced: perplexity of the text, share of tokens equal "
+        "to the model's own at full depth, share that leaves at the default threshold, and the "
+        "gap between confidence and that agreement (expected calibration error).",
+        texts=2,
+    )
+    figure = add_figure(
+        drawn,
+        "reliability",
+        drawings.reliability_figure(curves),
+        "Agreement with the full model against confidence at the first exit",
+        "Over all domains, in ten bins of confidence. Below the diagonal the model is "
+        "over-confident.",
+    )
+    return section(
+        "Exits",
+        f"{number(traces.num_positions)} positions in each of {listed(list(traces.domains))}; all "
+        "candidates on the same positions.",
+        table,
+        figure,
+        _complementarity(profile, traces),
+    )
+
+
+def _reported_exits(report: Mapping[str, Any]) -> str:
+    """Quality by exit as the tracing reported it, which knows the text's own tokens too."""
+    columns = (
+        "perplexity",
+        "right",
+        "agrees",
+        "share",
+        "calibration_error_raw",
+        "calibration_error_calibrated",
+    )
+    rows = []
+    for name, found in report.items():
+        for domain, quality in found.get("domains", {}).items():
+            own = " (own)" if domain in found.get("own_domains", ()) else ""
+            for level, layer in enumerate(found.get("exit_layers", ())):
+                values = [(quality.get(column) or {level: None})[level] for column in columns]
+                rows.append(
+                    (
+                        name,
+                        f"{domain}{own}",
+                        str(layer),
+                        number(values[0], 4),
+                        *(percent(value) for value in values[1:]),
+                    )
+                )
+    if not rows:
+        return ""
+    titles = (
+        "Model", "Domain", "Exit after", "Perplexity", "Right", "Agrees", "Leave here",
+        "Off, raw", "Off, calibrated",
+    )  # fmt: skip
+    return _table(
+        titles,
+        rows,
+        "By exit on held-out text, teacher-forced. Right: the exit's token is the text's own. "
+        "Agrees: it is the model's own at full depth. Leave here: share of tokens at the "
+        "threshold. Off: expected calibration error of the confidence as the chance of being "
+        "right, raw and after isotonic calibration.",
+        texts=2,
+    )
+
+
+def _complementarity(profile: Profile, traces: ExitTraces) -> str:
+    """Of the tokens that go to the last exit in one model, how many leave another early."""
+    names = traces.candidates
+    if len(names) < 2:
+        return ""
+    levels = {
+        name: traces.exit_level_at(name, profile.models[name].confidence.default_threshold)
+        for name in names
+    }
+    rows = []
+    for name in names:
+        deep = levels[name] == len(traces.exit_layers[name]) - 1
+        cells = []
+        for other in names:
+            last = len(traces.exit_layers[other]) - 1
+            early = levels[other] < last
+            cells.append(
+                "\N{EN DASH}"
+                if other == name or not deep.any()
+                else f"{percent(float(early[deep].mean()))} ({percent(float(early.mean()))} of all)"
+            )
+        rows.append((f"{name} ({percent(float(deep.mean()))} go deep)", *cells))
+    return _table(
+        ("Deep in", *(f"early in {name}" for name in names)),
+        rows,
+        "Complementarity: of the tokens that reach the last exit of one model, the share that "
+        "leaves another before its own last, beside that share among all tokens.",
+    )
+
+
+def reliability(confidence: Any, agrees: Any) -> list[tuple[float, float, int]]:
+    """(Mean confidence, agreement, tokens) in ten equal bins of confidence; empty ones left out."""
+    bins = np.minimum((np.asarray(confidence).ravel() * NUM_BINS).astype(int), NUM_BINS - 1)
+    found = []
+    for place in range(NUM_BINS):
+        mine = bins == place
+        if mine.any():
+            found.append(
+                (
+                    float(np.asarray(confidence).ravel()[mine].mean()),
+                    float(np.asarray(agrees).ravel()[mine].mean()),
+                    int(mine.sum()),
+                )
+            )
+    return found
+
+
+def calibration_error(confidence: Any, agrees: Any) -> float:
+    """Expected calibration error: mean gap between confidence and agreement over ten bins.
+
+    Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 2.
+    """
+    bins = reliability(confidence, agrees)
+    total = sum(count for _, _, count in bins)
+    return sum(count * abs(mean - share) for mean, share, count in bins) / total if total else 0.0
+
+
+def _provenance(profile: Profile, points: Path | None) -> str:
+    counts = {grade: count for grade, count in profile.grade_counts().items() if count}
+    said = listed([f"{number(count)} {grade}" for grade, count in counts.items()])
+    notes = "".join(f"<li>{escape(note)}</li>" for note in profile.provenance.notes)
+    facts = [
+        ("profile", profile.name),
+        ("hash", profile.hash),
+        ("device", profile.device.name),
+        ("device memory", size(profile.device.memory_bytes)),
+        ("models", ", ".join(profile.models)),
+        ("sources", listed(list(profile.provenance.sources))),
+    ]
+    if points is not None:
+        facts.append(("readings from", points.name))
+    facts += list(flat_items(profile.provenance.environment))
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in facts)
+    return section(
+        "Provenance",
+        f"Of the {number(sum(counts.values()))} numbers in this profile, {said}.",
+        f'<ul class="notes">{notes}</ul><dl>{items}</dl>',
+    )

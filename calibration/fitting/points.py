@@ -1,0 +1,158 @@
+"""Raw readings from their file: checked, and gathered into one point a configuration.
+
+A reading is one trial; a point is the median over the trials of one configuration, with the
+spread among them, which is the noise no fit can go below.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import polars as pl
+
+from calibration.measuring import readings as raw
+from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE
+from helios_sim.errors import InputError
+
+_CONFIGURATION: Final = (
+    "quantity",
+    "model",
+    "mode",
+    "layers",
+    "batch",
+    "context_tokens",
+    "longest_context_tokens",
+    "prompt_tokens",
+)
+_MOVED: Final = (
+    "copy_bandwidth",
+    "load_open",
+    "load_disk",
+    "load_host",
+    "load_host_pinned",
+    "unload",
+)
+"""Quantities whose bytes are chosen rather than measured, so that they name the point."""
+PREFILL_ITERATION: Final = "prefill_iteration"
+"""A whole iteration that carries prompts: another cost than a whole decode iteration."""
+
+MOST_LOST_SHARE: Final = 0.1
+"""Of a trial's time that other processes may take before it counts as disturbed."""
+
+FIT: Final = "fit"
+HELD_OUT: Final = "held-out"
+
+
+def read_points(folder: Path) -> pl.DataFrame:
+    """Every reading of a folder; a number that cannot be right is refused with its row."""
+    frame = raw.read_points(folder)
+    unknown = frame.filter(~pl.col("quantity").is_in(raw.QUANTITIES))["quantity"].to_list()
+    if unknown:
+        raise InputError(
+            f"The quantity {unknown[0]!r} is unknown; known are {', '.join(raw.QUANTITIES)}.",
+            where=str(folder / POINTS_FILE),
+        )
+    for column in ("seconds", "joules", "watts", "bytes"):
+        value = pl.col(column).cast(pl.Float64)
+        wrong = frame.with_row_index("row").filter(
+            value.is_not_null() & ~(value.is_finite() & (value >= 0.0))
+        )
+        if wrong.height:
+            first = wrong.row(0, named=True)
+            raise InputError(
+                f"The reading of {first['quantity']!r} has {column} = {first[column]}; a finite "
+                "number of at least 0 is needed. Take the reading again.",
+                where=f"{folder / POINTS_FILE}, row {first['row']}",
+            )
+    return frame
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """What the measurement wrote down about itself beside its readings."""
+    path = folder / ENVIRONMENT_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The readings' {ENVIRONMENT_FILE} cannot be read ({error}); it names the device and "
+            "the models, so measure again or restore it.",
+            where=str(path),
+        ) from error
+    if not isinstance(found, dict):
+        raise InputError("An object was expected.", where=str(path))
+    return found
+
+
+def gather(readings: pl.DataFrame) -> pl.DataFrame:
+    """One row a configuration: medians over its trials, `num_trials` and their `noise`.
+
+    Trials that lost more than a tenth of their time to other processes are left out where the
+    configuration has others. `noise` is the median absolute deviation among trials over their
+    median, null for a single trial. A configuration measured for both purposes counts as held
+    out nowhere: it was fitted.
+    """
+    moved = pl.col("quantity").is_in(_MOVED)
+    deviation = (pl.col("seconds") - pl.col("seconds").median()).abs().median()
+    metered = pl.col("joules").is_not_null() | pl.col("watts").is_not_null()
+    disturbed = (pl.col("idle_share") > MOST_LOST_SHARE).fill_null(False) & ~metered
+    quiet = readings.filter(~disturbed).select(*_CONFIGURATION, "bytes").unique()
+    kept = pl.concat(
+        [
+            readings.filter(~disturbed),
+            readings.filter(disturbed).join(
+                quiet, on=[*_CONFIGURATION, "bytes"], how="anti", nulls_equal=True
+            ),
+        ]
+    )
+    return (
+        kept.with_columns(
+            moved_bytes=pl.when(moved).then(pl.col("bytes")),
+            quantity=pl.when(
+                (pl.col("quantity") == "iteration") & (pl.col("prompt_tokens").fill_null(0) > 0)
+            )
+            .then(pl.lit(PREFILL_ITERATION))
+            .otherwise(pl.col("quantity")),
+        )
+        .group_by(*_CONFIGURATION, "moved_bytes", maintain_order=True)
+        .agg(
+            purpose=pl.when((pl.col("purpose") == FIT).any())
+            .then(pl.lit(FIT))
+            .otherwise(pl.col("purpose").first()),
+            seconds=pl.col("seconds").median(),
+            noise=pl.when(pl.col("seconds").count() > 1).then(
+                deviation / pl.col("seconds").median()
+            ),
+            num_trials=pl.len(),
+            joules=pl.col("joules").median(),
+            watts=pl.col("watts").median(),
+            bytes=pl.col("bytes").max(),
+            predicted_bytes=pl.col("predicted_bytes").max(),
+        )
+        .drop("moved_bytes")
+    )
+
+
+def standing_mode(points: pl.DataFrame, quantity: str, wanted: str) -> str:
+    """The mode a profile stands for: the one wanted, where the quantity was measured in it.
+
+    `wanted` "auto" takes graph where it was measured. A quantity measured in one mode only is
+    taken in that mode.
+    """
+    modes = points.filter((pl.col("quantity") == quantity) & pl.col("seconds").is_not_null())
+    found = modes["mode"].unique().to_list()
+    order = ["eager", "graph", ""] if wanted == "eager" else ["graph", "eager", ""]
+    return next((mode for mode in order if mode in found), "")
+
+
+def of_quantity(
+    points: pl.DataFrame, quantity: str, mode: str | None = None, purpose: str | None = None
+) -> pl.DataFrame:
+    """The points of one quantity that have a time, in one mode and for one purpose if asked."""
+    chosen = points.filter((pl.col("quantity") == quantity) & (pl.col("seconds") > 0.0))
+    if mode is not None:
+        chosen = chosen.filter(pl.col("mode") == mode)
+    if purpose is not None:
+        chosen = chosen.filter(pl.col("purpose") == purpose)
+    return chosen

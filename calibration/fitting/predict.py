@@ -1,0 +1,132 @@
+"""What a profile predicts for a raw reading, through the simulator's own cost functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.fitting.points import PREFILL_ITERATION
+from helios_sim import cost
+from helios_sim.profile import Loading, ModelProfile, Profile
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model's times as its profile has them, for readings of that model.
+
+    `stack_overhead_s` is what a timed stack of layers took beside the layers ("decode",
+    "prefill"): launching and stopping the clock, no part of a served iteration.
+    """
+
+    model: ModelProfile
+    loading: Loading | None = None
+    idle_w: float | None = None
+    stack_overhead_s: Mapping[str, float] = field(default_factory=dict)
+    counts_new_token: bool = True
+
+    @cached_property
+    def coefficients(self) -> NDArray[np.float64]:
+        """The array `helios_sim.cost` reads."""
+        return self.model.coefficient_array()
+
+    def rows(self, batch: int, mode: str) -> float:
+        """Rows computed: a graph pads to its bucket."""
+        return float(self.model.padded_rows(batch)[batch]) if mode == "graph" else float(batch)
+
+    def factor(self, batch: int) -> float:
+        """The batch residual."""
+        return float(self.model.residual(batch)[batch])
+
+    def read_tokens(self, row: Row) -> float:
+        """KV tokens read by a decode of these rows, their own new ones included."""
+        own = 0 if self.counts_new_token else 1
+        return float(row["batch"] * ((row["context_tokens"] or 0) + own))
+
+    def layer_seconds(self, row: Row) -> tuple[float, int]:
+        """Seconds of one decode layer with the residual, and the regime."""
+        rows = self.rows(row["batch"], row["mode"])
+        seconds, regime = cost.layer_seconds(
+            self.coefficients, rows, self.read_tokens(row), 0.0, 0.0, 0.0
+        )
+        return float(seconds) * self.factor(row["batch"]), int(regime)
+
+    def seconds(self, row: Row) -> float | None:
+        """Predicted seconds of a reading; None where the profile predicts no such thing."""
+        c = self.coefficients
+        quantity = row["quantity"]
+        layers, batch = float(row["layers"] or 0), int(row["batch"] or 0)
+        if quantity == "decode_layers":
+            return self.stack_overhead_s.get("decode", 0.0) + layers * self.layer_seconds(row)[0]
+        if quantity == "prefill_layers":
+            tokens, cached, pairs = prefill_load(row)
+            seconds, _ = cost.layer_seconds(c, 0.0, 0.0, tokens, cached, pairs)
+            return self.stack_overhead_s.get("prefill", 0.0) + layers * float(seconds)
+        if quantity == PREFILL_ITERATION:
+            tokens, cached, pairs = prefill_load(row)
+            seconds, _ = cost.mixed_seconds(
+                c, 0.0, 0.0, tokens, cached, pairs, layers, 0.0, float(batch), 1.0
+            )
+            return float(seconds)
+        if quantity == "iteration":
+            rows = self.rows(batch, row["mode"])
+            context = self.read_tokens(row)
+            factor = self.factor(batch)
+            seconds, _ = cost.decode_seconds(c, rows, context, layers, 0.0, 1.0, 0.0, rows, factor)
+            return float(seconds)
+        if quantity == "head":
+            return float(cost.head_seconds(c, float(batch)))
+        if quantity == "check":
+            return float(cost.check_seconds(c, float(batch)))
+        if quantity == "kv_fill":
+            return float(cost.kv_fill_seconds(c, float(batch), layers))
+        if self.loading is not None and row["bytes"]:
+            if quantity == "load_disk":
+                return self.loading.disk.seconds(row["bytes"])
+            if quantity in ("load_host", "load_host_pinned"):
+                return self.loading.host.seconds(row["bytes"])
+        return None
+
+    def joules(self, row: Row) -> float | None:
+        """Predicted joules of an energy reading of known seconds; None without energy."""
+        if not self.model.has_energy or row["seconds"] is None:
+            return None
+        c = self.coefficients
+        layers, batch = float(row["layers"] or 0), float(row["batch"] or 0)
+        quantity = row["quantity"]
+        if quantity == "decode_energy":
+            work = layers * cost.layer_joules(c, batch, self.read_tokens(row), 0.0, 0.0)
+        elif quantity == "prefill_energy":
+            tokens, _, pairs = prefill_load(row)
+            work = layers * cost.layer_joules(c, 0.0, 0.0, tokens, pairs)
+        elif quantity == "head_energy":
+            work = cost.head_joules(c, batch)
+        else:
+            return None
+        return float(cost.iteration_joules(c, row["seconds"], work))
+
+
+def prefill_load(row: Row) -> tuple[float, float, float]:
+    """Tokens, cached tokens read back and query-key pairs of a batch of equal prompts."""
+    batch = float(row["batch"] or 1)
+    tokens, cached = float(row["prompt_tokens"] or 0), float(row["context_tokens"] or 0)
+    return batch * tokens, batch * cached, batch * tokens * (cached + (tokens + 1.0) / 2.0)
+
+
+def predictor_of(profile: Profile, name: str) -> Predictor:
+    """The predictor of a profile's model, with what its measurement remembers."""
+    measurement = profile.document.get("measurement") or {}
+    kept = measurement.get("models", {}).get(name, {})
+    return Predictor(
+        model=profile.models[name],
+        loading=profile.loading,
+        idle_w=profile.quantities["device.idle_w"].value,
+        stack_overhead_s=kept.get("stack_overhead_s", {}),
+        counts_new_token=bool(measurement.get("context_counts_new_token", True)),
+    )

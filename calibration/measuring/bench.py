@@ -1,0 +1,472 @@
+"""One model on the bench: its trials become readings.
+
+Rows of the KV pool hold keys and values of real tokens before anything is timed, hidden states
+are those of real tokens, and every layer of a stack has weights of its own: caches are not what
+is measured, and values move a GPU's power. A decode's `context_tokens` count the new token.
+
+What is timed follows the serving loop. A stack of layers and the head run as the device works
+through its queue; an exit check and an iteration end with their decision on the host, since the
+loop waits for it there.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import Any, Final
+
+from torch import Tensor
+
+from calibration.measuring.floors import count_launches
+from calibration.measuring.grid import (
+    SAMPLES,
+    WARMUPS,
+    Bounds,
+    Job,
+    Probe,
+    ragged_lengths,
+    timing_s,
+)
+from calibration.measuring.meters import Measurement, Meter
+from calibration.measuring.occupancy import peak_bytes, reserved_bytes
+from calibration.measuring.readings import Reading
+from calibration.measuring.timing import (
+    MAX_TRIES,
+    Timer,
+    WallTimer,
+    Work,
+    quiet_share,
+    synchronise,
+    timed,
+    timer_for,
+)
+from calibration.model.decode import Decoder, slot_pool
+from calibration.model.early_exit import EarlyExitLM
+from calibration.model.graphs import Recorder
+from calibration.serving.batching import Life, Row
+from calibration.serving.machine import ModelMachine
+
+MAX_PREFILL_TOKENS: Final = 4096
+"""Tokens of one prefill; what a server would take in chunks."""
+
+_STEADY_S: Final = 0.5
+"""Work before an energy window opens: power follows load with a delay."""
+
+_WAITING: Final = frozenset(("check", "iteration"))
+"""Quantities whose result is awaited on the host, so that the wall clock is what counts."""
+
+
+_MOVES: Final = 16
+"""Different positions that iterations go through: a place met before would be remembered."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Rows of one load: their numbers, the new tokens with their positions and hidden states."""
+
+    rows: list[int]
+    ids: list[int]
+    positions: list[int]
+    hidden: Tensor
+
+
+class Bench:
+    """A loaded model with a filled KV pool of `max_batch` rows of `max_context` tokens.
+
+    `tokens` are ids of a real text. Raises InputError where the pool does not fit.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitLM,
+        tokens: Sequence[int],
+        *,
+        max_batch: int,
+        max_context: int,
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.name = model.spec.name
+        self.device = model.device
+        self.depths = tuple(layer for layer in model.exit_layers if layer <= model.depth)
+        self.max_batch = max_batch
+        self.max_context = max_context
+        self._seed = seed
+        self._tokens = tokens
+        self.pool = slot_pool(model, max_batch, max_context)
+        self.decoders = {"eager": Decoder(model, self.pool)}
+        self._graph_bytes = 0
+        self.timer = timer_for(self.device)
+        self._wall = WallTimer(self.device)
+        self._fill_pool()
+
+    @property
+    def bounds(self) -> Bounds:
+        """What may be asked of it."""
+        return Bounds(
+            self.name,
+            self.depths,
+            self.max_batch,
+            self.max_context,
+            self.max_batch * self.max_context,
+            max(self.max_context, min(MAX_PREFILL_TOKENS, self.max_batch * self.max_context)),
+            self.modes,
+        )
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """How decoding can run here."""
+        return tuple(self.decoders)
+
+    def capture_graphs(self, recorder: Recorder | None = None) -> Reading | str:
+        """Capture CUDA graphs for every segment and bucket; the reason where that cannot be.
+
+        `recorder` captures them in place of CUDA's own.
+        """
+        decoder = Decoder(self.model, self.pool)
+        before = reserved_bytes(self.device)
+        begin_s = time.perf_counter()
+        captured = decoder.use_graphs(max_context=self.max_context, recorder=recorder)
+        if not captured or decoder.graphs is None:
+            return decoder.graphs_off_reason
+        seconds = time.perf_counter() - begin_s
+        self._graph_bytes = reserved_bytes(self.device) - before
+        self.decoders["graph"] = decoder
+        return Reading(
+            "graph_capture",
+            model=self.name,
+            mode="graph",
+            layers=self.model.depth,
+            batch=self.max_batch,
+            context_tokens=self.max_context,
+            seconds=seconds,
+            repetitions=decoder.graphs.num_graphs,
+            note=f"{decoder.graphs.num_graphs} graphs",
+        )
+
+    @property
+    def buckets(self) -> dict[str, list[int]]:
+        """Batches and contexts that graphs pad to; empty without graphs."""
+        decoder = self.decoders.get("graph")
+        if decoder is None or decoder.graphs is None:
+            return {"batch_buckets": [], "context_buckets": []}
+        settings = decoder.graphs.settings
+        return {
+            "batch_buckets": list(settings.batch_buckets),
+            "context_buckets": list(settings.context_buckets),
+        }
+
+    @property
+    def steady_s(self) -> float:
+        """Seconds of work before an energy window opens."""
+        return _STEADY_S
+
+    def close(self) -> None:
+        """Give the graphs and the pool back."""
+        for decoder in self.decoders.values():
+            decoder.drop_graphs()
+        self.decoders.clear()
+        self.pool.clear()
+        self.pool.resize(0)
+
+    def memory(self) -> Iterator[Reading]:
+        """Bytes of the KV pool and of the largest work's workspace, captured graphs included."""
+        spec, depth = self.model.spec, self.depths[-1]
+        tokens = self.max_batch * self.max_context
+        yield Reading(
+            "memory_kv",
+            self.name,
+            layers=depth,
+            batch=self.max_batch,
+            context_tokens=self.max_context,
+            bytes=self.pool.bytes,
+            predicted_bytes=tokens * spec.kv_bytes_per_token(depth),
+        )
+        prompt = min(self.max_context, MAX_PREFILL_TOKENS)
+        rows = max(1, min(self.max_batch, MAX_PREFILL_TOKENS // prompt))
+        largest = (
+            Job(
+                "prefill_layers",
+                self.name,
+                batch=rows,
+                context_tokens=0,
+                prompt_tokens=prompt,
+            ),
+            Job(
+                "iteration",
+                self.name,
+                batch=self.max_batch,
+                context_tokens=self.max_context,
+                longest_tokens=self.max_context,
+            ),
+        )
+        for job in largest:
+            work = self.work(job, depth)
+            work()
+            taken = peak_bytes(self.device, work)
+            if taken is not None:
+                # Graphs keep their memory for good, beside whatever runs.
+                yield replace(
+                    job.reading(depth), quantity="memory_workspace", bytes=taken + self._graph_bytes
+                )
+
+    def estimate_s(self, job: Job, probe: Probe) -> float:
+        """Seconds that a latency trial is likely to take."""
+        depths = job.depths or (self.depths[-1],)
+        passes = [probe.pass_s(job, depth / self.depths[-1]) for depth in depths]
+        return timing_s(passes, self.timer.min_sample_s, probe.samples_per_quiet_one)
+
+    def probe(self) -> Probe:
+        """A few rough looks at how long passes take."""
+        depth, long = self.depths[-1], self.max_context
+        short, wide = min(32, long), self.max_batch
+
+        def seconds(quantity: str, batch: int, context: int = 0, prompt: int = 0) -> float:
+            job = Job(
+                quantity,
+                self.name,
+                "eager",
+                (depth,),
+                batch=batch,
+                context_tokens=context or None,
+                prompt_tokens=prompt or None,
+            )
+            return self._once(self.work(job, depth))
+
+        short_work = self.work(Job("decode_layers", batch=1, context_tokens=short), depth)
+        one = seconds("decode_layers", 1, short)
+        many = seconds("decode_layers", wide, short)
+        far = seconds("decode_layers", wide, long)
+        prompt = min(long, MAX_PREFILL_TOKENS)
+        few = seconds("prefill_layers", 1, prompt=short)
+        whole = seconds("prefill_layers", 1, prompt=prompt)
+        head = seconds("head", 1)
+        heads = seconds("head", wide)
+        return Probe(
+            decode_s=one,
+            decode_s_per_row=_slope(one, many, wide - 1),
+            decode_s_per_context_token=_slope(many, far, wide * (long - short)),
+            prefill_s=few,
+            prefill_s_per_token=_slope(few, whole, prompt - short),
+            prefill_s_per_pair=0.0,
+            head_s=head,
+            head_s_per_row=_slope(head, heads, wide - 1),
+            samples_per_quiet_one=min(MAX_TRIES, 1.0 / quiet_share(self.timer, short_work)),
+        )
+
+    def time(self, job: Job) -> Iterator[Reading]:
+        """Take a latency trial: its stacks in turns, one reading each."""
+        timer: Timer = self._wall if job.quantity in _WAITING else self.timer
+        works = [self.work(job, depth) for depth in job.depths or (self.depths[-1],)]
+        found = timed(works, timer, samples=SAMPLES, warmups=WARMUPS, seed=job.trial)
+        for depth, timing in zip(job.depths or (None,), found, strict=True):
+            yield job.reading(depth).timed(timing)
+
+    def energy(self, job: Job, meter: Meter, window_s: float) -> Reading:
+        """Take an energy window: the same work over and over, joules of one repetition.
+
+        Joules are the window's watts times the seconds of a repetition: the counter's ticks do
+        not fall on repetitions.
+        """
+        depth = job.depths[0] if job.depths else None
+        work = self.work(job, depth or self.depths[-1])
+        chunk = max(1, round(0.05 / max(self._once(work), 1e-6)))
+        self._repeat(work, chunk, min(_STEADY_S, window_s / 4))
+        window = meter.open()
+        seconds, repetitions = self._repeat(work, chunk, window_s)
+        found = window.close(busy_s=seconds)
+        per_repetition_s = seconds / repetitions
+        if not isinstance(found, Measurement):
+            return job.reading(
+                depth,
+                seconds=per_repetition_s,
+                repetitions=repetitions,
+                meter=found.source,
+                note=found.reason,
+            )
+        return job.reading(
+            depth,
+            seconds=per_repetition_s,
+            repetitions=repetitions,
+            joules=found.watts * per_repetition_s,
+            **power_columns(found),
+        )
+
+    def work(self, job: Job, depth: int) -> Work:
+        """The work of one repetition of a job at one depth."""
+        if job.prompt_tokens:
+            whole = job.quantity == "iteration"
+            return self._prefill_iteration(job, depth) if whole else self._prefill(job, depth)
+        if job.quantity == "iteration":
+            return self._iteration(job, depth)
+        if job.quantity in ("head", "head_energy"):
+            return self._head(job)
+        if job.quantity == "check":
+            return self._check(job)
+        if job.quantity == "kv_fill":
+            return self._kv_fill(job, depth)
+        return self._decode(job, depth)
+
+    def launches_per_layer(self) -> int:
+        """Operators that one decode layer launches, views left out."""
+        load = self._load(Job("decode_layers", batch=1, context_tokens=2))
+        return count_launches(self._segments(self.decoders["eager"], load, [(0, 1)]))
+
+    def _decode(self, job: Job, depth: int) -> Work:
+        decoder = self._decoder(job)
+        return self._segments(decoder, self._load(job), self._ranges(job, depth))
+
+    def _segments(self, decoder: Decoder, load: Load, ranges: Sequence[tuple[int, int]]) -> Work:
+        def segments() -> Tensor:
+            hidden = load.hidden
+            for first, last in ranges:
+                hidden = decoder.segment(load.rows, hidden, load.positions, first, last)
+            return hidden
+
+        return segments
+
+    def _prefill(self, job: Job, depth: int) -> Work:
+        count, tokens, cached = job.batch or 1, job.prompt_tokens or 1, job.context_tokens or 0
+        rows, starts = list(range(count)), [cached] * count
+        ids = [self._ids(tokens, row) for row in rows]
+        decoder = self.decoders["eager"]
+        return lambda: decoder.extend(rows, ids, starts, last=depth)
+
+    def _prefill_iteration(self, job: Job, depth: int) -> Work:
+        """Rows come in, are prefilled, say their first token and go again, as when serving."""
+        count, tokens = job.batch or 1, job.prompt_tokens or 1
+        machine, level = self._machine(job, depth), self._level(depth)
+        lives = [self._life(tokens, row) for row in range(count)]
+
+        def iteration() -> object:
+            for _ in range(count):
+                self.pool.release(self.pool.num_rows - 1)
+            machine.occupants.clear()
+            rows = [Row(life, to_prefill=tokens, blocks=0) for life in lives]
+            machine.prefill(rows)
+            return machine.read(level)
+
+        return iteration
+
+    def _iteration(self, job: Job, depth: int) -> Work:
+        """What a served decode iteration does on the machine, its places found anew each time."""
+        machine, level = self._machine(job, depth), self._level(depth)
+        lengths = self._lengths(job)
+        highest = min(_MOVES // 2, self.max_context - max(lengths))
+        rows = [self._row(self._life(length, place), place) for place, length in enumerate(lengths)]
+        moves = cycle(range(highest, highest - _MOVES, -1))
+
+        def iteration() -> object:
+            move = next(moves)
+            for row, length in zip(rows, lengths, strict=True):
+                row.context = max(0, length - 1 + move)
+            machine.begin(rows, 0, ())
+            for here in range(level + 1):
+                machine.run_to(here)
+            return machine.read(level)
+
+        return iteration
+
+    def _head(self, job: Job) -> Work:
+        hidden, model, level = self._load(job).hidden, self.model, len(self.depths) - 1
+        return lambda: model.decide(model.logits(hidden, level))
+
+    def _check(self, job: Job) -> Work:
+        hidden, model = self._load(job).hidden, self.model
+        return lambda: on_host(model.decide(model.logits(hidden, 0)))
+
+    def _kv_fill(self, job: Job, layers: int) -> Work:
+        load, decoder, depth = self._load(job), self._decoder(job), self.depths[-1]
+        return lambda: decoder.fill(load.rows, load.hidden, load.positions, depth - layers, depth)
+
+    def _load(self, job: Job) -> Load:
+        """Rows of a load, ready to decode one token each."""
+        positions = [length - 1 for length in self._lengths(job)]
+        rows, ids = list(range(len(positions))), self._ids(len(positions), job.trial)
+        return Load(rows, ids, positions, self._decoder(job).begin(rows, ids, positions))
+
+    def _lengths(self, job: Job) -> list[int]:
+        """KV tokens that each row reads, its new one included."""
+        context = job.context_tokens or min(32, self.max_context)
+        longest = job.longest_tokens or context
+        return ragged_lengths(job.batch or 1, context, longest, seed=self._seed)
+
+    def _machine(self, job: Job, depth: int) -> ModelMachine:
+        decoder = self._decoder(job)
+        return ModelMachine(self.model, self.pool, decoder, depth=depth, free_running=False)
+
+    def _life(self, prompt_tokens: int, place: int) -> Life:
+        text = self._ids(self.max_context + 2, place)
+        return Life(place, 0.0, prompt_tokens, 1, text)
+
+    def _row(self, life: Life, slot: int) -> Row:
+        return Row(life, to_prefill=0, blocks=0, slot=slot)
+
+    def _ids(self, count: int, place: int) -> list[int]:
+        """Token ids from somewhere in the text."""
+        start = random.Random(place).randrange(max(1, len(self._tokens) - count))
+        found = self._tokens[start : start + count]
+        return [found[index % len(found)] for index in range(count)]
+
+    def _decoder(self, job: Job) -> Decoder:
+        return self.decoders.get(job.mode, self.decoders["eager"])
+
+    def _ranges(self, job: Job, depth: int) -> list[tuple[int, int]]:
+        """Layer ranges up to a depth, exit by exit as the serving loop runs, graphs or not."""
+        return [(first, last) for first, last in self._decoder(job).segments() if last <= depth]
+
+    def _level(self, depth: int) -> int:
+        return self.depths.index(depth)
+
+    def _fill_pool(self) -> None:
+        """Let every row hold keys and values of real tokens: the first row's, copied."""
+        for _ in range(self.max_batch):
+            self.pool.admit(self.max_context)
+        chunk = MAX_PREFILL_TOKENS
+        for start in range(0, self.max_context, chunk):
+            count = min(chunk, self.max_context - start)
+            self.decoders["eager"].extend([0], [self._ids(count, start)], [start])
+        for store in (*self.pool.keys, *self.pool.values):
+            slots = store[: self.pool.capacity_tokens].view(self.max_batch, self.max_context, -1)
+            slots[1:] = slots[0]
+        synchronise(self.device)
+
+    def _once(self, work: Work) -> float:
+        """Rough seconds of work: the quickest of a few runs after the first."""
+        self._wall.sample(work, 1)
+        return min(self._wall.sample(work, 1).seconds for _ in range(3))
+
+    def _repeat(self, work: Work, chunk: int, seconds: float) -> tuple[float, int]:
+        """Repeat work for some time; the seconds it took and how often it ran."""
+        begin_s = time.perf_counter()
+        repetitions = 0
+        while time.perf_counter() - begin_s < seconds:
+            for _ in range(chunk):
+                work()
+            synchronise(self.device)
+            repetitions += chunk
+        return time.perf_counter() - begin_s, repetitions
+
+
+def on_host(decided: Any) -> object:
+    """What a decision says, read by the host: it waits for the device."""
+    return decided.tokens.tolist(), decided.confidence.tolist()
+
+
+def power_columns(found: Measurement) -> dict[str, Any]:
+    """Columns of a reading that a window fills."""
+    return {
+        "watts": found.watts,
+        "meter": found.source,
+        "cross_watts": found.cross_watts,
+        "cross_meter": found.cross_source,
+        "idle_share": found.idle_share,
+        "short_window": found.short,
+    }
+
+
+def _slope(less: float, more: float, apart: int) -> float:
+    return max(0.0, more - less) / apart if apart > 0 else 0.0

@@ -1,0 +1,88 @@
+"""The device's own floors, measured in the run they are compared with: launches and copies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from calibration.measuring.timing import Captured, Timer, Timing, Work, capture, timed
+
+_VIEWS: Final = frozenset(
+    (
+        "alias",
+        "as_strided",
+        "detach",
+        "expand",
+        "permute",
+        "select",
+        "slice",
+        "split",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unsqueeze",
+        "view",
+        "_reshape_alias",
+        "_unsafe_view",
+    )
+)
+"""Operators that launch nothing."""
+
+
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_launches(work: Work) -> int:
+    """Operators of the work that run something on the device; each is one launch or more."""
+    with _Count() as counted:
+        work()
+    return sum(number for name, number in counted.operators.items() if name not in _VIEWS)
+
+
+def launch_chain(length: int, device: torch.device) -> Work:
+    """A chain of operators with next to nothing to do, each waiting for the one before."""
+    value = torch.ones(1, device=device)
+
+    def chain() -> Tensor:
+        for _ in range(length):
+            value.mul_(1.0)
+        return value
+
+    return chain
+
+
+def time_launches(
+    length: int, device: torch.device, timer: Timer, mode: str, samples: int
+) -> Timing | str:
+    """Time a chain of `length` launches, eager or from a graph; a reason where that cannot be."""
+    chain = launch_chain(length, device)
+    if mode == "graph":
+        captured = capture(chain, device)
+        if not isinstance(captured, Captured):
+            return captured.reason
+        chain = captured.replay
+    return timed([chain], timer, samples=samples)[0]
+
+
+def time_copy(
+    num_bytes: int, device: torch.device, timer: Timer, samples: int
+) -> tuple[Timing, int]:
+    """Time one copy within the device's memory; also the bytes it moves, read and written."""
+    count = num_bytes // 4
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    work: Callable[[], object] = lambda: target.copy_(source)  # noqa: E731
+    return timed([work], timer, samples=samples)[0], 2 * 4 * count

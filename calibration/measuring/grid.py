@@ -1,0 +1,477 @@
+"""What to measure within a time budget: a grid of trials, coarser where time is short.
+
+Pure planning: it knows estimates, not devices. A trial is one `Job`; the trials of a round cover
+the whole grid once, in random order, so that a run cut short still has a grid, and drift of the
+device falls on all points alike.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final
+
+from calibration.measuring.readings import Key, Purpose, Reading
+
+SAMPLES: Final = 5
+"""Samples of one trial; its reading is their median."""
+
+WARMUPS: Final = 2
+
+ENERGY_SHARE: Final = 0.45
+"""Of the budget, where there is a meter: windows of seconds are what takes long."""
+
+LOADING_SHARE: Final = 0.12
+USED_SHARE: Final = 0.9
+"""Of the budget that is planned for; estimates err."""
+
+LARGEST_JOB_SHARE: Final = 0.04
+"""Of the budget that one trial may take; a point that takes longer is left out."""
+
+SMALL_JOB_S: Final = 2.0
+"""A trial is never too long that takes no longer than this."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial: which quantity, of which model, at which load.
+
+    `depths` are stacks of layers timed in turns, one reading each. `context_tokens` is the mean
+    per row; where `longest_tokens` differs the rows are ragged. `prompt_tokens` are the new
+    tokens of each row of a prefill. `size_bytes` is what a load or copy moves.
+    """
+
+    quantity: str
+    model: str = ""
+    mode: str = ""
+    depths: tuple[int, ...] = ()
+    batch: int | None = None
+    context_tokens: int | None = None
+    longest_tokens: int | None = None
+    prompt_tokens: int | None = None
+    size_bytes: int | None = None
+    trial: int = 0
+    purpose: Purpose = "fit"
+
+    def reading(self, layers: int | None, **found: Any) -> Reading:
+        """A reading of this trial."""
+        values: dict[str, Any] = {
+            "quantity": self.quantity,
+            "model": self.model,
+            "mode": self.mode,
+            "layers": layers,
+            "batch": self.batch,
+            "context_tokens": self.context_tokens,
+            "longest_context_tokens": self.longest_tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "bytes": self.size_bytes,
+            "trial": self.trial,
+            "purpose": self.purpose,
+        }
+        return Reading(**(values | found))
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """Keys of its readings."""
+        return tuple(self.reading(layers).key for layers in self.depths or (None,))
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON object that `job_from` reads back."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, "", ())}
+
+
+def job_from(found: Mapping[str, Any]) -> Job:
+    """A job from `Job.as_dict`; raises TypeError for unknown names."""
+    return Job(**{**found, "depths": tuple(found.get("depths", ()))})
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Rough seconds of one pass at full depth, from a few looks before planning.
+
+    decode: base + per row + per context token; prefill: base + per token + per pair of tokens.
+    """
+
+    decode_s: float
+    decode_s_per_row: float
+    decode_s_per_context_token: float
+    prefill_s: float
+    prefill_s_per_token: float
+    prefill_s_per_pair: float
+    head_s: float
+    head_s_per_row: float
+    samples_per_quiet_one: float = 1.0
+    """Samples to take for one that nothing disturbs."""
+
+    def pass_s(self, job: Job, share: float) -> float:
+        """Seconds of one repetition of a job with this share of the layers."""
+        batch = job.batch or 1
+        if job.quantity in ("head", "check", "head_energy"):
+            return self.head_s + batch * self.head_s_per_row
+        head_s = self.head_s + batch * self.head_s_per_row if job.quantity == "iteration" else 0.0
+        if job.prompt_tokens:
+            tokens, cached = job.prompt_tokens, job.context_tokens or 0
+            pairs = batch * tokens * (cached + tokens / 2)
+            layers_s = (
+                self.prefill_s
+                + batch * tokens * self.prefill_s_per_token
+                + pairs * self.prefill_s_per_pair
+            )
+        else:
+            context = job.longest_tokens or job.context_tokens or 0
+            layers_s = (
+                self.decode_s
+                + batch * self.decode_s_per_row
+                + batch * context * self.decode_s_per_context_token
+            )
+        return share * layers_s + head_s
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one model allows: its depths (exit layers, the last the loaded one) and its pool.
+
+    `pool_tokens` are the KV tokens of the pool over all rows; `modes` in which decoding runs.
+    `max_prefill_tokens` bounds the tokens of one prefill.
+    """
+
+    model: str
+    depths: tuple[int, ...]
+    max_batch: int
+    max_context: int
+    pool_tokens: int
+    max_prefill_tokens: int
+    modes: tuple[str, ...] = ("eager",)
+
+    @property
+    def depth(self) -> int:
+        """Loaded layers."""
+        return self.depths[-1]
+
+
+@dataclass(frozen=True)
+class Richness:
+    """How fine a grid is: values along each axis and trials."""
+
+    batches: int
+    contexts: int
+    prompts: int
+    held_out: int
+    trials: int
+
+
+RICHNESS: Final = (
+    Richness(8, 6, 7, 12, 5),
+    Richness(8, 5, 6, 12, 4),
+    Richness(7, 5, 6, 10, 3),
+    Richness(6, 4, 5, 8, 3),
+    Richness(5, 4, 5, 6, 3),
+    Richness(5, 3, 4, 5, 3),
+    Richness(4, 3, 4, 4, 3),
+    Richness(4, 3, 4, 4, 2),
+    Richness(3, 2, 3, 3, 2),
+    Richness(3, 2, 3, 3, 1),
+    Richness(2, 2, 2, 2, 1),
+)
+"""From the finest grid to the coarsest that can still be fitted."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Trials of one model in their order, the seconds they may take, and what was left out."""
+
+    jobs: tuple[Job, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def plan_latency(
+    bounds: Bounds,
+    estimate_s: Callable[[Job], float],
+    allowed_s: float,
+    budget_s: float,
+    seed: int,
+) -> Plan:
+    """The richest grid of latency trials whose estimate fits, the coarsest if none does."""
+    longest_s = max(SMALL_JOB_S, LARGEST_JOB_SHARE * budget_s)
+    for richness in RICHNESS:
+        jobs, notes = [], []
+        for job in _latency_jobs(bounds, richness, seed):
+            if estimate_s(job) <= longest_s or _smallest(job, bounds):
+                jobs.append(job)
+            elif job.trial == 0:
+                notes.append(_left_out(job))
+        seconds = sum(map(estimate_s, jobs))
+        if seconds <= allowed_s or richness is RICHNESS[-1]:
+            return Plan(shuffled_rounds(jobs, seed), seconds, tuple(notes))
+    raise AssertionError("unreachable")
+
+
+def plan_energy(bounds: Bounds, window_s: float, allowed_s: float, seed: int) -> Plan:
+    """Energy windows of one model: the base set as often as the time allows, three times at most.
+
+    A budget too short for the base set gets its first windows; none where not even four fit.
+    """
+    base = list(_energy_jobs(bounds))
+    number = int(allowed_s // window_s)
+    if number < 4:
+        return Plan((), 0.0, (f"{bounds.model}: no time for energy windows of {window_s:.1f} s",))
+    jobs = [
+        replace(job, trial=trial)
+        for trial in range(max(1, min(3, number // len(base))))
+        for job in base
+    ][:number]
+    return Plan(shuffled_rounds(jobs, seed), len(jobs) * window_s)
+
+
+def shuffled_rounds(jobs: Iterable[Job], seed: int) -> tuple[Job, ...]:
+    """Jobs by trial, each round in a random order of its own."""
+    rounds: dict[int, list[Job]] = {}
+    for job in jobs:
+        rounds.setdefault(job.trial, []).append(job)
+    ordered: list[Job] = []
+    for trial in sorted(rounds):
+        random.Random(f"{seed}-{trial}").shuffle(rounds[trial])
+        ordered += rounds[trial]
+    return tuple(ordered)
+
+
+def timing_s(pass_s: Iterable[float], min_sample_s: float, samples_each: float = 1.0) -> float:
+    """Estimated seconds to time passes of these lengths in turns, warm-up included.
+
+    `samples_each` is how many samples are taken for one that counts.
+    """
+    total = 0.0
+    for seconds in pass_s:
+        sample_s = max(1.1 * min_sample_s, seconds)
+        # One sample more goes into finding the repetitions.
+        total += (samples_each * SAMPLES + 1) * sample_s + (WARMUPS + 1) * seconds
+    return total
+
+
+def geometric(low: int, high: int, count: int) -> tuple[int, ...]:
+    """Up to `count` whole numbers from low to high, evenly spaced by ratio, both ends included."""
+    if high <= low or count < 2:
+        return (high,)
+    ratio = (high / low) ** (1 / (count - 1))
+    return tuple(sorted({round(low * ratio**place) for place in range(count)}))
+
+
+def powers_of_two(high: int, count: int) -> tuple[int, ...]:
+    """Up to `count` batch sizes from 1 to `high`: powers of two spread evenly, and `high`."""
+    powers = [1 << place for place in range(high.bit_length()) if 1 << place < high] + [high]
+    if len(powers) <= count:
+        return tuple(powers)
+    places = {round(place * (len(powers) - 1) / (count - 1)) for place in range(count)}
+    return tuple(powers[place] for place in sorted(places))
+
+
+def ragged_lengths(batch: int, mean: int, longest: int, seed: int) -> list[int]:
+    """Lengths of `batch` rows with exactly this mean and maximum, in random order.
+
+    Rows come in pairs around the mean; an odd one out has the mean. Needs mean <= longest and
+    longest < 2 mean; a single row, or longest == mean, gives equal rows.
+    """
+    if batch < 2 or longest <= mean:
+        return [mean] * batch
+    if longest >= 2 * mean:
+        raise ValueError(f"Rows of mean {mean} cannot be ragged up to {longest}.")
+    draw = random.Random(seed)
+    lengths = [mean] * (batch % 2)
+    for pair in range(batch // 2):
+        apart = longest - mean if pair == 0 else draw.randint(0, longest - mean)
+        lengths += [mean - apart, mean + apart]
+    draw.shuffle(lengths)
+    return lengths
+
+
+def _latency_jobs(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
+    """All latency trials of a grid."""
+    for trial in range(richness.trials):
+        for mode in bounds.modes:
+            for job in _one_trial(bounds, richness, mode, seed):
+                yield replace(job, mode=mode, trial=trial)
+
+
+def _one_trial(bounds: Bounds, richness: Richness, mode: str, seed: int) -> Iterator[Job]:
+    name, depths = bounds.model, bounds.depths
+    batches = powers_of_two(bounds.max_batch, richness.batches)
+    contexts = geometric(min(32, bounds.max_context), bounds.max_context, richness.contexts)
+    prompts = geometric(
+        min(16, bounds.max_context),
+        min(bounds.max_context, bounds.max_prefill_tokens),
+        richness.prompts,
+    )
+    for batch in batches:
+        for context in contexts:
+            if batch * context <= bounds.pool_tokens:
+                yield Job(
+                    "decode_layers",
+                    name,
+                    depths=depths,
+                    batch=batch,
+                    context_tokens=context,
+                    longest_tokens=context,
+                )
+    middle = contexts[(len(contexts) - 1) // 2]
+    for batch in batches:
+        longest = _ragged_longest(middle, batch, bounds)
+        if batch * longest <= bounds.pool_tokens:
+            for ragged in sorted({middle, longest}):
+                yield Job(
+                    "iteration",
+                    name,
+                    depths=depths,
+                    batch=batch,
+                    context_tokens=middle,
+                    longest_tokens=ragged,
+                )
+    yield from _held_out(bounds, richness, seed)
+    if mode == "graph":
+        # What is not replayed from a graph costs the same whatever the layers run as.
+        return
+    yield from _held_out_prefills(bounds, richness, seed)
+    for batch in batches:
+        for quantity in ("head", "check"):
+            yield Job(quantity, name, batch=batch)
+        if len(depths) > 1:
+            yield Job("kv_fill", name, depths=_filled(depths), batch=batch)
+    for prompt in prompts:
+        yield _prefill("prefill_layers", bounds, 1, prompt, 0)
+    for prompt in prompts[len(prompts) // 2 :: 2]:
+        yield _prefill("iteration", bounds, 1, prompt, 0)
+    for rows in (4, 16):
+        prompt = prompts[len(prompts) // 2]
+        if rows <= bounds.max_batch and rows * prompt <= bounds.max_prefill_tokens:
+            yield _prefill("prefill_layers", bounds, rows, prompt, 0)
+    chunk = prompts[len(prompts) // 2]
+    if bounds.max_context - chunk >= 32:
+        for cached in geometric(32, bounds.max_context - chunk, 2):
+            yield _prefill("prefill_layers", bounds, 1, chunk, cached)
+
+
+def _held_out(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
+    """Loads drawn between the grid's points, at a random one of the depths."""
+    draw = random.Random(f"{seed}-{bounds.model}-held-out")
+    for number in range(richness.held_out):
+        batch = _between(draw, 1, bounds.max_batch)
+        context = _between(draw, 32, bounds.max_context)
+        batch = max(1, min(batch, bounds.pool_tokens // context))
+        longest = _ragged_longest(context, batch, bounds) if number % 2 else context
+        if batch * longest > bounds.pool_tokens:
+            longest = context
+        yield Job(
+            "iteration" if number % 4 == 3 else "decode_layers",
+            bounds.model,
+            depths=(draw.choice(bounds.depths),),
+            batch=batch,
+            context_tokens=context,
+            longest_tokens=longest,
+            purpose="held-out",
+        )
+
+
+def _held_out_prefills(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
+    """Prompts of lengths drawn between the grid's."""
+    draw = random.Random(f"{seed}-{bounds.model}-held-out-prefill")
+    for number in range(max(2, richness.held_out // 3)):
+        prompt = _between(draw, 16, min(bounds.max_context, bounds.max_prefill_tokens))
+        quantity = "iteration" if number % 2 else "prefill_layers"
+        job = _prefill(quantity, bounds, 1, prompt, 0)
+        yield replace(job, depths=(draw.choice(bounds.depths),), purpose="held-out")
+
+
+def _prefill(quantity: str, bounds: Bounds, rows: int, prompt: int, cached: int) -> Job:
+    shallow_and_deep = tuple(sorted({bounds.depths[0], bounds.depths[-1]}))
+    return Job(
+        quantity,
+        bounds.model,
+        depths=shallow_and_deep,
+        batch=rows,
+        context_tokens=cached,
+        prompt_tokens=prompt,
+    )
+
+
+def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
+    """Windows that separate joules per layer, per row, per context token and per prompt token."""
+    name, depths = bounds.model, bounds.depths
+    mode = bounds.modes[-1]
+    full, part = depths[-1:], depths[:1] if len(depths) == 1 else depths[len(depths) // 2 - 1 :][:1]
+    long = bounds.max_context
+    short = max(1, min(64, long // 4))
+    wide = max(1, min(bounds.max_batch, bounds.pool_tokens // long))
+    decodes = [
+        (full, 1, short),
+        (full, wide, long),
+        (full, bounds.max_batch, short),
+        (part, bounds.max_batch, short),
+        (part, 1, short),
+        (full, max(1, bounds.max_batch // 4), short),
+        (part, wide, long),
+    ]
+    prompt = min(long, bounds.max_prefill_tokens)
+    prefills = [(full, prompt), (full, max(1, prompt // 8)), (part, prompt)]
+    jobs = [
+        Job(
+            "decode_energy",
+            name,
+            mode,
+            depth,
+            batch=batch,
+            context_tokens=context,
+            longest_tokens=context,
+        )
+        for depth, batch, context in decodes
+    ]
+    jobs[3:3] = [
+        Job(
+            "prefill_energy",
+            name,
+            "eager",
+            depth,
+            batch=1,
+            context_tokens=0,
+            prompt_tokens=tokens,
+        )
+        for depth, tokens in prefills
+    ]
+    jobs.append(Job("head_energy", name, "eager", batch=bounds.max_batch))
+    yield from dict.fromkeys(jobs)
+
+
+def _filled(depths: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of skipped layers: those from each earlier exit to the loaded depth."""
+    return tuple(sorted({depths[-1] - depth for depth in depths[:-1]}))
+
+
+def _ragged_longest(mean: int, batch: int, bounds: Bounds) -> int:
+    return mean if batch < 2 else min(bounds.max_context, 2 * mean - 1)
+
+
+def _between(draw: random.Random, low: int, high: int) -> int:
+    """A whole number from low to high, evenly by ratio."""
+    low = min(low, high)
+    drawn = low * math.exp(math.log(high / low) * draw.random())
+    return min(high, max(low, round(drawn)))
+
+
+def _smallest(job: Job, bounds: Bounds) -> bool:
+    """Whether it is the smallest load of its kind, without which nothing can be fitted."""
+    return (job.batch or 1) == 1 and (job.prompt_tokens or job.context_tokens or 0) <= 32
+
+
+def _left_out(job: Job) -> str:
+    load = f"batch {job.batch}"
+    if job.prompt_tokens:
+        load += f", prompt {job.prompt_tokens}"
+    if job.context_tokens:
+        load += f", context {job.context_tokens}"
+    return f"{job.model}: {job.quantity} at {load} would take too much of the budget"
+
+
+def replanned(jobs: Sequence[Mapping[str, Any]]) -> tuple[Job, ...]:
+    """Jobs as plan.json holds them."""
+    return tuple(job_from(job) for job in jobs)

@@ -1,0 +1,854 @@
+"""Measuring models within a time budget: a plan, trials in random order, readings on disk.
+
+Everything taken is on disk before the next trial begins, so an interruption, a full disk or a
+budget that runs out loses nothing; `resume` goes on with the same plan.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from calibration.measuring.bench import Bench, power_columns
+from calibration.measuring.board import Board, BoardError, BoardState, NoBoard, open_board
+from calibration.measuring.floors import time_copy, time_launches
+from calibration.measuring.grid import (
+    ENERGY_SHARE,
+    LOADING_SHARE,
+    SAMPLES,
+    USED_SHARE,
+    Job,
+    job_from,
+    plan_energy,
+    plan_latency,
+    shuffled_rounds,
+)
+from calibration.measuring.loading import (
+    PartsFile,
+    StageTime,
+    load_sizes,
+    parts_file,
+    pinned_copies,
+    time_checkpoint,
+)
+from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter
+from calibration.measuring.occupancy import reserve_bytes
+from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE, Purpose, Reading, Readings
+from calibration.measuring.sources import Source, find_sources, sample_tokens
+from calibration.measuring.timing import synchronise, timer_for
+from calibration.model.early_exit import EarlyExitLM
+from calibration.model.memory import available_bytes, require
+from calibration.training.trace import trace_checkpoints
+from helios_sim.command import Interrupted
+from helios_sim.errors import InputError
+from helios_sim.profile import TRACES_FILE
+
+PLAN_FILE: Final = "plan.json"
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_LEAST_BUDGET_S: Final = 5.0
+_COPY_TRIALS: Final = 3
+_COPY_BYTES: Final = {"cpu": 2**27, "cuda": 2**30}
+"""Far more than caches hold."""
+
+_LOAD_TRIALS: Final = 3
+_LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
+"""Least and largest size of a stand-in file, where no checkpoint is loaded."""
+
+_COOL_DOWN_S: Final = 0.5
+"""Pause after an energy window on a GPU, so that one does not warm the next."""
+
+_GRID: Final = {"cpu": (16, 512), "cuda": (64, 2048)}
+"""Largest batch and context unless asked otherwise."""
+
+_POOL_SHARE: Final = 0.6
+"""Of the memory left by the weights; the rest is for workspace and graphs."""
+
+_LEAST_CONTEXT: Final = 64
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """What is asked of a measurement.
+
+    `models` are checkpoint folders, folders of such folders, or names of public shapes, which
+    get random weights. `exits` replaces their exit layers. `max_batch` and `max_context` bound
+    the grid; by default 16 rows of 512 tokens on a processor, 64 of 2048 on a GPU. `traces` asks
+    for exit traces of the checkpoints at the end.
+    """
+
+    models: tuple[str, ...]
+    out: Path
+    device: str = "cpu"
+    dtype: str | None = None
+    budget_s: float = 600.0
+    resume: bool = False
+    exits: tuple[int, ...] | None = None
+    max_batch: int | None = None
+    max_context: int | None = None
+    seed: int = 0
+    traces: bool = True
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise InputError(f"The device {self.device!r} is unknown; allowed are cpu and cuda.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(
+                f"The dtype {self.dtype!r} is unknown; allowed are {', '.join(DTYPES)}."
+            )
+        if self.budget_s < _LEAST_BUDGET_S:
+            raise InputError(
+                f"A budget of {self.budget_s:g} s was given; {_LEAST_BUDGET_S:g} s is the least."
+            )
+        for name, bound in (("batch", self.max_batch), ("context", self.max_context)):
+            if bound is not None and bound < 1:
+                raise InputError(f"A largest {name} of {bound} was given; 1 is the least.")
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of a duration such as 90s, 10m, 1h30m or 45; raises `InputError` otherwise."""
+    found = _DURATION.fullmatch(text.strip())
+    parts = found.groups() if found else ()
+    if not any(parts):
+        raise InputError(
+            f"The budget {text!r} is no duration; write it like 90s, 10m or 1h30m.", "--budget"
+        )
+    hours, minutes, seconds = (float(part or 0) for part in parts)
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def parse_exits(text: str) -> tuple[int, ...]:
+    """Exit layers of a text such as 8,16,32; raises `InputError` otherwise."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"The exits {text!r} are no layers; write them like 8,16,32.", "--exits"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a measurement amounts to; `left_out` trials of the plan were not taken in time."""
+
+    folder: Path
+    num_readings: int
+    num_new: int
+    left_out: int
+    notes: tuple[str, ...]
+
+
+def measure(settings: MeasureSettings, console: Console | None = None) -> Outcome:
+    """Measure the models and leave readings, points.parquet and environment.json in `out`.
+
+    An interruption (KeyboardInterrupt) passes through once the readings so far are exported.
+    Raises `InputError` for what cannot be measured, and on a full disk.
+    """
+    session = _Session(settings, console or Console(quiet=True))
+    try:
+        session.run()
+    except BaseException:
+        # What ended the run is what is told, even where the readings cannot be exported either.
+        with suppress(InputError):
+            session.finish()
+        raise
+    session.finish()
+    return session.outcome()
+
+
+def command(
+    models: Sequence[str],
+    out: Path,
+    *,
+    device: str,
+    dtype: str | None,
+    budget: str,
+    resume: bool,
+    exits: str | None,
+    max_batch: int | None,
+    max_context: int | None,
+    threads: int | None,
+    seed: int,
+    traces: bool,
+) -> None:
+    """`helios-calibrate measure`: measure, tell what came of it, and keep all if interrupted."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = MeasureSettings(
+        models=tuple(models),
+        out=out,
+        device=device,
+        dtype=dtype,
+        budget_s=parse_budget(budget),
+        resume=resume,
+        exits=None if exits is None else parse_exits(exits),
+        max_batch=max_batch,
+        max_context=max_context,
+        seed=seed,
+        traces=traces,
+    )
+    if threads is not None or device == "cpu":
+        torch.set_num_threads(threads or 1)
+    try:
+        done = measure(settings, Console())
+    except KeyboardInterrupt:
+        raise Interrupted(f"the readings so far are kept in {out}, and --resume goes on") from None
+    Console().print(
+        f"{done.num_new} new readings, {done.num_readings} in all, in {out / POINTS_FILE}. "
+        f"Next: helios-calibrate fit {out} --out PROFILE",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+class _Session:
+    """One run of `measure`: the clock, the meter, the plan and the readings."""
+
+    def __init__(self, settings: MeasureSettings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.began_s = time.monotonic()
+        self.began_at = _now()
+        self.device = _device(settings.device)
+        self.dtype = DTYPES[settings.dtype or _default_dtype(settings.device)]
+        self.sources = find_sources(settings.models, settings.exits)
+        for source in self.sources:
+            shallowest = source.exit_layers[0]
+            require(
+                self.device,
+                source.weight_bytes(shallowest, self.dtype),
+                f"{source.name} with its first {shallowest} layers",
+                "choose a smaller model, or earlier exits with --exits",
+            )
+        self.readings = Readings(settings.out)
+        self.num_before = len(self.readings)
+        if self.num_before and not settings.resume:
+            raise InputError(
+                f"The folder holds {self.num_before} readings already; give another folder, or "
+                "--resume to go on with them.",
+                str(settings.out),
+            )
+        self.plans = self._earlier_plans()
+        self.environment = self._earlier_environment()
+        self.board = _board(self.device)
+        self.meter: Meter = best_meter(self.device.type, self.board)
+        self.notes: list[str] = []
+        self.left_out = 0
+
+    def run(self) -> None:
+        """The device first, then model after model, each with its share of what is left."""
+        names = ", ".join(source.name for source in self.sources)
+        self._say(f"Budget {_clock(self.settings.budget_s)} on {self._device_name()} for {names}.")
+        self._say(f"{self.meter.explanation}.")
+        self._describe_device()
+        self._device_readings()
+        for number, source in enumerate(self.sources):
+            self._model_readings(source, self._left_s() / (len(self.sources) - number))
+        self._idle_power(trial=1)
+        self._trace()
+
+    def finish(self) -> None:
+        """Export what there is, whatever ended the run."""
+        if len(self.readings):
+            self.environment["ended_at"] = _now()
+            self.environment["notes"] = [*self.environment.get("notes", []), *self.notes]
+            self.readings.write_environment(self.environment)
+            self.readings.export()
+
+    def outcome(self) -> Outcome:
+        """What came of it."""
+        num_new = len(self.readings) - self.num_before
+        notes = tuple(self.notes)
+        return Outcome(self.settings.out, len(self.readings), num_new, self.left_out, notes)
+
+    def _device_readings(self) -> None:
+        """What belongs to the device: its reserve, tick, idle power, copies and loading."""
+        reserve = reserve_bytes(self.device, self.board)
+        if reserve is not None:
+            self._keep(Reading("memory_reserve", bytes=reserve))
+        if self.meter.tick_s is not None:
+            self._keep(Reading("counter_probe", seconds=self.meter.tick_s, meter=self.meter.source))
+        self._idle_power(trial=0)
+        self._copies()
+        self._loading()
+
+    def _idle_power(self, trial: int) -> None:
+        """Watts of the device with nothing to do, at the start and at the end."""
+        reading = Reading("idle_power", trial=trial)
+        if isinstance(self.meter, NoMeter) or reading.key in self.readings:
+            return
+        synchronise(self.device)
+        window = self.meter.open()
+        time.sleep(self._window_s())
+        found = window.close(busy_s=0.0)
+        if isinstance(found, Measurement):
+            self._keep(replace(reading, seconds=found.seconds, **power_columns(found)))
+
+    def _copies(self) -> None:
+        """Copies within the device's memory."""
+        num_bytes = _COPY_BYTES[self.device.type]
+        for trial in range(_COPY_TRIALS):
+            reading = Reading("copy_bandwidth", bytes=2 * num_bytes, trial=trial)
+            if reading.key not in self.readings:
+                timing, _ = time_copy(num_bytes, self.device, timer_for(self.device), SAMPLES)
+                self._keep(reading.timed(timing))
+
+    def _loading(self) -> None:
+        """Every stage of loading at several sizes, some of them held out, in random order."""
+        until_s = self._now_s() + LOADING_SHARE * self.settings.budget_s
+        with ExitStack() as files:
+            loads = self._checkpoint_loads() or self._stand_in_loads(files)
+            for trial in range(_LOAD_TRIALS):
+                order = list(loads)
+                random.Random(f"{self.settings.seed}-load-{trial}").shuffle(order)
+                for load in order:
+                    if trial > 0 and self._now_s() > until_s:
+                        break
+                    self._load_stages(load, trial)
+        self._loading_power()
+
+    def _loading_power(self) -> None:
+        """Watts while weights go from host memory to a GPU, over and over."""
+        quantity, num_bytes = "load_host_pinned", _LOAD_BYTES["cuda"][0]
+        reading = Reading(quantity, bytes=num_bytes, trial=_LOAD_TRIALS, note="energy window")
+        metered = self.device.type == "cuda" and not isinstance(self.meter, NoMeter)
+        if not metered or reading.key in self.readings:
+            return
+        copying = pinned_copies(num_bytes, self.dtype, self.device)
+        copying()
+        window = self.meter.open()
+        begin_s, repetitions = time.perf_counter(), 0
+        while time.perf_counter() - begin_s < self._window_s():
+            copying()
+            repetitions += 1
+        seconds = (time.perf_counter() - begin_s) / repetitions
+        found = window.close(busy_s=seconds * repetitions)
+        if isinstance(found, Measurement):
+            self._keep(
+                replace(
+                    reading,
+                    seconds=seconds,
+                    repetitions=repetitions,
+                    joules=found.watts * seconds,
+                    **power_columns(found),
+                )
+            )
+
+    def _checkpoint_loads(self) -> list[_Load]:
+        """Each checkpoint to each of its exits; the middle one of every model is held out."""
+        loads = []
+        for source in self.sources:
+            if source.folder is None:
+                continue
+            middle = source.exit_layers[len(source.exit_layers) // 2]
+            for depth in source.exit_layers:
+                held_out = len(source.exit_layers) > 2 and depth == middle
+                loads.append(_Load("held-out" if held_out else "fit", source, depth))
+        return loads
+
+    def _stand_in_loads(self, files: ExitStack) -> list[_Load]:
+        """Files of several sizes, and of one between them that is held out."""
+        low, high = _LOAD_BYTES[self.device.type]
+        free = shutil.disk_usage(self.settings.out).free
+        sizes = load_sizes(max(low, min(high, free // 4)))
+        between = round((sizes[0] * sizes[1]) ** 0.5)
+        sized: list[tuple[Purpose, int]] = [("fit", size) for size in sizes]
+        try:
+            return [
+                _Load(
+                    purpose,
+                    file=files.enter_context(parts_file(self.settings.out, size, self.dtype)),
+                    num_bytes=size,
+                )
+                for purpose, size in [*sized, ("held-out", between)]
+            ]
+        except OSError as error:
+            raise self.readings.explained(error) from error
+
+    def _load_stages(self, load: _Load, trial: int) -> None:
+        name = load.source.name if load.source else ""
+        known = Reading(
+            "load_open", name, layers=load.depth, trial=trial, purpose=load.purpose, note="done"
+        )
+        if any(
+            (reading.model, reading.layers, reading.trial, reading.purpose)
+            == (name, load.depth, trial, load.purpose)
+            and reading.quantity == "load_host"
+            and (load.source or reading.predicted_bytes == load.num_bytes)
+            for reading in self.readings.all
+        ):
+            return
+        for found in self._possible(load.stages(self)):
+            self._keep(
+                replace(
+                    known,
+                    quantity=found.quantity,
+                    bytes=found.num_bytes,
+                    predicted_bytes=load.num_bytes,
+                    seconds=found.seconds,
+                    repetitions=1,
+                    note=found.note,
+                )
+            )
+
+    def _possible(self, stages: Iterator[StageTime]) -> Iterator[StageTime]:
+        """Stages up to one that cannot be had: a machine may lack memory for a copy alone."""
+        try:
+            yield from stages
+        except InputError as error:
+            self._note(f"A stage of loading is not measured: {error.message}")
+
+    def _model_readings(self, source: Source, share_s: float) -> None:
+        """Everything of one model, within its share of the time."""
+        until_s = self._now_s() + share_s
+        planned = self.plans.get(source.name)
+        if planned is not None and all(self._is_done(job) for job in planned):
+            self._say(f"{source.name}: every trial of the plan is taken.")
+            return
+        model, depth = self._load(source)
+        try:
+            batch, context = self._pool_of(source, model, depth)
+            tokens = sample_tokens(source.shape.vocab)
+            bench = Bench(model, tokens, max_batch=batch, max_context=context)
+            self._describe_model(source, bench)
+            self._graphs(bench)
+            self._floors(bench)
+            self._memory(bench)
+            if planned is None:
+                planned = self._plan(bench, until_s - self._now_s())
+            self._run_jobs(bench, planned, until_s)
+            bench.close()
+        finally:
+            model.unload()
+
+    def _load(self, source: Source) -> tuple[EarlyExitLM, int]:
+        """The model to its deepest exit that fits; weights at each exit are weighed on the way."""
+        model: EarlyExitLM | None = None
+        depth = 0
+        for layers in source.exit_layers:
+            try:
+                if model is None:
+                    model = source.load(layers, self.device, self.dtype)
+                else:
+                    model.grow(layers)
+            except InputError as error:
+                if model is None:
+                    raise
+                self._note(f"{source.name} is measured to layer {depth}: {error.message}")
+                break
+            depth = layers
+            self._keep(
+                Reading(
+                    "memory_weights",
+                    source.name,
+                    layers=depth,
+                    bytes=model.loaded_bytes,
+                    predicted_bytes=model.spec.weight_bytes(depth),
+                )
+            )
+        assert model is not None
+        return model, depth
+
+    def _pool_of(self, source: Source, model: EarlyExitLM, depth: int) -> tuple[int, int]:
+        """Rows and tokens of the pool: what was asked for, halved until it fits."""
+        batch, context = _GRID[self.device.type]
+        batch = self.settings.max_batch or batch
+        context = min(self.settings.max_context or context, source.shape.max_positions)
+        asked = batch, context
+        per_token = model.spec.kv_bytes_per_token(depth)
+        available = available_bytes(self.device)
+        allowed = None if available is None else int(_POOL_SHARE * available) // per_token
+        while allowed is not None and batch * context > allowed:
+            if context > _LEAST_CONTEXT and (batch == 1 or context >= 8 * batch):
+                context = max(_LEAST_CONTEXT, context // 2)
+            elif batch > 1:
+                batch //= 2
+            else:
+                raise InputError(
+                    f"{source.name} leaves room for {allowed} KV tokens on {self.device}; "
+                    f"{_LEAST_CONTEXT} are the least. Choose a smaller model, or earlier exits."
+                )
+        if (batch, context) != asked:
+            self._note(
+                f"{source.name}: the grid is shrunk from {asked[0]} rows of {asked[1]} tokens to "
+                f"{batch} of {context}, which is what memory or the model's positions allow"
+            )
+        return batch, context
+
+    def _graphs(self, bench: Bench) -> None:
+        """Capture graphs on a GPU; without them everything runs eager, and the reason is noted."""
+        if self.device.type != "cuda":
+            return
+        captured = bench.capture_graphs()
+        if isinstance(captured, str):
+            self._note(f"{bench.name}: no CUDA graphs, so readings are eager: {captured}")
+        else:
+            self._keep(captured)
+
+    def _floors(self, bench: Bench) -> None:
+        """What a layer's launches take without work."""
+        count = bench.launches_per_layer()
+        self.environment["models"][bench.name]["launches_per_layer"] = count
+        for mode in ("eager", "graph") if self.device.type == "cuda" else ("eager",):
+            reading = Reading("launch_floor", bench.name, mode, layers=1, note=f"{count} launches")
+            if reading.key in self.readings:
+                continue
+            found = time_launches(count, self.device, bench.timer, mode, SAMPLES)
+            if isinstance(found, str):
+                self._note(f"{bench.name}: no launch floor from a graph: {found}")
+            else:
+                self._keep(reading.timed(found))
+
+    def _memory(self, bench: Bench) -> None:
+        for reading in bench.memory():
+            self._keep(reading)
+
+    def _plan(self, bench: Bench, allowed_s: float) -> list[Job]:
+        """Plan a model's trials, tell the plan, and keep it for `resume`."""
+        probe = bench.probe()
+
+        def estimate_s(job: Job) -> float:
+            return bench.estimate_s(job, probe)
+
+        bounds = bench.bounds
+        usable_s = USED_SHARE * allowed_s
+        energy_s = 0.0 if isinstance(self.meter, NoMeter) else ENERGY_SHARE * usable_s
+        window_s = self._window_s() + bench.steady_s + self._cool_down_s()
+        seed = self.settings.seed
+        jobs: list[Job] = []
+        if energy_s:
+            energy = plan_energy(bounds, window_s, energy_s, seed)
+            jobs += energy.jobs
+            self._note(*energy.notes)
+            energy_s = energy.seconds
+        latency = plan_latency(bounds, estimate_s, usable_s - energy_s, allowed_s, seed)
+        self._note(*latency.notes)
+        jobs += latency.jobs
+        planned = list(shuffled_rounds(jobs, seed))
+        trials = 1 + max(job.trial for job in planned)
+        windows = f", {len(jobs) - len(latency.jobs)} energy windows" if energy_s else ""
+        self._say(
+            f"{bench.name}: {len(latency.jobs)} timings in {trials} rounds{windows}; rows up to "
+            f"{bounds.max_batch}, contexts up to {bounds.max_context}, layers "
+            f"{', '.join(map(str, bounds.depths))}; about {_clock(latency.seconds + energy_s)}."
+        )
+        self.plans[bench.name] = planned
+        self.readings.write_json(
+            PLAN_FILE,
+            {
+                "settings": self._identity(),
+                "models": {
+                    name: [job.as_dict() for job in kept] for name, kept in self.plans.items()
+                },
+            },
+        )
+        return planned
+
+    def _run_jobs(self, bench: Bench, jobs: Sequence[Job], until_s: float) -> None:
+        """Run the trials that are not done, until the time is over."""
+        left = [job for job in jobs if not self._is_done(job)]
+        with self._progress(bench.name, len(left)) as advance:
+            while left:
+                if self._now_s() > until_s:
+                    self.left_out += len(left)
+                    self._note(
+                        f"{bench.name}: {len(left)} trials were not taken in time; --resume takes "
+                        "them"
+                    )
+                    return
+                self._run_job(bench, left.pop(0))
+                advance()
+
+    def _run_job(self, bench: Bench, job: Job) -> None:
+        state, started_at = self.board.state(), _now()
+        if job.quantity.endswith("_energy"):
+            self._keep(bench.energy(job, self.meter, self._window_s()), state, started_at)
+            time.sleep(self._cool_down_s())
+            return
+        for reading in bench.time(job):
+            self._keep(reading, state, started_at)
+
+    def _trace(self) -> None:
+        """Exit traces of the checkpoints, beside the readings; their time is not the budget's."""
+        folders = [source.folder for source in self.sources if source.folder is not None]
+        if not self.settings.traces or not folders:
+            return
+        if self.settings.exits is not None:
+            self._note("No exits are traced: the models were given other exits than their own")
+            return
+        target = self.settings.out / TRACES_FILE
+        if target.is_file():
+            return
+        self._say(f"Tracing the exits of {len(folders)} checkpoints on held-out text.")
+        try:
+            trace_checkpoints(folders, self.settings.out, device=self.device)
+        except InputError as error:
+            self._note(f"No exits are traced: {error}")
+
+    def _keep(
+        self, reading: Reading, state: BoardState | None = None, started_at: str | None = None
+    ) -> None:
+        """Put a reading on disk with the device's state when it began."""
+        state = state or self.board.state()
+        reasons = state.throttle_reasons
+        self.readings.append(
+            replace(
+                reading,
+                temperature_c=state.temperature_c,
+                sm_clock_mhz=state.sm_clock_mhz,
+                throttle_reasons=None if reasons is None else "+".join(reasons),
+                started_at=started_at or _now(),
+            )
+        )
+
+    def _is_done(self, job: Job) -> bool:
+        return all(key in self.readings for key in job.keys)
+
+    def _window_s(self) -> float:
+        """Seconds of an energy window: the meter's minimum, less where the budget is short."""
+        short_s = 0.02 * self.settings.budget_s
+        return min(self.meter.min_window_s + 2 * (self.meter.tick_s or 0.0), max(short_s, 1.0))
+
+    def _cool_down_s(self) -> float:
+        return _COOL_DOWN_S if self.device.type == "cuda" else 0.0
+
+    def _now_s(self) -> float:
+        return time.monotonic() - self.began_s
+
+    def _left_s(self) -> float:
+        """Seconds of the budget for what is left of the models."""
+        closing_s = 0.0 if isinstance(self.meter, NoMeter) else self._window_s()
+        return max(0.0, self.settings.budget_s - self._now_s() - closing_s)
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must share to be one measurement."""
+        return {
+            "device": self._device_name(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "models": {source.name: list(source.exit_layers) for source in self.sources},
+            "seed": self.settings.seed,
+        }
+
+    def _earlier_plans(self) -> dict[str, list[Job]]:
+        """The plans of the run that is resumed; raises `InputError` where it was another one."""
+        file = self.settings.out / PLAN_FILE
+        if not self.settings.resume or not file.is_file():
+            return {}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            plans = {
+                name: [job_from(job) for job in jobs] for name, jobs in found["models"].items()
+            }
+            earlier = dict(found["settings"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"The plan cannot be read ({error}).", str(file)) from error
+        now = self._identity()
+        for name in sorted(set(now["models"]) & set(earlier.get("models", {}))):
+            if now["models"][name] != earlier["models"][name]:
+                raise InputError(
+                    f"{name} was measured with exits {earlier['models'][name]} and now has "
+                    f"{now['models'][name]}; measure into another folder.",
+                    str(file),
+                )
+        for key in ("device", "dtype", "seed"):
+            if earlier.get(key) != now[key]:
+                raise InputError(
+                    f"The readings are of {key} {earlier.get(key)!r} and now {now[key]!r} is "
+                    "asked for; measure into another folder.",
+                    str(file),
+                )
+        return plans
+
+    def _earlier_environment(self) -> dict[str, Any]:
+        file = self.settings.out / ENVIRONMENT_FILE
+        if self.settings.resume and file.is_file():
+            try:
+                return dict(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
+                self.console.print(f"{file} could not be read and is written anew.")
+        return {}
+
+    def _describe_device(self) -> None:
+        """Write down where readings come from, before the first is taken."""
+        state = self.board.state()
+        memory = available_bytes(self.device)
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+        commands = [*self.environment.get("commands", []), " ".join(sys.argv)]
+        self.environment |= {
+            "device": {
+                "name": self._device_name(),
+                "kind": self.device.type,
+                "num_gpus": 1,
+                "memory_bytes": memory,
+                "power_limit_w": state.power_limit_w,
+            },
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "meter": {
+                "source": self.meter.source,
+                "explanation": self.meter.explanation,
+                "tick_s": self.meter.tick_s,
+                "min_window_s": self.meter.min_window_s,
+                "window_s": self._window_s(),
+            },
+            "context_counts_new_token": True,
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "cuda": torch.version.cuda,
+            "driver": self._driver(),
+            "threads": torch.get_num_threads(),
+            "commands": commands,
+            "budget_s": self.settings.budget_s,
+            "seed": self.settings.seed,
+            "state_at_start": asdict(state),
+            "began_at": self.environment.get("began_at", self.began_at),
+        }
+        self.environment.setdefault("models", {})
+        self.readings.write_environment(self.environment)
+
+    def _describe_model(self, source: Source, bench: Bench) -> None:
+        model = bench.model
+        self.environment["models"][bench.name] = {
+            **asdict(model.spec),
+            "confidence": {
+                "kind": model.confidence.kind,
+                "threshold": model.confidence.threshold,
+                "calibrated": model.confidence.is_calibrated,
+            },
+            "weights": "random" if source.folder is None else "checkpoint",
+            "loaded_layers": model.depth,
+            "heads": model.heads_kind,
+            "max_batch": bench.max_batch,
+            "max_context_tokens": bench.max_context,
+            **bench.buckets,
+        }
+        self.readings.write_environment(self.environment)
+
+    def _device_name(self) -> str:
+        if self.device.type == "cuda":
+            return str(torch.cuda.get_device_name(self.device))
+        return _processor_name()
+
+    def _driver(self) -> str | None:
+        if isinstance(self.board, NoBoard):
+            return None
+        try:
+            return self.board.driver()
+        except BoardError:
+            return None
+
+    def _say(self, sentence: str) -> None:
+        self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    def _note(self, *sentences: str) -> None:
+        for sentence in sentences:
+            self.notes.append(sentence)
+            self._say(f"Note: {sentence}.")
+
+    @contextmanager
+    def _progress(self, name: str, count: int) -> Iterator[Callable[[], None]]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(name, total=count)
+            yield lambda: progress.advance(task)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Something to load: a checkpoint to a depth, or a stand-in file of some bytes."""
+
+    purpose: Purpose
+    source: Source | None = None
+    depth: int | None = None
+    file: PartsFile | None = None
+    num_bytes: int | None = None
+
+    def stages(self, session: _Session) -> Iterator[StageTime]:
+        """Load it and let it go."""
+        if self.source is not None and self.source.folder is not None and self.depth is not None:
+            yield from time_checkpoint(
+                self.source.folder,
+                self.depth,
+                exits=self.source.exit_layers,
+                device=session.device,
+                dtype=session.dtype,
+            )
+        elif self.file is not None:
+            yield from self.file.stages(session.device)
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "cuda":
+        if not torch.cuda.is_available():
+            built = (
+                "this torch is built without CUDA"
+                if torch.version.cuda is None
+                else (f"torch is built for CUDA {torch.version.cuda} and finds no device")
+            )
+            raise InputError(
+                f"CUDA was asked for and cannot be had: {built}. Give --device cpu, or install a "
+                "torch that fits the machine's driver.",
+                "--device",
+            )
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _default_dtype(device: str) -> str:
+    """bfloat16 on a GPU; float32 on a processor, where 16 bits are many times slower."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _board(device: torch.device) -> Board | NoBoard:
+    """The board torch computes on, found by its UUID: NVML and CUDA count boards differently."""
+    if device.type != "cuda":
+        return NoBoard("a processor has no board")
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    found = open_board(None if uuid is None else f"GPU-{uuid}")
+    return open_board() if isinstance(found, NoBoard) and uuid is not None else found
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as 45 s or 2 min 5 s."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"

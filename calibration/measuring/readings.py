@@ -1,0 +1,272 @@
+"""Raw readings on disk: appended as they are taken, never lost, exported to points.parquet."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import polars as pl
+
+from calibration.measuring.timing import Timing
+from helios_sim.errors import InputError
+
+READINGS_FILE: Final = "readings.jsonl"
+POINTS_FILE: Final = "points.parquet"
+ENVIRONMENT_FILE: Final = "environment.json"
+
+QUANTITIES: Final = (
+    "decode_layers",
+    "prefill_layers",
+    "iteration",
+    "head",
+    "check",
+    "kv_fill",
+    "copy_bandwidth",
+    "launch_floor",
+    "load_open",
+    "load_disk",
+    "load_host",
+    "load_host_pinned",
+    "unload",
+    "graph_capture",
+    "memory_weights",
+    "memory_kv",
+    "memory_workspace",
+    "memory_reserve",
+    "idle_power",
+    "decode_energy",
+    "prefill_energy",
+    "head_energy",
+    "counter_probe",
+)
+"""What a reading may be of; docs/measuring.md says how each is taken."""
+
+Purpose = Literal["fit", "held-out"]
+
+_BYTES_IDENTIFY: Final = frozenset(
+    ("copy_bandwidth", "load_open", "load_disk", "load_host", "load_host_pinned", "unload")
+)
+"""Quantities measured at a size of our choosing: there the bytes belong to the key."""
+
+Key = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One row of points.parquet: one trial of one quantity; None where it does not apply.
+
+    `layers` is the depth of the stack, `context_tokens` the mean per row and
+    `longest_context_tokens` the longest row's, `prompt_tokens` the new tokens per row of a
+    prefill. `seconds` is the median of one repetition and `mad_s` its spread. `joules` are those
+    of one repetition, None without a meter; `watts` is the mean over the window, `cross_watts`
+    a second source's word on it. `short_window` marks an energy window below the meter's minimum.
+    `idle_share` is the part of a window, or of a processor's samples, in which no work ran.
+    `bytes` are measured (memory) or moved (copies, loads); `predicted_bytes` is what the model
+    arithmetic says of them.
+    """
+
+    quantity: str
+    model: str = ""
+    mode: str = ""
+    layers: int | None = None
+    batch: int | None = None
+    context_tokens: int | None = None
+    longest_context_tokens: int | None = None
+    prompt_tokens: int | None = None
+    bytes: int | None = None
+    predicted_bytes: int | None = None
+    trial: int = 0
+    seconds: float | None = None
+    mad_s: float | None = None
+    repetitions: int | None = None
+    joules: float | None = None
+    watts: float | None = None
+    meter: str | None = None
+    cross_watts: float | None = None
+    cross_meter: str | None = None
+    idle_share: float | None = None
+    short_window: bool | None = None
+    temperature_c: float | None = None
+    sm_clock_mhz: float | None = None
+    throttle_reasons: str | None = None
+    started_at: str = ""
+    purpose: Purpose = "fit"
+    note: str = ""
+
+    def timed(self, timing: Timing) -> Reading:
+        """The same reading with a timing's figures."""
+        return replace(
+            self,
+            seconds=timing.seconds,
+            mad_s=timing.mad_s,
+            repetitions=timing.repetitions * timing.samples,
+            idle_share=timing.lost_share,
+        )
+
+    @property
+    def key(self) -> Key:
+        """What makes it the reading it is, whatever was read."""
+        return (
+            self.quantity,
+            self.model,
+            self.mode,
+            self.layers,
+            self.batch,
+            self.context_tokens,
+            self.longest_context_tokens,
+            self.prompt_tokens,
+            self.bytes if self.quantity in _BYTES_IDENTIFY else None,
+            self.trial,
+            self.purpose,
+        )
+
+
+_TYPES: Final[Mapping[str, Any]] = {
+    "str": pl.String,
+    "int | None": pl.Int64,
+    "int": pl.Int64,
+    "float | None": pl.Float64,
+    "str | None": pl.String,
+    "bool | None": pl.Boolean,
+    "Purpose": pl.String,
+}
+SCHEMA: Final = pl.Schema({field.name: _TYPES[str(field.type)] for field in fields(Reading)})
+"""Columns of points.parquet."""
+
+
+class Readings:
+    """The readings of one folder: those of earlier runs, and every new one flushed at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = folder / READINGS_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._readings = _read(self._file)
+            self._file.touch()
+        except OSError as error:
+            raise InputError(
+                f"Readings cannot be written there: {error.strerror}.", str(folder)
+            ) from error
+        self._keys = {reading.key for reading in self._readings}
+
+    def __len__(self) -> int:
+        return len(self._readings)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    @property
+    def all(self) -> Sequence[Reading]:
+        """Every reading, in the order taken."""
+        return tuple(self._readings)
+
+    def append(self, reading: Reading) -> None:
+        """Write one reading and flush it; one whose key is there already is left out.
+
+        Raises `InputError` on a full disk; the readings before it stay whole on disk.
+        """
+        if reading.quantity not in QUANTITIES:
+            raise ValueError(
+                f"A reading was given quantity {reading.quantity!r}; allowed are {QUANTITIES}."
+            )
+        if reading.key in self._keys:
+            return
+        line = json.dumps(asdict(reading), allow_nan=False) + "\n"
+        try:
+            with self._file.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise self.explained(error) from error
+        self._readings.append(reading)
+        self._keys.add(reading.key)
+
+    def export(self) -> Path:
+        """Write points.parquet under a temporary name and move it into place."""
+        target = self.folder / POINTS_FILE
+        partial = target.with_name(f".{POINTS_FILE}.partial")
+        rows = [asdict(reading) for reading in self._readings]
+        try:
+            pl.DataFrame(rows, schema=SCHEMA).write_parquet(partial)
+            partial.replace(target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise self.explained(error) from error
+        return target
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Write environment.json: the provenance of the readings."""
+        self.write_json(ENVIRONMENT_FILE, environment)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file beside the readings, under a temporary name first."""
+        target = self.folder / name
+        partial = target.with_name(f".{name}.partial")
+        try:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            partial.replace(target)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise self.explained(error) from error
+
+    def explained(self, error: OSError) -> InputError:
+        """What a failed write here means to the user: a full disk, or another reason."""
+        kept = f"{len(self._readings)} readings are kept"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return InputError(
+                f"The disk is full; {kept} in {self._file}. Free some space and go on "
+                "with --resume.",
+                str(self.folder),
+            )
+        return InputError(f"Writing failed: {error.strerror}; {kept}.", str(self.folder))
+
+
+def read_points(folder: Path) -> pl.DataFrame:
+    """The readings of a folder as a table: points.parquet, or what readings.jsonl holds so far.
+
+    Raises `InputError` if there is neither or the columns are not those of `SCHEMA`.
+    """
+    points = folder / POINTS_FILE
+    if not points.is_file():
+        readings = _read(folder / READINGS_FILE, repair=False)
+        if not readings:
+            raise InputError(
+                f"It holds neither {POINTS_FILE} nor {READINGS_FILE}; take readings with "
+                "helios-calibrate measure.",
+                str(folder),
+            )
+        return pl.DataFrame([asdict(reading) for reading in readings], schema=SCHEMA)
+    try:
+        table = pl.read_parquet(points)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise InputError("It is no readable Parquet file.", str(points)) from error
+    missing = [name for name in SCHEMA.names() if name not in table.columns]
+    if missing:
+        raise InputError(f"Columns are missing: {', '.join(missing)}.", str(points))
+    return table
+
+
+def _read(file: Path, *, repair: bool = True) -> list[Reading]:
+    """Readings of a file; a last line cut short is dropped, and cut off where `repair`."""
+    if not file.is_file():
+        return []
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if repair and len(whole) < len(content):
+        os.truncate(file, len(whole))
+    readings = []
+    for number, line in enumerate(whole.decode("utf-8", "replace").splitlines(), 1):
+        try:
+            readings.append(Reading(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"Line {number} is no reading ({error}); remove the line, or measure into "
+                "another folder.",
+                str(file),
+            ) from error
+    return readings

@@ -1,0 +1,1 @@
+"""Serving a scenario for real: batches on the model, the shared policy, the common run folder."""

@@ -1,0 +1,66 @@
+"""Joules drawn over the course of a run: one window of a meter, read at any time within it."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Final
+
+import numpy as np
+
+from calibration.measuring.meters import Absence, Measurement, Meter, NoMeter, Window
+
+_MARGIN_TICKS: Final = 3
+"""Ticks before the start and after the end, so that the run lies between two readings."""
+
+
+class RunEnergy:
+    """What a meter says of a run that starts at `start_s` on the clock of `time.perf_counter`.
+
+    Without a meter every answer is NaN or None: unavailable is not zero.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.measures = not isinstance(meter, NoMeter)
+        self.start_s = 0.0
+        self.outcome: Measurement | Absence | None = None
+        self._window: Window | None = None
+        self._times: list[float] = []
+        self._joules: list[float] = []
+
+    def open(self) -> None:
+        """Begin to read, a little before the run."""
+        self._window = self.meter.open()
+        self._wait()
+
+    def started(self, start_s: float) -> None:
+        """The run starts now."""
+        self.start_s = start_s
+
+    def close(self, busy_s: float) -> Measurement | Absence:
+        """End the reading, a little after the run; `busy_s` are the seconds it worked."""
+        assert self._window is not None
+        self._wait()
+        self.outcome = self._window.close(busy_s)
+        curve = self._window.curve()
+        self._times = [at_s - self.start_s for at_s, _ in curve]
+        self._joules = [joules for _, joules in curve]
+        return self.outcome
+
+    def so_far_j(self) -> float | None:
+        """Joules since the reading began, while it is under way."""
+        if not self.measures or self._window is None:
+            return None
+        curve = self._window.curve()
+        return curve[-1][1] if curve else 0.0
+
+    def at(self, time_s: float) -> float:
+        """Joules up to a time of the run, between readings in a straight line; NaN if unknown."""
+        if len(self._times) < 2:
+            return math.nan
+        return float(np.interp(time_s, self._times, self._joules))
+
+    def _wait(self) -> None:
+        if self.measures:
+            time.sleep(_MARGIN_TICKS * (self.meter.tick_s or 0.02))

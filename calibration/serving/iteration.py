@@ -1,0 +1,292 @@
+"""One iteration on a model: which layers run, where its exits are asked, and who leaves there.
+
+Follows `docs/engine.md`. The arithmetic belongs to a `Machine`; the decisions are the policy's hot
+rules, called as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from calibration.serving.batching import Decode, HotRules, Prefill, Row
+from helios_sim import cost
+from helios_sim.policy.contract import ExitMode
+from helios_sim.profile import ModelProfile
+
+EXITS_ACTIVE = (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an exit head says of one row: its token, its confidence, the true token's likelihood.
+
+    `nll_nats` is the negative log-likelihood of the true token where the text is known, and of
+    the token itself where the model runs freely.
+    """
+
+    token: int
+    confidence: float
+    nll_nats: float
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """A token that leaves an iteration at an exit level.
+
+    `carried` says that it was confident at an earlier exit at which nobody was let off.
+    """
+
+    row: Row
+    level: int
+    reading: Reading
+    carried: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an iteration did: its tokens in order of the rows, and the work behind them.
+
+    `first_layer` and `layers` are where it began and stopped, counted from the embedding;
+    `checks` and `heads` how often an exit before the loaded depth and the loaded depth itself were
+    asked, `filled_layers` and `filled_rows` the KV that was filled, `pending_tokens` those fed
+    again, `context_tokens` the KV tokens that the rows read, each its own included,
+    `prompt_pairs` the sum of n (n + 1) / 2 over prompts, `ghosts` the rows of a static batch that
+    are done and computed all the same, `overheads` the splits of a batch.
+    """
+
+    emitted: tuple[Emitted, ...]
+    rows: int
+    first_layer: int
+    layers: int
+    checks: int = 0
+    heads: int = 1
+    filled_layers: int = 0
+    filled_rows: int = 0
+    pending_tokens: int = 0
+    context_tokens: int = 0
+    prompt_tokens: int = 0
+    prompt_pairs: float = 0.0
+    ghosts: int = 0
+    held_level: int = 0
+    overheads: int = 0
+
+
+class Machine(Protocol):
+    """The arithmetic of one model at one loaded depth over its KV cache.
+
+    Levels index the model's exits. `read` answers in the order of the rows begun with.
+    """
+
+    @property
+    def max_rows(self) -> int:
+        """Requests that the KV cache holds at once."""
+
+    def prefill(self, rows: Sequence[Row]) -> None:
+        """Take new rows in and run all their tokens through the loaded layers."""
+
+    def begin(self, rows: Sequence[Row], passed: int, ghosts: Sequence[Row]) -> None:
+        """Start a decode with the rows' last tokens, or go on from after the exit they passed."""
+
+    def begin_again(self, rows: Sequence[Row]) -> None:
+        """Start a decode that feeds each row's pending tokens again before its last token."""
+
+    def run_to(self, level: int) -> None:
+        """Run the layers from where the rows stand to the exit."""
+
+    def read(self, level: int) -> list[Reading]:
+        """What the exit's head says of each row."""
+
+    def fill(self, rows: Sequence[Row], level: int) -> None:
+        """Fill the KV of the layers beyond the exit for these rows, from where they stand."""
+
+    def hold(self, rows: Sequence[Row]) -> None:
+        """Keep where these rows stand, to go on from later."""
+
+    def release(self, row: Row) -> None:
+        """Give a row's place in the KV cache back."""
+
+
+Pays = Callable[[int, int, int, int, int], bool]
+"""Whether a split pays: (leaving, batch, passed, level, context tokens)."""
+
+
+def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_batch: int) -> Pays:
+    """The DREX inequality with a profile's predicted segment times, as the simulator asks it.
+
+    The times are predicted rather than measured on the run, so that both hosts split alike.
+    """
+    c = profile.coefficient_array()
+    layers_to = profile.model.exit_layers
+    padded_rows = profile.padded_rows(max_batch)
+    residuals = profile.residual(max_batch)
+    overhead_s = float(c[cost.REBATCH_OVERHEAD_S])
+
+    def pays(leaving: int, batch: int, passed: int, level: int, context: int) -> bool:
+        rows = float(padded_rows[batch])
+        layer_s, _ = cost.layer_seconds(c, rows, float(context), 0.0, 0.0, 0.0)
+        layer_s = layer_s * float(residuals[batch])
+        check_s, head_s = cost.check_seconds(c, rows), cost.head_seconds(c, rows)
+        shallow_s = 0.0
+        before = layers_to[passed - 1] if passed else 0
+        for here in range(passed, level + 1):
+            shallow_s = shallow_s + (layers_to[here] - before) * layer_s + check_s
+            before = layers_to[here]
+        rest_s = (layers_to[loaded_level] - layers_to[level]) * layer_s + head_s
+        rest_s = rest_s + (loaded_level - (level + 1)) * check_s
+        return bool(
+            rules.rebatch_pays(leaving, batch, shallow_s, rest_s + overhead_s, shallow_s + rest_s)
+        )
+
+    return pays
+
+
+class Stepper:
+    """Carries planned iterations out on a machine, in one exit mode at one loaded depth."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        *,
+        exit_layers: Sequence[int],
+        level: int,
+        exit_mode: ExitMode,
+        threshold: float,
+        rules: HotRules,
+        recompute_kv: bool,
+        pays: Pays,
+    ) -> None:
+        self.machine = machine
+        self.exit_layers = tuple(exit_layers)
+        self.level = level
+        self.depth = self.exit_layers[level]
+        self.exit_mode = exit_mode
+        self.threshold = threshold
+        self.rules = rules
+        self.recompute_kv = recompute_kv
+        self.pays = pays
+
+    def run(self, plan: Prefill | Decode) -> Outcome:
+        """Carry a plan out; the rows' contexts are left to the caller."""
+        if isinstance(plan, Prefill):
+            return self._prefill(plan)
+        if self.exit_mode is ExitMode.REBATCH:
+            return self._rebatched(plan)
+        return self._decode(plan)
+
+    def leaves(self, reading: Reading) -> bool:
+        """Whether a token is confident enough to leave."""
+        return bool(self.rules.leaves_here(reading.confidence, self.threshold))
+
+    def breaches(self, token: Emitted) -> bool:
+        """Whether an emitted token is a confidence breach."""
+        if token.level != self.level or token.carried:
+            return False
+        full = self.level == len(self.exit_layers) - 1
+        return bool(self.rules.is_breach(token.reading.confidence, self.threshold, full))
+
+    def _prefill(self, plan: Prefill) -> Outcome:
+        self.machine.prefill(plan.rows)
+        readings = self.machine.read(self.level)
+        return Outcome(
+            emitted=tuple(
+                Emitted(row, self.level, reading)
+                for row, reading in zip(plan.rows, readings, strict=True)
+            ),
+            rows=len(plan.rows),
+            first_layer=0,
+            layers=self.depth,
+            prompt_tokens=sum(row.to_prefill for row in plan.rows),
+            prompt_pairs=sum(row.to_prefill * (row.to_prefill + 1) / 2 for row in plan.rows),
+        )
+
+    def _decode(self, plan: Decode) -> Outcome:
+        """Every row emits a token; with exits active the batch runs to its deepest one."""
+        rows, machine = plan.rows, self.machine
+        pending = sum(row.pending for row in rows) if self.recompute_kv else 0
+        if pending:
+            machine.begin_again(rows)
+        else:
+            machine.begin(rows, 0, plan.ghosts)
+        leaving: dict[Row, Emitted] = {}
+        checks = heads = 0
+        first = 0 if self.exit_mode in EXITS_ACTIVE else self.level
+        deepest = first
+        for level in range(first, self.level + 1):
+            deepest = level
+            machine.run_to(level)
+            readings = machine.read(level)
+            at_loaded_level = level == self.level
+            heads += at_loaded_level
+            checks += not at_loaded_level
+            for row, reading in zip(rows, readings, strict=True):
+                if row not in leaving and (at_loaded_level or self.leaves(reading)):
+                    leaving[row] = Emitted(row, level, reading)
+            if len(leaving) == len(rows):
+                break
+        layers = self.exit_layers[deepest]
+        filled = 0 if self.recompute_kv else self.depth - layers
+        if filled:
+            machine.fill(rows, deepest)
+        return Outcome(
+            emitted=tuple(leaving[row] for row in rows),
+            rows=len(rows),
+            first_layer=0,
+            layers=layers,
+            checks=checks,
+            heads=heads,
+            filled_layers=filled,
+            filled_rows=len(rows) if filled else 0,
+            pending_tokens=pending,
+            context_tokens=sum(row.context + 1 for row in rows),
+            ghosts=len(plan.ghosts),
+        )
+
+    def _rebatched(self, plan: Decode) -> Outcome:
+        """A company runs from after the exit it has passed to the first split that pays."""
+        rows, machine, passed = plan.rows, self.machine, plan.passed
+        batch = len(rows)
+        context = sum(row.context + 1 for row in rows)
+        machine.begin(rows, passed, ())
+        confident: set[Row] = set()
+        checks = heads = overheads = 0
+        level = passed
+        while True:
+            machine.run_to(level)
+            readings = machine.read(level)
+            if level == self.level:
+                heads, leaving = 1, list(rows)
+                earlier = set(confident)
+                break
+            checks += 1
+            earlier = set(confident)
+            confident |= {row for row, one in zip(rows, readings, strict=True) if self.leaves(one)}
+            leaving = [row for row in rows if row in confident]
+            if len(leaving) == batch:
+                break
+            if leaving and self.pays(len(leaving), batch, passed, level, context):
+                overheads = 1
+                break
+            level += 1
+        filled = self.depth - self.exit_layers[level]
+        if filled:
+            machine.fill(leaving, level)
+        staying = [row for row in rows if row not in set(leaving)]
+        machine.hold(staying)
+        for row in staying:
+            row.held = level + 1
+        said = dict(zip(rows, readings, strict=True))
+        return Outcome(
+            emitted=tuple(Emitted(row, level, said[row], row in earlier) for row in leaving),
+            rows=batch,
+            first_layer=self.exit_layers[passed - 1] if passed else 0,
+            layers=self.exit_layers[level],
+            checks=checks,
+            heads=heads,
+            filled_layers=filled,
+            filled_rows=len(leaving) if filled else 0,
+            context_tokens=context,
+            held_level=level + 1 if staying else 0,
+            overheads=overheads,
+        )

@@ -1,0 +1,157 @@
+"""What every candidate at full depth says of the text that was served, after the run.
+
+While serving, a token that leaves early never meets the full model, so whether the two agree is
+unknown until the text is read again, teacher-forced and outside the clock. The same reading gives
+exit traces of exactly the served tokens: a simulation on them has no exit left to guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calibration.model.early_exit import EarlyExitLM
+from calibration.serving.batching import Life
+from calibration.serving.record import Judgement
+from calibration.serving.tally import TokenEntry
+from helios_sim.exits import ExitTraces
+
+
+@dataclass(frozen=True)
+class Reread:
+    """One candidate's word on every output position of the requests, concatenated by request.
+
+    Arrays are [positions, exits]; `first` is each request's first position.
+    """
+
+    tokens: NDArray[np.int32]
+    confidence: NDArray[np.float32]
+    nll_nats: NDArray[np.float32]
+    first: NDArray[np.int64]
+
+
+def sequence(life: Life, free_running: bool) -> list[int]:
+    """The tokens a request went through: its true text, or its prompt and what it emitted."""
+    if free_running:
+        return life.text[: life.prompt_tokens] + life.emitted
+    return life.text[: life.prompt_tokens + life.generated]
+
+
+@torch.inference_mode()
+def reread(
+    model: EarlyExitLM, lives: Sequence[Life], free_running: bool, batch_tokens: int = 4096
+) -> Reread:
+    """Read what was served again with a whole model, several requests of like length at once."""
+    counts = np.array([life.generated for life in lives], dtype=np.int64)
+    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    shape = (int(counts.sum()), len(model.exit_layers))
+    tokens = np.zeros(shape, np.int32)
+    confidence = np.zeros(shape, np.float32)
+    nll = np.zeros(shape, np.float32)
+    texts = {life.request_id: sequence(life, free_running) for life in lives if life.generated}
+    for group in _groups(texts, batch_tokens):
+        width = max(len(texts[name]) for name in group)
+        ids = torch.zeros((len(group), width), dtype=torch.int64)
+        for place, name in enumerate(group):
+            ids[place, : len(texts[name])] = torch.tensor(texts[name])
+        ids = ids.to(model.device)
+        states = model.backbone.forward_dense(ids)
+        places = [
+            (place, position)
+            for place, name in enumerate(group)
+            for position in range(len(texts[name]) - int(counts[name]) - 1, len(texts[name]) - 1)
+        ]
+        rows = torch.tensor(places, device=model.device)
+        targets = ids[rows[:, 0], rows[:, 1] + 1]
+        where = np.concatenate([np.arange(first[n], first[n] + counts[n]) for n in group])
+        for level, layer in enumerate(model.exit_layers):
+            hidden = states[layer - 1][rows[:, 0], rows[:, 1]]
+            decided = model.decide(model.logits(hidden, level), level)
+            tokens[where, level] = decided.tokens.cpu().numpy()
+            confidence[where, level] = decided.confidence.float().cpu().numpy()
+            nll[where, level] = decided.nll(targets).cpu().numpy()
+    return Reread(tokens, np.clip(confidence, 0.0, 1.0), np.maximum(nll, 0.0), first)
+
+
+def judge(
+    reread_by: Mapping[str, Reread],
+    lives: Sequence[Life],
+    log: Sequence[TokenEntry],
+    thresholds: Mapping[str, float],
+    domains: Sequence[int],
+) -> Judgement:
+    """Agreement and relative breaches of the logged tokens, and each request's trace place."""
+    agrees = np.zeros(len(log), np.bool_)
+    relative = np.zeros(len(log), np.bool_)
+    for row, one in enumerate(log):
+        found = reread_by[one.model]
+        at = found.first[one.request_id] + one.place
+        agrees[row] = found.tokens[at, -1] == one.token
+        if one.breached:
+            deeper = found.confidence[at, one.level + 1 :]
+            relative[row] = deeper.max(initial=0.0) >= thresholds[one.model]
+    starts = np.zeros(len(lives), np.int64)
+    filled: dict[int, int] = {}
+    for life, domain in zip(lives, domains, strict=True):
+        starts[life.request_id] = filled.get(domain, 0)
+        filled[domain] = filled.get(domain, 0) + life.generated
+    return Judgement(agrees, relative, starts)
+
+
+def served_traces(
+    reread_by: Mapping[str, Reread],
+    exit_layers: Mapping[str, tuple[int, ...]],
+    lives: Sequence[Life],
+    domains: Sequence[int],
+    names: Sequence[str],
+) -> ExitTraces:
+    """Exit traces of the served tokens, request after request in each domain.
+
+    Domains of fewer tokens than the longest are repeated to its length; a domain without any
+    holds zeros.
+    """
+    sizes = [0] * len(names)
+    for life, domain in zip(lives, domains, strict=True):
+        sizes[domain] += life.generated
+    length = max(1, *sizes)
+    places = []
+    for domain in range(len(names)):
+        mine = [
+            np.arange(life.generated) + next(iter(reread_by.values())).first[life.request_id]
+            for life, its in zip(lives, domains, strict=True)
+            if its == domain
+        ]
+        places.append(np.concatenate(mine) if sizes[domain] else np.zeros(0, np.int64))
+
+    def shaped(values: NDArray[np.generic]) -> NDArray[np.generic]:
+        table = np.zeros((len(names), length, values.shape[1]), values.dtype)
+        for domain, rows in enumerate(places):
+            if len(rows):
+                table[domain] = values[np.resize(rows, length)]
+        return table
+
+    return ExitTraces(
+        domains=tuple(names),
+        num_positions=length,
+        exit_layers=dict(exit_layers),
+        confidence={n: shaped(found.confidence) for n, found in reread_by.items()},  # type: ignore[misc]
+        agrees={n: shaped(found.tokens == found.tokens[:, -1:]) for n, found in reread_by.items()},  # type: ignore[misc]
+        nll_nats={n: shaped(found.nll_nats) for n, found in reread_by.items()},  # type: ignore[misc]
+        origin="trace",
+    )
+
+
+def _groups(texts: Mapping[int, list[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Requests by length, as many at once as the tokens allow."""
+    group: list[int] = []
+    for name in sorted(texts, key=lambda one: (len(texts[one]), one)):
+        if group and (len(group) + 1) * len(texts[name]) > batch_tokens:
+            yield group
+            group = []
+        group.append(name)
+    if group:
+        yield group

@@ -1,0 +1,182 @@
+"""The arithmetic of an iteration on a real model: rows over its KV pool, exit by exit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibration.model.decode import Decoder, Place
+from calibration.model.early_exit import EarlyExitLM
+from calibration.model.kv import Pool, to_device
+from calibration.serving.batching import Row
+from calibration.serving.iteration import Reading
+
+
+class ModelMachine:
+    """One model at one loaded depth over one pool: the `Machine` of `iteration.py`.
+
+    Teacher-forced, a row is fed its true text; free-running, the tokens it emitted. A row's place
+    in the pool is `row.slot`; the pool numbers its rows without gaps, so that a batch which runs
+    whole is read in place.
+    """
+
+    def __init__(
+        self, model: EarlyExitLM, pool: Pool, decoder: Decoder, *, depth: int, free_running: bool
+    ) -> None:
+        self.model = model
+        self.pool = pool
+        self.decoder = decoder
+        self.depth = depth
+        self.free_running = free_running
+        self.exit_layers = model.exit_layers
+        self.occupants: list[Row] = []
+        self._place: Place | None = None
+        self._hidden: Tensor | None = None
+        self._layer = 0
+        self._order: list[Row] = []
+        self._wanted: list[int] = []
+        self._targets: list[int] = []
+
+    @property
+    def max_rows(self) -> int:
+        """Requests that the pool holds at once."""
+        return self.pool.max_rows
+
+    def prefill(self, rows: Sequence[Row]) -> None:
+        """Take new rows in and run all their tokens through the loaded layers."""
+        for row in rows:
+            row.slot = self.pool.admit(row.to_prefill)
+            self.occupants.append(row)
+        ids = [self._tokens(row, 0, row.to_prefill) for row in rows]
+        self._start(rows, (), [0] * len(rows), ids)
+        self._run(self.depth)
+
+    def begin(self, rows: Sequence[Row], passed: int, ghosts: Sequence[Row]) -> None:
+        """Start a decode with the rows' last tokens, or go on from after the exit they passed."""
+        fed = {row: row.context for row in rows}
+        # A row that is done is computed again at its last place, which changes nothing of it.
+        fed |= {ghost: ghost.context - 1 for ghost in ghosts}
+        order = sorted(fed, key=lambda row: row.slot)
+        starts = [fed[row] for row in order]
+        if passed == 0:
+            ids = [self._tokens(row, fed[row], fed[row] + 1) for row in order]
+            self._start(order, rows, starts, ids)
+            return
+        self._arrange(order, rows)
+        self._place = self.decoder.place([row.slot for row in order], starts)
+        self._hidden = torch.stack([row.hidden for row in order])
+        self._layer = self.exit_layers[passed - 1]
+
+    def begin_again(self, rows: Sequence[Row]) -> None:
+        """Start a decode that feeds each row's pending tokens again before its last token."""
+        order = sorted(rows, key=lambda row: row.slot)
+        starts = [row.context - row.pending for row in order]
+        ids = [
+            self._tokens(row, start, row.context + 1)
+            for row, start in zip(order, starts, strict=True)
+        ]
+        self._start(order, rows, starts, ids)
+
+    def run_to(self, level: int) -> None:
+        """Run the layers from where the rows stand to the exit, segment by segment."""
+        self._run(self.exit_layers[level])
+
+    def read(self, level: int) -> list[Reading]:
+        """What the exit's head says of each row, fetched from the device at once."""
+        assert self._place is not None and self._hidden is not None
+        logits = self.model.logits(self.decoder.last(self._place, self._hidden), level)
+        decided = self.model.decide(logits, level)
+        targets = None
+        if not self.free_running:
+            targets = to_device(np.asarray(self._targets, dtype=np.int64), logits.device)
+        nll = decided.nll(targets)
+        said = torch.stack([decided.tokens.double(), decided.confidence.double(), nll.double()])
+        tokens, confidences, nlls = said.cpu().tolist()
+        readings = [
+            Reading(int(token), min(1.0, max(0.0, confidence)), max(0.0, one))
+            for token, confidence, one in zip(tokens, confidences, nlls, strict=True)
+        ]
+        return [readings[place] for place in self._wanted]
+
+    def fill(self, rows: Sequence[Row], level: int) -> None:
+        """Fill the KV of the layers beyond the exit for these rows, from where they stand."""
+        assert self._place is not None and self._hidden is not None
+        first = self.exit_layers[level]
+        if len(rows) == len(self._wanted):
+            self.decoder.fill_place(self._place, self._hidden, first, self.depth)
+            return
+        wanted = set(rows)
+        places = [place for place, row in enumerate(self._order) if row in wanted]
+        chosen = to_device(np.asarray(places, dtype=np.int64), self._hidden.device)
+        hidden = self._hidden.index_select(0, chosen)
+        leaving = [self._order[place] for place in places]
+        self.decoder.fill(
+            [row.slot for row in leaving],
+            hidden,
+            [row.context for row in leaving],
+            first,
+            self.depth,
+        )
+
+    def hold(self, rows: Sequence[Row]) -> None:
+        """Keep where these rows stand, to go on from later."""
+        assert self._hidden is not None
+        staying = set(rows)
+        for place, row in enumerate(self._order):
+            row.hidden = self._hidden[place].clone() if row in staying else None
+
+    def release(self, row: Row) -> None:
+        """Give a row's place in the pool back; the last row gets its number."""
+        moved = self.pool.release(row.slot)
+        last = self.occupants.pop()
+        if moved is not None:
+            self.occupants[row.slot] = last
+            last.slot = row.slot
+        row.slot = -1
+        row.hidden = None
+
+    def _tokens(self, row: Row, start: int, stop: int) -> list[int]:
+        life = row.life
+        if not self.free_running:
+            return life.text[start:stop]
+        prompt = life.prompt_tokens
+        if start >= prompt:
+            return life.emitted[start - prompt : stop - prompt]
+        return (life.text[:prompt] + life.emitted)[start:stop]
+
+    def _start(
+        self,
+        order: Sequence[Row],
+        wanted: Sequence[Row],
+        starts: list[int],
+        ids: list[list[int]],
+    ) -> None:
+        self._arrange(order, wanted or order)
+        self._place = self.decoder.place(
+            [row.slot for row in order], starts, [len(one) for one in ids]
+        )
+        self._hidden = self.decoder.embed(self._place, [token for one in ids for token in one])
+        self._layer = 0
+
+    def _arrange(self, order: Sequence[Row], wanted: Sequence[Row]) -> None:
+        """Remember how the rows stand in the tensors, and the true tokens that come next."""
+        self._order = list(order)
+        places = {row: place for place, row in enumerate(order)}
+        self._wanted = [places[row] for row in wanted]
+        if self.free_running:
+            return
+        # A row that is done has no next token; any will do, since nobody reads it.
+        self._targets = [
+            row.life.text[min(row.life.num_tokens, len(row.life.text) - 1)] for row in order
+        ]
+
+    def _run(self, last: int) -> None:
+        """Run to a layer by the segments between exits, which is how graphs are captured."""
+        assert self._place is not None and self._hidden is not None
+        for layer in (*self.exit_layers, last):
+            if self._layer < layer <= last:
+                self._hidden = self.decoder.run(self._place, self._hidden, self._layer, layer)
+                self._layer = layer

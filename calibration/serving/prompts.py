@@ -1,0 +1,109 @@
+"""Prompts of real text: each request is a contiguous piece of held-out text of its domain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
+from helios_sim.errors import InputError
+from helios_sim.workload import Requests
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token ids of the held-out text of each domain, from which requests take their pieces.
+
+    `tokenizer` names the vocabulary; `hashes` identify the texts.
+    """
+
+    tokenizer: str
+    ids: Mapping[str, Ids]
+    hashes: Mapping[str, str]
+
+    def pieces(self, requests: Requests, context_tokens: int) -> list[list[int]]:
+        """Prompt and true continuation of each request; where it starts follows from the request.
+
+        The piece depends on nothing but the request, so that every policy serves the same text.
+        A request that no context holds will be refused and gets none.
+        """
+        found: list[list[int]] = []
+        for row in range(len(requests)):
+            domain = requests.domains[int(requests.domain[row])]
+            text = self.ids[domain]
+            length = int(requests.prompt_tokens[row]) + int(requests.output_tokens[row])
+            if length > context_tokens:
+                found.append([])
+                continue
+            room = len(text) - length
+            if room < 0:
+                raise InputError(
+                    f"Request {row} has {length} tokens of prompt and output; the held-out text "
+                    f"of the domain {domain!r} has {len(text)}. Shorten the requests or serve "
+                    "another domain.",
+                    "workload",
+                )
+            start = int(requests.trace_start[row]) % (room + 1)
+            found.append(text[start : start + length].tolist())
+        return found
+
+
+def read_prompts(domains: Sequence[str], tokenizer: Tokenizer) -> Prompts:
+    """The validation text of each domain as token ids.
+
+    It shares no document with the text of training, of calibration or of the exit traces.
+    """
+    ids, hashes = {}, {}
+    for domain in domains:
+        if domain not in DOMAINS:
+            raise InputError(
+                f"The workload has the domain {domain!r}, of which there is no text; the "
+                f"interpreter ships {', '.join(map(repr, DOMAINS))}.",
+                "workload.domains",
+            )
+        text = corpus(domain, "validation")
+        ids[domain] = text.tokens(tokenizer)
+        hashes[domain] = text.sha256
+    return Prompts(tokenizer.name, ids, hashes)
+
+
+def tokenizer_of(name: str, folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint: bytes, or the one whose files lie in its folder."""
+    if name == ByteTokenizer.name:
+        return ByteTokenizer()
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError(
+            f"The checkpoint's tokenizer is {name!r} and its folder has no tokenizer.json; copy "
+            "the tokenizer's files into it.",
+            str(folder),
+        )
+    return _FolderTokenizer(name, folder)
+
+
+class _FolderTokenizer:
+    """A Hugging Face tokenizer read from a local folder."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        from transformers import PreTrainedTokenizerFast
+
+        self._name = name
+        make: Callable[..., Any] = PreTrainedTokenizerFast
+        self._stock = make(tokenizer_file=str(folder / "tokenizer.json"))
+
+    @property
+    def name(self) -> str:
+        """The name that candidates of one vocabulary share."""
+        return self._name
+
+    def encode(self, text: bytes) -> Ids:
+        """Token ids of UTF-8 text, shape [tokens]."""
+        plain = text.decode("utf-8", errors="replace").replace("\0", "\n\n")
+        found = self._stock.encode(plain, add_special_tokens=False)
+        return np.asarray(found, dtype=np.int64)

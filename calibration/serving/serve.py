@@ -1,0 +1,621 @@
+"""A scenario served for real: its requests on this machine, in wall-clock time, into a run folder.
+
+Prompts are pieces of held-out text, output lengths are the workload's, the policy is live. The run
+has the schema of a simulated one, so that the two can be laid side by side.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, cast, get_args
+
+import torch
+
+from calibration.measuring.board import NoBoard, open_board
+from calibration.measuring.meters import Absence, Meter, best_meter
+from calibration.model.checkpoint import Checkpoint, open_checkpoint
+from calibration.model.family import shape_of
+from calibration.serving.energy import RunEnergy
+from calibration.serving.host import Host, lives_of
+from calibration.serving.judge import Reread, judge, reread, served_traces
+from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
+from calibration.serving.record import run_data, write_extras
+from calibration.serving.weights import CheckpointWeights, KvKind, WeightSettings
+from helios_sim.cards import Room, policy_slo, room_of
+from helios_sim.command import Interrupted
+from helios_sim.errors import InputError
+from helios_sim.exits import load_traces, write_traces
+from helios_sim.metrics import summarise
+from helios_sim.policy.contract import Policy
+from helios_sim.policy.registry import make_policy
+from helios_sim.profile import TRACES_FILE, Profile
+from helios_sim.records import (
+    REPORT_FILE,
+    TOTALS_FILE,
+    RunData,
+    check_run,
+    check_target,
+    write_run,
+)
+from helios_sim.report import render
+from helios_sim.scenario import PolicySettings, Scenario, load_scenario, resolved
+from helios_sim.workload import Requests, fit_context, generate
+
+_PACKAGES: Final = ("helios-sim", "torch", "transformers", "safetensors", "numpy", "polars")
+_SPIN_S: Final = 0.0005
+"""The last stretch of a wait is spent looking at the clock: sleeping overshoots by as much."""
+
+_DTYPES: Final = {4: torch.float32, 2: torch.bfloat16}
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How a scenario is served.
+
+    `checkpoints` are checkpoint folders, or folders of several. `limit` and `duration_s` cut the
+    workload to its first requests. `repeat` serves each policy so often.
+    """
+
+    checkpoints: tuple[Path, ...]
+    policies: tuple[str, ...] = ()
+    device: str = "auto"
+    kv: KvKind = "slots"
+    graphs: bool = True
+    free_running: bool = False
+    limit: int | None = None
+    duration_s: float | None = None
+    repeat: int = 1
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """A written run: its folder and its figures."""
+
+    folder: Path
+    summary: Mapping[str, Any]
+
+
+class WallClock:
+    """Seconds since the clock was started, by `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.start_s = time.perf_counter()
+
+    def restart(self) -> None:
+        """Begin at zero."""
+        self.start_s = time.perf_counter()
+
+    def now_s(self) -> float:
+        """The present."""
+        return time.perf_counter() - self.start_s
+
+    def sleep_until(self, time_s: float) -> None:
+        """Wait until a time, within microseconds of it."""
+        left_s = time_s - self.now_s()
+        if left_s > _SPIN_S:
+            time.sleep(left_s - _SPIN_S)
+        while self.now_s() < time_s:
+            pass
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A scenario with everything it needs, checked and ready to be served."""
+
+    scenario: Scenario
+    base_dir: Path
+    where: str
+    room: Room
+    requests: Requests
+    num_shortened: int
+    texts: list[list[int]]
+    prompts: Prompts
+    folders: Mapping[str, Path]
+    device: torch.device
+    dtype: torch.dtype
+    settings: ServeSettings
+
+    def policy(self, chosen: PolicySettings) -> Policy:
+        """A fresh policy of the scenario."""
+        return make_policy(chosen.use, chosen.options, search_path=self.base_dir)
+
+
+def serve(
+    scenario_path: Path,
+    out: Path,
+    settings: ServeSettings,
+    changes: Sequence[str] = (),
+    progress: Progress | None = None,
+    on_served: Callable[[Served], None] | None = None,
+) -> list[Served]:
+    """Serve a scenario's policies and write their runs; `on_served` hears of each at once.
+
+    One policy served once is written to `out` itself. Otherwise `out` gets a folder a policy, and
+    with `repeat` above 1 folders repeat-1, repeat-2, ... within. A run is whole or absent.
+    """
+    bench = prepare(scenario_path, settings, changes)
+    chosen = _choose(bench.scenario, settings.policies)
+    for policy in chosen:
+        check_servable(bench, policy)
+    places = _places(out, [policy.name for policy in chosen], settings.repeat)
+    if places != [out] and (out / TOTALS_FILE).exists():
+        raise InputError(
+            "This is a run, and several runs are to be written into folders within it; give "
+            "another folder.",
+            str(out),
+        )
+    for place in places:
+        check_target(place)
+    threads = torch.get_num_threads()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    served = []
+    try:
+        meter = best_meter(bench.device.type, _board(bench.device))
+        turns = [policy for policy in chosen for _ in range(settings.repeat)]
+        for policy, place in zip(turns, places, strict=True):
+            one = serve_once(bench, policy, place, meter, progress)
+            served.append(one)
+            if on_served is not None:
+                on_served(one)
+    finally:
+        torch.set_num_threads(threads)
+    return served
+
+
+def command(
+    scenario_path: Path, out: Path, changes: Sequence[str], *, kv: str, **options: Any
+) -> None:
+    """What `helios-calibrate serve` does: serve, and say a line of each run that was written.
+
+    An interrupt ends with the runs that were whole by then; the one under way is not written.
+    """
+    if kv not in get_args(KvKind):
+        raise InputError(f"{kv!r} was given; allowed are {' and '.join(get_args(KvKind))}.", "--kv")
+    settings = ServeSettings(kv=cast(KvKind, kv), **options)
+    written: list[Path] = []
+
+    def tell(one: Served) -> None:
+        written.append(one.folder)
+        print(line_of(one), flush=True)
+
+    try:
+        serve(scenario_path, out, settings, changes, progress_line(), tell)
+    except KeyboardInterrupt:
+        kept = f"the {len(written)} finished before it are kept" if written else "none was before"
+        raise Interrupted(f"the run under way was not written, {kept}") from None
+
+
+def line_of(one: Served) -> str:
+    """A run's most asked for figures in one line."""
+    summary = one.summary
+
+    def figure(key: str, unit: str) -> str:
+        value = summary[key]
+        return "none" if value is None else f"{value:.4g}{unit}"
+
+    return (
+        f"{one.folder}: {summary['label']}, {summary['completed']} of {summary['num_requests']} "
+        f"requests in {figure('duration', ' s')}, {figure('output_throughput', ' tok/s')}, TTFT "
+        f"{figure('mean_ttft_ms', ' ms')}, TPOT {figure('mean_tpot_ms', ' ms')}, batch "
+        f"{figure('mean_batch_size', '')}, agreement {figure('agreement', '')}, energy "
+        f"{figure('total_gpu_energy', ' J')}"
+    )
+
+
+def progress_line() -> Progress:
+    """A line on a terminal's standard error that shows how much is served.
+
+    Nothing redraws it but the run itself, once a sample of the timeline: a thread that did would
+    take its time from what is measured.
+    """
+    shows = sys.stderr.isatty()
+
+    def show(doing: str, share: float) -> None:
+        if shows:
+            print(f"\r\x1b[K{doing} {share:.0%}\r", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str] = ()) -> Bench:
+    """Read a scenario and all it names; whatever cannot be served says so here."""
+    scenario = load_scenario(scenario_path, changes)
+    base_dir, where = scenario_path.parent, str(scenario_path)
+    room = room_of(scenario, base_dir, where)
+    _check_serving(scenario, where)
+    device = _device(settings.device)
+    folders = find_checkpoints(settings.checkpoints)
+    chosen = {name: _folder_of(name, folders) for name in room.candidates}
+    for name, found in chosen.items():
+        check_checkpoint(name, found, room.profile)
+    dtype = _dtype(room)
+    domains = load_traces(room.profile, room.candidates).domains
+    scenario, requests = cut_workload(scenario, base_dir, domains, settings)
+    requests, num_shortened = fit_context(
+        requests, room.context_tokens, scenario.workload.over_context
+    )
+    first = next(iter(chosen.values()))
+    tokenizer = tokenizer_of(room.profile.model(room.candidates[0]).model.tokenizer, first.folder)
+    prompts = read_prompts(requests.domains, tokenizer)
+    return Bench(
+        scenario=scenario,
+        base_dir=base_dir,
+        where=where,
+        room=room,
+        requests=requests,
+        num_shortened=num_shortened,
+        texts=prompts.pieces(requests, _longest_context(room)),
+        prompts=prompts,
+        folders={name: found.folder for name, found in chosen.items()},
+        device=device,
+        dtype=dtype,
+        settings=settings,
+    )
+
+
+def serve_once(
+    bench: Bench,
+    chosen: PolicySettings,
+    out: Path,
+    meter: Meter,
+    progress: Progress | None = None,
+) -> Served:
+    """Serve one policy once and write its run."""
+    say = progress or _silence
+    clock = WallClock()
+    weights = CheckpointWeights(bench.folders, bench.room, _weight_settings(bench), clock)
+    say(f"{chosen.name}: preparing", 0.0)
+    weights.prepare()
+    energy = RunEnergy(meter)
+    host = Host(
+        room=bench.room,
+        policy=bench.policy(chosen),
+        slo=policy_slo(bench.scenario.slo_spec),
+        lives=lives_of(bench.requests, bench.texts),
+        weights=weights,
+        clock=clock,
+        max_batch=bench.scenario.serving.max_batch,
+        timeline_interval_s=bench.scenario.measure.timeline_interval_s,
+        on_progress=lambda share: say(f"{chosen.name}: serving", share),
+        read_j=energy.so_far_j,
+    )
+    started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with undisturbed():
+        energy.open()
+        clock.restart()
+        energy.started(clock.start_s)
+        host.play()
+        outcome = energy.close(host.tally.spent_s["busy"])
+    say(f"{chosen.name}: reading the served text again", 0.0)
+    weights.drop()
+    judged = _reread_all(bench, host, weights)
+    domains = bench.requests.domain.tolist()
+    judgement = judge(judged, host.lives, host.tally.tokens, host.thresholds, domains)
+    scenario = bench.scenario
+    alone = {"policy": (chosen,), "plan": None, "search": None}
+    run = run_data(
+        host,
+        bench.requests,
+        judgement,
+        energy.at,
+        label=chosen.name,
+        policy=chosen.use,
+        seed=scenario.seed,
+        scenario=resolved(scenario.model_copy(update=alone)) | {"seed": scenario.seed},
+        environment=environment(bench, host, weights, meter)
+        | {"started_at": started_at, "energy": _said(outcome)},
+    )
+    check_run(run)
+    measure = scenario.measure
+    summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
+    summary["num_shortened"] = bench.num_shortened
+    traces = served_traces(
+        judged,
+        {card.name: card.exit_layers for card in host.cards},
+        host.lives,
+        domains,
+        bench.requests.domains,
+    )
+
+    def finish(folder: Path) -> None:
+        write_extras(host, judgement, folder)
+        write_traces(traces, folder / TRACES_FILE)
+        (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
+
+    return Served(write_run(run, summary, out, finish), summary)
+
+
+def environment(
+    bench: Bench, host: Host, weights: CheckpointWeights, meter: Meter
+) -> dict[str, Any]:
+    """Versions, device, checkpoints and how the run was served."""
+    profile, settings = bench.room.profile, bench.settings
+    return {
+        "versions": {name: version(name) for name in _PACKAGES}
+        | {"python": ".".join(platform.python_version_tuple()[:2])},
+        "profile": profile.name,
+        "profile_hash": profile.hash,
+        "profile_origin": profile.provenance.origin,
+        "profile_grades": profile.grade_counts(),
+        "exit_traces": "served",
+        "confidence_thresholds": dict(host.thresholds),
+        "device": _device_name(bench.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(bench.dtype).removeprefix("torch."),
+        "checkpoints": {name: folder.name for name, folder in bench.folders.items()},
+        "tokens": "free-running" if settings.free_running else "teacher-forced",
+        "tokenizer": bench.prompts.tokenizer,
+        "text_sha256": dict(bench.prompts.hashes),
+        "kv": settings.kv,
+        "kv_pools": dict(weights.notes),
+        "loads": "beside serving" if weights.overlaps else "serving waits",
+        "rebatch_times": "predicted from the profile",
+        "meter": meter.source,
+        "meter_explanation": meter.explanation,
+    }
+
+
+def find_checkpoints(folders: Sequence[Path]) -> dict[str, Checkpoint]:
+    """Checkpoints by name: of each folder, or of the folders within one that is none itself."""
+    found: dict[str, Checkpoint] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError("There is no such folder; give local checkpoint folders.", str(folder))
+        inside = [folder]
+        if not (folder / "config.json").is_file():
+            inside = sorted(path.parent for path in folder.glob("*/config.json"))
+        if not inside:
+            raise InputError(
+                "Neither this folder nor one within it holds a config.json; give the folder of a "
+                "checkpoint or of a family of them.",
+                str(folder),
+            )
+        for path in inside:
+            opened = open_checkpoint(path)
+            name = path.resolve().name if opened.settings is None else opened.settings.name
+            if name in found:
+                raise InputError(
+                    f"Two checkpoints are called {name!r}; the other is {found[name].folder}. "
+                    "Give one of them.",
+                    str(path),
+                )
+            found[name] = opened
+    return found
+
+
+def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
+    """Refuse a checkpoint that is another model than the profile's of that name."""
+    expected = profile.model(name)
+    model = expected.model
+    settings = found.settings
+    facts: list[tuple[str, object, object]] = [
+        ("shape", shape_of(found.config), model.shape),
+    ]
+    if settings is not None:
+        kind = settings.confidence.kind
+        if settings.confidence.is_calibrated:
+            kind = f"calibrated-{kind}"  # type: ignore[assignment]
+        facts += [
+            ("exit_layers", tuple(settings.exit_layers), tuple(model.exit_layers)),
+            ("tokenizer", settings.tokenizer, model.tokenizer),
+            ("confidence", kind, expected.confidence.kind),
+        ]
+    for what, have, want in facts:
+        if have != want:
+            raise InputError(
+                f"The checkpoint's {what} is {_plain(have)} and that of {name!r} in profile "
+                f"{profile.name!r} is {_plain(want)}; serve the checkpoint that was measured, or "
+                "measure this one.",
+                str(found.folder),
+            )
+
+
+def cut_workload(
+    scenario: Scenario, base_dir: Path, domains: tuple[str, ...], settings: ServeSettings
+) -> tuple[Scenario, Requests]:
+    """The scenario with its workload cut to what is asked for, and its requests.
+
+    The cut stands in the run's scenario, so that simulating that one meets the same requests.
+    """
+    requests = generate(scenario.workload, scenario.seed, base_dir, domains)
+    keep = len(requests)
+    if settings.limit is not None:
+        keep = min(keep, settings.limit)
+    if settings.duration_s is not None and requests.user is None:
+        keep = min(keep, int((requests.arrival_s < settings.duration_s).sum()))
+    if keep == len(requests):
+        return scenario, requests
+    if keep == 0:
+        raise InputError(
+            f"No request arrives within {settings.duration_s:g} s; the first comes at "
+            f"{requests.arrival_s[0]:g} s.",
+            "--duration",
+        )
+    workload = scenario.workload.model_copy(update={"num_requests": keep, "duration_s": None})
+    cut = scenario.model_copy(update={"workload": workload})
+    return cut, generate(workload, cut.seed, base_dir, domains)
+
+
+def check_servable(bench: Bench, chosen: PolicySettings) -> None:
+    """Refuse a policy that no real backend can serve before anything is loaded."""
+    if bench.policy(chosen).sees_future:
+        raise InputError(
+            f"Policy {chosen.name!r} knows the exits of tokens to come, and a real backend does "
+            "not; simulate it instead.",
+            f"{bench.where}, policy {chosen.name}",
+        )
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep the garbage collector out of the clock."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _longest_context(room: Room) -> int:
+    """Positions of the candidate that has the most: beyond them a request is refused by all."""
+    return max(room.profile.model(name).model.shape.max_positions for name in room.candidates)
+
+
+def _check_serving(scenario: Scenario, where: str) -> None:
+    serving = scenario.serving
+    if serving.batching == "chunked":
+        raise InputError(
+            'batching is "chunked"; the real backend serves "continuous" and "static" batches, so '
+            "choose one of these.",
+            f"{where}, serving.batching",
+        )
+    if scenario.fleet.num_replicas != 1:
+        raise InputError(
+            f"num_replicas is {scenario.fleet.num_replicas}; the real backend serves one replica, "
+            "so set it to 1 and divide the rate.",
+            f"{where}, fleet.num_replicas",
+        )
+
+
+def _folder_of(name: str, folders: Mapping[str, Checkpoint]) -> Checkpoint:
+    if name not in folders:
+        given = ", ".join(map(repr, folders)) or "none"
+        raise InputError(
+            f"The scenario's candidate {name!r} has no checkpoint; given are {given}. Add its "
+            "folder, or name in fleet.candidates those that have one.",
+            "--checkpoints",
+        )
+    return folders[name]
+
+
+def _reread_all(bench: Bench, host: Host, weights: CheckpointWeights) -> dict[str, Reread]:
+    """Every candidate's word on the served text, one candidate in memory at a time."""
+    found = {}
+    for name in bench.room.candidates:
+        model = weights.whole(name)
+        found[name] = reread(model, host.lives, bench.settings.free_running)
+        model.unload()
+    return found
+
+
+def _choose(scenario: Scenario, names: Sequence[str]) -> list[PolicySettings]:
+    """The scenario's policies of these labels, all without any."""
+    if not names:
+        return list(scenario.policy)
+    known = {policy.name: policy for policy in scenario.policy}
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"The scenario has no policy {name!r}; it has {', '.join(map(repr, known))}.",
+                "--policy",
+            )
+    return [known[name] for name in names]
+
+
+def _places(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
+    """A folder for every run, in order."""
+    folders = [out]
+    if len(labels) > 1:
+        folders = []
+        for label in labels:
+            name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.") or "run"
+            taken = [folder.name for folder in folders]
+            folders.append(out / (name if name not in taken else f"{name}-{len(folders) + 1}"))
+    if repeat == 1:
+        return folders
+    return [folder / f"repeat-{k}" for folder in folders for k in range(1, repeat + 1)]
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "torch finds no CUDA GPU here; serve with --device cpu, or where one is.", "--device"
+        )
+    if asked not in ("cpu", "cuda"):
+        raise InputError(f"{asked!r} was given; allowed are auto, cpu and cuda.", "--device")
+    return torch.device(asked)
+
+
+def _dtype(room: Room) -> torch.dtype:
+    """The precision the profile counts bytes in."""
+    sizes = {room.profile.model(name).model.bytes_per_param for name in room.candidates}
+    if len(sizes) != 1 or not sizes <= set(_DTYPES):
+        raise InputError(
+            f"The candidates have {sorted(sizes)} bytes a parameter in profile "
+            f"{room.profile.name!r}; served are models of 4 (float32) or of 2 (bfloat16), all "
+            "candidates alike.",
+            "fleet.profile",
+        )
+    return _DTYPES[sizes.pop()]
+
+
+def _weight_settings(bench: Bench) -> WeightSettings:
+    lengths = [len(text) - 1 for text in bench.texts if text]
+    return WeightSettings(
+        device=bench.device,
+        dtype=bench.dtype,
+        kv=bench.settings.kv,
+        max_tokens=max(lengths, default=1),
+        graphs=bench.settings.graphs and bench.device.type == "cuda",
+        free_running=bench.settings.free_running,
+    )
+
+
+def _board(device: torch.device) -> Any:
+    return open_board() if device.type == "cuda" else NoBoard("the run is on a processor")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"cpu ({platform.machine()})"
+
+
+def _said(outcome: Any) -> dict[str, Any]:
+    """What the meter's window came to, as plain data."""
+    if isinstance(outcome, Absence):
+        return {"absent": outcome.reason}
+    fields = {name: value for name, value in vars(outcome).items() if value is not None}
+    return {
+        name: value
+        for name, value in fields.items()
+        if not (isinstance(value, float) and math.isnan(value))
+    }
+
+
+def _page(run: RunData, summary: Mapping[str, Any]) -> str:
+    scenario = run.scenario
+    return render(
+        [run],
+        [dict(summary)],
+        title=str(scenario.get("name", run.label)),
+        question=str(scenario.get("question", "")),
+        notes=[str(note) for note in scenario.get("notes", [])],
+    )
+
+
+def _plain(value: object) -> str:
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _silence(doing: str, share: float) -> None:
+    """Tell nobody."""

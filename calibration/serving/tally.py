@@ -1,0 +1,235 @@
+"""What a real run adds up to while it is served: sums, samples, and a log of iterations and tokens.
+
+Everything is kept in plain lists and numbers, so that keeping it costs the run next to nothing;
+`helios_sim.records` has the meaning of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from calibration.serving.batching import Row
+from calibration.serving.iteration import Emitted, Outcome
+from helios_sim.policy.contract import Assignment
+from helios_sim.state import (
+    ITL_BINS_PER_OCTAVE,
+    ITL_OCTAVES,
+    ITL_SMALLEST_EXPONENT,
+    TIMELINE_CAPACITY,
+)
+
+NLL_UNITS_PER_NAT = 1024
+"""Likelihoods are summed in whole steps, so that no order of summation shows."""
+
+Spent = Literal["busy", "idle", "load"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of the timeline; `batch_seconds`, `tokens` and `breaches` are running sums."""
+
+    time_s: float
+    batch_seconds: float
+    tokens: int
+    breaches: int
+    waiting: int
+    used_blocks: int
+    pool_blocks: int
+    model: str
+    depth: int
+    state: str
+
+
+@dataclass(frozen=True)
+class IterationEntry:
+    """An iteration in the log. `host_s` of its seconds went into planning it and keeping books."""
+
+    start_s: float
+    seconds: float
+    host_s: float
+    assignment: Assignment
+    evaluating: bool
+    is_prefill: bool
+    running: int
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class TokenEntry:
+    """A token in the log; `place` counts its request's tokens from 0."""
+
+    request_id: int
+    place: int
+    time_s: float
+    model: str
+    depth: int
+    level: int
+    prefilled: bool
+    token: int
+    confidence: float
+    nll_nats: float
+    breached: bool
+
+
+@dataclass
+class Tally:
+    """Running sums of one replica; the books of its time are closed interval by interval."""
+
+    timeline_interval_s: float
+    booked_s: float = 0.0
+    spent_s: dict[Spent, float] = field(
+        default_factory=lambda: {"busy": 0.0, "idle": 0.0, "load": 0.0}
+    )
+    spans: list[tuple[Spent, float, float]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    iterations: list[IterationEntry] = field(default_factory=list)
+    tokens: list[TokenEntry] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    next_sample_s: float = 0.0
+    num_tokens: int = 0
+    num_finished: int = 0
+    num_breaches: int = 0
+    num_iterations: int = 0
+    num_decode_iterations: int = 0
+    decode_rows: int = 0
+    decode_s: float = 0.0
+    nll_units: int = 0
+    executed_layers: int = 0
+    batch_seconds: float = 0.0
+    kv_block_seconds: float = 0.0
+    exit_counts: dict[str, list[int]] = field(default_factory=dict)
+    ttft_sum_s: float = 0.0
+    tpot_sum_s: float = 0.0
+    period_finished: int = 0
+    period_tpots: int = 0
+    drain_s: float = 0.0
+    switch_time_s: float = 0.0
+    num_switches: int = 0
+    num_loads: int = 0
+    num_evaluations: int = 0
+    num_breach_events: int = 0
+    peak_weight_bytes: int = 0
+    weight_byte_seconds: float = 0.0
+    weights_since_s: float = 0.0
+    depth_seconds: dict[str, float] = field(default_factory=dict)
+
+    def book(self, spent: Spent, until_s: float) -> float:
+        """Book the time since the last entry; returns its seconds."""
+        seconds = until_s - self.booked_s
+        self.spent_s[spent] += seconds
+        if spent != "busy" and seconds > 0.0:
+            self.spans.append((spent, self.booked_s, until_s))
+        self.booked_s = until_s
+        return seconds
+
+    def count_iteration(
+        self, entry: IterationEntry, used_blocks: int, counts: Sequence[Emitted]
+    ) -> None:
+        """Add an iteration; `counts` are the decoded tokens, by which exits are counted."""
+        self.num_iterations += 1
+        self.batch_seconds += entry.seconds * entry.running
+        self.kv_block_seconds += entry.seconds * used_blocks
+        self.iterations.append(entry)
+        if entry.is_prefill:
+            return
+        self.num_decode_iterations += 1
+        self.decode_rows += entry.outcome.rows
+        self.decode_s += entry.seconds
+        levels = self.exit_counts[entry.assignment.model]
+        for one in counts:
+            levels[one.level] += 1
+
+    def count_token(
+        self,
+        row: Row,
+        one: Emitted,
+        now_s: float,
+        assignment: Assignment,
+        outcome: Outcome,
+        *,
+        prefilled: bool,
+        breached: bool,
+    ) -> None:
+        """Add an emitted token to its request and to the sums."""
+        life, reading = row.life, one.reading
+        units = round(reading.nll_nats * NLL_UNITS_PER_NAT)
+        life.nll_units += units
+        life.breaches += breached
+        self.nll_units += units
+        self.num_breaches += breached
+        self.num_tokens += 1
+        if not prefilled:
+            life.decoded += 1
+            life.executed_layers += outcome.layers
+            self.executed_layers += outcome.layers
+        if life.first_token_s is None:
+            life.first_token_s = now_s
+        else:
+            assert life.last_token_s is not None
+            self.gaps_s.append(now_s - life.last_token_s)
+        life.last_token_s = now_s
+        self.tokens.append(
+            TokenEntry(
+                life.request_id,
+                life.generated,
+                now_s,
+                assignment.model,
+                assignment.depth,
+                one.level,
+                prefilled,
+                reading.token,
+                reading.confidence,
+                reading.nll_nats,
+                breached,
+            )
+        )
+
+    def count_finished(self, row: Row, now_s: float) -> None:
+        """Add a finished request to the period's means."""
+        life = row.life
+        assert life.first_token_s is not None
+        self.num_finished += 1
+        self.period_finished += 1
+        self.ttft_sum_s += life.first_token_s - life.arrival_s
+        if life.output_tokens > 1:
+            self.period_tpots += 1
+            self.tpot_sum_s += (now_s - life.first_token_s) / (life.output_tokens - 1)
+
+    def clear_period(self) -> None:
+        """Begin the means of a new period."""
+        self.ttft_sum_s = self.tpot_sum_s = 0.0
+        self.period_finished = self.period_tpots = 0
+
+    def sample(self, line: Sample) -> None:
+        """Write a line of the timeline, halving its resolution when it is full."""
+        if len(self.samples) == TIMELINE_CAPACITY:
+            self.samples = self.samples[1::2]
+            self.timeline_interval_s *= 2.0
+        self.samples.append(line)
+        ticks = math.floor(line.time_s / self.timeline_interval_s)
+        self.next_sample_s = (ticks + 1.0) * self.timeline_interval_s
+
+
+def gap_edges() -> tuple[float, ...]:
+    """Edges of the gap histogram: octaves cut into equal steps of the mantissa."""
+    edges = [
+        math.ldexp(0.5 + step / (2 * ITL_BINS_PER_OCTAVE), ITL_SMALLEST_EXPONENT + octave)
+        for octave in range(ITL_OCTAVES)
+        for step in range(ITL_BINS_PER_OCTAVE)
+    ]
+    return (*edges, math.ldexp(0.5, ITL_SMALLEST_EXPONENT + ITL_OCTAVES))
+
+
+def gap_counts(gaps_s: Sequence[float]) -> tuple[int, ...]:
+    """How many gaps fall into each bin; those beyond the edges are in the outer ones."""
+    num_bins = ITL_OCTAVES * ITL_BINS_PER_OCTAVE
+    mantissa, exponent = np.frexp(np.array(gaps_s, dtype=np.float64))
+    steps = ((mantissa - 0.5) * 2.0 * ITL_BINS_PER_OCTAVE).astype(np.int64)
+    places = (exponent.astype(np.int64) - ITL_SMALLEST_EXPONENT) * ITL_BINS_PER_OCTAVE + steps
+    places = np.where(np.array(gaps_s) > 0.0, np.clip(places, 0, num_bins - 1), 0)
+    return tuple(int(count) for count in np.bincount(places, minlength=num_bins))

@@ -1,0 +1,282 @@
+"""Candidates from their checkpoints: read once, brought in to a depth, and given a KV pool."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+
+from calibration.model.decode import Decoder, generate
+from calibration.model.early_exit import EarlyExitLM, load
+from calibration.model.kv import PagedPool, Pool, SlotPool
+from calibration.model.memory import available_bytes
+from calibration.serving.host import Clock
+from calibration.serving.machine import ModelMachine
+from helios_sim.cards import Room
+
+KvKind = Literal["slots", "pages"]
+
+_READ_BYTES: Final = 1 << 23
+_POLL_S: Final = 0.0002
+_SLOT_SHARE: Final = 0.8
+"""Share of the memory that is really free which slots may take."""
+
+
+@dataclass(frozen=True)
+class WeightSettings:
+    """How candidates are held: where, in which precision, with which KV cache.
+
+    `max_tokens` is the longest row that is to be served. `graphs` asks for CUDA graphs.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    kv: KvKind
+    max_tokens: int
+    graphs: bool
+    free_running: bool
+
+
+class CheckpointWeights:
+    """The weights of one replica; the candidate that serves, and one on its way beside it.
+
+    A candidate's first load reads its whole checkpoint into host memory, as `weights_start =
+    "disk"` means it; what later loads copy comes from there.
+    """
+
+    def __init__(
+        self, folders: Mapping[str, Path], room: Room, settings: WeightSettings, clock: Clock
+    ) -> None:
+        self.folders = dict(folders)
+        self.room = room
+        self.settings = settings
+        self.clock = clock
+        self.read: set[str] = set()
+        self.known: dict[str, EarlyExitLM] = {}
+        """Candidates met so far, with their weights loaded or not."""
+        self.name: str | None = None
+        self.pool: Pool | None = None
+        self.notes: dict[str, str] = {}
+        """What there is to say of the machines taken up: rows that fit, graphs."""
+        self._arriving: str | None = None
+
+    @property
+    def model(self) -> EarlyExitLM | None:
+        """The candidate that serves."""
+        return None if self.name is None else self.known[self.name]
+
+    @property
+    def in_memory(self) -> frozenset[str]:
+        """Candidates whose weights are in host memory."""
+        return frozenset(self.read)
+
+    @property
+    def overlaps(self) -> bool:
+        """Only a GPU copies beside its work; on a processor loading would take the time of it."""
+        return self.settings.device.type == "cuda"
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Measured bytes of the candidate that serves."""
+        return 0 if self.model is None else self.model.loaded_bytes
+
+    def prepare(self) -> None:
+        """Before the clock: run every candidate once, then leave weights where they start.
+
+        The first run of a kernel takes its time once in a process and is no part of serving.
+        """
+        for name in self.folders:
+            model = self.whole(name)
+            decoder = Decoder(model, SlotPool(model.kv_dims, model.depth, 2, 32))
+            generate(decoder, [[0] * 8, [0] * 4], 4)
+            del decoder
+            model.unload()
+        from_disk = self.room.fleet.weights_start == "disk"
+        if from_disk:
+            self.known.clear()
+        self.read = set() if from_disk else set(self.folders)
+        for folder in self.folders.values():
+            for file in sorted(folder.glob("*.safetensors")):
+                (_forget if from_disk else _read_through)(file)
+
+    def whole(self, name: str) -> EarlyExitLM:
+        """A candidate at full depth, outside the clock; another may be loaded beside it."""
+        depth = self.room.profile.model(name).model.shape.layers
+        self._load(name, depth)
+        return self.known[name]
+
+    def bring_in(self, name: str, depth: int) -> None:
+        """Load a candidate's missing layers now; another candidate makes way for it first."""
+        self._read_ahead(name)
+        self.pool = None
+        if self.name != name:
+            self.drop()
+        self._load(name, depth)
+        self.name = name
+        self._wait_for_device()
+
+    def begin(self, name: str, depth: int) -> SideLoad:
+        """Load a candidate's missing layers in a thread, on a stream of its own."""
+        return SideLoad(self, name, depth)
+
+    def load_beside(self, name: str, depth: int) -> None:
+        """What the thread does: read, copy, and wait until the copy is there."""
+        self._read_ahead(name)
+        with _side_stream(self.settings.device):
+            self._load(name, depth)
+            self._arriving = name
+
+    def take_up(self, name: str, depth: int, level: int, pool_blocks: int) -> ModelMachine:
+        """The machine of what was brought in, cut to this depth, with an empty pool."""
+        self.pool = None
+        if self._arriving == name != self.name:
+            self.drop()
+            self.name = name
+        self._arriving = None
+        assert self.model is not None and self.name == name
+        if self.model.depth > depth:
+            self.model.shrink(depth)
+        self.pool = self._new_pool(self.model, depth, pool_blocks)
+        decoder = Decoder(self.model, self.pool)
+        if self.settings.graphs:
+            buckets = self.room.profile.model(name).batch_buckets
+            decoder.use_graphs(buckets or None, subsets=True)
+        graphs = decoder.graphs
+        said = f"{self.pool.max_rows} rows in {self.settings.kv}"
+        if graphs is not None:
+            said += f", {graphs.num_graphs} graphs captured in {graphs.capture_s:.2f} s"
+        self.notes[f"{name}@{depth}"] = said
+        self._wait_for_device()
+        return ModelMachine(
+            self.model,
+            self.pool,
+            decoder,
+            depth=depth,
+            free_running=self.settings.free_running,
+        )
+
+    def drop(self) -> None:
+        """Give the serving candidate's memory back."""
+        self.pool = None
+        if self.model is not None:
+            self.model.unload()
+        self.name = None
+
+    def _load(self, name: str, depth: int) -> None:
+        """Bring a candidate to at least a depth, from what of it is there."""
+        if name in self.known:
+            self.known[name].grow(max(depth, self.known[name].depth))
+            return
+        on_gpu = self.settings.device.type == "cuda"
+        self.known[name] = load(
+            self.folders[name],
+            depth=depth,
+            exits=self.room.profile.model(name).model.exit_layers,
+            device=self.settings.device,
+            dtype=self.settings.dtype,
+            host_copy=on_gpu,
+            pinned=on_gpu,
+            name=name,
+        )
+
+    def _new_pool(self, model: EarlyExitLM, depth: int, pool_blocks: int) -> Pool:
+        """Room for what admission by blocks may let in, and no more than that."""
+        settings, serving = self.settings, self.room.serving
+        longest = min(settings.max_tokens, pool_blocks * serving.block_tokens)
+        if settings.kv == "pages":
+            blocks_a_row = -(-longest // serving.block_tokens)
+            # A static batch keeps the place of rows that are done until all are.
+            most = pool_blocks * (2 if serving.batching == "static" else 1)
+            return PagedPool(
+                model.kv_dims,
+                depth,
+                min(most, serving.max_batch * blocks_a_row),
+                serving.block_tokens,
+                max_rows=serving.max_batch,
+                max_tokens=longest,
+            )
+        slots = min(serving.max_batch, max(1, pool_blocks * serving.block_tokens // longest))
+        free_bytes = available_bytes(settings.device)
+        if free_bytes is not None:
+            slot_bytes = depth * longest * model.kv_dims.bytes_per_token_layer
+            slots = max(1, min(slots, int(_SLOT_SHARE * free_bytes) // slot_bytes))
+        return SlotPool(model.kv_dims, depth, slots, longest)
+
+    def _read_ahead(self, name: str) -> None:
+        if name in self.read:
+            return
+        for file in sorted(self.folders[name].glob("*.safetensors")):
+            _read_through(file)
+        self.read.add(name)
+
+    def _wait_for_device(self) -> None:
+        if self.settings.device.type == "cuda":
+            torch.cuda.synchronize(self.settings.device)
+
+
+class SideLoad:
+    """A load under way in a thread of its own."""
+
+    def __init__(self, weights: CheckpointWeights, name: str, depth: int) -> None:
+        self.arrived_s = 0.0
+        self._clock = weights.clock
+        self._failure: BaseException | None = None
+        self._done = threading.Event()
+
+        def work() -> None:
+            try:
+                weights.load_beside(name, depth)
+            except BaseException as error:
+                self._failure = error
+            finally:
+                self.arrived_s = self._clock.now_s()
+                self._done.set()
+
+        self._thread = threading.Thread(target=work, name="load-weights", daemon=True)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether the weights have arrived; raises what went wrong on the way."""
+        if self._done.is_set() and self._failure is not None:
+            raise self._failure
+        return self._done.is_set()
+
+    def wait(self, until_s: float) -> None:
+        """Wait until they have arrived, or until a time."""
+        while not self._done.is_set() and self._clock.now_s() < until_s:
+            self._done.wait(_POLL_S)
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """A GPU stream of its own that has done its work at the end; nothing on a processor."""
+    if device.type != "cuda":
+        yield
+        return
+    new_stream: Any = torch.cuda.Stream
+    stream = new_stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def _read_through(file: Path) -> None:
+    """Read a file to its end, so that the system holds it in memory."""
+    with file.open("rb", buffering=0) as stream:
+        while stream.read(_READ_BYTES):
+            pass
+
+
+def _forget(file: Path) -> None:
+    """Ask the system to drop a file from its memory, so that the next read meets the disk."""
+    advise = getattr(os, "posix_fadvise", None)
+    if advise is None:
+        return
+    with file.open("rb") as stream:
+        advise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

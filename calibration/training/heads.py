@@ -1,0 +1,256 @@
+"""Auxiliary exit heads trained on a frozen backbone, the way OPT models get their early exits.
+
+Each head is a norm and an output matrix of its own, started from the model's final ones. The
+backbone runs without gradients, so all heads learn from one pass.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.random import PCG64, Generator
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from calibration.model.checkpoint import (
+    HEADS_FILE,
+    SETTINGS_FILE,
+    EarlyExitSettings,
+    check_exits,
+    open_checkpoint,
+    write_json,
+    write_settings,
+)
+from calibration.model.early_exit import EarlyExitLM, load
+from calibration.model.exit_heads import ExitHead, head_weights, new_exit_heads
+from calibration.serving.prompts import tokenizer_of
+from calibration.training.scoring import Windows, score
+from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
+from helios_sim.errors import InputError
+from helios_sim.records import move_into_place
+
+REPORT_FILE: Final = "heads.json"
+_BETAS: Final = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """How heads are trained: text, windows, iterations.
+
+    An iteration is `rows` windows of `window_tokens` (or the model's longest); the learning rate
+    falls linearly. `text_bytes` bounds the text of each domain.
+    """
+
+    domains: tuple[str, ...] = DOMAINS
+    seed: int = 0
+    iterations: int = 400
+    rows: int = 4
+    window_tokens: int = 256
+    learning_rate: float = 1e-3
+    text_bytes: int = 2_000_000
+    held_out_positions: int = 4096
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.domains) - set(DOMAINS))
+        if unknown or not self.domains:
+            raise InputError(
+                f"The domains {list(self.domains)} were given; there are "
+                f"{', '.join(map(repr, DOMAINS))}.",
+                "--domain",
+            )
+        if self.iterations < 1:
+            raise InputError(
+                f"{self.iterations} iterations were asked for; at least 1 is needed.",
+                "--iterations",
+            )
+
+
+def train_heads(
+    checkpoint: Path,
+    exit_layers: Sequence[int],
+    options: HeadOptions,
+    *,
+    out: Path | None = None,
+    device: torch.device | None = None,
+    on_iteration: Callable[[int, float], None] | None = None,
+) -> dict[str, Any]:
+    """Train a head for every exit before the full depth and write them beside the weights.
+
+    Writes `exit_heads.safetensors` and `early_exit.json` into the checkpoint's folder, or into a
+    copy of it at `out`. The full depth is added to `exit_layers` if it is missing. Raises
+    `InputError` for exits that the model does not have, a checkpoint that has auxiliary heads
+    already, and a tokenizer that cannot be read.
+    """
+    where = device or torch.device("cpu")
+    opened = open_checkpoint(checkpoint)
+    layers = int(opened.config.num_hidden_layers)
+    exits = check_exits(sorted({*exit_layers, layers}), layers, str(checkpoint))
+    if len(exits) == 1:
+        raise InputError(
+            f"Only the full depth of {layers} layers was named; name an exit before it.",
+            "--exits",
+        )
+    if opened.settings is not None and opened.settings.heads == "auxiliary":
+        raise InputError(
+            f"The checkpoint has auxiliary heads for {list(opened.settings.exit_layers)} already; "
+            f"remove {HEADS_FILE} and {SETTINGS_FILE} to train others.",
+            str(checkpoint),
+        )
+    if out is not None and out.exists():
+        raise InputError("The folder is there already; give a new one.", str(out))
+    # Exits of an earlier early_exit.json are replaced; its guard knows the full depth still.
+    model = load(checkpoint, exits=exits, device=where, dtype=torch.float32)
+    tokenizer = _tokenizer(model, checkpoint)
+    began_s = time.perf_counter()
+    heads = new_exit_heads(model.backbone, exits)
+    shared = _held_out(model, tokenizer, options)
+    text = {name: corpus(name, "train", max_bytes=options.text_bytes) for name in options.domains}
+    tokens = [text[name].tokens(tokenizer) for name in options.domains]
+    _train(model, heads, tokens, options, on_iteration or (lambda iteration, loss: None))
+    model.exit_heads = {layer: head.requires_grad_(False) for layer, head in heads.items()}
+    model.heads_kind = "auxiliary"
+    report: dict[str, Any] = {
+        "exit_layers": list(exits),
+        "domains": list(options.domains),
+        "iterations": options.iterations,
+        "seed": options.seed,
+        "seconds": round(time.perf_counter() - began_s, 3),
+        "text": {name: found.facts() for name, found in text.items()},
+        "held_out_nll_nats": _held_out(model, tokenizer, options),
+        "held_out_nll_nats_shared_head": shared,
+    }
+    settings = EarlyExitSettings(
+        name=model.name,
+        exit_layers=exits,
+        heads="auxiliary",
+        tokenizer=tokenizer.name,
+        confidence=model.confidence if not model.confidence.is_calibrated else
+        replace(model.confidence, maps={}),
+        guard=model.new_guard(),
+        corpus={"train": report["text"]},
+    )  # fmt: skip
+    _write(checkpoint, out, model.exit_heads, settings, report)
+    return report
+
+
+def _tokenizer(model: EarlyExitLM, folder: Path) -> Tokenizer:
+    """The checkpoint's tokenizer: the folder's, or bytes where it says so or has 256 ids."""
+    name = model.spec.tokenizer
+    has_files = (folder / "tokenizer.json").is_file()
+    if name == "unknown" and not has_files and model.spec.shape.vocab == ByteTokenizer.vocab_size:
+        name = ByteTokenizer.name
+    tokenizer = tokenizer_of(folder.resolve().name if name == "unknown" else name, folder)
+    highest = int(tokenizer.encode(corpus("prose", "train", max_bytes=4096).data).max())
+    if highest >= model.spec.shape.vocab:
+        raise InputError(
+            f"The tokenizer gives the id {highest} and the model knows "
+            f"{model.spec.shape.vocab}; use the tokenizer that belongs to the weights.",
+            str(folder),
+        )
+    return tokenizer
+
+
+def _train(
+    model: EarlyExitLM,
+    heads: Mapping[int, ExitHead],
+    tokens: Sequence[NDArray[np.int64]],
+    options: HeadOptions,
+    on_iteration: Callable[[int, float], None],
+) -> None:
+    window = min(options.window_tokens, model.spec.shape.max_positions)
+    if min(len(part) for part in tokens) <= window:
+        raise InputError(
+            f"A domain's text has {min(len(part) for part in tokens)} tokens; a window takes "
+            f"{window + 1}. Give more text or a shorter window."
+        )
+    parameters = [weight for head in heads.values() for weight in head.parameters()]
+    optimiser = torch.optim.AdamW(
+        parameters, lr=options.learning_rate, betas=_BETAS, weight_decay=0.0
+    )
+    generator = Generator(PCG64(options.seed))
+    for iteration in range(options.iterations):
+        batch = _draw(tokens, options.rows, window, generator).to(model.device)
+        targets = batch[:, 1:].reshape(-1)
+        with torch.no_grad():
+            states = model.backbone.forward_dense(batch[:, :-1])
+        losses = [
+            cross_entropy(head(states[layer - 1]).flatten(0, 1).float(), targets)
+            for layer, head in heads.items()
+        ]
+        loss = torch.stack(losses).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        for group in optimiser.param_groups:
+            group["lr"] = options.learning_rate * (1.0 - iteration / options.iterations)
+        optimiser.step()
+        optimiser.zero_grad()
+        if iteration % 10 == 0 or iteration == options.iterations - 1:
+            on_iteration(iteration + 1, loss.item() / len(losses))
+
+
+def _draw(
+    tokens: Sequence[NDArray[np.int64]], rows: int, window: int, generator: Generator
+) -> Tensor:
+    """Windows [rows, window + 1], each from a domain at random."""
+    parts = []
+    for domain in generator.integers(0, len(tokens), rows):
+        text = tokens[int(domain)]
+        start = int(generator.integers(0, len(text) - window))
+        parts.append(text[start : start + window + 1])
+    return torch.from_numpy(np.stack(parts))
+
+
+def _held_out(
+    model: EarlyExitLM, tokenizer: Tokenizer, options: HeadOptions
+) -> dict[str, list[float]]:
+    """Loss by exit in nats on the calibration text of each domain."""
+    window = min(options.window_tokens, model.spec.shape.max_positions)
+    found = {}
+    for domain in options.domains:
+        tokens = corpus(domain, "calibration", max_bytes=options.text_bytes).tokens(tokenizer)
+        traced = max(1, window // 2)
+        positions = min(options.held_out_positions, (len(tokens) - window) // traced * traced)
+        scores = score(model, tokens, Windows(window, traced, positions), ())
+        found[domain] = [round(float(nll), 4) for nll in scores.nll_nats.mean(0)]
+    return found
+
+
+def _write(
+    checkpoint: Path,
+    out: Path | None,
+    heads: Mapping[int, ExitHead],
+    settings: EarlyExitSettings,
+    report: Mapping[str, Any],
+) -> None:
+    weights = {name: w.cpu().clone().contiguous() for name, w in head_weights(heads).items()}
+    partial: Path | None = None
+    try:
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
+        folder = partial or checkpoint
+        temporary = folder / f".{HEADS_FILE}.partial"
+        save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.replace(folder / HEADS_FILE)
+        write_settings(folder, settings)
+        write_json(folder / REPORT_FILE, report)
+        if out is not None and partial is not None:
+            partial.chmod(0o755)
+            move_into_place(partial, out)
+    except OSError as error:
+        raise InputError(
+            f"The heads cannot be written: {error.strerror}.", str(out or checkpoint)
+        ) from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)

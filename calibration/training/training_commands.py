@@ -1,0 +1,166 @@
+"""What the commands train, confidence and trace do with their options, and what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import typer
+
+from calibration.measuring.measure import parse_budget
+from calibration.serving.serve import find_checkpoints
+from calibration.training.heads import HeadOptions, train_heads
+from calibration.training.presets import preset_of
+from calibration.training.small_family import PAGE_FILE as FAMILY_PAGE
+from calibration.training.small_family import FamilyOptions, choose_device, train_family
+from calibration.training.text import DOMAINS
+from calibration.training.thresholds import settle
+from calibration.training.trace import PAGE_FILE as TRACE_PAGE
+from calibration.training.trace import TraceOptions, trace_checkpoints
+from calibration.training.train import Reading
+from helios_sim.errors import InputError
+from helios_sim.profile import TRACES_FILE
+
+_TOLD_EVERY_S: Final = 10.0
+
+
+def train(
+    out: Path | None,
+    *,
+    preset: str,
+    seed: int,
+    device: str,
+    budget: str | None,
+    processes: int | None,
+    confidence: str,
+    threshold: float | None,
+    target_agreement: float,
+) -> None:
+    """Train a family and say how it went."""
+    if out is None:
+        raise InputError("The family needs a folder: give --out FOLDER.", "--out")
+    options = FamilyOptions(
+        seed=seed,
+        device=device,
+        budget_s=None if budget is None else parse_budget(budget),
+        num_processes=processes,
+        confidence=confidence,
+        threshold=threshold,
+        target_agreement=target_agreement,
+    )
+    report = train_family(preset_of(preset), out, options, _teller())
+    for name, model in report["models"].items():
+        exits = model["settings"]["plan"]["exit_layers"]
+        for domain in model["text"]:
+            losses = ", ".join(
+                f"L{layer} {nll:.3f}"
+                for layer, nll in zip(exits, model["held_out"][domain]["nll_nats"], strict=True)
+            )
+            typer.echo(f"{name} on held-out {domain}, nats a byte: {losses}")
+    chosen = report["confidence"]
+    typer.echo(f"Confidence: {chosen['kind']}, threshold {chosen['threshold']:g}")
+    typer.echo(f"Report: {out / FAMILY_PAGE}")
+
+
+def heads(
+    checkpoint: Path,
+    out: Path | None,
+    *,
+    exits: str | None,
+    domains: Sequence[str],
+    iterations: int,
+    seed: int,
+    device: str,
+) -> None:
+    """Train auxiliary exit heads and say what they gain over the shared head."""
+    if exits is None:
+        raise InputError("Name the exits that get a head, such as --exits 6,12.", "--exits")
+    try:
+        layers = [int(layer) for layer in exits.split(",")]
+    except ValueError:
+        raise InputError(
+            f"The exits {exits!r} were given; write layers like 6,12.", "--exits"
+        ) from None
+    options = HeadOptions(domains=tuple(domains) or DOMAINS, seed=seed, iterations=iterations)
+    report = train_heads(checkpoint, layers, options, out=out, device=choose_device(device))
+    for domain, losses in report["held_out_nll_nats"].items():
+        shared = report["held_out_nll_nats_shared_head"][domain]
+        told = ", ".join(
+            f"L{layer} {own:.3f} (shared head {other:.3f})"
+            for layer, own, other in zip(report["exit_layers"], losses, shared, strict=True)
+        )
+        typer.echo(f"Held-out {domain}, nats a token: {told}")
+    typer.echo(f"Heads: {out or checkpoint}")
+
+
+def confidence(
+    folders: Sequence[Path],
+    *,
+    kind: str,
+    threshold: float | None,
+    target_agreement: float,
+    device: str,
+) -> None:
+    """Fit confidence of checkpoints and say what was chosen."""
+    chosen = settle(
+        _folders(folders),
+        kind=kind,
+        threshold=threshold,
+        target_agreement=target_agreement,
+        device=choose_device(device),
+    )
+    typer.echo(f"Confidence: {chosen['kind']}, threshold {chosen['threshold']:g}")
+    for name, share in chosen["early_share"].items():
+        agreement = chosen["early_agreement"][name]
+        typer.echo(f"{name}: {share:.1%} of tokens leave early, {agreement:.1%} of them agree")
+
+
+def trace(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    positions: int,
+    window: int | None,
+    domains: Sequence[str],
+    device: str,
+    as_json: bool,
+) -> None:
+    """Trace checkpoints and say what the traces show."""
+    options = TraceOptions(positions, window, tuple(domains) or DOMAINS)
+    report = trace_checkpoints(_folders(folders), out, options, choose_device(device))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    for name, found in report["candidates"].items():
+        for domain, figures in found["domains"].items():
+            nll = ", ".join(
+                f"L{layer} {value:.3f}"
+                for layer, value in zip(found["exit_layers"], figures["nll_nats"], strict=True)
+            )
+            typer.echo(
+                f"{name} on {domain}, nats: {nll}; mean exit layer {figures['mean_exit_layer']:.2f}"
+            )
+    typer.echo(f"Traces: {out / TRACES_FILE}\nReport: {out / TRACE_PAGE}")
+
+
+def _folders(given: Sequence[Path]) -> list[Path]:
+    return [opened.folder for opened in find_checkpoints(given).values()]
+
+
+def _teller() -> Callable[[Reading], None]:
+    """Tells a model's progress now and then, and its end."""
+    told: dict[str, float] = {}
+
+    def tell(reading: Reading) -> None:
+        last = told.get(reading.model, -_TOLD_EVERY_S)
+        if reading.seconds - last < _TOLD_EVERY_S and reading.progress < 1.0:
+            return
+        told[reading.model] = reading.seconds
+        typer.echo(
+            f"{reading.model}: {reading.progress:.0%}, {reading.tokens:,} bytes, loss "
+            f"{reading.loss:.3f} nats, {reading.seconds:.0f} s"
+        )
+
+    return tell
