@@ -39,8 +39,10 @@ class ModelPlan:
 class Preset:
     """How a family is trained: its models, the text, the windows and the time.
 
-    An iteration is `rows` windows of `window_tokens`; the last `long_share` of the training uses
-    `long_rows` windows of `long_window_tokens`, the longest sequences the models are made for.
+    An iteration is `rows` windows of `window_tokens`; a `long_share` of the iterations, evenly
+    spread, uses `long_rows` windows of `long_window_tokens`, the longest sequences the models are
+    made for. They are spread because a model that meets long windows only at the end loses half
+    a nat there and has no time left to make it good.
     Training ends after `iterations` or with the budget, whichever comes first, and the learning
     rate has fallen to its end in either case.
     """
@@ -95,7 +97,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             rows=4,
             long_window_tokens=256,
             long_rows=2,
-            long_share=0.2,
+            long_share=0.25,
             learning_rate=1e-2,
             early_weight=0.5,
             budget_s=120.0,
@@ -105,12 +107,12 @@ PRESETS: Final[Mapping[str, Preset]] = {
         Preset(
             name="cpu",
             models=_family((96, 4, 256), (128, 4, 344)),
-            iterations=2400,
+            iterations=3000,
             window_tokens=128,
             rows=4,
             long_window_tokens=512,
-            long_rows=2,
-            long_share=0.2,
+            long_rows=1,
+            long_share=0.3,
             learning_rate=6e-3,
             early_weight=0.5,
             budget_s=540.0,
@@ -124,7 +126,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             rows=32,
             long_window_tokens=2048,
             long_rows=8,
-            long_share=0.2,
+            long_share=0.25,
             learning_rate=3e-3,
             early_weight=0.5,
             budget_s=480.0,

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -227,6 +228,8 @@ def _in_turn(jobs: Sequence[_Job], on_reading: OnReading) -> dict[str, dict[str,
 
 def _run_quietly(job: _Job) -> dict[str, Any]:
     """A job in its own process: one thread, readings in the file alone."""
+    # The parent ends its workers; an interrupt that reached them too would be told twice.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     return _run(job, lambda reading: None)
 
@@ -238,6 +241,7 @@ def _side_by_side(
     context = multiprocessing.get_context("spawn")
     # Waiting threads of the workers must sleep: they share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         running: dict[Future[dict[str, Any]], _Job] = {
             pool.submit(_run_quietly, job): job for job in jobs
@@ -257,6 +261,11 @@ def _side_by_side(
                 "Models that are finished are kept.",
                 "train",
             ) from error
+        except BaseException:
+            # Nobody waits for what they train; models that are finished are in place.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return documents

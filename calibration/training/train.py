@@ -223,7 +223,8 @@ def _train(
         # The clock counts only where it is clearly ahead: else a seed would not repeat itself.
         if spent > progress + _CLOCK_LEAD:
             progress = spent
-        is_long = progress >= 1.0 - preset.long_share
+        share = preset.long_share
+        is_long = math.floor(iteration * share) > math.floor((iteration - 1) * share)
         batch = (
             draw(preset.long_rows, preset.long_window_tokens)
             if is_long

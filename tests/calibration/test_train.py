@@ -99,6 +99,19 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: 
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_models_trained_side_by_side_are_those_trained_in_turn(
+    family: Any, tmp_path: Path
+) -> None:
+    _, report, _ = family
+    told: list[Reading] = []
+    options = FamilyOptions(device="cpu", num_processes=2)
+    beside = train_family(FAMILY, tmp_path, options, told.append)
+    assert beside["processes"] == 2
+    for name, model in beside["models"].items():
+        assert model["weights_sha256"] == report["models"][name]["weights_sha256"]
+        assert [reading.iteration for reading in told if reading.model == name][-1] == 60
+
+
 def test_a_training_that_stops_leaves_no_model_behind(tmp_path: Path) -> None:
     def stop(reading: Reading) -> None:
         raise KeyboardInterrupt
