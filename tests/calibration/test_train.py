@@ -99,9 +99,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: 
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_models_trained_side_by_side_are_those_trained_in_turn(
-    family: Any, tmp_path: Path
-) -> None:
+def test_models_trained_side_by_side_are_those_trained_in_turn(family: Any, tmp_path: Path) -> None:
     _, report, _ = family
     told: list[Reading] = []
     options = FamilyOptions(device="cpu", num_processes=2)
