@@ -326,7 +326,7 @@ def _thinned(run: RunData) -> pl.DataFrame:
         .agg(
             pl.col("mean_running").sum(),
             pl.col("waiting").sum(),
-            pl.when(pl.col("unmetered").sum() == 0).then(pl.col("power_w").sum()).first(),
+            pl.when(pl.col("unmetered").sum() == 0).then(pl.col("power_w").sum()),
             pl.col("time_s").min(),
         )
         .sort("step")

@@ -355,12 +355,12 @@ def _thinned(timeline: pl.DataFrame) -> pl.DataFrame:
         .group_by("bucket")
         .agg(
             pl.col("mean_running").sum(),
-            pl.when(pl.col("power_w").is_not_null().all()).then(pl.col("power_w").sum()).first(),
+            pl.when(pl.col("power_w").is_not_null().all()).then(pl.col("power_w").sum()),
             pl.col("waiting").sum(),
             kv_use=pl.col("kv_blocks_used").sum() / pl.col("kv_blocks").sum(),
-            breach_share=pl.when(pl.col("tokens").sum() > 0)
-            .then(pl.col("breaches").sum() / pl.col("tokens").sum())
-            .first(),
+            breach_share=pl.when(pl.col("tokens").sum() > 0).then(
+                pl.col("breaches").sum() / pl.col("tokens").sum()
+            ),
             time_s=pl.col("time_s").max(),
         )
         .sort("bucket")
