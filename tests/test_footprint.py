@@ -9,7 +9,7 @@ import pytest
 from helios_sim import footprint
 from helios_sim.cli import main
 
-SCENARIO = Path(__file__).parents[1] / "scenarios" / "quickstart.toml"
+SCENARIO = Path(__file__).parents[1] / "scenarios" / "azure_chat.toml"
 
 
 def test_the_estimate_grows_with_requests_and_with_decisions() -> None:
