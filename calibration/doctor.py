@@ -96,7 +96,13 @@ def examine(device: torch.device, tell: Callable[[Finding], None]) -> list[Findi
 
 def command(device: torch.device, echo: Callable[[str], None]) -> bool:
     """What `helios-calibrate doctor` does; whether nothing failed."""
-    findings = examine(device, lambda finding: echo(finding.line))
+    threads = torch.get_num_threads()
+    # Models this small gain nothing from threads, and on a shared machine they wait for each other.
+    torch.set_num_threads(1)
+    try:
+        findings = examine(device, lambda finding: echo(finding.line))
+    finally:
+        torch.set_num_threads(threads)
     counts = {v: sum(one.verdict == v for one in findings) for v in ("pass", "fail", "skip")}
     echo(
         f"{counts['pass']} checks passed, {counts['fail']} failed, {counts['skip']} were skipped "
