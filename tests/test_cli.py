@@ -227,7 +227,12 @@ def test_what_cannot_start_is_found_before_anything_runs(
 def test_profiles_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("profiles", "--json") == 0
     names = {profile["name"] for profile in json.loads(capsys.readouterr().out)}
-    assert names == {"opt-a100-40gb", "layerskip-a100-40gb", "layerskip-h100-80gb"}
+    assert names == {
+        "opt-a100-40gb",
+        "layerskip-a100-40gb",
+        "layerskip-h100-80gb",
+        "small-family-cpu",
+    }
 
 
 def test_schema_is_a_json_schema_with_every_policys_options(
