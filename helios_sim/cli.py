@@ -141,7 +141,7 @@ def tune(
     shard: Shard = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search the settings that the scenario declares as ranges, and try the best on traffic not tuned on."""
+    """Search the ranges that the scenario declares, and try the best on traffic not tuned on."""
     from helios_sim.search.commands import tune as tune_command
 
     running = _running(out, resume, processes, scheduler, shard)
