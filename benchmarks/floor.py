@@ -88,6 +88,7 @@ def decode_seconds(c: Any, exit_layers: Any, deepest: int, num_rows: int, contex
         c,
         rows,
         context,
+        context,
         float(exit_layers[deepest]),
         float(min(deepest + 1, last)),
         1.0 if deepest == last else 0.0,
@@ -101,7 +102,18 @@ def decode_seconds(c: Any, exit_layers: Any, deepest: int, num_rows: int, contex
 def prefill_seconds(c: Any, layers: int, num_rows: int, tokens: float, pairs: float) -> float:
     """Seconds of an iteration that reads whole prompts; written for both engines."""
     seconds, _ = cost.mixed_seconds(
-        c, 0.0, 0.0, tokens, 0.0, pairs, float(layers), 0.0, float(num_rows), 1.0
+        c,
+        0.0,
+        0.0,
+        0.0,
+        tokens,
+        0.0,
+        pairs,
+        float(layers),
+        0.0,
+        float(num_rows),
+        float(num_rows),
+        1.0,
     )
     return seconds
 

@@ -477,7 +477,18 @@ def start_prefill(w: World, r: int, rep: Any, count: int) -> None:
         pairs += row.chunk * (row.chunk + 1.0) * 0.5
     c = w.coefficients[rep.model]
     seconds, regime = cost.mixed_seconds(
-        c, 0.0, 0.0, float(tokens), 0.0, pairs, float(rep.depth), 0.0, float(count), 1.0
+        c,
+        0.0,
+        0.0,
+        0.0,
+        float(tokens),
+        0.0,
+        pairs,
+        float(rep.depth),
+        0.0,
+        float(count),
+        float(count),
+        1.0,
     )
     joules = cost.mixed_joules(
         c, 0.0, 0.0, float(tokens), pairs, float(rep.depth), 0.0, float(count), seconds
@@ -530,12 +541,13 @@ def start_decode(w: World, r: int, rep: Any) -> None:
         c,
         padded + pending,
         context,
+        context,
         float(layers),
         float(num_checks),
         float(num_heads),
         float(filled),
         padded,
-        w.residual[model, batch],
+        w.residual[model, rep.level, batch],
     )
     joules = cost.decode_joules(
         c,
@@ -583,7 +595,7 @@ def remaining_seconds(
     """Seconds from after the exit before `next_level` to the loaded depth, head included."""
     c = w.coefficients[rep.model]
     layers = rep.depth - w.exit_layers[rep.model, next_level - 1]
-    layer_s, _ = cost.layer_seconds(c, padded, context, 0.0, 0.0, 0.0)
+    layer_s, _ = cost.layer_seconds(c, padded, context, context, 0.0, 0.0, 0.0)
     seconds = layers * (layer_s * residual) + cost.head_seconds(c, padded)
     return seconds + (rep.level - next_level) * cost.check_seconds(c, padded)
 
@@ -608,11 +620,11 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
             context += row_context(rep, row) + 1
     c = w.coefficients[model]
     padded = w.padded[model, batch]
-    residual = w.residual[model, batch]
-    layer_s, regime = cost.layer_seconds(c, padded, float(context), 0.0, 0.0, 0.0)
+    residual = w.residual[model, rep.level, batch]
+    layer_s, regime = cost.layer_seconds(c, padded, float(context), float(context), 0.0, 0.0, 0.0)
     layer_j = cost.layer_joules(c, padded, float(context), 0.0, 0.0)
     levels = w.leaving_level[model, rep.column]
-    seconds = c[cost.DECODE_FIXED_S]
+    seconds = cost.fixed_seconds(c, padded, False, 0.0)
     joules = 0.0
     before = 0 if passed == 0 else w.exit_layers[model, passed - 1]
     shallow_s = 0.0
@@ -731,18 +743,22 @@ def start_mixed(w: World, r: int, rep: Any, tokens: int, reread: int, pairs: flo
         num_checks = rep.level
     else:
         w.exit_counts[r, model, rep.level] += decoding
+    prompts = 0
     emitting = 0
     for k in range(rep.num_ready, rep.num_rows):
         row = w.rows[r, w.order[r, k]]
+        if row.chunk > 0:
+            prompts += 1
         if row.chunk == row.to_prefill:
             emitting += 1
     pending = rep.pending_sum
     c = w.coefficients[model]
     padded = w.padded[model, decoding]
-    residual = w.residual[model, decoding] if decoding > 0 else 1.0
+    residual = w.residual[model, rep.level, decoding] if decoding > 0 else 1.0
     seconds, regime = cost.mixed_seconds(
         c,
         padded + pending,
+        float(context),
         float(context),
         float(tokens),
         float(reread),
@@ -750,6 +766,7 @@ def start_mixed(w: World, r: int, rep: Any, tokens: int, reread: int, pairs: flo
         float(rep.depth),
         float(num_checks),
         padded + emitting,
+        float(prompts),
         residual,
     )
     joules = cost.mixed_joules(

@@ -112,19 +112,19 @@ def candidate_card(room: Room, name: str) -> Candidate:
     reference = min(serving.max_batch, 4)
     c = profile.coefficient_array()
     rows = float(profile.padded_rows(reference)[reference])
-    residual = float(profile.residual(reference)[reference])
     context = reference * (prompt + output / 2)
     decode_s, decode_j, prefill_s, limits = [], [], [], []
     for depth in model.exit_layers:
+        residual = float(profile.residual(reference, depth)[reference])
         seconds, _ = cost.decode_seconds(
-            c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, residual
+            c, rows, context, context, float(depth), 0.0, 1.0, 0.0, rows, residual
         )
         decode_s.append(float(seconds))
         joules = cost.decode_joules(c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, seconds)
         decode_j.append(float(joules))
         pairs = prompt * (prompt + 1) / 2
         first_s, _ = cost.mixed_seconds(
-            c, 0.0, 0.0, float(prompt), 0.0, pairs, float(depth), 0.0, 1.0, 1.0
+            c, 0.0, 0.0, 0.0, float(prompt), 0.0, pairs, float(depth), 0.0, 1.0, 1.0, 1.0
         )
         prefill_s.append(float(first_s))
         limits.append(int(room.requests_that_fit(name, depth, tokens)))

@@ -3,9 +3,11 @@
 Written in the subset of Python that numba compiles; the batch loop compiles them, everyone else
 calls them as they are, and both get the same bits. A layer takes the largest of three times
 (launch floor, memory, compute), each linear in what the iteration carries. A token row is one
-running request in decode; `context` is the number of KV tokens those rows read; a prefill
-carries tokens, the KV tokens they read back (`prefill_context`, zero for a whole prompt) and the
-query-key pairs they attend to (`prefill_pairs`).
+running request in decode; `context` is the number of KV tokens those rows have, and
+`padded_context` the number read by a backend that reads every computed row to the longest one's
+end: rows computed times the longest context, the token under way included. A prefill carries
+tokens, the KV tokens they read back (`prefill_context`, zero for a whole prompt) and the query-key
+pairs they attend to (`prefill_pairs`).
 """
 
 from __future__ import annotations
@@ -60,13 +62,19 @@ COEFFICIENTS: Final = (
     "kv_fill.j_per_layer",
     "kv_fill.j_per_row_layer",
     "power.limit_w",
+    "decode.memory_s_per_padded_token",
+    "decode.compute_s_per_padded_token",
+    "decode.fixed_s_per_row",
+    "prefill.fixed_s_per_prompt",
 )
 """Names of the coefficients, in the order of the array; units are in the names.
 
 All are per layer unless they say `fixed`, `head`, `check` or `rebatch`.
 """
 
-DECODE_FIXED_S: Final = COEFFICIENTS.index("decode.fixed_s")
+OPTIONAL_COEFFICIENTS: Final = COEFFICIENTS[40:]
+"""Those that a profile may leave out; they are 0 then."""
+
 REBATCH_OVERHEAD_S: Final = COEFFICIENTS.index("rebatch.overhead_s")
 
 
@@ -75,21 +83,23 @@ def layer_seconds(
     c: Any,
     rows: float,
     context: float,
+    padded_context: float,
     prefill_tokens: float,
     prefill_context: float,
     prefill_pairs: float,
 ) -> tuple[float, int]:
     """Seconds of one layer over the whole iteration, and the regime that bounds it.
 
-    Decode rows and prefill tokens of one iteration share the reading of the weights.
+    Decode rows and prefill tokens of one iteration share the reading of the weights. Where tokens
+    are fed again each row is read to its own end, and `padded_context` is `context`.
     """
     launch = 0.0
     memory = 0.0
     compute = 0.0
     if rows > 0.0:
         launch = c[0]
-        memory = c[1] + c[2] * rows + c[3] * context
-        compute = c[4] + c[5] * rows + c[6] * context
+        memory = c[1] + c[2] * rows + c[3] * context + c[40] * padded_context
+        compute = c[4] + c[5] * rows + c[6] * context + c[41] * padded_context
     if prefill_tokens > 0.0:
         if c[7] > launch:
             launch = c[7]
@@ -118,13 +128,17 @@ def layer_joules(
 
 
 @compilable
-def fixed_seconds(c: Any, has_decode: bool, has_prefill: bool) -> float:
-    """Seconds an iteration takes before its first layer."""
+def fixed_seconds(c: Any, decode_rows: float, has_prefill: bool, prompts: float) -> float:
+    """Seconds an iteration takes beside its layers, head and checks.
+
+    `prompts` are those that have tokens in it. Beside one another rows and prompts take the longer
+    of their times.
+    """
     fixed = 0.0
-    if has_decode:
-        fixed = c[14]
-    if has_prefill and c[15] > fixed:
-        fixed = c[15]
+    if decode_rows > 0.0:
+        fixed = c[14] + c[42] * decode_rows
+    if has_prefill:
+        fixed = max(fixed, c[15] + c[43] * prompts)
     return fixed
 
 
@@ -178,6 +192,7 @@ def decode_seconds(
     c: Any,
     rows: float,
     context: float,
+    padded_context: float,
     layers: float,
     num_checks: float,
     num_heads: float,
@@ -187,11 +202,11 @@ def decode_seconds(
 ) -> tuple[float, int]:
     """Seconds of a decode iteration and its regime.
 
-    `rows` carry the layers (with tokens fed again, where KV is recomputed), `fill_rows` the exit
-    checks, the head and the KV filling.
+    `rows` carry the layers (with tokens fed again, where KV is recomputed), `fill_rows` the fixed
+    part, the exit checks, the head and the KV filling.
     """
-    layer_s, regime = layer_seconds(c, rows, context, 0.0, 0.0, 0.0)
-    seconds = c[14] + layers * (layer_s * residual)
+    layer_s, regime = layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)
+    seconds = c[14] + c[42] * fill_rows + layers * (layer_s * residual)
     seconds = seconds + num_checks * check_seconds(c, fill_rows)
     seconds = seconds + num_heads * head_seconds(c, fill_rows)
     seconds = seconds + kv_fill_seconds(c, fill_rows, filled_layers)
@@ -223,22 +238,25 @@ def mixed_seconds(
     c: Any,
     rows: float,
     context: float,
+    padded_context: float,
     prefill_tokens: float,
     prefill_context: float,
     prefill_pairs: float,
     layers: float,
     num_checks: float,
     head_rows: float,
+    prompts: float,
     residual: float,
 ) -> tuple[float, int]:
     """Seconds of an iteration that carries prefill tokens, alone or beside decode rows.
 
-    It runs to the loaded depth, so nothing is filled; `head_rows` tokens are emitted.
+    It runs to the loaded depth, so nothing is filled; `head_rows` tokens are emitted, `prompts` have
+    tokens in it.
     """
     layer_s, regime = layer_seconds(
-        c, rows, context, prefill_tokens, prefill_context, prefill_pairs
+        c, rows, context, padded_context, prefill_tokens, prefill_context, prefill_pairs
     )
-    seconds = fixed_seconds(c, rows > 0.0, True) + layers * (layer_s * residual)
+    seconds = fixed_seconds(c, rows, True, prompts) + layers * (layer_s * residual)
     if rows > 0.0:
         seconds = seconds + num_checks * check_seconds(c, rows)
     if head_rows > 0.0:

@@ -24,7 +24,7 @@ from typing import Any, Final, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.cost import COEFFICIENTS
+from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS
 from helios_sim.errors import InputError
 from helios_sim.model import EarlyExitModel, Family, ModelShape
 
@@ -139,8 +139,9 @@ class Confidence:
 class ModelProfile:
     """An early-exit model on the profile's device.
 
-    `batch_residual` holds knots (batch, factor) by which a predicted layer time is multiplied;
-    empty means 1. `batch_buckets` are the batch sizes a backend pads to; empty means none. A
+    `batch_residual` holds knots (batch, factor) by which the predicted time of a decode layer is
+    multiplied, `depth_residual` knots (loaded layers, factor): layers of which few are loaded may
+    stay in a cache. Empty means 1. `batch_buckets` are the batch sizes a backend pads to; empty means none. A
     coefficient of energy or power is None where it is unavailable.
     """
 
@@ -151,6 +152,7 @@ class ModelProfile:
     hull: Hull | None
     workspace_bytes: int
     confidence: Confidence
+    depth_residual: tuple[tuple[float, float], ...] = ()
 
     @property
     def has_energy(self) -> bool:
@@ -199,21 +201,31 @@ class ModelProfile:
             rows[inside] = buckets[place[inside]]
         return rows
 
-    def residual(self, max_batch: int) -> Array:
-        """For each batch from 0 to `max_batch` the factor on the layer time.
+    def residual(self, max_batch: int, loaded_layers: int) -> Array:
+        """For each batch from 0 to `max_batch` the factor on the time of a decode layer.
 
-        Monotone between knots (PCHIP) and constant beyond the first and the last.
+        Both residuals multiplied, at the depth that is loaded, however many layers run.
         """
-        if not self.batch_residual:
-            return np.ones(max_batch + 1, dtype=np.float64)
-        batches, factors = (np.array(column) for column in zip(*self.batch_residual, strict=True))
-        if len(batches) == 1:
-            return np.full(max_batch + 1, factors[0], dtype=np.float64)
-        # Most profiles have no residual, and listing them should not wait for this import.
-        from scipy.interpolate import PchipInterpolator
+        batches = np.arange(max_batch + 1, dtype=np.float64)
+        depth = np.array([loaded_layers], dtype=np.float64)
+        return _curve(self.batch_residual, batches) * _curve(self.depth_residual, depth)
 
-        inside = np.clip(np.arange(max_batch + 1, dtype=np.float64), batches[0], batches[-1])
-        return np.asarray(PchipInterpolator(batches, factors)(inside), dtype=np.float64)
+
+def _curve(knots: Sequence[tuple[float, float]], at: Array) -> Array:
+    """The factors of a residual: 1 without knots, else through all of them.
+
+    Monotone between knots (PCHIP) and constant beyond the first and the last.
+    """
+    if not knots:
+        return np.ones(len(at), dtype=np.float64)
+    places, factors = (np.array(column) for column in zip(*knots, strict=True))
+    if len(places) == 1:
+        return np.full(len(at), factors[0], dtype=np.float64)
+    # Most profiles have no residual, and listing them should not wait for this import.
+    from scipy.interpolate import PchipInterpolator
+
+    inside = np.clip(at, places[0], places[-1])
+    return np.asarray(PchipInterpolator(places, factors)(inside), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -351,13 +363,14 @@ def unit_of(name: str) -> str:
 
 
 _BASES: Final = {"s": "s", "j": "J", "w": "W", "bytes": "B", "nats": "nat"}
-_DIVISORS: Final = r"context_token|token|row|pair|layer|s(?![a-z])"
+_DIVISORS: Final = r"context_token|padded_token|token|row|prompt|pair|layer|s(?![a-z])"
 _UNITS: Final = {
     "exit_layers": "layer",
     "exit_head_params": "parameter",
     "default_threshold": "1",
     "nominal_threshold": "1",
     "batch_residual": "1",
+    "depth_residual": "1",
     "stickiness": "1",
     "correlation": "1",
     "step_confidence": "1",
@@ -542,6 +555,9 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+_KNOT_PLACES: Final = {"batch_residual": "batch", "depth_residual": "loaded layers"}
+
+
 class _Reader:
     """Reads a profile document with checks, and keeps every quantity it met by its place."""
 
@@ -676,7 +692,8 @@ class _Reader:
         return tuple(numbers)
 
     def knots(self, node: Any, place: str, name: str) -> tuple[tuple[float, float], ...]:
-        """The knots (batch, factor) of a quantity that is a curve."""
+        """The knots (place, factor) of a quantity that is a curve."""
+        place_name = _KNOT_PLACES[name]
         values, unit, grade, source, error = self._entry(node, place, name)
         if not isinstance(values, list):
             raise self.fail(place, f"A list of knots was expected, {_shown(values)} was given.")
@@ -684,14 +701,19 @@ class _Reader:
         for index, pair in enumerate(values):
             spot = f"{place}[{index}]"
             if not isinstance(pair, list) or len(pair) != 2:
-                raise self.fail(spot, f"A knot [batch, factor] was expected, not {_shown(pair)}.")
-            batch = self.number(pair[0], spot, 1.0)
+                raise self.fail(
+                    spot, f"A knot [{place_name}, factor] was expected, not {_shown(pair)}."
+                )
+            at = self.number(pair[0], spot, 1.0)
             factor = self.number(pair[1], spot)
             if factor == 0.0:
                 raise self.fail(spot, "The factor 0 was given; it must be greater.")
-            if knots and batch <= knots[-1][0]:
-                raise self.fail(spot, f"Batch {batch:g} follows {knots[-1][0]:g}; they must rise.")
-            knots.append((batch, factor))
+            if knots and at <= knots[-1][0]:
+                raise self.fail(
+                    spot,
+                    f"{place_name.capitalize()} {at:g} follows {knots[-1][0]:g}; they must rise.",
+                )
+            knots.append((at, factor))
             self.quantities[spot] = Quantity(factor, unit, grade, source, error)
         return tuple(knots)
 
@@ -807,22 +829,25 @@ def _parse_model(reader: _Reader, name: str, node: Any, place: str) -> ModelProf
         "hull",
         "coefficients",
     )
-    table = reader.table(node, place, keys)
+    table = reader.table(node, place, keys, ("depth_residual",))
     confidence = reader.table(
         table["confidence"], f"{place}.confidence", ("kind", "default_threshold")
     )
-    coefficients = reader.table(table["coefficients"], f"{place}.coefficients", COEFFICIENTS)
-    residual = table["batch_residual"]
+    needed = [key for key in COEFFICIENTS if key not in OPTIONAL_COEFFICIENTS]
+    coefficients = reader.table(
+        table["coefficients"], f"{place}.coefficients", needed, OPTIONAL_COEFFICIENTS
+    )
     return ModelProfile(
         model=_parse_early_exit_model(reader, name, table, place),
         coefficients={
             key: reader.energy(coefficients[key], f"{place}.coefficients.{key}", key)
+            if key in coefficients
+            else 0.0
             for key in COEFFICIENTS
         },
         batch_buckets=_parse_buckets(reader, table["batch_buckets"], f"{place}.batch_buckets"),
-        batch_residual=()
-        if residual is None
-        else reader.knots(residual, f"{place}.batch_residual", "batch_residual"),
+        batch_residual=_parse_residual(reader, table, place, "batch_residual"),
+        depth_residual=_parse_residual(reader, table, place, "depth_residual"),
         hull=_parse_hull(reader, table["hull"], f"{place}.hull"),
         workspace_bytes=reader.count(
             table["workspace_bytes"], f"{place}.workspace_bytes", "workspace_bytes"
@@ -837,6 +862,13 @@ def _parse_model(reader: _Reader, name: str, node: Any, place: str) -> ModelProf
             ),
         ),
     )
+
+
+def _parse_residual(
+    reader: _Reader, table: dict[str, Any], place: str, name: str
+) -> tuple[tuple[float, float], ...]:
+    node = table.get(name)
+    return () if node is None else reader.knots(node, f"{place}.{name}", name)
 
 
 def _parse_early_exit_model(

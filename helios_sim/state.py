@@ -301,7 +301,7 @@ class World(NamedTuple):
     padded: Any
     """f8, (M, S + 1): decode rows after padding to a graph bucket"""
     residual: Any
-    """f8, (M, S + 1): correction of a decode layer's time at a batch size"""
+    """f8, (M, K, S + 1): correction of a decode layer's time at a loaded level and a batch size"""
     exit_layers: Any
     """i8, (M, K)"""
     max_positions: Any

@@ -189,7 +189,12 @@ def build_world(
             len(models), len(COEFFICIENTS)
         ),
         padded=np.array([model.padded_rows(serving.max_batch) for model in models]),
-        residual=np.array([model.residual(serving.max_batch) for model in models]),
+        residual=np.array(
+            [
+                [model.residual(serving.max_batch, depth) for depth in _levels(model, num_levels)]
+                for model in models
+            ]
+        ),
         exit_layers=np.array([_levels(model, num_levels) for model in models], np.int64),
         max_positions=np.array([model.model.shape.max_positions for model in models], np.int64),
         leaving_level=tables.leaving_level,

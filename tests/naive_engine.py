@@ -335,6 +335,10 @@ class NaiveReplica:
     def depth(self) -> int:
         return self.model.exit_layers[self.assignment.level]
 
+    def residual(self, batch: int) -> float:
+        """The factor on a decode layer's time at the loaded depth."""
+        return self.model.residual[self.assignment.level][batch]
+
     @property
     def exits_active(self) -> bool:
         return self.assignment.exit_mode in ("solo", "wait", "rebatch")
@@ -372,9 +376,19 @@ class NaiveReplica:
         pairs = sum(chunk * (row.context + (chunk + 1) / 2) for row, chunk in chunks.items())
         checks = self.assignment.level if self.exits_active else 0
         head_rows = padded + sum(row.to_prefill == chunk for row, chunk in chunks.items())
-        residual = self.model.residual[len(decoding)] if decoding else 1.0
+        residual = self.residual(len(decoding)) if decoding else 1.0
+        prompt_work = (tokens, reread, pairs)
         seconds, _ = cost.mixed_seconds(
-            c, rows, context, tokens, reread, pairs, self.depth, checks, head_rows, residual
+            c,
+            rows,
+            context,
+            context,
+            *prompt_work,
+            self.depth,
+            checks,
+            head_rows,
+            len(chunks),
+            residual,
         )
         joules = cost.mixed_joules(
             c, rows, context, tokens, pairs, self.depth, checks, head_rows, seconds
@@ -390,7 +404,7 @@ class NaiveReplica:
         c = self.model.coefficients
         static = self.scenario.batching == "static"
         batch = self.static_size if static else len(self.rows)
-        padded, residual = self.model.padded_rows[batch], self.model.residual[batch]
+        padded, residual = self.model.padded_rows[batch], self.residual(batch)
         leaves_at = {row: self.own_exit(row) for row in self.rows}
         deepest = max(leaves_at.values())
         layers = self.model.exit_layers[deepest]
@@ -400,9 +414,10 @@ class NaiveReplica:
         again = self.fed_again(self.rows)
         filled = 0 if self.scenario.recompute_kv else self.depth - layers
         context = float(sum(row.context + 1 for row in self.rows))
-        work = (c, padded + again, context, layers, checks, heads, filled, padded)
-        seconds, _ = cost.decode_seconds(*work, residual)
-        joules = cost.decode_joules(*work, seconds)
+        read = (padded + again, context)
+        passed = (layers, checks, heads, filled, padded)
+        seconds, _ = cost.decode_seconds(c, *read, context, *passed, residual)
+        joules = cost.decode_joules(c, *read, *passed, seconds)
         return Iteration(self.clock_s, seconds, joules, {}, leaves_at, {}, layers)
 
     # Rebatching
@@ -425,14 +440,14 @@ class NaiveReplica:
             self.give_room(company)
         c, exit_layers = self.model.coefficients, self.model.exit_layers
         loaded, batch = self.assignment.level, len(company)
-        rows, residual = self.model.padded_rows[batch], self.model.residual[batch]
+        rows, residual = self.model.padded_rows[batch], self.residual(batch)
         context = float(sum(row.context + 1 for row in company))
         own = {row: self.own_exit(row) for row in company}
-        layer_s = cost.layer_seconds(c, rows, context, 0.0, 0.0, 0.0)[0] * residual
+        layer_s = cost.layer_seconds(c, rows, context, context, 0.0, 0.0, 0.0)[0] * residual
         layer_j = cost.layer_joules(c, rows, context, 0.0, 0.0)
         head_s, check_s = cost.head_seconds(c, rows), cost.check_seconds(c, rows)
         overhead_s = c[cost.REBATCH_OVERHEAD_S]
-        seconds, joules, shallow_s = c[cost.DECODE_FIXED_S], 0.0, 0.0
+        seconds, joules, shallow_s = cost.fixed_seconds(c, rows, False, 0), 0.0, 0.0
         for level in range(passed, loaded + 1):
             layers = exit_layers[level] - (exit_layers[level - 1] if level else 0)
             seconds += layers * layer_s

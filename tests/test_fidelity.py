@@ -129,13 +129,14 @@ def iterations_on(profile: Profile, seed: int = 3) -> pl.DataFrame:
     at_s = 1000.0
     for name, model in profile.models.items():
         c = model.coefficient_array()
-        padded, residual = model.padded_rows(16), model.residual(16)
+        padded = model.padded_rows(16)
         for layers in model.model.exit_layers:
+            residual = model.residual(16, layers)
             for batch in range(1, 17):
                 for context in rng.integers(40, 500, 5) * batch:
                     seconds, _ = cost.decode_seconds(
-                        c, padded[batch], float(context), float(layers), 0.0, 1.0, 0.0,
-                        padded[batch], residual[batch],
+                        c, padded[batch], float(context), float(context), float(layers), 0.0, 1.0,
+                        0.0, padded[batch], residual[batch],
                     )  # fmt: skip
                     rows.append(
                         {
@@ -150,7 +151,7 @@ def iterations_on(profile: Profile, seed: int = 3) -> pl.DataFrame:
             for tokens in rng.integers(20, 400, 20):
                 pairs = float(tokens) * (tokens + 1) / 2
                 seconds, _ = cost.mixed_seconds(
-                    c, 0.0, 0.0, float(tokens), 0.0, pairs, float(layers), 0.0, 1.0, 1.0
+                    c, 0.0, 0.0, 0.0, float(tokens), 0.0, pairs, float(layers), 0.0, 1.0, 1.0, 1.0
                 )
                 rows.append(
                     {

@@ -158,7 +158,7 @@ def test_rows_are_padded_to_the_next_bucket_and_not_beyond_the_last() -> None:
 
 def test_the_residual_meets_its_knots_stays_monotone_and_is_held_outside() -> None:
     model = model_with(batch_residual=((2.0, 1.2), (8.0, 1.0), (16.0, 0.9)))
-    factors = model.residual(20)
+    factors = model.residual(20, 24)
     assert factors[[2, 8, 16]] == pytest.approx([1.2, 1.0, 0.9])
     assert set(factors[:3]) == {1.2}
     assert set(factors[16:]) == {factors[16]}
@@ -166,8 +166,8 @@ def test_the_residual_meets_its_knots_stays_monotone_and_is_held_outside() -> No
 
 
 def test_no_knots_leave_times_as_they_are_and_one_knot_scales_all() -> None:
-    assert list(model_with(batch_residual=()).residual(3)) == [1.0] * 4
-    assert list(model_with(batch_residual=((4.0, 1.5),)).residual(2)) == [1.5] * 3
+    assert list(model_with(batch_residual=()).residual(3, 24)) == [1.0] * 4
+    assert list(model_with(batch_residual=((4.0, 1.5),)).residual(2, 24)) == [1.5] * 3
 
 
 def test_measured_settings_are_read(tmp_path: Path, document: Document) -> None:

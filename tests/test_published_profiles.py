@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helios_sim import exits
-from helios_sim.cost import COEFFICIENTS, LAUNCH, MEMORY, layer_seconds
+from helios_sim.cost import COEFFICIENTS, LAUNCH, MEMORY, OPTIONAL_COEFFICIENTS, layer_seconds
 from helios_sim.profile import (
     PROFILE_FILE,
     MarkovExits,
@@ -173,7 +173,7 @@ def test_agreement_under_the_step_gives_back_the_published_total() -> None:
 
 def test_decode_at_batch_one_is_bound_by_launches_as_the_paper_shows(profile: Profile) -> None:
     for model in profile.models.values():
-        seconds, regime = layer_seconds(model.coefficient_array(), 1.0, 512.0, 0.0, 0.0, 0.0)
+        seconds, regime = layer_seconds(model.coefficient_array(), 1.0, 512.0, 512.0, 0.0, 0.0, 0.0)
         assert regime == LAUNCH
         assert seconds == model.coefficients["decode.launch_s"]
 
@@ -181,7 +181,8 @@ def test_decode_at_batch_one_is_bound_by_launches_as_the_paper_shows(profile: Pr
 def test_a_large_batch_of_long_contexts_is_bound_by_memory(profile: Profile) -> None:
     for model in profile.models.values():
         array = model.coefficient_array()
-        assert layer_seconds(array, 64.0, 64 * 8192.0, 0.0, 0.0, 0.0)[1] == MEMORY
+        context = 64 * 8192.0
+        assert layer_seconds(array, 64.0, context, context, 0.0, 0.0, 0.0)[1] == MEMORY
 
 
 def test_a_device_at_its_memory_roof_draws_its_limit() -> None:
@@ -224,5 +225,5 @@ def test_each_model_leaves_room_for_requests_on_its_device(profile: Profile) -> 
 def test_every_coefficient_that_cannot_be_zero_is_positive(profile: Profile) -> None:
     for model in profile.models.values():
         for name in COEFFICIENTS:
-            may_be_zero = name.endswith("compute_s_per_layer")
+            may_be_zero = name.endswith("compute_s_per_layer") or name in OPTIONAL_COEFFICIENTS
             assert (model.coefficients[name] > 0.0) != may_be_zero, name

@@ -65,14 +65,17 @@ class Token:
 
 @dataclass(frozen=True)
 class Model:
-    """An early-exit model: costs, exits and what its tokens do; `traces` is by domain."""
+    """An early-exit model: costs, exits and what its tokens do.
+
+    `traces` is by domain, `residual` by loaded level and batch.
+    """
 
     coefficients: tuple[float, ...]
     exit_layers: tuple[int, ...]
     max_positions: int
     threshold: float
     padded_rows: tuple[float, ...]
-    residual: tuple[float, ...]
+    residual: tuple[tuple[float, ...], ...]
     traces: tuple[tuple[Token, ...], ...]
 
     def __repr__(self) -> str:
@@ -303,12 +306,14 @@ def build_world(scenario: Scenario) -> state.World:
     trace_length = len(scenario.models[0].traces[0])
     num_positions = num_domains * trace_length
     exit_layers = np.zeros((num_models, num_levels), np.int64)
+    residual = np.ones((num_models, num_levels, num_rows + 1))
     leaving = np.zeros((num_models, 2 * num_levels, num_positions), np.uint8)
     breach = np.zeros_like(leaving)
     prefix = np.zeros((num_models, 2 * num_levels, num_positions + num_domains, 4), np.int32)
     for m, model in enumerate(scenario.models):
         missing = num_levels - len(model.exit_layers)
         exit_layers[m] = model.exit_layers + model.exit_layers[-1:] * missing
+        residual[m, : len(model.exit_layers)] = model.residual
         for level in range(len(model.exit_layers)):
             for column, at_own_exit in ((level, False), (num_levels + level, True)):
                 fates = [
@@ -330,7 +335,7 @@ def build_world(scenario: Scenario) -> state.World:
         requests=_requests(scenario.requests),
         coefficients=np.array([model.coefficients for model in scenario.models]),
         padded=np.array([model.padded_rows for model in scenario.models]),
-        residual=np.array([model.residual for model in scenario.models]),
+        residual=residual,
         exit_layers=exit_layers,
         max_positions=np.array([model.max_positions for model in scenario.models]),
         leaving_level=leaving,
@@ -507,7 +512,8 @@ def draw_models(
                     float(-(-rows // bucket) * bucket) for rows in range(max_batch + 1)
                 ),
                 residual=tuple(
-                    1.0 if on_grid else rng.uniform(0.5, 2.0) for _ in range(max_batch + 1)
+                    tuple(1.0 if on_grid else rng.uniform(0.5, 2.0) for _ in range(max_batch + 1))
+                    for _ in layers
                 ),
                 traces=tuple(
                     tuple(draw_token(rng, num_exits) for _ in range(trace_length))

@@ -27,7 +27,7 @@ from calibration.fitting.points import (
 )
 from calibration.fitting.regression import Readings
 from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE
-from helios_sim.cost import COEFFICIENTS
+from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
 from helios_sim.model import EarlyExitModel, ModelShape
@@ -423,7 +423,11 @@ def _model_node(
             "max_batch": times.hull.max_batch,
             "max_context_tokens": times.hull.max_context_tokens,
         },
-        "coefficients": {name: _entry(name, numbers[name]) for name in COEFFICIENTS},
+        "coefficients": {
+            name: _entry(name, numbers[name])
+            for name in COEFFICIENTS
+            if name in numbers or name not in OPTIONAL_COEFFICIENTS
+        },
     }
 
 

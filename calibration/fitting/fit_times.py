@@ -199,7 +199,9 @@ def model_profile(
     hull: Hull | None,
 ) -> ModelProfile:
     """A model profile with these times; whatever is not named is unavailable or 0."""
-    values = {name: numbers[name].value if name in numbers else None for name in cost.COEFFICIENTS}
+    values: dict[str, float | None] = dict.fromkeys(cost.COEFFICIENTS)
+    values |= dict.fromkeys(cost.OPTIONAL_COEFFICIENTS, 0.0)
+    values |= {name: number.value for name, number in numbers.items() if name in values}
     return ModelProfile(
         model=model,
         coefficients=values,
@@ -515,7 +517,8 @@ def _residual(
         fit = regression.refit(readings.take(~out), assigned[~out])
         knots = _safe_knots(_factors(readings.take(~out), fit, batch[~out]), plain)
         rest = readings.take(out)
-        factors = replace(plain, batch_residual=knots).residual(int(batch.max()))
+        whole = plain.model.shape.layers
+        factors = replace(plain, batch_residual=knots).residual(int(batch.max()), whole)
         layers_s = fit.layer_seconds(rest) * factors[batch[out].astype(np.int64)]
         predicted = rest.known + rest.overheads @ fit.overheads + rest.layers * layers_s
         left_out[out] = regression.relative_errors(predicted, rest.seconds)
@@ -584,9 +587,11 @@ def _least_ratio(plain: ModelProfile, smaller: float, larger: float) -> float:
     c = plain.coefficient_array()
     ratios = []
     for context in _contexts(plain.hull):
-        before, _ = cost.layer_seconds(c, smaller, smaller * context, 0.0, 0.0, 0.0)
+        before, _ = cost.layer_seconds(
+            c, smaller, smaller * context, smaller * context, 0.0, 0.0, 0.0
+        )
         joined = smaller * context + (larger - smaller)
-        after, _ = cost.layer_seconds(c, larger, joined, 0.0, 0.0, 0.0)
+        after, _ = cost.layer_seconds(c, larger, joined, joined, 0.0, 0.0, 0.0)
         ratios.append(float(before) / float(after) if after > 0.0 else 1.0)
     return max(ratios)
 
@@ -599,12 +604,12 @@ def falling_time(model: ModelProfile) -> str | None:
     """
     c = model.coefficient_array()
     top = model.hull.max_batch + 1 if model.hull is not None else 64
-    padded, factors = model.padded_rows(top), model.residual(top)
+    padded, factors = model.padded_rows(top), model.residual(top, model.model.shape.layers)
 
     def seconds(batch: int, context: float, layers: float) -> float:
         rows = float(padded[batch])
         found, _ = cost.decode_seconds(
-            c, rows, context, layers, 0.0, 1.0, 0.0, rows, float(factors[batch])
+            c, rows, context, context, layers, 0.0, 1.0, 0.0, rows, float(factors[batch])
         )
         return float(found)
 

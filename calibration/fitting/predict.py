@@ -40,22 +40,37 @@ class Predictor:
         """Rows computed: a graph pads to its bucket."""
         return float(self.model.padded_rows(batch)[batch]) if mode == "graph" else float(batch)
 
-    def factor(self, batch: int) -> float:
-        """The batch residual."""
-        return float(self.model.residual(batch)[batch])
+    def factor(self, row: Row) -> float:
+        """The residual at the batch and the loaded layers; all are, where no depth is named."""
+        layers = int(row.get("layers") or self.model.model.shape.layers)
+        return float(self.model.residual(row["batch"], layers)[row["batch"]])
 
     def read_tokens(self, row: Row) -> float:
         """KV tokens read by a decode of these rows, their own new ones included."""
         own = 0 if self.counts_new_token else 1
         return float(row["batch"] * ((row["context_tokens"] or 0) + own))
 
+    def padded_tokens(self, row: Row) -> float:
+        """KV tokens read where every computed row is read to the longest one's end."""
+        own = 0 if self.counts_new_token else 1
+        longest = row.get("longest_context_tokens")
+        if longest is None:
+            return self.read_tokens(row)
+        return self.rows(row["batch"], row["mode"]) * float(longest + own)
+
     def layer_seconds(self, row: Row) -> tuple[float, int]:
         """Seconds of one decode layer with the residual, and the regime."""
         rows = self.rows(row["batch"], row["mode"])
         seconds, regime = cost.layer_seconds(
-            self.coefficients, rows, self.read_tokens(row), 0.0, 0.0, 0.0
+            self.coefficients,
+            rows,
+            self.read_tokens(row),
+            self.padded_tokens(row),
+            0.0,
+            0.0,
+            0.0,
         )
-        return float(seconds) * self.factor(row["batch"]), int(regime)
+        return float(seconds) * self.factor(row), int(regime)
 
     def seconds(self, row: Row) -> float | None:
         """Predicted seconds of a reading; None where the profile predicts no such thing."""
@@ -66,19 +81,39 @@ class Predictor:
             return self.stack_overhead_s.get("decode", 0.0) + layers * self.layer_seconds(row)[0]
         if quantity == "prefill_layers":
             tokens, cached, pairs = prefill_load(row)
-            seconds, _ = cost.layer_seconds(c, 0.0, 0.0, tokens, cached, pairs)
+            seconds, _ = cost.layer_seconds(c, 0.0, 0.0, 0.0, tokens, cached, pairs)
             return self.stack_overhead_s.get("prefill", 0.0) + layers * float(seconds)
         if quantity == PREFILL_ITERATION:
             tokens, cached, pairs = prefill_load(row)
             seconds, _ = cost.mixed_seconds(
-                c, 0.0, 0.0, tokens, cached, pairs, layers, 0.0, float(batch), 1.0
+                c,
+                0.0,
+                0.0,
+                0.0,
+                tokens,
+                cached,
+                pairs,
+                layers,
+                0.0,
+                float(batch),
+                float(batch),
+                1.0,
             )
             return float(seconds)
         if quantity == "iteration":
             rows = self.rows(batch, row["mode"])
-            context = self.read_tokens(row)
-            factor = self.factor(batch)
-            seconds, _ = cost.decode_seconds(c, rows, context, layers, 0.0, 1.0, 0.0, rows, factor)
+            seconds, _ = cost.decode_seconds(
+                c,
+                rows,
+                self.read_tokens(row),
+                self.padded_tokens(row),
+                layers,
+                0.0,
+                1.0,
+                0.0,
+                rows,
+                self.factor(row),
+            )
             return float(seconds)
         if quantity == "head":
             return float(cost.head_seconds(c, float(batch)))

@@ -120,12 +120,12 @@ def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_ba
     c = profile.coefficient_array()
     layers_to = profile.model.exit_layers
     padded_rows = profile.padded_rows(max_batch)
-    residuals = profile.residual(max_batch)
+    residuals = profile.residual(max_batch, layers_to[loaded_level])
     overhead_s = float(c[cost.REBATCH_OVERHEAD_S])
 
     def pays(leaving: int, batch: int, passed: int, level: int, context: int) -> bool:
         rows = float(padded_rows[batch])
-        layer_s, _ = cost.layer_seconds(c, rows, float(context), 0.0, 0.0, 0.0)
+        layer_s, _ = cost.layer_seconds(c, rows, float(context), float(context), 0.0, 0.0, 0.0)
         layer_s = layer_s * float(residuals[batch])
         check_s, head_s = cost.check_seconds(c, rows), cost.head_seconds(c, rows)
         shallow_s = 0.0

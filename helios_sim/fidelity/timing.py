@@ -71,11 +71,18 @@ def predict(iterations: Iterations, profile: Profile, max_batch: int) -> Predict
         model = profile.models[str(name)]
         # A backend may compute more rows than may run, and a table must reach them.
         rows_up_to = max(max_batch, int(iterations.batch.max(initial=1)))
-        padded, residual = model.padded_rows(rows_up_to), model.residual(rows_up_to)
+        padded = model.padded_rows(rows_up_to)
         c = model.coefficient_array()
-        for i in np.flatnonzero(iterations.model == name):
+        mine = np.flatnonzero(iterations.model == name)
+        residual = {
+            depth: model.residual(rows_up_to, int(depth))
+            for depth in np.unique(iterations.depth[mine])
+        }
+        for i in mine:
             one = _decode if iterations.is_decode[i] else _prefill
-            layers_s[i], rest_s[i] = one(iterations, int(i), c, padded, residual)
+            layers_s[i], rest_s[i] = one(
+                iterations, int(i), c, padded, residual[iterations.depth[i]]
+            )
     return Predicted(layers_s, rest_s)
 
 
@@ -84,10 +91,11 @@ def _decode(
 ) -> tuple[float, float]:
     batch = int(its.batch[i])
     rows = float(padded[batch])
+    context = float(its.context_tokens[i])
     layer_s, _ = cost.layer_seconds(
-        c, rows + float(its.pending_tokens[i]), float(its.context_tokens[i]), 0.0, 0.0, 0.0
+        c, rows + float(its.pending_tokens[i]), context, context, 0.0, 0.0, 0.0
     )
-    rest = cost.fixed_seconds(c, True, False)
+    rest = cost.fixed_seconds(c, rows, False, 0.0)
     rest += float(its.checks[i]) * cost.check_seconds(c, rows)
     rest += float(its.heads[i]) * cost.head_seconds(c, rows)
     filled = float(padded[int(its.filled_rows[i])])
@@ -101,10 +109,11 @@ def _prefill(
     its: Iterations, i: int, c: Floats, padded: Floats, residual: Floats
 ) -> tuple[float, float]:
     layer_s, _ = cost.layer_seconds(
-        c, 0.0, 0.0, float(its.prompt_tokens[i]), 0.0, float(its.prompt_pairs[i])
+        c, 0.0, 0.0, 0.0, float(its.prompt_tokens[i]), 0.0, float(its.prompt_pairs[i])
     )
-    head = cost.head_seconds(c, float(its.rows[i]))
-    return float(its.layers[i]) * layer_s + cost.fixed_seconds(c, False, True), head
+    prompts = float(its.rows[i])
+    head = cost.head_seconds(c, prompts)
+    return float(its.layers[i]) * layer_s + cost.fixed_seconds(c, 0.0, True, prompts), head
 
 
 def factors(
@@ -175,7 +184,8 @@ def _retimed(model: ModelProfile, factors: Factors) -> ModelProfile:
         overall = max(overall, _LEAST)
     knots = []
     if factors.decode:
-        before = model.residual(max(factors.decode))
+        # A factor of all depths: only the one by batch is replaced.
+        before = replace(model, depth_residual=()).residual(max(factors.decode), 1)
         for batch, factor in sorted(factors.decode.items()):
             layers_s, rest_s = factors.shares[batch]
             wanted = (factor * (layers_s + rest_s) / overall - rest_s) / layers_s

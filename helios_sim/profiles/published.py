@@ -532,6 +532,7 @@ def _coefficients(board: Board, eager: Eager, model: EarlyExitModel) -> dict[str
     return {
         name: quantity(name, _rounded(values[name][0]), *values[name][1:])
         for name in cost.COEFFICIENTS
+        if name not in cost.OPTIONAL_COEFFICIENTS
     }
 
 
@@ -673,7 +674,7 @@ def decode(
             c[cost.COEFFICIENTS.index(name)] = 0.0
     context = rows * REFERENCE_CONTEXT_TOKENS
     charged = (layers, num_checks, num_heads, filled_layers, rows)
-    seconds, _ = cost.decode_seconds(c, rows, context, *charged, 1.0)
+    seconds, _ = cost.decode_seconds(c, rows, context, context, *charged, 1.0)
     return seconds, cost.decode_joules(c, rows, context, *charged, seconds)
 
 
@@ -681,7 +682,7 @@ def prefill_seconds(profile: ModelProfile, layers: int, tokens: int) -> float:
     """Seconds of the prefill of one prompt, alone, through so many layers."""
     c = profile.coefficient_array()
     pairs = tokens * (tokens + 1) / 2
-    return cost.mixed_seconds(c, 0.0, 0.0, tokens, 0.0, pairs, layers, 0.0, 1.0, 1.0)[0]
+    return cost.mixed_seconds(c, 0.0, 0.0, 0.0, tokens, 0.0, pairs, layers, 0.0, 1.0, 1.0, 1.0)[0]
 
 
 def solo_decode(profile: ModelProfile, shares: Sequence[float]) -> tuple[float, float]:

@@ -183,16 +183,19 @@ class ClockworkHost(Host):
             tokens = float(outcome.prompt_tokens)
             depth, count = float(self.assignment.depth), float(len(plan.rows))
             return float(
-                cost.mixed_seconds(c, 0.0, 0.0, tokens, 0.0, pairs, depth, 0.0, count, 1.0)[0]
+                cost.mixed_seconds(
+                    c, 0.0, 0.0, 0.0, tokens, 0.0, pairs, depth, 0.0, count, count, 1.0
+                )[0]
             )
         batch = len(plan.rows) + len(plan.ghosts)
         padded = profile.padded_rows(self.batch.max_batch)
-        residual = float(profile.residual(self.batch.max_batch)[batch])
+        residual = float(profile.residual(self.batch.max_batch, self.assignment.depth)[batch])
         context = float(outcome.context_tokens)
         if self.assignment.exit_mode is not ExitMode.REBATCH:
             seconds, _ = cost.decode_seconds(
                 c,
                 float(padded[batch]) + outcome.pending_tokens,
+                context,
                 context,
                 float(outcome.layers),
                 float(outcome.checks),
@@ -214,8 +217,9 @@ class ClockworkHost(Host):
         padded: Any,
     ) -> float:
         assert self.stepper is not None
-        layer_s, _ = cost.layer_seconds(c, rows, float(outcome.context_tokens), 0.0, 0.0, 0.0)
-        seconds = float(c[cost.DECODE_FIXED_S])
+        context = float(outcome.context_tokens)
+        layer_s, _ = cost.layer_seconds(c, rows, context, context, 0.0, 0.0, 0.0)
+        seconds = float(cost.fixed_seconds(c, rows, False, 0.0))
         before = outcome.first_layer
         for level in range(plan.passed, self.stepper.exit_layers.index(outcome.layers) + 1):
             seconds += (self.stepper.exit_layers[level] - before) * (layer_s * residual)

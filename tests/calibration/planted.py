@@ -111,7 +111,7 @@ def readings(plan: Plan) -> list[Reading]:
         return plan.factor.get(batch, 1.0)
 
     def layer(rows: int, context: int, batch: int) -> float:
-        return cost.layer_seconds(c, rows, context, 0, 0, 0)[0] * factor(batch)
+        return cost.layer_seconds(c, rows, context, context, 0, 0, 0)[0] * factor(batch)
 
     def decode(batch: int, context: int, purpose: str) -> None:
         for mode in plan.modes:
@@ -129,7 +129,7 @@ def readings(plan: Plan) -> list[Reading]:
                     purpose=purpose,
                 )
             whole, _ = cost.decode_seconds(
-                c, rows, batch * context, 12, 0, 1, 0, rows, factor(batch)
+                c, rows, batch * context, batch * context, 12, 0, 1, 0, rows, factor(batch)
             )
             if context == 512:
                 add(
@@ -155,7 +155,7 @@ def readings(plan: Plan) -> list[Reading]:
         (n, "held-out") for n in (48, 400)
     ]:
         pairs = prompt * (prompt + 1) / 2
-        seconds = cost.layer_seconds(c, 0, 0, prompt, 0, pairs)[0]
+        seconds = cost.layer_seconds(c, 0, 0, 0, prompt, 0, pairs)[0]
         for depth in DEPTHS:
             add(
                 "prefill_layers",
@@ -167,7 +167,7 @@ def readings(plan: Plan) -> list[Reading]:
                 context_tokens=0,
                 purpose=purpose,
             )
-        whole, _ = cost.mixed_seconds(c, 0, 0, prompt, 0, pairs, 12, 0, 1, 1)
+        whole, _ = cost.mixed_seconds(c, 0, 0, 0, prompt, 0, pairs, 12, 0, 1, 1, 1)
         add(
             "iteration",
             whole,
@@ -219,7 +219,7 @@ def energy_readings(plan: Plan, c: np.ndarray, noisy: Any) -> list[Reading]:
     for depth in DEPTHS:
         for batch in (1, 8, 32, 128):
             for context in (128, 900):
-                seconds, _ = cost.layer_seconds(c, batch, batch * context, 0, 0, 0)
+                seconds, _ = cost.layer_seconds(c, batch, batch * context, batch * context, 0, 0, 0)
                 work = depth * cost.layer_joules(c, batch, batch * context, 0, 0)
                 add(
                     "decode_energy",
@@ -231,7 +231,7 @@ def energy_readings(plan: Plan, c: np.ndarray, noisy: Any) -> list[Reading]:
                 )
         for prompt in (64, 256, 1000):
             pairs = prompt * (prompt + 1) / 2
-            seconds, _ = cost.layer_seconds(c, 0, 0, prompt, 0, pairs)
+            seconds, _ = cost.layer_seconds(c, 0, 0, 0, prompt, 0, pairs)
             work = depth * cost.layer_joules(c, 0, 0, prompt, pairs)
             add(
                 "prefill_energy",

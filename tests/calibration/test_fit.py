@@ -114,8 +114,9 @@ def test_under_noise_the_planted_times_are_predicted_within_it(
     c, truth = own.coefficient_array(), planted.array(coefficients)
     for batch in (1, 6, 20, 100):
         for context in (20, 300, 900):
-            predicted = decode_seconds(c, batch, batch * context, 9, 0, 1, 0, batch, 1.0)[0]
-            right = decode_seconds(truth, batch, batch * context, 9, 0, 1, 0, batch, 1.0)[0]
+            work = (batch, batch * context, batch * context, 9, 0, 1, 0, batch, 1.0)
+            predicted = decode_seconds(c, *work)[0]
+            right = decode_seconds(truth, *work)[0]
             assert predicted == pytest.approx(right, rel=4 * noise)
     assert falling_time(own) is None
 
@@ -172,8 +173,8 @@ def test_graphs_stand_for_the_profile_where_measured_and_eager_is_a_choice(
     name = "decode.launch_s"
     assert graph.models["planted"].coefficients[name] == pytest.approx(3e-5, rel=1e-3)
     slow = eager.models["planted"].coefficient_array()
-    assert decode_seconds(slow, 1, 512, 12, 0, 1, 0, 1, 1.0)[0] == pytest.approx(
-        decode_seconds(planted.array(GPU_LIKE), 1, 512, 12, 0, 1, 0, 1, 1.0)[0] + 12 * 6e-5,
+    assert decode_seconds(slow, 1, 512, 512, 12, 0, 1, 0, 1, 1.0)[0] == pytest.approx(
+        decode_seconds(planted.array(GPU_LIKE), 1, 512, 512, 12, 0, 1, 0, 1, 1.0)[0] + 12 * 6e-5,
         rel=1e-2,
     )
     assert graph.models["planted"].batch_buckets == planted.BATCHES
