@@ -317,7 +317,10 @@ def serve(
         bool, typer.Option("--free-running", help="Feed a model its own tokens, not the true text.")
     ] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of a processor.", show_default="torch's")
+        int | None,
+        typer.Option(
+            min=1, help="Threads of a processor.", show_default="as the profile was measured"
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None,

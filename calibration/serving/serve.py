@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, cast, get_args
 
@@ -58,6 +58,7 @@ _SPIN_S: Final = 0.0005
 _DTYPES: Final = {4: torch.float32, 2: torch.bfloat16}
 
 Progress = Callable[[str, float], None]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class ServeSettings:
     """How a scenario is served.
 
     `checkpoints` are checkpoint folders, or folders of several. `limit` and `duration_s` cut the
-    workload to its first requests. `repeat` serves each policy so often.
+    workload to its first requests. `repeat` serves each policy so often. Without `threads` a
+    processor gets as many as the profile was measured with.
     """
 
     checkpoints: tuple[Path, ...]
@@ -113,7 +115,10 @@ class WallClock:
 
 @dataclass(frozen=True)
 class Bench:
-    """A scenario with everything it needs, checked and ready to be served."""
+    """A scenario with everything it needs, checked and ready to be served.
+
+    `versions` are those of the packages at work, for the run's record.
+    """
 
     scenario: Scenario
     base_dir: Path
@@ -127,6 +132,7 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     settings: ServeSettings
+    versions: Mapping[str, str]
 
     def policy(self, chosen: PolicySettings) -> Policy:
         """A fresh policy of the scenario."""
@@ -140,8 +146,11 @@ def serve(
     changes: Sequence[str] = (),
     progress: Progress | None = None,
     on_served: Callable[[Served], None] | None = None,
+    tell: Tell | None = None,
 ) -> list[Served]:
     """Serve a scenario's policies and write their runs; `on_served` hears of each at once.
+
+    `tell` hears in sentences what the user did not ask for and should know.
 
     One policy served once is written to `out` itself. Otherwise `out` gets a folder a policy, and
     with `repeat` above 1 folders repeat-1, repeat-2, ... within. A run is whole or absent.
@@ -159,9 +168,11 @@ def serve(
         )
     for place in places:
         check_target(place)
-    threads = torch.get_num_threads()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    threads_before = torch.get_num_threads()
+    threads, why = threads_of(settings, bench.room.profile, bench.device)
+    (tell or _unheard)(why)
+    if threads is not None:
+        torch.set_num_threads(threads)
     served = []
     try:
         meter = best_meter(bench.device.type, _board(bench.device))
@@ -172,7 +183,7 @@ def serve(
             if on_served is not None:
                 on_served(one)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
     return served
 
 
@@ -188,12 +199,15 @@ def command(
     settings = ServeSettings(kv=cast(KvKind, kv), **options)
     written: list[Path] = []
 
-    def tell(one: Served) -> None:
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    def wrote(one: Served) -> None:
         written.append(one.folder)
-        print(line_of(one), flush=True)
+        say(line_of(one))
 
     try:
-        serve(scenario_path, out, settings, changes, progress_line(), tell)
+        serve(scenario_path, out, settings, changes, progress_line(), wrote, say)
     except KeyboardInterrupt:
         kept = f"the {len(written)} finished before it are kept" if written else "none was before"
         raise Interrupted(f"the run under way was not written, {kept}") from None
@@ -264,7 +278,44 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
         device=device,
         dtype=dtype,
         settings=settings,
+        versions=versions_here(),
     )
+
+
+def threads_of(
+    settings: ServeSettings, profile: Profile, device: torch.device
+) -> tuple[int | None, str]:
+    """Threads of the processor to serve with, None for torch's own number, and a sentence why."""
+    if settings.threads is not None:
+        return settings.threads, f"Serving with {_threads(settings.threads)}, as asked."
+    measured = profile.provenance.environment.get("threads")
+    if isinstance(measured, int) and measured >= 1:
+        return measured, (
+            f"Serving with {_threads(measured)}, as profile {profile.name!r} was measured; "
+            "--threads sets another number."
+        )
+    here = _threads(torch.get_num_threads())
+    if device.type != "cpu":
+        return None, f"Serving with {here} of the processor, torch's own number."
+    return None, (
+        f"Warning: profile {profile.name!r} does not say with how many threads it was measured; "
+        f"serving with {here}, torch's own number, which --threads changes."
+    )
+
+
+def versions_here() -> dict[str, str]:
+    """Versions of the packages at work; a run could not say what made it without them."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            raise InputError(
+                f"The package {name} is not installed here, so the run could not say which "
+                "version served it; install this project with its extra 'calibration'.",
+                "serve",
+            ) from None
+    return found | {"python": ".".join(platform.python_version_tuple()[:2])}
 
 
 def serve_once(
@@ -276,6 +327,9 @@ def serve_once(
 ) -> Served:
     """Serve one policy once and write its run."""
     say = progress or _silence
+    scenario = bench.scenario
+    alone = {"policy": (chosen,), "plan": None, "search": None}
+    asked = resolved(scenario.model_copy(update=alone)) | {"seed": scenario.seed}
     clock = WallClock()
     weights = CheckpointWeights(bench.folders, bench.room, _weight_settings(bench), clock)
     say(f"{chosen.name}: preparing", 0.0)
@@ -305,8 +359,6 @@ def serve_once(
     judged = _reread_all(bench, host, weights)
     domains = bench.requests.domain.tolist()
     judgement = judge(judged, host.lives, host.tally.tokens, host.thresholds, domains)
-    scenario = bench.scenario
-    alone = {"policy": (chosen,), "plan": None, "search": None}
     run = run_data(
         host,
         bench.requests,
@@ -315,7 +367,7 @@ def serve_once(
         label=chosen.name,
         policy=chosen.use,
         seed=scenario.seed,
-        scenario=resolved(scenario.model_copy(update=alone)) | {"seed": scenario.seed},
+        scenario=asked,
         environment=environment(bench, host, weights, meter)
         | {"started_at": started_at, "energy": _said(outcome)},
     )
@@ -345,8 +397,7 @@ def environment(
     """Versions, device, checkpoints and how the run was served."""
     profile, settings = bench.room.profile, bench.settings
     return {
-        "versions": {name: version(name) for name in _PACKAGES}
-        | {"python": ".".join(platform.python_version_tuple()[:2])},
+        "versions": dict(bench.versions),
         "profile": profile.name,
         "profile_hash": profile.hash,
         "profile_origin": profile.provenance.origin,
@@ -619,3 +670,11 @@ def _plain(value: object) -> str:
 
 def _silence(doing: str, share: float) -> None:
     """Tell nobody."""
+
+
+def _unheard(text: str) -> None:
+    """Tell nobody."""
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' if number != 1 else ''}"

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import math
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from calibration.cli import main
 from calibration.measuring.board import Board, open_board
 from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
 from calibration.serving.energy import RunEnergy
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
-from calibration.serving.serve import ServeSettings, serve
+from calibration.serving.serve import ServeSettings, prepare, serve, threads_of
 from calibration.training.text import ByteTokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
 from helios_sim.policy import Controller, make_policy, read_snapshots
 from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
+from helios_sim.profile import load_profile
 from helios_sim.records import read_run, read_summary
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.serving import DOMAINS, family, first_exit_threshold, model_of, write_profile
@@ -250,6 +253,41 @@ def test_a_load_that_fails_beside_serving_ends_the_run_with_its_reason(place, mo
             ["workload.arrivals.rate_per_s=2000.0"],
         )
     assert not (place / "broken").exists()
+
+
+def test_threads_are_those_the_profile_was_measured_with_unless_others_are_asked_for() -> None:
+    shipped = load_profile("small-family-cpu")
+    cpu = torch.device("cpu")
+    number, why = threads_of(ServeSettings(()), shipped, cpu)
+    assert number == shipped.provenance.environment["threads"] == 1
+    assert why.startswith("Serving with 1 thread, as profile 'small-family-cpu' was measured")
+    assert threads_of(ServeSettings((), threads=3), shipped, cpu)[0] == 3
+    unsaid = load_profile("opt-a100-40gb")
+    number, why = threads_of(ServeSettings(()), unsaid, cpu)
+    assert number is None
+    assert why.startswith("Warning: profile 'opt-a100-40gb' does not say")
+    assert "Warning" not in threads_of(ServeSettings(()), unsaid, torch.device("cuda"))[1]
+
+
+def test_serving_says_its_threads_and_gives_torch_back_its_own(place, tmp_path) -> None:
+    before, told_of = torch.get_num_threads(), []
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=2, threads=1)
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings, tell=told_of.append)
+    assert told_of[0] == "Serving with 1 thread, as asked."
+    assert read_run(one.folder).environment["threads"] == 1
+    assert torch.get_num_threads() == before
+
+
+def test_a_package_without_a_version_is_missed_before_anything_is_served(
+    place, tmp_path, monkeypatch
+) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("calibration.serving.serve.version", missing)
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu")
+    with pytest.raises(InputError, match="helios-sim is not installed here"):
+        prepare(place / "tiny.toml", settings)
 
 
 def test_several_runs_are_not_written_into_a_run(place, served) -> None:
