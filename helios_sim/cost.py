@@ -250,8 +250,8 @@ def mixed_seconds(
 ) -> tuple[float, int]:
     """Seconds of an iteration that carries prefill tokens, alone or beside decode rows.
 
-    It runs to the loaded depth, so nothing is filled; `head_rows` tokens are emitted, `prompts` have
-    tokens in it.
+    It runs to the loaded depth, so nothing is filled; `head_rows` tokens are emitted and `prompts`
+    have tokens in it.
     """
     layer_s, regime = layer_seconds(
         c, rows, context, padded_context, prefill_tokens, prefill_context, prefill_pairs

@@ -141,8 +141,8 @@ class ModelProfile:
 
     `batch_residual` holds knots (batch, factor) by which the predicted time of a decode layer is
     multiplied, `depth_residual` knots (loaded layers, factor): layers of which few are loaded may
-    stay in a cache. Empty means 1. `batch_buckets` are the batch sizes a backend pads to; empty means none. A
-    coefficient of energy or power is None where it is unavailable.
+    stay in a cache. Empty means 1. `batch_buckets` are the batch sizes a backend pads to; empty
+    means none. A coefficient of energy or power is None where it is unavailable.
     """
 
     model: EarlyExitModel
