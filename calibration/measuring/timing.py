@@ -6,11 +6,13 @@ compared are sampled in turns, so that a machine that slows down slows all of th
 
 On a processor that others use too, the seconds are those in which the process ran, and a sample
 is taken again, a few times at most, if others were let run during it or if a known piece of work
-beside it ran slower than it can.
+beside it ran slower than it can. How quick that known work is at its best is the machine's pace,
+by which two runs on it can be compared.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
@@ -31,12 +33,33 @@ CPU_SAMPLE_S: Final = 0.005
 DISTURBED_SHARE: Final = 0.05
 """Of a sample's time; where more was lost to others, the sample is taken again."""
 
-MAX_TRIES: Final = 3
-"""Samples taken for each one that is wanted."""
+MAX_TRIES: Final = 6
+"""Samples taken at most for each one that is wanted."""
 
+_HEADROOM: Final = 1.1
+"""Samples are planned longer than they must be, so that the usual one is not just too short."""
 
-_REFERENCE_JITTER: Final = 1.08
-"""The reference's own time varies by so much on a quiet machine."""
+_LONG_S: Final = 0.05
+"""Work this long hardly feels caches that it finds taken."""
+
+_LOOK_HOLDS_S: Final = 0.0005
+"""A look at the reference tells of what begins within this time too."""
+
+_CORE_JITTER: Final = 1.08
+_MEMORY_JITTER: Final = 1.15
+"""The reference's own times vary by so much on a quiet machine."""
+
+_PACE_S: Final = 0.05
+"""Spent on one look at a machine's pace."""
+
+_MATRIX: Final = 512
+"""Rows and columns of the reference's larger matrices, 1 MiB each."""
+
+_CACHED_MATRICES: Final = 4
+"""More than a core's own cache holds, less than the cores' common one."""
+
+_STREAMED_MATRICES: Final = 64
+"""More than any cache keeps beside other work."""
 
 
 @dataclass(frozen=True)
@@ -72,31 +95,112 @@ class Timer(Protocol):
     def sample(self, work: Work, repetitions: int) -> Sample:
         """Time `repetitions` of the work together, the device idle before."""
 
+    def sample_s(self, pass_s: float) -> float:
+        """Seconds that a sample of repetitions this long takes, all in all."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that known pieces of work take on a machine at its best.
+
+    `core_s` is arithmetic within a core, `memory_s` reading from the common cache and from memory
+    (on a GPU a product of matrices, and a copy).
+    """
+
+    core_s: float
+    memory_s: float
+
+    def against(self, other: Pace) -> float:
+        """How many times longer it takes than another: the larger of the two ratios."""
+        return max(self.core_s / other.core_s, self.memory_s / other.memory_s)
+
+    def quickest(self, other: Pace) -> Pace:
+        """The better of two, part by part."""
+        return Pace(min(self.core_s, other.core_s), min(self.memory_s, other.memory_s))
+
 
 class Reference:
     """A known piece of work whose time tells whether a processor is shared at the moment.
 
-    Small products and sums, as small models are made of; the quickest time so far is what it
-    takes alone.
+    Small products and sums, as small models are made of; then products of vectors with matrices
+    that lie in the common cache, and with others that lie in memory. The quickest times so far are
+    what they take alone.
     """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self._rows = torch.randn(16, 96, generator=generator)
         self._weights = torch.randn(96, 96, generator=generator)
-        self._best_s = math.inf
+        self._vector = torch.ones(_MATRIX)
+        matrices = torch.ones(_CACHED_MATRICES + _STREAMED_MATRICES, _MATRIX, _MATRIX).unbind()
+        self._cached, self._streamed = matrices[:_CACHED_MATRICES], matrices[_CACHED_MATRICES:]
+        self._next = 0
+        self.best = Pace(math.inf, math.inf)
+        """The machine's pace as far as it is known."""
         for _ in range(20):
-            self.slowdown()
+            self.look()
 
-    def slowdown(self) -> float:
-        """How many times longer it takes now than alone; 1 or more."""
+    def look(self) -> Pace:
+        """What it takes now."""
         begin_s = time.perf_counter()
         for _ in range(30):
             torch.mm(self._rows, self._weights)
             self._rows.add(1.0)
-        seconds = time.perf_counter() - begin_s
-        self._best_s = min(self._best_s, seconds)
-        return seconds / self._best_s
+        core_s = time.perf_counter() - begin_s
+        # What ran before has taken the cache; it is the third time that finds it filled.
+        for _ in range(2):
+            self._read(self._cached)
+        streamed = self._streamed[self._next : self._next + _CACHED_MATRICES]
+        self._next = (self._next + _CACHED_MATRICES) % _STREAMED_MATRICES
+        begin_s = time.perf_counter()
+        self._read(self._cached)
+        self._read(streamed)
+        found = Pace(core_s, time.perf_counter() - begin_s)
+        self.best = self.best.quickest(found)
+        return found
+
+    def lost_share(self) -> float:
+        """Share of its time that others cost it now, beyond what varies anyway."""
+        now = self.look()
+        core = 1.0 - _CORE_JITTER * self.best.core_s / now.core_s
+        memory = 1.0 - _MEMORY_JITTER * self.best.memory_s / now.memory_s
+        return max(0.0, core, memory)
+
+    def pace(self, seconds: float = _PACE_S) -> Pace:
+        """The best of looks over some time, whatever was seen before."""
+        found = self.look()
+        until_s = time.perf_counter() + seconds
+        while time.perf_counter() < until_s:
+            found = found.quickest(self.look())
+        return found
+
+    def _read(self, matrices: Sequence[torch.Tensor]) -> None:
+        for matrix in matrices:
+            torch.mv(matrix, self._vector)
+
+
+@functools.cache
+def reference() -> Reference:
+    """The processor's reference: one for all timers, so that its best is the best of the run."""
+    return Reference()
+
+
+def measure_pace(device: torch.device) -> Pace:
+    """The device's pace now, from looks over about 50 ms."""
+    if device.type != "cuda":
+        return reference().pace()
+    matrix = torch.ones(2048, 2048, device=device)
+    source = torch.ones(2**24, device=device)
+    target = torch.empty_like(source)
+    timer = CudaTimer()
+    looks = [
+        Pace(
+            timer.sample(lambda: torch.mm(matrix, matrix), 1).seconds,
+            timer.sample(lambda: target.copy_(source), 1).seconds,
+        )
+        for _ in range(20)
+    ]
+    return functools.reduce(Pace.quickest, looks)
 
 
 class WallTimer:
@@ -109,21 +213,41 @@ class WallTimer:
         cuda = device.type == "cuda"
         self.min_sample_s = min_sample_s or (CUDA_SAMPLE_S if cuda else CPU_SAMPLE_S)
         self._device = device
-        self._reference = None if cuda else Reference()
+        self._reference = None if cuda else reference()
+        self._looked_s = -math.inf
+        self._lost_share = 0.0
 
     def sample(self, work: Work, repetitions: int) -> Sample:
         """Seconds from an idle device to an idle device."""
         if self._reference is None:
             return Sample(self._timed(work, repetitions)[0])
-        before = self._reference.slowdown()
-        seconds, running_s = self._timed(work, repetitions)
-        slowdown = max(before, self._reference.slowdown())
+        before = self._look(_LOOK_HOLDS_S)
+        # The look has taken the caches; the first repetition gets them back.
+        seconds, running_s = self._timed(work, 1)
+        if repetitions > 1 or seconds < _LONG_S:
+            seconds, running_s = self._timed(work, repetitions)
+        slowed = max(before, self._look())
         waited = 1.0 - running_s / seconds if seconds > 0.0 else 0.0
-        slowed = 1.0 - _REFERENCE_JITTER / slowdown
         if torch.get_num_threads() == 1:
             seconds = min(seconds, running_s)
         # Several threads run for more seconds than the clock counts: what they wait is not seen.
         return Sample(seconds, max(0.0, waited, slowed))
+
+    def sample_s(self, pass_s: float) -> float:
+        """Seconds that a sample of repetitions this long takes, all in all."""
+        timed_s = max(_HEADROOM * self.min_sample_s, pass_s)
+        if self._reference is None:
+            return timed_s
+        best = self._reference.best
+        return timed_s + (pass_s if pass_s < _LONG_S else 0.0) + best.core_s + 2 * best.memory_s
+
+    def _look(self, holds_s: float = 0.0) -> float:
+        """What others cost the reference, now or within the last `holds_s`."""
+        assert self._reference is not None
+        if time.perf_counter() - self._looked_s > holds_s:
+            self._lost_share = self._reference.lost_share()
+            self._looked_s = time.perf_counter()
+        return self._lost_share
 
     def _timed(self, work: Work, repetitions: int) -> tuple[float, float]:
         """Seconds on the clock, and those in which this process ran."""
@@ -140,6 +264,10 @@ class CudaTimer:
 
     def __init__(self, min_sample_s: float = CUDA_SAMPLE_S) -> None:
         self.min_sample_s = min_sample_s
+
+    def sample_s(self, pass_s: float) -> float:
+        """Seconds that a sample of repetitions this long takes."""
+        return max(_HEADROOM * self.min_sample_s, pass_s)
 
     def sample(self, work: Work, repetitions: int) -> Sample:
         """Seconds between two events on the stream."""
@@ -233,8 +361,7 @@ def _repetitions(work: Work, timer: Timer, warmups: int) -> int:
         seconds = found.seconds
         if seconds >= timer.min_sample_s:
             return repetitions
-        # A tenth on top, so that the usual sample is not just too short.
-        wanted = math.ceil(1.1 * repetitions * timer.min_sample_s / max(seconds, 1e-7))
+        wanted = math.ceil(_HEADROOM * repetitions * timer.min_sample_s / max(seconds, 1e-7))
         repetitions = min(max(wanted, repetitions + 1), 100 * repetitions)
 
 

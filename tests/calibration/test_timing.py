@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from calibration.measuring.timing import (
+    MAX_TRIES,
     Captured,
     NotCaptured,
+    Pace,
+    Reference,
     Sample,
     WallTimer,
     Work,
     capture,
+    measure_pace,
     median_and_mad,
     timed,
     timer_for,
@@ -117,7 +121,60 @@ def test_a_machine_that_is_never_quiet_ends_the_wait_and_says_so() -> None:
     (found,) = timed(works(1), timer, samples=3)
     assert found.lost_share == 0.5
     assert found.samples == 3
-    assert timer.calls < 20
+    assert timer.calls <= 3 + 3 * MAX_TRIES
+
+
+def test_a_pace_is_held_against_another_by_its_slower_part() -> None:
+    quiet = Pace(1.0, 2.0)
+    assert quiet.against(quiet) == 1.0
+    assert Pace(1.5, 2.0).against(quiet) == 1.5
+    assert Pace(1.0, 5.0).against(quiet) == 2.5
+    assert Pace(2.0, 1.0).quickest(quiet) == Pace(1.0, 1.0)
+
+
+def test_a_machines_pace_is_that_of_a_moment_before() -> None:
+    first, second = measure_pace(CPU), measure_pace(CPU)
+    assert first.core_s > 0.0
+    assert first.memory_s > 0.0
+    assert 0.2 < second.against(first) < 5.0
+
+
+def test_a_slower_core_and_slower_memory_both_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Reference()
+    monkeypatch.setattr(known, "look", lambda: known.best)
+    assert known.lost_share() == 0.0
+    for slower in (
+        Pace(2 * known.best.core_s, known.best.memory_s),
+        Pace(known.best.core_s, 2 * known.best.memory_s),
+    ):
+        monkeypatch.setattr(known, "look", lambda slower=slower: slower)
+        assert known.lost_share() > 0.3
+
+
+def test_the_first_repetition_after_a_look_is_not_timed() -> None:
+    calls: list[float] = []
+
+    def work() -> None:
+        spin(0.05 if not calls else 0.002)()
+        calls.append(0.0)
+
+    timer = WallTimer(CPU)
+    assert timer.sample(work, 2).seconds < 0.02
+    assert len(calls) == 3
+
+
+def test_a_repetition_that_is_long_anyway_needs_none_before_it() -> None:
+    calls: list[float] = []
+
+    def work() -> None:
+        spin(0.06)()
+        calls.append(0.0)
+
+    timer = WallTimer(CPU)
+    assert timer.sample(work, 1).seconds == pytest.approx(0.06, rel=0.1)
+    assert len(calls) == 1
+    assert timer.sample_s(0.06) < 0.07
+    assert timer.sample_s(0.01) > 0.02
 
 
 def test_twice_the_work_takes_about_twice_the_time() -> None:
