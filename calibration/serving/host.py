@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from calibration.serving.batching import NEVER, Batch, Decode, HotRules, Life, Prefill, Row
-from calibration.serving.iteration import EXITS_ACTIVE, Machine, Outcome, Stepper, split_pays
-from calibration.serving.tally import NLL_UNITS_PER_NAT, IterationEntry, Sample, Tally
+from calibration.serving.batching import NEVER, Decode, Life, Prefill, Row
+from calibration.serving.iteration import EXITS_ACTIVE, Machine, Stepper, split_pays
+from calibration.serving.replica import Clock, Replica
+from calibration.serving.tally import NLL_UNITS_PER_NAT, Sample
 from helios_sim.cards import Room, candidate_card
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import (
@@ -34,16 +35,6 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.controller import Controller
 from helios_sim.workload import Requests
-
-
-class Clock(Protocol):
-    """Seconds since the start of the run."""
-
-    def now_s(self) -> float:
-        """The present."""
-
-    def sleep_until(self, time_s: float) -> None:
-        """Wait until a time."""
 
 
 class Transfer(Protocol):
@@ -108,39 +99,6 @@ class DecisionEntry:
     ready_s: float | None = None
 
 
-class BreachWindow:
-    """Counts breaches by the policy's rule and remembers that the window has tripped."""
-
-    def __init__(self, policy: Policy, rules: HotRules) -> None:
-        watching = policy.watching
-        self.tokens = watching.breach_window_tokens
-        self.limit = watching.breach_limit
-        self.sliding = watching.window_kind == "sliding"
-        self.rules = rules
-        self.ring = [0] * (self.tokens or 1)
-        self.watching = self.tripped = False
-        self.seen = self.breaches = 0
-
-    def clear(self) -> None:
-        """Begin a new window."""
-        self.seen = self.breaches = 0
-        self.tripped = False
-
-    def count(self, breached: bool) -> None:
-        """Count one emitted token."""
-        if not self.watching:
-            return
-        if self.sliding:
-            self.seen, self.breaches, tripped = self.rules.watch_sliding(
-                self.ring, self.seen, self.breaches, breached, self.limit
-            )
-        else:
-            self.seen, self.breaches, tripped = self.rules.watch_tumbling(
-                self.seen, self.breaches, breached, self.tokens, self.limit
-            )
-        self.tripped = self.tripped or bool(tripped)
-
-
 @dataclass
 class _Mark:
     """Running sums at the moment the last decision was carried out."""
@@ -156,7 +114,7 @@ class _Mark:
     energy_j: float | None = None
 
 
-class Host:
+class Host(Replica):
     """One replica serving a workload under a policy until no work is left.
 
     `read_j` reads a meter: joules since some origin, or None where no meter is.
@@ -190,22 +148,20 @@ class Host:
                 "give it another objective, or serve where a meter can be read.",
                 f"policy {policy.name}, objective",
             )
-        serving = room.serving
-        if serving.batching == "chunked":
-            raise InputError(
-                'batching is "chunked"; the real backend serves "continuous" and "static" batches, '
-                "so choose one of these.",
-                "serving.batching",
-            )
+        super().__init__(
+            serving=room.serving,
+            policy=policy,
+            clock=clock,
+            max_batch=max_batch,
+            timeline_interval_s=timeline_interval_s,
+        )
         self.room = room
         self.policy = policy
         self.slo = slo
         self.lives = list(lives)
         self.weights = weights
-        self.clock = clock
         self.on_progress = on_progress
         self.read_j = read_j or _unmetered
-        self.rules = HotRules.of(policy)
         self.cards = tuple(candidate_card(room, name) for name in room.candidates)
         self.card_of = {card.name: card for card in self.cards}
         chosen = policy.confidence_threshold
@@ -216,29 +172,13 @@ class Host:
             for name in room.candidates
         }
         self.controller = Controller(policy, self.cards)
-        self.batch = Batch(
-            batching=serving.batching,
-            max_batch=max_batch,
-            block_tokens=serving.block_tokens,
-            max_prefill_tokens=serving.max_prefill_tokens,
-            watermark=serving.watermark,
-            rules=self.rules,
-            on_left=self._left,
-            on_refused=self._refused,
-        )
-        self.window = BreachWindow(policy, self.rules)
-        self.tally = Tally(timeline_interval_s)
         self.tally.exit_counts = {card.name: [0] * len(card.exit_layers) for card in self.cards}
         followers = {life.successor for life in self.lives if life.successor is not None}
         sent = [life for life in self.lives if life not in followers]
         self.to_come = deque(sorted(sent, key=_order_of_arrival))
         self.decisions: list[DecisionEntry] = []
-        self.assignment: Assignment | None = None
         self.served_model: str | None = None
-        self.machine: Machine | None = None
-        self.stepper: Stepper | None = None
         self.weight_bytes = 0
-        self.evaluating = False
         self.finish_target = NEVER
         self.until_reassessment = policy.watching.reassess_requests
         self.mark = _Mark()
@@ -469,77 +409,18 @@ class Host:
         self.tally.book("idle", self.clock.now_s())
 
     def run(self, plan: Prefill | Decode) -> None:
-        """Carry an iteration out, charge it, emit its tokens, retire who is done."""
-        assert self.stepper is not None and self.assignment is not None
-        start_s = self.tally.booked_s
-        begun_s = self.clock.now_s()
-        if self.evaluating and isinstance(plan, Prefill):
-            for row in plan.rows:
-                row.life.evaluated = True
-        outcome = self.step(plan)
-        now_s = self.clock.now_s()
-        seconds = self.tally.book("busy", now_s)
-        is_prefill = isinstance(plan, Prefill)
-        entry = IterationEntry(
-            start_s,
-            seconds,
-            begun_s - start_s,
-            self.assignment,
-            self.evaluating,
-            is_prefill,
-            len(self.batch.rows),
-            outcome,
-        )
-        self.tally.count_iteration(entry, self.batch.used_blocks, outcome.emitted)
-        self.emit(outcome, now_s, is_prefill)
-        if now_s >= self.tally.next_sample_s:
+        """Carry an iteration out; now and then write a line of the timeline."""
+        super().run(plan)
+        if self.tally.booked_s >= self.tally.next_sample_s:
             self.sample(self.state())
             if self.on_progress is not None:
                 self.on_progress(self.num_ended / len(self.lives))
 
-    def step(self, plan: Prefill | Decode) -> Outcome:
-        """What the machine makes of a plan."""
-        assert self.stepper is not None
-        return self.stepper.run(plan)
-
-    def emit(self, outcome: Outcome, now_s: float, is_prefill: bool) -> None:
-        """Give the tokens of an iteration to their requests, in order of admission."""
-        assert self.stepper is not None and self.assignment is not None
-        full_pass = outcome.layers == self.stepper.depth
-        for one in outcome.emitted:
-            row = one.row
-            if is_prefill:
-                row.context, row.to_prefill, row.pending = row.to_prefill, 0, 0
-            else:
-                row.context += 1
-                row.held = 0
-                row.pending = 0 if full_pass else row.pending + 1
-            breached = self.stepper.breaches(one)
-            self.tally.count_token(
-                row,
-                one,
-                now_s,
-                self.assignment,
-                outcome,
-                prefilled=is_prefill,
-                breached=breached,
-            )
-            self.window.count(breached)
-            row.life.emitted.append(one.reading.token)
-            if row.life.generated == row.life.output_tokens:
-                self.finish(row, now_s)
-
     def finish(self, row: Row, now_s: float) -> None:
-        """Retire a request with its last token."""
-        assert self.assignment is not None
-        life = row.life
-        self.batch.leave(row)
-        life.status = "finished"
-        life.finished_s = now_s
-        life.model, life.depth = self.assignment.model, self.assignment.depth
+        """Retire a request with its last token; its user's next one is under way."""
+        super().finish(row, now_s)
         self.finish_target -= 1
-        self.tally.count_finished(row, now_s)
-        self.send_successor(life)
+        self.send_successor(row.life)
 
     def send_successor(self, life: Life) -> None:
         """In a closed loop the user's next request comes after the think time."""
@@ -549,13 +430,10 @@ class Host:
             after.arrival_s = self.tally.booked_s + after.think_s
             self.to_come = deque(sorted([*self.to_come, after], key=_order_of_arrival))
 
-    def _refused(self, life: Life) -> None:
+    def refused(self, life: Life) -> None:
+        """Let the next request of a user come whose request was turned away."""
         self.send_successor(life)
         self.enter_arrivals()
-
-    def _left(self, row: Row) -> None:
-        if self.machine is not None:
-            self.machine.release(row)
 
     def count(self, entry: DecisionEntry, seconds: float) -> None:
         """Add a decision that was carried out to the totals."""

@@ -16,8 +16,8 @@ from calibration.model.decode import Decoder, generate
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.kv import PagedPool, Pool, SlotPool
 from calibration.model.memory import available_bytes
-from calibration.serving.host import Clock
 from calibration.serving.machine import ModelMachine
+from calibration.serving.replica import Clock
 from helios_sim.cards import Room
 
 KvKind = Literal["slots", "pages"]
