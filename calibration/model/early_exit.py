@@ -97,6 +97,8 @@ class EarlyExitLM:
         self._heads_layout = layout_of(self._head_shapes())
         self._host: HostCopy | None = None
         self._staging: HostCopy | None = None
+        self._checked_depth = 0
+        """Layers whose weights in host memory the guard has agreed to."""
         if host_copy or pinned:
             parts = [self._backbone_layout.num_elements, self._heads_layout.num_elements]
             parts += [self._layer_layout.num_elements] * spec.shape.layers
@@ -171,7 +173,8 @@ class EarlyExitLM:
         """Load the layers up to `depth`, and what is always resident if it is not there.
 
         Raises InputError before touching memory if there is too little, and after loading if the
-        logits are not the checkpoint's; the model is then as it was before.
+        logits are not the checkpoint's; the model is then as it was before. What comes from a copy
+        in host memory that was checked before is not checked again.
         """
         before, was_resident = self.depth, self.is_resident
         plan = self.plan(depth)
@@ -188,6 +191,7 @@ class EarlyExitLM:
             "load fewer layers, choose a smaller model, or free memory on the device",
         )
         began_s = time.perf_counter()
+        checked = depth <= self._checked_depth and self._is_held(before, depth, was_resident)
         loader = Loader(self.source, self._host, self._staging, self.dtype, self.device)
         try:
             if not was_resident:
@@ -204,7 +208,9 @@ class EarlyExitLM:
             self._staging = loader.staging
             self.backbone.set_layers(layers)
             seconds = time.perf_counter() - began_s
-            self._check_guard(before if was_resident else 0)
+            if not checked:
+                self._check_guard(before if was_resident else 0)
+                self._checked_depth = max(self._checked_depth, depth)
         except BaseException:
             loader.finish()
             if was_resident:
@@ -296,6 +302,13 @@ class EarlyExitLM:
         sums = tuple(self.logits_sums(ids, self.exit_layers))
         # Sums that 16 bits gave are no closer than that where another device or type checks them.
         return Guard(ids, sums, tolerance=ROUGH_TOLERANCE) if self._is_rough else Guard(ids, sums)
+
+    def _is_held(self, before: int, depth: int, was_resident: bool) -> bool:
+        """Whether all that a load brings is in the copy in host memory."""
+        parts = [2 + index for index in range(before, depth)]
+        if not was_resident:
+            parts += [0, 1] if self._heads_layout.shapes else [0]
+        return self._host is not None and all(self._host.holds(part) for part in parts)
 
     def _check_guard(self, checked_depth: int) -> None:
         """Compare the logits of exits deeper than `checked_depth` with the stored sums.
@@ -398,8 +411,9 @@ def load(
 
     `exits` replaces the exit layers of early_exit.json, or the default of a quarter, half and
     all layers; `dtype` is float32 on a CPU and bfloat16 on a GPU unless given. `host_copy` keeps
-    every part that was read in host memory, `pinned` in one page-locked buffer. Every load
-    compares the logits with the guard; a folder without one gets it at its first load.
+    every part that was read in host memory, `pinned` in one page-locked buffer. Loads compare the
+    logits with the guard, but for what comes from a copy in host memory that was compared before;
+    a folder without a guard gets it at its first load.
     """
     where = torch.device(device)
     opened = files.open_checkpoint(folder)

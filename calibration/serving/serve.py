@@ -413,6 +413,7 @@ def environment(
         "text_sha256": dict(bench.prompts.hashes),
         "kv": settings.kv,
         "kv_pools": dict(weights.notes),
+        "host_copies": list(weights.copies),
         "loads": "beside serving" if weights.overlaps else "serving waits",
         "rebatch_times": "predicted from the profile",
         "meter": meter.source,

@@ -26,6 +26,8 @@ _READ_BYTES: Final = 1 << 23
 _POLL_S: Final = 0.0002
 _SLOT_SHARE: Final = 0.8
 """Share of the memory that is really free which slots may take."""
+_COPY_SHARE: Final = 0.25
+"""Share of it that a copy of a candidate may take on a processor, where it is memory twice over."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class CheckpointWeights:
     """The weights of one replica; the candidate that serves, and one on its way beside it.
 
     A candidate's first load reads its whole checkpoint into host memory, as `weights_start =
-    "disk"` means it; what later loads copy comes from there.
+    "disk"` means it; what later loads copy comes from there, as it does where loads are measured.
+    On a processor that is short of memory it comes from the file, which the system holds.
     """
 
     def __init__(
@@ -75,6 +78,12 @@ class CheckpointWeights:
     def in_memory(self) -> frozenset[str]:
         """Candidates whose weights are in host memory."""
         return frozenset(self.read)
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Candidates of which a copy of our own is kept in host memory."""
+        held = (name for name, model in self.known.items() if model.host_copy is not None)
+        return tuple(sorted(held))
 
     @property
     def overlaps(self) -> bool:
@@ -180,9 +189,16 @@ class CheckpointWeights:
             exits=self.room.profile.model(name).model.exit_layers,
             device=self.settings.device,
             dtype=self.settings.dtype,
-            host_copy=on_gpu,
+            host_copy=on_gpu or self._has_room_for_copy(name),
             pinned=on_gpu,
             name=name,
+        )
+
+    def _has_room_for_copy(self, name: str) -> bool:
+        spec = self.room.profile.model(name).model
+        free_bytes = available_bytes(torch.device("cpu"))
+        return (
+            free_bytes is None or spec.weight_bytes(spec.shape.layers) <= _COPY_SHARE * free_bytes
         )
 
     def _new_pool(self, model: EarlyExitLM, depth: int, pool_blocks: int) -> Pool:

@@ -19,7 +19,7 @@ from calibration.model.checkpoint import (
     read_header,
     read_into,
 )
-from calibration.model.early_exit import from_stock, load, save
+from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
 from helios_sim.errors import InputError
 from tests.calibration import tiny
@@ -266,6 +266,39 @@ def test_the_guard_notices_other_weights(folder):
     with pytest.raises(InputError, match="exit layer 4"):
         model.grow(4)
     assert model.depth == 2
+
+
+def test_a_copy_in_host_memory_is_checked_once_and_a_file_at_every_load(folder, monkeypatch):
+    read: list[int] = []
+    sums = EarlyExitLM.logits_sums
+
+    def counted(model, token_ids, layers):
+        read.append(model.depth)
+        return sums(model, token_ids, layers)
+
+    monkeypatch.setattr(EarlyExitLM, "logits_sums", counted)
+    model = load(folder, depth=2, host_copy=True)
+    model.unload()
+    model.grow(1)
+    model.grow(2)
+    assert read == [2]
+    model.grow(4)
+    assert read == [2, 4]
+    model.shrink(1)
+    model.grow(4)
+    assert read == [2, 4]
+    plain = load(folder)
+    plain.unload()
+    plain.grow(4)
+    assert read == [2, 4, 4, 4]
+
+
+def test_a_spoilt_copy_in_host_memory_is_noticed_whenever_it_is_reached(folder):
+    resave(folder, lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].normal_())
+    model = load(folder, depth=2, host_copy=True)
+    for _ in range(2):
+        with pytest.raises(InputError, match="exit layer 4"):
+            model.grow(4)
 
 
 def test_a_folder_without_settings_gets_them_with_a_guard_at_its_first_load(folder):

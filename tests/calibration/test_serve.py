@@ -108,6 +108,7 @@ def test_a_served_run_keeps_every_law_and_says_that_it_was_measured(served) -> N
     assert 0.0 <= summary["agreement"] <= 1.0
     assert summary["perplexity"] > 1.0
     assert run.environment["tokens"] == "teacher-forced"
+    assert run.environment["host_copies"] == ["large", "small"]
 
 
 def test_energy_is_null_where_no_meter_is_and_never_zero(served) -> None:
@@ -276,6 +277,15 @@ def test_serving_says_its_threads_and_gives_torch_back_its_own(place, tmp_path) 
     assert told_of[0] == "Serving with 1 thread, as asked."
     assert read_run(one.folder).environment["threads"] == 1
     assert torch.get_num_threads() == before
+
+
+def test_a_processor_short_of_memory_keeps_no_copy_of_the_weights(
+    place, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr("calibration.serving.weights.available_bytes", lambda _: 1 << 20)
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=4)
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings)
+    assert read_run(one.folder).environment["host_copies"] == []
 
 
 def test_a_package_without_a_version_is_missed_before_anything_is_served(
