@@ -23,6 +23,7 @@ import torch
 
 from calibration.measuring.board import NoBoard, open_board
 from calibration.measuring.meters import Absence, Meter, best_meter
+from calibration.measuring.timing import measure_pace
 from calibration.model.checkpoint import Checkpoint, open_checkpoint
 from calibration.model.family import shape_of
 from calibration.serving.energy import RunEnergy
@@ -30,6 +31,7 @@ from calibration.serving.host import Host, lives_of
 from calibration.serving.judge import Reread, judge, reread, served_traces
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.record import run_data, write_extras
+from calibration.serving.slowdown import pace_facts
 from calibration.serving.weights import CheckpointWeights, KvKind, WeightSettings
 from helios_sim.cards import Room, policy_slo, room_of
 from helios_sim.command import Interrupted
@@ -84,10 +86,15 @@ class ServeSettings:
 
 @dataclass(frozen=True)
 class Served:
-    """A written run: its folder and its figures."""
+    """A written run: its folder and its figures.
+
+    `slowdown` says how many times slower the machine was than while the profile was measured, None
+    where the profile does not tell its pace.
+    """
 
     folder: Path
     summary: Mapping[str, Any]
+    slowdown: float | None = None
 
 
 class WallClock:
@@ -221,12 +228,13 @@ def line_of(one: Served) -> str:
         value = summary[key]
         return "none" if value is None else f"{value:.4g}{unit}"
 
+    slowed = "unknown" if one.slowdown is None else f"{one.slowdown:.3g}"
     return (
         f"{one.folder}: {summary['label']}, {summary['completed']} of {summary['num_requests']} "
         f"requests in {figure('duration', ' s')}, {figure('output_throughput', ' tok/s')}, TTFT "
         f"{figure('mean_ttft_ms', ' ms')}, TPOT {figure('mean_tpot_ms', ' ms')}, batch "
         f"{figure('mean_batch_size', '')}, agreement {figure('agreement', '')}, energy "
-        f"{figure('total_gpu_energy', ' J')}"
+        f"{figure('total_gpu_energy', ' J')}, slowdown {slowed}"
     )
 
 
@@ -348,12 +356,14 @@ def serve_once(
         read_j=energy.so_far_j,
     )
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    pace_before = measure_pace(bench.device)
     with undisturbed():
         energy.open()
         clock.restart()
         energy.started(clock.start_s)
         host.play()
         outcome = energy.close(host.tally.spent_s["busy"])
+    paces = pace_facts(bench.room.profile, pace_before, measure_pace(bench.device))
     say(f"{chosen.name}: reading the served text again", 0.0)
     weights.drop()
     judged = _reread_all(bench, host, weights)
@@ -369,7 +379,8 @@ def serve_once(
         seed=scenario.seed,
         scenario=asked,
         environment=environment(bench, host, weights, meter)
-        | {"started_at": started_at, "energy": _said(outcome)},
+        | {"started_at": started_at, "energy": _said(outcome)}
+        | paces,
     )
     check_run(run)
     measure = scenario.measure
@@ -388,7 +399,7 @@ def serve_once(
         write_traces(traces, folder / TRACES_FILE)
         (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
 
-    return Served(write_run(run, summary, out, finish), summary)
+    return Served(write_run(run, summary, out, finish), summary, paces.get("slowdown"))
 
 
 def environment(

@@ -15,15 +15,17 @@ import torch
 from calibration.cli import main
 from calibration.measuring.board import Board, open_board
 from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
+from calibration.measuring.timing import Pace
 from calibration.serving.energy import RunEnergy
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
-from calibration.serving.serve import ServeSettings, prepare, serve, threads_of
+from calibration.serving.serve import ServeSettings, line_of, prepare, serve, threads_of
+from calibration.serving.slowdown import measured_pace
 from calibration.training.text import ByteTokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
 from helios_sim.policy import Controller, make_policy, read_snapshots
 from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
-from helios_sim.profile import load_profile
+from helios_sim.profile import load_profile, save_profile
 from helios_sim.records import read_run, read_summary
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.serving import DOMAINS, family, first_exit_threshold, model_of, write_profile
@@ -286,6 +288,28 @@ def test_a_processor_short_of_memory_keeps_no_copy_of_the_weights(
     settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=4)
     (one,) = serve(place / "tiny.toml", tmp_path / "run", settings)
     assert read_run(one.folder).environment["host_copies"] == []
+
+
+def test_a_run_keeps_the_machines_pace_around_it_and_how_much_slower_it_is(
+    place, served, tmp_path, monkeypatch
+) -> None:
+    environment = read_run(served).environment
+    assert set(environment["pace_before"]) == set(environment["pace_after"])
+    assert min(environment["pace_before"].values()) > 0.0
+    assert "slowdown" not in environment
+
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    document["provenance"].setdefault("environment", {})["pace"] = {"core_s": 2.0, "memory_s": 4.0}
+    told = save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    assert measured_pace(told) == Pace(2.0, 4.0)
+    paces = iter([Pace(2.0, 4.4), Pace(2.5, 4.0)])
+    monkeypatch.setattr("calibration.serving.serve.measure_pace", lambda _: next(paces))
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=2)
+    scenario = tmp_path / "tiny.toml"
+    scenario.write_text((place / "tiny.toml").read_text())
+    (one,) = serve(scenario, tmp_path / "run", settings)
+    assert one.slowdown == read_run(one.folder).environment["slowdown"] == 1.25
+    assert line_of(one).endswith("slowdown 1.25")
 
 
 def test_a_package_without_a_version_is_missed_before_anything_is_served(
