@@ -3,7 +3,8 @@
 Each layer has one store of keys and one of values, [tokens, kv_heads, head_dim]; a pool maps a
 row's position to a token of the store. Rows in use are numbered 0 to `num_rows` - 1 without gaps:
 a released row's number goes to the last row. Slots then serve the first rows as a plain view,
-without copying; any other selection is gathered.
+without copying; any other selection is gathered. A row that is only vacated leaves a gap that
+another may fill.
 """
 
 from __future__ import annotations
@@ -129,6 +130,13 @@ class Pool(ABC):
         self._take(row, num_tokens)
         self.edition += 1
         self.lengths[row] = num_tokens
+
+    def vacate(self, row: int) -> None:
+        """Give a row's tokens back; its number stays in use, for another row or until released."""
+        self._known(row)
+        self._give(row)
+        self.edition += 1
+        self.lengths[row] = 0
 
     def release(self, row: int) -> int | None:
         """Give a row's place back. Returns the number of the row that now bears this number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,8 +20,9 @@ class ModelMachine:
     """One model at one loaded depth over one pool: the `Machine` of `iteration.py`.
 
     Teacher-forced, a row is fed its true text; free-running, the tokens it emitted. A row's place
-    in the pool is `row.slot`; the pool numbers its rows without gaps, so that a batch which runs
-    whole is read in place.
+    in the pool is `row.slot`, and `occupants` are the rows by it. A batch that runs whole is read
+    in place where there are no gaps between its places: new rows fill those that rows left, and
+    what is left of them is closed before the next decode.
     """
 
     def __init__(
@@ -32,7 +34,10 @@ class ModelMachine:
         self.depth = depth
         self.free_running = free_running
         self.exit_layers = model.exit_layers
-        self.occupants: list[Row] = []
+        self.occupants: list[Row | None] = []
+        """None where a row left its place and nobody came."""
+        self._gaps: list[int] = []
+        """Those places, ascending; the last place is never one."""
         self._place: Place | None = None
         self._hidden: Tensor | None = None
         self._layer = 0
@@ -48,14 +53,14 @@ class ModelMachine:
     def prefill(self, rows: Sequence[Row]) -> None:
         """Take new rows in and run all their tokens through the loaded layers."""
         for row in rows:
-            row.slot = self.pool.admit(row.to_prefill)
-            self.occupants.append(row)
+            self._take_in(row)
         ids = [self._tokens(row, 0, row.to_prefill) for row in rows]
         self._start(rows, (), [0] * len(rows), ids)
         self._run(self.depth)
 
     def begin(self, rows: Sequence[Row], passed: int, ghosts: Sequence[Row]) -> None:
         """Start a decode with the rows' last tokens, or go on from after the exit they passed."""
+        self._close_gaps()
         fed = {row: row.context for row in rows}
         # A row that is done is computed again at its last place, which changes nothing of it.
         fed |= {ghost: ghost.context - 1 for ghost in ghosts}
@@ -72,6 +77,7 @@ class ModelMachine:
 
     def begin_again(self, rows: Sequence[Row]) -> None:
         """Start a decode that feeds each row's pending tokens again before its last token."""
+        self._close_gaps()
         order = sorted(rows, key=lambda row: row.slot)
         starts = [row.context - row.pending for row in order]
         ids = [
@@ -129,14 +135,43 @@ class ModelMachine:
             row.hidden = self._hidden[place].clone() if row in staying else None
 
     def release(self, row: Row) -> None:
-        """Give a row's place in the pool back; the last row gets its number."""
-        moved = self.pool.release(row.slot)
-        last = self.occupants.pop()
-        if moved is not None:
-            self.occupants[row.slot] = last
-            last.slot = row.slot
+        """Give a row's tokens in the pool back; its place may stay as a gap until the next decode.
+
+        Closing the gap copies the last row's tokens, which is for nothing where a new row comes.
+        """
+        self.pool.vacate(row.slot)
+        self.occupants[row.slot] = None
+        insort(self._gaps, row.slot)
+        self._drop_last_gaps()
         row.slot = -1
         row.hidden = None
+
+    def _take_in(self, row: Row) -> None:
+        """Give a new row the first gap, or a place behind all others."""
+        if not self._gaps:
+            row.slot = self.pool.admit(row.to_prefill)
+            self.occupants.append(row)
+            return
+        self.pool.reserve(self._gaps[0], row.to_prefill)
+        row.slot = self._gaps.pop(0)
+        self.occupants[row.slot] = row
+
+    def _close_gaps(self) -> None:
+        """Let the last rows move into the gaps."""
+        while self._gaps:
+            gap = self._gaps.pop(0)
+            self.pool.release(gap)
+            last = self.occupants.pop()
+            assert last is not None
+            self.occupants[gap] = last
+            last.slot = gap
+            self._drop_last_gaps()
+
+    def _drop_last_gaps(self) -> None:
+        """Release the gaps behind the last row, which moves nobody."""
+        while self.occupants and self.occupants[-1] is None:
+            self.pool.release(self._gaps.pop())
+            self.occupants.pop()
 
     def _tokens(self, row: Row, start: int, stop: int) -> list[int]:
         life = row.life

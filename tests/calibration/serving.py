@@ -15,7 +15,7 @@ from calibration.model.confidence import Confidence
 from calibration.model.decode import Decoder
 from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.model.kv import PagedPool, SlotPool
-from calibration.serving.batching import Life, Row
+from calibration.serving.batching import Decode, Life
 from calibration.serving.host import Host
 from calibration.serving.machine import ModelMachine
 from calibration.serving.serve import WallClock
@@ -115,9 +115,11 @@ class CheckedHost(Host):
         assert held + batch.free_blocks + batch.staged_blocks == batch.pool_blocks
         assert isinstance(self.machine, ModelMachine)
         self.machine.pool.check()
-        slots = [row.slot for row in self.machine.occupants]
-        assert slots == list(range(len(slots)))
-        assert all(isinstance(row, Row) for row in self.machine.occupants)
+        occupants = self.machine.occupants
+        assert len(occupants) == self.machine.pool.num_rows
+        assert all(row.slot == place for place, row in enumerate(occupants) if row is not None)
+        if isinstance(plan, Decode):
+            assert None not in occupants
         return outcome
 
 

@@ -62,7 +62,7 @@ def test_rows_keep_their_tokens_through_any_coming_and_going(make, data):
     pool = pools()[make]
     contents: list[torch.Tensor] = []
     for turn in range(data.draw(st.integers(1, 25))):
-        kind = data.draw(st.sampled_from(["admit", "grow", "release", "swap"]))
+        kind = data.draw(st.sampled_from(["admit", "grow", "vacate", "release", "swap"]))
         if kind == "admit":
             length = data.draw(st.integers(0, 20))
             try:
@@ -80,6 +80,10 @@ def test_rows_keep_their_tokens_through_any_coming_and_going(make, data):
                 continue
             more = write(pool, 1, row, list(range(held, length)), turn)
             contents[row] = torch.cat((contents[row], more))
+        elif kind == "vacate" and contents:
+            row = data.draw(st.integers(0, len(contents) - 1))
+            pool.vacate(row)
+            contents[row] = contents[row][:0]
         elif kind == "release" and contents:
             row = data.draw(st.integers(0, len(contents) - 1))
             moved = pool.release(row)
@@ -113,6 +117,35 @@ def test_blocks_go_out_and_come_back():
     pool.check()
     pool.clear()
     assert pool.num_free_blocks == 5
+
+
+@pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
+def test_a_vacated_row_keeps_its_number_for_another(pool):
+    for _ in range(pool.max_rows):
+        pool.admit(5)
+    kept = write(pool, 0, 2, list(range(5)), 1)
+    edition = pool.edition
+    pool.vacate(1)
+    pool.check()
+    assert pool.edition > edition
+    assert pool.num_rows == pool.max_rows
+    assert pool.lengths[1] == 0
+    pool.reserve(1, 5)
+    write(pool, 0, 1, list(range(5)), 2)
+    pool.check()
+    assert torch.equal(pool.read(0, [2], 5)[0][0].transpose(0, 1), kept)
+    pool.vacate(1)
+    assert pool.release(1) == pool.max_rows - 1
+    with pytest.raises(ValueError, match="is not in use"):
+        pool.vacate(pool.max_rows - 1)
+
+
+def test_a_vacated_rows_blocks_are_free_at_once():
+    pool = PagedPool(DIMS, 1, 5, 4)
+    pool.admit(9)
+    pool.admit(4)
+    pool.vacate(0)
+    assert pool.num_free_blocks == 4
 
 
 def test_all_rows_in_use_is_said():
