@@ -350,15 +350,33 @@ def test_the_spread_is_the_wider_of_range_and_two_deviations(base: Path, tmp_pat
     real = repeats(base, tmp_path / "real", (0.9, 1.0, 1.1))
     found = assess(read_sides([real], base / "simulated"), Path(), attribution=False)
     row = found.row("mean_e2el_ms")
-    assert row is not None and row.mean is not None
-    assert row.simulated == pytest.approx(row.mean)
-    assert (row.low, row.high) == pytest.approx((0.8 * row.mean, 1.2 * row.mean))
+    assert row is not None and row.median is not None
+    assert row.simulated == pytest.approx(row.median)
+    assert (row.low, row.high) == pytest.approx((0.8 * row.median, 1.2 * row.median))
     assert row.verdict == "within"
     assert row.error_in_spreads == pytest.approx(0.0, abs=1e-9)
     e2e = found.requests[2]
     assert e2e.mape == pytest.approx(0.0, abs=1e-9)
     pairs = (0.1 / 0.95, 0.1 / 1.05, 0.2 / 1.0)
     assert e2e.noise_mape == pytest.approx(sum(pairs) / 3)
+
+
+def test_how_much_slower_the_machine_was_is_said_where_it_is_known(
+    base: Path, tmp_path: Path
+) -> None:
+    run = times_scaled(read_run(base / "simulated"), 1.1)
+    for number, slowdown in enumerate((1.02, 1.1, None), 1):
+        known = {} if slowdown is None else {"slowdown": slowdown}
+        one = replace(run, environment=run.environment | known)
+        write_run(one, summarise(one), tmp_path / f"repeat-{number}")
+    found = assess(read_sides([tmp_path], base / "simulated"), Path(), attribution=False)
+    assert [one["slowdown"] for one in found.data()["real"]] == [1.02, 1.1, None]
+    assert (
+        "Around the real runs a known piece of work took 1.02 to 1.10 times as long as when the "
+        "profile was measured."
+    ) in remarks(found)
+    without = assess(read_sides([base / "real"], base / "simulated"), Path(), attribution=False)
+    assert "known piece" not in " ".join(remarks(without))
 
 
 def test_a_difference_beyond_the_spread_is_told_from_one_within(base: Path, tmp_path: Path) -> None:

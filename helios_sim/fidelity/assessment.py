@@ -17,7 +17,7 @@ from helios_sim.fidelity.swaps import Attribution, attribute, experiment_of
 from helios_sim.fidelity.timing import TimingRow, predict, timing_rows
 from helios_sim.metrics import rounded_figures
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 FIDELITY_FILE: Final = "fidelity.json"
 
 Progress = Callable[[str, float], None]
@@ -130,6 +130,7 @@ def _identity(side: Side) -> dict[str, Any]:
         "origin": run.origin,
         "seed": run.seed,
         "profile_hash": run.environment.get("profile_hash"),
+        "slowdown": side.slowdown,
     }
 
 

@@ -43,10 +43,10 @@ _SYMBOLS: Final = {
 
 def errors_figure(rows: Sequence[FigureRow]) -> Figure:
     """Each figure's error as a dot, with the run-to-run spread of the real side as a bar."""
-    shown = [row for row in rows if row.mean and row.error is not None]
+    shown = [row for row in rows if row.median and row.error is not None]
     names = [escape(row.title) for row in shown]
-    low = [_relative(row.low, row.mean) for row in shown]
-    high = [_relative(row.high, row.mean) for row in shown]
+    low = [_relative(row.low, row.median) for row in shown]
+    high = [_relative(row.high, row.median) for row in shown]
     errors = [100.0 * (row.error or 0.0) for row in shown]
     reach = max((abs(one) for one in (*errors, *low, *high) if one is not None), default=1.0)
     # Beyond this the small errors, which matter, could not be told apart.
@@ -83,7 +83,7 @@ def errors_figure(rows: Sequence[FigureRow]) -> Figure:
                     ],
                 },
                 "text": [
-                    f"<b>{escape(row.title)}</b><br>real {number(row.mean)} {escape(row.unit)}, "
+                    f"<b>{escape(row.title)}</b><br>real {number(row.median)} {escape(row.unit)}, "
                     f"simulated {number(row.simulated)}<br>{signed_percent(row.error)}, "
                     f"{TOLD[row.verdict]}"
                     for row in shown
@@ -97,7 +97,7 @@ def errors_figure(rows: Sequence[FigureRow]) -> Figure:
             barmode="overlay",
             legend=top_legend(y=1.005),
             xaxis=plain_axis(
-                "difference to the mean of the real runs",
+                "difference to the median of the real runs",
                 range=[-reach, reach],
                 ticksuffix=" %",
                 zeroline=True,
@@ -116,10 +116,10 @@ def errors_figure(rows: Sequence[FigureRow]) -> Figure:
     }
 
 
-def _relative(value: float | None, mean: float | None) -> float | None:
-    if value is None or not mean:
+def _relative(value: float | None, median: float | None) -> float | None:
+    if value is None or not median:
         return None
-    return 100.0 * (value - mean) / abs(mean)
+    return 100.0 * (value - median) / abs(median)
 
 
 def scatter_figure(sides: Sides) -> Figure:

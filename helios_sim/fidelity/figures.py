@@ -62,10 +62,10 @@ _EQUAL: Final = 1e-9
 class FigureRow:
     """One figure of both sides.
 
-    `real` holds a value a repeat, `mean` their mean; `low` to `high` is the run-to-run spread: the
-    wider of the range met and of two standard deviations about the mean, None with one repeat.
-    `error` is (simulated - mean) / mean, None where that is undefined; `error_in_spreads` the
-    distance over half the width of the spread.
+    `real` holds a value a repeat, `median` their median, which one disturbed repeat hardly moves;
+    `low` to `high` is the run-to-run spread: the wider of the range met and of two standard
+    deviations about the median, None with one repeat. `error` is (simulated - median) / median,
+    None where that is undefined; `error_in_spreads` the distance over half the width of the spread.
     """
 
     key: str
@@ -74,7 +74,7 @@ class FigureRow:
     group: str
     real: tuple[Value, ...]
     simulated: Value
-    mean: float | None
+    median: float | None
     low: float | None
     high: float | None
     error: float | None
@@ -86,7 +86,7 @@ class FigureRow:
 class RequestRow:
     """How well one latency is predicted request by request, over those finished on both sides.
 
-    Errors are relative to the real value (the mean over its repeats): `mape` the mean of their
+    Errors are relative to the real value (the median over its repeats): `mape` the mean of their
     absolute values, `median_error` the median of those, `bias` the mean with its sign.
     `noise_mape` is the same between two repeats of the real side, None with one.
     """
@@ -136,23 +136,25 @@ def _row(
         verdict: Verdict = "same" if ours in texts else "differs"
         return FigureRow(key, title, unit, group, real, ours, None, None, None, None, None, verdict)
     known = [float(value) for value in real if value is not None]
-    mean = math.fsum(known) / len(known) if known else None
-    if mean is None or ours is None:
+    median = float(np.median(known)) if known else None
+    if median is None or ours is None:
         return FigureRow(
-            key, title, unit, group, real, ours, mean, None, None, None, None, "not measured"
+            key, title, unit, group, real, ours, median, None, None, None, None, "not measured"
         )
-    error = relative_error(ours, mean)
+    error = relative_error(ours, median)
     if len(known) < 2:
         return FigureRow(
-            key, title, unit, group, real, ours, mean, None, None, error, None, "unknown"
+            key, title, unit, group, real, ours, median, None, None, error, None, "unknown"
         )
     double = 2.0 * float(np.std(known, ddof=1))
-    low, high = min(min(known), mean - double), max(max(known), mean + double)
+    low, high = min(min(known), median - double), max(max(known), median + double)
     slack = _EQUAL * max(abs(low), abs(high))
     verdict = "below" if ours < low - slack else "above" if ours > high + slack else "within"
     half = (high - low) / 2
-    spreads = abs(ours - mean) / half if half > slack else (0.0 if verdict == "within" else None)
-    return FigureRow(key, title, unit, group, real, ours, mean, low, high, error, spreads, verdict)
+    spreads = abs(ours - median) / half if half > slack else (0.0 if verdict == "within" else None)
+    return FigureRow(
+        key, title, unit, group, real, ours, median, low, high, error, spreads, verdict
+    )
 
 
 def per_request(side: Side) -> dict[str, Floats]:
@@ -169,9 +171,9 @@ def per_request(side: Side) -> dict[str, Floats]:
 
 
 def real_per_request(sides: Sides) -> dict[str, Floats]:
-    """The real side's seconds: the mean over its repeats, where all of them finished it."""
+    """The real side's seconds: the median over its repeats, where all of them finished it."""
     tables = [per_request(side) for side in sides.reals]
-    return {name: np.mean([table[name] for table in tables], axis=0) for name in tables[0]}
+    return {name: np.median([table[name] for table in tables], axis=0) for name in tables[0]}
 
 
 def request_rows(sides: Sides) -> list[RequestRow]:

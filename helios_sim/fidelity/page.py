@@ -25,11 +25,11 @@ from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.words import number
 
 _MEANINGS: Final = (
-    ("Real", "the mean over the real runs"),
+    ("Real", "the median over the real runs"),
     (
         "Spread",
         "the run-to-run spread of the real side: the wider of the range met and of two standard "
-        "deviations about the mean; unknown with one run",
+        "deviations about the median; unknown with one run",
     ),
     ("Error", "(simulated \N{MINUS SIGN} real) / real"),
     ("MAPE", "mean absolute error of single requests, relative to the real value"),
@@ -90,9 +90,9 @@ def _figures(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
             "errors",
             charts.errors_figure(fidelity.figures),
             "Error of each simulated figure beside the run-to-run spread of the real side",
-            "A dot is the simulated value's difference to the mean of the real runs; a bar is the "
-            "spread between the real runs. A dot in its bar cannot be told from another real run. "
-            "Arrows lie beyond the axis.",
+            "A dot is the simulated value's difference to the median of the real runs; a bar is "
+            "the spread between the real runs. A dot in its bar cannot be told from another real "
+            "run. Arrows lie beyond the axis.",
         ),
     )
 
@@ -137,8 +137,8 @@ def _requests(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
             "requests",
             charts.scatter_figure(fidelity.sides),
             "Simulated against real TTFT, TPOT and E2E of each request",
-            "A point a request that finished on both sides; the real value is the mean over the "
-            "real runs. Logarithmic scales.",
+            "A point a request that finished on both sides; the real value is the median over "
+            "the real runs. Logarithmic scales.",
         ),
     )
 

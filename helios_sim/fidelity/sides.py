@@ -35,6 +35,12 @@ class Side:
     run: RunData
     summary: dict[str, Any]
 
+    @property
+    def slowdown(self) -> float | None:
+        """How many times slower the machine was than its profile says; None where nobody looked."""
+        found = self.run.environment.get("slowdown")
+        return float(found) if isinstance(found, int | float) else None
+
 
 @dataclass(frozen=True)
 class Sides:

@@ -35,9 +35,9 @@ def figures_table(fidelity: Fidelity) -> Table:
 
 
 def real_text(row: FigureRow) -> str:
-    """The real side's value: the mean over its repeats, or its words."""
+    """The real side's value: the median over its repeats, or its words."""
     texts = list(dict.fromkeys(one for one in row.real if isinstance(one, str)))
-    return ", ".join(texts) if texts else number(row.mean)
+    return ", ".join(texts) if texts else number(row.median)
 
 
 def requests_table(fidelity: Fidelity) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from helios_sim.fidelity.assessment import Fidelity
@@ -58,7 +59,12 @@ def spread_text(row: FigureRow) -> str:
     """The run-to-run spread as 'low to high'; a dash where one repeat gives none."""
     if row.low is None or row.high is None:
         return "\N{EN DASH}"
-    low, high = number(row.low), number(row.high)
+    return spanned((row.low, row.high))
+
+
+def spanned(values: Sequence[float]) -> str:
+    """Numbers as 'least to most', or as one where they read alike."""
+    low, high = number(min(values)), number(max(values))
     return low if low == high else f"{low} to {high}"
 
 
@@ -96,6 +102,12 @@ def remarks(fidelity: Fidelity) -> list[str]:
         found.append(
             "There is one real run, so whether a difference is more than the run-to-run spread is "
             "unknown; repeat the real run."
+        )
+    slowed = [one for side in fidelity.sides.reals if (one := side.slowdown) is not None]
+    if slowed:
+        found.append(
+            f"Around the real runs a known piece of work took {spanned(slowed)} times as long as "
+            "when the profile was measured."
         )
     unmeasured = [name_of(row) for row in fidelity.figures if row.verdict == "not measured"]
     if unmeasured:

@@ -57,7 +57,7 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
     remarks = [
         f"The verdict on saturation is the same on both sides in {results['same_saturation']} of "
         f"{num} cases.",
-        f"Every case was served {results['num_repeats']} times; errors are against the mean.",
+        f"Every case was served {results['num_repeats']} times; errors are against the median.",
     ]
     missing = [_SAID[one["key"]] for one in results["targets"] if not one["num_cases"]]
     if missing:
@@ -222,10 +222,10 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
 
 
 def _spread(row: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    if row is None or row["low"] is None or not row["mean"]:
+    if row is None or row["low"] is None or not row["median"]:
         return None
-    mean = row["mean"]
-    return (row["low"] - mean) / abs(mean), (row["high"] - mean) / abs(mean)
+    median = row["median"]
+    return (row["low"] - median) / abs(median), (row["high"] - median) / abs(median)
 
 
 def _causes(results: Mapping[str, Any]) -> str:

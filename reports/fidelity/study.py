@@ -244,7 +244,7 @@ def gains(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                         "against": other.case.policy,
                         "key": key,
                         "name": name,
-                        "real": _gain(own.mean, base.mean, more),
+                        "real": _gain(own.median, base.median, more),
                         "simulated": _gain(own.simulated, base.simulated, more),
                     }
                 )
@@ -263,12 +263,14 @@ def write_results(results: dict[str, Any], page: str, out: Path) -> None:
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     (out / "results.json").write_text(text + "\n", encoding="utf-8")
     (out / "report.html").write_text(page, encoding="utf-8")
-    columns = ("real_mean", "low", "high", "simulated", "error", "error_in_spreads", "verdict")
+    columns = ("real_median", "low", "high", "simulated", "error", "error_in_spreads", "verdict")
     with (out / "results.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("case", "figure", "unit", *columns))
         for case in results["cases"]:
             for row in case["figures"]:
-                real = row["mean"] if row["mean"] is not None else "/".join(map(str, row["real"]))
+                real = (
+                    row["median"] if row["median"] is not None else "/".join(map(str, row["real"]))
+                )
                 values = [real, *(row[name] for name in columns[1:])]
                 writer.writerow((case["name"], row["key"], row["unit"], *values))
