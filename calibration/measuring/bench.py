@@ -5,8 +5,8 @@ are those of real tokens, and every layer of a stack has weights of its own: cac
 is measured, and values move a GPU's power. A decode's `context_tokens` count the new token.
 
 What is timed follows the serving loop. A stack of layers and the head run as the device works
-through its queue; an exit check and an iteration end with their decision on the host, since the
-loop waits for it there.
+through its queue; an exit check ends with its decision on the host, since the loop waits for it
+there; an iteration is one of the loop itself (`served.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any, Final
 
 from torch import Tensor
@@ -33,6 +32,7 @@ from calibration.measuring.grid import (
 from calibration.measuring.meters import Measurement, Meter
 from calibration.measuring.occupancy import peak_bytes, reserved_bytes
 from calibration.measuring.readings import Reading
+from calibration.measuring.served import ServedLoad
 from calibration.measuring.timing import (
     MAX_TRIES,
     Timer,
@@ -46,7 +46,6 @@ from calibration.measuring.timing import (
 from calibration.model.decode import Decoder, slot_pool
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import Recorder
-from calibration.serving.batching import Life, Row
 from calibration.serving.machine import ModelMachine
 
 MAX_PREFILL_TOKENS: Final = 4096
@@ -57,10 +56,6 @@ _STEADY_S: Final = 0.5
 
 _WAITING: Final = frozenset(("check", "iteration"))
 """Quantities whose result is awaited on the host, so that the wall clock is what counts."""
-
-
-_MOVES: Final = 16
-"""Different positions that iterations go through: a place met before would be remembered."""
 
 
 @dataclass(frozen=True)
@@ -296,12 +291,16 @@ class Bench:
         )
 
     def work(self, job: Job, depth: int) -> Work:
-        """The work of one repetition of a job at one depth."""
-        if job.prompt_tokens:
-            whole = job.quantity == "iteration"
-            return self._prefill_iteration(job, depth) if whole else self._prefill(job, depth)
+        """The work of one repetition of a job at one depth.
+
+        It holds until the work of another load is made.
+        """
+        arrive = job.quantity == "iteration" and bool(job.prompt_tokens)
+        self._occupy(0 if arrive else self.max_batch)
         if job.quantity == "iteration":
             return self._iteration(job, depth)
+        if job.prompt_tokens:
+            return self._prefill(job, depth)
         if job.quantity in ("head", "head_energy"):
             return self._head(job)
         if job.quantity == "check":
@@ -335,40 +334,14 @@ class Bench:
         decoder = self.decoders["eager"]
         return lambda: decoder.extend(rows, ids, starts, last=depth)
 
-    def _prefill_iteration(self, job: Job, depth: int) -> Work:
-        """Rows come in, are prefilled, say their first token and go again, as when serving."""
-        count, tokens = job.batch or 1, job.prompt_tokens or 1
-        machine, level = self._machine(job, depth), self._level(depth)
-        lives = [self._life(tokens, row) for row in range(count)]
-
-        def iteration() -> object:
-            for _ in range(count):
-                self.pool.release(self.pool.num_rows - 1)
-            machine.occupants.clear()
-            rows = [Row(life, to_prefill=tokens, blocks=0) for life in lives]
-            machine.prefill(rows)
-            return machine.read(level)
-
-        return iteration
-
     def _iteration(self, job: Job, depth: int) -> Work:
-        """What a served decode iteration does on the machine, its places found anew each time."""
-        machine, level = self._machine(job, depth), self._level(depth)
-        lengths = self._lengths(job)
-        highest = min(_MOVES // 2, self.max_context - max(lengths))
-        rows = [self._row(self._life(length, place), place) for place, length in enumerate(lengths)]
-        moves = cycle(range(highest, highest - _MOVES, -1))
-
-        def iteration() -> object:
-            move = next(moves)
-            for row, length in zip(rows, lengths, strict=True):
-                row.context = max(0, length - 1 + move)
-            machine.begin(rows, 0, ())
-            for here in range(level + 1):
-                machine.run_to(here)
-            return machine.read(level)
-
-        return iteration
+        machine = ModelMachine(
+            self.model, self.pool, self._decoder(job), depth=depth, free_running=False
+        )
+        load = ServedLoad(machine, self.depths, self._ids)
+        if job.prompt_tokens:
+            return load.prefilling(job.batch or 1, job.prompt_tokens)
+        return load.decoding(self._lengths(job))
 
     def _head(self, job: Job) -> Work:
         hidden, model, level = self._load(job).hidden, self.model, len(self.depths) - 1
@@ -394,17 +367,6 @@ class Bench:
         longest = job.longest_tokens or context
         return ragged_lengths(job.batch or 1, context, longest, seed=self._seed)
 
-    def _machine(self, job: Job, depth: int) -> ModelMachine:
-        decoder = self._decoder(job)
-        return ModelMachine(self.model, self.pool, decoder, depth=depth, free_running=False)
-
-    def _life(self, prompt_tokens: int, place: int) -> Life:
-        text = self._ids(self.max_context + 2, place)
-        return Life(place, 0.0, prompt_tokens, 1, text)
-
-    def _row(self, life: Life, slot: int) -> Row:
-        return Row(life, to_prefill=0, blocks=0, slot=slot)
-
     def _ids(self, count: int, place: int) -> list[int]:
         """Token ids from somewhere in the text."""
         start = random.Random(place).randrange(max(1, len(self._tokens) - count))
@@ -418,13 +380,16 @@ class Bench:
         """Layer ranges up to a depth, exit by exit as the serving loop runs, graphs or not."""
         return [(first, last) for first, last in self._decoder(job).segments() if last <= depth]
 
-    def _level(self, depth: int) -> int:
-        return self.depths.index(depth)
+    def _occupy(self, rows: int) -> None:
+        """Let so many rows of the pool be in use; slots keep the tokens they hold."""
+        while self.pool.num_rows > rows:
+            self.pool.release(self.pool.num_rows - 1)
+        while self.pool.num_rows < rows:
+            self.pool.admit(self.max_context)
 
     def _fill_pool(self) -> None:
         """Let every row hold keys and values of real tokens: the first row's, copied."""
-        for _ in range(self.max_batch):
-            self.pool.admit(self.max_context)
+        self._occupy(self.max_batch)
         chunk = MAX_PREFILL_TOKENS
         for start in range(0, self.max_context, chunk):
             count = min(chunk, self.max_context - start)

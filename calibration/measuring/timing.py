@@ -13,11 +13,13 @@ by which two runs on it can be compared.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -312,19 +314,32 @@ def timed(
     """
     if samples < 1 or warmups < 1:
         raise ValueError(f"timed() was given {samples} samples and {warmups} warm-ups; 1 at least.")
-    repetitions = [_repetitions(work, timer, warmups) for work in works]
     taken: list[list[Sample]] = [[] for _ in works]
     shuffle = random.Random(seed).shuffle
-    for _ in range(samples * MAX_TRIES):
-        order = [index for index, found in enumerate(taken) if _num_quiet(found) < samples]
-        if not order:
-            break
-        shuffle(order)
-        for index in order:
-            taken[index].append(timer.sample(works[index], repetitions[index]))
+    with uncollected():
+        repetitions = [_repetitions(work, timer, warmups) for work in works]
+        for _ in range(samples * MAX_TRIES):
+            order = [index for index, found in enumerate(taken) if _num_quiet(found) < samples]
+            if not order:
+                break
+            shuffle(order)
+            for index in order:
+                taken[index].append(timer.sample(works[index], repetitions[index]))
     return [
         _timing(found, samples, number) for found, number in zip(taken, repetitions, strict=True)
     ]
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the garbage collector out of what is timed, as it is kept out of what is served."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def quiet_share(timer: Timer, work: Work, looks: int = 10) -> float:

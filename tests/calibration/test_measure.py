@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from calibration.measuring.grid import RICHNESS, Job
 from calibration.measuring.measure import MeasureSettings, measure, parse_budget, parse_exits
 from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
 from calibration.measuring.readings import READINGS_FILE, Reading, read_points
+from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
 from calibration.model.early_exit import from_stock, save
+from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
 from tests.calibration.test_graphs import FakeRecorder
 from tests.calibration.tiny import stock_model
@@ -149,22 +152,60 @@ def test_the_environment_says_where_readings_come_from(measured: Path) -> None:
     assert found["context_counts_new_token"] is True
 
 
-def test_an_iteration_moves_on_and_leaves_the_pool_as_it_was(bench: Bench) -> None:
-    lengths = list(bench.pool.lengths)
-    for prompt in (None, 16):
-        job = Job(
-            "iteration",
-            "tiny-4l",
-            "eager",
-            (2,),
-            batch=2,
-            context_tokens=0 if prompt else 32,
-            longest_tokens=None if prompt else 32,
-            prompt_tokens=prompt,
-        )
-        list(bench.time(job))
-    assert bench.pool.num_rows == len(lengths)
+def iteration(batch: int, context: int, prompt: int | None = None, longest: int = 0) -> Job:
+    longest_tokens = None if prompt else max(longest, context)
+    return Job("iteration", "tiny-4l", "eager", (2,), batch, context, longest_tokens, prompt)
+
+
+def test_an_iteration_is_a_turn_of_the_serving_loop(bench: Bench) -> None:
+    machine = ModelMachine(
+        bench.model, bench.pool, bench.decoders["eager"], depth=2, free_running=False
+    )
+    load = ServedLoad(machine, bench.depths, lambda count, place: [place] * count)
+    work = load.decoding([20, 31, 44])
+    contexts = []
+    for turn in range(3 * TURNS):
+        work()
+        contexts.append([row.context for row in load.replica.batch.rows])
+        (told,) = load.replica.tally.iterations[turn % TURNS :]
+        assert told.outcome.context_tokens == sum(contexts[-1])
+        assert (told.outcome.rows, told.outcome.layers, told.running) == (3, 2, 3)
+    assert len(load.replica.tally.tokens) == 3 * TURNS
+    means = [statistics.fmean(column) for column in zip(*contexts, strict=True)]
+    assert means == [20.5, 31.5, 44.5]
+    assert load.replica.window.seen + load.replica.window.breaches > 0
     bench.pool.check()
+
+
+def test_prompts_that_are_measured_come_are_told_a_token_and_go(bench: Bench) -> None:
+    work = bench.work(iteration(3, 0, 16), 2)
+    for _ in range(3):
+        work()
+        assert bench.pool.num_rows == 0
+    bench.pool.check()
+
+
+@pytest.mark.parametrize("context", [1, 3, 64])
+def test_iterations_of_any_context_stay_within_the_pool(bench: Bench, context: int) -> None:
+    work = bench.work(iteration(2, context), 2)
+    for _ in range(20):
+        work()
+    bench.pool.check()
+
+
+def test_loads_of_all_kinds_follow_each_other_on_one_pool(bench: Bench) -> None:
+    stack = Job("decode_layers", "tiny-4l", "eager", (4,), 4, 40, 50)
+    expected = bench.work(stack, 4)()
+    assert isinstance(expected, torch.Tensor)
+    for job in (iteration(2, 32), iteration(4, 0, 16), iteration(4, 30, None, 50)):
+        found = list(bench.time(job))
+        assert [reading.layers for reading in found] == [2]
+        again = bench.work(stack, 4)()
+        assert isinstance(again, torch.Tensor)
+        assert again.shape == expected.shape
+        assert bool(again.isfinite().all())
+        assert bench.pool.num_rows == bench.max_batch
+        bench.pool.check()
 
 
 def test_graph_readings_run_graphs_exit_by_exit(bench: Bench) -> None:
