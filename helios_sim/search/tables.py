@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-from rich.table import Table
 from rich.text import Text
 
 from helios_sim.policy.registry import policy_names, policy_options
@@ -18,6 +17,7 @@ from helios_sim.search.plan import FleetAnswer, Load, Means, Plan
 from helios_sim.search.tune import Trial, Tuned
 from helios_sim.search.whatif import Cell
 from helios_sim.search.words import bracket
+from helios_sim.terminal import FittedTable
 
 Cells: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Titles and rows; the first column names the row."""
@@ -27,20 +27,14 @@ Rows: TypeAlias = list[dict[str, Any]]
 _DASH = "\N{EN DASH}"
 
 
-def terminal_table(cells: Cells, best_first: bool = False) -> Table:
+def terminal_table(cells: Cells, best_first: bool = False) -> FittedTable:
     """Rows in the terminal, the first one marked where rows are ranked."""
     titles, rows = cells
-    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold")
-    for place, title in enumerate(titles):
-        # Values stay whole; what is too wide for the terminal is the headings and the names.
-        widest = max((len(row[place]) for row in rows), default=1)
-        least = min(widest, 12 if place == 0 else 24)
-        side: Literal["left", "right"] = "left" if place == 0 else "right"
-        table.add_column(Text(title), justify=side, min_width=least, overflow="fold")
-    for place, row in enumerate(rows):
-        style = "bold green" if best_first and place == 0 and len(rows) > 1 else ""
-        table.add_row(*(Text(value, style=style) for value in row))
-    return table
+    best = "bold green" if best_first and len(rows) > 1 else ""
+    shown = [
+        [Text(value, best if place == 0 else "") for value in row] for place, row in enumerate(rows)
+    ]
+    return FittedTable(titles, shown, names_above=True)
 
 
 def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
