@@ -50,6 +50,7 @@ from helios_sim.state import (
     STATIC,
     TIMELINE_CAPACITY,
     TUMBLING,
+    UNKNOWN,
     WAIT,
     WAITING,
     Parking,
@@ -315,6 +316,40 @@ def row_context(rep: Any, row: Any) -> int:
 
 
 @compiled
+def lead(row: Any) -> int:
+    """Tokens in the KV cache of a decoding row, less the ticks: so they never change."""
+    return row.context - row.joined_tick
+
+
+@compiled
+def count_lead(rep: Any, row: Any) -> None:
+    """Let a row that joins the decoding ones be the longest of them."""
+    if rep.num_ready == 0:
+        rep.longest_lead = lead(row)
+    elif rep.longest_lead != UNKNOWN:
+        rep.longest_lead = max(rep.longest_lead, lead(row))
+
+
+@compiled
+def forget_lead(rep: Any, row: Any) -> None:
+    """Look the longest row up again when this one leaves or changes, if it may have been it."""
+    if lead(row) == rep.longest_lead:
+        rep.longest_lead = UNKNOWN
+
+
+@compiled
+def longest_context(w: World, r: int, rep: Any) -> int:
+    """KV tokens that the longest decoding row reads, its own new one included.
+
+    It is looked up only after the longest has gone, so that finding it costs a row's leaving.
+    """
+    if rep.longest_lead == UNKNOWN:
+        for k in range(rep.num_ready):
+            rep.longest_lead = max(rep.longest_lead, lead(w.rows[r, w.order[r, k]]))
+    return rep.longest_lead + rep.ticks + 1
+
+
+@compiled
 def row_blocks(rep: Any, row: Any) -> int:
     """Blocks a row holds between iterations; a held row has room for the token under way."""
     started = 1 if row.held > 0 else 0
@@ -324,7 +359,7 @@ def row_blocks(rep: Any, row: Any) -> int:
 @compiled
 def block_phase(rep: Any, row: Any) -> int:
     """Where a decoding row's KV stands in its last block, less the ticks: so it never moves."""
-    return (row.context - row.joined_tick) % rep.block_tokens
+    return lead(row) % rep.block_tokens
 
 
 @compiled
@@ -342,6 +377,7 @@ def join(w: World, r: int, rep: Any, row: Any, k: int) -> None:
     w.lanes[r, k] = row.place - rep.ticks
     w.block_phases[r, block_phase(rep, row)] += 1
     rep.context_sum += row.context
+    count_lead(rep, row)
     rep.num_ready += 1
     rep.num_fresh += 1
     rep.next_turn = min(rep.next_turn, rep.ticks + row.remaining, rep.ticks + row.wrap - row.place)
@@ -358,6 +394,7 @@ def leave(w: World, r: int, rep: Any, k: int) -> Any:
     if row.to_prefill == 0:
         settle(w, rep, row)
         rep.context_sum -= row.context
+        forget_lead(rep, row)
         rep.num_ready -= 1
         if row.held == 0:
             w.block_phases[r, block_phase(rep, row)] -= 1
@@ -536,12 +573,14 @@ def start_decode(w: World, r: int, rep: Any) -> None:
     batch = rep.static_rows if rep.batching == STATIC else count
     padded = w.padded[model, batch]
     context = float(rep.context_sum + count)
+    # Tokens fed again are read to each row's own end.
+    padded_context = context if pending > 0 else padded * longest_context(w, r, rep)
     c = w.coefficients[model]
     seconds, regime = cost.decode_seconds(
         c,
         padded + pending,
         context,
-        context,
+        padded_context,
         float(layers),
         float(num_checks),
         float(num_heads),
@@ -589,14 +628,11 @@ def company_size(w: World, r: int, rep: Any, passed: int) -> int:
 
 
 @compiled
-def remaining_seconds(
-    w: World, rep: Any, next_level: int, padded: float, context: float, residual: float
-) -> float:
+def remaining_seconds(w: World, rep: Any, next_level: int, padded: float, layer_s: float) -> float:
     """Seconds from after the exit before `next_level` to the loaded depth, head included."""
     c = w.coefficients[rep.model]
     layers = rep.depth - w.exit_layers[rep.model, next_level - 1]
-    layer_s, _ = cost.layer_seconds(c, padded, context, context, 0.0, 0.0, 0.0)
-    seconds = layers * (layer_s * residual) + cost.head_seconds(c, padded)
+    seconds = layers * layer_s + cost.head_seconds(c, padded)
     return seconds + (rep.level - next_level) * cost.check_seconds(c, padded)
 
 
@@ -612,16 +648,18 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         take_blocks(rep, full_rows(w, r, rep))
     batch = 0
     context = 0
+    longest = 0
     for k in range(rep.num_ready):
         row = w.rows[r, w.order[r, k]]
         row.leaves_at = 0
         if row.held == passed:
             batch += 1
             context += row_context(rep, row) + 1
+            longest = max(longest, row_context(rep, row) + 1)
     c = w.coefficients[model]
     padded = w.padded[model, batch]
-    residual = w.residual[model, rep.level, batch]
-    layer_s, regime = cost.layer_seconds(c, padded, float(context), float(context), 0.0, 0.0, 0.0)
+    layer_s, regime = cost.layer_seconds(c, padded, float(context), padded * longest, 0.0, 0.0, 0.0)
+    layer_s = layer_s * w.residual[model, rep.level, batch]
     layer_j = cost.layer_joules(c, padded, float(context), 0.0, 0.0)
     levels = w.leaving_level[model, rep.column]
     seconds = cost.fixed_seconds(c, padded, False, 0.0)
@@ -632,9 +670,9 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     while True:
         segment = w.exit_layers[model, level] - before
         before = w.exit_layers[model, level]
-        seconds = seconds + segment * (layer_s * residual)
+        seconds = seconds + segment * layer_s
         joules = joules + segment * layer_j
-        shallow_s = shallow_s + segment * (layer_s * residual)
+        shallow_s = shallow_s + segment * layer_s
         if level == rep.level:
             seconds = seconds + cost.head_seconds(c, padded)
             joules = joules + cost.head_joules(c, padded)
@@ -651,7 +689,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         if leaving == batch:
             break
         if leaving > 0:
-            rest_s = remaining_seconds(w, rep, level + 1, padded, float(context), residual)
+            rest_s = remaining_seconds(w, rep, level + 1, padded, layer_s)
             overhead_s = c[cost.REBATCH_OVERHEAD_S]
             if rebatch_pays(leaving, batch, shallow_s, rest_s + overhead_s, shallow_s + rest_s):
                 seconds = seconds + overhead_s
@@ -713,19 +751,24 @@ def plan_chunks(w: World, r: int, rep: Any) -> tuple[int, int, float]:
 
 
 @compiled
-def start_fresh_to_the_end(w: World, r: int, rep: Any) -> int:
-    """Let fresh rows of `rebatch` ride through all layers beside prompts; returns their context."""
+def start_fresh_to_the_end(w: World, r: int, rep: Any) -> tuple[int, int]:
+    """Let fresh rows of `rebatch` ride through all layers beside prompts.
+
+    Returns their summed context and that of the longest.
+    """
     context = 0
+    longest = 0
     levels = w.leaving_level[rep.model, rep.column]
     for k in range(rep.num_ready):
         row = w.rows[r, w.order[r, k]]
         row.leaves_at = 0
         if row.held == 0:
             context += row_context(rep, row) + 1
+            longest = max(longest, row_context(rep, row) + 1)
             level = levels[w.lanes[r, k] + rep.ticks]
             row.leaves_at = level + 1
             w.exit_counts[r, rep.model, level] += 1
-    return context
+    return context, longest
 
 
 @compiled
@@ -734,9 +777,12 @@ def start_mixed(w: World, r: int, rep: Any, tokens: int, reread: int, pairs: flo
     model = rep.model
     decoding = num_starting(w, r, rep)
     context = rep.context_sum + decoding
+    longest = 0
+    if decoding > 0 and rep.exit_mode != REBATCH:
+        longest = longest_context(w, r, rep)
     num_checks = 0
     if rep.exit_mode == REBATCH:
-        context = start_fresh_to_the_end(w, r, rep)
+        context, longest = start_fresh_to_the_end(w, r, rep)
         num_checks = rep.level
     elif rep.exit_mode == WAIT or rep.exit_mode == SOLO:
         count_exits(w, r, rep)
@@ -754,12 +800,13 @@ def start_mixed(w: World, r: int, rep: Any, tokens: int, reread: int, pairs: flo
     pending = rep.pending_sum
     c = w.coefficients[model]
     padded = w.padded[model, decoding]
+    padded_context = float(context) if pending > 0 else padded * longest
     residual = w.residual[model, rep.level, decoding] if decoding > 0 else 1.0
     seconds, regime = cost.mixed_seconds(
         c,
         padded + pending,
         float(context),
-        float(context),
+        padded_context,
         float(tokens),
         float(reread),
         pairs,
@@ -959,6 +1006,7 @@ def sit_out(w: World, r: int, rep: Any, row: Any, k: int) -> None:
     """Let a tick pass that emits none of this row's tokens."""
     if row.held == 0:
         w.block_phases[r, block_phase(rep, row)] -= 1
+    forget_lead(rep, row)
     row.joined_tick += 1
     w.lanes[r, k] -= 1
     if row.held == 0:

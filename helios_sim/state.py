@@ -18,6 +18,9 @@ NOBODY: Final = -1
 NEVER: Final = 1 << 60
 """A tick, a quota or a target that is never reached."""
 
+UNKNOWN: Final = -NEVER
+"""The longest row's lead where it has to be looked up."""
+
 UNSENT: Final = 0
 WAITING: Final = 1
 RUNNING: Final = 2
@@ -186,6 +189,7 @@ REPLICA = np.dtype(
         ("num_ready", "i8"),
         ("num_fresh", "i8"),
         ("context_sum", "i8"),
+        ("longest_lead", "i8"),
         ("ticks", "i8"),
         ("next_turn", "i8"),
         ("partial_ticks", "i8"),
@@ -220,7 +224,8 @@ REPLICA = np.dtype(
 are being prefilled; the last `num_fresh` of the decoding ones have not decoded yet. `ticks`
 counts iterations that decoded, `last_tick_s` is when the last one ended, and at `next_turn` some
 row ends or reaches the end of its domain's trace; `context_sum` adds up the tokens in the KV
-cache of decoding rows. Where skipped KV is recomputed, `partial_ticks` counts ticks since the
+cache of decoding rows, and `longest_lead` is the most that one of them has, less the ticks, or
+UNKNOWN. Where skipped KV is recomputed, `partial_ticks` counts ticks since the
 last full pass and `pending_sum` the tokens to be fed again; `draining` admits nobody, `pausing`
 stops at the next boundary; `column` selects the trace tables for its exit mode and loaded level.
 Sums run over the whole run; the host takes differences where it needs a period, except

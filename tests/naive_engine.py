@@ -362,6 +362,14 @@ class NaiveReplica:
         """Tokens without KV in the deeper layers, where that is recomputed."""
         return sum(row.pending for row in rows) if self.scenario.recompute_kv else 0
 
+    def read_tokens(self, rows: Sequence[Row], padded: float) -> tuple[float, float]:
+        """KV tokens that the rows read, and those read where all are padded to the longest."""
+        reads = [row.context + 1 for row in rows]
+        context = float(sum(reads))
+        if self.fed_again(rows) > 0:
+            return context, context
+        return context, padded * max(reads, default=0)
+
     def prefill(self, joined: list[Row]) -> Iteration:
         return self.mixed([], {row: row.to_prefill for row in joined})
 
@@ -370,7 +378,7 @@ class NaiveReplica:
         c = self.model.coefficients
         padded = self.model.padded_rows[len(decoding)]
         rows = padded + self.fed_again(decoding)
-        context = float(sum(row.context + 1 for row in decoding))
+        context, padded_context = self.read_tokens(decoding, padded)
         tokens = float(sum(chunks.values()))
         reread = float(sum(row.context for row in chunks))
         pairs = sum(chunk * (row.context + (chunk + 1) / 2) for row, chunk in chunks.items())
@@ -382,7 +390,7 @@ class NaiveReplica:
             c,
             rows,
             context,
-            context,
+            padded_context,
             *prompt_work,
             self.depth,
             checks,
@@ -413,10 +421,10 @@ class NaiveReplica:
         heads = int(at_loaded_level)
         again = self.fed_again(self.rows)
         filled = 0 if self.scenario.recompute_kv else self.depth - layers
-        context = float(sum(row.context + 1 for row in self.rows))
+        context, padded_context = self.read_tokens(self.rows, padded)
         read = (padded + again, context)
         passed = (layers, checks, heads, filled, padded)
-        seconds, _ = cost.decode_seconds(c, *read, context, *passed, residual)
+        seconds, _ = cost.decode_seconds(c, *read, padded_context, *passed, residual)
         joules = cost.decode_joules(c, *read, *passed, seconds)
         return Iteration(self.clock_s, seconds, joules, {}, leaves_at, {}, layers)
 
@@ -441,9 +449,9 @@ class NaiveReplica:
         c, exit_layers = self.model.coefficients, self.model.exit_layers
         loaded, batch = self.assignment.level, len(company)
         rows, residual = self.model.padded_rows[batch], self.residual(batch)
-        context = float(sum(row.context + 1 for row in company))
+        context, padded_context = self.read_tokens(company, rows)
         own = {row: self.own_exit(row) for row in company}
-        layer_s = cost.layer_seconds(c, rows, context, context, 0.0, 0.0, 0.0)[0] * residual
+        layer_s = cost.layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)[0] * residual
         layer_j = cost.layer_joules(c, rows, context, 0.0, 0.0)
         head_s, check_s = cost.head_seconds(c, rows), cost.check_seconds(c, rows)
         overhead_s = c[cost.REBATCH_OVERHEAD_S]

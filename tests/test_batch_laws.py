@@ -149,6 +149,18 @@ class BlockReplica(SteppedReplica):
         assert record.num_rows <= record.max_batch
 
 
+class LongestReplica(SteppedReplica):
+    """Looks for the longest decoding row at every cut."""
+
+    def at_cut(self) -> None:
+        record = self.record
+        rows = self.world.rows[0][self.world.order[0, : record.num_ready]]
+        contexts = [int(batch.row_context(record, row)) for row in rows]
+        assert sum(contexts) == record.context_sum
+        if contexts and record.longest_lead != state.UNKNOWN:
+            assert record.longest_lead + record.ticks == max(contexts)
+
+
 class BusyReplica(SteppedReplica):
     """Looks at the head of the queue whenever the replica idles."""
 
@@ -213,6 +225,13 @@ def test_free_and_used_blocks_make_the_pool_at_every_cut(scenario: Scenario, sha
     replica = BlockReplica(scenario)
     replica.share = share
     play(replica, scenario)
+
+
+@many_examples
+@given(scenario=scenarios())
+def test_the_contexts_summed_and_the_longest_are_those_of_the_rows(scenario: Scenario) -> None:
+    """The longest is known or said to be unknown, never wrong."""
+    play(LongestReplica(scenario), scenario)
 
 
 @many_examples

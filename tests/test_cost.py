@@ -1,0 +1,114 @@
+"""Laws of the cost functions: what an iteration carries never makes it shorter, and padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helios_sim import cost
+from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS
+
+amounts = st.floats(0.0, 1e6)
+costs = st.lists(
+    st.one_of(st.just(0.0), st.floats(0.0, 1.0)),
+    min_size=len(COEFFICIENTS),
+    max_size=len(COEFFICIENTS),
+).map(np.array)
+
+
+def coefficients(**values: float) -> np.ndarray:
+    """Coefficients by name, with underscores for dots; those not named are 0."""
+    named = {name.replace(".", "_"): place for place, name in enumerate(COEFFICIENTS)}
+    array = np.zeros(len(COEFFICIENTS))
+    for name, value in values.items():
+        array[named[name]] = value
+    return array
+
+
+def without_the_optional(c: np.ndarray) -> np.ndarray:
+    """The coefficients of a profile that leaves the optional ones out."""
+    plain = c.copy()
+    plain[[COEFFICIENTS.index(name) for name in OPTIONAL_COEFFICIENTS]] = 0.0
+    return plain
+
+
+@given(c=costs, rows=st.integers(1, 64), context=amounts, padding=amounts)
+def test_without_its_coefficients_padding_changes_no_bit(
+    c: np.ndarray, rows: int, context: float, padding: float
+) -> None:
+    plain = without_the_optional(c)
+    padded = context + padding
+    for prefill in ((0.0, 0.0, 0.0), (7.0, 3.0, 28.0)):
+        assert cost.layer_seconds(plain, rows, context, padded, *prefill) == cost.layer_seconds(
+            plain, rows, context, context, *prefill
+        )
+    work = (4.0, 1.0, 1.0, 2.0, rows, 1.25)
+    assert cost.decode_seconds(plain, rows, context, padded, *work) == cost.decode_seconds(
+        plain, rows, context, context, *work
+    )
+
+
+@pytest.mark.parametrize("regime", ["memory", "compute"])
+@given(rows=st.integers(1, 64), longest=st.integers(1, 4096))
+def test_equal_rows_cost_the_same_by_their_context_or_by_the_padded_one(
+    regime: str, rows: int, longest: int
+) -> None:
+    by_context = coefficients(**{f"decode_{regime}_s_per_context_token": 0.125})
+    by_padding = coefficients(**{f"decode_{regime}_s_per_padded_token": 0.125})
+    tokens = float(rows * longest)
+    same = (rows, tokens, tokens, 0.0, 0.0, 0.0)
+    assert cost.layer_seconds(by_context, *same) == cost.layer_seconds(by_padding, *same)
+
+
+@given(lengths=st.lists(st.integers(1, 4096), min_size=2, max_size=16))
+def test_a_ragged_batch_costs_as_much_as_one_whose_rows_all_have_the_longest_context(
+    lengths: list[int],
+) -> None:
+    c = coefficients(decode_memory_s_per_padded_token=0.125, decode_memory_s_per_row=0.5)
+    rows, padded = float(len(lengths)), float(len(lengths) * max(lengths))
+    ragged, _ = cost.layer_seconds(c, rows, float(sum(lengths)), padded, 0.0, 0.0, 0.0)
+    even, _ = cost.layer_seconds(c, rows, padded, padded, 0.0, 0.0, 0.0)
+    assert ragged == even
+
+
+@given(c=costs, rows=st.integers(1, 64), context=amounts, padded=amounts, more=amounts)
+def test_context_and_padding_never_shorten_a_layer(
+    c: np.ndarray, rows: int, context: float, padded: float, more: float
+) -> None:
+    before, _ = cost.layer_seconds(c, rows, context, padded, 0.0, 0.0, 0.0)
+    assert cost.layer_seconds(c, rows, context + more, padded, 0.0, 0.0, 0.0)[0] >= before
+    assert cost.layer_seconds(c, rows, context, padded + more, 0.0, 0.0, 0.0)[0] >= before
+
+
+def test_padding_without_decode_rows_is_nothing() -> None:
+    c = coefficients(decode_memory_s_per_padded_token=1.0, decode_compute_s_per_padded_token=1.0)
+    assert cost.layer_seconds(c, 0.0, 0.0, 512.0, 4.0, 0.0, 10.0)[0] == 0.0
+
+
+def test_the_fixed_part_grows_with_rows_or_with_prompts_whichever_takes_longer() -> None:
+    c = coefficients(
+        decode_fixed_s=1.0,
+        decode_fixed_s_per_row=0.5,
+        prefill_fixed_s=2.0,
+        prefill_fixed_s_per_prompt=0.25,
+    )
+    assert cost.fixed_seconds(c, 0.0, False, 0.0) == 0.0
+    assert cost.fixed_seconds(c, 4.0, False, 0.0) == 3.0
+    assert cost.fixed_seconds(c, 0.0, True, 4.0) == 3.0
+    assert cost.fixed_seconds(c, 1.0, True, 4.0) == 3.0
+    assert cost.fixed_seconds(c, 8.0, True, 4.0) == 5.0
+
+
+def test_a_decode_pays_its_fixed_part_by_the_rows_that_emit_not_by_those_fed_again() -> None:
+    c = coefficients(decode_fixed_s=1.0, decode_fixed_s_per_row=0.5)
+    assert cost.decode_seconds(c, 40.0, 9.0, 9.0, 4.0, 0.0, 1.0, 0.0, 2.0, 1.0)[0] == 2.0
+
+
+def test_a_prefill_pays_its_fixed_part_by_the_prompts_in_it() -> None:
+    c = coefficients(prefill_fixed_s=2.0, prefill_fixed_s_per_prompt=0.25)
+    prompt = (0.0, 0.0, 0.0, 30.0, 0.0, 99.0, 4.0, 0.0)
+    assert cost.mixed_seconds(c, *prompt, 1.0, 3.0, 1.0)[0] == 2.75
+    # A chunk that completes no prompt emits nothing, and is a prompt's all the same.
+    assert cost.mixed_seconds(c, *prompt, 0.0, 1.0, 1.0)[0] == 2.25
