@@ -17,6 +17,7 @@ import polars as pl
 from calibration.fitting import regression
 from calibration.fitting.fit_energy import EnergyFit, fit_energy, no_energy, unavailable
 from calibration.fitting.fit_times import Number, TimesFit, fit_times, spread
+from calibration.fitting.joint import Knots
 from calibration.fitting.points import (
     FIT,
     HELD_OUT,
@@ -27,7 +28,7 @@ from calibration.fitting.points import (
 )
 from calibration.fitting.regression import Readings
 from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE
-from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS
+from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
 from helios_sim.model import EarlyExitModel, ModelShape
@@ -391,12 +392,6 @@ def _model_node(
         if found.random_weights
         else "the checkpoint's configuration"
     )
-    residual = None
-    if times.residual:
-        knots = [[float(b), float(f"{f:.6g}")] for b, f in times.residual]
-        residual = quantity(
-            "batch_residual", knots, "measured", "factor on the layers, by measured batch"
-        )
     return {
         "shape": {
             "family": shape.family,
@@ -418,17 +413,22 @@ def _model_node(
             ),
         },
         "batch_buckets": list(times.buckets),
-        "batch_residual": residual,
+        "batch_residual": _knots("batch_residual", times.batch_residual, "batch"),
+        "depth_residual": _knots("depth_residual", times.depth_residual, "loaded depth"),
         "hull": {
             "max_batch": times.hull.max_batch,
             "max_context_tokens": times.hull.max_context_tokens,
         },
-        "coefficients": {
-            name: _entry(name, numbers[name])
-            for name in COEFFICIENTS
-            if name in numbers or name not in OPTIONAL_COEFFICIENTS
-        },
+        "coefficients": {name: _entry(name, numbers[name]) for name in COEFFICIENTS},
     }
+
+
+def _knots(name: str, knots: Knots, by: str) -> dict[str, Any] | None:
+    """A residual as the file holds it; null where none was kept."""
+    if not knots:
+        return None
+    short = [[float(place), float(f"{factor:.6g}")] for place, factor in knots]
+    return quantity(name, short, "measured", f"factor on the decode layers, by measured {by}")
 
 
 def _workspace(points: pl.DataFrame, found: _Measured, times: TimesFit) -> Number:

@@ -1,21 +1,24 @@
 """Seconds of one model: readings become the coefficients of the simulator's cost model.
 
-A decode layer is linear in (1, rows, context tokens), a prefill layer in (1, tokens, pairs); each
-may be bounded from below by a launch floor or by a second plane, which are kept only where they
-clearly lower the error on readings left out. What a stack of layers takes beside its layers is its
-intercept over k.
+A decode layer is linear in (1, rows, context tokens, padded context tokens), a prefill layer in
+(1, tokens, pairs); each may be bounded from below by a launch floor or by a second plane, and a
+decode layer has factors by batch and by loaded depth. All of these are kept only where they clearly
+lower the error on readings left out. What a stack of layers takes beside its layers is its
+intercept over k; what a whole iteration takes is a start, and more for every row or prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from calibration.fitting import regression
+from calibration.fitting import joint, regression
+from calibration.fitting.joint import BATCH, DEPTH, Growth, Knots, Loads
 from calibration.fitting.points import FIT, HELD_OUT, PREFILL_ITERATION, of_quantity, standing_mode
 from calibration.fitting.predict import Predictor, prefill_load
 from calibration.fitting.regression import Chosen, Floats, MaxFit, Readings
@@ -31,11 +34,17 @@ _DECODE_OPTIONS: Final = ((MEMORY,), (LAUNCH, MEMORY), (MEMORY, COMPUTE), (0, 1,
 _PREFILL_OPTIONS: Final = ((COMPUTE,), (LAUNCH, COMPUTE), (MEMORY, COMPUTE), (0, 1, 2))
 _DECODE_NAMES: Final = (
     ("decode.launch_s",),
-    ("decode.memory_s_per_layer", "decode.memory_s_per_row", "decode.memory_s_per_context_token"),
+    (
+        "decode.memory_s_per_layer",
+        "decode.memory_s_per_row",
+        "decode.memory_s_per_context_token",
+        "decode.memory_s_per_padded_token",
+    ),
     (
         "decode.compute_s_per_layer",
         "decode.compute_s_per_row",
         "decode.compute_s_per_context_token",
+        "decode.compute_s_per_padded_token",
     ),
 )
 _PREFILL_NAMES: Final = (
@@ -48,8 +57,8 @@ _PREFILL_NAMES: Final = (
     ("prefill.compute_s_per_layer", "prefill.compute_s_per_token", "prefill.compute_s_per_pair"),
 )
 _LEAST_POINTS: Final = {"decode_layers": 3, "prefill_layers": 2, "head": 1}
-_LEAST_BATCHES: Final = 3
-_SHRINKS: Final = (1.0, 0.75, 0.5, 0.25)
+_LEAST_COUNTS: Final = {"iteration": 3, PREFILL_ITERATION: 2}
+"""Counts of rows or prompts among whole iterations that tell what each adds to the start."""
 
 TIMES: Final = (
     "decode_layers",
@@ -80,7 +89,8 @@ class TimesFit:
     """
 
     numbers: Mapping[str, Number]
-    residual: tuple[tuple[float, float], ...]
+    batch_residual: Knots
+    depth_residual: Knots
     buckets: tuple[int, ...]
     hull: Hull
     overheads: Mapping[str, float]
@@ -90,12 +100,13 @@ class TimesFit:
 
 @dataclass(frozen=True)
 class _Layers:
-    """Decode or prefill layers fitted: the choice of planes, and the two fixed parts."""
+    """Decode or prefill layers fitted: the choice of planes, and the fixed parts."""
 
     chosen: Chosen
     readings: Readings
     points: pl.DataFrame
-    groups: regression.Groups
+    knots: Mapping[str, Knots] = field(default_factory=dict)
+    scores: Mapping[joint.Factors, float] = field(default_factory=dict)
 
     @property
     def stack_s(self) -> float:
@@ -106,6 +117,11 @@ class _Layers:
     def iteration_s(self) -> float | None:
         """What an iteration takes beside layers and head; None where none was timed."""
         return float(self.chosen.fit.overheads[1]) if self.num_iterations else None
+
+    @property
+    def each_s(self) -> float | None:
+        """What every row or prompt adds to that; None where the readings cannot tell."""
+        return float(self.chosen.fit.overheads[2]) if self.readings.overheads.shape[1] > 2 else None
 
     @property
     def num_iterations(self) -> int:
@@ -149,7 +165,8 @@ def fit_times(
     }
     numbers = _head_numbers(lines, said, fitted)
     head = lines["head"]
-    decode = _decode(fitted, head, counts_new_token, buckets)
+    hull = _hull(points, modes["decode_layers"])
+    decode = _decode(fitted, head, counts_new_token, buckets, hull)
     prefill = _prefill(fitted, head)
     numbers |= _decode_numbers(decode, said)
     numbers |= _prefill_numbers(prefill, decode, said)
@@ -159,21 +176,22 @@ def fit_times(
         "derived",
         "the second part of a split iteration begins as an iteration does: decode.fixed_s",
     )
-    hull = _hull(points, modes["decode_layers"])
     overheads = {"decode": decode.stack_s, "prefill": prefill.stack_s}
-    plain = model_profile(model, numbers, tuple(buckets), (), hull)
-    residual, residual_record, left_out = _residual(decode, plain)
-    kept = replace(plain, batch_residual=residual)
+    batch_residual = _stairs(decode.knots.get(BATCH, ()), buckets)
+    depth_residual = decode.knots.get(DEPTH, ())
+    kept = model_profile(model, numbers, tuple(buckets), batch_residual, hull, depth_residual)
     predictor = Predictor(kept, stack_overhead_s=overheads, counts_new_token=counts_new_token)
     by_quantity = {name: line.left_out.errors for name, line in lines.items()}
-    for layers, errors in ((decode, left_out), (prefill, prefill.chosen.left_out.errors)):
+    for layers in (decode, prefill):
         for quantity in layers.points["quantity"].unique():
-            by_quantity[quantity] = errors[(layers.points["quantity"] == quantity).to_numpy()]
+            mine = (layers.points["quantity"] == quantity).to_numpy()
+            by_quantity[quantity] = layers.chosen.left_out.errors[mine]
     record = {
         "modes": modes,
         "stack_overhead_s": overheads,
         "planes": {"decode": _planes_said(decode), "prefill": _planes_said(prefill)},
-        "batch_residual": residual_record,
+        "batch_residual": _factor_said(decode, BATCH),
+        "depth_residual": _factor_said(decode, DEPTH),
         "errors": {
             quantity: {
                 "left_out": spread(by_quantity.get(quantity, np.zeros(0))),
@@ -188,15 +206,18 @@ def fit_times(
         "launch_bound_share": launch_bound_share(points),
         "falls": falling_time(kept),
     }
-    return TimesFit(numbers, residual, tuple(buckets), hull, overheads, modes, record)
+    return TimesFit(
+        numbers, batch_residual, depth_residual, tuple(buckets), hull, overheads, modes, record
+    )
 
 
 def model_profile(
     model: EarlyExitModel,
     numbers: Mapping[str, Number],
     buckets: tuple[int, ...],
-    residual: tuple[tuple[float, float], ...],
+    batch_residual: Knots,
     hull: Hull | None,
+    depth_residual: Knots = (),
 ) -> ModelProfile:
     """A model profile with these times; whatever is not named is unavailable or 0."""
     values: dict[str, float | None] = dict.fromkeys(cost.COEFFICIENTS)
@@ -206,7 +227,8 @@ def model_profile(
         model=model,
         coefficients=values,
         batch_buckets=buckets,
-        batch_residual=residual,
+        batch_residual=batch_residual,
+        depth_residual=depth_residual,
         hull=hull,
         workspace_bytes=0,
         confidence=Confidence("max-softmax", 0.5),
@@ -225,10 +247,9 @@ class _Said:
 
 
 def _groups(points: pl.DataFrame) -> regression.Groups:
-    """One group a cell of batch, context and prompt: all its depths are left out together."""
-    cells = points.select(
-        pl.struct("batch", "context_tokens", "prompt_tokens").rank("dense").alias("cell")
-    )
+    """One group a cell of batch, contexts and prompt: all its depths are left out together."""
+    cell = pl.struct("batch", "context_tokens", "longest_context_tokens", "prompt_tokens")
+    cells = points.select(cell.rank("dense").alias("cell"))
     return cells["cell"].to_numpy().astype(np.int64)
 
 
@@ -313,16 +334,47 @@ def _decode(
     head: Chosen,
     counts_new_token: bool,
     buckets: Sequence[int],
+    hull: Hull,
 ) -> _Layers:
     """Decode stacks and whole decode iterations together, at the rows computed."""
     points = pl.concat([fitted["decode_layers"], fitted["iteration"]])
     own = 0.0 if counts_new_token else 1.0
     batch = _column(points, "batch")
-    context = batch * (_column(points, "context_tokens") + own)
-    ones = np.ones(points.height)
+    mean = _column(points, "context_tokens")
+    longest = np.maximum(mean, _column(points, "longest_context_tokens"))
+    ragged = (longest > mean) & (batch > 1.0)
     rows = padded(batch, buckets)
-    plane = np.column_stack((ones, rows, context))
-    return _fitted_layers(points, rows, head, (ones[:, None], plane, plane), _DECODE_OPTIONS)
+    tells = bool(ragged.any())
+    planes = _decode_planes(rows, batch * (mean + own), rows * (longest + own), tells)
+    readings = _readings(points, rows, head, planes)
+    loads = Loads(readings, rows, _growth(hull, buckets, tells))
+    found = joint.choose(loads, _DECODE_OPTIONS, _groups(points))
+    chosen = _one_split(_ordered(found.chosen), readings, ragged)
+    return _Layers(chosen, readings, points, found.knots, found.scores)
+
+
+def _decode_planes(
+    rows: Floats, context: Floats, padded_context: Floats, tells_padding: bool
+) -> tuple[Floats, ...]:
+    """Features by plane; all context counts as the rows' own where no ragged rows tell more."""
+    ones = np.ones_like(rows)
+    columns = (ones, rows, context) + ((padded_context,) if tells_padding else ())
+    plane = np.stack(columns, axis=-1)
+    return ones[..., None], plane, plane
+
+
+def _growth(hull: Hull, buckets: Sequence[int], tells_padding: bool) -> Growth:
+    """Features before and after a row of one token joins rows of equal contexts."""
+    batches = np.arange(1.0, hull.max_batch + 2.0)
+    rows = padded(batches, buckets)
+    each = np.array(_contexts(hull))[:, None]
+    held = each * batches[:-1]
+    wide = [np.broadcast_to(part, held.shape) for part in (rows[:-1], rows[1:])]
+    before, after = (
+        _decode_planes(part, held + joined, part * each, tells_padding)
+        for part, joined in zip(wide, (0.0, 1.0), strict=True)
+    )
+    return Growth(rows, before, after)
 
 
 def padded(batch: Floats, buckets: Sequence[int]) -> Floats:
@@ -346,29 +398,54 @@ def _prefill(fitted: Mapping[str, pl.DataFrame], head: Chosen) -> _Layers:
         np.column_stack((ones, tokens, cached)),
         np.column_stack((ones, tokens, pairs)),
     )
-    batch = np.maximum(_column(points, "batch"), 1.0)
-    return _fitted_layers(points, batch, head, planes, _PREFILL_OPTIONS)
+    prompts = np.maximum(_column(points, "batch"), 1.0)
+    readings = _readings(points, prompts, head, planes)
+    chosen = regression.choose_planes(readings, _PREFILL_OPTIONS, _groups(points))
+    return _Layers(_ordered(chosen), readings, points)
 
 
-def _fitted_layers(
-    points: pl.DataFrame,
-    rows: Floats,
-    head: Chosen,
-    planes: tuple[Floats, ...],
-    options: Sequence[tuple[int, ...]],
-) -> _Layers:
-    iterations = points["quantity"].is_in(["iteration", PREFILL_ITERATION])
-    whole = iterations.to_numpy().astype(np.float64)
-    readings = Readings(
+def _readings(
+    points: pl.DataFrame, rows: Floats, head: Chosen, planes: tuple[Floats, ...]
+) -> Readings:
+    """Stacks and whole iterations of `rows` rows or prompts, each with its fixed parts.
+
+    What a row or prompt adds to an iteration's start has a column where enough counts were timed.
+    """
+    iterations = points["quantity"].is_in(list(_LEAST_COUNTS)).to_numpy()
+    whole = iterations.astype(np.float64)
+    columns = [1.0 - whole, whole]
+    kinds = set(points["quantity"]) & set(_LEAST_COUNTS)
+    if kinds and len(np.unique(rows[iterations])) >= min(_LEAST_COUNTS[kind] for kind in kinds):
+        columns.append(whole * rows)
+    return Readings(
         seconds=_column(points, "seconds"),
         layers=_column(points, "layers"),
         known=whole * _line_seconds(head, rows),
-        overheads=np.column_stack((1.0 - whole, whole)),
+        overheads=np.column_stack(columns),
         planes=planes,
     )
-    groups = _groups(points)
-    chosen = regression.choose_planes(readings, options, groups)
-    return _Layers(_ordered(chosen), readings, points, groups)
+
+
+def _one_split(chosen: Chosen, readings: Readings, ragged: NDArray[np.bool_]) -> Chosen:
+    """A plane that bounds no ragged reading takes its padded share of context from the other.
+
+    Context and padded context are the same on it, so that only their sum was fitted.
+    """
+    full = [chosen.planes.index(place) for place in (MEMORY, COMPUTE) if place in chosen.planes]
+    if len(full) < 2 or not ragged.any():
+        return chosen
+    bounds = regression.assignment(readings.with_planes(chosen.planes), chosen.fit)
+    told = [at for at in full if (ragged & (bounds == at)).any()]
+    if len(told) != 1:
+        return chosen
+    (teller,) = told
+    (other,) = set(full) - {teller}
+    planes = list(chosen.fit.planes)
+    context, beyond = planes[teller][2:]
+    share = beyond / (context + beyond) if context + beyond > 0.0 else 1.0
+    both = planes[other][2:].sum()
+    planes[other] = np.array([*planes[other][:2], (1.0 - share) * both, share * both])
+    return replace(chosen, fit=replace(chosen.fit, planes=tuple(planes)))
 
 
 def _line_seconds(line: Chosen, rows: Floats) -> Floats:
@@ -411,7 +488,8 @@ def _plane_numbers(
         found = layers.chosen.plane(place)
         if found is None:
             continue
-        for name, value, error in zip(plane_names, *found, strict=True):
+        # A feature that the readings cannot tell has no coefficient; it would be the last.
+        for name, value, error in zip(plane_names, *found, strict=False):
             numbers[name] = Number(float(value), "measured", source, float(error))
     return numbers
 
@@ -427,13 +505,18 @@ def _decode_numbers(decode: _Layers, said: _Said) -> dict[str, Number]:
         numbers["decode.compute_s_per_layer"] = Number(
             0.0, "derived", "one plane fits; beside a prefill the weights are read once"
         )
-        for what in ("row", "context_token"):
-            own = f"decode.memory_s_per_{what}"
-            numbers[f"decode.compute_s_per_{what}"] = Number(
-                numbers[own].value,
-                "derived",
-                f"one plane fits; beside a prefill its work adds to the prefill's: {own}",
-            )
+        for own, lent in zip(_DECODE_NAMES[MEMORY][1:], _DECODE_NAMES[COMPUTE][1:], strict=True):
+            if own in numbers:
+                numbers[lent] = Number(
+                    numbers[own].value,
+                    "derived",
+                    f"one plane fits; beside a prefill its work adds to the prefill's: {own}",
+                )
+    for names in _DECODE_NAMES[MEMORY:]:
+        numbers.setdefault(
+            names[-1],
+            Number(0.0, "derived", "no ragged rows were timed; all is charged to context"),
+        )
     errors = decode.chosen.fit.like(decode.chosen.left_out.standard_errors).overheads
     if decode.iteration_s is not None:
         numbers["decode.fixed_s"] = Number(
@@ -449,7 +532,18 @@ def _decode_numbers(decode: _Layers, said: _Said) -> dict[str, Number]:
             "intercept of the stacks over their layers; no whole iteration was timed",
             float(errors[0]),
         )
+    numbers["decode.fixed_s_per_row"] = _each_number(decode, "iteration", "batches", said)
     return numbers
+
+
+def _each_number(layers: _Layers, quantity: str, counts: str, said: _Said) -> Number:
+    """What every row or prompt adds to the fixed part."""
+    if layers.each_s is None:
+        few = f"whole iterations were timed at fewer than {_LEAST_COUNTS[quantity]} {counts}"
+        return Number(0.0, "derived", few)
+    errors = layers.chosen.fit.like(layers.chosen.left_out.standard_errors).overheads
+    source = said.source(quantity, layers.num_iterations, ", beside layers and head")
+    return Number(layers.each_s, "measured", source, float(errors[2]))
 
 
 def _prefill_numbers(prefill: _Layers, decode: _Layers, said: _Said) -> dict[str, Number]:
@@ -478,6 +572,9 @@ def _prefill_numbers(prefill: _Layers, decode: _Layers, said: _Said) -> dict[str
             "intercept of the prefill stacks, and what a decode iteration has beyond its stack",
             float(errors[0]),
         )
+    numbers["prefill.fixed_s_per_prompt"] = _each_number(
+        prefill, PREFILL_ITERATION, "numbers of prompts", said
+    )
     return numbers
 
 
@@ -500,80 +597,36 @@ def _hull(points: pl.DataFrame, mode: str) -> Hull:
     return Hull(int(decode["batch"].max() or 1), int(longest or 1))  # type: ignore[arg-type]
 
 
-def _residual(
-    decode: _Layers, plain: ModelProfile
-) -> tuple[tuple[tuple[float, float], ...], dict[str, Any], Floats]:
-    """Knots of the batch residual where it lowers the left-out error, and that error."""
-    without = decode.chosen.left_out.errors
-    record: dict[str, Any] = {"kept": False, "left_out_mean_without": regression.score(without)}
-    batch = _column(decode.points, "batch")
-    if len(np.unique(batch)) < _LEAST_BATCHES:
-        return (), record | {"why": "fewer than three batches were measured"}, without
-    readings = decode.readings.with_planes(decode.chosen.planes)
-    assigned = regression.assignment(readings, decode.chosen.fit)
-    left_out = np.zeros(len(readings))
-    for group in np.unique(decode.groups):
-        out = decode.groups == group
-        fit = regression.refit(readings.take(~out), assigned[~out])
-        knots = _safe_knots(_factors(readings.take(~out), fit, batch[~out]), plain)
-        rest = readings.take(out)
-        whole = plain.model.shape.layers
-        factors = replace(plain, batch_residual=knots).residual(int(batch.max()), whole)
-        layers_s = fit.layer_seconds(rest) * factors[batch[out].astype(np.int64)]
-        predicted = rest.known + rest.overheads @ fit.overheads + rest.layers * layers_s
-        left_out[out] = regression.relative_errors(predicted, rest.seconds)
-    record["left_out_mean_with"] = regression.score(left_out)
-    if not regression.clearly_better(regression.score(left_out), regression.score(without)):
-        return (), record | {"why": "it does not clearly lower the left-out error"}, without
-    knots = _safe_knots(_factors(readings, decode.chosen.fit, batch), plain)
-    if not knots:
-        return (), record | {"why": "no factor lowers no time from batch to batch"}, without
-    return knots, record | {"kept": True, "why": "it lowers the left-out error"}, left_out
+def _factor_said(decode: _Layers, factor: str) -> dict[str, Any]:
+    """Whether a factor was kept, why, and the left-out errors with and without it.
 
-
-def _factors(readings: Readings, fit: MaxFit, batch: Floats) -> list[tuple[float, float]]:
-    """By measured batch the factor on the layers that fits best in relative error."""
-    layers_s = readings.layers * fit.layer_seconds(readings)
-    seen = readings.seconds - readings.known - readings.overheads @ fit.overheads
-    factors = []
-    for size in np.unique(batch):
-        mine = batch == size
-        weights = 1.0 / readings.seconds[mine] ** 2
-        own = layers_s[mine]
-        below = float((weights * own * own).sum())
-        ratio = float((weights * own * seen[mine]).sum()) / below if below > 0.0 else 1.0
-        factors.append((float(size), min(max(ratio, 0.2), 5.0)))
-    return factors
-
-
-def _safe_knots(
-    factors: Sequence[tuple[float, float]], plain: ModelProfile
-) -> tuple[tuple[float, float], ...]:
-    """Knots under which no time falls as the batch grows, nearest to the factors found.
-
-    They are raised where a time would fall; where the curve between knots still lets one fall,
-    all are drawn towards 1.
+    Beside whatever else is kept.
     """
-    batches = [batch for batch, _ in factors]
-    raised = regression.monotone_factors(
-        batches, [factor for _, factor in factors], lambda a, b: _least_ratio(plain, a, b)
-    )
-    for shrink in _SHRINKS:
-        knots = [(b, 1.0 + shrink * (f - 1.0)) for b, f in zip(batches, raised, strict=True)]
-        steps = _stairs(knots) if plain.batch_buckets else tuple(knots)
-        if falling_time(replace(plain, batch_residual=steps)) is None:
-            return steps
-    return ()
+    others = frozenset(decode.knots) - {factor}
+    without, found = decode.scores.get(others), decode.scores.get(others | {factor})
+    kept = factor in decode.knots
+    if found is None:
+        why = f"too few {'batches' if factor == BATCH else 'depths'} were measured"
+    elif kept:
+        why = "it lowers the left-out error"
+    else:
+        why = "it does not clearly lower the left-out error"
+    errors = {"left_out_mean_without": without, "left_out_mean_with": found}
+    return {"kept": kept, "why": why, **errors}
 
 
-def _stairs(knots: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Flat within a bucket: a batch that is padded to the next one takes that one's time."""
+def _stairs(knots: Knots, buckets: Sequence[int]) -> Knots:
+    """Knots over rows computed as knots over batches: flat within a bucket."""
+    inside = [one for one in sorted(buckets) if knots and one <= knots[-1][0]]
+    if not inside:
+        return knots
     stairs: list[tuple[float, float]] = []
-    for batch, factor in knots:
-        before = stairs[-1][0] if stairs else batch
-        if batch - before > 1.0:
+    places = sorted({*map(float, inside), *(place for place, _ in knots)})
+    for place, factor in zip(places, joint.curve(knots, np.array(places)).tolist(), strict=True):
+        before = stairs[-1][0] if stairs else place
+        if place - before > 1.0:
             stairs.append((before + 1.0, factor))
-        stairs.append((batch, factor))
+        stairs.append((place, factor))
     return tuple(stairs)
 
 
@@ -582,48 +635,42 @@ def _contexts(hull: Hull | None) -> tuple[float, ...]:
     return 1.0, longest / 4, longest / 2, longest
 
 
-def _least_ratio(plain: ModelProfile, smaller: float, larger: float) -> float:
-    """The least factor ratio under which rows that join never shorten a layer."""
-    c = plain.coefficient_array()
-    ratios = []
-    for context in _contexts(plain.hull):
-        before, _ = cost.layer_seconds(
-            c, smaller, smaller * context, smaller * context, 0.0, 0.0, 0.0
-        )
-        joined = smaller * context + (larger - smaller)
-        after, _ = cost.layer_seconds(c, larger, joined, joined, 0.0, 0.0, 0.0)
-        ratios.append(float(before) / float(after) if after > 0.0 else 1.0)
-    return max(ratios)
-
-
 def falling_time(model: ModelProfile) -> str | None:
     """Where a predicted decode iteration gets shorter as it carries more; None if nowhere.
 
-    Checked are one more row that brings one token, one more token of context, and one more
-    layer, over the whole measured range and one row beyond.
+    Checked are one more row that brings one token, one more token of the longest row, and one
+    more layer, over the whole measured range and one row beyond; and running all layers with
+    more of them loaded.
     """
     c = model.coefficient_array()
     top = model.hull.max_batch + 1 if model.hull is not None else 64
-    padded, factors = model.padded_rows(top), model.residual(top, model.model.shape.layers)
+    whole = model.model.shape.layers
+    padded_rows, factors = model.padded_rows(top), model.residual(top, whole)
 
-    def seconds(batch: int, context: float, layers: float) -> float:
-        rows = float(padded[batch])
+    def seconds(batch: int, context: float, longest: float, layers: float, factor: float) -> float:
+        rows = float(padded_rows[batch])
         found, _ = cost.decode_seconds(
-            c, rows, context, context, layers, 0.0, 1.0, 0.0, rows, float(factors[batch])
+            c, rows, context, rows * longest, layers, 0.0, 1.0, 0.0, rows, factor
         )
         return float(found)
 
     for per_row in _contexts(model.hull):
         for batch in range(1, top):
-            context = batch * per_row
-            base = seconds(batch, context, 2.0)
-            least = base * (1.0 - 1e-12)
-            if seconds(batch + 1, context + 1.0, 2.0) < least:
+            context, factor = batch * per_row, float(factors[batch])
+            least = seconds(batch, context, per_row, 2.0, factor) * (1.0 - 1e-12)
+            joined = float(factors[batch + 1])
+            if seconds(batch + 1, context + 1.0, per_row, 2.0, joined) < least:
                 return f"from batch {batch} to {batch + 1} at {per_row:g} tokens a row"
-            if seconds(batch, context + 1.0, 2.0) < least:
+            if seconds(batch, context + 1.0, per_row + 1.0, 2.0, factor) < least:
                 return f"with context at batch {batch}, {per_row:g} tokens a row"
-            if seconds(batch, context, 3.0) < least:
+            if seconds(batch, context, per_row, 3.0, factor) < least:
                 return f"with layers at batch {batch}, {per_row:g} tokens a row"
+    for depth in range(1, whole):
+        shallow, deep = (
+            layers * float(model.residual(1, layers)[1]) for layers in (depth, depth + 1)
+        )
+        if deep < shallow * (1.0 - 1e-12):
+            return f"from {depth} to {depth + 1} loaded layers"
     return None
 
 

@@ -9,7 +9,7 @@ Engineering 10 (2009), here with non-negative least squares (Lawson and Hanson) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
@@ -62,13 +62,11 @@ class Readings:
 
     def with_planes(self, chosen: Sequence[int]) -> Readings:
         """The same readings with some of the planes."""
-        return Readings(
-            self.seconds,
-            self.layers,
-            self.known,
-            self.overheads,
-            tuple(self.planes[i] for i in chosen),
-        )
+        return replace(self, planes=tuple(self.planes[i] for i in chosen))
+
+    def scaled(self, factors: Floats) -> Readings:
+        """The same readings, each as if it were of so many times its layers."""
+        return replace(self, layers=self.layers * factors)
 
 
 @dataclass(frozen=True)
@@ -177,21 +175,21 @@ def _alternate(readings: Readings, start: Assignment) -> tuple[MaxFit, float]:
         if assigned.tobytes() in seen:
             break
         seen.add(assigned.tobytes())
-        found = _solve(readings, assigned, trust)
+        found = solve(readings, assigned, trust)
         loss = _loss(readings, found)
         if loss < best_loss:
             best, best_loss = found, loss
         assigned = assignment(readings, found)
     assert best is not None
     for _ in range(TRUST_ROUNDS):
-        trust = _trust(relative_errors(best.seconds(readings), readings.seconds))
+        trust = trust_in(relative_errors(best.seconds(readings), readings.seconds))
         if trust.min() == 1.0:
             break
-        best = _solve(readings, assignment(readings, best), trust)
+        best = solve(readings, assignment(readings, best), trust)
     return best, _loss(readings, best)
 
 
-def _trust(errors: Floats) -> Floats:
+def trust_in(errors: Floats) -> Floats:
     """Huber's weights: readings far beyond the usual error pull no harder than at its edge.
 
     Huber, "Robust estimation of a location parameter", Annals of Mathematical Statistics 35
@@ -209,7 +207,7 @@ def _loss(readings: Readings, fit: MaxFit) -> float:
     return score(relative_errors(fit.seconds(readings), readings.seconds))
 
 
-def _solve(readings: Readings, assigned: Assignment, trust: Floats) -> MaxFit:
+def solve(readings: Readings, assigned: Assignment, trust: Floats) -> MaxFit:
     """Coefficients for a given assignment of readings to planes."""
     columns = [readings.overheads]
     for place, plane in enumerate(readings.planes):
@@ -263,9 +261,14 @@ def leave_out(readings: Readings, fit: MaxFit, groups: Groups | None = None) -> 
         rest = readings.take(out)
         errors[out] = relative_errors(found.seconds(rest), rest.seconds)
         moved.append(found.flat())
-    spread = np.stack(moved) - np.mean(moved, axis=0)
+    return LeftOut(errors, jackknife(moved))
+
+
+def jackknife(moved: Sequence[Floats]) -> Floats:
+    """Standard errors of coefficients from those of the fits that left a group out each."""
     count = len(moved)
-    return LeftOut(errors, np.sqrt((count - 1) / count * (spread**2).sum(axis=0)))
+    spread = np.stack(moved) - np.mean(moved, axis=0)
+    return np.asarray(np.sqrt((count - 1) / count * (spread**2).sum(axis=0)), dtype=np.float64)
 
 
 def score(errors: Floats) -> float:
@@ -308,21 +311,36 @@ def choose_planes(
     there are distinct readings is not tried.
     """
     labels = np.arange(len(readings)) if groups is None else groups
-    num_points = len(np.unique(labels))
-    considered: list[tuple[tuple[int, ...], float]] = []
-    best: Chosen | None = None
-    for option in options:
+    tried = []
+    for option in tryable(readings, options, labels):
         part = readings.with_planes(option)
-        width = sum(plane.shape[1] for plane in part.planes)
-        if best is not None and width > num_points - 2:
-            continue
         fit = fit_max(part)
-        left_out = leave_out(part, fit, labels)
-        considered.append((option, score(left_out.errors)))
-        if best is None or clearly_better(score(left_out.errors), score(best.left_out.errors)):
-            best = Chosen(option, fit, left_out, ())
-    assert best is not None
-    return replace(best, considered=tuple(considered))
+        tried.append(Chosen(option, fit, leave_out(part, fit, labels), ()))
+    scores = [score(one.left_out.errors) for one in tried]
+    considered = tuple((one.planes, own) for one, own in zip(tried, scores, strict=True))
+    return replace(tried[simplest(scores)], considered=considered)
+
+
+def tryable(
+    readings: Readings, options: Sequence[tuple[int, ...]], groups: Groups
+) -> list[tuple[int, ...]]:
+    """The options with clearly fewer coefficients than there are groups, and always the first."""
+    most = len(np.unique(groups)) - 2
+    widths = [plane.shape[1] for plane in readings.planes]
+    return [
+        option
+        for place, option in enumerate(options)
+        if not place or sum(widths[plane] for plane in option) <= most
+    ]
+
+
+def simplest(scores: Sequence[float]) -> int:
+    """Of models that grow richer, the place of the first that none clearly betters."""
+    best = 0
+    for place, own in enumerate(scores):
+        if clearly_better(own, scores[best]):
+            best = place
+    return best
 
 
 FLOOR: Final = 0
@@ -341,18 +359,19 @@ def fit_floor_line(rows: Floats, seconds: Floats) -> Chosen:
     return choose_planes(readings, ((LINE,), (FLOOR, LINE)), groups)
 
 
-def monotone_factors(
-    batches: Sequence[float],
-    factors: Sequence[float],
-    least_ratio: Callable[[float, float], float],
-) -> list[float]:
-    """Factors raised where needed so that no product falls from one batch to the next.
+def isotonic(values: Sequence[float] | Floats, weights: Floats) -> Floats:
+    """The nearest values that never fall, in weighted least squares.
 
-    `least_ratio(a, b)` is the smallest factor(b) / factor(a) at which the time does not fall
-    from batch a to batch b.
+    Neighbours that fall are pooled to their mean: Ayer et al., "An empirical distribution function
+    for sampling with incomplete information", Annals of Mathematical Statistics 26 (1955).
     """
-    safe: list[float] = []
-    for place, factor in enumerate(factors):
-        least = 0.0 if not place else safe[-1] * least_ratio(batches[place - 1], batches[place])
-        safe.append(max(float(factor), least))
-    return safe
+    pools: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        pool = (float(value), float(weight), 1)
+        while pools and pools[-1][0] > pool[0]:
+            before, heavy, count = pools.pop()
+            total = heavy + pool[1]
+            mean = (before * heavy + pool[0] * pool[1]) / total if total > 0.0 else pool[0]
+            pool = (mean, total, count + pool[2])
+        pools.append(pool)
+    return np.repeat([mean for mean, _, _ in pools], [count for _, _, count in pools])

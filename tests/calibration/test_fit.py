@@ -110,7 +110,9 @@ def test_under_noise_the_planted_times_are_predicted_within_it(
     noise = 0.01
     points = planted.points(Plan(coefficients, noise=noise, seed=seed, energy=False))
     found = fit_times(points, planted.model())
-    own = model_profile(planted.model(), found.numbers, (), found.residual, found.hull)
+    own = model_profile(
+        planted.model(), found.numbers, (), found.batch_residual, found.hull, found.depth_residual
+    )
     c, truth = own.coefficient_array(), planted.array(coefficients)
     for batch in (1, 6, 20, 100):
         for context in (20, 300, 900):

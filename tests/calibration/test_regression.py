@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,8 +14,8 @@ from calibration.fitting.regression import (
     choose_planes,
     fit_floor_line,
     fit_max,
+    isotonic,
     leave_out,
-    monotone_factors,
     relative_nnls,
 )
 
@@ -103,13 +101,19 @@ def test_a_line_without_a_floor_has_none() -> None:
     assert line[0] == pytest.approx([1e-4, 1e-6], rel=1e-6)
 
 
-@given(st.lists(st.floats(0.3, 3.0), min_size=2, max_size=8))
-def test_factors_are_raised_until_no_product_falls(factors: list[float]) -> None:
-    batches = [float(2**place) for place in range(len(factors))]
-    safe = monotone_factors(batches, factors, lambda a, b: a / b)
-    products = [batch * factor for batch, factor in zip(batches, safe, strict=True)]
-    assert all(b >= a * (1 - 1e-12) for a, b in pairwise(products))
-    assert all(new >= old for new, old in zip(safe, factors, strict=True))
+@given(
+    st.lists(st.tuples(st.floats(0.3, 3.0), st.floats(0.1, 10.0)), min_size=1, max_size=8),
+)
+def test_values_that_fall_are_pooled_to_the_nearest_that_do_not(
+    found: list[tuple[float, float]],
+) -> None:
+    values, weights = (np.array(column) for column in zip(*found, strict=True))
+    rising = isotonic(values, weights)
+    assert (np.diff(rising) >= 0.0).all()
+    assert weights @ rising == pytest.approx(weights @ values)
+    assert isotonic(rising, weights) == pytest.approx(rising)
+    for other in (np.maximum.accumulate(values), np.full(len(values), values.mean())):
+        assert weights @ (rising - values) ** 2 <= weights @ (other - values) ** 2 + 1e-12
 
 
 def test_a_few_interrupted_readings_hardly_move_the_fit() -> None:
