@@ -246,6 +246,7 @@ def compare(
     if len(set(labels)) < len(labels):
         labels = [str(path) for path in runs]
     _console().print(comparison_table(rows, labels))
+    _say_extrapolated(labels, summaries)
     if out is not None:
         _say(f"Page: {out}")
 
@@ -396,7 +397,18 @@ def _write(results: Sequence[Result], target: Path) -> None:
 def _show(results: Sequence[Result]) -> None:
     from helios_sim.terminal import summary_table
 
-    _console().print(summary_table([result.summary for result in results]))
+    summaries = [result.summary for result in results]
+    _console().print(summary_table(summaries))
+    _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
+
+
+def _say_extrapolated(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> None:
+    """Say below a table which of its figures no measurement stands behind."""
+    from helios_sim.report.words import beyond_measured
+
+    text = beyond_measured(names, summaries)
+    if text is not None:
+        _say(text)
 
 
 @contextmanager

@@ -156,13 +156,9 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
             f"Quality: {number(100 * agreement)} % of the tokens of {name} equal those of the same "
             f"model at full depth; perplexity {beside('perplexity', digits=4)}."
         )
-    extrapolated = [
-        f"{one['label']} ({'; '.join(one['beyond_measured'])})"
-        for one in summaries
-        if one.get("beyond_measured")
-    ]
-    if extrapolated:
-        found.append(f"Extrapolated beyond what was measured: {listed(extrapolated)}.")
+    extrapolated = beyond_measured([str(one["label"]) for one in summaries], summaries)
+    if extrapolated is not None:
+        found.append(extrapolated)
     overloaded = [one["label"] for one in summaries if one.get("saturation") == "overloaded"]
     if overloaded:
         found.append(
@@ -175,6 +171,26 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
     if refused:
         found.append(f"Refused requests, which no SLO forgives: {listed(refused)}.")
     return found
+
+
+def beyond_measured(names: Sequence[str], summaries: Sequence[Summary]) -> str | None:
+    """Which runs leave the range that was measured and by what; None where none does."""
+    return extrapolated(
+        [
+            (name, summary.get("beyond_measured") or ())
+            for name, summary in zip(names, summaries, strict=True)
+        ]
+    )
+
+
+def extrapolated(named: Sequence[tuple[str, Sequence[str]]]) -> str | None:
+    """The same of anything that has a name and clauses; beyond three only how many there are."""
+    found = [f"{name} ({'; '.join(clauses)})" for name, clauses in named if clauses]
+    if not found:
+        return None
+    if len(found) > 4:
+        found = [*found[:3], f"{len(found) - 3} more"]
+    return f"Extrapolated beyond what was measured: {listed(found)}."
 
 
 def _scaled(value: float | None, scale: float) -> float | None:

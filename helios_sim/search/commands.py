@@ -54,7 +54,13 @@ from helios_sim.search.tables import (
 from helios_sim.search.tune import known_points, nearest_miss, read_tune, tune_study
 from helios_sim.search.tune import recommended as tuned_scenario
 from helios_sim.search.whatif import parse_vary, whatif_studies
-from helios_sim.search.words import plan_headline, plan_remarks, tune_headline, tune_remarks
+from helios_sim.search.words import (
+    plan_headline,
+    plan_remarks,
+    tune_headline,
+    tune_remarks,
+    whatif_remarks,
+)
 
 T = TypeVar("T")
 
@@ -211,7 +217,9 @@ def whatif(
             },
         )
     cannot = [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]
-    return Said(cannot, [(whatif_rows(cells), False)], cell_records(cells), out)
+    return Said(
+        [*cannot, *whatif_remarks(cells)], [(whatif_rows(cells), False)], cell_records(cells), out
+    )
 
 
 def _all_of(points: Sequence[Point]) -> Study[None]:

@@ -25,6 +25,7 @@ from helios_sim.search.words import (
     plan_remarks,
     tune_headline,
     tune_remarks,
+    whatif_remarks,
 )
 
 
@@ -162,7 +163,7 @@ def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int) ->
     drawn: dict[str, Figure] = {}
     num = f"{len(cells)} cells, {replications} run{'s' if replications != 1 else ''} each"
     sections = [
-        _opening(scenario, f"{num}.", []),
+        _opening(scenario, f"{num}.", whatif_remarks(cells)),
         section("Side by side", "", _table(whatif_rows(cells))),
         section(
             "Frontiers",

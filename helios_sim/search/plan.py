@@ -54,12 +54,16 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Load:
-    """A number of replicas at a rate: the verdict, and the figures' means over replications."""
+    """A number of replicas at a rate: the verdict, and the figures' means over replications.
+
+    `beyond` says what of it the profile can only extrapolate.
+    """
 
     num_replicas: int
     rate_per_s: float
     verdict: Verdict
     means: Means
+    beyond: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,20 @@ class FleetAnswer:
         if self.planned is None:
             return None
         return self.planned.num_replicas * self.fleet.gpus_per_replica
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """What the profile can only extrapolate of the planned load, or of that at the capacity."""
+        rate = None if self.capacity is None else self.capacity.rate_per_s
+        at_capacity = (
+            one
+            for one in self.loads
+            if (one.num_replicas, one.rate_per_s) == (self.capacity_replicas, rate)
+        )
+        for load in (self.planned, *at_capacity):
+            if load is not None and load.beyond:
+                return load.beyond
+        return ()
 
 
 @dataclass(frozen=True)
@@ -281,7 +299,9 @@ class _Bench:
             verdict = judge(figures, self.question.slo, settings.attainment, settings.confidence)
             if verdict.is_sure:
                 break
-        load = Load(num_replicas, rate_per_s, verdict, mean_figures(figures))
+        load = Load(
+            num_replicas, rate_per_s, verdict, mean_figures(figures), clauses_beyond(figures)
+        )
         self.loads[key], self.figures[key] = load, figures
         return load
 
@@ -383,6 +403,15 @@ def mean_figures(figures: Sequence[Figures]) -> Means:
         known = [float(value) for value in values if isinstance(value, int | float)]
         means[key] = fmean(known) if len(known) == len(values) else None
     return means
+
+
+def clauses_beyond(figures: Sequence[Figures]) -> tuple[str, ...]:
+    """What of replications a profile can only extrapolate: the first clause about each model."""
+    found: dict[str, str] = {}
+    for one in figures:
+        for clause in one["summary"].get("beyond_measured", ()):
+            found.setdefault(clause.partition(":")[0], clause)
+    return tuple(found.values())
 
 
 def ranked(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> tuple[FleetAnswer, ...]:

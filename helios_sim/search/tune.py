@@ -15,7 +15,7 @@ from helios_sim.questions import SearchSettings
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, parse_goal
 from helios_sim.search.pareto import front, knee, ranks
-from helios_sim.search.plan import Means, mean_figures
+from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
@@ -36,7 +36,8 @@ class Trial:
     """Settings and what they gave.
 
     `full` trials ran on every sample of the tuning traffic, `stopped` ones on the first alone,
-    `impossible` ones not at all, for the reason in `why`.
+    `impossible` ones not at all, for the reason in `why`. `beyond` says what the profile can only
+    extrapolate.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Trial:
     broken: tuple[Broken, ...] = ()
     means: Means | None = None
     why: str = ""
+    beyond: tuple[str, ...] = ()
 
     @property
     def is_feasible(self) -> bool:
@@ -335,6 +337,7 @@ def _full_trial(judge: Judge, number: int, values: Values, figures: list[Figures
         scores,
         judge.broken(figures),
         mean_figures(figures),
+        beyond=clauses_beyond(figures),
     )
 
 

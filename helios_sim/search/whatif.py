@@ -13,7 +13,7 @@ from helios_sim.errors import InputError
 from helios_sim.policy.options import nearest
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.scenario import PolicySettings, Scenario
-from helios_sim.search.plan import Means, mean_figures
+from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Point, point_of
 from helios_sim.search.space import with_settings
 from helios_sim.search.studies import Outcome, Study, figures_of
@@ -23,13 +23,17 @@ MAX_CELLS: Final = 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """Settings, a policy, and what they give; `why` says what cannot be."""
+    """Settings, a policy, and what they give.
+
+    `why` says what cannot be, `beyond` what the profile can only extrapolate.
+    """
 
     values: dict[str, Any]
     policy: str
     means: Means | None = None
     saturation: str = ""
     why: str = ""
+    beyond: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -161,4 +165,5 @@ def _steps(
         (one["summary"]["saturation"] for one in figures),
         key=("stable", "backlogged", "overloaded").index,
     )
-    return Cell(cell.values, cell.policy, mean_figures(figures), worst)
+    means = mean_figures(figures)
+    return Cell(cell.values, cell.policy, means, worst, beyond=clauses_beyond(figures))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from helios_sim.report.words import limits, listed, number
+from helios_sim.report.words import extrapolated, limits, listed, number
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
 from helios_sim.search.plan import FleetAnswer, Plan
 from helios_sim.search.tune import Tuned, nearest_miss
+from helios_sim.search.whatif import Cell
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -92,7 +94,17 @@ def plan_remarks(plan: Plan) -> list[str]:
             f"Over the day: {number(day)} instead of {number(always)} with the fleet always on, "
             f"{100 * saved:.0f} % less."
         )
-    return found
+    return found + _beyond([(one.fleet.name, one.beyond) for one in plan.answers])
+
+
+def whatif_remarks(cells: Sequence[Cell]) -> list[str]:
+    """What has to be said beside a grid."""
+    return _beyond([(cell.name, cell.beyond) for cell in cells])
+
+
+def _beyond(named: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    text = extrapolated(named)
+    return [] if text is None else [text]
 
 
 def headroom_words(headroom: float) -> str:
@@ -140,6 +152,10 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     if tuned.base.broken:
         broken = listed([in_words(one) for one in tuned.base.broken])
         found.append(f"The scenario as it stands breaks {broken}.")
+    tried = [("the scenario as it stands", tuned.base.beyond)]
+    if tuned.winner is not None:
+        tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
+    found += _beyond(tried)
     held = tuned.own_rate
     if tuned.winner is None or held is None:
         return found
