@@ -8,6 +8,7 @@ import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,8 @@ from reports.fidelity.cases import (
     read_ground,
 )
 from reports.fidelity.page import render
+from reports.fidelity.quality import BOUND, THRESHOLDS, choose
+from reports.fidelity.summary import summary_text
 from tests.test_fidelity import changed_profile, iterations_on
 from tests.test_report import Open, in_chromium, open_page, text_of
 
@@ -73,13 +76,14 @@ def serve(scenario_path: Path, out: Path, repeats: int) -> None:
 def test_the_cases_cross_policies_loads_arrivals_and_texts() -> None:
     """At least eight cases, every level of every factor, and all policies on shared requests."""
     assert len(CASES) >= 8
-    assert {case.policy for case in CASES} == set(POLICIES)
+    plain = [case for case in CASES if not case.equal_quality]
+    assert {case.policy for case in plain} == set(POLICIES)
     assert {case.load for case in CASES} == set(SHARE_OF_CAPACITY)
     for policy in POLICIES:
         assert len({case.load for case in CASES if case.policy == policy}) >= 2
     assert {case.arrivals for case in CASES} == {"steady", "bursty"}
     assert {case.texts for case in CASES} == {"stable", "drifting"}
-    assert {case.policy for case in CASES if case.group == "gain"} == set(POLICIES)
+    assert {case.policy for case in plain if case.group == "gain"} == set(POLICIES)
     assert len({case.name for case in CASES}) == len(CASES)
 
 
@@ -103,9 +107,9 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
 ) -> None:
     """Results as JSON and CSV, a page that opens, and nothing is served twice."""
     said: list[str] = []
-    outcomes = study.run_study(ground, tmp_path / "work", serve, cases=SOME, say=said.append)
+    done = study.run_study(ground, tmp_path / "work", serve, cases=SOME, say=said.append)
     assert len(said) == 3
-    results = study.results_of(outcomes, ground, "python -m reports.fidelity --profile <mine>")
+    results = study.results_of(done, ground, "python -m reports.fidelity --profile <mine>")
     page = render(results, ["The clocks were free."])
     study.write_results(results, page, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -114,6 +118,11 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
     assert by_key["output_throughput"]["num_cases"] == 3
     assert by_key["mean_tpot_ms"]["median_error"] > 0.05
     assert not by_key["mean_tpot_ms"]["met"]
+    assert 0.0 < by_key["mean_tpot_ms"]["median_spread"] < 0.02
+    assert {one["cause"] for one in by_key["mean_tpot_ms"]["beyond"]} == {
+        "mostly recorded iteration times"
+    }
+    assert len(by_key["mean_tpot_ms"]["beyond"]) == 3 - by_key["mean_tpot_ms"]["within_twice"]
     causes = {
         cause["ingredient"]
         for case in found["cases"]
@@ -129,6 +138,12 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
     assert "Median absolute error over 3 real scenarios" in text
     assert "--profile <mine>" in text
     assert "The clocks were free." in text
+    assert "How slow the machine was is unknown" in text
+    assert "Median errors are held to the bars" in text
+    assert "Beyond twice the spread" in text
+    summary = summary_text(results)
+    assert "TPOT, mean" in summary
+    assert "mostly recorded iteration times (3)" in summary
     document, console = open_page(page)
     assert "data-errors" not in document[:2000]
     assert console == ""
@@ -155,6 +170,105 @@ def test_a_profile_of_one_text_serves_stable_texts(ground: Ground, tmp_path: Pat
     drifting = Case("static-depth", "light", "steady", "drifting")
     study.run_study(one_text, tmp_path, note, cases=(drifting,), say=lambda text: None)
     assert served == ["static-depth-light-steady-stable"]
+
+
+class Paced:
+    """A server whose runs tell the slowdowns that it is given, one after another."""
+
+    def __init__(self, *slowdowns: float | None) -> None:
+        self.slowdowns = list(slowdowns)
+        self.asked: list[tuple[str, int]] = []
+
+    def __call__(self, scenario: Path, out: Path, repeats: int) -> None:
+        self.asked.append((out.name, repeats))
+        serve(scenario, out, repeats)
+        folders = [out / f"repeat-{k}" for k in range(1, repeats + 1)] if repeats > 1 else [out]
+        for folder in folders:
+            slowdown = self.slowdowns.pop(0)
+            if slowdown is not None:
+                facts = json.loads((folder / "totals.json").read_text())
+                facts["environment"]["slowdown"] = slowdown
+                (folder / "totals.json").write_text(json.dumps(facts))
+
+
+def test_runs_beside_which_the_machine_was_slow_are_served_again_at_most_twice(
+    ground: Ground, tmp_path: Path
+) -> None:
+    """The least slowed is kept, the others too but not counted; a resumed study tries no more."""
+    server = Paced(1.3, 1.02, 1.4, 1.2)
+    run = Case("static-depth", "70 %", "steady", "stable")
+    done = study.run_study(ground, tmp_path, server, cases=(run,), say=lambda text: None)
+    assert server.asked == [("real", 2), ("again", 1), ("again", 1)]
+    assert server.slowdowns == []
+    results = study.results_of(done, ground, "")
+    (case,) = results["cases"]
+    assert case["slowdowns"] == [1.2, 1.02]
+    assert case["num_discarded"] == results["num_discarded"] == 2
+    text = text_of(render(results))
+    assert "2 runs were discarded, whatever came of them" in text
+    assert "more than 1.15 times; of those kept 1 still are." in text
+    assert "1.20, 1.02 (2 discarded)" in text
+    again = study.run_study(ground, tmp_path, server, cases=(run,), say=lambda text: None)
+    assert again.outcomes[0].num_discarded == 2
+
+
+def test_a_run_alone_is_served_again_in_its_place(ground: Ground, tmp_path: Path) -> None:
+    one = replace(ground, settings=replace(ground.settings, repeats=1))
+    server = Paced(1.3, 1.01)
+    run = Case("static-depth", "70 %", "steady", "stable")
+    done = study.run_study(one, tmp_path, server, cases=(run,), say=lambda text: None)
+    assert server.asked == [("real", 1), ("again", 1)]
+    assert [side.slowdown for side in done.outcomes[0].fidelity.sides.reals] == [1.01]
+    assert done.outcomes[0].num_discarded == 1
+
+
+def test_equal_quality_takes_each_variants_smallest_threshold_and_then_the_fastest() -> None:
+    """Only simulated figures count: those of slower variants, and larger thresholds, do not."""
+
+    def simulated(options: dict[str, Any]) -> dict[str, float]:
+        quick = options["objective"] == "throughput"
+        perplexity = 12.0 - 2.0 * options["confidence_threshold"]
+        return {"perplexity": perplexity, "output_throughput": 150.0 if quick else 90.0}
+
+    vanilla = {"perplexity": 10.0, "output_throughput": 100.0}
+    found = choose("helios", simulated, vanilla)
+    assert len(found.tried) == 2 * len(THRESHOLDS)
+    assert found.chosen is not None
+    assert found.chosen.options == {"objective": "throughput", "confidence_threshold": 0.9}
+    assert found.chosen.perplexity == pytest.approx(BOUND)
+    assert found.chosen.throughput == pytest.approx(1.5)
+    never = choose("helios", simulated, vanilla | {"perplexity": 5.0})
+    assert never.chosen is None
+    assert never.nearest.options["confidence_threshold"] == THRESHOLDS[-1]
+
+
+def test_policies_of_equal_quality_are_laid_beside_the_others(
+    ground: Ground, tmp_path: Path
+) -> None:
+    """What keeps the quality in simulation is served with those settings; what cannot is not."""
+    group = [case for case in CASES if case.group == "gain"]
+    some = tuple(case for case in group if case.policy == "vanilla" or case.equal_quality)
+    done = study.run_study(ground, tmp_path, serve, cases=some, say=lambda text: None)
+    served = {one.case.label for one in done.outcomes}
+    assert served | {plan.case.label for plan in done.unserved} == {case.label for case in some}
+    assert "ee-single at equal quality" in served
+    results = study.results_of(done, ground, "")
+    told = {one["policy"]: one for one in results["equal_quality"]}
+    chosen = told["ee-single"]["chosen"]
+    assert chosen["perplexity"] <= BOUND
+    (beside,) = results["groups"]
+    shown = {one["policy"]: one for one in beside["policies"]}
+    ours = shown["ee-single at equal quality"]
+    assert ours["options"] == chosen["options"]
+    assert shown["vanilla"]["figures"]["perplexity"]["real_over_vanilla"] == 1.0
+    assert ours["figures"]["perplexity"]["simulated_over_vanilla"] == pytest.approx(
+        chosen["perplexity"]
+    )
+    scenario = load_scenario(tmp_path / "scenarios" / f"{told['ee-single']['case']}.toml")
+    assert scenario.policy[0].options == chosen["options"] | {"model": ground.large}
+    text = text_of(render(results))
+    assert "At equal quality" in text
+    assert "simulated before serving" in summary_text(results)
 
 
 def test_the_server_is_the_command_with_its_options(

@@ -14,6 +14,7 @@ from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES, StudySettings, read_ground
 from reports.fidelity.page import render
 from reports.fidelity.study import results_of, run_study, serving_command, write_results
+from reports.fidelity.summary import summary_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -71,12 +72,12 @@ def study(
     ground = read_ground(settings)
     chosen = tuple(one for one in CASES if not case or one.name in case)
     server = serving_command(checkpoints, device, shlex.split(more))
-    outcomes = run_study(ground, work, server, cases=chosen, fresh=fresh, say=typer.echo)
+    found = run_study(ground, work, server, cases=chosen, fresh=fresh, say=typer.echo)
     command = shlex.join(["python", "-m", "reports.fidelity", *sys.argv[1:]])
-    results = results_of(outcomes, ground, command)
+    results = results_of(found, ground, command)
     target = out or Path(__file__).parent / ground.profile.name
     write_results(results, render(results, note or ()), target)
-    typer.echo(f"Page: {target / 'report.html'}")
+    typer.echo(f"{summary_text(results)}\nPage: {target / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -13,6 +13,7 @@ from helios_sim.exits import load_traces
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.profile import Profile, load_profile
 from helios_sim.scenario import parse_scenario
+from reports.fidelity.quality import Choice, choose
 
 Load = Literal["light", "70 %", "saturating"]
 Arrivals = Literal["steady", "bursty"]
@@ -31,7 +32,8 @@ class Case:
     """A scenario of the study.
 
     Cases of one `group` share their requests, so that their policies can be compared; their rate is
-    relative to the policy that carries most.
+    relative to the policy that carries most. With `equal_quality` the policy gets settings that
+    keep vanilla's quality on these requests, as far as a simulation tells.
     """
 
     policy: str
@@ -39,11 +41,18 @@ class Case:
     arrivals: Arrivals
     texts: Texts
     group: str | None = None
+    equal_quality: bool = False
+
+    @property
+    def label(self) -> str:
+        """The policy as tables call it."""
+        return f"{self.policy} at equal quality" if self.equal_quality else self.policy
 
     @property
     def name(self) -> str:
         """A short name, fit for a folder."""
-        words = f"{self.policy} {self.load} {self.arrivals} {self.texts}"
+        kept = "equal quality " if self.equal_quality else ""
+        words = f"{self.policy} {kept}{self.load} {self.arrivals} {self.texts}"
         return words.replace(" %", "").replace(" ", "-")
 
 
@@ -54,9 +63,17 @@ CASES: Final[tuple[Case, ...]] = (
     Case("ee-single rebatch", "light", "bursty", "stable"),
     Case("static-depth", "70 %", "steady", "drifting"),
     Case("helios", "70 %", "bursty", "drifting"),
-    Case("helios", "saturating", "bursty", "drifting"),
+    Case("helios", "saturating", "bursty", "drifting", "drift"),
+    Case("vanilla", "saturating", "bursty", "drifting", "drift"),
+    Case("helios", "saturating", "bursty", "drifting", "drift", equal_quality=True),
+    Case("helios", "saturating", "steady", "stable", "gain", equal_quality=True),
+    Case("ee-single", "saturating", "steady", "stable", "gain", equal_quality=True),
 )
-"""All five policies at saturation on the same requests, and each of them elsewhere."""
+"""All five policies at saturation on the same requests, and each of them elsewhere.
+
+What HELIOS gains is read twice: on a mix of all texts, which no specialist knows, and on one kind
+that gives way to another. Cases of equal quality whose policy cannot keep it are not served.
+"""
 
 
 @dataclass(frozen=True)
@@ -147,9 +164,17 @@ def _probe(settings: StudySettings, candidates: tuple[str, ...]) -> dict[str, An
 
 
 def scenario_of(
-    case: Case, ground: Ground, rate_per_s: float, num_requests: int, profile: str
+    case: Case,
+    ground: Ground,
+    rate_per_s: float,
+    num_requests: int,
+    profile: str,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The scenario of a case as plain data; `profile` is the path that its file will name."""
+    """The scenario of a case as plain data; `profile` is the path that its file will name.
+
+    `options` change the policy's own.
+    """
     settings = ground.settings
     arrivals: dict[str, Any] = {"kind": "poisson", "rate_per_s": rate_per_s}
     if case.arrivals == "bursty":
@@ -157,7 +182,7 @@ def scenario_of(
     span_s = num_requests / rate_per_s
     return {
         "schema_version": 1,
-        "name": f"fidelity: {case.policy}, {case.load}, {case.arrivals}, {case.texts}",
+        "name": f"fidelity: {case.label}, {case.load}, {case.arrivals}, {case.texts}",
         "question": "How far is the simulation from the real backend?",
         "seed": settings.seed,
         "workload": {
@@ -179,7 +204,11 @@ def scenario_of(
             "expected_output_tokens": sum(ground.output) // 2,
         },
         "measure": {"timeline_interval_s": 0.25},
-        "policy": [policy_of(case.policy, ground, num_requests)],
+        "policy": [
+            policy_of(case.policy, ground, num_requests)
+            | dict(options or {})
+            | {"label": case.label}
+        ],
     }
 
 
@@ -202,37 +231,66 @@ def _domains(case: Case, ground: Ground, span_s: float) -> list[dict[str, Any]]:
 def policy_of(name: str, ground: Ground, num_requests: int) -> dict[str, Any]:
     """A policy of the study with its options; those of one model take the largest."""
     use, _, mode = name.partition(" ")
-    options: dict[str, Any] = {"use": use, "label": name}
+    options: dict[str, Any] = {"use": use}
     if use == "helios":
         # Several rounds in a short run, and the paper's interval in a long one.
         options["reassess_requests"] = max(20, min(150, num_requests // 4))
         return options
     options["model"] = ground.large
-    if use == "ee-single":
+    if mode:
         options["exit_mode"] = mode
     if use == "static-depth":
         options["depth"] = ground.middle_depth
     return options
 
 
-def capacity_per_s(case: Case, ground: Ground) -> float:
+def capacity_per_s(case: Case, ground: Ground, options: Mapping[str, Any] | None = None) -> float:
     """Requests per second that the simulated policy finishes when it never runs out of work."""
-    data = scenario_of(case, ground, 1e5, CAPACITY_REQUESTS, str(ground.settings.profile))
+    profile = str(ground.settings.profile)
+    data = scenario_of(case, ground, 1e5, CAPACITY_REQUESTS, profile, options)
     data["workload"]["domains"] = [{"name": name, "share": 1.0} for name in ground.domains]
+    return float(_simulated(data)["request_throughput"])
+
+
+def choice_of(case: Case, ground: Ground, rate_per_s: float, num_requests: int) -> Choice:
+    """What simulations say of the policy's settings on the requests that are to be served."""
+
+    def figures(one: Case, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        profile = str(ground.settings.profile)
+        return _simulated(scenario_of(one, ground, rate_per_s, num_requests, profile, options))
+
+    vanilla = figures(replace(case, policy="vanilla", equal_quality=False))
+    return choose(case.policy, lambda options: figures(case, options), vanilla)
+
+
+def _simulated(data: dict[str, Any]) -> dict[str, Any]:
     scenario = parse_scenario(data, "study", Path())
-    experiment = prepare(scenario, Path(), "study")
-    summary = run_policy(experiment, scenario.policy[0]).summary
-    return float(summary["request_throughput"])
+    return run_policy(prepare(scenario, Path(), "study"), scenario.policy[0]).summary
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A case with the rate and the number of requests it is run at."""
+    """A case with the rate and the number of requests it is run at.
+
+    `choice` holds what was tried for a case of equal quality, None for another.
+    """
 
     case: Case
     capacity_per_s: float
     rate_per_s: float
     num_requests: int
+    choice: Choice | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the policy gets beside its own options."""
+        chosen = None if self.choice is None else self.choice.chosen
+        return {} if chosen is None else chosen.options
+
+    @property
+    def is_served(self) -> bool:
+        """Whether there are settings to serve it with."""
+        return self.choice is None or self.choice.chosen is not None
 
 
 def planned(cases: tuple[Case, ...], ground: Ground) -> list[Planned]:
@@ -252,8 +310,14 @@ def planned(cases: tuple[Case, ...], ground: Ground) -> list[Planned]:
     found = []
     for case in cases:
         group = [one for one in CASES if case.group is not None and one.group == case.group]
-        alike = [carried(one) for one in group or [case]]
+        alike = [carried(one) for one in group or [case] if not one.equal_quality]
         rate = float(f"{SHARE_OF_CAPACITY[case.load] * max(alike):.4g}")
         num = max(10, min(round(rate * seconds), round(2.0 * seconds * min(alike))))
-        found.append(Planned(case, carried(case), rate, num))
+        if not case.equal_quality:
+            found.append(Planned(case, carried(case), rate, num))
+            continue
+        plan = Planned(case, 0.0, rate, num, choice_of(case, ground, rate, num))
+        if plan.is_served:
+            plan = replace(plan, capacity_per_s=capacity_per_s(case, ground, plan.options))
+        found.append(plan)
     return found

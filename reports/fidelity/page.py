@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
-from helios_sim.fidelity.words import signed_percent
+from helios_sim.fidelity.words import signed_percent, spanned
 from helios_sim.records import flat_items
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.figures import base_layout, plain_axis, rounded, top_legend
 from helios_sim.report.words import listed, number, times
+from reports.fidelity.quality import BOUND
+from reports.fidelity.summary import (
+    NAMES,
+    TITLES,
+    equal_quality_said,
+    measure_of,
+    percent,
+    summary_rows,
+)
 
-_NAMES: Final = {
-    "output_throughput": "Throughput",
-    "mean_tpot_ms": "TPOT, mean",
-    "p50_e2el_ms": "E2E, p50",
-    "p90_ttft_ms": "TTFT, p90",
-    "total_gpu_energy": "Energy",
-    "mean_batch_size": "Batch size",
-}
 _SAID: Final = {
     "output_throughput": "throughput",
     "mean_tpot_ms": "mean TPOT",
@@ -29,6 +30,15 @@ _SAID: Final = {
     "mean_batch_size": "batch size",
 }
 _BEYOND: Final = ("above", "below", "differs")
+_BESIDE: Final = (
+    ("output_throughput", "Throughput, tokens/s", 1.0),
+    ("mean_e2el_ms", "Mean E2E, s", 1e-3),
+    ("p50_ttft_ms", "Median TTFT, s", 1e-3),
+    ("mean_batch_size", "Batch", 1.0),
+    ("perplexity", "Perplexity", 1.0),
+)
+"""Figures of policies beside each other, with the factor to the unit that is shown."""
+_OVER_VANILLA: Final = ("output_throughput", "mean_e2el_ms", "perplexity")
 
 
 def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
@@ -40,9 +50,11 @@ def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
         [
             _opening(results, title),
             _targets(results),
+            _beyond(results),
             _cases(results, drawn),
             _causes(results),
             _gains(results),
+            _equal_quality(results),
             _notes(notes),
             _provenance(results),
         ],
@@ -59,6 +71,7 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
         f"{num} cases.",
         f"Every case was served {results['num_repeats']} times; errors are against the median.",
     ]
+    remarks += _pace_remarks(results)
     missing = [_SAID[one["key"]] for one in results["targets"] if not one["num_cases"]]
     if missing:
         remarks.append(f"Not measured here: {listed(missing)}.")
@@ -71,36 +84,78 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
     )
 
 
-def _targets(results: Mapping[str, Any]) -> str:
-    rows = []
-    for one in results["targets"]:
-        name = _NAMES[one["key"]]
-        if not one["num_cases"]:
-            rows.append((name, f"{100 * one['target']:g} %", *["\N{EN DASH}"] * 4, "not measured"))
-            continue
-        judged = one["num_judged"]
-        rows.append(
-            (
-                name,
-                f"{100 * one['target']:g} %",
-                f"{number(100 * one['median_error'])} %",
-                f"{number(100 * one['worst_error'])} %",
-                f"{one['within']} of {judged}" if judged else "unknown",
-                f"{one['within_twice']} of {judged}" if judged else "unknown",
-                "met" if one["met"] else "missed",
-            )
+def _pace_remarks(results: Mapping[str, Any]) -> list[str]:
+    """How slow the machine was around the runs that count, and how many were discarded for it."""
+    slowed = [one for case in results["cases"] for one in case["slowdowns"] if one is not None]
+    if not slowed:
+        return ["How slow the machine was is unknown: the profile does not tell its own pace."]
+    bound, num = results["max_slowdown"], results["num_discarded"]
+    beyond = sum(1 for one in slowed if one > bound)
+    said = (
+        f"Around the real runs a known piece of work took {spanned(slowed)} times as long as when "
+        "the profile was measured. "
+    )
+    if num:
+        said += (
+            f"{num} run{'s were' if num != 1 else ' was'} discarded, whatever came of "
+            f"{'them' if num != 1 else 'it'}, and served again because that was more than "
+            f"{bound:g} times"
         )
-    titles = ("Figure", "Aim", "Median error", "Worst", "In spread", "In twice", "Aim is")
+        said += f"; of those kept {beyond} still are." if beyond else "."
+    else:
+        said += (
+            f"No run was discarded for it, though {beyond} took more than {bound:g} times."
+            if beyond
+            else f"No run was discarded: that would take more than {bound:g} times."
+        )
+    return [said]
+
+
+def _targets(results: Mapping[str, Any]) -> str:
     return section(
-        "Errors over all cases",
-        "The aims are for a GPU; on a shared CPU the measure is twice the run-to-run spread.",
-        _table(titles, rows),
+        "Errors over all cases", measure_of(results), _table(TITLES, summary_rows(results))
+    )
+
+
+def _beyond(results: Mapping[str, Any]) -> str:
+    """By how much cases fall short of twice the spread, and which ingredient causes it."""
+    if not any(one.get("num_judged") for one in results["targets"]):
+        return ""
+    rows = [
+        (
+            case["case"],
+            NAMES[one["key"]],
+            signed_percent(case["error"]),
+            f"\N{PLUS-MINUS SIGN}{percent(case['half_width'])}",
+            number(case["error_in_spreads"]),
+            signed_percent(case["error_without"]),
+            signed_percent(case["remainder"]),
+            case["cause"],
+        )
+        for one in results["targets"]
+        for case in one.get("beyond", ())
+    ]
+    titles = (
+        "Case",
+        "Figure",
+        "Error",
+        "Spread",
+        "In spreads",
+        "Without it",
+        "All swapped",
+        "Cause",
+    )
+    return section(
+        "Beyond twice the spread",
+        "Where the simulation falls short, by how much, and the likely cause: the one ingredient "
+        "that takes most of the error away when it is taken from the real run.",
+        _table(titles, rows) if rows else "<p>Nothing lies beyond twice the spread.</p>",
     )
 
 
 def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
     rows = []
-    names = {one["key"]: _NAMES[one["key"]] for one in results["targets"] if one["num_cases"]}
+    names = {one["key"]: NAMES[one["key"]] for one in results["targets"] if one["num_cases"]}
     for case in results["cases"]:
         figures = {row["key"]: row for row in case["figures"]}
         saturation = figures.get("saturation", {})
@@ -115,12 +170,14 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
                 number(case["num_requests"]),
                 *cells,
                 verdict,
+                _slowdowns(case),
             )
         )
-    titles = ("Case", "Rate", "Requests", *names.values(), "Saturation")
+    titles = ("Case", "Rate", "Requests", *names.values(), "Saturation", "Slowdown")
     return section(
         "Cases",
-        "Error of the simulation in each case; a star marks one beyond the run-to-run spread.",
+        "Error of the simulation in each case; a star marks one beyond the run-to-run spread. "
+        "Slowdown is the machine's around each real run that was kept, with those discarded.",
         add_figure(
             drawn,
             "cases",
@@ -131,6 +188,14 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
         ),
         _table(titles, rows),
     )
+
+
+def _slowdowns(case: Mapping[str, Any]) -> str:
+    known = [number(one) for one in case["slowdowns"] if one is not None]
+    if not known:
+        return "\N{EN DASH}"
+    num = case["num_discarded"]
+    return ", ".join(known) + (f" ({num} discarded)" if num else "")
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -145,7 +210,7 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
     cases = [case["name"] for case in results["cases"]]
     shown = [
         key
-        for key in _NAMES
+        for key in NAMES
         if any(
             row["key"] == key and row["error"] is not None
             for case in results["cases"]
@@ -203,11 +268,11 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
                     ],
                 },
                 "cliponaxis": False,
-                "hovertemplate": f"<b>%{{y}}</b><br>{_NAMES[key]}: %{{text}}<extra></extra>",
+                "hovertemplate": f"<b>%{{y}}</b><br>{NAMES[key]}: %{{text}}<extra></extra>",
             },
         ]
         layout[f"xaxis{suffix}"] = plain_axis(
-            _NAMES[key],
+            NAMES[key],
             domain=[at * width + 0.012, (at + 1) * width - 0.012],
             range=[-reach, reach],
             ticksuffix=" %",
@@ -235,12 +300,12 @@ def _causes(results: Mapping[str, Any]) -> str:
         if attribution is None:
             continue
         for cause in attribution["causes"]:
-            if cause["key"] not in _NAMES or not cause["error"] or abs(cause["error"]) < 0.01:
+            if cause["key"] not in NAMES or not cause["error"] or abs(cause["error"]) < 0.01:
                 continue
             rows.append(
                 (
                     case["name"],
-                    _NAMES[cause["key"]],
+                    NAMES[cause["key"]],
                     signed_percent(cause["error"]),
                     signed_percent(cause["error_without"]),
                     signed_percent(cause["remainder"]),
@@ -262,17 +327,67 @@ def _gains(results: Mapping[str, Any]) -> str:
         return ""
     names = list(dict.fromkeys(one["name"] for one in gains))
     rows = []
-    for against in dict.fromkeys(one["against"] for one in gains):
+    for group, against in dict.fromkeys((one["group"], one["against"]) for one in gains):
         for side in ("real", "simulated"):
-            mine = {one["name"]: one[side] for one in gains if one["against"] == against}
+            mine = {
+                one["name"]: one[side]
+                for one in gains
+                if (one["group"], one["against"]) == (group, against)
+            }
             rows.append(
-                (f"{against}, {side}", *(times(mine.get(name)) or "\N{EN DASH}" for name in names))
+                (
+                    f"{against}, {_texts(results, group)}, {side}",
+                    *(times(mine.get(name)) or "\N{EN DASH}" for name in names),
+                )
             )
     return section(
         "What HELIOS gains",
-        "HELIOS over each baseline at saturation, on the same requests and the same device; above "
-        "1 HELIOS is better. Real runs first, then what the simulation says.",
+        "HELIOS with its defaults over each baseline at saturation, on the same requests and the "
+        "same device; above 1 HELIOS is better. Real runs first, then what the simulation says. "
+        "More throughput at a higher perplexity is no gain yet: see below.",
         _table(("Against", *names), rows),
+    )
+
+
+def _texts(results: Mapping[str, Any], group: str) -> str:
+    found = next((one for one in results["groups"] if one["group"] == group), None)
+    return group if found is None else f"{found['texts']} texts"
+
+
+def _equal_quality(results: Mapping[str, Any]) -> str:
+    """Policies on the same requests, with those whose settings keep vanilla's quality."""
+    if not results["groups"] and not results["equal_quality"]:
+        return ""
+    tables = []
+    for group in results["groups"]:
+        rows = []
+        for one in group["policies"]:
+            for side in ("real", "simulated"):
+                cells = []
+                for key, _, factor in _BESIDE:
+                    found = one["figures"].get(key, {})
+                    value = found.get(side)
+                    cell = number(None if value is None else factor * value)
+                    over = times(found.get(f"{side}_over_vanilla"))
+                    shown = key in _OVER_VANILLA and over and one["policy"] != "vanilla"
+                    cells.append(f"{cell} ({over})" if shown else cell)
+                rows.append((f"{one['policy']}, {side}", *cells))
+        titles = ("Policy", *(title for _, title, _ in _BESIDE))
+        tables.append(
+            f"<h3>{escape(group['arrivals'].capitalize())} arrivals, "
+            f"{escape(group['texts'])} texts</h3>{_table(titles, rows)}"
+        )
+    items = "".join(
+        f"<li>{escape(equal_quality_said(one, results))}</li>" for one in results["equal_quality"]
+    )
+    return section(
+        "At equal quality",
+        "Before anything is served, simulations choose for HELIOS and for one model with exits the "
+        f"smallest confidence threshold that keeps perplexity within {BOUND:g} times vanilla's on "
+        "the same requests; of several variants the fastest is served for real. In parentheses: "
+        "times vanilla's figure.",
+        f'<ul class="notes">{items}</ul>' if items else "",
+        *tables,
     )
 
 
@@ -316,4 +431,5 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _words(title: str) -> str:
     """Marks a column of words, which is set to the left and may wrap."""
-    return ' class="words"' if title in ("Cause", "Saturation") else ""
+    words = ("Cause", "Saturation", "Slowdown", TITLES[-1])
+    return ' class="words"' if title in words else ""

@@ -1,0 +1,136 @@
+"""The study's summary: for each figure its errors, the run-to-run spread, and what lies beyond."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from helios_sim.report.words import listed, number, times
+
+NAMES: Final = {
+    "output_throughput": "Throughput",
+    "mean_tpot_ms": "TPOT, mean",
+    "p50_e2el_ms": "E2E, p50",
+    "p90_ttft_ms": "TTFT, p90",
+    "total_gpu_energy": "Energy",
+    "mean_batch_size": "Batch size",
+}
+TITLES: Final = (
+    *("Figure", "Bar of a GPU", "Median error", "Worst", "Median spread"),
+    *("In spread", "In twice", "Beyond twice, likely from"),
+)
+_DASH: Final = "\N{EN DASH}"
+
+
+def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row a figure, in words."""
+    return [_row(one) for one in results["targets"]]
+
+
+def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    name, bar = NAMES[one["key"]], f"{100 * one['target']:g} %"
+    if not one["num_cases"]:
+        return (name, bar, "not measured", *[_DASH] * 5)
+    judged = one["num_judged"]
+    return (
+        name,
+        f"{bar}, {'met' if one['met'] else 'missed'}",
+        percent(one["median_error"]),
+        percent(one["worst_error"]),
+        _DASH
+        if one["median_spread"] is None
+        else f"\N{PLUS-MINUS SIGN}{percent(one['median_spread'])}",
+        f"{one['within']} of {judged}" if judged else "unknown",
+        f"{one['within_twice']} of {judged}" if judged else "unknown",
+        causes(one["beyond"]) or (_DASH if judged else "unknown"),
+    )
+
+
+def causes(beyond: Sequence[Mapping[str, Any]]) -> str:
+    """Likely causes with how many cases each has, the commonest first."""
+    told = Counter(str(one["cause"]) for one in beyond).most_common()
+    return listed([f"{said} ({num})" for said, num in told])
+
+
+def measure_of(results: Mapping[str, Any]) -> str:
+    """What the errors are held to, by the kind of device."""
+    if results["device_kind"] == "cpu":
+        return (
+            "On a processor that others may use too the measure is twice the run-to-run spread of "
+            "the real runs; the bars are those of a GPU. Spreads are half widths."
+        )
+    return (
+        "Median errors are held to the bars; beside them the run-to-run spread of the real runs, "
+        "half its width."
+    )
+
+
+def percent(share: float | None) -> str:
+    """A share without its sign, in per cent."""
+    return _DASH if share is None else f"{number(100.0 * abs(share))} %"
+
+
+def equal_quality_said(one: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """What came of a policy at equal quality: its settings, and its real gain if it has one."""
+    where = _where(one, results)
+    chosen = one["chosen"]
+    if chosen is None:
+        near = one["nearest"]
+        return (
+            f"{one['policy']}, {where}: no setting that was tried keeps the quality in simulation, "
+            f"so none was served. The nearest ({_options(near)}) has {times(near['perplexity'])} "
+            f"vanilla's perplexity at {times(near['throughput'])} its throughput."
+        )
+    said = (
+        f"{one['policy']}, {where}, with {_options(chosen)}: simulated before serving, "
+        f"{times(chosen['throughput'])} vanilla's throughput at {times(chosen['perplexity'])} its "
+        "perplexity"
+    )
+    served = _served(one, results)
+    if served is None:
+        return f"{said}; not served beside vanilla here."
+    speed, quality = (
+        served[key]["real_over_vanilla"] for key in ("output_throughput", "perplexity")
+    )
+    verdict = _verdict(speed, quality, one["bound"])
+    return f"{said}; really {times(speed)} at {times(quality)}, {verdict}."
+
+
+def _verdict(speed: float, quality: float, bound: float) -> str:
+    if quality > bound:
+        return "so the quality is not kept for real"
+    return "a gain at equal quality" if speed > 1.0 else "no gain"
+
+
+def _served(one: Mapping[str, Any], results: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The figures of the case that was served, with those over vanilla's; None without."""
+    group = next((each for each in results["groups"] if each["group"] == one["group"]), None)
+    label = f"{one['policy']} at equal quality"
+    members = [] if group is None else group["policies"]
+    found = next((each["figures"] for each in members if each["policy"] == label), {})
+    known = [
+        found.get(key, {}).get("real_over_vanilla") for key in ("output_throughput", "perplexity")
+    ]
+    return None if None in known else found
+
+
+def _where(one: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    group = next((each for each in results["groups"] if each["group"] == one["group"]), None)
+    return str(one["case"]) if group is None else f"{group['texts']} texts"
+
+
+def _options(tried: Mapping[str, Any]) -> str:
+    return listed([f"{name} {value}" for name, value in tried["options"].items()])
+
+
+def summary_text(results: Mapping[str, Any]) -> str:
+    """The summary for a terminal, columns aligned."""
+    rows = [TITLES, *summary_rows(results)]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(TITLES))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    said = [equal_quality_said(one, results) for one in results["equal_quality"]]
+    return "\n".join([*lines, measure_of(results), *said])
