@@ -40,6 +40,12 @@ PREFILL_ITERATION: Final = "prefill_iteration"
 
 MOST_LOST_SHARE: Final = 0.1
 """Of a trial's time that other processes may take before it counts as disturbed."""
+MOST_LENGTHENED: Final = 1.25
+"""Times the quickest trial of its configuration that an undisturbed one may take.
+
+Whatever disturbs makes times longer, and neighbours who slow memory down cost no idle share; quiet
+trials of one configuration lie a few per cent apart.
+"""
 
 FIT: Final = "fit"
 HELD_OUT: Final = "held-out"
@@ -89,23 +95,26 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
     """One row a configuration: medians over its trials, `num_trials` and their `noise`.
 
     Trials that lost more than a tenth of their time to other processes are left out where the
-    configuration has others. `noise` is the median absolute deviation among trials over their
-    median, null for a single trial. A configuration measured for both purposes counts as held
-    out nowhere: it was fitted.
+    configuration has others, and so are those that took a quarter longer than its quickest.
+    `noise` is the median absolute deviation among the trials left over their median, null for a
+    single one. A configuration measured for both purposes counts as held out nowhere: it was
+    fitted.
     """
     moved = pl.col("quantity").is_in(_MOVED)
     deviation = (pl.col("seconds") - pl.col("seconds").median()).abs().median()
     metered = pl.col("joules").is_not_null() | pl.col("watts").is_not_null()
     disturbed = (pl.col("idle_share") > MOST_LOST_SHARE).fill_null(False) & ~metered
-    quiet = readings.filter(~disturbed).select(*_CONFIGURATION, "bytes").unique()
+    same = [*_CONFIGURATION, "bytes"]
+    quiet = readings.filter(~disturbed).select(*same).unique()
     kept = pl.concat(
         [
             readings.filter(~disturbed),
-            readings.filter(disturbed).join(
-                quiet, on=[*_CONFIGURATION, "bytes"], how="anti", nulls_equal=True
-            ),
+            readings.filter(disturbed).join(quiet, on=same, how="anti", nulls_equal=True),
         ]
     )
+    # How long bytes take to move differs from trial to trial for reasons of its own.
+    lengthened = pl.col("seconds") > MOST_LENGTHENED * pl.col("seconds").min().over(same)
+    kept = kept.filter(~(lengthened & ~metered & ~moved).fill_null(False))
     return (
         kept.with_columns(
             moved_bytes=pl.when(moved).then(pl.col("bytes")),

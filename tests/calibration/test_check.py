@@ -137,3 +137,17 @@ def test_disturbed_trials_give_way_to_quiet_ones_of_the_same_point() -> None:
     assert both["seconds"].to_list() == both["seconds_found"].to_list()
     only_disturbed = spoilt.filter(pl.col("trial") == 1)
     assert gather(only_disturbed).height == quiet.filter(pl.col("seconds").is_not_null()).height
+
+
+def test_trials_that_took_far_longer_than_the_quickest_are_left_out() -> None:
+    frame = planted.frame(Plan(energy=False, trials=3))
+    slowed = frame.with_columns(
+        seconds=pl.when(pl.col("trial") > 0).then(pl.col("seconds") * 1.9).otherwise("seconds")
+    )
+    moved = ("copy_bandwidth", "load_disk", "load_host_pinned")
+    timed = (pl.col("seconds") > 0.0) & ~pl.col("quantity").is_in(moved)
+    quiet, found = gather(frame).filter(timed), gather(slowed).filter(timed)
+    assert found["seconds"].to_list() == quiet["seconds"].to_list()
+    assert found.filter(pl.col("quantity") == "decode_layers")["num_trials"].max() == 1
+    loads = gather(slowed).filter(pl.col("quantity") == "load_disk")
+    assert loads["num_trials"].min() == 3
