@@ -40,8 +40,10 @@ from helios_sim.scenario import parse_scenario, resolved
 from helios_sim.workload import Requests
 from tests.calibration.clockwork import serve_by_clockwork
 from tests.engine.factories import (
+    PADDING,
     drifting_requests,
     drifting_setup,
+    padding_models,
     play,
     policy_of,
     profile_of,
@@ -143,6 +145,7 @@ def iterations_on(profile: Profile, seed: int = 3) -> pl.DataFrame:
                             "kind": "decode",
                             "rows": batch,
                             "context_tokens": int(context),
+                            "longest_context_tokens": int(context) // batch,
                             "prompt_tokens": 0,
                             "seconds": float(seconds),
                         }
@@ -158,6 +161,7 @@ def iterations_on(profile: Profile, seed: int = 3) -> pl.DataFrame:
                         "kind": "prefill",
                         "rows": 1,
                         "context_tokens": 0,
+                        "longest_context_tokens": 0,
                         "prompt_tokens": int(tokens),
                         "seconds": float(seconds),
                     }
@@ -490,6 +494,7 @@ def test_broken_runs_are_refused_with_the_file_and_the_reason(base: Path, tmp_pa
     ("spoil", "says"),
     [
         (lambda frame: frame.drop("layers"), "columns layers are missing"),
+        (lambda frame: frame.drop("longest_context_tokens"), "serve it again"),
         (lambda frame: frame.with_columns(seconds=-1.0), "column seconds holds values"),
         (lambda frame: frame.with_columns(rows=pl.lit(None, pl.Int64)), "rows has empty cells"),
         (lambda frame: frame.with_columns(depth=pl.lit("nine")), "column depth is of type String"),
@@ -538,7 +543,7 @@ def test_what_a_host_logs_is_predicted_to_the_last_bit(
     use: str, options: dict[str, Any], serving: dict[str, Any], tmp_path: Path
 ) -> None:
     """The real host on a clockwork machine logs iterations; their prediction is their time."""
-    setup = drifting_setup(**serving)
+    setup = drifting_setup(profile=padding_models(), **serving)
     host = serve_by_clockwork(setup, setup.traces, drifting_requests(60), policy_of(use, **options))
     iterations_table(host).write_parquet(tmp_path / ITERATIONS_FILE)
     _, run = play(setup, drifting_requests(60), use, **options)
@@ -576,6 +581,7 @@ def recorded(model: str, seconds: Sequence[float], **columns: Any) -> Iterations
         "heads": np.ones(num),
         "filled_rows": np.ones(num),
         "context_tokens": np.full(num, 10.0),
+        "longest_context_tokens": np.full(num, 10.0),
     }
     return Iterations(**(values | {name: np.asarray(one) for name, one in columns.items()}))
 
@@ -594,7 +600,8 @@ def test_typical_and_slow_iterations_are_told_apart() -> None:
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
 def test_a_retimed_profile_takes_the_recorded_time(factor: float) -> None:
     """By batch for decodes and in sum for prefills, whatever the shares of layers and the rest."""
-    profile = profile_of(thumbnail(buckets=(1, 2, 4, 8)), thumbnail("large", (2, 4, 8)))
+    costs = {"costs": PADDING, "depth_residual": ((2.0, 0.5), (4.0, 1.5))}
+    profile = profile_of(thumbnail(buckets=(1, 2, 4, 8), **costs), thumbnail("large", (2, 4, 8)))
     batches = np.array([1.0, 1.0, 3.0, 3.0, 6.0, 6.0, 0.0, 0.0])
     found = recorded(
         "small",

@@ -51,7 +51,8 @@ class Outcome:
     `first_layer` and `layers` are where it began and stopped, counted from the embedding;
     `checks` and `heads` how often an exit before the loaded depth and the loaded depth itself were
     asked, `filled_layers` and `filled_rows` the KV that was filled, `pending_tokens` those fed
-    again, `context_tokens` the KV tokens that the rows read, each its own included,
+    again, `context_tokens` the KV tokens that the rows have, each its own new one included, and
+    `longest_context_tokens` those of the longest row, to which a backend may pad the others;
     `prompt_pairs` the sum of n (n + 1) / 2 over prompts, `ghosts` the rows of a static batch that
     are done and computed all the same, `overheads` the splits of a batch.
     """
@@ -66,6 +67,7 @@ class Outcome:
     filled_rows: int = 0
     pending_tokens: int = 0
     context_tokens: int = 0
+    longest_context_tokens: int = 0
     prompt_tokens: int = 0
     prompt_pairs: float = 0.0
     ghosts: int = 0
@@ -108,8 +110,8 @@ class Machine(Protocol):
         """Give a row's place in the KV cache back."""
 
 
-Pays = Callable[[int, int, int, int, int], bool]
-"""Whether a split pays: (leaving, batch, passed, level, context tokens)."""
+Pays = Callable[[int, int, int, int, int, int], bool]
+"""Whether a split pays: (leaving, batch, passed, level, context tokens, those of the longest)."""
 
 
 def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_batch: int) -> Pays:
@@ -123,9 +125,9 @@ def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_ba
     residuals = profile.residual(max_batch, layers_to[loaded_level])
     overhead_s = float(c[cost.REBATCH_OVERHEAD_S])
 
-    def pays(leaving: int, batch: int, passed: int, level: int, context: int) -> bool:
+    def pays(leaving: int, batch: int, passed: int, level: int, context: int, longest: int) -> bool:
         rows = float(padded_rows[batch])
-        layer_s, _ = cost.layer_seconds(c, rows, float(context), float(context), 0.0, 0.0, 0.0)
+        layer_s, _ = cost.layer_seconds(c, rows, float(context), rows * longest, 0.0, 0.0, 0.0)
         layer_s = layer_s * float(residuals[batch])
         check_s, head_s = cost.check_seconds(c, rows), cost.head_seconds(c, rows)
         shallow_s = 0.0
@@ -225,6 +227,7 @@ class Stepper:
                     leaving[row] = Emitted(row, level, reading)
             if len(leaving) == len(rows):
                 break
+        reads = [row.context + 1 for row in rows]
         layers = self.exit_layers[deepest]
         filled = 0 if self.recompute_kv else self.depth - layers
         if filled:
@@ -239,7 +242,8 @@ class Stepper:
             filled_layers=filled,
             filled_rows=len(rows) if filled else 0,
             pending_tokens=pending,
-            context_tokens=sum(row.context + 1 for row in rows),
+            context_tokens=sum(reads),
+            longest_context_tokens=max(reads),
             ghosts=len(plan.ghosts),
         )
 
@@ -247,7 +251,8 @@ class Stepper:
         """A company runs from after the exit it has passed to the first split that pays."""
         rows, machine, passed = plan.rows, self.machine, plan.passed
         batch = len(rows)
-        context = sum(row.context + 1 for row in rows)
+        reads = [row.context + 1 for row in rows]
+        context, longest = sum(reads), max(reads)
         machine.begin(rows, passed, ())
         confident: set[Row] = set()
         checks = heads = overheads = 0
@@ -265,7 +270,7 @@ class Stepper:
             leaving = [row for row in rows if row in confident]
             if len(leaving) == batch:
                 break
-            if leaving and self.pays(len(leaving), batch, passed, level, context):
+            if leaving and self.pays(len(leaving), batch, passed, level, context, longest):
                 overheads = 1
                 break
             level += 1
@@ -287,6 +292,7 @@ class Stepper:
             filled_layers=filled,
             filled_rows=len(leaving) if filled else 0,
             context_tokens=context,
+            longest_context_tokens=longest,
             held_level=level + 1 if staying else 0,
             overheads=overheads,
         )

@@ -256,6 +256,7 @@ def iterations_table(host: Host) -> pl.DataFrame:
             "rows": [outcome.rows for outcome in outcomes],
             "batch": [outcome.rows + outcome.ghosts for outcome in outcomes],
             "context_tokens": [outcome.context_tokens for outcome in outcomes],
+            "longest_context_tokens": [outcome.longest_context_tokens for outcome in outcomes],
             "prompt_tokens": [outcome.prompt_tokens for outcome in outcomes],
             "prompt_pairs": [outcome.prompt_pairs for outcome in outcomes],
             "pending_tokens": [outcome.pending_tokens for outcome in outcomes],

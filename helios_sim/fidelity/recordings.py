@@ -35,6 +35,7 @@ NEEDED: Final[dict[str, Any]] = {
     "rows": pl.Float64(),
     "layers": pl.Float64(),
     "context_tokens": pl.Float64(),
+    "longest_context_tokens": pl.Float64(),
     "prompt_tokens": pl.Float64(),
 }
 """Columns that `iterations.parquet` must have; numbers of any type are taken."""
@@ -70,6 +71,7 @@ class Iterations:
     pending_tokens: Floats
     overheads: Floats
     context_tokens: Floats
+    longest_context_tokens: Floats
     prompt_tokens: Floats
     prompt_pairs: Floats
     replica: Floats
@@ -102,9 +104,8 @@ def read_iterations(folder: Path, run: RunData) -> Iterations | None:
     frame = frame.filter(pl.col("kind").is_in([PREFILL, DECODE])).sort("start_s")
     if frame.height == 0:
         return None
-    names = ("start_s", "seconds", "depth", "rows", "layers", "context_tokens", "prompt_tokens")
-    start_s, seconds, depth, rows, layers, context, prompts = (
-        frame[name].to_numpy() for name in names
+    start_s, seconds, depth, rows, layers, context, longest, prompts = (
+        frame[name].to_numpy() for name, kind in NEEDED.items() if kind.is_numeric()
     )
     is_decode = (frame["kind"] == DECODE).to_numpy()
 
@@ -146,6 +147,7 @@ def read_iterations(folder: Path, run: RunData) -> Iterations | None:
         pending_tokens=given("pending_tokens", none),
         overheads=given("overheads", none),
         context_tokens=context,
+        longest_context_tokens=longest,
         prompt_tokens=prompts,
         prompt_pairs=given("prompt_pairs", prompts * (prompts / np.maximum(rows, 1) + 1) / 2),
         replica=replica,
@@ -179,7 +181,8 @@ def _read_table(path: Path) -> pl.DataFrame:
     missing = [name for name in NEEDED if name not in frame.columns]
     if missing:
         raise InputError(
-            f"The columns {', '.join(missing)} are missing; needed are {', '.join(NEEDED)}.",
+            f"The columns {', '.join(missing)} are missing; needed are {', '.join(NEEDED)}. A run "
+            "that an older release served may lack some of them: serve it again.",
             str(path),
         )
     for name, kind in NEEDED.items():

@@ -91,10 +91,10 @@ def _decode(
 ) -> tuple[float, float]:
     batch = int(its.batch[i])
     rows = float(padded[batch])
-    context = float(its.context_tokens[i])
-    layer_s, _ = cost.layer_seconds(
-        c, rows + float(its.pending_tokens[i]), context, context, 0.0, 0.0, 0.0
-    )
+    context, pending = float(its.context_tokens[i]), float(its.pending_tokens[i])
+    # Tokens fed again are read to each row's own end.
+    padded_context = context if pending > 0.0 else rows * float(its.longest_context_tokens[i])
+    layer_s, _ = cost.layer_seconds(c, rows + pending, context, padded_context, 0.0, 0.0, 0.0)
     rest = cost.fixed_seconds(c, rows, False, 0.0)
     rest += float(its.checks[i]) * cost.check_seconds(c, rows)
     rest += float(its.heads[i]) * cost.head_seconds(c, rows)

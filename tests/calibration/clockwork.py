@@ -190,22 +190,22 @@ class ClockworkHost(Host):
         batch = len(plan.rows) + len(plan.ghosts)
         padded = profile.padded_rows(self.batch.max_batch)
         residual = float(profile.residual(self.batch.max_batch, self.assignment.depth)[batch])
-        context = float(outcome.context_tokens)
+        rows, context = float(padded[batch]), float(outcome.context_tokens)
         if self.assignment.exit_mode is not ExitMode.REBATCH:
             seconds, _ = cost.decode_seconds(
                 c,
-                float(padded[batch]) + outcome.pending_tokens,
+                rows + outcome.pending_tokens,
                 context,
-                context,
+                context if outcome.pending_tokens else rows * outcome.longest_context_tokens,
                 float(outcome.layers),
                 float(outcome.checks),
                 float(outcome.heads),
                 float(outcome.filled_layers),
-                float(padded[batch]),
+                rows,
                 residual,
             )
             return float(seconds)
-        return self.rebatched_seconds(plan, outcome, c, float(padded[batch]), residual, padded)
+        return self.rebatched_seconds(plan, outcome, c, rows, residual, padded)
 
     def rebatched_seconds(
         self,
@@ -218,7 +218,8 @@ class ClockworkHost(Host):
     ) -> float:
         assert self.stepper is not None
         context = float(outcome.context_tokens)
-        layer_s, _ = cost.layer_seconds(c, rows, context, context, 0.0, 0.0, 0.0)
+        padded_context = rows * outcome.longest_context_tokens
+        layer_s, _ = cost.layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)
         seconds = float(cost.fixed_seconds(c, rows, False, 0.0))
         before = outcome.first_layer
         for level in range(plan.passed, self.stepper.exit_layers.index(outcome.layers) + 1):

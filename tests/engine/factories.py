@@ -60,6 +60,14 @@ JOULES = {
 }
 """Costs of the thumbnail models; what is not named costs nothing."""
 
+PADDING = {
+    "decode.memory_s_per_padded_token": 2e-5,
+    "decode.compute_s_per_padded_token": 1e-5,
+    "decode.fixed_s_per_row": 0.0007,
+    "prefill.fixed_s_per_prompt": 0.0013,
+}
+"""Costs that grow with the longest row and with what the host does for each row and prompt."""
+
 DOMAINS = ("easy", "hard")
 
 
@@ -71,6 +79,7 @@ def thumbnail(
     threshold: float = 0.5,
     buckets: Sequence[int] = (),
     residual: Sequence[tuple[float, float]] = (),
+    depth_residual: Sequence[tuple[float, float]] = (),
     costs: Mapping[str, float] | None = None,
 ) -> ModelProfile:
     """A model of 1,200 B a layer and 1,200 B beside them, and 40 B of KV a token and layer."""
@@ -92,6 +101,7 @@ def thumbnail(
         coefficients=coefficients,
         batch_buckets=tuple(buckets),
         batch_residual=tuple(residual),
+        depth_residual=tuple(depth_residual),
         hull=None,
         workspace_bytes=0,
         confidence=Confidence("max-softmax", threshold),
@@ -128,6 +138,21 @@ def both_models(**changes: Any) -> Profile:
         **changes,
     }
     return profile_of(thumbnail("small", (2, 4)), thumbnail("large", (2, 4, 8)), **options)
+
+
+def padding_models() -> Profile:
+    """The two models where rows are padded, the host counts and a cache holds few layers."""
+    options: dict[str, Any] = {
+        "costs": PADDING,
+        "residual": ((1.0, 1.0), (8.0, 1.3)),
+        "depth_residual": ((2.0, 0.6), (4.0, 0.7), (8.0, 1.1)),
+    }
+    return profile_of(
+        thumbnail("small", (2, 4), **options),
+        thumbnail("large", (2, 4, 8), **options),
+        disk=Link(0.02, 300_000.0),
+        host=Link(0.01, 120_000.0),
+    )
 
 
 def traces_from(
