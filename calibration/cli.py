@@ -274,7 +274,8 @@ def check(
 
     loaded = load_profile(profile)
     typer.echo(f"{loaded.name}: {loaded.description}")
-    typer.echo(f"Device: {loaded.device.name}, {loaded.device.num_gpus} GPU(s)")
+    gpus = "" if loaded.is_of_processor else f", {loaded.device.num_gpus} GPU(s)"
+    typer.echo(f"Device: {loaded.device.name}{gpus}")
     typer.echo(f"Models: {', '.join(loaded.models)}")
     grades = ", ".join(f"{count} {grade}" for grade, count in loaded.grade_counts().items())
     typer.echo(f"Numbers: {grades}")

@@ -322,6 +322,12 @@ class Profile:
             model.has_energy for model in self.models.values()
         )
 
+    @property
+    def is_of_processor(self) -> bool:
+        """Whether the device is a processor, as its measurement says; all others are GPUs."""
+        device = self.provenance.environment.get("device")
+        return isinstance(device, Mapping) and device.get("kind") == "cpu"
+
     def grade_counts(self) -> dict[str, int]:
         """How many numbers stand at each grade; `unavailable` is named only where it occurs."""
         grades = [quantity.grade for quantity in self.quantities.values()]

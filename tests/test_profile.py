@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from helios_sim.cost import COEFFICIENTS, iteration_joules
+from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, iteration_joules
 from helios_sim.errors import InputError
 from helios_sim.profile import (
     PROFILE_FILE,
@@ -62,6 +62,8 @@ def set_at(document: Document, place: str, value: Any) -> None:
     [
         ("decode.launch_s", "s"),
         ("decode.memory_s_per_context_token", "s/context_token"),
+        ("decode.compute_s_per_padded_token", "s/padded_token"),
+        ("prefill.fixed_s_per_prompt", "s/prompt"),
         ("kv_fill.s_per_row_layer", "s/row/layer"),
         ("decode.j_per_context_token_layer", "J/context_token/layer"),
         ("head.j_base", "J"),
@@ -78,6 +80,11 @@ def test_a_unit_follows_from_the_name_of_a_number(name: str, unit: str) -> None:
 
 def test_every_coefficient_has_a_unit_of_seconds_joules_or_watts() -> None:
     assert {unit_of(name)[0] for name in COEFFICIENTS} == {"s", "J", "W"}
+
+
+def test_a_profile_is_of_a_gpu_unless_its_measurement_says_processor() -> None:
+    assert load_profile("small-family-cpu").is_of_processor
+    assert not load_profile("opt-a100-40gb").is_of_processor
 
 
 def test_a_number_without_a_known_unit_is_refused() -> None:
@@ -168,6 +175,43 @@ def test_the_residual_meets_its_knots_stays_monotone_and_is_held_outside() -> No
 def test_no_knots_leave_times_as_they_are_and_one_knot_scales_all() -> None:
     assert list(model_with(batch_residual=()).residual(3, 24)) == [1.0] * 4
     assert list(model_with(batch_residual=((4.0, 1.5),)).residual(2, 24)) == [1.5] * 3
+
+
+def test_both_residuals_multiply_and_the_depth_is_the_loaded_one() -> None:
+    by_depth = ((2.0, 0.5), (12.0, 1.0))
+    model = model_with(batch_residual=((2.0, 1.2), (8.0, 1.0)), depth_residual=by_depth)
+    plain = model_with(batch_residual=((2.0, 1.2), (8.0, 1.0)))
+    for depth, factor in ((1, 0.5), (2, 0.5), (12, 1.0), (24, 1.0)):
+        assert list(model.residual(8, depth)) == list(plain.residual(8, depth) * factor)
+    assert 0.5 < model.residual(8, 6)[8] < 1.0
+
+
+def test_what_a_profile_may_leave_out_counts_as_nothing(tmp_path: Path, document: Document) -> None:
+    profile = save_profile(document, tmp_path / "plain")
+    assert profile.models["opt-1.3b"].depth_residual == ()
+    for name in OPTIONAL_COEFFICIENTS:
+        assert profile.models["opt-1.3b"].coefficients[name] == 0.0
+        assert f"models.opt-1.3b.coefficients.{name}" not in profile.quantities
+
+
+def test_what_a_profile_may_leave_out_is_read_where_it_is_there(
+    tmp_path: Path, document: Document
+) -> None:
+    entry = document["models"]["opt-1.3b"]
+    for place, name in enumerate(OPTIONAL_COEFFICIENTS):
+        entry["coefficients"][name] = quantity(name, 1e-6 * (place + 1), "measured", "this device")
+    entry["depth_residual"] = quantity(
+        "depth_residual", [[6, 0.8], [24, 1.0]], "measured", "this device"
+    )
+    document["models"]["opt-6.7b"]["depth_residual"] = None
+    profile = save_profile(document, tmp_path / "mine")
+    model = profile.models["opt-1.3b"]
+    assert list(model.coefficient_array()[-4:]) == [1e-6, 2e-6, 3e-6, 4e-6]
+    assert model.depth_residual == ((6.0, 0.8), (24.0, 1.0))
+    assert profile.models["opt-6.7b"].depth_residual == ()
+    assert profile.quantities["models.opt-1.3b.depth_residual[0]"].value == 0.8
+    unit = profile.quantities[f"models.opt-1.3b.coefficients.{OPTIONAL_COEFFICIENTS[0]}"].unit
+    assert unit == "s/padded_token"
 
 
 def test_measured_settings_are_read(tmp_path: Path, document: Document) -> None:
@@ -358,16 +402,17 @@ def test_every_model_needs_exit_statistics_and_no_other(tmp_path: Path, document
         load_profile(write(tmp_path / "mine", document))
 
 
+@pytest.mark.parametrize("name", ["batch_residual", "depth_residual"])
 def test_the_knots_of_a_residual_must_rise_and_be_positive(
-    tmp_path: Path, document: Document
+    name: str, tmp_path: Path, document: Document
 ) -> None:
     for knots, message in (
         ([[4, 1.0], [2, 1.0]], "must rise"),
         ([[1, 0.0]], "must be greater"),
         ([1, 2], "knot"),
     ):
-        entry = quantity("batch_residual", knots, "measured", "this device")
-        set_at(document, "models/opt-1.3b/batch_residual", entry)
+        entry = quantity(name, knots, "measured", "this device")
+        document["models"]["opt-1.3b"][name] = entry
         with pytest.raises(InputError, match=message):
             load_profile(write(tmp_path / "mine", document))
 

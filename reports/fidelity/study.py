@@ -10,7 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,6 @@ from helios_sim.fidelity import Fidelity, assess, read_sides, run_folders
 from helios_sim.fidelity.figures import FigureRow
 from helios_sim.fidelity.publish import write_fidelity
 from helios_sim.metrics import rounded_figures
-from helios_sim.profile import Profile
 from helios_sim.records import TOTALS_FILE, toml_text, write_run
 from helios_sim.scenario import load_scenario
 from reports.fidelity.cases import CASES, Case, Ground, Planned, planned, scenario_of
@@ -232,7 +231,7 @@ def results_of(study: Study, ground: Ground, command: str) -> dict[str, Any]:
             "profile": ground.profile.name,
             "profile_hash": ground.profile.hash,
             "device": ground.profile.device.name,
-            "device_kind": device_kind(ground.profile),
+            "device_kind": "cpu" if ground.profile.is_of_processor else "gpu",
             "candidates": list(ground.candidates),
             "num_repeats": ground.settings.repeats,
             "environment": outcomes[0].fidelity.sides.typical.run.environment,
@@ -433,13 +432,6 @@ def _choice(plan: Planned) -> dict[str, Any]:
         "nearest": asdict(choice.nearest),
         "tried": [asdict(one) for one in choice.tried],
     }
-
-
-def device_kind(profile: Profile) -> str:
-    """`cpu` or `cuda`: what the profile was measured on, a GPU where it does not say."""
-    device = profile.provenance.environment.get("device")
-    kind = device.get("kind") if isinstance(device, Mapping) else None
-    return str(kind or "cuda")
 
 
 def _gain(own: Any, base: Any, more_is_better: bool) -> float | None:
