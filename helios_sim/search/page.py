@@ -9,7 +9,7 @@ from typing import Any
 from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.figures import policy_colour
-from helios_sim.report.words import number
+from helios_sim.report.words import limits, number
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
 from helios_sim.search.goals import in_words
@@ -17,7 +17,7 @@ from helios_sim.search.plan import FleetAnswer, Plan
 from helios_sim.search.prices import words_of
 from helios_sim.search.tables import Cells, fleet_rows, setting_rows, whatif_rows
 from helios_sim.search.tune import Tuned
-from helios_sim.search.verdict import BACKLOG
+from helios_sim.search.verdict import Verdict
 from helios_sim.search.whatif import Cell
 from helios_sim.search.words import (
     fleet_words,
@@ -246,7 +246,7 @@ def _evidence(best: FleetAnswer) -> str:
     """Every load that the recommendation was measured at."""
     names: list[str] = []
     for load in best.loads:
-        names += [one.name for one in load.verdict.criteria if one.name not in names]
+        names += [one.name for one in load.verdict.criteria if one.limit and one.name not in names]
     rows: list[list[str]] = []
     for load in sorted(best.loads, key=lambda one: (one.num_replicas, one.rate_per_s)):
         by_name = {one.name: one for one in load.verdict.criteria}
@@ -255,17 +255,11 @@ def _evidence(best: FleetAnswer) -> str:
             one = by_name.get(name)
             if one is None:
                 shares.append("\N{EN DASH}")
-            elif one.name == BACKLOG:
-                shares.append("keeps up" if one.mean == 1.0 else f"{100 * one.mean:.0f} % keep up")
             else:
                 shares.append(
                     f"{100 * one.mean:.1f} [{100 * max(0.0, one.low):.1f}, "
                     f"{100 * min(1.0, one.high):.1f}]"
                 )
-        sure = load.verdict
-        said = "carried" if sure.carried else "missed"
-        if not sure.is_sure:
-            said += ", in doubt"
         rows.append(
             [
                 f"{load.num_replicas} at {number(load.rate_per_s, 4)}/s",
@@ -273,16 +267,39 @@ def _evidence(best: FleetAnswer) -> str:
                 *shares,
                 number(load.means.get("p99_ttft_ms")),
                 number(load.means.get("p99_tpot_ms")),
-                said,
+                _tally(load.saturations),
+                _verdict(load.verdict),
             ]
         )
-    titles = ["Replicas, rate", "runs", *names, "TTFT p99 ms", "TPOT p99 ms", "verdict"]
+    titles = ["Replicas, rate", "runs", *(f"within {name}, %" for name in names)]
+    titles += ["TTFT p99 ms", "TPOT p99 ms", "saturation", "verdict"]
     return section(
         "Evidence",
         f"Every load at which {fleet_words(best, 1)} was measured: the share of requests within "
-        "each limit in %, with its bounds.",
+        "the limits with its bounds, the saturation, and why a load is missed. Saturation asks "
+        "only whether the backlog grows for good (overloaded) or requests wait longer than their "
+        "answers take (backlogged): a stable load can still be too late for its limits.",
         _table((titles, rows)),
     )
+
+
+def _tally(saturations: Sequence[str]) -> str:
+    """The saturation of replications, the worst first; how many of each where they differ."""
+    found = [
+        (saturations.count(name), name)
+        for name in ("overloaded", "backlogged", "stable")
+        if name in saturations
+    ]
+    return found[0][1] if len(found) == 1 else ", ".join(f"{num} {name}" for num, name in found)
+
+
+def _verdict(verdict: Verdict) -> str:
+    """Carried, or missed and by what."""
+    doubt = "" if verdict.is_sure else ", in doubt"
+    if verdict.carried:
+        return f"carried{doubt}"
+    why = [limits(one.limit) if one.limit else "the backlog grows" for one in verdict.broken]
+    return f"missed{doubt}: {', '.join(why)}"
 
 
 def _held_out(tuned: Tuned) -> str:
@@ -348,7 +365,7 @@ def _method(plan: Plan) -> str:
     return (
         "A rate is doubled or halved until one is carried and its double is not, then bisected to "
         f"{100 * settings.precision:g} %. A load is carried when every limit reaches its share on "
-        "average and the system keeps up with its arrivals; it is surely carried or missed when "
+        "average and most of its runs are not overloaded; it is surely carried or missed when "
         f"the one-sided {100 * settings.confidence:g} % bounds over replications say so too. "
         f"{_samples(plan.question.traffic)}; {settings.replications} of them, "
         f"{settings.max_replications} where those leave doubt. The first "

@@ -56,13 +56,15 @@ class Fleet:
 class Load:
     """A number of replicas at a rate: the verdict, and the figures' means over replications.
 
-    `beyond` says what of it the profile can only extrapolate.
+    `saturations` are those of the replications; `beyond` says what the profile can only
+    extrapolate.
     """
 
     num_replicas: int
     rate_per_s: float
     verdict: Verdict
     means: Means
+    saturations: tuple[str, ...] = ()
     beyond: tuple[str, ...] = ()
 
 
@@ -300,7 +302,12 @@ class _Bench:
             if verdict.is_sure:
                 break
         load = Load(
-            num_replicas, rate_per_s, verdict, mean_figures(figures), clauses_beyond(figures)
+            num_replicas,
+            rate_per_s,
+            verdict,
+            mean_figures(figures),
+            tuple(one["summary"]["saturation"] for one in figures),
+            clauses_beyond(figures),
         )
         self.loads[key], self.figures[key] = load, figures
         return load
@@ -465,6 +472,12 @@ def miss_in_words(answer: FleetAnswer) -> str:
     """Which criterion a fleet misses at the lowest rate tried, and by how much."""
     load = _lowest(answer)
     worst = load.verdict.worst
+    if not worst.limit:
+        overloaded = load.saturations.count("overloaded")
+        return (
+            f"at {load.rate_per_s:.3g} requests/s the backlog grows in {overloaded} of "
+            f"{len(load.saturations)} runs"
+        )
     text = (
         f"at {load.rate_per_s:.3g} requests/s {worst.words} is met by {100 * worst.mean:.1f} % of "
         f"the requests, {100 * worst.target:g} % needed"

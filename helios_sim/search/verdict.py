@@ -12,7 +12,11 @@ from typing import Any, Final
 from helios_sim.slo import SloSpec
 
 BACKLOG: Final = "backlog"
-"""The criterion that the system keeps up at all: a short run may meet an SLO while it drowns."""
+"""The criterion that no backlog grows: a short run may meet an SLO while it drowns.
+
+It is missed where most runs are overloaded, which a run no longer than its own answers can hardly
+show; there the limits are missed long before.
+"""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Criterion:
     """A share that has to reach its target, with its confidence bounds over replications.
 
     `value_ms` and `limit_ms` say by how much a latency limit is met or missed, where one is
-    behind the share; `detail` names the limit that is met least, where several are.
+    behind the share; `limit` is that limit, the one that is met least where several are.
     """
 
     name: str
@@ -30,12 +34,16 @@ class Criterion:
     target: float
     value_ms: float | None = None
     limit_ms: float | None = None
-    detail: str = ""
+    limit: str = ""
 
     @property
     def words(self) -> str:
         """The criterion as a sentence names it: by the limit behind it."""
-        return self.detail or self.name
+        if not self.limit:
+            return "keeping up with the arrivals"
+        if self.limit == self.name:
+            return self.limit
+        return f"{self.limit} for {100 * self.target:g} % of the requests"
 
     @property
     def holds(self) -> bool:
@@ -95,14 +103,14 @@ def criterion(
     confidence: float,
     value_ms: float | None = None,
     limit_ms: float | None = None,
-    detail: str = "",
+    limit: str = "",
 ) -> Criterion:
     """A criterion from one share a replication, bounded on either side by Student's t."""
     mean = fmean(values)
     half = 0.0
     if len(values) > 1:
         half = t_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values))
-    return Criterion(name, mean, mean - half, mean + half, target, value_ms, limit_ms, detail)
+    return Criterion(name, mean, mean - half, mean + half, target, value_ms, limit_ms, limit)
 
 
 @lru_cache(maxsize=1000)
@@ -135,6 +143,7 @@ def judge(
                     confidence,
                     _mean_or_none([one["value_ms"] for one in judged]),
                     1e3 * limit.limit_s,
+                    str(limit),
                 )
             )
     plain = [limit for limit in spec.limits if limit.percentile is None]
@@ -152,7 +161,7 @@ def judge(
                 [summary["slo_attainment"] for summary in summaries],
                 attainment,
                 confidence,
-                detail=f"{worst} for {100 * attainment:g} % of the requests",
+                limit=str(worst),
             )
         )
     drowned = [summary["saturation"] == "overloaded" for summary in summaries]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 import re
@@ -91,6 +92,33 @@ def test_a_plan_without_a_target_finds_the_capacity_of_each_policy(tmp_path: Pat
     page = (tmp_path / "out" / "report.html").read_text()
     for title in ("Attainment against rate", "Frontiers", "Evidence", "How it was found"):
         assert f"<h2>{title}</h2>" in page
+
+
+def evidence(folder: Path) -> str:
+    """The text of the table of evidence on a plan's page."""
+    page = (folder / "report.html").read_text()
+    table = page.split("<h2>Evidence</h2>")[1].split("</section>")[0]
+    return html.unescape(re.sub(r"<[^>]+>", "|", table))
+
+
+def test_the_evidence_says_why_each_load_is_missed(tmp_path: Path) -> None:
+    """Late requests are named by their limit, even where no backlog is shown to grow."""
+    path = write(tmp_path, policy=[{"use": "vanilla"}])
+    plan(path, [], inline(tmp_path / "out"))
+    text = evidence(tmp_path / "out")
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet")
+    assert len(re.findall(r"\|carried", text)) == frame["carried"].sum()
+    assert len(re.findall(r"\|missed", text)) == (~frame["carried"]).sum()
+    assert re.search(r"\|stable\|.?\|?missed[^|]*: T[TP][FO]T \N{LESS-THAN OR EQUAL TO} ", text)
+    assert "keep" not in text
+
+
+def test_where_the_limits_are_generous_a_growing_backlog_is_the_reason(tmp_path: Path) -> None:
+    generous = {"text": "e2e:1000000000"}
+    path = write(tmp_path, policy=[{"use": "vanilla"}], slo=generous)
+    said = plan(path, [], inline(tmp_path / "out"))
+    assert any("First to break" in one and "keeping up" in one for one in said.sentences)
+    assert re.search(r"missed[^|]*: the backlog grows", evidence(tmp_path / "out"))
 
 
 def test_a_plan_s_fleet_carries_its_target_and_one_replica_fewer_does_not(tmp_path: Path) -> None:
