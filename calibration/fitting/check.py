@@ -164,12 +164,15 @@ def _left_out(measurement: Mapping[str, Any], model: str, quantity: str) -> Mapp
 
 def place_of(row: Mapping[str, Any]) -> str:
     """Where a point lies, in words."""
+    longest = row["longest_context_tokens"] or 0
+    ragged = longest > (row["context_tokens"] or 0) and (row["batch"] or 1) > 1
+    context = f"tokens of context (longest {longest:,})" if ragged else "tokens of context"
     parts = [
         f"{row[key]:,} {word}"
         for key, word in (
             ("layers", "layers"),
             ("batch", "rows"),
-            ("context_tokens", "tokens of context"),
+            ("context_tokens", context),
             ("prompt_tokens", "prompt tokens"),
         )
         if row[key] is not None and (row[key] or key == "batch")

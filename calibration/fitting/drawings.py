@@ -152,9 +152,11 @@ def layer_figure(
     copy_bytes_per_s: float | None,
     launch_s: float | None,
 ) -> Figure:
-    """Decode time per layer against batch: points, the profile's curve, and the floors."""
+    """Decode time per layer against batch: points of equal rows, the profile, and the floors."""
     model = predictor.model.model
     decode = of_quantity(points, "decode_layers", mode)
+    ragged = pl.col("longest_context_tokens") > pl.col("context_tokens")
+    decode = decode.filter(~ragged.fill_null(False))
     decode = decode.filter(pl.col("layers") == pl.col("layers").max())
     contexts = decode["context_tokens"].fill_null(0).unique().sort().to_list()
     if len(contexts) > 4:
@@ -237,6 +239,72 @@ def layer_figure(
         margin={"l": 64, "r": 16, "t": 64, "b": 50},
         xaxis=plain_axis("batch (rows)", type="log", tickvals=ticks),
         yaxis=_log_axis("microseconds per layer", data),
+    )
+    return {"data": data, "layout": layout}
+
+
+def depth_figure(models: Sequence[tuple[str, pl.DataFrame, Predictor, str]]) -> Figure:
+    """Layer time by loaded depth over what it is with all layers: points and the profile.
+
+    `models` are (name, points, predictor, mode). A point is the median over all loads of a
+    depth, with the middle half of them as its bar, over what the profile has without this factor.
+    """
+    data: list[Figure] = []
+    deepest = 1
+    for place, (name, points, predictor, mode) in enumerate(models):
+        decode = of_quantity(points, "decode_layers", mode)
+        bare = predictor.without_depth()
+        overhead = predictor.stack_overhead_s.get("decode", 0.0)
+        shares: dict[int, list[float]] = {}
+        for row in decode.iter_rows(named=True):
+            seen = (row["seconds"] - overhead) / row["layers"]
+            shares.setdefault(row["layers"], []).append(seen / bare.layer_seconds(row)[0])
+        depths = sorted(shares)
+        deepest = max(deepest, *depths)
+        low, middle, high = (
+            np.array([np.quantile(shares[depth], part) for depth in depths])
+            for part in (0.25, 0.5, 0.75)
+        )
+        curve = list(range(depths[0], depths[-1] + 1))
+        colour = policy_colour(place)
+        common = {"type": "scatter", "name": escape(name), "legendgroup": name}
+        data += [
+            common
+            | {
+                "mode": "lines",
+                "x": curve,
+                "y": rounded([float(predictor.model.residual(1, d)[1]) for d in curve], 4),
+                "line": {"color": colour, "width": 2},
+                "hovertemplate": f"profile, {escape(name)}<br>%{{y:.3f}} with %{{x}} layers loaded"
+                "<extra></extra>",
+            },
+            common
+            | {
+                "mode": "markers",
+                "showlegend": False,
+                "x": depths,
+                "y": rounded(middle, 4),
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": rounded(high - middle, 4),
+                    "arrayminus": rounded(middle - low, 4),
+                    "thickness": 1.2,
+                    "width": 4,
+                    "color": colour,
+                },
+                "marker": {"color": colour, "size": 8},
+                "hovertemplate": f"measured, {escape(name)}<br>%{{y:.3f}} with %{{x}} layers loaded"
+                "<extra></extra>",
+            },
+        ]
+    layout = base_layout(
+        320,
+        legend=top_legend(),
+        hovermode="closest",
+        margin={"l": 64, "r": 16, "t": 44, "b": 50},
+        xaxis=plain_axis("layers loaded", range=[0, deepest + 0.5]),
+        yaxis=plain_axis("layer time over that with all loaded", rangemode="tozero"),
     )
     return {"data": data, "layout": layout}
 

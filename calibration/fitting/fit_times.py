@@ -707,9 +707,9 @@ def launch_bound_share(points: pl.DataFrame) -> dict[str, Any]:
 
     What is saved is launching: the same kernels run. Null where one of the modes is missing.
     """
-    keys = ["layers", "batch", "context_tokens"]
+    keys = ["layers", "batch", "context_tokens", "longest_context_tokens"]
     both = of_quantity(points, "decode_layers", "eager").join(
-        of_quantity(points, "decode_layers", "graph"), on=keys, suffix="_graph"
+        of_quantity(points, "decode_layers", "graph"), on=keys, suffix="_graph", nulls_equal=True
     )
     if not both.height:
         return {"by_batch": None, "why": "no point was measured both as a graph and eagerly"}

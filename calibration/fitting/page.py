@@ -28,7 +28,7 @@ from calibration.fitting.check import (
 )
 from calibration.fitting.fit import device_floors
 from calibration.fitting.points import HELD_OUT, gather, of_quantity, read_points
-from calibration.fitting.predict import predictor_of
+from calibration.fitting.predict import Predictor, predictor_of
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
@@ -208,6 +208,8 @@ def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
     floors = measurement.get("floors", {})
     panes: list[str] = []
     facts: list[tuple[str, ...]] = []
+    parts: list[tuple[str, ...]] = []
+    deep: list[tuple[str, pl.DataFrame, Predictor, str]] = []
     names = list(profile.models)
     for place, name in enumerate(names):
         kept = _kept(profile, name)
@@ -228,6 +230,9 @@ def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
         hidden = "" if not panes else " hidden"
         panes.append(f'<div id="layer-pane{place}" data-tabs="layers"{hidden}>{plot}</div>')
         facts.append(_layer_facts(name, kept))
+        parts.append(_part_facts(profile, name))
+        if kept.get("depth_residual", {}).get("left_out_mean_with") is not None:
+            deep.append((name, mine, predictor_of(profile, name), mode))
     if not panes:
         return ""
     tabs = ""
@@ -239,15 +244,34 @@ def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
         )
         tabs = f'<fieldset class="tabs"><legend class="hidden">Model</legend>{options}</fieldset>'
     table = _table(
-        ("Model", "Decode is bounded by", "Prefill by", "Batch residual", "Over the floor"),
+        ("Model", "Decode is bounded by", "Prefill by", "By batch", "By loaded depth",
+         "Over the floor"),
         facts,
-        "What was kept of the candidates (a floor or a second plane only where it clearly lowers "
-        "the left-out error), and decode time per layer over the larger floor: median, least to "
-        "most.",
-        texts=4,
-    )
+        "What was kept of the candidates (a floor, a second plane or a factor only where it "
+        "clearly lowers the left-out error), and decode time per layer over the larger floor: "
+        "median, least to most.",
+        texts=5,
+    )  # fmt: skip
+    fixed = _table(
+        ("Model", "Context read to the longest row", "Decode starts in", "and a row adds",
+         "Prefill starts in", "and a prompt adds"),
+        parts,
+        "Share of a KV token's price that is paid up to the longest row's end, and what whole "
+        "iterations take beside layers and head.",
+    )  # fmt: skip
+    depths = ""
+    if deep:
+        depths = add_figure(
+            drawn,
+            "depths",
+            drawings.depth_figure(deep),
+            "Decode time per layer against loaded layers",
+            "Over what the profile has with all of them loaded: layers of which few are loaded "
+            "find their weights and keys in a cache. Points: median over all loads, bars the "
+            "middle half. Lines: the profile's factor, 1 where none was kept.",
+        )
     return section("Decode time per layer", "What one layer takes, and what bounds it.", tabs,
-                   *panes, table)  # fmt: skip
+                   *panes, depths, table, fixed)  # fmt: skip
 
 
 def _layer_facts(name: str, kept: Mapping[str, Any]) -> tuple[str, ...]:
@@ -259,14 +283,36 @@ def _layer_facts(name: str, kept: Mapping[str, Any]) -> tuple[str, ...]:
             f"{number(float(np.median(ratios)))}\N{MULTIPLICATION SIGN} "
             f"({number(min(ratios))} to {number(max(ratios))})"
         )
-    residual = kept.get("batch_residual", {})
     return (
         name,
         listed(planes.get("decode", {}).get("kept", [])),
         listed(planes.get("prefill", {}).get("kept", [])),
-        "kept" if residual.get("kept") else f"not kept: {residual.get('why', 'not tried')}",
+        *(_factor_fact(kept.get(factor, {})) for factor in ("batch_residual", "depth_residual")),
         over,
     )
+
+
+def _factor_fact(residual: Mapping[str, Any]) -> str:
+    """Whether a factor was kept, and the left-out errors that decided it."""
+    without, found = (residual.get(f"left_out_mean_{key}") for key in ("without", "with"))
+    if found is None:
+        return f"not kept: {residual.get('why', 'not tried')}"
+    change = f"{percent(without)} left out \N{RIGHTWARDS ARROW} {percent(found)}"
+    return f"{'kept' if residual.get('kept') else 'not kept'}: {change}"
+
+
+def _part_facts(profile: Profile, name: str) -> tuple[str, ...]:
+    """How context is read, and what an iteration takes beside its layers."""
+    found = profile.models[name].coefficients
+    sums = [
+        sum(found[f"decode.{plane}_s_per_{what}_token"] or 0.0 for plane in ("memory", "compute"))
+        for what in ("context", "padded")
+    ]
+    share = percent(sums[1] / sum(sums)) if sum(sums) > 0.0 else "\N{EN DASH}"
+    fixed = (
+        "decode.fixed_s", "decode.fixed_s_per_row", "prefill.fixed_s", "prefill.fixed_s_per_prompt",
+    )  # fmt: skip
+    return (name, share, *(span(found[part] or 0.0) for part in fixed))
 
 
 def _energy(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,12 +51,17 @@ class Predictor:
         return float(row["batch"] * ((row["context_tokens"] or 0) + own))
 
     def padded_tokens(self, row: Row) -> float:
-        """KV tokens read where every computed row is read to the longest one's end."""
+        """KV tokens read where every computed row is read to the longest one's end.
+
+        Rows of which no longest is named are equally long.
+        """
         own = 0 if self.counts_new_token else 1
-        longest = row.get("longest_context_tokens")
-        if longest is None:
-            return self.read_tokens(row)
+        longest = max(row["context_tokens"] or 0, row.get("longest_context_tokens") or 0)
         return self.rows(row["batch"], row["mode"]) * float(longest + own)
+
+    def without_depth(self) -> Predictor:
+        """The same without the factor by loaded depth."""
+        return replace(self, model=replace(self.model, depth_residual=()))
 
     def layer_seconds(self, row: Row) -> tuple[float, int]:
         """Seconds of one decode layer with the residual, and the regime."""

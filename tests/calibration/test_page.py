@@ -63,6 +63,7 @@ def test_every_figure_has_a_place_and_every_place_a_figure(page: str) -> None:
         == {
             "errors",
             "layers0",
+            "depths",
             "energy0",
             "loading",
             "reliability",
@@ -142,7 +143,7 @@ def test_a_browser_draws_every_figure_without_an_error(profile: Profile, tmp_pat
     ).stdout
     opening = found[: found.index("<head>")]
     assert "data-errors" not in opening
-    assert 'data-ready="5"' in opening
+    assert 'data-ready="6"' in opening
 
 
 def test_qualities_come_from_the_tracing_where_it_left_its_report(tmp_path: Path) -> None:
