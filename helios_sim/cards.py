@@ -112,12 +112,14 @@ def candidate_card(room: Room, name: str) -> Candidate:
     reference = min(serving.max_batch, 4)
     c = profile.coefficient_array()
     rows = float(profile.padded_rows(reference)[reference])
-    context = reference * (prompt + output / 2)
+    # Rows of one typical length, so that padding reads no more than the rows computed.
+    row_context = prompt + output / 2
+    context, padded_context = reference * row_context, rows * row_context
     decode_s, decode_j, prefill_s, limits = [], [], [], []
     for depth in model.exit_layers:
         residual = float(profile.residual(reference, depth)[reference])
         seconds, _ = cost.decode_seconds(
-            c, rows, context, context, float(depth), 0.0, 1.0, 0.0, rows, residual
+            c, rows, context, padded_context, float(depth), 0.0, 1.0, 0.0, rows, residual
         )
         decode_s.append(float(seconds))
         joules = cost.decode_joules(c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, seconds)

@@ -44,6 +44,7 @@ from tests.engine.factories import (
     drifting_requests,
     drifting_setup,
     drifting_traces,
+    padding_models,
     play,
     play_policy,
     policy_of,
@@ -596,6 +597,21 @@ def test_fewer_layers_never_raise_weights_and_never_lower_the_pool() -> None:
         assert list(card.batch_limit) == sorted(card.batch_limit, reverse=True)
         pools = [setup.pool_blocks(name, depth) for depth in model.model.exit_layers]
         assert pools == sorted(pools, reverse=True)
+
+
+def test_a_candidate_s_card_pads_typical_rows_and_takes_the_factor_of_each_loaded_depth() -> None:
+    profile = padding_models()
+    model = profile.models["large"]
+    unlaunched = replace(model, coefficients={**model.coefficients, "decode.launch_s": 0.0})
+    profile = replace(profile, models={**profile.models, "large": unlaunched})
+    setup = drifting_setup(profile=profile)
+    serving = setup.serving
+    tokens = 4 * (serving.expected_prompt_tokens + serving.expected_output_tokens / 2)
+    card = candidate_card(setup, "large")
+    for depth, seconds in zip(card.exit_layers, card.decode_iteration_s, strict=True):
+        layer_s = 2e-5 * tokens * model.residual(4, depth)[4]
+        assert seconds == pytest.approx(0.010 + 4 * 0.0007 + depth * layer_s + 0.005)
+    assert model.residual(4, 2)[4] == pytest.approx(0.6 / 1.1 * model.residual(4, 8)[4])
 
 
 def test_more_memory_never_slows_a_run_whose_batch_it_limits() -> None:
