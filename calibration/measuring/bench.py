@@ -11,6 +11,7 @@ there; an iteration is one of the loop itself (`served.py`).
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -209,10 +210,10 @@ class Bench:
                 )
 
     def estimate_s(self, job: Job, probe: Probe) -> float:
-        """Seconds that a latency trial is likely to take."""
+        """Seconds that a latency trial is likely to take while nobody disturbs."""
         depths = job.depths or (self.depths[-1],)
         passes = [probe.pass_s(job, depth / self.depths[-1]) for depth in depths]
-        return timing_s(passes, self.timer.min_sample_s, probe.samples_per_quiet_one)
+        return timing_s(passes, self._timer_of(job).sample_s)
 
     def probe(self) -> Probe:
         """A few rough looks at how long passes take."""
@@ -231,7 +232,6 @@ class Bench:
             )
             return self._once(self.work(job, depth))
 
-        short_work = self.work(Job("decode_layers", batch=1, context_tokens=short), depth)
         one = seconds("decode_layers", 1, short)
         many = seconds("decode_layers", wide, short)
         far = seconds("decode_layers", wide, long)
@@ -240,6 +240,9 @@ class Bench:
         whole = seconds("prefill_layers", 1, prompt=prompt)
         head = seconds("head", 1)
         heads = seconds("head", wide)
+        host = max(0.0, seconds("iteration", 1, short) - one - head)
+        hosts = max(0.0, seconds("iteration", wide, short) - many - heads)
+        short_work = self.work(Job("decode_layers", batch=1, context_tokens=short), depth)
         return Probe(
             decode_s=one,
             decode_s_per_row=_slope(one, many, wide - 1),
@@ -250,13 +253,25 @@ class Bench:
             head_s=head,
             head_s_per_row=_slope(head, heads, wide - 1),
             samples_per_quiet_one=min(MAX_TRIES, 1.0 / quiet_share(self.timer, short_work)),
+            host_s=host,
+            host_s_per_row=_slope(host, hosts, wide - 1),
         )
 
-    def time(self, job: Job) -> Iterator[Reading]:
-        """Take a latency trial: its stacks in turns, one reading each."""
-        timer: Timer = self._wall if job.quantity in _WAITING else self.timer
+    def time(self, job: Job, patience_s: float = math.inf) -> Iterator[Reading]:
+        """Take a latency trial: its stacks in turns, one reading each.
+
+        Once `patience_s` are over, no sample is taken again because it was disturbed.
+        """
+        timer = self._timer_of(job)
         works = [self.work(job, depth) for depth in job.depths or (self.depths[-1],)]
-        found = timed(works, timer, samples=SAMPLES, warmups=WARMUPS, seed=job.trial)
+        found = timed(
+            works,
+            timer,
+            samples=SAMPLES,
+            warmups=WARMUPS,
+            seed=job.trial,
+            patience_s=patience_s,
+        )
         for depth, timing in zip(job.depths or (None,), found, strict=True):
             yield job.reading(depth).timed(timing)
 
@@ -372,6 +387,9 @@ class Bench:
         start = random.Random(place).randrange(max(1, len(self._tokens) - count))
         found = self._tokens[start : start + count]
         return [found[index % len(found)] for index in range(count)]
+
+    def _timer_of(self, job: Job) -> Timer:
+        return self._wall if job.quantity in _WAITING else self.timer
 
     def _decoder(self, job: Job) -> Decoder:
         return self.decoders.get(job.mode, self.decoders["eager"])

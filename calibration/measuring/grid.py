@@ -38,7 +38,8 @@ SMALL_JOB_S: Final = 2.0
 class Job:
     """One trial: which quantity, of which model, at which load.
 
-    `depths` are stacks of layers timed in turns, one reading each. `context_tokens` is the mean
+    `depths` are stacks of layers timed in turns, one reading each: a stack that runs over and over
+    is what a model loaded to that depth runs. `context_tokens` is the mean
     per row; where `longest_tokens` differs the rows are ragged. `prompt_tokens` are the new
     tokens of each row of a prefill. `size_bytes` is what a load or copy moves.
     """
@@ -105,12 +106,19 @@ class Probe:
     samples_per_quiet_one: float = 1.0
     """Samples to take for one that nothing disturbs."""
 
+    host_s: float = 0.0
+    host_s_per_row: float = 0.0
+    """What an iteration takes beside its layers and its head."""
+
     def pass_s(self, job: Job, share: float) -> float:
         """Seconds of one repetition of a job with this share of the layers."""
         batch = job.batch or 1
         if job.quantity in ("head", "check", "head_energy"):
             return self.head_s + batch * self.head_s_per_row
-        head_s = self.head_s + batch * self.head_s_per_row if job.quantity == "iteration" else 0.0
+        beside_s = 0.0
+        if job.quantity == "iteration":
+            beside_s = self.head_s + self.host_s
+            beside_s += batch * (self.head_s_per_row + self.host_s_per_row)
         if job.prompt_tokens:
             tokens, cached = job.prompt_tokens, job.context_tokens or 0
             pairs = batch * tokens * (cached + tokens / 2)
@@ -126,7 +134,7 @@ class Probe:
                 + batch * self.decode_s_per_row
                 + batch * context * self.decode_s_per_context_token
             )
-        return share * layers_s + head_s
+        return share * layers_s + beside_s
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,10 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Richness:
-    """How fine a grid is: values along each axis and trials."""
+    """How fine a grid is: values along each axis and trials.
+
+    `held_out` decodes lie off the grid, and half as many prefills.
+    """
 
     batches: int
     contexts: int
@@ -163,17 +174,17 @@ class Richness:
 
 
 RICHNESS: Final = (
-    Richness(8, 6, 7, 12, 5),
-    Richness(8, 5, 6, 12, 4),
-    Richness(7, 5, 6, 10, 3),
-    Richness(6, 4, 5, 8, 3),
-    Richness(5, 4, 5, 6, 3),
-    Richness(5, 3, 4, 5, 3),
-    Richness(4, 3, 4, 4, 3),
-    Richness(4, 3, 4, 4, 2),
-    Richness(3, 2, 3, 3, 2),
-    Richness(3, 2, 3, 3, 1),
-    Richness(2, 2, 2, 2, 1),
+    Richness(8, 6, 7, 16, 5),
+    Richness(8, 5, 6, 16, 4),
+    Richness(7, 5, 6, 14, 3),
+    Richness(6, 4, 5, 12, 3),
+    Richness(5, 4, 5, 12, 3),
+    Richness(5, 3, 4, 12, 3),
+    Richness(4, 3, 4, 12, 3),
+    Richness(4, 3, 4, 12, 2),
+    Richness(3, 2, 3, 12, 2),
+    Richness(3, 2, 3, 12, 1),
+    Richness(2, 2, 2, 12, 1),
 )
 """From the finest grid to the coarsest that can still be fitted."""
 
@@ -194,7 +205,10 @@ def plan_latency(
     budget_s: float,
     seed: int,
 ) -> Plan:
-    """The richest grid of latency trials whose estimate fits, the coarsest if none does."""
+    """The richest grid of latency trials whose estimate fits, the coarsest if none does.
+
+    Samples taken again are not in the estimates: allow as much less as they take.
+    """
     longest_s = max(SMALL_JOB_S, LARGEST_JOB_SHARE * budget_s)
     for richness in RICHNESS:
         jobs, notes = [], []
@@ -238,17 +252,13 @@ def shuffled_rounds(jobs: Iterable[Job], seed: int) -> tuple[Job, ...]:
     return tuple(ordered)
 
 
-def timing_s(pass_s: Iterable[float], min_sample_s: float, samples_each: float = 1.0) -> float:
-    """Estimated seconds to time passes of these lengths in turns, warm-up included.
+def timing_s(pass_s: Iterable[float], sample_s: Callable[[float], float]) -> float:
+    """Estimated seconds to time passes of these lengths in turns while nobody disturbs.
 
-    `samples_each` is how many samples are taken for one that counts.
+    `sample_s` is what a sample of passes of some length takes; warm-up is included.
     """
-    total = 0.0
-    for seconds in pass_s:
-        sample_s = max(1.1 * min_sample_s, seconds)
-        # One sample more goes into finding the repetitions.
-        total += (samples_each * SAMPLES + 1) * sample_s + (WARMUPS + 1) * seconds
-    return total
+    # Two samples more go into finding the repetitions.
+    return sum((SAMPLES + 2) * sample_s(seconds) + WARMUPS * seconds for seconds in pass_s)
 
 
 def geometric(low: int, high: int, count: int) -> tuple[int, ...]:
@@ -299,57 +309,59 @@ def _one_trial(bounds: Bounds, richness: Richness, mode: str, seed: int) -> Iter
     name, depths = bounds.model, bounds.depths
     batches = powers_of_two(bounds.max_batch, richness.batches)
     contexts = geometric(min(32, bounds.max_context), bounds.max_context, richness.contexts)
-    prompts = geometric(
-        min(16, bounds.max_context),
-        min(bounds.max_context, bounds.max_prefill_tokens),
-        richness.prompts,
-    )
+    middle = _middle(contexts)
     for batch in batches:
-        for context in contexts:
-            if batch * context <= bounds.pool_tokens:
-                yield Job(
-                    "decode_layers",
-                    name,
-                    depths=depths,
-                    batch=batch,
-                    context_tokens=context,
-                    longest_tokens=context,
-                )
-    middle = contexts[(len(contexts) - 1) // 2]
-    for batch in batches:
-        longest = _ragged_longest(middle, batch, bounds)
-        if batch * longest <= bounds.pool_tokens:
-            for ragged in sorted({middle, longest}):
-                yield Job(
-                    "iteration",
-                    name,
-                    depths=depths,
-                    batch=batch,
-                    context_tokens=middle,
-                    longest_tokens=ragged,
-                )
+        for context, longest in _decode_loads(batch, contexts, middle, bounds):
+            yield _decode("decode_layers", bounds, batch, context, longest)
+        for longest in sorted({middle, _ragged_longest(middle, batch, bounds)}):
+            if batch * longest <= bounds.pool_tokens:
+                yield _decode("iteration", bounds, batch, middle, longest)
     yield from _held_out(bounds, richness, seed)
     if mode == "graph":
         # What is not replayed from a graph costs the same whatever the layers run as.
         return
-    yield from _held_out_prefills(bounds, richness, seed)
     for batch in batches:
         for quantity in ("head", "check"):
             yield Job(quantity, name, batch=batch)
         if len(depths) > 1:
             yield Job("kv_fill", name, depths=_filled(depths), batch=batch)
-    for prompt in prompts:
-        yield _prefill("prefill_layers", bounds, 1, prompt, 0)
-    for prompt in prompts[len(prompts) // 2 :: 2]:
-        yield _prefill("iteration", bounds, 1, prompt, 0)
-    for rows in (4, 16):
-        prompt = prompts[len(prompts) // 2]
+    yield from _prefills(bounds, richness)
+    yield from _held_out_prefills(bounds, richness, seed)
+
+
+def _decode_loads(
+    batch: int, contexts: Sequence[int], middle: int, bounds: Bounds
+) -> list[tuple[int, int]]:
+    """Mean and longest contexts: the grid's, and a middle and a long one that is ragged too."""
+    loads = [(context, context) for context in (*contexts, middle)]
+    if batch > 1:
+        long = (bounds.max_context + 1) // 2
+        loads.append((long, long))
+        loads += [(mean, _ragged_longest(mean, batch, bounds)) for mean in (middle, long)]
+    return [load for load in dict.fromkeys(loads) if batch * load[1] <= bounds.pool_tokens]
+
+
+def _prefills(bounds: Bounds, richness: Richness) -> Iterator[Job]:
+    """Prompts of several lengths, several prompts at once, and prompts behind cached tokens."""
+    prompts = geometric(
+        min(16, bounds.max_context),
+        min(bounds.max_context, bounds.max_prefill_tokens),
+        richness.prompts,
+    )
+    short, middle = prompts[0], _middle(prompts)
+    loads = [("prefill_layers", 1, prompt) for prompt in prompts]
+    loads += [("iteration", 1, prompt) for prompt in (short, *prompts[len(prompts) // 2 :: 2])]
+    # Short prompts show best what each of them costs beside its tokens.
+    for rows in (2, 4, 8):
+        loads += [(quantity, rows, short) for quantity in ("prefill_layers", "iteration")]
+    loads += [("prefill_layers", 4, middle), ("prefill_layers", 16, middle)]
+    loads += [("iteration", 4, middle)]
+    for quantity, rows, prompt in dict.fromkeys(loads):
         if rows <= bounds.max_batch and rows * prompt <= bounds.max_prefill_tokens:
-            yield _prefill("prefill_layers", bounds, rows, prompt, 0)
-    chunk = prompts[len(prompts) // 2]
-    if bounds.max_context - chunk >= 32:
-        for cached in geometric(32, bounds.max_context - chunk, 2):
-            yield _prefill("prefill_layers", bounds, 1, chunk, cached)
+            yield _prefill(quantity, bounds, rows, prompt, 0)
+    if bounds.max_context - middle >= 32:
+        for cached in geometric(32, bounds.max_context - middle, 2):
+            yield _prefill("prefill_layers", bounds, 1, middle, cached)
 
 
 def _held_out(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
@@ -374,13 +386,26 @@ def _held_out(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
 
 
 def _held_out_prefills(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
-    """Prompts of lengths drawn between the grid's."""
+    """Prompts of lengths drawn between the grid's, a third of the times several at once."""
     draw = random.Random(f"{seed}-{bounds.model}-held-out-prefill")
-    for number in range(max(2, richness.held_out // 3)):
+    for number in range(richness.held_out // 2):
         prompt = _between(draw, 16, min(bounds.max_context, bounds.max_prefill_tokens))
+        most = min(8, bounds.max_batch, bounds.max_prefill_tokens // prompt)
+        rows = _between(draw, 1, most) if number % 3 == 2 else 1
         quantity = "iteration" if number % 2 else "prefill_layers"
-        job = _prefill(quantity, bounds, 1, prompt, 0)
+        job = _prefill(quantity, bounds, rows, prompt, 0)
         yield replace(job, depths=(draw.choice(bounds.depths),), purpose="held-out")
+
+
+def _decode(quantity: str, bounds: Bounds, batch: int, context: int, longest: int) -> Job:
+    return Job(
+        quantity,
+        bounds.model,
+        depths=bounds.depths,
+        batch=batch,
+        context_tokens=context,
+        longest_tokens=longest,
+    )
 
 
 def _prefill(quantity: str, bounds: Bounds, rows: int, prompt: int, cached: int) -> Job:
@@ -445,6 +470,12 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
 def _filled(depths: tuple[int, ...]) -> tuple[int, ...]:
     """Numbers of skipped layers: those from each earlier exit to the loaded depth."""
     return tuple(sorted({depths[-1] - depth for depth in depths[:-1]}))
+
+
+def _middle(axis: Sequence[int]) -> int:
+    """A value in the middle of an axis, of the axis itself if it has one between its ends."""
+    inner = axis if len(axis) > 2 else geometric(axis[0], axis[-1], 3)
+    return inner[(len(inner) - 1) // 2]
 
 
 def _ragged_longest(mean: int, batch: int, bounds: Bounds) -> int:

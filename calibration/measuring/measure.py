@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -35,6 +36,7 @@ from calibration.measuring.grid import (
     SAMPLES,
     USED_SHARE,
     Job,
+    Probe,
     job_from,
     plan_energy,
     plan_latency,
@@ -52,7 +54,7 @@ from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.measuring.occupancy import reserve_bytes
 from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE, Purpose, Reading, Readings
 from calibration.measuring.sources import Source, find_sources, sample_tokens
-from calibration.measuring.timing import synchronise, timer_for
+from calibration.measuring.timing import Pace, measure_pace, synchronise, timer_for
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.memory import available_bytes, require
 from calibration.training.trace import trace_checkpoints
@@ -75,6 +77,9 @@ _LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
 
 _COOL_DOWN_S: Final = 0.5
 """Pause after an energy window on a GPU, so that one does not warm the next."""
+
+_PACE_EVERY_S: Final = 5.0
+"""Between two looks at the machine's pace: the quickest is its pace when nobody disturbs it."""
 
 _GRID: Final = {"cpu": (16, 512), "cuda": (64, 2048)}
 """Largest batch and context unless asked otherwise."""
@@ -253,6 +258,8 @@ class _Session:
         self.meter: Meter = best_meter(self.device.type, self.board)
         self.notes: list[str] = []
         self.left_out = 0
+        self.pace = self._earlier_pace()
+        self.pace_seen_s = -math.inf
 
     def run(self) -> None:
         """The device first, then model after model, each with its share of what is left."""
@@ -261,8 +268,10 @@ class _Session:
         self._say(f"{self.meter.explanation}.")
         self._describe_device()
         self._device_readings()
+        self._look_at_pace()
         for number, source in enumerate(self.sources):
             self._model_readings(source, self._left_s() / (len(self.sources) - number))
+        self._look_at_pace()
         self._idle_power(trial=1)
         self._trace()
 
@@ -270,6 +279,8 @@ class _Session:
         """Export what there is, whatever ended the run."""
         if len(self.readings):
             self.environment["ended_at"] = _now()
+            if self.pace is not None:
+                self.environment["pace"] = asdict(self.pace)
             self.environment["notes"] = [*self.environment.get("notes", []), *self.notes]
             self.readings.write_environment(self.environment)
             self.readings.export()
@@ -433,9 +444,10 @@ class _Session:
             self._graphs(bench)
             self._floors(bench)
             self._memory(bench)
+            probe = bench.probe()
             if planned is None:
-                planned = self._plan(bench, until_s - self._now_s())
-            self._run_jobs(bench, planned, until_s)
+                planned = self._plan(bench, probe, until_s - self._now_s())
+            self._run_jobs(bench, probe, planned, until_s)
             bench.close()
         finally:
             model.unload()
@@ -522,9 +534,8 @@ class _Session:
         for reading in bench.memory():
             self._keep(reading)
 
-    def _plan(self, bench: Bench, allowed_s: float) -> list[Job]:
+    def _plan(self, bench: Bench, probe: Probe, allowed_s: float) -> list[Job]:
         """Plan a model's trials, tell the plan, and keep it for `resume`."""
-        probe = bench.probe()
 
         def estimate_s(job: Job) -> float:
             return bench.estimate_s(job, probe)
@@ -532,7 +543,7 @@ class _Session:
         bounds = bench.bounds
         usable_s = USED_SHARE * allowed_s
         energy_s = 0.0 if isinstance(self.meter, NoMeter) else ENERGY_SHARE * usable_s
-        window_s = self._window_s() + bench.steady_s + self._cool_down_s()
+        window_s = self._energy_trial_s(bench)
         seed = self.settings.seed
         jobs: list[Job] = []
         if energy_s:
@@ -540,7 +551,8 @@ class _Session:
             jobs += energy.jobs
             self._note(*energy.notes)
             energy_s = energy.seconds
-        latency = plan_latency(bounds, estimate_s, usable_s - energy_s, allowed_s, seed)
+        timings_s = (usable_s - energy_s) / probe.samples_per_quiet_one
+        latency = plan_latency(bounds, estimate_s, timings_s, allowed_s, seed)
         self._note(*latency.notes)
         jobs += latency.jobs
         planned = list(shuffled_rounds(jobs, seed))
@@ -549,7 +561,8 @@ class _Session:
         self._say(
             f"{bench.name}: {len(latency.jobs)} timings in {trials} rounds{windows}; rows up to "
             f"{bounds.max_batch}, contexts up to {bounds.max_context}, layers "
-            f"{', '.join(map(str, bounds.depths))}; about {_clock(latency.seconds + energy_s)}."
+            f"{', '.join(map(str, bounds.depths))}; about "
+            f"{_clock(latency.seconds * probe.samples_per_quiet_one + energy_s)}."
         )
         self.plans[bench.name] = planned
         self.readings.write_json(
@@ -563,28 +576,46 @@ class _Session:
         )
         return planned
 
-    def _run_jobs(self, bench: Bench, jobs: Sequence[Job], until_s: float) -> None:
-        """Run the trials that are not done, until the time is over."""
-        left = [job for job in jobs if not self._is_done(job)]
+    def _run_jobs(self, bench: Bench, probe: Probe, jobs: Sequence[Job], until_s: float) -> None:
+        """Run the trials that are not done, until the time is over.
+
+        Time that is left over when nobody disturbs goes to those that are.
+        """
+        left = [(job, self._least_s(bench, probe, job)) for job in jobs if not self._is_done(job)]
+        left_s = sum(least_s for _, least_s in left)
         with self._progress(bench.name, len(left)) as advance:
             while left:
-                if self._now_s() > until_s:
+                now_s = self._now_s()
+                if now_s > until_s:
                     self.left_out += len(left)
                     self._note(
                         f"{bench.name}: {len(left)} trials were not taken in time; --resume takes "
                         "them"
                     )
                     return
-                self._run_job(bench, left.pop(0))
+                if now_s - self.pace_seen_s > _PACE_EVERY_S:
+                    self._look_at_pace()
+                job, least_s = left.pop(0)
+                self._run_job(bench, job, least_s / left_s * USED_SHARE * (until_s - now_s))
+                left_s -= least_s
                 advance()
 
-    def _run_job(self, bench: Bench, job: Job) -> None:
+    def _least_s(self, bench: Bench, probe: Probe, job: Job) -> float:
+        """Seconds of a trial that nobody disturbs."""
+        if job.quantity.endswith("_energy"):
+            return self._energy_trial_s(bench)
+        return bench.estimate_s(job, probe)
+
+    def _energy_trial_s(self, bench: Bench) -> float:
+        return self._window_s() + bench.steady_s + self._cool_down_s()
+
+    def _run_job(self, bench: Bench, job: Job, patience_s: float) -> None:
         state, started_at = self.board.state(), _now()
         if job.quantity.endswith("_energy"):
             self._keep(bench.energy(job, self.meter, self._window_s()), state, started_at)
             time.sleep(self._cool_down_s())
             return
-        for reading in bench.time(job):
+        for reading in bench.time(job, patience_s):
             self._keep(reading, state, started_at)
 
     def _trace(self) -> None:
@@ -686,6 +717,20 @@ class _Session:
             except (OSError, ValueError, TypeError):
                 self.console.print(f"{file} could not be read and is written anew.")
         return {}
+
+    def _earlier_pace(self) -> Pace | None:
+        """The pace of the run that is resumed."""
+        found = self.environment.get("pace")
+        try:
+            return None if found is None else Pace(**found)
+        except TypeError:
+            return None
+
+    def _look_at_pace(self) -> None:
+        """Take the device's pace; its quickest is what a later run is held against."""
+        found = measure_pace(self.device)
+        self.pace = found if self.pace is None else self.pace.quickest(found)
+        self.pace_seen_s = self._now_s()
 
     def _describe_device(self) -> None:
         """Write down where readings come from, before the first is taken."""

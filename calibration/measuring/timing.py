@@ -304,23 +304,25 @@ def timed(
     samples: int = 5,
     warmups: int = 2,
     seed: int = 0,
+    patience_s: float = math.inf,
 ) -> list[Timing]:
     """Time several pieces of work in turns; one `Timing` each, in the order given.
 
     Every round samples each piece once, in a random order, until each has `samples` that were
-    not disturbed, or `MAX_TRIES` times as many in all; the least disturbed then count.
-    Repetitions are chosen for each piece so that a sample holds at least the timer's
-    `min_sample_s`.
+    not disturbed, or `MAX_TRIES` times as many in all, or until `patience_s` are over and each has
+    as many as are wanted; the least disturbed then count. Repetitions are chosen for each piece
+    so that a sample holds at least the timer's `min_sample_s`.
     """
     if samples < 1 or warmups < 1:
         raise ValueError(f"timed() was given {samples} samples and {warmups} warm-ups; 1 at least.")
     taken: list[list[Sample]] = [[] for _ in works]
     shuffle = random.Random(seed).shuffle
+    until_s = time.perf_counter() + patience_s
     with uncollected():
         repetitions = [_repetitions(work, timer, warmups) for work in works]
-        for _ in range(samples * MAX_TRIES):
+        for turn in range(samples * MAX_TRIES):
             order = [index for index, found in enumerate(taken) if _num_quiet(found) < samples]
-            if not order:
+            if not order or (turn >= samples and time.perf_counter() > until_s):
                 break
             shuffle(order)
             for index in order:

@@ -24,7 +24,9 @@ PROBE = Probe(1e-3, 1e-5, 1e-8, 1e-3, 1e-6, 1e-9, 1e-4, 1e-6)
 
 def estimate_s(job: Job) -> float:
     shares = [depth / 12 for depth in job.depths] or [1.0]
-    return timing_s((PROBE.pass_s(job, share) for share in shares), 0.005)
+    return timing_s(
+        (PROBE.pass_s(job, share) for share in shares), lambda pass_s: max(0.005, pass_s)
+    )
 
 
 def latency(allowed_s: float, bounds: Bounds = BOUNDS) -> tuple[Job, ...]:
@@ -75,6 +77,51 @@ def test_the_grid_holds_every_quantity_ragged_rows_and_held_out_loads() -> None:
     held_out = [job for job in jobs if job.purpose == "held-out"]
     assert {job.quantity for job in held_out} >= {"decode_layers", "prefill_layers"}
     assert any(job.prompt_tokens and job.context_tokens for job in jobs)
+
+
+@pytest.mark.parametrize("allowed_s", [0.01, 20.0, 300.0])
+def test_ragged_rows_are_fitted_beside_even_ones_of_the_same_mean(allowed_s: float) -> None:
+    jobs = [job for job in latency(allowed_s) if job.quantity == "decode_layers"]
+    fitted = {
+        (job.batch, job.context_tokens, job.longest_tokens): job.depths
+        for job in jobs
+        if job.purpose == "fit"
+    }
+    for batch in {job.batch for job in jobs if job.purpose == "fit"} - {1}:
+        ragged = {
+            mean: longest
+            for rows, mean, longest in fitted
+            if rows == batch and mean is not None and longest != mean
+        }
+        assert len(ragged) == 2
+        assert max(ragged) == BOUNDS.max_context // 2
+        for mean, longest in ragged.items():
+            assert longest == 2 * mean - 1
+            for load in ((batch, mean, mean), (batch, mean, longest)):
+                assert fitted[load] == BOUNDS.depths
+
+
+@pytest.mark.parametrize("allowed_s", [0.01, 300.0])
+def test_several_prompts_are_fitted_shallow_and_deep_beside_their_layers(allowed_s: float) -> None:
+    jobs = [job for job in latency(allowed_s) if job.prompt_tokens and job.purpose == "fit"]
+    loads = {
+        quantity: {
+            (job.batch, job.prompt_tokens, job.depths) for job in jobs if job.quantity == quantity
+        }
+        for quantity in ("iteration", "prefill_layers")
+    }
+    assert loads["iteration"] <= loads["prefill_layers"]
+    assert {batch for batch, _, _ in loads["iteration"]} >= {1, 2, 4, 8}
+    assert all(depths == (3, 12) for _, _, depths in loads["iteration"])
+
+
+@pytest.mark.parametrize("allowed_s", [0.01, 300.0])
+def test_even_the_coarsest_grid_holds_out_enough(allowed_s: float) -> None:
+    jobs = [job for job in latency(allowed_s) if job.purpose == "held-out" and job.trial == 0]
+    decodes = [job for job in jobs if not job.prompt_tokens and job.mode == "eager"]
+    assert len(decodes) >= 12
+    assert sum(job.longest_tokens != job.context_tokens for job in decodes) >= 4
+    assert len([job for job in jobs if job.prompt_tokens]) >= 6
 
 
 def test_the_pool_bounds_every_load() -> None:

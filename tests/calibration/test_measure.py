@@ -18,9 +18,15 @@ from calibration.measuring.bench import Bench
 from calibration.measuring.grid import RICHNESS, Job
 from calibration.measuring.measure import MeasureSettings, measure, parse_budget, parse_exits
 from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
-from calibration.measuring.readings import READINGS_FILE, Reading, read_points
+from calibration.measuring.readings import (
+    ENVIRONMENT_FILE,
+    READINGS_FILE,
+    Reading,
+    read_points,
+)
 from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
+from calibration.measuring.timing import Pace
 from calibration.model.early_exit import from_stock, save
 from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
@@ -136,7 +142,7 @@ def test_some_loads_are_held_out_and_some_rows_are_ragged(measured: Path) -> Non
     held_out = points.filter(pl.col("purpose") == "held-out")
     assert set(held_out["quantity"]) >= {"decode_layers", "load_disk"}
     ragged = points.filter(pl.col("longest_context_tokens") > pl.col("context_tokens"))
-    assert "iteration" in set(ragged["quantity"])
+    assert set(ragged.filter(purpose="fit")["quantity"]) == {"iteration", "decode_layers"}
 
 
 def test_the_environment_says_where_readings_come_from(measured: Path) -> None:
@@ -150,6 +156,9 @@ def test_the_environment_says_where_readings_come_from(measured: Path) -> None:
     assert found["dtype"] == "float32"
     assert "No energy meter" in found["meter"]["explanation"]
     assert found["context_counts_new_token"] is True
+    pace = Pace(**found["pace"])
+    assert 0.0 < pace.core_s < 0.1
+    assert 0.0 < pace.memory_s < 0.1
 
 
 def iteration(batch: int, context: int, prompt: int | None = None, longest: int = 0) -> Job:
@@ -280,7 +289,11 @@ def test_resuming_takes_only_what_is_missing(checkpoint: Path, tmp_path: Path) -
     kept = [line for line in lines if '"kv_fill"' not in line]
     assert len(kept) < len(lines)
     (out / READINGS_FILE).write_text("".join(kept) + lines[0][:25])
+    environment = json.loads((out / ENVIRONMENT_FILE).read_text())
+    quicker = {"core_s": 1e-9, "memory_s": 1e-9}
+    (out / ENVIRONMENT_FILE).write_text(json.dumps(environment | {"pace": quicker}))
     again = measure(settings(checkpoint, out, resume=True))
+    assert json.loads((out / ENVIRONMENT_FILE).read_text())["pace"] == quicker
     assert again.num_readings >= first.num_readings
     assert again.num_new >= len(lines) - len(kept)
     keys = [reading for reading in read_points(out).iter_rows()]
@@ -304,7 +317,7 @@ def test_an_interruption_keeps_the_readings_and_says_where(
 ) -> None:
     taken = []
 
-    def interrupted(self: Bench, job: Job) -> Iterator[Any]:
+    def interrupted(self: Bench, job: Job, patience_s: float) -> Iterator[Any]:
         taken.append(job)
         if len(taken) > 3:
             raise KeyboardInterrupt
