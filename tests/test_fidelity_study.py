@@ -138,7 +138,7 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
     assert "Median absolute error over 3 real scenarios" in text
     assert "--profile <mine>" in text
     assert "The clocks were free." in text
-    assert "How slow the machine was is unknown" in text
+    assert "How slow the machine was around the real runs is unknown" in text
     assert "Median errors are held to the bars" in text
     assert "Beyond twice the spread" in text
     summary = summary_text(results)
@@ -206,7 +206,7 @@ def test_runs_beside_which_the_machine_was_slow_are_served_again_at_most_twice(
     assert case["num_discarded"] == results["num_discarded"] == 2
     text = text_of(render(results))
     assert "2 runs were discarded, whatever came of them" in text
-    assert "more than 1.15 times; of those kept 1 still are." in text
+    assert "more than 1.15 times as slow; of those kept 1 still are." in text
     assert "1.20, 1.02 (2 discarded)" in text
     again = study.run_study(ground, tmp_path, server, cases=(run,), say=lambda text: None)
     assert again.outcomes[0].num_discarded == 2

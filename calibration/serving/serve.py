@@ -31,7 +31,7 @@ from calibration.serving.host import Host, lives_of
 from calibration.serving.judge import Reread, judge, reread, served_traces
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.record import run_data, write_extras
-from calibration.serving.slowdown import pace_facts
+from calibration.serving.slowdown import slowdown_facts, waited_s
 from calibration.serving.weights import CheckpointWeights, KvKind, WeightSettings
 from helios_sim.cards import Room, policy_slo, room_of
 from helios_sim.command import Interrupted
@@ -89,7 +89,7 @@ class Served:
     """A written run: its folder and its figures.
 
     `slowdown` says how many times slower the machine was than while the profile was measured, None
-    where the profile does not tell its pace.
+    where nothing tells.
     """
 
     folder: Path
@@ -359,11 +359,22 @@ def serve_once(
     pace_before = measure_pace(bench.device)
     with undisturbed():
         energy.open()
+        waited_before_s = waited_s()
         clock.restart()
         energy.started(clock.start_s)
         host.play()
+        waited_after_s = waited_s()
         outcome = energy.close(host.tally.spent_s["busy"])
-    paces = pace_facts(bench.room.profile, pace_before, measure_pace(bench.device))
+    spent_s = host.tally.spent_s
+    machine = slowdown_facts(
+        bench.room.profile,
+        pace_before,
+        measure_pace(bench.device),
+        None
+        if waited_before_s is None or waited_after_s is None
+        else waited_after_s - waited_before_s,
+        spent_s["busy"] + spent_s["load"],
+    )
     say(f"{chosen.name}: reading the served text again", 0.0)
     weights.drop()
     judged = _reread_all(bench, host, weights)
@@ -380,7 +391,7 @@ def serve_once(
         scenario=asked,
         environment=environment(bench, host, weights, meter)
         | {"started_at": started_at, "energy": _said(outcome)}
-        | paces,
+        | machine,
     )
     check_run(run)
     measure = scenario.measure
@@ -399,7 +410,7 @@ def serve_once(
         write_traces(traces, folder / TRACES_FILE)
         (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
 
-    return Served(write_run(run, summary, out, finish), summary, paces.get("slowdown"))
+    return Served(write_run(run, summary, out, finish), summary, machine.get("slowdown"))
 
 
 def environment(

@@ -1,25 +1,54 @@
-"""How much slower a machine is around a run than it was while its profile was measured."""
+"""How much slower a machine is around and during a run than while its profile was measured.
+
+Three signs are read, none of which depends on what is served: a known piece of work right before
+the run, the same right after it, and how long the serving thread had to wait for a processor that
+others held. The first two see clocks and memory shared with others, the last what a short look
+between two turns of the scheduler does not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from calibration.measuring.timing import Pace
 from helios_sim.profile import Profile
 
+_SCHEDULED: Final = Path("/proc/thread-self/schedstat")
+_NS: Final = 1e-9
+_MOST_WAITED: Final = 0.99
+"""Share of its work for which a thread is taken to have waited at most."""
 
-def pace_facts(profile: Profile, before: Pace, after: Pace) -> dict[str, Any]:
-    """The paces right before and after a run, and the slowdown where the profile tells its own.
 
-    The slowdown is the larger of the two against the profile's: it is known without looking at
-    what was served, so that a run may be discarded for it.
+def waited_s() -> float | None:
+    """Seconds for which this thread could have run and others did; None where no system tells."""
+    try:
+        return _NS * int(_SCHEDULED.read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def slowdown_facts(
+    profile: Profile, before: Pace, after: Pace, waited: float | None, worked_s: float
+) -> dict[str, Any]:
+    """What a run's record says of the machine: paces, seconds waited, and the slowdown.
+
+    The slowdown is the largest of the two paces against the profile's, where it tells its own, and
+    of the seconds worked over those that were not waited.
     """
     facts: dict[str, Any] = {"pace_before": asdict(before), "pace_after": asdict(after)}
+    signs = []
     measured = measured_pace(profile)
     if measured is not None:
-        facts["slowdown"] = max(before.against(measured), after.against(measured))
+        signs += [before.against(measured), after.against(measured)]
+    if waited is not None:
+        facts["waited_s"] = waited
+        if worked_s > 0.0:
+            signs.append(1.0 / (1.0 - min(waited / worked_s, _MOST_WAITED)))
+    if signs:
+        facts["slowdown"] = max(signs)
     return facts
 
 

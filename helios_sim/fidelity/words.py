@@ -106,8 +106,8 @@ def remarks(fidelity: Fidelity) -> list[str]:
     slowed = [one for side in fidelity.sides.reals if (one := side.slowdown) is not None]
     if slowed:
         found.append(
-            f"Around the real runs a known piece of work took {spanned(slowed)} times as long as "
-            "when the profile was measured."
+            f"The machine was {spanned(slowed)} times as slow around the real runs as while the "
+            "profile was measured."
         )
     unmeasured = [name_of(row) for row in fidelity.figures if row.verdict == "not measured"]
     if unmeasured:

@@ -88,23 +88,23 @@ def _pace_remarks(results: Mapping[str, Any]) -> list[str]:
     """How slow the machine was around the runs that count, and how many were discarded for it."""
     slowed = [one for case in results["cases"] for one in case["slowdowns"] if one is not None]
     if not slowed:
-        return ["How slow the machine was is unknown: the profile does not tell its own pace."]
+        return ["How slow the machine was around the real runs is unknown."]
     bound, num = results["max_slowdown"], results["num_discarded"]
     beyond = sum(1 for one in slowed if one > bound)
     said = (
-        f"Around the real runs a known piece of work took {spanned(slowed)} times as long as when "
-        "the profile was measured. "
+        f"The machine was {spanned(slowed)} times as slow around the real runs as while the "
+        "profile was measured. "
     )
     if num:
         said += (
             f"{num} run{'s were' if num != 1 else ' was'} discarded, whatever came of "
-            f"{'them' if num != 1 else 'it'}, and served again because that was more than "
-            f"{bound:g} times"
+            f"{'them' if num != 1 else 'it'}, and served again, because the machine was more than "
+            f"{bound:g} times as slow"
         )
         said += f"; of those kept {beyond} still are." if beyond else "."
     else:
         said += (
-            f"No run was discarded for it, though {beyond} took more than {bound:g} times."
+            f"No run was discarded for it, though around {beyond} it was more than {bound:g} times."
             if beyond
             else f"No run was discarded: that would take more than {bound:g} times."
         )

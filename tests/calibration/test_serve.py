@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from calibration.measuring.timing import Pace
 from calibration.serving.energy import RunEnergy
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.serve import ServeSettings, line_of, prepare, serve, threads_of
-from calibration.serving.slowdown import measured_pace
+from calibration.serving.slowdown import measured_pace, slowdown_facts, waited_s
 from calibration.training.text import ByteTokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
@@ -296,7 +297,6 @@ def test_a_run_keeps_the_machines_pace_around_it_and_how_much_slower_it_is(
     environment = read_run(served).environment
     assert set(environment["pace_before"]) == set(environment["pace_after"])
     assert min(environment["pace_before"].values()) > 0.0
-    assert "slowdown" not in environment
 
     document = json.loads((place / "profile" / "profile.json").read_text())
     document["provenance"].setdefault("environment", {})["pace"] = {"core_s": 2.0, "memory_s": 4.0}
@@ -304,12 +304,27 @@ def test_a_run_keeps_the_machines_pace_around_it_and_how_much_slower_it_is(
     assert measured_pace(told) == Pace(2.0, 4.0)
     paces = iter([Pace(2.0, 4.4), Pace(2.5, 4.0)])
     monkeypatch.setattr("calibration.serving.serve.measure_pace", lambda _: next(paces))
+    monkeypatch.setattr("calibration.serving.serve.waited_s", lambda: None)
     settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=2)
     scenario = tmp_path / "tiny.toml"
     scenario.write_text((place / "tiny.toml").read_text())
     (one,) = serve(scenario, tmp_path / "run", settings)
     assert one.slowdown == read_run(one.folder).environment["slowdown"] == 1.25
     assert line_of(one).endswith("slowdown 1.25")
+    assert "waited_s" not in read_run(one.folder).environment
+
+
+def test_the_slowdown_counts_what_the_thread_waited_for_a_processor_too(place) -> None:
+    quiet = Pace(2.0, 4.0)
+    profile = load_profile("opt-a100-40gb")
+    facts = slowdown_facts(profile, quiet, quiet, waited=2.0, worked_s=10.0)
+    assert (facts["waited_s"], facts["slowdown"]) == (2.0, 1.25)
+    assert "slowdown" not in slowdown_facts(profile, quiet, quiet, None, 10.0)
+    assert slowdown_facts(profile, quiet, quiet, 9.0, 3.0)["slowdown"] == pytest.approx(100.0)
+    environment = {"pace": {"core_s": 1.0, "memory_s": 4.0}}
+    told = replace(profile, provenance=replace(profile.provenance, environment=environment))
+    assert slowdown_facts(told, quiet, quiet, 2.0, 10.0)["slowdown"] == 2.0
+    assert waited_s() is None or waited_s() >= 0.0
 
 
 def test_a_package_without_a_version_is_missed_before_anything_is_served(
