@@ -80,12 +80,19 @@ def array(coefficients: Mapping[str, float]) -> np.ndarray:
 
 @dataclass
 class Plan:
-    """What is planted: coefficients, noise (relative), a factor by batch, and what was measured."""
+    """What is planted: coefficients, noise (relative), factors, and what was measured.
+
+    `factor` goes by batch, `depth_factor` by loaded depth. `ragged` adds rows of unequal contexts
+    to stacks and iterations; `prompts` are the numbers of prompts of whole prefill iterations.
+    """
 
     coefficients: Mapping[str, float] = field(default_factory=lambda: GPU_LIKE)
     noise: float = 0.0
     seed: int = 0
     factor: Mapping[int, float] = field(default_factory=dict)
+    depth_factor: Mapping[int, float] = field(default_factory=dict)
+    ragged: bool = False
+    prompts: tuple[int, ...] = (1,)
     modes: tuple[str, ...] = ("eager",)
     eager_slowdown_s: float = 0.0
     energy: bool = True
@@ -107,50 +114,45 @@ def readings(plan: Plan) -> list[Reading]:
             known = {"model": plan.name, **values}
             found.append(Reading(quantity=quantity, seconds=noisy(seconds), trial=trial, **known))
 
-    def factor(batch: int) -> float:
-        return plan.factor.get(batch, 1.0)
+    def factor(batch: int, depth: int) -> float:
+        return plan.factor.get(batch, 1.0) * plan.depth_factor.get(depth, 1.0)
 
-    def layer(rows: int, context: int, batch: int) -> float:
-        return cost.layer_seconds(c, rows, context, context, 0, 0, 0)[0] * factor(batch)
-
-    def decode(batch: int, context: int, purpose: str) -> None:
+    def decode(batch: int, context: int, purpose: str, longest: int | None = None) -> None:
+        wide = longest or context
         for mode in plan.modes:
             slow = plan.eager_slowdown_s if mode == "eager" and len(plan.modes) > 1 else 0.0
             rows = min(b for b in BATCHES if b >= batch) if mode == "graph" else batch
+            held, read = batch * context, rows * wide
+            values = {
+                "mode": mode,
+                "batch": batch,
+                "context_tokens": context,
+                "longest_context_tokens": longest,
+                "purpose": purpose,
+            }
             for depth in DEPTHS:
-                seconds = STACK_S + depth * (layer(rows, batch * context, batch) + slow)
-                add(
-                    "decode_layers",
-                    seconds,
-                    mode=mode,
-                    layers=depth,
-                    batch=batch,
-                    context_tokens=context,
-                    purpose=purpose,
-                )
-            whole, _ = cost.decode_seconds(
-                c, rows, batch * context, batch * context, 12, 0, 1, 0, rows, factor(batch)
-            )
-            if context == 512:
-                add(
-                    "iteration",
-                    whole + 12 * slow,
-                    mode=mode,
-                    layers=12,
-                    batch=batch,
-                    context_tokens=context,
-                    purpose=purpose,
-                )
+                layer = cost.layer_seconds(c, rows, held, read, 0, 0, 0)[0] * factor(batch, depth)
+                add("decode_layers", STACK_S + depth * (layer + slow), layers=depth, **values)
+                if longest or (context == 512 and depth == DEPTHS[-1]):
+                    whole, _ = cost.decode_seconds(
+                        c, rows, held, read, depth, 0, 1, 0, rows, factor(batch, depth)
+                    )
+                    add("iteration", whole + depth * slow, layers=depth, **values)
 
     for batch in BATCHES:
         for context in CONTEXTS:
             decode(batch, context, "fit")
+        if plan.ragged and batch > 1:
+            decode(batch, 300, "fit", longest=520)
+            decode(batch, 150, "fit", longest=290)
         add("head", cost.head_seconds(c, batch), batch=batch)
         add("check", cost.check_seconds(c, batch), batch=batch)
         add("kv_fill", cost.kv_fill_seconds(c, batch, 6), batch=batch, layers=6)
     for batch in HELD_OUT_BATCHES if not plan.factor else BATCHES[1:-1:2]:
         for context in (64, 700):
             decode(batch, context, "held-out")
+        if plan.ragged:
+            decode(batch, 260, "held-out", longest=500)
     for prompt, purpose in [(n, "fit") for n in (16, 32, 64, 128, 256, 512, 1000)] + [
         (n, "held-out") for n in (48, 400)
     ]:
@@ -167,17 +169,20 @@ def readings(plan: Plan) -> list[Reading]:
                 context_tokens=0,
                 purpose=purpose,
             )
-        whole, _ = cost.mixed_seconds(c, 0, 0, 0, prompt, 0, pairs, 12, 0, 1, 1, 1)
-        add(
-            "iteration",
-            whole,
-            mode="eager",
-            layers=12,
-            batch=1,
-            prompt_tokens=prompt,
-            context_tokens=0,
-            purpose=purpose,
-        )
+        for count in plan.prompts:
+            whole, _ = cost.mixed_seconds(
+                c, 0, 0, 0, count * prompt, 0, count * pairs, 12, 0, count, count, 1
+            )
+            add(
+                "iteration",
+                whole,
+                mode="eager",
+                layers=12,
+                batch=count,
+                prompt_tokens=prompt,
+                context_tokens=0,
+                purpose=purpose,
+            )
     for size in (2**20, 2**22, 2**24, 2**26):
         add("load_disk", DISK[0] + size / DISK[1], bytes=size)
         add("load_host_pinned", HOST[0] + size / HOST[1], bytes=size)

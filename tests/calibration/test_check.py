@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from calibration.cli import main
-from calibration.fitting.check import check_rows, check_text, compare, verdict
+from calibration.fitting.check import check_rows, check_text, compare, place_of, verdict
 from calibration.fitting.fit import fit_profile
 from calibration.fitting.points import gather
 from helios_sim.errors import InputError
@@ -151,3 +151,22 @@ def test_trials_that_took_far_longer_than_the_quickest_are_left_out() -> None:
     assert found.filter(pl.col("quantity") == "decode_layers")["num_trials"].max() == 1
     loads = gather(slowed).filter(pl.col("quantity") == "load_disk")
     assert loads["num_trials"].min() == 3
+
+
+def test_ragged_points_are_predicted_with_their_longest_row(tmp_path: Path) -> None:
+    coefficients = dict(planted.GPU_LIKE) | {
+        "decode.launch_s": 0.0,
+        "decode.memory_s_per_context_token": 0.0,
+        "decode.memory_s_per_padded_token": 1.6e-9,
+        "decode.fixed_s_per_row": 3.0e-6,
+    }
+    plan = Plan(coefficients, ragged=True, energy=False, prompts=(1, 4))
+    profile = fit_profile(planted.folder(tmp_path / "points", plan), tmp_path / "profile")
+    compared = compare(profile)
+    ragged = compared.filter(pl.col("longest_context_tokens") > pl.col("context_tokens"))
+    assert set(ragged["quantity"]) == {"decode_layers", "iteration"}
+    assert ragged["error"].abs().max() < 1e-3  # type: ignore[operator]
+    prompts = compared.filter((pl.col("quantity") == "prefill_iteration") & (pl.col("batch") == 4))
+    assert prompts["error"].abs().max() < 1e-3  # type: ignore[operator]
+    longest = int(ragged["longest_context_tokens"].max())  # type: ignore[arg-type]
+    assert any(f"(longest {longest})" in place_of(row) for row in ragged.iter_rows(named=True))

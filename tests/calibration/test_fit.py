@@ -15,12 +15,23 @@ from hypothesis import strategies as st
 from calibration.cli import main
 from calibration.fitting.fit import FitSettings, fit_profile
 from calibration.fitting.fit_times import falling_time, fit_times, model_profile
-from helios_sim.cost import COEFFICIENTS, decode_seconds
+from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
 from helios_sim.profile import Profile, load_profile, unit_of
 from tests.calibration import planted
 from tests.calibration.planted import GPU_LIKE, Plan
+
+PADDED = dict(GPU_LIKE) | {
+    "decode.launch_s": 0.0,
+    "decode.memory_s_per_context_token": 4.0e-10,
+    "decode.memory_s_per_padded_token": 1.2e-9,
+    "decode.fixed_s_per_row": 3.0e-6,
+    "prefill.fixed_s_per_prompt": 5.0e-5,
+}
+"""A backend that reads rows to the longest one's end, and whose host pays for every row."""
+SHALLOW_IS_QUICK = {3: 0.75, 6: 0.9}
+ONE_ROW_IS_QUICK = {1: 0.7}
 
 PLANTED_TIMES = [name for name in GPU_LIKE if unit_of(name)[0] == "s"]
 
@@ -149,6 +160,135 @@ def test_a_bump_over_batch_is_kept_where_it_lowers_the_left_out_error(tmp_path: 
     assert record["kept"]
     assert record["left_out_mean_with"] < record["left_out_mean_without"]
     assert falling_time(profile.models["planted"]) is None
+
+
+def test_padding_rows_on_the_host_and_both_factors_are_found_again() -> None:
+    plan = Plan(
+        PADDED,
+        factor=ONE_ROW_IS_QUICK,
+        depth_factor=SHALLOW_IS_QUICK,
+        ragged=True,
+        prompts=(1, 2, 8),
+        energy=False,
+    )
+    found = fit_times(planted.points(plan), planted.model())
+    for name in PLANTED_TIMES:
+        assert found.numbers[name].value == pytest.approx(PADDED[name], rel=1e-3), name
+    for name in OPTIONAL_COEFFICIENTS:
+        if name in PADDED:
+            assert found.numbers[name].value == pytest.approx(PADDED[name], rel=1e-3), name
+            assert found.numbers[name].grade == "measured"
+    assert dict(found.depth_residual) == pytest.approx({3: 0.75, 6: 0.9, 12: 1.0}, rel=1e-3)
+    batches = dict.fromkeys(planted.BATCHES, 1.0) | ONE_ROW_IS_QUICK
+    assert dict(found.batch_residual) == pytest.approx(batches, rel=1e-3)
+    assert found.overheads["decode"] == pytest.approx(planted.STACK_S, rel=1e-3)
+    lent = found.numbers["decode.compute_s_per_padded_token"]
+    assert (lent.value, lent.grade) == (
+        found.numbers["decode.memory_s_per_padded_token"].value,
+        "derived",
+    )
+
+
+@pytest.mark.parametrize("floor_s", [0.0, 3.0e-5])
+def test_under_noise_factors_are_kept_and_new_points_met(floor_s: float) -> None:
+    plan = Plan(
+        PADDED | {"decode.launch_s": floor_s},
+        noise=0.01,
+        factor=ONE_ROW_IS_QUICK,
+        depth_factor=SHALLOW_IS_QUICK,
+        ragged=True,
+        energy=False,
+    )
+    found = fit_times(planted.points(plan), planted.model())
+    assert found.record["falls"] is None
+    assert found.record["batch_residual"]["kept"]
+    assert found.record["depth_residual"]["kept"]
+    assert dict(found.depth_residual) == pytest.approx({3: 0.75, 6: 0.9, 12: 1.0}, rel=0.02)
+    for quantity in ("decode_layers", "iteration"):
+        errors = found.record["errors"][quantity]
+        assert errors["held_out"]["median"] < 0.015
+        assert errors["left_out"]["median"] < 0.015
+
+
+def test_disturbed_cells_hardly_move_the_factors() -> None:
+    plan = Plan(PADDED, noise=0.01, depth_factor=SHALLOW_IS_QUICK, ragged=True, energy=False)
+    points = planted.points(plan)
+    disturbed = (pl.col("batch") * 7 + pl.col("context_tokens") * 3) % 11 == 0
+    spoilt = points.with_columns(
+        seconds=pl.when(disturbed.fill_null(False) & (pl.col("purpose") == "fit"))
+        .then(pl.col("seconds") * 1.9)
+        .otherwise("seconds")
+    )
+    assert 0.03 < (spoilt["seconds"] != points["seconds"]).mean() < 0.2  # type: ignore[operator]
+    found = fit_times(spoilt, planted.model())
+    assert dict(found.depth_residual) == pytest.approx({3: 0.75, 6: 0.9, 12: 1.0}, rel=0.03)
+    assert found.record["errors"]["decode_layers"]["held_out"]["median"] < 0.03
+
+
+def test_without_ragged_rows_all_context_is_charged_to_the_rows_own() -> None:
+    found = fit_times(planted.points(Plan(PADDED, energy=False)), planted.model())
+    both = PADDED["decode.memory_s_per_context_token"] + PADDED["decode.memory_s_per_padded_token"]
+    context = found.numbers["decode.memory_s_per_context_token"]
+    assert context.value == pytest.approx(both, rel=1e-4)
+    for plane in ("memory", "compute"):
+        padded = found.numbers[f"decode.{plane}_s_per_padded_token"]
+        assert (padded.value, padded.grade) == (0.0, "derived")
+        assert "no ragged rows" in padded.source
+
+
+def test_a_plane_without_ragged_rows_splits_its_context_as_the_other_does() -> None:
+    coefficients = PADDED | {
+        "decode.compute_s_per_row": 1.5e-6,
+        "decode.compute_s_per_context_token": 5.0e-10,
+        "decode.compute_s_per_padded_token": 1.5e-9,
+    }
+    points = planted.points(Plan(coefficients, ragged=True, energy=False))
+    ragged = (pl.col("longest_context_tokens") > pl.col("context_tokens")).fill_null(False)
+    points = points.filter(~ragged | (pl.col("batch") <= 8) | (pl.col("purpose") != "fit"))
+    found = fit_times(points, planted.model())
+    for name in coefficients:
+        if name.startswith(("decode.memory", "decode.compute")):
+            assert found.numbers[name].value == pytest.approx(coefficients[name], rel=1e-3), name
+    assert found.record["errors"]["decode_layers"]["held_out"]["p95"] < 1e-3
+
+
+def test_what_a_row_adds_is_not_guessed_from_one_batch() -> None:
+    points = planted.points(Plan(PADDED, energy=False))
+    one = (pl.col("quantity") != "iteration") | (pl.col("batch") == 4)
+    found = fit_times(points.filter(one), planted.model())
+    for name, few in (
+        ("decode.fixed_s_per_row", "fewer than 3 batches"),
+        ("prefill.fixed_s_per_prompt", "fewer than 2 numbers of prompts"),
+    ):
+        assert (found.numbers[name].value, found.numbers[name].grade) == (0.0, "derived")
+        assert few in found.numbers[name].source
+
+
+def test_times_rise_with_loaded_depth_and_a_fall_is_said(tmp_path: Path) -> None:
+    factor = {3: 2.5, 6: 1.1}
+    plan = Plan(dict(GPU_LIKE) | {"decode.launch_s": 0.0}, noise=0.005, depth_factor=factor)
+    model = fitted(tmp_path, plan).models["planted"]
+    assert falling_time(model) is None
+    said = falling_time(replace(model, depth_residual=((3.0, 2.5), (6.0, 1.0))))
+    assert said is not None
+    assert "loaded layers" in said
+
+
+def test_both_factors_stand_in_the_profile(tmp_path: Path) -> None:
+    plan = Plan(
+        PADDED,
+        noise=0.003,
+        factor=ONE_ROW_IS_QUICK,
+        depth_factor=SHALLOW_IS_QUICK,
+        ragged=True,
+        energy=False,
+    )
+    profile = fitted(tmp_path, plan)
+    model = profile.models["planted"]
+    assert [depth for depth, _ in model.depth_residual] == [3.0, 6.0, 12.0]
+    assert model.residual(1, 3)[1] == pytest.approx(0.7 * 0.75, rel=0.03)
+    knot = profile.quantities["models.planted.depth_residual[0]"]
+    assert (knot.unit, knot.grade) == ("1", "measured")
 
 
 def test_no_factor_lets_a_time_fall_as_rows_join(tmp_path: Path) -> None:
