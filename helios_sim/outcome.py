@@ -85,6 +85,8 @@ def environment(run: Run) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in packages}
         | {"python": ".".join(platform.python_version_tuple()[:2])},
+        "device": profile.device.name,
+        "device_kind": "processor" if profile.is_of_processor else "GPU",
         "profile": profile.name,
         "profile_hash": profile.hash,
         "profile_origin": profile.provenance.origin,

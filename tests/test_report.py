@@ -29,7 +29,15 @@ from helios_sim.report.figures import (
     segments,
     timeline_figure,
 )
-from helios_sim.report.words import headline, limits, number, remarks, span, times
+from helios_sim.report.words import (
+    device_of_all,
+    headline,
+    limits,
+    number,
+    remarks,
+    span,
+    times,
+)
 from helios_sim.slo import parse_slo
 from tests.factories import make_run
 
@@ -75,6 +83,22 @@ def test_the_page_answers_with_numbers() -> None:
     assert "31 published" in text
     assert "rate_per_s = 8.0" in text
     assert "leave out the first 20 requests" in text
+
+
+def test_a_processor_is_not_called_a_gpu() -> None:
+    """The records say what the device is; those of a real run by its name."""
+    run = make_run(num_replicas=2)
+    for said, called in (
+        ({}, "GPU"),
+        ({"device": "NVIDIA H100", "device_kind": "GPU"}, "GPU"),
+        ({"device": "AMD EPYC, 2 cores", "device_kind": "processor"}, "processor"),
+        ({"device": "cpu (x86_64)"}, "processor"),
+    ):
+        told = replace(run, environment=run.environment | said)
+        assert f"to 2 replicas (2 {called}s)." in text_of(make_page([told]))
+    assert [device_of_all(kinds) for kinds in ([False], [True, True], [True, False])] == [
+        *("GPU", "processor", "device")
+    ]
 
 
 @pytest.mark.parametrize("runs", [make_runs(), [make_run("helios", num_replicas=3)]])

@@ -25,7 +25,18 @@ from helios_sim.metrics import (
 from helios_sim.records import REPORT_FILE, RunData, flat_items, toml_text
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, section
-from helios_sim.report.words import headline, limits, listed, number, remarks, size, span, times
+from helios_sim.report.words import (
+    counted,
+    device_of,
+    headline,
+    limits,
+    listed,
+    number,
+    remarks,
+    size,
+    span,
+    times,
+)
 from helios_sim.slo import parse_slo
 
 Summary = Mapping[str, Any]
@@ -172,8 +183,8 @@ def _sent(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     arrivals = runs[0].requests["arrival_s"].to_numpy()
     text = (
         f"{number(first['num_requests'])} requests sent within {span(float(np.ptp(arrivals)))} to "
-        f"{number(first['num_replicas'])} replica{'s' if first['num_replicas'] != 1 else ''} "
-        f"({number(first['num_gpus'])} GPU{'s' if first['num_gpus'] != 1 else ''})."
+        f"{counted(first['num_replicas'], 'replica')} "
+        f"({counted(first['num_gpus'], device_of(runs[0].environment))})."
     )
     cut = first["num_requests"] - first["num_measured"]
     if cut:

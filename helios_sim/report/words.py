@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from helios_sim.slo import parse_slo
@@ -73,6 +73,23 @@ def listed(names: Sequence[str]) -> str:
     if len(names) < 2:
         return "".join(names)
     return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def counted(num: int | float, noun: str) -> str:
+    """A number of things: '1 GPU', '3 processors'."""
+    return f"{number(num)} {noun}{'' if num == 1 else 's'}"
+
+
+def device_of(environment: Mapping[str, Any]) -> str:
+    """What a run's device is: GPU, or processor where its records say so."""
+    kind = environment.get("device_kind") or environment.get("device") or ""
+    return "processor" if str(kind).split(" ")[0] in ("processor", "cpu") else "GPU"
+
+
+def device_of_all(are_processors: Iterable[bool]) -> str:
+    """What several devices are called: GPU, processor, or device where they are of both kinds."""
+    kinds = set(are_processors)
+    return "device" if len(kinds) > 1 else "processor" if True in kinds else "GPU"
 
 
 def headline(summaries: Sequence[Summary]) -> str:

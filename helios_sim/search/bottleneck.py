@@ -18,7 +18,7 @@ FULL_SHARE: Final = 0.75
 WAITING_SHARE: Final = 0.4
 """Share of the time to the first token spent before admission from which admission is blocked."""
 BUSY_SHARE: Final = 0.85
-"""Share of the time in iterations from which the GPU itself is the bottleneck."""
+"""Share of the time in iterations from which the device itself is the bottleneck."""
 
 _REGIMES: Final[Mapping[str, Cause]] = {
     "launch": "launch",
@@ -78,12 +78,12 @@ def find_bottleneck(
         bound = max(shares, key=lambda name: shares[name])
         return Bottleneck(
             _REGIMES[bound],
-            f"the GPU is busy {100 * busy:.0f} % of the time, and {100 * shares[bound]:.0f} % of "
+            f"a replica is busy {100 * busy:.0f} % of the time, and {100 * shares[bound]:.0f} % of "
             f"that is bound by {_REGIMES[bound]}",
         )
     return Bottleneck(
         "queueing",
-        f"the GPU is busy only {100 * busy:.0f} % of the time: requests meet in bursts, or wait "
+        f"a replica is busy only {100 * busy:.0f} % of the time: requests meet in bursts, or wait "
         "for one another's prefills",
     )
 

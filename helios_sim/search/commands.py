@@ -53,7 +53,7 @@ from helios_sim.search.tables import (
 )
 from helios_sim.search.tune import known_points, nearest_miss, read_tune, tune_study
 from helios_sim.search.tune import recommended as tuned_scenario
-from helios_sim.search.whatif import parse_vary, whatif_studies
+from helios_sim.search.whatif import device_of_cells, parse_vary, whatif_studies
 from helios_sim.search.words import (
     plan_headline,
     plan_remarks,
@@ -107,7 +107,7 @@ class Said:
 
 
 def plan(path: Path, changes: Sequence[str], running: Running) -> Said:
-    """Answer how much a fleet carries, or how many GPUs a rate needs."""
+    """Answer how much a fleet carries, or how many devices a rate needs."""
     scenario = load_scenario(path, changes)
     question = read_plan(scenario, path.parent, str(path))
     out = running.out or Path("runs") / f"{folder_name(scenario.name)}-plan"
@@ -208,12 +208,13 @@ def whatif(
             carry_out(mine, workers, store, on_point)
             return _shard_done(running, store, len(mine), len(studies), "cells", out)
         cells = carry_out(studies, workers, store, on_point)
+        device = device_of_cells(scenario, path.parent, cells)
         write_results(
             out,
             store,
             {
                 RESULTS: parquet_bytes(cell_records(cells)),
-                PAGE: whatif_page(scenario, cells, num).encode(),
+                PAGE: whatif_page(scenario, cells, num, device).encode(),
             },
         )
     cannot = [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]

@@ -31,7 +31,7 @@ def user_rate(means: Any) -> float | None:
 
 
 def gpu_rate(means: Any) -> float | None:
-    """Tokens per second of one GPU."""
+    """Tokens per second of one device."""
     tokens, gpus = means.get("output_throughput"), means.get("num_gpus")
     return None if tokens is None or not gpus else tokens / gpus
 
@@ -126,8 +126,8 @@ def _line(x: float | None = None, y: float | None = None) -> Figure:
     return across | {"xref": "paper", "yref": "y", "x0": 0, "x1": 1, "y0": y, "y1": y}
 
 
-def plan_frontiers(answers: Sequence[FleetAnswer]) -> Figure:
-    """Goodput against energy and tokens per user against tokens per GPU, a line a fleet."""
+def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
+    """Goodput against energy and tokens per user against tokens per device, a line a fleet."""
     data: list[Figure] = []
     for place, answer in enumerate(answers[:MAX_FLEETS]):
         replicas = answer.capacity_replicas
@@ -157,8 +157,8 @@ def plan_frontiers(answers: Sequence[FleetAnswer]) -> Figure:
                 }
             )
     layout = _two_panels(
-        ("energy per output token (J)", "goodput (requests/s and GPU)"),
-        ("tokens/s per user", "tokens/s per GPU"),
+        ("energy per output token (J)", f"goodput (requests/s and {device})"),
+        ("tokens/s per user", f"tokens/s per {device}"),
     )
     layout["margin"]["t"] = 34 + 10 * min(len(answers), MAX_FLEETS)
     layout["height"] = 370 + 10 * min(len(answers), MAX_FLEETS)
@@ -232,7 +232,7 @@ def day_figure(hours: Sequence[Hour]) -> Figure:
 
 
 def tune_frontiers(tuned: Tuned) -> Figure:
-    """All trials by first objective and energy, and by tokens per user and per GPU."""
+    """All trials by first objective and energy, and by tokens per user and per device."""
     goal = tuned.question.judge.goals[0]
     groups: list[tuple[str, str, str, float, list[Trial]]] = [
         (
@@ -289,7 +289,7 @@ def tune_frontiers(tuned: Tuned) -> Figure:
     unit = f" ({goal.unit})" if goal.unit else ""
     layout = _two_panels(
         ("energy per output token (J)", f"{goal.name}{unit}"),
-        ("tokens/s per user", "tokens/s per GPU"),
+        ("tokens/s per user", f"tokens/s per {tuned.question.device}"),
     )
     if goal.name == "energy":
         layout["yaxis"] = plain_axis("energy per output token (J)", rangemode="tozero")
@@ -400,8 +400,8 @@ def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Fi
     return {"data": data, "layout": layout}
 
 
-def cells_figure(cells: Sequence[Cell]) -> Figure:
-    """The cells of a grid by energy and throughput, and by tokens per user and per GPU."""
+def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
+    """The cells of a grid by energy and throughput, and by tokens per user and per device."""
     known = [cell for cell in cells if cell.means is not None]
     policies = list(dict.fromkeys(cell.policy for cell in known))
     data: list[Figure] = []
@@ -432,6 +432,6 @@ def cells_figure(cells: Sequence[Cell]) -> Figure:
             )
     layout = _two_panels(
         ("energy per output token (J)", "output tokens/s"),
-        ("tokens/s per user", "tokens/s per GPU"),
+        ("tokens/s per user", f"tokens/s per {device}"),
     )
     return {"data": data, "layout": layout}

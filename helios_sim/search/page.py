@@ -9,7 +9,7 @@ from typing import Any
 from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.figures import policy_colour
-from helios_sim.report.words import limits, number
+from helios_sim.report.words import counted, limits, number
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
 from helios_sim.search.goals import in_words
@@ -63,12 +63,14 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
         ),
         section(
             "Frontiers",
-            "What a rate costs in energy, and what users see against what a GPU gives.",
+            f"What a rate costs in energy, and what users see against what a {question.device} "
+            "gives.",
             add_figure(
                 drawn,
                 "frontiers",
-                drawings.plan_frontiers(compared),
-                "Goodput against energy, and tokens per second per user against per GPU",
+                drawings.plan_frontiers(compared, question.device),
+                f"Goodput against energy, and tokens per second per user against per "
+                f"{question.device}",
                 "Every rate that was measured; open marks miss the SLO. Up and to the left is "
                 "better on the left, up and to the right on the right.",
             ),
@@ -113,7 +115,8 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
                 drawn,
                 "frontier",
                 drawings.tune_frontiers(tuned),
-                f"{goal.name} against energy, and tokens per second per user against per GPU",
+                f"{goal.name} against energy, and tokens per second per user against per "
+                f"{question.device}",
                 "Hover for the settings. Trials that were stopped early show their first sample "
                 "of traffic alone.",
             ),
@@ -158,8 +161,8 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
     return document(f"{question.scenario.name}: tune", sections, drawn)
 
 
-def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int) -> str:
-    """The page of a grid."""
+def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int, device: str) -> str:
+    """The page of a grid; `device` is what the fleets stand on."""
     drawn: dict[str, Figure] = {}
     num = f"{len(cells)} cells, {replications} run{'s' if replications != 1 else ''} each"
     sections = [
@@ -167,12 +170,12 @@ def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int) ->
         section("Side by side", "", _table(whatif_rows(cells))),
         section(
             "Frontiers",
-            "What throughput costs in energy, and what users see against what a GPU gives.",
+            f"What throughput costs in energy, and what users see against what a {device} gives.",
             add_figure(
                 drawn,
                 "cells",
-                drawings.cells_figure(cells),
-                "Throughput against energy, and tokens per second per user against per GPU",
+                drawings.cells_figure(cells, device),
+                f"Throughput against energy, and tokens per second per user against per {device}",
                 "A mark a cell; hover for its settings.",
             ),
         ),
@@ -213,10 +216,11 @@ def _table(cells: Cells, swatches: bool = False) -> str:
 
 
 def _ranking(plan: Plan) -> str:
+    device, has_prices = plan.question.device, plan.question.prices is not None
     if plan.question.target_per_s is None:
-        by = "cost a million tokens" if plan.question.prices else "requests/s carried by a GPU"
+        by = "cost a million tokens" if has_prices else f"requests/s carried by a {device}"
         return f"Ranked by {by}; capacities with their bounds."
-    by = "cost an hour" if plan.question.prices else "GPUs"
+    by = "cost an hour" if has_prices else f"{device}s"
     return (
         f"The fewest replicas of each that surely carry {plan.question.target_per_s:.4g} "
         f"requests/s, ranked by {by}. Capacities are of the replicas named before them."
@@ -236,7 +240,7 @@ def _day(plan: Plan, drawn: dict[str, Figure]) -> str:
             drawings.day_figure(plan.hours),
             "Replicas and requests per second by hour",
             "Reckoned from what a replica carries alone and what it carries in the fleet, the "
-            f"smaller of the two; {each} GPU{'s' if each != 1 else ''} a replica. Starting and "
+            f"smaller of the two; {counted(each, plan.question.device)} a replica. Starting and "
             "stopping replicas is not simulated.",
         ),
     )

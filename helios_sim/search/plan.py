@@ -15,6 +15,7 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies
 from helios_sim.profile import load_profile
 from helios_sim.questions import PlanSettings
+from helios_sim.report.words import device_of_all
 from helios_sim.scenario import PolicySettings, Scenario
 from helios_sim.search.bottleneck import Bottleneck, find_bottleneck
 from helios_sim.search.capacity import (
@@ -38,7 +39,7 @@ Means = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Fleet:
-    """One way to serve: which GPUs, which models, who decides, who routes.
+    """One way to serve: which devices, which models, who decides, who routes.
 
     Its name says what tells it from the other fleets of a plan.
     """
@@ -50,6 +51,7 @@ class Fleet:
     candidates: tuple[str, ...]
     policy: PolicySettings
     router: str
+    is_of_processor: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,11 @@ class PlanQuestion:
     skipped: tuple[str, ...] = ()
 
     @property
+    def device(self) -> str:
+        """What the fleets stand on: GPU, processor, or device where they differ."""
+        return device_of_all(one.is_of_processor for one in self.fleets)
+
+    @property
     def target_per_s(self) -> float | None:
         """The rate to carry; None where the highest is asked."""
         return self.settings.target
@@ -213,7 +220,12 @@ def _fleets(
                 continue
             for policy, router in product(policies, routers):
                 device = profile.device
-                found.append(Fleet("", name, device.name, device.num_gpus, models, policy, router))
+                found.append(
+                    Fleet(
+                        *("", name, device.name, device.num_gpus),
+                        *(models, policy, router, profile.is_of_processor),
+                    )
+                )
     if not found:
         raise InputError(
             f"No profile has the models that are asked for: {'; '.join(skipped)}.",
@@ -459,7 +471,7 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
     raise InputError(
         f"The SLO is met by none of {len(answers)} fleet{'s' if len(answers) != 1 else ''}, even "
         f"at the lowest rate. Nearest comes {nearest.fleet.name!r}: {miss_in_words(nearest)}. "
-        "Give a looser limit, or models and GPUs that answer sooner.",
+        "Give a looser limit, or models and devices that answer sooner.",
         f"{question.where}, slo",
     )
 

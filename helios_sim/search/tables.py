@@ -43,7 +43,8 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
     target = question.target_per_s is not None
     titles = ["Fleet"]
     if target:
-        titles += ["GPUs"] if brief else ["replicas", "GPUs"]
+        devices = f"{question.device}s"
+        titles += [devices] if brief else ["replicas", devices]
     titles += ["req/s", "bounds", "held by"] if brief else ["capacity req/s", "bounds", "held by"]
     titles += ["J/tok"] if brief else ["tok/s per user", "J/token", "agreement %"]
     if question.prices is not None:

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 from helios_sim.errors import InputError
 from helios_sim.profile import load_profile
 from helios_sim.questions import SearchSettings
+from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, parse_goal
 from helios_sim.search.pareto import front, knee, ranks
@@ -90,6 +91,8 @@ class TuneQuestion:
     space: Space
     traffic: Traffic
     judge: Judge
+    device: str
+    """What the fleet stands on: GPU or processor."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
                 f"{place}.prices",
             )
         prices = load_prices(settings.prices, base_dir, f"{place}.prices")
-    device = load_profile(scenario.fleet.profile, base_dir).device.name
+    profile = load_profile(scenario.fleet.profile, base_dir)
     traffic = Traffic(
         space.base, base_dir, where, settings.num_requests, settings.windows, settings.warmup_share
     )
@@ -166,8 +169,9 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
             "least as many windows.",
             f"{place}.windows",
         )
-    judge = Judge(goals, constraints, prices, device, f"{place}.prices")
-    return TuneQuestion(scenario, settings, base_dir, where, space, traffic, judge)
+    judge = Judge(goals, constraints, prices, profile.device.name, f"{place}.prices")
+    device = device_of_all([profile.is_of_processor])
+    return TuneQuestion(scenario, settings, base_dir, where, space, traffic, judge, device)
 
 
 def tune_study(question: TuneQuestion, journal: Path | None = None) -> Study[Tuned]:

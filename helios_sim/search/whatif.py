@@ -12,6 +12,8 @@ from typing import Any, Final
 from helios_sim.errors import InputError
 from helios_sim.policy.options import nearest
 from helios_sim.policy.registry import policy_names, policy_options
+from helios_sim.profile import load_profile
+from helios_sim.report.words import device_of_all
 from helios_sim.scenario import PolicySettings, Scenario
 from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Point, point_of
@@ -128,6 +130,13 @@ def whatif_studies(
                 f"--vary {key}",
             )
     return studies
+
+
+def device_of_cells(scenario: Scenario, base_dir: Path, cells: Sequence[Cell]) -> str:
+    """What the fleets of a grid stand on: GPU, processor, or device where they differ."""
+    own = scenario.fleet.profile
+    names = {str(one.values.get("fleet.profile", own)) for one in cells if one.means is not None}
+    return device_of_all(load_profile(name, base_dir).is_of_processor for name in sorted(names))
 
 
 def _is_for(key: str, policy: PolicySettings, own: Scenario, base_dir: Path, value: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from helios_sim.report.words import extrapolated, limits, listed, number
+from helios_sim.report.words import counted, extrapolated, limits, listed, number
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
 from helios_sim.search.plan import FleetAnswer, Plan
@@ -37,9 +37,9 @@ def plan_headline(plan: Plan) -> str:
             f"{fleet_words(best)} carries {number(best.capacity.rate_per_s, 4)} requests/s under "
             f"the SLO ({bracket(best.capacity)})."
         )
-    gpus = best.num_gpus or 0
+    devices = counted(best.num_gpus or 0, plan.question.device)
     return (
-        f"{number(target, 4)} requests/s take {gpus} GPU{'s' if gpus != 1 else ''}: "
+        f"{number(target, 4)} requests/s take {devices}: "
         f"{fleet_words(best, best.planned.num_replicas)}."
     )
 

@@ -94,6 +94,32 @@ def test_a_plan_without_a_target_finds_the_capacity_of_each_policy(tmp_path: Pat
         assert f"<h2>{title}</h2>" in page
 
 
+def test_words_of_a_search_follow_the_kind_of_the_device(tmp_path: Path) -> None:
+    """On a processor no page speaks of GPUs."""
+    fleet = {"profile": "small-family-cpu", "candidates": ["general-12l"], "weights_start": "host"}
+    asked = {"target_rate_per_s": 0.5, "num_requests": 60, "replications": 2, "precision": 0.5}
+    path = write(
+        tmp_path,
+        fleet=fleet,
+        slo={"text": "ttft:5000"},
+        policy=[{"use": "vanilla"}],
+        plan={**asked, "max_replications": 2},
+        search={"num_trials": 2, "batch": 2, "ranges": {"serving.max_batch": [4, 8]}},
+    )
+    told = (
+        plan(path, [], inline(tmp_path / "plan")),
+        tune(path, ["search.replications=1"], inline(tmp_path / "tune")),
+        whatif(path, [], ["serving.max_batch=4,8"], [], 1, inline(tmp_path / "whatif")),
+    )
+    assert "take 1 processor: " in told[0].sentences[0]
+    assert "processors" in told[0].tables[0][0][0]
+    for said in told:
+        page = (said.folder / "report.html").read_text()
+        shown = re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.DOTALL)
+        assert "GPU" not in shown
+        assert "tokens/s per processor" in shown
+
+
 def evidence(folder: Path) -> str:
     """The text of the table of evidence on a plan's page."""
     page = (folder / "report.html").read_text()
