@@ -557,12 +557,13 @@ class _Session:
         jobs += latency.jobs
         planned = list(shuffled_rounds(jobs, seed))
         trials = 1 + max(job.trial for job in planned)
+        planned_s = latency.seconds * probe.samples_per_quiet_one + energy_s
         windows = f", {len(jobs) - len(latency.jobs)} energy windows" if energy_s else ""
         self._say(
             f"{bench.name}: {len(latency.jobs)} timings in {trials} rounds{windows}; rows up to "
             f"{bounds.max_batch}, contexts up to {bounds.max_context}, layers "
             f"{', '.join(map(str, bounds.depths))}; about "
-            f"{_clock(latency.seconds * probe.samples_per_quiet_one + energy_s)}."
+            f"{_clock(min(planned_s, allowed_s))}."
         )
         self.plans[bench.name] = planned
         self.readings.write_json(

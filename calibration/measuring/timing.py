@@ -44,6 +44,13 @@ _HEADROOM: Final = 1.1
 _LONG_S: Final = 0.05
 """Work this long hardly feels caches that it finds taken."""
 
+_SETTLED: Final = 0.95
+"""Caches are as full as they get when a repetition takes more than this share of the one before."""
+
+_MOST_SETTLING: Final = 16
+_USUAL_SETTLING: Final = 4
+"""Repetitions that settling takes."""
+
 _LOOK_HOLDS_S: Final = 0.0005
 """A look at the reference tells of what begins within this time too."""
 
@@ -144,20 +151,18 @@ class Reference:
 
     def look(self) -> Pace:
         """What it takes now."""
-        begin_s = time.perf_counter()
-        for _ in range(30):
-            torch.mm(self._rows, self._weights)
-            self._rows.add(1.0)
-        core_s = time.perf_counter() - begin_s
-        # What ran before has taken the cache; it is the third time that finds it filled.
-        for _ in range(2):
-            self._read(self._cached)
+        self._compute_s(3)
+        core_s = self._compute_s(30)
         streamed = self._streamed[self._next : self._next + _CACHED_MATRICES]
         self._next = (self._next + _CACHED_MATRICES) % _STREAMED_MATRICES
-        begin_s = time.perf_counter()
-        self._read(self._cached)
-        self._read(streamed)
-        found = Pace(core_s, time.perf_counter() - begin_s)
+        streamed_s = self._read_s(streamed)
+        # What ran before has taken the cache, which comes back little by little.
+        cached_s = math.inf
+        for _ in range(_MOST_SETTLING):
+            before_s, cached_s = cached_s, min(cached_s, self._read_s(self._cached))
+            if cached_s > _SETTLED * before_s:
+                break
+        found = Pace(core_s, cached_s + streamed_s)
         self.best = self.best.quickest(found)
         return found
 
@@ -176,9 +181,18 @@ class Reference:
             found = found.quickest(self.look())
         return found
 
-    def _read(self, matrices: Sequence[torch.Tensor]) -> None:
+    def _compute_s(self, times: int) -> float:
+        begin_s = time.perf_counter()
+        for _ in range(times):
+            torch.mm(self._rows, self._weights)
+            self._rows.add(1.0)
+        return time.perf_counter() - begin_s
+
+    def _read_s(self, matrices: Sequence[torch.Tensor]) -> float:
+        begin_s = time.perf_counter()
         for matrix in matrices:
             torch.mv(matrix, self._vector)
+        return time.perf_counter() - begin_s
 
 
 @functools.cache
@@ -224,9 +238,8 @@ class WallTimer:
         if self._reference is None:
             return Sample(self._timed(work, repetitions)[0])
         before = self._look(_LOOK_HOLDS_S)
-        # The look has taken the caches; the first repetition gets them back.
-        seconds, running_s = self._timed(work, 1)
-        if repetitions > 1 or seconds < _LONG_S:
+        seconds, running_s = self._settle(work)
+        if repetitions > 1:
             seconds, running_s = self._timed(work, repetitions)
         slowed = max(before, self._look())
         waited = 1.0 - running_s / seconds if seconds > 0.0 else 0.0
@@ -240,8 +253,21 @@ class WallTimer:
         timed_s = max(_HEADROOM * self.min_sample_s, pass_s)
         if self._reference is None:
             return timed_s
+        settling = _USUAL_SETTLING if pass_s < self.min_sample_s else pass_s < _LONG_S
         best = self._reference.best
-        return timed_s + (pass_s if pass_s < _LONG_S else 0.0) + best.core_s + 2 * best.memory_s
+        return timed_s + settling * pass_s + best.core_s + 3 * best.memory_s
+
+    def _settle(self, work: Work) -> tuple[float, float]:
+        """Let the work have the caches back that the look took; what its last repetition took."""
+        spent_s, before_s = 0.0, math.inf
+        for _ in range(_MOST_SETTLING):
+            seconds, running_s = self._timed(work, 1)
+            own_s = min(seconds, running_s)
+            spent_s += own_s
+            if own_s > _SETTLED * before_s or spent_s > _LONG_S:
+                break
+            before_s = own_s
+        return seconds, running_s
 
     def _look(self, holds_s: float = 0.0) -> float:
         """What others cost the reference, now or within the last `holds_s`."""
