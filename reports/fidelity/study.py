@@ -25,6 +25,7 @@ from helios_sim.records import TOTALS_FILE, toml_text, write_run
 from helios_sim.scenario import load_scenario
 from reports.fidelity.cases import CASES, Case, Ground, Planned, planned, scenario_of
 from reports.fidelity.quality import BOUND
+from reports.fidelity.summary import WITHIN_BAR
 
 Server = Callable[[Path, Path, int], None]
 """Serves a scenario file for real into a folder, so many times."""
@@ -311,7 +312,7 @@ def medians(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "within": sum(1 for one in spreads if one is not None and one <= 1.0),
                 "within_twice": sum(1 for one in spreads if one is not None and one <= 2.0),
                 "beyond": [
-                    _beyond(one, row)
+                    _beyond(one, row, target)
                     for one, row in judged
                     if row.error_in_spreads is None or row.error_in_spreads > 2.0
                 ],
@@ -327,17 +328,23 @@ def _half_width(row: FigureRow) -> float | None:
     return (row.high - row.low) / 2 / abs(row.median)
 
 
-def _beyond(outcome: Outcome, row: FigureRow) -> dict[str, Any]:
-    """By how much a case lies beyond its spread, and what the swaps say of it."""
+def _beyond(outcome: Outcome, row: FigureRow, target: float) -> dict[str, Any]:
+    """By how much a case lies beyond its spread, and what the swaps say of it.
+
+    Repeats that hardly differ leave no spread; an error that a GPU may have needs no cause.
+    """
     attribution = outcome.fidelity.attribution
     causes = () if attribution is None else attribution.causes
     cause = next((one for one in causes if one.key == row.key), None)
+    said = "unknown" if cause is None else cause.said
+    if row.error is not None and abs(row.error) <= target:
+        said = WITHIN_BAR
     return {
         "case": outcome.case.name,
         "error": row.error,
         "error_in_spreads": row.error_in_spreads,
         "half_width": _half_width(row),
-        "cause": "unknown" if cause is None else cause.said,
+        "cause": said,
         "error_without": None if cause is None else cause.error_without,
         "remainder": None if cause is None else cause.remainder,
     }

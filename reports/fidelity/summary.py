@@ -20,6 +20,8 @@ TITLES: Final = (
     *("Figure", "Bar of a GPU", "Median error", "Worst", "Median spread"),
     *("In spread", "In twice", "Beyond twice, likely from"),
 )
+WITHIN_BAR: Final = "within the bar of a GPU all the same"
+"""Said of an error beyond twice the spread that a GPU may have."""
 _DASH: Final = "\N{EN DASH}"
 
 
