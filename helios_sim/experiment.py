@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import polars as pl
 
@@ -81,15 +81,25 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
     return Experiment(scenario, base_dir, setup, tuple(scenario.notes), where)
 
 
+MAX_TRACES: Final = 8
+"""Exit traces that are kept for later scenarios: 4 to 20 MB each."""
+
 _TRACES: dict[tuple[str, tuple[str, ...]], ExitTraces] = {}
 
 
 def _traces_of(profile: Profile, candidates: tuple[str, ...]) -> ExitTraces:
-    """Exit traces, kept for the next scenario on the same profile."""
+    """Exit traces, the last ones kept for the next scenario on the same profile."""
     key = profile.hash, candidates
-    if key not in _TRACES:
-        _TRACES[key] = load_traces(profile, candidates)
-    return _TRACES[key]
+    traces = _TRACES.pop(key, None) or load_traces(profile, candidates)
+    _TRACES[key] = traces
+    while len(_TRACES) > MAX_TRACES:
+        del _TRACES[next(iter(_TRACES))]
+    return traces
+
+
+def forget_traces() -> None:
+    """Let go of the exit traces kept for later scenarios, and so of the tables made of them."""
+    _TRACES.clear()
 
 
 def _check_published(scenario: Scenario, where: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,31 +73,35 @@ def trace_tables(
     leave at their own exits but not beyond level c; models with fewer exits repeat their last.
     `replaced` holds a policy's own hot rules.
 
-    The last ones are kept, since runs on the same traces follow one another; nobody writes into
-    them.
+    The last ones are kept for as long as their traces are, since runs on the same traces follow
+    one another; nobody writes into them.
     """
     if replaced:
         return _trace_tables(traces, names, thresholds, replaced)
-    key = tuple(names), tuple(thresholds[name] for name in names)
-    for at, (known, known_key, tables) in enumerate(_KEPT):
-        if known is traces and known_key == key:
-            _KEPT.append(_KEPT.pop(at))
-            return tables
-    tables = _trace_tables(traces, names, thresholds, replaced)
-    _KEPT.append((traces, key, tables))
-    del _KEPT[:-_most_kept]
-    return tables
+    key = id(traces), tuple(names), tuple(thresholds[name] for name in names)
+    kept = _KEPT.pop(key, None)
+    if kept is None:
+        tables = _trace_tables(traces, names, thresholds, replaced)
+        # An identity is given anew only when its owner is gone, and its tables go with it.
+        kept = weakref.ref(traces, lambda _gone: _KEPT.pop(key, None)), tables
+    _KEPT[key] = kept
+    keep_tables(_most_kept)
+    return kept[1]
 
 
 def keep_tables(most: int) -> None:
-    """Keep the tables of so many policies for later runs: 10 to 100 MB each."""
+    """Keep the tables of so many policies for later runs, 10 to 100 MB each; 0 releases all."""
     global _most_kept
     _most_kept = most
+    while len(_KEPT) > most:
+        del _KEPT[next(iter(_KEPT))]
 
 
 _most_kept = 1
 
-_KEPT: list[tuple[ExitTraces, tuple[tuple[str, ...], tuple[float, ...]], TraceTables]] = []
+_TablesKey: TypeAlias = tuple[int, tuple[str, ...], tuple[float, ...]]
+_KEPT: dict[_TablesKey, tuple[weakref.ref[ExitTraces], TraceTables]] = {}
+"""Tables by the identity of their traces, the last used at the end."""
 
 
 def _trace_tables(

@@ -68,7 +68,12 @@ def open_workers(
         return
     processes = num_processes or usable_cpus()
     if processes == 1:
-        yield Workers(InlineExecutor(), 1)
+        from helios_sim.experiment import forget_traces
+
+        try:
+            yield Workers(InlineExecutor(), 1)
+        finally:
+            forget_traces()
         return
     # Workers start afresh: a forked one would inherit the locks of this process's threads.
     context = multiprocessing.get_context("spawn")

@@ -1,0 +1,91 @@
+"""Look-up tables of exit traces are made once for runs in a row, and go with their traces."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helios_sim import experiment, world
+from helios_sim.exits import ExitTraces
+from helios_sim.scenario import parse_scenario
+from helios_sim.sweep import run_sweep
+from helios_sim.world import TraceTables, keep_tables, trace_tables
+
+
+@pytest.fixture(autouse=True)
+def kept() -> Iterator[None]:
+    """Nothing is kept from other tests, nor for them."""
+    keep_tables(0)
+    keep_tables(1)
+    yield
+    keep_tables(0)
+    keep_tables(1)
+
+
+def traces() -> ExitTraces:
+    """Ten positions of one text under a model of two exits."""
+    shape = (1, 10, 2)
+    return ExitTraces(
+        domains=("text",),
+        num_positions=10,
+        exit_layers={"m": (2, 4)},
+        confidence={"m": np.full(shape, 0.5, np.float32)},
+        agrees={"m": np.ones(shape, np.bool_)},
+        nll_nats={"m": np.ones(shape, np.float32)},
+        origin="trace",
+    )
+
+
+def tables_of(given: ExitTraces, threshold: float = 0.4) -> TraceTables:
+    return trace_tables(given, ["m"], {"m": threshold})
+
+
+def test_runs_in_a_row_share_their_tables() -> None:
+    given = traces()
+    assert tables_of(given) is tables_of(given)
+    assert tables_of(given) is not tables_of(traces())
+
+
+def test_tables_go_when_their_traces_go() -> None:
+    given = traces()
+    tables = weakref.ref(tables_of(given))
+    assert tables() is not None
+    del given
+    gc.collect()
+    assert tables() is None
+
+
+def test_no_more_tables_are_kept_than_asked_and_the_last_used_stay() -> None:
+    given = traces()
+    keep_tables(2)
+    first, _ = tables_of(given, 0.1), tables_of(given, 0.2)
+    assert tables_of(given, 0.1) is first
+    third = tables_of(given, 0.3)
+    assert tables_of(given, 0.1) is first
+    assert tables_of(given, 0.3) is third
+    keep_tables(0)
+    assert not world._KEPT
+    assert tables_of(given, 0.1) is not first
+
+
+def test_a_sweep_in_this_process_leaves_nothing_behind(tmp_path: Path) -> None:
+    data = {
+        "name": "short",
+        "workload": {
+            "num_requests": 20,
+            "arrivals": {"kind": "poisson", "rate_per_s": 4.0},
+            "prompt": {"kind": "constant", "tokens": 50},
+            "output": {"kind": "constant", "tokens": 5},
+        },
+        "fleet": {"profile": "opt-a100-40gb"},
+        "policy": [{"use": "vanilla"}],
+    }
+    run_sweep([parse_scenario(data, "sweep", tmp_path)], tmp_path, 1)
+    gc.collect()
+    assert not experiment._TRACES
+    assert not world._KEPT
