@@ -25,6 +25,7 @@ from calibration.measuring.board import NoBoard, open_board
 from calibration.measuring.meters import Absence, Meter, best_meter
 from calibration.measuring.timing import measure_pace
 from calibration.model.checkpoint import Checkpoint, open_checkpoint
+from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.family import shape_of
 from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host, lives_of
@@ -483,6 +484,7 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
         kind = settings.confidence.kind
         if settings.confidence.is_calibrated:
             kind = f"calibrated-{kind}"  # type: ignore[assignment]
+            _check_maps(found, settings.confidence)
         facts += [
             ("exit_layers", tuple(settings.exit_layers), tuple(model.exit_layers)),
             ("tokenizer", settings.tokenizer, model.tokenizer),
@@ -496,6 +498,17 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
                 "measure this one.",
                 str(found.folder),
             )
+
+
+def _check_maps(found: Checkpoint, confidence: Confidence) -> None:
+    """Refuse a calibration that is of single domains only."""
+    if ALL_DOMAINS not in confidence.maps:
+        raise InputError(
+            f"Its confidence is calibrated for {', '.join(sorted(confidence.maps))} alone, and a "
+            "server does not know which text it meets; calibrate it for all domains with "
+            "helios-calibrate confidence.",
+            str(found.folder),
+        )
 
 
 def cut_workload(

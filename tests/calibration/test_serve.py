@@ -419,6 +419,39 @@ def test_another_model_than_the_profiles_is_refused(place, tmp_path, key, value,
         serve(place / "tiny.toml", tmp_path / "run", settings)
 
 
+@pytest.mark.parametrize("domain", ["all", "code"])
+def test_calibrated_confidence_is_served_and_only_that_of_all_domains(
+    place, tmp_path, domain
+) -> None:
+    """A map that says 0.75 of everything: so do tokens and traces, and 0.75 leaves at once."""
+    sure = {"2": [[0.0, 1.0], [0.75, 0.75]]}
+    for path in family(tmp_path / "family").values():
+        file = path / "early_exit.json"
+        told_by = json.loads(file.read_text())
+        told_by["confidence"] |= {"calibration": {domain: sure}}
+        file.write_text(json.dumps(told_by))
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    for model in document["models"].values():
+        model["confidence"]["kind"] = "calibrated-max-softmax"
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    scenario = tmp_path / "tiny.toml"
+    scenario.write_text((place / "tiny.toml").read_text())
+    settings = ServeSettings((tmp_path / "family",), ("ee-single",), device="cpu", limit=4)
+    changes = ["policy.1.confidence_threshold=0.75"]
+    if domain == "code":
+        with pytest.raises(InputError, match="calibrated for code alone"):
+            serve(scenario, tmp_path / "run", settings, changes)
+        return
+    (one,) = serve(scenario, tmp_path / "run", settings, changes)
+    decoded = pl.read_parquet(one.folder / "tokens.parquet").filter(~pl.col("prefilled"))
+    assert decoded.height > 0
+    assert set(decoded["exit_level"]) == {0}
+    assert decoded["confidence"].to_list() == pytest.approx([0.75] * decoded.height)
+    traces = read_traces(one.folder / "exits.parquet")
+    assert traces.confidence["small"][..., 0] == pytest.approx(0.75)
+    assert not np.allclose(traces.confidence["small"][..., 1], 0.75)
+
+
 def test_a_run_is_never_written_over_something_else(place, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     settings = ServeSettings((place / "family",), ("helios",), device="cpu")
