@@ -101,7 +101,10 @@ def _largest(fit: MaxFit, planes: tuple[Floats, ...]) -> Floats:
 
 @dataclass(frozen=True)
 class Loads:
-    """Decode readings with the rows each computed; the layers of a reading are the loaded ones."""
+    """Decode readings with the rows each computed; the layers of a reading are the loaded ones.
+
+    The first of the overheads is what a timed stack takes beside its layers.
+    """
 
     readings: Readings
     rows: Floats
@@ -121,6 +124,12 @@ class Loads:
             readings=self.readings.with_planes(chosen),
             growth=self.growth.with_planes(chosen),
         )
+
+    def without_intercept(self) -> Loads:
+        """The same readings, stacks taking nothing beside their layers."""
+        overheads = self.readings.overheads.copy()
+        overheads[:, 0] = 0.0
+        return replace(self, readings=replace(self.readings, overheads=overheads))
 
     def places(self, factor: str) -> Floats:
         """What a factor goes by, for each reading."""
@@ -302,21 +311,23 @@ def choose(loads: Loads, options: Sequence[tuple[int, ...]], groups: Groups) -> 
     """The simplest planes and the fewest factors, unless more clearly lower the left-out error.
 
     Planes are chosen without factors, then factors on those planes, then the planes once more:
-    a floor may have stood in for a factor.
+    a floor may have stood in for a factor. Beside a factor by depth the stacks' intercept is kept
+    only where it helps clearly too, for the two trade with each other over a wide range.
     """
     plain = regression.choose_planes(loads.readings, options, groups)
-    own = loads.with_planes(plain.planes)
-    tried = [_Tried(NO_FACTORS, plain.planes, JointFit(plain.fit), plain.left_out)]
+    tried = [_Tried(loads, NO_FACTORS, plain.planes, JointFit(plain.fit), plain.left_out)]
+    scores = {NO_FACTORS: tried[0].score}
     for factors in _factor_sets(loads):
-        tried.append(_try(own, plain.planes, factors, groups, JointFit(plain.fit)))
+        kinds = [loads.without_intercept(), loads] if DEPTH in factors else [loads]
+        variants = [_try(kind, plain.planes, factors, groups) for kind in kinds]
+        best = variants[regression.simplest([one.score for one in variants])]
+        scores[factors] = best.score
+        tried.append(best)
     best = tried[regression.simplest([one.score for one in tried])]
-    scores = {one.factors: one.score for one in tried}
     if not best.factors:
         return ChosenJoint(plain, {}, scores)
     tried = [
-        best
-        if option == best.planes
-        else _try(loads.with_planes(option), option, best.factors, groups)
+        best if option == best.planes else _try(best.loads, option, best.factors, groups)
         for option in regression.tryable(loads.readings, options, groups)
     ]
     considered = tuple((one.planes, one.score) for one in tried)
@@ -329,6 +340,7 @@ def choose(loads: Loads, options: Sequence[tuple[int, ...]], groups: Groups) -> 
 class _Tried:
     """Planes and factors, their fit and how well it does without the point it predicts."""
 
+    loads: Loads
     factors: Factors
     planes: tuple[int, ...]
     joint: JointFit
@@ -339,15 +351,10 @@ class _Tried:
         return regression.score(self.left_out.errors)
 
 
-def _try(
-    loads: Loads,
-    planes: tuple[int, ...],
-    factors: Factors,
-    groups: Groups,
-    start: JointFit | None = None,
-) -> _Tried:
-    joint = fit_joint(loads, factors, start)
-    return _Tried(factors, planes, joint, leave_out(loads, joint, factors, groups))
+def _try(loads: Loads, planes: tuple[int, ...], factors: Factors, groups: Groups) -> _Tried:
+    own = loads.with_planes(planes)
+    joint = fit_joint(own, factors)
+    return _Tried(loads, factors, planes, joint, leave_out(own, joint, factors, groups))
 
 
 def _factor_sets(loads: Loads) -> list[Factors]:

@@ -23,13 +23,18 @@ def features(rows: Floats, context: Floats) -> tuple[Floats, ...]:
     return (np.stack((np.ones_like(rows), rows, context), axis=-1),)
 
 
-def loads(by_batch: dict[float, float], by_depth: dict[float, float], noise: float = 0.0) -> Loads:
-    """Stacks of 0.1 ms and 0.2 ms + 10 us a row + 0.1 us a token a layer, under two factors."""
+def loads(
+    by_batch: dict[float, float],
+    by_depth: dict[float, float],
+    noise: float = 0.0,
+    intercept_s: float = 1e-4,
+) -> Loads:
+    """Stacks of an intercept and 0.2 ms + 10 us a row + 0.1 us a token a layer, two factors."""
     rows, each, layers = (part.ravel() for part in np.meshgrid(BATCHES, CONTEXTS, DEPTHS))
     planes = features(rows, rows * each)
     factor = np.array([by_batch.get(row, 1.0) for row in rows])
     factor *= np.array([by_depth.get(depth, 1.0) for depth in layers])
-    seconds = 1e-4 + layers * factor * (planes[0] @ np.array([2e-4, 1e-5, 1e-7]))
+    seconds = intercept_s + layers * factor * (planes[0] @ np.array([2e-4, 1e-5, 1e-7]))
     seconds = seconds * np.exp(noise * np.random.default_rng(1).standard_normal(len(seconds)))
     ones = np.ones(len(rows))
     readings = Readings(seconds, layers, 0.0 * ones, ones[:, None], planes)
@@ -81,6 +86,14 @@ def test_whatever_was_measured_no_time_falls(batch: list[float], depth: list[flo
     deep = [factor for _, factor in found.knots[DEPTH]]
     assert deep == sorted(deep)
     assert deep[-1] == 1.0
+
+
+def test_beside_a_factor_by_depth_an_intercept_is_kept_only_where_it_helps() -> None:
+    for intercept_s, kept in ((0.0, False), (1.5e-4, True)):
+        noisy = loads({}, {2.0: 0.8, 4.0: 0.95}, noise=0.02, intercept_s=intercept_s)
+        chosen = choose(noisy, ((0,),), cells(noisy))
+        assert set(chosen.knots) == {DEPTH}
+        assert (chosen.chosen.fit.overheads[0] > 0.0) == kept
 
 
 def test_factors_between_knots_are_those_of_a_profile() -> None:
