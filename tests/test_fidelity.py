@@ -555,7 +555,7 @@ def test_what_a_host_logs_is_predicted_to_the_last_bit(
     if use == "helios" or serving or options.get("exit_mode") == "rebatch":
         return
     # The same without the columns that can be worked out.
-    bare = iterations_table(host).drop(worked_out, "first_layer", "pending_tokens", "overheads")
+    bare = iterations_table(host).drop(*worked_out, "first_layer", "pending_tokens", "overheads")
     bare.write_parquet(tmp_path / ITERATIONS_FILE)
     again = read_iterations(tmp_path, run)
     assert again is not None
