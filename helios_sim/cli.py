@@ -40,7 +40,11 @@ Changes = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a setting, such as fleet.num_replicas=2."
     ),
 ]
-
+Policies = Annotated[
+    list[str] | None,
+    typer.Option("--policy", metavar="NAME", help="Run only these policies of the scenario."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 
 Resume = Annotated[
     bool, typer.Option("--resume", help="Use the finished points that the folder holds.")
@@ -60,16 +64,12 @@ SearchFolder = Annotated[
     Path | None,
     typer.Option(help="Folder for points and results.", show_default="runs/NAME-COMMAND"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 
 
 @app.command()
 def simulate(
     scenario: ScenarioFile,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", metavar="NAME", help="Run only these policies of the scenario."),
-    ] = None,
+    policy: Policies = None,
     seed: Annotated[int | None, typer.Option(help="Replace the scenario's seed.")] = None,
     changes: Changes = None,
     out: Annotated[
@@ -155,10 +155,7 @@ def whatif(
         list[str],
         typer.Option("--vary", metavar="KEY=A,B,C", help="Settings to vary; may be repeated."),
     ],
-    policy: Annotated[
-        list[str] | None,
-        typer.Option("--policy", metavar="NAME", help="Run only these policies of the scenario."),
-    ] = None,
+    policy: Policies = None,
     replications: Annotated[
         int | None,
         typer.Option(min=1, max=1000, help="Runs a cell.", show_default="the scenario's"),
@@ -207,7 +204,7 @@ def compare(
         bool,
         typer.Option("--allow-simulated", help="Take simulated runs for real ones."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    as_json: AsJson = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Write a page here; of real runs, a folder with its figures too."),
@@ -268,9 +265,7 @@ def report(
 
 
 @app.command()
-def profiles(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
-) -> None:
+def profiles(as_json: AsJson = False) -> None:
     """List the profiles that are shipped, with where their numbers come from."""
     from dataclasses import asdict
 
