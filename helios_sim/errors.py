@@ -12,8 +12,8 @@ class InputError(ValueError):
     def __init__(self, message: str, where: str | None = None) -> None:
         self.message = message
         self.where = where
-        super().__init__(f"{where}: {message}" if where else message)
+        # Whoever makes an error anew, between processes or between SimPy's, does so of `args`.
+        super().__init__(message, where)
 
-    def __reduce__(self) -> tuple[type[InputError], tuple[str, str | None]]:
-        """Travel between processes whole."""
-        return type(self), (self.message, self.where)
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}" if self.where else self.message

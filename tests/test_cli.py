@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from helios_sim.cli import main
+from helios_sim.errors import InputError
 
 SCENARIO = """
 name = "short"
@@ -147,6 +149,20 @@ def test_bad_input_is_one_sentence_exit_code_2_and_no_folder(
     assert error.startswith("helios: ")
     assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["short.toml"]
+
+
+def test_a_mistake_found_while_playing_names_its_place_once(
+    scenario: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("simulate", scenario, "--json", "--set", "fleet.memory_bytes=1") == 2
+    assert capsys.readouterr().err.count("policy vanilla") == 1
+
+
+def test_an_error_made_anew_is_the_same() -> None:
+    for error in (InputError("No.", "a.toml, x"), InputError("No.")):
+        for again in (type(error)(*error.args), pickle.loads(pickle.dumps(error))):
+            assert (again.message, again.where) == (error.message, error.where)
+            assert str(again) == str(error)
 
 
 def test_an_unknown_command_or_option_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,8 @@ def load_prices(name: str, base_dir: Path, where: str) -> Prices:
             near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             message = f"Unknown key {first['loc'][-1]!r}.{hint}"
+        elif first["type"] == "missing":
+            message = f"The key {first['loc'][-1]!r} is required."
         else:
             message = f"It was given {first.get('input')!r}; {first['msg'].lower()}."
         raise InputError(message, f"{path}, {place}") from error

@@ -216,6 +216,9 @@ def test_a_prices_file_is_read_strictly(tmp_path: Path) -> None:
         load_prices("p.toml", tmp_path, "here")
     with pytest.raises(InputError, match="cannot be read"):
         load_prices("q.toml", tmp_path, "here")
+    (tmp_path / "p.toml").write_text("")
+    with pytest.raises(InputError, match="gpu: The key 'gpu' is required"):
+        load_prices("p.toml", tmp_path, "here")
 
 
 def test_vary_reads_values_as_toml_and_keeps_lists_whole() -> None:
