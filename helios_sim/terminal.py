@@ -55,7 +55,7 @@ _GAPS_AND_LINES: Final = ((2, 1), (2, 2), (2, 3), (1, 1), (1, 2), (1, 3), (1, 4)
 _MOST: Final = (1000, 40, 32, 24, 16)
 """Columns beyond which a value is broken; numbers are never as wide, so it is made of words."""
 _NAME: Final = 24
-"""Columns that names are given where a table comes in parts."""
+"""Columns at which names are broken, before words among the values are."""
 _KEPT_SPACE: Final = "\N{NO-BREAK SPACE}"
 
 
@@ -65,9 +65,9 @@ class FittedTable:
 
     The first column names the rows; a row of one cell is a heading between the others. Columns
     stand beside one another, under broken headings where they must. Where that is too wide,
-    `short_names` replace the names; then names get a line of their own above their values
-    (`names_above`); then the columns come in parts, each with the names. Columns in `words` are
-    aligned to the left.
+    `short_names` replace the names; then names are broken, or get a line of their own above their
+    values (`names_above`); then the columns come in parts, each with the names. Columns in `words`
+    are aligned to the left.
     """
 
     titles: Sequence[str]
@@ -88,23 +88,25 @@ class FittedTable:
                 [_renamed(*pair) for pair in zip(self.rows, self.short_names, strict=True)]
             )
         values = range(1, len(self.titles))
-        for rows in named:
-            name = _needed(self.titles[0], [row[0].plain for row in rows if len(row) > 1], 1)
-            sizes = self._sizes(values, width - name)
+        for most in _MOST:
+            for rows in named:
+                whole = _needed(self.titles[0], [row[0].plain for row in rows if len(row) > 1], 1)
+                for name in (whole,) if self.names_above else (whole, min(whole, _NAME)):
+                    sizes = self._sizes(values, width - name, most)
+                    if sizes is not None:
+                        return self._beside(rows, values, [name, *sizes[0]], sizes[1])
+        for most in _MOST if self.names_above else ():
+            sizes = self._sizes(values, width - 1, most)
             if sizes is not None:
-                return self._beside(rows, values, [name, *sizes[0]], sizes[1])
-        sizes = self._sizes(values, width - 1) if self.names_above else None
-        if sizes is not None:
-            return self._below_names(width, *sizes)
+                return self._below_names(width, *sizes)
         return self._in_parts(named[-1], width)
 
-    def _sizes(self, columns: Sequence[int], room: int) -> tuple[list[int], int] | None:
+    def _sizes(self, columns: Sequence[int], room: int, most: int) -> tuple[list[int], int] | None:
         """Widths of columns and the gap before each; None where there is too little room."""
-        for most in _MOST:
-            for gap, lines in _GAPS_AND_LINES:
-                widths = [self._width(column, lines, most) for column in columns]
-                if sum(widths) + gap * len(widths) <= room:
-                    return widths, gap
+        for gap, lines in _GAPS_AND_LINES:
+            widths = [self._width(column, lines, most) for column in columns]
+            if sum(widths) + gap * len(widths) <= room:
+                return widths, gap
         return None
 
     def _width(self, column: int, lines: int, most: int) -> int:
@@ -179,9 +181,7 @@ def _laid_out(
     at_bottom: bool = False,
 ) -> Iterator[Text]:
     """One row, in as many lines as its highest cell takes."""
-    broken = [
-        textwrap.wrap(cell.plain, max(1, width)) for cell, width in zip(cells, widths, strict=True)
-    ]
+    broken = [_broken(cell.plain, width) for cell, width in zip(cells, widths, strict=True)]
     height = max(map(len, broken))
     for at in range(height):
         line = Text()
@@ -193,6 +193,12 @@ def _laid_out(
             line.append(text + space if left[place] else space + text, cell.style)
         line.rstrip()
         yield line
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """The text in lines, each as far from the edge as the first."""
+    indent = " " * (len(text) - len(text.lstrip(" ")))
+    return textwrap.wrap(text, max(1, width, len(indent) + 1), subsequent_indent=indent)
 
 
 def summary_table(summaries: Sequence[Mapping[str, Any]]) -> FittedTable:

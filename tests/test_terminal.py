@@ -104,6 +104,16 @@ def test_a_value_of_words_is_broken_and_its_words_are_kept() -> None:
     assert [word for word in broken.split() if word not in text] == []
 
 
+def test_names_are_broken_before_words_among_the_values() -> None:
+    name, verdict = "  Agreement with full depth (%)", "unknown: one repeat"
+    rows = [[Text(one) for one in (name, "87.5", "0.00307", "87.5", "0 %", verdict)]]
+    table = FittedTable(["", "real", "spread", "simulated", "error", "verdict"], rows)
+    assert printed(table, 76).splitlines()[1:] == [
+        "  Agreement with full    87.5 0.00307      87.5   0 % unknown: one repeat",
+        "  depth (%)",
+    ]
+
+
 def test_a_count_and_its_grade_stay_on_one_line() -> None:
     for width in (60, 80, 100):
         lines = printed(profiles_table(list_profiles()), width).splitlines()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import groupby
 from typing import Final
 
-from rich.table import Table
 from rich.text import Text
 
 from helios_sim.fidelity.assessment import Fidelity
@@ -13,25 +12,27 @@ from helios_sim.fidelity.figures import FigureRow
 from helios_sim.fidelity.swaps import Attribution
 from helios_sim.fidelity.words import TOLD, signed_percent, spread_text
 from helios_sim.report.words import number
+from helios_sim.terminal import FittedTable
 
 _STYLES: Final = {"within": "green", "same": "green", "above": "yellow", "below": "yellow"}
 
 
-def figures_table(fidelity: Fidelity) -> Table:
+def figures_table(fidelity: Fidelity) -> FittedTable:
     """Figure by figure: real, its spread, simulated, error and verdict."""
-    table = _table("", "real", "spread", "simulated", "error", "verdict")
+    titles = ("", "real", "spread", "simulated", "error", "verdict")
+    rows: list[list[Text]] = []
     for group, members in groupby(fidelity.figures, key=lambda row: row.group):
-        table.add_row(Text(group, style="dim"))
+        rows.append([Text(group, style="dim")])
         for row in members:
-            table.add_row(
-                Text(f"  {row.title}" + (f" ({row.unit})" if row.unit else "")),
-                real_text(row),
-                spread_text(row),
-                number(row.simulated),
-                signed_percent(row.error),
-                Text(TOLD[row.verdict], style=_STYLES.get(row.verdict, "")),
+            values = (real_text(row), spread_text(row), number(row.simulated))
+            rows.append(
+                [
+                    Text(f"  {row.title}" + (f" ({row.unit})" if row.unit else "")),
+                    *(Text(value) for value in (*values, signed_percent(row.error))),
+                    Text(TOLD[row.verdict], style=_STYLES.get(row.verdict, "")),
+                ]
             )
-    return table
+    return FittedTable(titles, rows, words=frozenset({0, len(titles) - 1}))
 
 
 def real_text(row: FigureRow) -> str:
@@ -40,13 +41,15 @@ def real_text(row: FigureRow) -> str:
     return ", ".join(texts) if texts else number(row.median)
 
 
-def requests_table(fidelity: Fidelity) -> Table:
+def requests_table(fidelity: Fidelity) -> FittedTable:
     """Request by request: errors, correlations, and what two repeats differ by."""
-    table = _table(
-        "request by request", "requests", "MAPE", "median", "bias", "Pearson", "Spearman", "repeats"
+    titles = (
+        *("request by request", "requests", "MAPE", "median", "bias", "Pearson", "Spearman"),
+        "repeats",
     )
+    rows = []
     for row in fidelity.requests:
-        table.add_row(
+        values = (
             f"  {row.title}",
             number(row.num_requests),
             *(_percent(one) for one in (row.mape, row.median_error)),
@@ -54,28 +57,20 @@ def requests_table(fidelity: Fidelity) -> Table:
             *(number(one) for one in (row.pearson, row.spearman)),
             _percent(row.noise_mape),
         )
-    return table
+        rows.append([Text(value) for value in values])
+    return FittedTable(titles, rows)
 
 
-def attribution_table(fidelity: Fidelity, attribution: Attribution) -> Table:
+def attribution_table(fidelity: Fidelity, attribution: Attribution) -> FittedTable:
     """The error of each headline figure with nothing, each ingredient and everything swapped."""
     swaps = attribution.telling
-    table = _table("error with this swapped", *(one.name for one in swaps))
+    rows = []
     for cause in attribution.causes:
         row = fidelity.row(cause.key)
-        table.add_row(
-            f"  {cause.key if row is None else row.title}",
-            *(signed_percent(attribution.error(one, cause.key)) for one in swaps),
-        )
-    return table
-
-
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, title in enumerate(titles):
-        words = place == 0 or title == "verdict"
-        table.add_column(Text(title), justify="left" if words else "right")
-    return table
+        errors = (signed_percent(attribution.error(one, cause.key)) for one in swaps)
+        name = cause.key if row is None else row.title
+        rows.append([Text(f"  {name}"), *(Text(error) for error in errors)])
+    return FittedTable(["error with this swapped", *(one.name for one in swaps)], rows)
 
 
 def _percent(share: float | None) -> str:
