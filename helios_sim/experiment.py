@@ -237,7 +237,7 @@ def _beyond_measured(profile: Profile, run: RunData) -> list[str]:
 
 def folder_name(label: str) -> str:
     """A label as the name of a folder: lower case, with hyphens for what file systems dislike."""
-    name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.") or "run"
+    name = re.sub(r"[^a-z0-9._]+", "-", label.lower()).strip("-.") or "run"
     return name[:80] if not name.endswith(".html") else f"{name[:80]}-run"
 
 

@@ -475,4 +475,5 @@ def test_a_policy_is_held_to_the_tightest_limit_of_each_metric() -> None:
 
 def test_a_label_becomes_a_plain_folder_name() -> None:
     assert folder_name("EE-single (wait), 1.3B") == "ee-single-wait-1.3b"
+    assert folder_name("azure_chat") == "azure_chat"
     assert folder_name("...") == "run"

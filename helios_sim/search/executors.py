@@ -113,7 +113,7 @@ def _cluster(scheduler: str) -> Iterator[Workers]:
         distributed: Any = importlib.import_module("distributed")
     except ImportError:
         raise InputError(
-            "A cluster needs dask.distributed: pip install 'helios-sim[cluster]'.",
+            "A cluster needs dask.distributed: pip install distributed.",
             f"--scheduler {scheduler}",
         ) from None
     try:
