@@ -1,7 +1,7 @@
 # Two commands set everything up on a machine with Python 3.11 or later and make:
 #   make demo   runs the quickstart and says where its page is
 #   make test   checks the code and runs the tests
-# A third one measures speed; make bench ARGS=--quick takes a minute instead of eight:
+# A third one measures speed; make bench ARGS=--quick takes a minute instead of six:
 #   make bench
 
 PYTHON ?= python3
