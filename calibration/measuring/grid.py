@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from calibration.measuring.readings import Key, Purpose, Reading
 
-SAMPLES: Final = 5
+SAMPLES: Final = 3
 """Samples of one trial; its reading is their median."""
 
 WARMUPS: Final = 2

@@ -81,6 +81,10 @@ _COOL_DOWN_S: Final = 0.5
 _PACE_EVERY_S: Final = 5.0
 """Between two looks at the machine's pace: the quickest is its pace when nobody disturbs it."""
 
+MOST_PLANNED_AGAIN: Final = 1.5
+"""Samples planned for each one that is wanted, at most: disturbances come and go, and a plan made
+during one would be coarse for good, while tries again keep to a trial's share of the time."""
+
 _GRID: Final = {"cpu": (16, 512), "cuda": (64, 2048)}
 """Largest batch and context unless asked otherwise."""
 
@@ -551,13 +555,14 @@ class _Session:
             jobs += energy.jobs
             self._note(*energy.notes)
             energy_s = energy.seconds
-        timings_s = (usable_s - energy_s) / probe.samples_per_quiet_one
+        again = min(MOST_PLANNED_AGAIN, probe.samples_per_quiet_one)
+        timings_s = (usable_s - energy_s) / again
         latency = plan_latency(bounds, estimate_s, timings_s, allowed_s, seed)
         self._note(*latency.notes)
         jobs += latency.jobs
         planned = list(shuffled_rounds(jobs, seed))
         trials = 1 + max(job.trial for job in planned)
-        planned_s = latency.seconds * probe.samples_per_quiet_one + energy_s
+        planned_s = latency.seconds * again + energy_s
         windows = f", {len(jobs) - len(latency.jobs)} energy windows" if energy_s else ""
         self._say(
             f"{bench.name}: {len(latency.jobs)} timings in {trials} rounds{windows}; rows up to "

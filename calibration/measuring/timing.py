@@ -30,7 +30,10 @@ Work = Callable[[], object]
 CUDA_SAMPLE_S: Final = 0.02
 """Work in one sample on a GPU: far above the event timer's resolution of about a microsecond."""
 
-CPU_SAMPLE_S: Final = 0.005
+CPU_SAMPLE_S: Final = 0.03
+"""On a processor: caches shared between cores fill over many passes, and serving never lets go of
+them; a stack that was timed after another's sample looks up to a third slower when it is timed
+for 5 ms only."""
 
 DISTURBED_SHARE: Final = 0.05
 """Of a sample's time; where more was lost to others, the sample is taken again."""
