@@ -171,7 +171,7 @@ def layer_figure(
     for place, context in enumerate(contexts):
         colour = policy_colour(place)
         mine = decode.filter(pl.col("context_tokens").fill_null(0) == context).sort("batch")
-        seconds = (mine["seconds"] - overhead) / mine["layers"] / predictor.stack_factor
+        seconds = (mine["seconds"] - overhead) / mine["layers"]
         curve = [
             predictor.layer_seconds({"batch": int(b), "context_tokens": context, "mode": mode})[0]
             for b in batches
@@ -257,7 +257,7 @@ def depth_figure(models: Sequence[tuple[str, pl.DataFrame, Predictor, str]]) -> 
         overhead = predictor.stack_overhead_s.get("decode", 0.0)
         shares: dict[int, list[float]] = {}
         for row in decode.iter_rows(named=True):
-            seen = (row["seconds"] - overhead) / row["layers"] / predictor.stack_factor
+            seen = (row["seconds"] - overhead) / row["layers"]
             shares.setdefault(row["layers"], []).append(seen / bare.layer_seconds(row)[0])
         depths = sorted(shares)
         deepest = max(deepest, *depths)

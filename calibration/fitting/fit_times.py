@@ -18,7 +18,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from calibration.fitting import joint, regression
-from calibration.fitting.joint import BATCH, DEPTH, STACK, Growth, Knots, Loads
+from calibration.fitting.joint import BATCH, DEPTH, Growth, Knots, Loads
 from calibration.fitting.points import FIT, HELD_OUT, PREFILL_ITERATION, of_quantity, standing_mode
 from calibration.fitting.predict import Predictor, prefill_load
 from calibration.fitting.regression import Chosen, Floats, MaxFit, Readings
@@ -180,13 +180,7 @@ def fit_times(
     batch_residual = _stairs(decode.knots.get(BATCH, ()), buckets)
     depth_residual = decode.knots.get(DEPTH, ())
     kept = model_profile(model, numbers, tuple(buckets), batch_residual, hull, depth_residual)
-    stack_factor = dict(decode.knots.get(STACK, ())).get(0.0, 1.0)
-    predictor = Predictor(
-        kept,
-        stack_overhead_s=overheads,
-        stack_factor=stack_factor,
-        counts_new_token=counts_new_token,
-    )
+    predictor = Predictor(kept, stack_overhead_s=overheads, counts_new_token=counts_new_token)
     by_quantity = {name: line.left_out.errors for name, line in lines.items()}
     for layers in (decode, prefill):
         for quantity in layers.points["quantity"].unique():
@@ -195,7 +189,6 @@ def fit_times(
     record = {
         "modes": modes,
         "stack_overhead_s": overheads,
-        "stack_factor": stack_factor,
         "planes": {"decode": _planes_said(decode), "prefill": _planes_said(prefill)},
         "batch_residual": _factor_said(decode, BATCH),
         "depth_residual": _factor_said(decode, DEPTH),
@@ -354,8 +347,7 @@ def _decode(
     tells = bool(ragged.any())
     planes = _decode_planes(rows, batch * (mean + own), rows * (longest + own), tells)
     readings = _readings(points, rows, head, planes)
-    whole = (points["quantity"] == "iteration").cast(pl.Float64).to_numpy()
-    loads = Loads(readings, rows, whole, _growth(hull, buckets, tells))
+    loads = Loads(readings, rows, _growth(hull, buckets, tells))
     found = joint.choose(loads, _DECODE_OPTIONS, _groups(points))
     chosen = _one_split(_ordered(found.chosen), readings, ragged)
     return _Layers(chosen, readings, points, found.knots, found.scores)
@@ -611,7 +603,7 @@ def _factor_said(decode: _Layers, factor: str) -> dict[str, Any]:
     Beside whatever else is kept.
     """
     others = frozenset(decode.knots) - {factor}
-    without, found = _score(decode, others), _score(decode, others | {factor})
+    without, found = decode.scores.get(others), decode.scores.get(others | {factor})
     kept = factor in decode.knots
     if found is None:
         why = f"too few {'batches' if factor == BATCH else 'depths'} were measured"
@@ -621,11 +613,6 @@ def _factor_said(decode: _Layers, factor: str) -> dict[str, Any]:
         why = "it does not clearly lower the left-out error"
     errors = {"left_out_mean_without": without, "left_out_mean_with": found}
     return {"kept": kept, "why": why, **errors}
-
-
-def _score(decode: _Layers, factors: joint.Factors) -> float | None:
-    """The left-out error with some factors; the one on stacks stands beside most of them."""
-    return decode.scores.get(factors, decode.scores.get(factors | {STACK}))
 
 
 def _stairs(knots: Knots, buckets: Sequence[int]) -> Knots:

@@ -1,19 +1,16 @@
-"""Decode layers fitted whole: planes, and factors on them by batch, loaded depth and company.
+"""Decode layers fitted whole: planes, and factors on them by batch and by loaded depth.
 
 Two things no plane can say: one row is a product of a matrix and a vector, which is cheaper than
 its share of a batch, and layers of which few are loaded find their weights and keys in a cache.
-And a stack of layers that is timed alone has the caches to itself, while in a served iteration the
-host works in between: planes speak of iterations, and a factor on stacks, which no prediction of
-serving uses, lets their depths and loads tell the shape. Planes and factors are fitted in turns,
-each given the others, until nothing moves. Fitted one after the other, the intercept over the
-layers and the price of a row would take what belongs to the factors.
+Planes and factors are fitted in turns, each given the others, until nothing moves. Fitted one
+after the other, the intercept over the layers and the price of a row would take what belongs to
+the factors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -37,11 +34,10 @@ Knots: TypeAlias = tuple[tuple[float, float], ...]
 Factors: TypeAlias = frozenset[str]
 BATCH: Final = "batch"
 DEPTH: Final = "depth"
-STACK: Final = "stack"
 NO_FACTORS: Final[Factors] = frozenset()
 
-_LEAST_PLACES: Final = {DEPTH: 2, BATCH: 3, STACK: 2}
-"""Depths, batches or kinds of readings below which a factor by them says nothing."""
+_LEAST_PLACES: Final = {BATCH: 3, DEPTH: 2}
+"""Batches or depths below which a factor by them says nothing."""
 _MAX_TURNS: Final = 200
 _STILL: Final = 1e-7
 """Turns end where no factor moves by more than this share of itself."""
@@ -107,13 +103,11 @@ def _largest(fit: MaxFit, planes: tuple[Floats, ...]) -> Floats:
 class Loads:
     """Decode readings with the rows each computed; the layers of a reading are the loaded ones.
 
-    `whole` is 1 for an iteration and 0 for a stack. The first of the overheads is what a timed
-    stack takes beside its layers.
+    The first of the overheads is what a timed stack takes beside its layers.
     """
 
     readings: Readings
     rows: Floats
-    whole: Floats
     growth: Growth
 
     def __len__(self) -> int:
@@ -121,12 +115,7 @@ class Loads:
 
     def take(self, places: NDArray[np.bool_]) -> Loads:
         """Some of the readings."""
-        return replace(
-            self,
-            readings=self.readings.take(places),
-            rows=self.rows[places],
-            whole=self.whole[places],
-        )
+        return replace(self, readings=self.readings.take(places), rows=self.rows[places])
 
     def with_planes(self, chosen: Sequence[int]) -> Loads:
         """The same readings with some of the planes."""
@@ -144,8 +133,7 @@ class Loads:
 
     def places(self, factor: str) -> Floats:
         """What a factor goes by, for each reading."""
-        by = {BATCH: self.rows, DEPTH: self.readings.layers, STACK: self.whole}
-        return by[factor]
+        return self.rows if factor == BATCH else self.readings.layers
 
 
 @dataclass(frozen=True)
@@ -204,7 +192,7 @@ def _turns(loads: Loads, factors: Factors, start: JointFit, rising: bool) -> Joi
         for name in sorted(factors):
             others = readings.scaled(product(but=name))
             seen, weights = _ratios(others, fit, at[name], len(places[name]), trust)
-            if name in (DEPTH, STACK):
+            if name == DEPTH:
                 known[name] = regression.isotonic(seen, weights)
                 known[name] /= known[name][-1]
             else:
@@ -370,16 +358,9 @@ def _try(loads: Loads, planes: tuple[int, ...], factors: Factors, groups: Groups
 
 
 def _factor_sets(loads: Loads) -> list[Factors]:
-    """Every choice of the factors that the readings can tell of.
-
-    The one on stacks belongs to each: it says how the readings were taken.
-    """
-    able = [name for name, least in _LEAST_PLACES.items() if _num_places(loads, name) >= least]
-    free = [name for name in able if name != STACK]
-    always = frozenset(able) - frozenset(free)
-    choices = [combinations(free, count) for count in range(len(free) + 1)]
-    return [always.union(chosen) for chosen in chain.from_iterable(choices) if always or chosen]
-
-
-def _num_places(loads: Loads, factor: str) -> int:
-    return len(np.unique(loads.places(factor)))
+    """The factors that the readings can tell of: each alone, then both."""
+    able = [
+        name for name in (DEPTH, BATCH) if len(np.unique(loads.places(name))) >= _LEAST_PLACES[name]
+    ]
+    sets = [frozenset({name}) for name in able]
+    return [*sets, frozenset(able)] if len(able) > 1 else sets

@@ -22,15 +22,13 @@ class Predictor:
     """A model's times as its profile has them, for readings of that model.
 
     `stack_overhead_s` is what a timed stack of layers took beside the layers ("decode",
-    "prefill"): launching and stopping the clock, no part of a served iteration. `stack_factor` is
-    what a decode layer takes in such a stack, as a share of what it takes in an iteration.
+    "prefill"): launching and stopping the clock, no part of a served iteration.
     """
 
     model: ModelProfile
     loading: Loading | None = None
     idle_w: float | None = None
     stack_overhead_s: Mapping[str, float] = field(default_factory=dict)
-    stack_factor: float = 1.0
     counts_new_token: bool = True
 
     @cached_property
@@ -85,8 +83,7 @@ class Predictor:
         quantity = row["quantity"]
         layers, batch = float(row["layers"] or 0), int(row["batch"] or 0)
         if quantity == "decode_layers":
-            layer_s = self.stack_factor * self.layer_seconds(row)[0]
-            return self.stack_overhead_s.get("decode", 0.0) + layers * layer_s
+            return self.stack_overhead_s.get("decode", 0.0) + layers * self.layer_seconds(row)[0]
         if quantity == "prefill_layers":
             tokens, cached, pairs = prefill_load(row)
             seconds, _ = cost.layer_seconds(c, 0.0, 0.0, 0.0, tokens, cached, pairs)
@@ -171,6 +168,5 @@ def predictor_of(profile: Profile, name: str) -> Predictor:
         loading=profile.loading,
         idle_w=profile.quantities["device.idle_w"].value,
         stack_overhead_s=kept.get("stack_overhead_s", {}),
-        stack_factor=float(kept.get("stack_factor", 1.0)),
         counts_new_token=bool(measurement.get("context_counts_new_token", True)),
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.fitting.joint import BATCH, DEPTH, STACK, Growth, Loads, choose, curve, fit_joint
+from calibration.fitting.joint import BATCH, DEPTH, Growth, Loads, choose, curve, fit_joint
 from calibration.fitting.regression import Floats, Readings
 from helios_sim.profile import load_profile
 
@@ -41,27 +41,7 @@ def loads(
     counts = np.arange(1.0, 18.0)
     held = CONTEXTS[:, None] * counts[:-1]
     few, many = (np.broadcast_to(part, held.shape) for part in (counts[:-1], counts[1:]))
-    growth = Growth(counts, features(few, held), features(many, held + 1.0))
-    return Loads(readings, rows, 0.0 * ones, growth)
-
-
-def with_iterations(stacks: Loads, stack_factor: float) -> Loads:
-    """The stacks, and iterations whose layers take `stack_factor` times less when stacked."""
-    own = stacks.readings
-    intercepts = own.overheads[:, 0] * 1e-4
-    whole = replace(own, seconds=(own.seconds - intercepts) / stack_factor + intercepts)
-    both = {
-        name: np.concatenate((getattr(own, name), getattr(whole, name)))
-        for name in ("seconds", "layers", "known", "overheads")
-    }
-    planes = (np.concatenate((own.planes[0], whole.planes[0])),)
-    count = len(stacks)
-    return Loads(
-        Readings(**both, planes=planes),
-        np.concatenate((stacks.rows, stacks.rows)),
-        np.repeat((0.0, 1.0), count),
-        stacks.growth,
-    )
+    return Loads(readings, rows, Growth(counts, features(few, held), features(many, held + 1.0)))
 
 
 def cells(found: Loads) -> np.ndarray:
@@ -90,15 +70,6 @@ def test_a_factor_is_kept_only_where_it_clearly_lowers_the_left_out_error() -> N
     assert len(chosen.scores) == 4
     plain = loads({}, {}, noise=0.01)
     assert choose(plain, ((0,),), cells(plain)).knots == {}
-
-
-def test_planes_speak_of_iterations_where_stacks_alone_are_faster() -> None:
-    both = with_iterations(loads({}, {2.0: 0.8, 4.0: 0.95}), 0.8)
-    found = choose(both, ((0,),), cells(both))
-    assert dict(found.knots[STACK]) == pytest.approx({0.0: 0.8, 1.0: 1.0}, rel=1e-3)
-    assert dict(found.knots[DEPTH])[2.0] == pytest.approx(0.8, rel=1e-2)
-    truth = np.array([2e-4, 1e-5, 1e-7]) / 0.8
-    assert found.chosen.fit.planes[0] == pytest.approx(truth, rel=2e-2)
 
 
 @given(
