@@ -12,8 +12,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 from calibration.measuring.board import NoBoard, open_board
 from calibration.measuring.meters import Absence, Meter, best_meter
-from calibration.measuring.timing import measure_pace
+from calibration.measuring.timing import measure_pace, uncollected
 from calibration.model.checkpoint import Checkpoint, open_checkpoint
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.family import shape_of
@@ -358,7 +357,8 @@ def serve_once(
     )
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     pace_before = measure_pace(bench.device)
-    with undisturbed():
+    gc.collect()
+    with uncollected():
         energy.open()
         waited_before_s = waited_s()
         clock.restart()
@@ -545,19 +545,6 @@ def check_servable(bench: Bench, chosen: PolicySettings) -> None:
             "not; simulate it instead.",
             f"{bench.where}, policy {chosen.name}",
         )
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Keep the garbage collector out of the clock."""
-    gc.collect()
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _longest_context(room: Room) -> int:
