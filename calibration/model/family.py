@@ -9,6 +9,7 @@ Packed tokens are [N, hidden]: the tokens of several requests one after another.
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -43,12 +44,14 @@ class Backbone(ABC):
     """
 
     family: Family
+    layer_class: type[nn.Module]
     layer_prefix: str
     """Start of a layer's weight names; the layer's number and a dot follow."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.config = model.config
+        self._cache_argument = cache_argument(self.layer_class)
         model.set_attn_implementation(attention.NAME)
 
     @property
@@ -119,10 +122,9 @@ class Backbone(ABC):
         """
         rotary = self.position_embeddings(positions[None])
         hidden = hidden[None]
+        handed = {self._cache_argument: attend, "attend": attend}
         for layer in self._layers(first, last):
-            hidden = layer(
-                hidden, past_key_values=attend, position_embeddings=rotary, attend=attend
-            )
+            hidden = layer(hidden, position_embeddings=rotary, **handed)
         return hidden[0]
 
     def fill(
@@ -159,12 +161,11 @@ class Backbone(ABC):
         hidden = self.embed(ids, positions)
         rotary = self.position_embeddings(positions)
         attend = DenseAttend()
+        handed = {self._cache_argument: attend, "attend": attend}
         states = []
         with attention.kernels(ids.device):
             for layer in self.layers:
-                hidden = layer(
-                    hidden, past_key_values=attend, position_embeddings=rotary, attend=attend
-                )
+                hidden = layer(hidden, position_embeddings=rotary, **handed)
                 states.append(hidden)
         return states
 
@@ -201,6 +202,7 @@ class LlamaBackbone(Backbone):
     """Llama: rotary positions, RMS norms, key heads shared by query heads."""
 
     family: Family = "llama"
+    layer_class = LlamaDecoderLayer
     layer_prefix = "model.layers."
     has_fused_norms = False
 
@@ -277,6 +279,12 @@ class LlamaBackbone(Backbone):
         replace_norms(self.model)
 
 
+def cache_argument(layer_class: type[nn.Module]) -> str:
+    """The name under which a stock layer takes its cache; transformers 5.24 renamed it."""
+    known = inspect.signature(layer_class.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def replace_norms(root: nn.Module) -> None:
     """Put torch's RMS norm, with the same weight and epsilon, in the place of each stock one."""
     for module in list(root.modules()):
@@ -292,6 +300,7 @@ class OptBackbone(Backbone):
     """OPT: learned positions (two rows in front are unused), layer norms, biases."""
 
     family: Family = "opt"
+    layer_class = OPTDecoderLayer
     layer_prefix = "model.decoder.layers."
 
     def __init__(self, model: OPTForCausalLM) -> None:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from calibration.model.attention import DenseAttend
-from calibration.model.family import LlamaBackbone, backbone_of, empty_backbone, shape_of
+from calibration.model.family import (
+    LlamaBackbone,
+    backbone_of,
+    cache_argument,
+    empty_backbone,
+    shape_of,
+)
 from helios_sim.errors import InputError
 from tests.calibration import tiny
 
@@ -146,3 +153,16 @@ def test_layers_that_are_not_loaded_cannot_run():
     backbone = backbone_of(tiny.stock_model("opt"))
     with pytest.raises(ValueError, match="Layers 2 to 5 were asked for; 4 layers are loaded"):
         backbone.run(torch.zeros(1, 64), 2, 5, DenseAttend(), torch.zeros(1, dtype=torch.long))
+
+
+def test_a_layer_is_handed_its_cache_under_the_name_that_its_release_knows() -> None:
+    """transformers 5.24 renamed the argument; both names are in use."""
+
+    class Earlier(nn.Module):
+        def forward(self, hidden_states, past_key_values=None): ...
+
+    class Later(nn.Module):
+        def forward(self, hidden_states, cache=None): ...
+
+    assert cache_argument(Earlier) == "past_key_values"
+    assert cache_argument(Later) == "cache"
