@@ -662,17 +662,16 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     layer_s = layer_s * w.residual[model, rep.level, batch]
     layer_j = cost.layer_joules(c, padded, float(context), 0.0, 0.0)
     levels = w.leaving_level[model, rep.column]
-    seconds = cost.fixed_seconds(c, padded, False, 0.0)
+    fixed_s = cost.fixed_seconds(c, padded, False, 0.0)
+    seconds = fixed_s
     joules = 0.0
     before = 0 if passed == 0 else w.exit_layers[model, passed - 1]
-    shallow_s = 0.0
     level = passed
     while True:
         segment = w.exit_layers[model, level] - before
         before = w.exit_layers[model, level]
         seconds = seconds + segment * layer_s
         joules = joules + segment * layer_j
-        shallow_s = shallow_s + segment * layer_s
         if level == rep.level:
             seconds = seconds + cost.head_seconds(c, padded)
             joules = joules + cost.head_joules(c, padded)
@@ -680,7 +679,6 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         else:
             seconds = seconds + cost.check_seconds(c, padded)
             joules = joules + cost.check_joules(c, padded)
-            shallow_s = shallow_s + cost.check_seconds(c, padded)
             leaving = 0
             for k in range(rep.num_ready):
                 own = levels[w.lanes[r, k] + rep.ticks]
@@ -689,9 +687,11 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         if leaving == batch:
             break
         if leaving > 0:
+            # A pass of its own begins with a fixed part of its own.
             rest_s = remaining_seconds(w, rep, level + 1, padded, layer_s)
             overhead_s = c[cost.REBATCH_OVERHEAD_S]
-            if rebatch_pays(leaving, batch, shallow_s, rest_s + overhead_s, shallow_s + rest_s):
+            deep_s = fixed_s + rest_s + overhead_s
+            if rebatch_pays(leaving, batch, seconds, deep_s, seconds + rest_s):
                 seconds = seconds + overhead_s
                 break
         level += 1

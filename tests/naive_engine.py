@@ -455,11 +455,11 @@ class NaiveReplica:
         layer_j = cost.layer_joules(c, rows, context, 0.0, 0.0)
         head_s, check_s = cost.head_seconds(c, rows), cost.check_seconds(c, rows)
         overhead_s = c[cost.REBATCH_OVERHEAD_S]
-        seconds, joules, shallow_s = cost.fixed_seconds(c, rows, False, 0), 0.0, 0.0
+        fixed_s = cost.fixed_seconds(c, rows, False, 0)
+        seconds, joules = fixed_s, 0.0
         for level in range(passed, loaded + 1):
             layers = exit_layers[level] - (exit_layers[level - 1] if level else 0)
             seconds += layers * layer_s
-            shallow_s += layers * layer_s
             joules += layers * layer_j
             if level == loaded:
                 seconds += head_s
@@ -467,15 +467,15 @@ class NaiveReplica:
                 leavers = company
                 break
             seconds += check_s
-            shallow_s += check_s
             joules += cost.check_joules(c, rows)
             leavers = [row for row in company if own[row] <= level]
             if len(leavers) == batch:
                 break
-            deep_s = (self.depth - exit_layers[level]) * layer_s + head_s
-            deep_s += (loaded - (level + 1)) * check_s
+            rest_s = (self.depth - exit_layers[level]) * layer_s + head_s
+            rest_s += (loaded - (level + 1)) * check_s
+            deep_s = fixed_s + rest_s + overhead_s
             if leavers and rules.rebatch_pays(
-                len(leavers), batch, shallow_s, deep_s + overhead_s, shallow_s + deep_s
+                len(leavers), batch, seconds, deep_s, seconds + rest_s
             ):
                 seconds += overhead_s
                 break

@@ -172,9 +172,10 @@ def fit_times(
     numbers |= _prefill_numbers(prefill, decode, said)
     numbers |= _fill_numbers(lines, numbers, model, said, fitted)
     numbers["rebatch.overhead_s"] = Number(
-        numbers["decode.fixed_s"].value,
+        0.0,
         "derived",
-        "the second part of a split iteration begins as an iteration does: decode.fixed_s",
+        "rows that stay keep their states by one short copy, and the pass they make later is "
+        "charged its own decode.fixed_s",
     )
     overheads = {"decode": decode.stack_s, "prefill": prefill.stack_s}
     batch_residual = _stairs(decode.knots.get(BATCH, ()), buckets)

@@ -130,9 +130,16 @@ class ModelMachine:
     def hold(self, rows: Sequence[Row]) -> None:
         """Keep where these rows stand, to go on from later."""
         assert self._hidden is not None
+        for row in self._order:
+            row.hidden = None
+        if not rows:
+            return
         staying = set(rows)
-        for place, row in enumerate(self._order):
-            row.hidden = self._hidden[place].clone() if row in staying else None
+        places = [place for place, row in enumerate(self._order) if row in staying]
+        chosen = to_device(np.asarray(places, dtype=np.int64), self._hidden.device)
+        kept = self._hidden.index_select(0, chosen)
+        for place, hidden in zip(places, kept, strict=True):
+            self._order[place].hidden = hidden
 
     def release(self, row: Row) -> None:
         """Give a row's tokens in the pool back; its place may stay as a gap until the next decode.

@@ -511,10 +511,11 @@ def _coefficients(board: Board, eager: Eager, model: EarlyExitModel) -> dict[str
         "kv_fill.base_s_per_layer": (fill_bytes * byte_s, *memory),
         "kv_fill.s_per_row_layer": (fill_row_flops * flop_s + fill_row_bytes * byte_s, *both),
         "rebatch.overhead_s": (
-            DREX_OVERHEAD_S / DREX_FULL_S * launches_s,
+            max(0.0, DREX_OVERHEAD_S / DREX_FULL_S * launches_s - eager.fixed_s.value),
             "derived",
             f"{DREX}: 29.0 + 42.3 - 55.0 = 16.3 ms on Llama-2-13B at batch 8, 30 % of its full "
-            "iteration; scaled (assumed) to this model's launch floor times its layers",
+            "iteration; scaled (assumed) to this model's launch floor times its layers, without "
+            "the fixed part with which the pass of those who stay begins",
         ),
         "power.active_w": (board.active_w.value, board.active_w.grade, board.active_w.source),
         "power.limit_w": (board.limit_w.value, board.limit_w.grade, board.limit_w.source),
