@@ -97,6 +97,9 @@ class EarlyExitLM:
         self._heads_layout = layout_of(self._head_shapes())
         self._host: HostCopy | None = None
         self._staging: HostCopy | None = None
+        self._shells: dict[int, nn.Module] = {}
+        """Layers that were loaded once, kept without weights: building one anew takes longer than
+        its weights do."""
         self._checked_depth = 0
         """Layers whose weights in host memory the guard has agreed to."""
         if host_copy or pinned:
@@ -201,9 +204,10 @@ class EarlyExitLM:
             layers = list(self.backbone.layers)
             for index in range(before, depth):
                 prefix = f"{self.backbone.layer_prefix}{index}."
-                layer = self.backbone.new_layer(index)
-                assign(layer, loader.part(2 + index, self._layer_layout, prefix))
-                layers.append(layer)
+                if index not in self._shells:
+                    self._shells[index] = self.backbone.new_layer(index)
+                assign(self._shells[index], loader.part(2 + index, self._layer_layout, prefix))
+                layers.append(self._shells[index])
             loader.finish()
             self._staging = loader.staging
             self.backbone.set_layers(layers)
@@ -215,6 +219,9 @@ class EarlyExitLM:
             loader.finish()
             if was_resident:
                 self.shrink(before)
+                # Layers that were not put in yet hold weights too.
+                self._drop_layers(before)
+                self._give_back()
             else:
                 self.unload()
             raise
@@ -238,7 +245,7 @@ class EarlyExitLM:
         if depth < self.depth:
             self._wait()
             self.generation += 1
-            self.backbone.set_layers(list(self.backbone.layers)[:depth])
+            self._drop_layers(depth)
             self._give_back()
         return time.perf_counter() - began_s
 
@@ -247,7 +254,7 @@ class EarlyExitLM:
         began_s = time.perf_counter()
         self._wait()
         self.generation += 1
-        self.backbone.set_layers([])
+        self._drop_layers(0)
         self._assign_resident(
             {n: torch.empty(s, device="meta") for n, s in self._backbone_layout.shapes.items()},
             {n: torch.empty(s, device="meta") for n, s in self._heads_layout.shapes.items()},
@@ -358,6 +365,14 @@ class EarlyExitLM:
                 f"{self.name} was asked for {depth} loaded layers; allowed are 1 to "
                 f"{self.num_layers}."
             )
+
+    def _drop_layers(self, depth: int) -> None:
+        """Let go of the weights of the layers beyond `depth`."""
+        self.backbone.set_layers(list(self.backbone.layers)[:depth])
+        for index, shell in self._shells.items():
+            if index >= depth:
+                shapes = self._layer_layout.shapes
+                assign(shell, {n: torch.empty(s, device="meta") for n, s in shapes.items()})
 
     def _head_shapes(self) -> dict[str, tuple[int, ...]]:
         layers = self.exit_layers[:-1] if self.heads_kind == "auxiliary" else ()

@@ -203,3 +203,18 @@ def test_memory_that_cannot_be_page_locked_is_used_as_it_is(monkeypatch):
     assert not copy.is_pinned
     assert copy.note == "the system refused to page-lock 48 bytes (CUDA error 2)"
     assert asked == [device]
+
+
+def test_layers_that_are_dropped_hold_no_weights_and_are_not_built_again(folder):
+    """A layer's modules stay, since building them takes longer than loading their weights."""
+    model = load(folder)
+    expected = tokens(model)
+    layers = list(model.backbone.layers)
+    model.shrink(1)
+    assert all(weight.is_meta for layer in layers[1:] for weight in layer.parameters())
+    assert not any(weight.is_meta for weight in layers[0].parameters())
+    model.unload()
+    assert all(weight.is_meta for layer in layers for weight in layer.parameters())
+    model.grow(4)
+    assert list(model.backbone.layers) == layers
+    assert tokens(model) == expected
