@@ -9,13 +9,11 @@ one the function is transformers' SDPA attention, so a wrapped model still works
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -184,23 +182,16 @@ def attention(
     return attend.attend(query, key, value, int(module.layer_idx), scale), None
 
 
-def kernels(device: torch.device) -> AbstractContextManager[None]:
-    """The SDPA kernels to choose among on a device.
-
-    On a GPU cuDNN's are left out: they build a plan for every new shape, and contexts change
-    their width all the time.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    allowed = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    chosen: AbstractContextManager[None] = sdpa_kernel(allowed)
-    return chosen
-
-
 def register() -> None:
-    """Make the attention function known to transformers; doing it again changes nothing."""
+    """Make the attention function known to transformers; doing it again changes nothing.
+
+    Of a GPU's kernels cuDNN's are left out in this process: they build a plan for every new shape,
+    and contexts change their width all the time. For good, since torch keeps the choice for all
+    threads at once, and weights may be checked in one while another serves.
+    """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def share_heads(keys_or_values: Tensor, num_query_heads: int) -> Tensor:

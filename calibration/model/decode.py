@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.model import attention, graphs, varlen
+from calibration.model import graphs, varlen
 from calibration.model.attention import (
     Attend,
     DecodeAttend,
@@ -146,10 +146,14 @@ class Decoder:
         """Take hidden states [N, hidden] through layers first..last-1, writing their KV."""
         captured = self._captured()
         if captured is not None:
-            replayed = captured.run(place, hidden, first, last)
+            try:
+                replayed = captured.run(place, hidden, first, last)
+            except graphs.CaptureError as error:
+                self.drop_graphs(f"capturing failed: {error}")
+                replayed = None
             if replayed is not None:
                 return replayed
-        with torch.no_grad(), attention.kernels(hidden.device):
+        with torch.no_grad():
             attend = self._attend(place)
             return self.model.backbone.run(hidden, first, last, attend, place.positions)
 
@@ -221,13 +225,15 @@ class Decoder:
         *,
         segments: Sequence[tuple[int, int]] | None = None,
         subsets: bool = False,
+        on_demand: bool = False,
         recorder: graphs.Recorder | None = None,
     ) -> bool:
         """Capture one CUDA graph for each (segment, batch bucket, context bucket).
 
         `segments` are layer ranges, between the exits up to the loaded depth unless given;
         `subsets` also captures them for rows that are not the pool's first ones, as where some
-        rows wait at an exit while others begin a token.
+        rows wait at an exit while others begin a token; `on_demand` captures each only when its
+        load is met for the second time.
         Where graphs cannot be had this says why in `graphs_off_reason`, returns False, and the
         eager path goes on giving the same tokens.
         """
@@ -248,6 +254,7 @@ class Decoder:
             batch_buckets=graphs.buckets_up_to(rows, batch_buckets),
             context_buckets=tuple(sorted({self.pool.context_tokens(w) for w in widths})),
             subsets=subsets,
+            on_demand=on_demand,
         )
         try:
             self.graphs = graphs.DecodeGraphs(

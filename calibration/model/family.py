@@ -163,10 +163,9 @@ class Backbone(ABC):
         attend = DenseAttend()
         handed = {self._cache_argument: attend, "attend": attend}
         states = []
-        with attention.kernels(ids.device):
-            for layer in self.layers:
-                hidden = layer(hidden, position_embeddings=rotary, **handed)
-                states.append(hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, position_embeddings=rotary, **handed)
+            states.append(hidden)
         return states
 
     def set_layers(self, layers: Sequence[nn.Module]) -> None:

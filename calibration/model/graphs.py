@@ -1,17 +1,19 @@
 """CUDA graphs of decode segments: captured once per bucket, replayed without launching kernels.
 
-One graph for each (segment between exits, batch bucket, context bucket), the largest first, all
-in one memory pool. A graph reads its inputs from buffers that all graphs share; rows that pad a
-bucket write to the pool's scratch tokens. Whether a token leaves at an exit is decided on the
-host between two replays.
+One graph for each (segment between exits, batch bucket, context bucket), all in one memory pool:
+every one before anything is served, the largest first, or each when its load is met for the second
+time. A graph reads its inputs from buffers that all graphs share; rows that pad a bucket write to
+the pool's scratch tokens. Whether a token leaves at an exit is decided on the host between two
+replays.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from calibration.model import varlen
-from calibration.model.attention import Attend, DecodeAttend, kernels
+from calibration.model.attention import Attend, DecodeAttend
 from calibration.model.kv import PagedPool, Pool
 
 if TYPE_CHECKING:
@@ -48,8 +50,11 @@ class Recording(Protocol):
 class Recorder(Protocol):
     """Captures computations."""
 
-    def record(self, body: Callable[[], Tensor]) -> Recording:
-        """Capture `body`, whose inputs stay where they are; raises CaptureError."""
+    def record(self, body: Callable[[], Tensor], warm_ups: int) -> Recording:
+        """Capture `body`, whose inputs stay where they are, after so many runs of it.
+
+        Raises CaptureError.
+        """
         ...
 
 
@@ -76,6 +81,12 @@ def capture_stream(device_index: int) -> Any:
     return new_stream(device_index)
 
 
+@lru_cache(maxsize=8)
+def warm_loads(device_index: int | None) -> set[object]:
+    """What has run on a GPU's capturing stream: its kernels are loaded, its workspaces made."""
+    return set()
+
+
 class CudaRecorder:
     """Captures CUDA graphs that share one memory pool."""
 
@@ -83,23 +94,29 @@ class CudaRecorder:
         self.device = device
         self.pool: Any = torch.cuda.graph_pool_handle()
 
-    def record(self, body: Callable[[], Tensor]) -> Recording:
-        """Warm up on the capturing stream, then capture."""
+    def record(self, body: Callable[[], Tensor], warm_ups: int) -> Recording:
+        """Warm up on the capturing stream, then capture.
+
+        `torch.cuda.graph` would wait for the device and give all cached memory back before each
+        of hundreds of captures. Weights may arrive in another thread meanwhile, which is why
+        only this thread must keep to what may be captured.
+        """
         serving = torch.cuda.current_stream(self.device)
+        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.device(self.device):
                 stream = capture_stream(torch.cuda.current_device())
                 stream.wait_stream(serving)
                 with torch.cuda.stream(stream):
-                    for _ in range(WARM_UPS):
+                    for _ in range(warm_ups):
                         body()
-                graph = torch.cuda.CUDAGraph()
-                # Entering it waits for the device, so that the warm-up is over by then.
-                with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-                    output = body()
+                    graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                    try:
+                        output = body()
+                    finally:
+                        graph.capture_end()
+                serving.wait_stream(stream)
         except RuntimeError as error:
-            # A capture that fails leaves its own stream the current one.
-            torch.cuda.set_stream(serving)
             raise CaptureError(str(error).splitlines()[0]) from error
         return CudaRecording(graph, output)
 
@@ -140,12 +157,16 @@ def bucket_of(count: int, buckets: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """Which graphs to capture; buckets ascending, segments as half-open layer ranges."""
+    """Which graphs to capture; buckets ascending, segments as half-open layer ranges.
+
+    `on_demand` captures each when its load is met for the second time, instead of all beforehand.
+    """
 
     segments: tuple[tuple[int, int], ...]
     batch_buckets: tuple[int, ...]
     context_buckets: tuple[int, ...]
     subsets: bool = False
+    on_demand: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,8 +183,8 @@ class GraphKey:
 class DecodeGraphs:
     """The captured segments of one model over one pool.
 
-    `capture_s` and `num_graphs` say what capturing took. The graphs hold for as long as no layer
-    and no store they read is dropped.
+    `capture_s` and `num_graphs` say what capturing has taken so far. The graphs hold for as long
+    as no layer and no store they read is dropped.
     """
 
     def __init__(
@@ -192,18 +213,18 @@ class DecodeGraphs:
         self.integers = torch.from_numpy(self.host.copy()).to(device)
         self.laid_out: Place | None = None
         self.recordings: dict[GraphKey, Recording] = {}
-        began_s = time.perf_counter()
-        # Every capture collects garbage; what is alive now need not be looked through each time.
-        gc.collect()
-        gc.freeze()
-        try:
-            for key in self._keys():
-                self.recordings[key] = recorder.record(self._body(key))
-        finally:
-            gc.unfreeze()
+        self.capture_s = 0.0
+        self._recorder = recorder
+        self._keys = dict.fromkeys(self._all_keys())
+        self._met: set[GraphKey] = set()
+        if settings.on_demand:
+            return
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.capture_s = time.perf_counter() - began_s
+        for key in self._keys:
+            self._capture(key)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     @property
     def num_graphs(self) -> int:
@@ -222,21 +243,44 @@ class DecodeGraphs:
         if not place.is_decode or rows is None or context is None:
             return None
         key = GraphKey(first, last, rows, context, place.located_host is not None)
-        return key if key in self.recordings else None
+        return key if key in self._keys else None
 
     def run(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor | None:
-        """Replay a segment: states [rows, hidden] in and out, or None where no graph serves."""
+        """Replay a segment: states [rows, hidden] in and out, or None where no graph serves.
+
+        Raises CaptureError where a graph is to be captured now and cannot be.
+        """
         key = self.key_of(place, first, last)
         if key is None:
+            return None
+        if key not in self.recordings and key not in self._met:
+            # A load that is met once is not worth a graph.
+            self._met.add(key)
             return None
         if self.laid_out is not place:
             self._lay_out(place)
         count = len(place.rows)
         self.hidden[:count].copy_(hidden)
+        if key not in self.recordings:
+            # What warms up writes the rows' keys and values, as the replay then does again.
+            self._capture(key)
         # A copy, since the next replay of any graph may overwrite this memory.
         return self.recordings[key].replay()[:count].clone()
 
-    def _keys(self) -> list[GraphKey]:
+    def _capture(self, key: GraphKey) -> None:
+        """Capture a graph, warmed up where none like it ever was; layers are alike."""
+        began_s = time.perf_counter()
+        warm = warm_loads(self.hidden.device.index)
+        width = self.hidden.shape[1]
+        alike = replace(key, first=0, last=0)
+        load = (self.model.name, width, self.hidden.dtype, self.blocks, alike)
+        with _uncollected():
+            body = self._body(key)
+            self.recordings[key] = self._recorder.record(body, 0 if load in warm else WARM_UPS)
+        warm.add(load)
+        self.capture_s += time.perf_counter() - began_s
+
+    def _all_keys(self) -> list[GraphKey]:
         """Largest first: later graphs then find their memory in the pool."""
         settings = self.settings
         keys = []
@@ -262,7 +306,7 @@ class DecodeGraphs:
         backbone = self.model.backbone
 
         def body() -> Tensor:
-            with torch.no_grad(), kernels(hidden.device):
+            with torch.no_grad():
                 attend = self._attend(key, addresses, positions, rest)
                 return backbone.run(hidden, key.first, key.last, attend, positions)
 
@@ -296,3 +340,15 @@ class DecodeGraphs:
             values = values.pin_memory()
         self.integers.copy_(values, non_blocking=True)
         self.laid_out = place
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from freeing what a capture does not know of."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

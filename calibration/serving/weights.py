@@ -14,7 +14,13 @@ import torch
 
 from calibration.model.decode import Decoder, generate
 from calibration.model.early_exit import EarlyExitLM, load
-from calibration.model.kv import PagedPool, Pool, SlotPool
+from calibration.model.kv import (
+    CONTEXT_GRANULE_TOKENS,
+    PagedPool,
+    Pool,
+    SlotPool,
+    round_up,
+)
 from calibration.model.memory import available_bytes
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Clock
@@ -65,8 +71,10 @@ class CheckpointWeights:
         """Candidates met so far, with their weights loaded or not."""
         self.name: str | None = None
         self.pool: Pool | None = None
-        self.notes: dict[str, str] = {}
-        """What there is to say of the machines taken up: rows that fit, graphs."""
+        self._rows_said: dict[str, str] = {}
+        self._graphs_said: dict[str, tuple[int, float]] = {}
+        self._decoder: Decoder | None = None
+        self._taken_up = ""
         self._arriving: str | None = None
 
     @property
@@ -89,6 +97,15 @@ class CheckpointWeights:
     def overlaps(self) -> bool:
         """Only a GPU copies beside its work; on a processor loading would take the time of it."""
         return self.settings.device.type == "cuda"
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What there is to say of the machines taken up: rows that fit, graphs."""
+        self._count_graphs()
+        said = dict(self._rows_said)
+        for key, (count, seconds) in self._graphs_said.items():
+            said[key] += f", {count} graphs captured in {seconds:.2f} s"
+        return said
 
     @property
     def loaded_bytes(self) -> int:
@@ -123,7 +140,7 @@ class CheckpointWeights:
     def bring_in(self, name: str, depth: int) -> None:
         """Load a candidate's missing layers now; another candidate makes way for it first."""
         self._read_ahead(name)
-        self.pool = None
+        self._let_go()
         if self.name != name:
             self.drop()
         self._load(name, depth)
@@ -142,8 +159,11 @@ class CheckpointWeights:
             self._arriving = name
 
     def take_up(self, name: str, depth: int, level: int, pool_blocks: int) -> ModelMachine:
-        """The machine of what was brought in, cut to this depth, with an empty pool."""
-        self.pool = None
+        """The machine of what was brought in, cut to this depth, with an empty pool.
+
+        Graphs are captured as loads are met: all of them would take longer than the weights do.
+        """
+        self._let_go()
         if self._arriving == name != self.name:
             self.drop()
             self.name = name
@@ -155,12 +175,9 @@ class CheckpointWeights:
         decoder = Decoder(self.model, self.pool)
         if self.settings.graphs:
             buckets = self.room.profile.model(name).batch_buckets
-            decoder.use_graphs(buckets or None, subsets=True)
-        graphs = decoder.graphs
-        said = f"{self.pool.max_rows} rows in {self.settings.kv}"
-        if graphs is not None:
-            said += f", {graphs.num_graphs} graphs captured in {graphs.capture_s:.2f} s"
-        self.notes[f"{name}@{depth}"] = said
+            decoder.use_graphs(buckets or None, subsets=True, on_demand=True)
+        self._decoder, self._taken_up = decoder, f"{name}@{depth}"
+        self._rows_said[self._taken_up] = f"{self.pool.max_rows} rows in {self.settings.kv}"
         self._wait_for_device()
         return ModelMachine(
             self.model,
@@ -172,10 +189,24 @@ class CheckpointWeights:
 
     def drop(self) -> None:
         """Give the serving candidate's memory back."""
-        self.pool = None
+        self._let_go()
         if self.model is not None:
             self.model.unload()
         self.name = None
+
+    def _let_go(self) -> None:
+        """Keep nothing of the last machine's pool and graphs."""
+        self._count_graphs()
+        self._decoder = self.pool = None
+
+    def _count_graphs(self) -> None:
+        """Add the graphs of the machine that serves to those told of its kind, once."""
+        graphs = None if self._decoder is None else self._decoder.graphs
+        self._decoder = None
+        if graphs is not None:
+            count, seconds = self._graphs_said.get(self._taken_up, (0, 0.0))
+            found = count + graphs.num_graphs, seconds + graphs.capture_s
+            self._graphs_said[self._taken_up] = found
 
     def _load(self, name: str, depth: int) -> None:
         """Bring a candidate to at least a depth, from what of it is there."""
@@ -217,6 +248,8 @@ class CheckpointWeights:
                 max_rows=serving.max_batch,
                 max_tokens=longest,
             )
+        # Attention reads contexts in granules, and a slot of another length would cut the last one.
+        longest = round_up(longest, CONTEXT_GRANULE_TOKENS)
         slots = min(serving.max_batch, max(1, pool_blocks * serving.block_tokens // longest))
         free_bytes = available_bytes(settings.device)
         if free_bytes is not None:

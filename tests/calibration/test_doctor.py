@@ -38,8 +38,8 @@ def test_graphs_are_compared_with_the_eager_path(monkeypatch: pytest.MonkeyPatch
     class Late(FakeRecorder):  # type: ignore[misc]
         """Gives what was computed when capturing, as a graph that reads nothing would."""
 
-        def record(self, body: object) -> object:
-            recording = super().record(body)
+        def record(self, body: object, warm_ups: int) -> object:
+            recording = super().record(body, warm_ups)
             recording.replay = lambda: recording.output
             return recording
 

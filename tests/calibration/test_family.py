@@ -156,7 +156,7 @@ def test_layers_that_are_not_loaded_cannot_run():
 
 
 def test_a_layer_is_handed_its_cache_under_the_name_that_its_release_knows() -> None:
-    """transformers 5.24 renamed the argument; both names are in use."""
+    """Release 5.24 of transformers renamed the argument; both names are in use."""
 
     class Earlier(nn.Module):
         def forward(self, hidden_states, past_key_values=None): ...

@@ -19,6 +19,7 @@ from calibration.model.graphs import (
     buckets_up_to,
     capture_stream,
     context_buckets,
+    warm_loads,
 )
 from tests.calibration import tiny
 
@@ -26,8 +27,8 @@ from tests.calibration import tiny
 class FakeRecording:
     """Computes at every replay, and spoils the memory of all other outputs as one pool may."""
 
-    def __init__(self, recorder, body):
-        self.recorder, self.body = recorder, body
+    def __init__(self, recorder, body, warm_ups):
+        self.recorder, self.body, self.warm_ups = recorder, body, warm_ups
         self.output = body().clone()
         self.replays = 0
 
@@ -45,10 +46,10 @@ class FakeRecorder:
     def __init__(self, fails=False):
         self.recordings, self.fails = [], fails
 
-    def record(self, body):
+    def record(self, body, warm_ups):
         if self.fails:
             raise CaptureError("no memory is left")
-        self.recordings.append(FakeRecording(self, body))
+        self.recordings.append(FakeRecording(self, body, warm_ups))
         return self.recordings[-1]
 
 
@@ -175,6 +176,43 @@ def test_graphs_are_void_once_layers_or_stores_are_dropped():
     assert decoder.graphs is None
 
 
+@pytest.mark.parametrize("pool", ["slots", "paged"])
+def test_on_demand_a_load_is_captured_when_it_is_met_again(pool):
+    prompts = [tiny.prompt(length, seed) for seed, length in enumerate((5, 17, 9))]
+    decoder = decoder_of(pool=pool)
+    expected = generate(decoder, prompts, 16)
+    recorder = capture(decoder, on_demand=True)
+    assert decoder.graphs.num_graphs == 0
+    assert generate(decoder, prompts, 2) == [tokens[:2] for tokens in expected]
+    assert decoder.graphs.num_graphs == 0
+    assert generate(decoder, prompts, 16) == expected
+    # Three segments of four padded rows of the one context there is, each met once before.
+    assert decoder.graphs.num_graphs == 3
+    assert sum(recording.replays for recording in recorder.recordings) == 3 * 15
+    assert decoder.graphs.capture_s > 0
+    decoder.pool.check()
+
+
+def test_a_load_is_warmed_up_once_in_a_process_and_for_all_layers():
+    warm_loads.cache_clear()
+    first, second = decoder_of(), decoder_of()
+    warm_ups = [
+        [recording.warm_ups for recording in capture(decoder, batch_buckets=(2,)).recordings]
+        for decoder in (first, second)
+    ]
+    assert warm_ups == [[WARM_UPS, 0, 0], [0, 0, 0]]
+
+
+def test_a_capture_that_fails_while_serving_leaves_the_eager_path():
+    decoder = decoder_of()
+    prompts = [tiny.prompt(4), tiny.prompt(6)]
+    expected = generate(decoder, prompts, 8)
+    assert decoder.use_graphs((2,), 48, on_demand=True, recorder=FakeRecorder(fails=True))
+    assert generate(decoder, prompts, 8) == expected
+    assert decoder.graphs is None
+    assert decoder.graphs_off_reason == "capturing failed: no memory is left"
+
+
 def test_growing_keeps_the_graphs_of_the_layers_that_stay():
     decoder = decoder_of()
     decoder.model.shrink(2)
@@ -196,16 +234,15 @@ class FakeCuda:
     """What the recorder asks of torch.cuda, with the streams that work ran on."""
 
     def __init__(self, monkeypatch, fails=False):
-        self.current, self.ran_on, self.made, self.fails = "serving", [], 0, fails
+        self.serving = SimpleNamespace(wait_stream=lambda other: None)
+        self.current, self.ran_on, self.made, self.fails = self.serving, [], 0, fails
         for name in (
             "CUDAGraph",
             "Stream",
             "current_device",
             "current_stream",
             "device",
-            "graph",
             "graph_pool_handle",
-            "set_stream",
             "stream",
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
@@ -216,16 +253,23 @@ class FakeCuda:
         return SimpleNamespace(wait_stream=lambda other: None)
 
     def CUDAGraph(self):
-        return SimpleNamespace(replay=lambda: None)
+        return SimpleNamespace(
+            replay=lambda: None, capture_begin=self.capture_begin, capture_end=self.capture_end
+        )
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert pool == "pool"
+        assert capture_error_mode == "thread_local"
+
+    def capture_end(self):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\ntrace")
 
     def current_device(self):
         return 0
 
     def current_stream(self, device=None):
         return self.current
-
-    def set_stream(self, stream):
-        self.current = stream
 
     def graph_pool_handle(self):
         return "pool"
@@ -236,17 +280,10 @@ class FakeCuda:
     @contextmanager
     def stream(self, stream):
         before, self.current = self.current, stream
-        yield
-        self.current = before
-
-    @contextmanager
-    def graph(self, graph, pool, stream):
-        assert pool == "pool"
-        before, self.current = self.current, stream
-        yield
-        if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing\ntrace")
-        self.current = before
+        try:
+            yield
+        finally:
+            self.current = before
 
     def body(self):
         self.ran_on.append(self.current)
@@ -256,19 +293,19 @@ class FakeCuda:
 def test_everything_is_warmed_up_and_captured_on_one_stream(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     recorder = CudaRecorder(torch.device("cuda"))
-    assert float(recorder.record(cuda.body).replay()) == 0.0
-    CudaRecorder(torch.device("cuda")).record(cuda.body)
+    assert float(recorder.record(cuda.body, WARM_UPS).replay()) == 0.0
+    CudaRecorder(torch.device("cuda")).record(cuda.body, WARM_UPS)
     assert cuda.made == 1
     assert len(cuda.ran_on) == 2 * (WARM_UPS + 1)
     assert len(set(map(id, cuda.ran_on))) == 1
-    assert cuda.current == "serving"
+    assert cuda.current is cuda.serving
 
 
 def test_a_capture_that_fails_gives_the_stream_back_and_says_why_in_a_line(monkeypatch):
     cuda = FakeCuda(monkeypatch, fails=True)
     with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
-        CudaRecorder(torch.device("cuda")).record(cuda.body)
-    assert cuda.current == "serving"
+        CudaRecorder(torch.device("cuda")).record(cuda.body, 0)
+    assert cuda.current is cuda.serving
 
 
 @pytest.mark.cuda
