@@ -31,7 +31,7 @@ from calibration.measuring.grid import (
     timing_s,
 )
 from calibration.measuring.meters import Measurement, Meter
-from calibration.measuring.occupancy import peak_bytes, reserved_bytes
+from calibration.measuring.occupancy import peak_bytes, taken_bytes
 from calibration.measuring.readings import Reading
 from calibration.measuring.served import ServedLoad
 from calibration.measuring.timing import (
@@ -123,13 +123,13 @@ class Bench:
         `recorder` captures them in place of CUDA's own.
         """
         decoder = Decoder(self.model, self.pool)
-        before = reserved_bytes(self.device)
+        before = taken_bytes(self.device)
         begin_s = time.perf_counter()
         captured = decoder.use_graphs(max_context=self.max_context, recorder=recorder)
         if not captured or decoder.graphs is None:
             return decoder.graphs_off_reason
         seconds = time.perf_counter() - begin_s
-        self._graph_bytes = reserved_bytes(self.device) - before
+        self._graph_bytes = max(0, taken_bytes(self.device) - before)
         self.decoders["graph"] = decoder
         return Reading(
             "graph_capture",
@@ -325,9 +325,16 @@ class Bench:
         return self._decode(job, depth)
 
     def launches_per_layer(self) -> int:
-        """Operators that one decode layer launches, views left out."""
+        """Operators that one decode layer launches, views left out.
+
+        What an iteration does once for all its layers is in the first of two as well.
+        """
+        decoder = self.decoders["eager"]
         load = self._load(Job("decode_layers", batch=1, context_tokens=2))
-        return count_launches(self._segments(self.decoders["eager"], load, [(0, 1)]))
+        first, both = (self._segments(decoder, load, [(0, last)]) for last in (1, 2))
+        if self.depths[-1] == 1:
+            return count_launches(first)
+        return count_launches(both) - count_launches(first)
 
     def _decode(self, job: Job, depth: int) -> Work:
         decoder = self._decoder(job)
@@ -336,8 +343,10 @@ class Bench:
     def _segments(self, decoder: Decoder, load: Load, ranges: Sequence[tuple[int, int]]) -> Work:
         def segments() -> Tensor:
             hidden = load.hidden
+            # Found once an iteration, as in serving.
+            place = decoder.place(load.rows, load.positions)
             for first, last in ranges:
-                hidden = decoder.segment(load.rows, hidden, load.positions, first, last)
+                hidden = decoder.run(place, hidden, first, last)
             return hidden
 
         return segments

@@ -12,12 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibration.measuring.timing import Captured, Timer, Timing, Work, capture, timed
 
-_VIEWS: Final = frozenset(
+_LAUNCH_NOTHING: Final = frozenset(
     (
+        "_pin_memory",
         "alias",
         "as_strided",
         "detach",
+        "empty",
+        "empty_like",
+        "empty_strided",
         "expand",
+        "lift_fresh",
+        "new_empty",
         "permute",
         "select",
         "slice",
@@ -32,7 +38,7 @@ _VIEWS: Final = frozenset(
         "_unsafe_view",
     )
 )
-"""Operators that launch nothing."""
+"""Operators that make views or room."""
 
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -49,7 +55,7 @@ def count_launches(work: Work) -> int:
     """Operators of the work that run something on the device; each is one launch or more."""
     with _Count() as counted:
         work()
-    return sum(number for name, number in counted.operators.items() if name not in _VIEWS)
+    return sum(number for name, number in counted.operators.items() if name not in _LAUNCH_NOTHING)
 
 
 def launch_chain(length: int, device: torch.device) -> Work:

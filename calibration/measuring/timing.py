@@ -435,13 +435,14 @@ def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
     if device.type != "cuda":
         return NotCaptured("CUDA graphs need a CUDA device")
     graph = torch.cuda.CUDAGraph()
+    usual = torch.cuda.current_stream(device)
     try:
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(device))
+        side.wait_stream(usual)
         with torch.cuda.stream(side):
             for _ in range(2):
                 work()
-        torch.cuda.current_stream(device).wait_stream(side)
+        usual.wait_stream(side)
         torch.cuda.synchronize(device)
         begin_s = time.perf_counter()
         with torch.cuda.graph(graph):
@@ -449,5 +450,7 @@ def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
         torch.cuda.synchronize(device)
         return Captured(graph.replay, time.perf_counter() - begin_s)
     except RuntimeError as error:
+        # A capture that fails leaves its own stream the current one.
+        torch.cuda.set_stream(usual)
         torch.cuda.synchronize(device)
         return NotCaptured(f"the capture failed: {str(error).splitlines()[0]}")
