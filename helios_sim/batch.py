@@ -528,7 +528,7 @@ def start_prefill(w: World, r: int, rep: Any, count: int) -> None:
         1.0,
     )
     joules = cost.mixed_joules(
-        c, 0.0, 0.0, float(tokens), pairs, float(rep.depth), 0.0, float(count), seconds
+        c, 0.0, 0.0, 0.0, float(tokens), pairs, float(rep.depth), 0.0, float(count), seconds
     )
     begin(rep, PREFILLING, seconds, joules, regime)
 
@@ -592,6 +592,7 @@ def start_decode(w: World, r: int, rep: Any) -> None:
         c,
         padded + pending,
         context,
+        padded_context,
         float(layers),
         float(num_checks),
         float(num_heads),
@@ -660,7 +661,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     padded = w.padded[model, batch]
     layer_s, regime = cost.layer_seconds(c, padded, float(context), padded * longest, 0.0, 0.0, 0.0)
     layer_s = layer_s * w.residual[model, rep.level, batch]
-    layer_j = cost.layer_joules(c, padded, float(context), 0.0, 0.0)
+    layer_j = cost.layer_joules(c, padded, float(context), padded * longest, 0.0, 0.0)
     levels = w.leaving_level[model, rep.column]
     fixed_s = cost.fixed_seconds(c, padded, False, 0.0)
     seconds = fixed_s
@@ -820,6 +821,7 @@ def start_mixed(w: World, r: int, rep: Any, tokens: int, reread: int, pairs: flo
         c,
         padded + pending,
         float(context),
+        padded_context,
         float(tokens),
         pairs,
         float(rep.depth),

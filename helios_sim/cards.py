@@ -122,7 +122,9 @@ def candidate_card(room: Room, name: str) -> Candidate:
             c, rows, context, padded_context, float(depth), 0.0, 1.0, 0.0, rows, residual
         )
         decode_s.append(float(seconds))
-        joules = cost.decode_joules(c, rows, context, float(depth), 0.0, 1.0, 0.0, rows, seconds)
+        joules = cost.decode_joules(
+            c, rows, context, padded_context, float(depth), 0.0, 1.0, 0.0, rows, seconds
+        )
         decode_j.append(float(joules))
         pairs = prompt * (prompt + 1) / 2
         first_s, _ = cost.mixed_seconds(

@@ -66,6 +66,7 @@ COEFFICIENTS: Final = (
     "decode.compute_s_per_padded_token",
     "decode.fixed_s_per_row",
     "prefill.fixed_s_per_prompt",
+    "decode.j_per_padded_token_layer",
 )
 """Names of the coefficients, in the order of the array; units are in the names.
 
@@ -115,12 +116,17 @@ def layer_seconds(
 
 @compilable
 def layer_joules(
-    c: Any, rows: float, context: float, prefill_tokens: float, prefill_pairs: float
+    c: Any,
+    rows: float,
+    context: float,
+    padded_context: float,
+    prefill_tokens: float,
+    prefill_pairs: float,
 ) -> float:
     """Joules of one layer over the whole iteration, above the active power."""
     joules = 0.0
     if rows > 0.0:
-        joules = c[27] + c[28] * rows + c[29] * context
+        joules = c[27] + c[28] * rows + c[29] * context + c[44] * padded_context
     if prefill_tokens > 0.0:
         weights = 0.0 if rows > 0.0 else c[30]
         joules = joules + weights + c[31] * prefill_tokens + c[32] * prefill_pairs
@@ -218,6 +224,7 @@ def decode_joules(
     c: Any,
     rows: float,
     context: float,
+    padded_context: float,
     layers: float,
     num_checks: float,
     num_heads: float,
@@ -226,7 +233,7 @@ def decode_joules(
     seconds: float,
 ) -> float:
     """Joules of a decode iteration that took `seconds`, active power included."""
-    joules = layers * layer_joules(c, rows, context, 0.0, 0.0)
+    joules = layers * layer_joules(c, rows, context, padded_context, 0.0, 0.0)
     joules = joules + num_checks * check_joules(c, fill_rows)
     joules = joules + num_heads * head_joules(c, fill_rows)
     joules = joules + kv_fill_joules(c, fill_rows, filled_layers)
@@ -269,6 +276,7 @@ def mixed_joules(
     c: Any,
     rows: float,
     context: float,
+    padded_context: float,
     prefill_tokens: float,
     prefill_pairs: float,
     layers: float,
@@ -277,7 +285,7 @@ def mixed_joules(
     seconds: float,
 ) -> float:
     """Joules of an iteration that carries prefill tokens, active power included."""
-    joules = layers * layer_joules(c, rows, context, prefill_tokens, prefill_pairs)
+    joules = layers * layer_joules(c, rows, context, padded_context, prefill_tokens, prefill_pairs)
     if rows > 0.0:
         joules = joules + num_checks * check_joules(c, rows)
     if head_rows > 0.0:

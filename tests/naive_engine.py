@@ -399,7 +399,7 @@ class NaiveReplica:
             residual,
         )
         joules = cost.mixed_joules(
-            c, rows, context, tokens, pairs, self.depth, checks, head_rows, seconds
+            c, rows, context, padded_context, tokens, pairs, self.depth, checks, head_rows, seconds
         )
         leaves_at = {row: self.own_exit(row) for row in decoding}
         return Iteration(self.clock_s, seconds, joules, chunks, leaves_at, {}, self.depth)
@@ -422,9 +422,9 @@ class NaiveReplica:
         again = self.fed_again(self.rows)
         filled = 0 if self.scenario.recompute_kv else self.depth - layers
         context, padded_context = self.read_tokens(self.rows, padded)
-        read = (padded + again, context)
+        read = (padded + again, context, padded_context)
         passed = (layers, checks, heads, filled, padded)
-        seconds, _ = cost.decode_seconds(c, *read, padded_context, *passed, residual)
+        seconds, _ = cost.decode_seconds(c, *read, *passed, residual)
         joules = cost.decode_joules(c, *read, *passed, seconds)
         return Iteration(self.clock_s, seconds, joules, {}, leaves_at, {}, layers)
 
@@ -452,7 +452,7 @@ class NaiveReplica:
         context, padded_context = self.read_tokens(company, rows)
         own = {row: self.own_exit(row) for row in company}
         layer_s = cost.layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)[0] * residual
-        layer_j = cost.layer_joules(c, rows, context, 0.0, 0.0)
+        layer_j = cost.layer_joules(c, rows, context, padded_context, 0.0, 0.0)
         head_s, check_s = cost.head_seconds(c, rows), cost.check_seconds(c, rows)
         overhead_s = c[cost.REBATCH_OVERHEAD_S]
         fixed_s = cost.fixed_seconds(c, rows, False, 0)

@@ -112,3 +112,9 @@ def test_a_prefill_pays_its_fixed_part_by_the_prompts_in_it() -> None:
     assert cost.mixed_seconds(c, *prompt, 1.0, 3.0, 1.0)[0] == 2.75
     # A chunk that completes no prompt emits nothing, and is a prompt's all the same.
     assert cost.mixed_seconds(c, *prompt, 0.0, 1.0, 1.0)[0] == 2.25
+
+
+def test_joules_of_padding_are_drawn_by_decode_rows_alone() -> None:
+    c = coefficients(decode_j_per_padded_token_layer=0.5)
+    assert cost.layer_joules(c, 2.0, 7.0, 10.0, 0.0, 0.0) == 5.0
+    assert cost.layer_joules(c, 0.0, 0.0, 10.0, 4.0, 10.0) == 0.0

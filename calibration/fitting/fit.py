@@ -229,7 +229,9 @@ def _document(
             counts_new_token=counts,
             where=where,
         )
-        energy[one] = fit_energy(mine, found.model, idle.value, limit, why_not, counts)
+        energy[one] = fit_energy(
+            mine, found.model, idle.value, limit, why_not, counts, times[one].padded_share
+        )
     if not all(fit.record["available"] for fit in energy.values()):
         missing = [one for one, fit in energy.items() if not fit.record["available"]]
         why = energy[missing[0]].record["why"]

@@ -8,7 +8,7 @@ one of these numbers is unavailable, which is not zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -65,11 +65,13 @@ def fit_energy(
     limit: Number,
     why_not: str,
     counts_new_token: bool = True,
+    padded_share: float = 0.0,
 ) -> EnergyFit:
     """Fit the energy of one model from its gathered points.
 
     `idle_w` is the device's measured idle power, the floor under the active one. `why_not` is
-    said where there is nothing to fit.
+    said where there is nothing to fit. Windows hold rows of equal contexts; `padded_share` is what
+    the times say of ragged ones, the share of a context token's cost that goes by padded tokens.
     """
     windows = points.filter(
         pl.col("quantity").is_in(_ENERGY) & (pl.col("joules") > 0.0) & (pl.col("seconds") > 0.0)
@@ -98,6 +100,7 @@ def fit_energy(
     )
     present = set(fitted["quantity"])
     numbers |= _derived(numbers, model, present)
+    numbers |= _by_padding(numbers["decode.j_per_context_token_layer"], padded_share)
     numbers["power.limit_w"] = limit
     held_out = windows.filter(pl.col("purpose") == HELD_OUT)
     return EnergyFit(
@@ -111,6 +114,16 @@ def fit_energy(
             },
         },
     )
+
+
+def _by_padding(each: Number, padded_share: float) -> dict[str, Number]:
+    """Joules of a context token as those of one that a row has and of one that is read for it."""
+    own, padded = (share * (each.value or 0.0) for share in (1.0 - padded_share, padded_share))
+    why = f"{each.source}; {padded_share:.3g} of it, as the times of ragged rows say"
+    return {
+        "decode.j_per_context_token_layer": replace(each, value=own),
+        "decode.j_per_padded_token_layer": Number(padded, "derived", why),
+    }
 
 
 def _features(windows: pl.DataFrame, counts_new_token: bool) -> Floats:

@@ -97,6 +97,15 @@ class TimesFit:
     modes: Mapping[str, str]
     record: Mapping[str, Any]
 
+    @property
+    def padded_share(self) -> float:
+        """Share of a context token's time that goes by padded tokens; 0 where nothing tells."""
+        own, padded = (
+            self.numbers[name].value or 0.0 if name in self.numbers else 0.0
+            for name in _DECODE_NAMES[MEMORY][2:]
+        )
+        return padded / (own + padded) if own + padded > 0.0 else 0.0
+
 
 @dataclass(frozen=True)
 class _Layers:

@@ -141,10 +141,12 @@ class Predictor:
         layers, batch = float(row["layers"] or 0), float(row["batch"] or 0)
         quantity = row["quantity"]
         if quantity == "decode_energy":
-            work = layers * cost.layer_joules(c, batch, self.read_tokens(row), 0.0, 0.0)
+            work = layers * cost.layer_joules(
+                c, batch, self.read_tokens(row), self.padded_tokens(row), 0.0, 0.0
+            )
         elif quantity == "prefill_energy":
             tokens, _, pairs = prefill_load(row)
-            work = layers * cost.layer_joules(c, 0.0, 0.0, tokens, pairs)
+            work = layers * cost.layer_joules(c, 0.0, 0.0, 0.0, tokens, pairs)
         elif quantity == "head_energy":
             work = cost.head_joules(c, batch)
         else:

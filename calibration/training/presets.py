@@ -131,7 +131,7 @@ PRESETS: Final[Mapping[str, Preset]] = {
             early_weight=0.5,
             budget_s=480.0,
             held_out_tokens=32768,
-            max_train_bytes=24_000_000,
+            max_train_bytes=12_000_000,
             # What the calibration itself needs is installed wherever this preset runs.
             packages=("torch", "transformers", "numpy", "scipy"),
         ),

@@ -676,7 +676,7 @@ def decode(
     context = rows * REFERENCE_CONTEXT_TOKENS
     charged = (layers, num_checks, num_heads, filled_layers, rows)
     seconds, _ = cost.decode_seconds(c, rows, context, context, *charged, 1.0)
-    return seconds, cost.decode_joules(c, rows, context, *charged, seconds)
+    return seconds, cost.decode_joules(c, rows, context, context, *charged, seconds)
 
 
 def prefill_seconds(profile: ModelProfile, layers: int, tokens: int) -> float:

@@ -225,7 +225,7 @@ def energy_readings(plan: Plan, c: np.ndarray, noisy: Any) -> list[Reading]:
         for batch in (1, 8, 32, 128):
             for context in (128, 900):
                 seconds, _ = cost.layer_seconds(c, batch, batch * context, batch * context, 0, 0, 0)
-                work = depth * cost.layer_joules(c, batch, batch * context, 0, 0)
+                work = depth * cost.layer_joules(c, batch, batch * context, batch * context, 0, 0)
                 add(
                     "decode_energy",
                     STACK_S + depth * seconds,
@@ -237,7 +237,7 @@ def energy_readings(plan: Plan, c: np.ndarray, noisy: Any) -> list[Reading]:
         for prompt in (64, 256, 1000):
             pairs = prompt * (prompt + 1) / 2
             seconds, _ = cost.layer_seconds(c, 0, 0, 0, prompt, 0, pairs)
-            work = depth * cost.layer_joules(c, 0, 0, prompt, pairs)
+            work = depth * cost.layer_joules(c, 0, 0, 0, prompt, pairs)
             add(
                 "prefill_energy",
                 STACK_S + depth * seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from calibration.cli import main
 from calibration.fitting.fit import FitSettings, fit_profile
-from calibration.fitting.fit_times import falling_time, fit_times, model_profile
+from calibration.fitting.fit_energy import fit_energy
+from calibration.fitting.fit_times import Number, falling_time, fit_times, model_profile
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -125,12 +127,15 @@ def test_under_noise_the_planted_times_are_predicted_within_it(
         planted.model(), found.numbers, (), found.batch_residual, found.hull, found.depth_residual
     )
     c, truth = own.coefficient_array(), planted.array(coefficients)
+    errors = []
     for batch in (1, 6, 20, 100):
         for context in (20, 300, 900):
             work = (batch, batch * context, batch * context, 9, 0, 1, 0, batch, 1.0)
-            predicted = decode_seconds(c, *work)[0]
             right = decode_seconds(truth, *work)[0]
-            assert predicted == pytest.approx(right, rel=4 * noise)
+            errors.append(abs(decode_seconds(c, *work)[0] - right) / right)
+    # Where two planes meet, noise may hide which of them bounds a load.
+    assert max(errors) < 8 * noise
+    assert statistics.median(errors) < 2 * noise
     assert falling_time(own) is None
 
 
@@ -455,3 +460,19 @@ def test_the_command_fits_says_the_errors_and_draws_the_page(
 
 def test_every_coefficient_of_the_cost_model_gets_a_number(exact: Profile) -> None:
     assert set(exact.models["planted"].coefficients) == set(COEFFICIENTS)
+
+
+def test_joules_of_context_are_padded_as_the_times_say() -> None:
+    """Windows hold equal rows, so only ragged times tell what is read for the longest row."""
+    points = planted.points(Plan(PADDED, ragged=True))
+    times = fit_times(points, planted.model())
+    own, beyond = (PADDED[f"decode.memory_s_per_{kind}_token"] for kind in ("context", "padded"))
+    assert times.padded_share == pytest.approx(beyond / (own + beyond), rel=1e-3)
+    limit = Number(None, "unavailable", "no board")
+    known = (points, planted.model(), planted.IDLE_W, limit, "")
+    plain, found = (fit_energy(*known, True, share) for share in (0.0, times.padded_share))
+    each = plain.numbers["decode.j_per_context_token_layer"].value
+    parts = [found.numbers[f"decode.j_per_{kind}_token_layer"] for kind in ("context", "padded")]
+    assert sum(part.value for part in parts) == pytest.approx(each)
+    assert parts[1].value == pytest.approx(each * times.padded_share)
+    assert [part.grade for part in parts] == ["measured", "derived"]
