@@ -25,6 +25,8 @@ from typing import Any, Final, Protocol
 
 import torch
 
+from calibration.model.graphs import first_cause
+
 Work = Callable[[], object]
 
 CUDA_SAMPLE_S: Final = 0.02
@@ -413,10 +415,18 @@ def _repetitions(work: Work, timer: Timer, warmups: int) -> int:
 
 @dataclass(frozen=True)
 class Captured:
-    """Work captured once in a CUDA graph; calling `replay` runs it again on the same tensors."""
+    """Work captured once in a CUDA graph; calling `replay` runs it again on the same tensors.
 
-    replay: Work
+    The work is kept with it: a graph does not hold the memory that it reads and writes.
+    """
+
+    graph: Any
+    work: Work
     seconds: float
+
+    def replay(self) -> None:
+        """Launch the graph on the current stream."""
+        self.graph.replay()
 
 
 @dataclass(frozen=True)
@@ -435,22 +445,22 @@ def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
     if device.type != "cuda":
         return NotCaptured("CUDA graphs need a CUDA device")
     graph = torch.cuda.CUDAGraph()
-    usual = torch.cuda.current_stream(device)
+    current = torch.cuda.current_stream(device)
     try:
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(usual)
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(2):
                 work()
-        usual.wait_stream(side)
+        current.wait_stream(side)
         torch.cuda.synchronize(device)
         begin_s = time.perf_counter()
         with torch.cuda.graph(graph):
             work()
         torch.cuda.synchronize(device)
-        return Captured(graph.replay, time.perf_counter() - begin_s)
+        return Captured(graph, work, time.perf_counter() - begin_s)
     except RuntimeError as error:
         # A capture that fails leaves its own stream the current one.
-        torch.cuda.set_stream(usual)
+        torch.cuda.set_stream(current)
         torch.cuda.synchronize(device)
-        return NotCaptured(f"the capture failed: {str(error).splitlines()[0]}")
+        return NotCaptured(f"the capture failed: {first_cause(error)}")

@@ -117,8 +117,18 @@ class CudaRecorder:
                         graph.capture_end()
                 serving.wait_stream(stream)
         except RuntimeError as error:
-            raise CaptureError(str(error).splitlines()[0]) from error
+            raise CaptureError(first_cause(error)) from error
         return CudaRecording(graph, output)
+
+
+def first_cause(error: BaseException) -> str:
+    """The first line of what went wrong first.
+
+    Ending a capture that has failed is an error of its own, which hides why it has.
+    """
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def cuda_recorder(device: torch.device) -> CudaRecorder | str:
