@@ -444,8 +444,9 @@ class _Session:
             batch, context = self._pool_of(source, model, depth)
             tokens = sample_tokens(source.shape.vocab)
             bench = Bench(model, tokens, max_batch=batch, max_context=context)
-            self._describe_model(source, bench)
             self._graphs(bench)
+            # After the graphs, whose buckets are part of the description.
+            self._describe_model(source, bench)
             self._floors(bench)
             self._memory(bench)
             probe = bench.probe()
