@@ -1,0 +1,293 @@
+"""What only runs on a GPU runs on a pretended one, which refuses what a GPU would."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from calibration import doctor
+from calibration.measuring import grid
+from calibration.measuring import measure as measuring
+from calibration.measuring.bench import Bench
+from calibration.measuring.measure import MeasureSettings, measure
+from calibration.measuring.readings import read_points
+from calibration.measuring.sources import sample_tokens
+from calibration.measuring.timing import Captured, NotCaptured, Pace, capture
+from calibration.model.decode import Decoder, generate, slot_pool
+from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
+from calibration.model.graphs import CaptureError, CudaRecorder
+from calibration.model.host_copy import HostCopy
+from calibration.serving.serve import ServeSettings, serve
+from helios_sim.records import read_run
+from tests.calibration import tiny
+from tests.calibration.fake_nvml import FakeNvml
+from tests.calibration.pretend_cuda import Gpu, pretending
+from tests.calibration.serving import family, model_of, write_profile
+
+CUDA = torch.device("cuda")
+SCENARIO = """
+name = "tiny"
+seed = 3
+
+[workload]
+num_requests = 5
+arrivals = { kind = "poisson", rate_per_s = 1e6 }
+prompt = { kind = "uniform", min_tokens = 4, max_tokens = 12 }
+output = { kind = "geometric", mean_tokens = 5, max_tokens = 8 }
+domains = [{ name = "code", share = 1.0 }]
+
+[fleet]
+profile = "profile"
+
+[serving]
+max_batch = 2
+block_tokens = 8
+expected_prompt_tokens = 8
+expected_output_tokens = 5
+
+[[policy]]
+use = "helios"
+evaluation_requests = 1
+reassess_requests = 4
+
+[[policy]]
+use = "vanilla"
+"""
+
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="a torch built for CUDA runs the tests marked cuda"
+)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """The pretended GPU, with a board, and without the seconds its pace would take to find."""
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    for module in ("measuring.measure", "serving.serve"):
+        monkeypatch.setattr(f"calibration.{module}.measure_pace", lambda device: Pace(1e-3, 1e-3))
+    with pretending() as made:
+        yield made
+
+
+def stock() -> EarlyExitLM:
+    return from_stock(tiny.stock_model("llama-gqa").to(CUDA), (1, 2, 4))
+
+
+def test_nothing_the_doctor_looks_at_fails(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_WINDOW_S", 0.1)
+    # One precision shows every branch, and one family what graphs do.
+    left_out = ("float32", "opt in bfloat16, graphs")
+    kept = [one for one in doctor.checks() if not any(name in one[0] for name in left_out)]
+    monkeypatch.setattr(doctor, "checks", lambda: kept)
+    told: list[str] = []
+    assert doctor.command(CUDA, told.append), "\n".join(told)
+    assert told[-1].startswith(f"{len(kept)} checks passed")
+    assert any("varlen_attn passed its self-test" in line for line in told)
+
+
+def test_without_it_there_is_no_gpu() -> None:
+    with pretending():
+        assert torch.zeros(2, device="cuda").is_cuda
+    assert not torch.cuda.is_available()
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(2, device="cuda")
+
+
+def test_a_tensor_of_the_host_among_the_devices_is_refused(gpu: Gpu) -> None:
+    here, there = torch.ones(3), torch.ones(3, device=CUDA)
+    assert (there * torch.tensor(2.0)).tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(RuntimeError, match="on the same device"):
+        there + here
+    with pytest.raises(RuntimeError, match="on the same device"):
+        torch.nn.functional.embedding(torch.tensor([0]), torch.ones(4, 2, device=CUDA))
+    with pytest.raises(RuntimeError, match="'cuda' device type for generator"):
+        torch.randn(2, device=CUDA, generator=torch.Generator())
+
+
+def test_gradients_and_autocast_work_as_on_a_gpu(gpu: Gpu) -> None:
+    layer = torch.nn.Linear(4, 2).to(CUDA)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        made = layer(torch.ones(3, 4, device=CUDA))
+    assert made.dtype is torch.bfloat16
+    made.float().sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.is_cuda
+    assert layer.weight.grad.tolist() == [[3.0] * 4] * 2
+
+
+@pytest.mark.parametrize("waits", ["tolist", "nonzero", "copy", "pin", "synchronize"])
+def test_what_waits_for_the_device_is_refused_in_a_capture_and_named(gpu: Gpu, waits: str) -> None:
+    values = torch.ones(3, device=CUDA)
+    body = {
+        "tolist": values.tolist,
+        "nonzero": values.nonzero,
+        "copy": lambda: torch.tensor([1.0], device=CUDA),
+        "pin": lambda: torch.ones(3).pin_memory(),
+        "synchronize": torch.cuda.synchronize,
+    }[waits]
+    serving = torch.cuda.current_stream()
+    with pytest.raises(CaptureError, match="not permitted when stream is capturing"):
+        CudaRecorder(CUDA).record(lambda: (body(), values)[1])
+    found = capture(body, CUDA)
+    assert isinstance(found, NotCaptured)
+    assert "not permitted when stream is capturing" in found.reason
+    assert torch.cuda.current_stream() is serving
+
+
+def test_a_replay_reads_and_writes_the_buffers_that_were_captured(gpu: Gpu) -> None:
+    given, total = torch.ones(2, device=CUDA), torch.zeros(2, device=CUDA)
+    recording = CudaRecorder(CUDA).record(lambda: total.add_(given) * 2.0)
+    assert total.tolist() == [2.0, 2.0], "the warm-ups ran, and the capture did not"
+    given.fill_(5.0)
+    assert recording.replay().tolist() == [14.0, 14.0]
+    assert total.tolist() == [7.0, 7.0]
+
+
+def test_a_later_graph_of_the_pool_loses_its_output_to_an_earlier_one(gpu: Gpu) -> None:
+    recorder, given = CudaRecorder(CUDA), torch.ones(2, device=CUDA)
+    first, second = (recorder.record(lambda by=by: given * by) for by in (2.0, 3.0))
+    kept = second.replay()
+    assert kept.tolist() == [3.0, 3.0]
+    first.replay()
+    assert all(value != value for value in kept.tolist())
+
+
+def test_a_graph_is_not_replayed_after_its_memory_went(gpu: Gpu) -> None:
+    held = [torch.ones(2, device=CUDA)]
+    recording = CudaRecorder(CUDA).record(lambda: held[0] * 2.0)
+    recording.replay()
+    held.clear()
+    with pytest.raises(RuntimeError, match="memory it reads was given back"):
+        recording.replay()
+
+
+def test_captured_work_keeps_the_tensors_it_works_on(gpu: Gpu) -> None:
+    def chain() -> Captured | NotCaptured:
+        value = torch.ones(1, device=CUDA)
+        return capture(lambda: value.mul_(1.0), CUDA)
+
+    found = chain()
+    assert isinstance(found, Captured)
+    found.replay()
+
+
+def test_work_on_another_stream_must_be_waited_for(gpu: Gpu) -> None:
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        made = torch.ones(2, device=CUDA)
+    with pytest.raises(RuntimeError, match="let it wait"):
+        made + 1.0
+    torch.cuda.current_stream().wait_stream(side)
+    assert (made + 1.0).tolist() == [2.0, 2.0]
+
+
+def test_host_memory_must_stay_as_it_is_until_it_is_copied(gpu: Gpu) -> None:
+    copy = HostCopy([4], torch.float32, True, CUDA)
+    assert copy.is_pinned
+    copy.buffer.fill_(1.0)
+    block = torch.empty(4, device=CUDA)
+    block.copy_(copy.part(0), non_blocking=True)
+    copy.buffer.fill_(2.0)
+    with pytest.raises(RuntimeError, match="while it was being copied"):
+        torch.cuda.synchronize()
+
+
+def test_memory_that_cannot_be_page_locked_is_said_and_used_all_the_same(
+    gpu: Gpu, tmp_path: Path
+) -> None:
+    save(from_stock(tiny.stock_model("opt"), (1, 2, 4)), tmp_path)
+    gpu.refuses_to_register = 2
+    model = load(tmp_path, device=CUDA, pinned=True)
+    assert model.host_copy is not None
+    assert "CUDA error 2" in model.host_copy.note
+    assert model.depth == 4
+
+
+def test_decoding_with_graphs_waits_for_the_device_only_where_tokens_are_read(gpu: Gpu) -> None:
+    model = stock()
+    decoder = Decoder(model, slot_pool(model, 2, 64))
+    prompts = [tiny.prompt(5), tiny.prompt(9, 1)]
+    eager = generate(decoder, prompts, 4)
+    assert decoder.use_graphs((2,), 64), decoder.graphs_off_reason
+    gpu.syncs.clear()
+    assert generate(decoder, prompts, 4) == eager
+    assert gpu.syncs == {"a copy to the host": 1}
+
+
+def test_graphs_count_what_they_keep_and_not_what_was_idle_before(gpu: Gpu) -> None:
+    model = stock()
+    bench = Bench(model, sample_tokens(256), max_batch=2, max_context=32)
+    idle = torch.empty(2**24, device=CUDA)
+    del idle
+    bench.capture_graphs()
+    assert all((reading.bytes or 0) > 0 for reading in bench.memory())
+    bench.close()
+
+
+def test_measuring_gives_eager_and_graph_readings_and_joules(
+    gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "RICHNESS", grid.RICHNESS[-1:])
+    monkeypatch.setattr("calibration.measuring.timing.CUDA_SAMPLE_S", 1e-4)
+    monkeypatch.setattr(measuring, "_LOAD_TRIALS", 1)
+    monkeypatch.setattr(measuring, "_COOL_DOWN_S", 0.0)
+    monkeypatch.setitem(measuring._COPY_BYTES, "cuda", 2**20)
+    monkeypatch.setitem(measuring._LOAD_BYTES, "cuda", (2**14, 2**18))
+    save(from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4), name="tiny"), tmp_path / "tiny")
+    settings = MeasureSettings(
+        (str(tmp_path / "tiny"),),
+        tmp_path / "points",
+        device="cuda",
+        budget_s=10.0,
+        max_batch=2,
+        max_context=32,
+        traces=False,
+    )
+    measure(settings)
+    points = read_points(tmp_path / "points")
+    decode = points.filter(pl.col("quantity") == "decode_layers")
+    assert set(decode["mode"]) == {"eager", "graph"}
+    assert {"graph_capture", "load_host_pinned", "launch_floor"} <= set(points["quantity"])
+    written = json.loads((tmp_path / "points" / "environment.json").read_text())
+    assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
+    assert written["device"]["kind"] == "cuda"
+    assert (points["bytes"].drop_nulls() >= 0).all()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with two checkpoints, their profile and a scenario."""
+    models = [model_of("small", (2, 4), seed=1), model_of("large", (2, 4, 6), seed=2)]
+    family(tmp_path / "family", 0.05)
+    write_profile(tmp_path / "profile", models, 0.05)
+    (tmp_path / "tiny.toml").write_text(SCENARIO)
+    return tmp_path
+
+
+def served(place: Path, policy: str, device: str, graphs: bool = True) -> Path:
+    settings = ServeSettings((place / "family",), (policy,), device=device, graphs=graphs)
+    (one,) = serve(place / "tiny.toml", place / f"{policy}-{device}", settings)
+    return one.folder
+
+
+def test_served_tokens_are_those_of_a_processor(place: Path, gpu: Gpu) -> None:
+    found = [
+        pl.read_parquet(served(place, "vanilla", device) / "tokens.parquet").sort(
+            "request_id", "place"
+        )
+        for device in ("cpu", "cuda")
+    ]
+    assert found[0].height > 10
+    assert found[0]["token"].to_list() == found[1]["token"].to_list()
+
+
+def test_weights_arrive_beside_serving(place: Path, gpu: Gpu) -> None:
+    run = read_run(served(place, "helios", "cuda", graphs=False))
+    assert run.environment["loads"] == "beside serving"
+    assert (run.requests["generated_tokens"] == run.requests["output_tokens"]).all()
