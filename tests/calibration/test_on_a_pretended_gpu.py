@@ -21,7 +21,7 @@ from calibration.measuring.sources import sample_tokens
 from calibration.measuring.timing import Captured, NotCaptured, Pace, capture
 from calibration.model.decode import Decoder, generate, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
-from calibration.model.graphs import CaptureError, CudaRecorder
+from calibration.model.graphs import WARM_UPS, CaptureError, CudaRecorder
 from calibration.model.host_copy import HostCopy
 from calibration.serving.serve import ServeSettings, serve
 from helios_sim.records import read_run
@@ -133,7 +133,7 @@ def test_what_waits_for_the_device_is_refused_in_a_capture_and_named(gpu: Gpu, w
     }[waits]
     serving = torch.cuda.current_stream()
     with pytest.raises(CaptureError, match="not permitted when stream is capturing"):
-        CudaRecorder(CUDA).record(lambda: (body(), values)[1])
+        CudaRecorder(CUDA).record(lambda: (body(), values)[1], 0)
     found = capture(body, CUDA)
     assert isinstance(found, NotCaptured)
     assert "not permitted when stream is capturing" in found.reason
@@ -142,7 +142,7 @@ def test_what_waits_for_the_device_is_refused_in_a_capture_and_named(gpu: Gpu, w
 
 def test_a_replay_reads_and_writes_the_buffers_that_were_captured(gpu: Gpu) -> None:
     given, total = torch.ones(2, device=CUDA), torch.zeros(2, device=CUDA)
-    recording = CudaRecorder(CUDA).record(lambda: total.add_(given) * 2.0)
+    recording = CudaRecorder(CUDA).record(lambda: total.add_(given) * 2.0, WARM_UPS)
     assert total.tolist() == [2.0, 2.0], "the warm-ups ran, and the capture did not"
     given.fill_(5.0)
     assert recording.replay().tolist() == [14.0, 14.0]
@@ -151,7 +151,7 @@ def test_a_replay_reads_and_writes_the_buffers_that_were_captured(gpu: Gpu) -> N
 
 def test_a_later_graph_of_the_pool_loses_its_output_to_an_earlier_one(gpu: Gpu) -> None:
     recorder, given = CudaRecorder(CUDA), torch.ones(2, device=CUDA)
-    first, second = (recorder.record(lambda by=by: given * by) for by in (2.0, 3.0))
+    first, second = (recorder.record(lambda by=by: given * by, 0) for by in (2.0, 3.0))
     kept = second.replay()
     assert kept.tolist() == [3.0, 3.0]
     first.replay()
@@ -160,7 +160,7 @@ def test_a_later_graph_of_the_pool_loses_its_output_to_an_earlier_one(gpu: Gpu) 
 
 def test_a_graph_is_not_replayed_after_its_memory_went(gpu: Gpu) -> None:
     held = [torch.ones(2, device=CUDA)]
-    recording = CudaRecorder(CUDA).record(lambda: held[0] * 2.0)
+    recording = CudaRecorder(CUDA).record(lambda: held[0] * 2.0, 0)
     recording.replay()
     held.clear()
     with pytest.raises(RuntimeError, match="memory it reads was given back"):
