@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, OPTForCausalLM
 
 from calibration.measuring.bench import Bench
-from calibration.measuring.board import Board, NoBoard, open_board
+from calibration.measuring.board import board_of
 from calibration.measuring.floors import time_launches
 from calibration.measuring.grid import Job
 from calibration.measuring.meters import Absence, NoMeter, best_meter
@@ -382,9 +382,7 @@ def _bench(device: torch.device) -> str:
 
 def _energy(device: torch.device) -> str:
     """A window of the best meter while the device works."""
-    board: Board | NoBoard = NoBoard("a processor has no board")
-    if device.type == "cuda":
-        board = open_board()
+    board = board_of(device)
     meter = best_meter(device.type, board)
     if isinstance(meter, NoMeter):
         raise Skipped(meter.reason)

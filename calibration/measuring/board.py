@@ -6,6 +6,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
+
 _THROTTLE_REASONS: Final = (
     (0x1, "idle"),
     (0x2, "application-clocks"),
@@ -154,6 +156,15 @@ def open_board(uuid: str | None = None, nvml: Any = None) -> Board | NoBoard:
         return Board(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
     except nvml.NVMLError as error:
         return NoBoard(f"the NVIDIA driver does not answer ({error})")
+
+
+def board_of(device: torch.device) -> Board | NoBoard:
+    """The board torch computes on, found by its UUID: NVML and CUDA count boards differently."""
+    if device.type != "cuda":
+        return NoBoard("a processor has no board")
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    found = open_board(None if uuid is None else f"GPU-{uuid}")
+    return open_board() if isinstance(found, NoBoard) and uuid is not None else found
 
 
 def _number(value: Any) -> float | None:

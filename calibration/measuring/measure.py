@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from calibration.measuring.bench import Bench, power_columns
-from calibration.measuring.board import Board, BoardError, BoardState, NoBoard, open_board
+from calibration.measuring.board import BoardError, BoardState, NoBoard, board_of
 from calibration.measuring.floors import time_copy, time_launches
 from calibration.measuring.grid import (
     ENERGY_SHARE,
@@ -258,7 +258,7 @@ class _Session:
             )
         self.plans = self._earlier_plans()
         self.environment = self._earlier_environment()
-        self.board = _board(self.device)
+        self.board = board_of(self.device)
         self.meter: Meter = best_meter(self.device.type, self.board)
         self.notes: list[str] = []
         self.left_out = 0
@@ -875,15 +875,6 @@ def _device(asked: str) -> torch.device:
 def _default_dtype(device: str) -> str:
     """bfloat16 on a GPU; float32 on a processor, where 16 bits are many times slower."""
     return "bfloat16" if device == "cuda" else "float32"
-
-
-def _board(device: torch.device) -> Board | NoBoard:
-    """The board torch computes on, found by its UUID: NVML and CUDA count boards differently."""
-    if device.type != "cuda":
-        return NoBoard("a processor has no board")
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    found = open_board(None if uuid is None else f"GPU-{uuid}")
-    return open_board() if isinstance(found, NoBoard) and uuid is not None else found
 
 
 def _processor_name() -> str:

@@ -203,7 +203,7 @@ def share_heads(keys_or_values: Tensor, num_query_heads: int) -> Tensor:
 def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Causal attention of whole sequences; [batch, heads, tokens, head_dim] in and out."""
     heads = query.shape[1]
-    if query.is_cuda:
+    if query.is_cuda and query.element_size() == 2:
         # Flash attention shares key heads by itself; elsewhere that option means slow kernels.
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != heads

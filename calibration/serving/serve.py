@@ -20,7 +20,7 @@ from typing import Any, Final, cast, get_args
 
 import torch
 
-from calibration.measuring.board import NoBoard, open_board
+from calibration.measuring.board import board_of
 from calibration.measuring.meters import Absence, Meter, best_meter
 from calibration.measuring.timing import measure_pace, uncollected
 from calibration.model.checkpoint import Checkpoint, open_checkpoint
@@ -182,7 +182,7 @@ def serve(
         torch.set_num_threads(threads)
     served = []
     try:
-        meter = best_meter(bench.device.type, _board(bench.device))
+        meter = best_meter(bench.device.type, board_of(bench.device))
         turns = [policy for policy in chosen for _ in range(settings.repeat)]
         for policy, place in zip(turns, places, strict=True):
             one = serve_once(bench, policy, place, meter, progress)
@@ -652,10 +652,6 @@ def _weight_settings(bench: Bench) -> WeightSettings:
         graphs=bench.settings.graphs and bench.device.type == "cuda",
         free_running=bench.settings.free_running,
     )
-
-
-def _board(device: torch.device) -> Any:
-    return open_board() if device.type == "cuda" else NoBoard("the run is on a processor")
 
 
 def _device_name(device: torch.device) -> str:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -308,11 +309,17 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    new_stream: Any = torch.cuda.Stream
-    stream = new_stream(device)
+    stream = loading_stream(device)
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+
+
+@lru_cache(maxsize=8)
+def loading_stream(device: torch.device) -> Any:
+    """One for all loads: libraries keep a workspace for every stream they have met."""
+    new_stream: Any = torch.cuda.Stream
+    return new_stream(device)
 
 
 def _read_through(file: Path) -> None:

@@ -38,6 +38,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from calibration.model.graphs import capture_stream, warm_loads
+from calibration.serving.weights import loading_stream
+
+TORCH = "2.13."
+"""The release whose inside this reaches into; another may lay it out anew."""
 DEVICE = torch.device("cuda:0")
 TOTAL_BYTES = 8 * 2**30
 CONTEXT_BYTES = 500 * 2**20
@@ -779,6 +784,7 @@ def pretend(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     gpu = Gpu()
     _CURRENT.append(gpu)
     library = _library()
+    _forget_streams()
     for name, value in _functions(gpu).items():
         patch.setattr(torch.cuda, name, value)
     patch.setattr(torch.cuda.graph, "default_capture_stream", None)
@@ -794,7 +800,14 @@ def pretend(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     finally:
         library._destroy()
         _CURRENT.remove(gpu)
+        _forget_streams()
     assert not gpu.problems, gpu.problems
+
+
+def _forget_streams() -> None:
+    """Let no stream that the program keeps outlive its device."""
+    for kept in (capture_stream, warm_loads, loading_stream):
+        kept.cache_clear()
 
 
 def _functions(gpu: Gpu) -> dict[str, Any]:

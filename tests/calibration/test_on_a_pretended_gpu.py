@@ -27,7 +27,7 @@ from calibration.serving.serve import ServeSettings, serve
 from helios_sim.records import read_run
 from tests.calibration import tiny
 from tests.calibration.fake_nvml import FakeNvml
-from tests.calibration.pretend_cuda import Gpu, pretending
+from tests.calibration.pretend_cuda import TORCH, Gpu, pretending
 from tests.calibration.serving import family, model_of, write_profile
 
 CUDA = torch.device("cuda")
@@ -60,9 +60,15 @@ reassess_requests = 4
 use = "vanilla"
 """
 
-pytestmark = pytest.mark.skipif(
-    torch.version.cuda is not None, reason="a torch built for CUDA runs the tests marked cuda"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        torch.version.cuda is not None, reason="a torch built for CUDA runs the tests marked cuda"
+    ),
+    pytest.mark.skipif(
+        not torch.__version__.startswith(TORCH) or sys.platform != "linux",
+        reason=f"the pretended device knows the inside of torch {TORCH} on Linux",
+    ),
+]
 
 
 @pytest.fixture
