@@ -158,6 +158,27 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
         )
 
 
+def test_a_case_that_cannot_be_served_ends_none_but_itself(ground: Ground, tmp_path: Path) -> None:
+    """An interruption leaves the cases before it; only where none was served is the study over."""
+    cases = (CASES[0], CASES[3], CASES[5], CASES[8])
+
+    def failing(scenario: Path, out: Path, repeats: int) -> None:
+        if scenario.stem == cases[0].name:
+            raise InputError("The device is gone.")
+        if scenario.stem == cases[2].name:
+            raise KeyboardInterrupt
+        serve(scenario, out, repeats)
+
+    one = replace(ground, settings=replace(ground.settings, seconds=5.0))
+    said: list[str] = []
+    done = study.run_study(one, tmp_path, failing, cases=cases, say=said.append)
+    assert [outcome.case for outcome in done.outcomes] == [cases[1]]
+    assert done.failed == (f"{cases[0].name}: The device is gone.",)
+    assert done.interrupted
+    with pytest.raises(InputError, match="device is gone"):
+        study.run_study(one, tmp_path / "b", failing, cases=cases[:1], say=said.append)
+
+
 def test_a_profile_of_one_text_serves_stable_texts(ground: Ground, tmp_path: Path) -> None:
     """Nothing can drift there: the case is run with stable texts and named so."""
     one_text = replace(ground, domains=ground.domains[:1])
@@ -290,6 +311,9 @@ def test_the_server_is_the_command_with_its_options(
     ]
     with pytest.raises(InputError, match="exit code 2: no model"):
         server(Path("bad.toml"), Path("out"), 1)
+    fake.rename(tmp_path / "python")
+    server(Path("one.toml"), Path("out"), 1)
+    assert log.read_text().split()[:4] == ["-m", "calibration", "serve", "one.toml"]
 
 
 def test_a_model_without_early_exits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

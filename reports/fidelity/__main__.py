@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from helios_sim.command import run_app
+from helios_sim.command import Interrupted, run_app
 from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES, StudySettings, read_ground
 from reports.fidelity.page import render
@@ -73,11 +73,17 @@ def study(
     chosen = tuple(one for one in CASES if not case or one.name in case)
     server = serving_command(checkpoints, device, shlex.split(more))
     found = run_study(ground, work, server, cases=chosen, fresh=fresh, say=typer.echo)
+    if found.interrupted and not found.outcomes:
+        raise Interrupted("no case was served yet")
     command = shlex.join(["python", "-m", "reports.fidelity", *sys.argv[1:]])
     results = results_of(found, ground, command)
     target = out or Path(__file__).parent / ground.profile.name
     write_results(results, render(results, note or ()), target)
     typer.echo(f"{summary_text(results)}\nPage: {target / 'report.html'}")
+    if found.interrupted:
+        raise Interrupted("the page holds the cases that were served, and the same command goes on")
+    if found.failed:
+        raise InputError(f"{len(found.failed)} cases could not be served; {found.failed[0]}")
 
 
 if __name__ == "__main__":

@@ -83,10 +83,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Study:
-    """All cases that were run, and those of equal quality that had no settings to be run with."""
+    """All cases that were run, and those of equal quality that had no settings to be run with.
+
+    `failed` says of each case that could not be served why; `interrupted` that others are missing.
+    """
 
     outcomes: tuple[Outcome, ...]
     unserved: tuple[Planned, ...] = ()
+    failed: tuple[str, ...] = ()
+    interrupted: bool = False
 
     @property
     def plans(self) -> tuple[Planned, ...]:
@@ -99,9 +104,9 @@ def serving_command(checkpoints: Sequence[Path], device: str, more: Sequence[str
 
     def serve(scenario: Path, out: Path, repeats: int) -> None:
         beside = Path(sys.executable).with_name("helios-calibrate")
-        program = str(beside) if beside.is_file() else "helios-calibrate"
+        program = [str(beside)] if beside.is_file() else [sys.executable, "-m", "calibration"]
         folders = [word for folder in checkpoints for word in ("--checkpoints", str(folder))]
-        words = [program, "serve", str(scenario), *folders, "--out", str(out)]
+        words = [*program, "serve", str(scenario), *folders, "--out", str(out)]
         words += ["--device", device, *more]
         if repeats > 1:
             words += ["--repeat", str(repeats)]
@@ -124,7 +129,11 @@ def run_study(
     fresh: bool = False,
     say: Say = print,
 ) -> Study:
-    """Run all cases; real runs that `work` holds of the same scenario are not served again."""
+    """Run all cases; real runs that `work` holds of the same scenario are not served again.
+
+    A case that cannot be served ends none but itself, and an interruption leaves those before it.
+    Raises `InputError` where no case could be served.
+    """
     if not ground.can_drift:
         # Nothing drifts with one kind of text; the case is run all the same and says so.
         cases = tuple(replace(case, texts="stable") for case in cases)
@@ -132,6 +141,8 @@ def run_study(
     profile = os.path.relpath(ground.profile.folder.resolve(), (work / "scenarios").resolve())
     outcomes: list[Outcome] = []
     unserved: list[Planned] = []
+    failed: list[str] = []
+    interrupted = False
     for number, plan in enumerate(plans, 1):
         case = plan.case
         if not plan.is_served:
@@ -143,8 +154,17 @@ def run_study(
             f"{number} of {len(plans)}: {case.name}, {plan.num_requests} requests at "
             f"{plan.rate_per_s:g}/s ({plan.rate_per_s / plan.capacity_per_s:.2f} of its capacity)"
         )
-        outcomes.append(run_case(plan, data, work, server, ground.settings.repeats, fresh, say))
-    return Study(tuple(outcomes), tuple(unserved))
+        try:
+            outcomes.append(run_case(plan, data, work, server, ground.settings.repeats, fresh, say))
+        except InputError as error:
+            say(f"{case.name}: {error}")
+            failed.append(f"{case.name}: {error}")
+        except KeyboardInterrupt:
+            interrupted = True
+            break
+    if failed and not outcomes:
+        raise InputError(failed[0])
+    return Study(tuple(outcomes), tuple(unserved), tuple(failed), interrupted)
 
 
 def run_case(
