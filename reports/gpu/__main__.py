@@ -1,0 +1,18 @@
+"""What the command needs is looked for first; then it runs, within a time that began here."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from reports.gpu.packages import BAD_INPUT, BASE, how_to_install, missing
+
+if __name__ == "__main__":
+    began_s = time.monotonic()
+    if absent := missing(BASE):
+        print(f"reports.gpu: {how_to_install(absent)}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+
+    from reports.gpu.cli import main
+
+    main(began_s)

@@ -1,0 +1,295 @@
+"""Steps in order of worth, each a command of its own within a limit, until the time is over."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Final, Literal
+
+from helios_sim.errors import InputError
+from reports.gpu.packages import how_to_install, missing
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+STEPS_FILE: Final = "steps.json"
+GRACE_S: Final = 15.0
+"""Time to export what was taken, between the signal that asks and the one that kills."""
+
+Verdict = Literal["done", "failed", "out of time", "interrupted", "skipped"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a step's command is made of: the folder, the seconds of its work, its last command."""
+
+    out: Path
+    work_s: float
+    earlier: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the campaign.
+
+    Its work gets a `share` of the whole budget, and starting and ending `extra_s` more; with less
+    than `least_s` left it is not begun. It needs `packages` and what the steps `after` it comes
+    leave: `leaves` is a pattern in the campaign's folder. `unsuited` says why it makes no sense
+    here. `beside` is a command that runs along, on the processor. What `resumes` takes more each
+    time, and is gone on with where that was too little for a step after it.
+    """
+
+    name: str
+    words: Callable[[Call], Sequence[str]]
+    extra_s: float
+    least_s: float
+    share: float = 0.0
+    packages: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    leaves: str = ""
+    unsuited: str = ""
+    beside: tuple[str, ...] = ()
+    resumes: bool = False
+
+
+@dataclass(frozen=True)
+class Try:
+    """What came of a step once; `reason` says why where nothing was run or it was cut short."""
+
+    step: str
+    verdict: Verdict
+    reason: str = ""
+    command: tuple[str, ...] = ()
+    rc: int | None = None
+    seconds: float = 0.0
+    limit_s: float | None = None
+    began_at: str = ""
+    log: str = ""
+
+
+def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> list[Step]:
+    """The wanted steps in their order; raises `InputError` for a name that is none."""
+    names = [step.name for step in steps]
+    for option, given in (("--only", only), ("--skip", skip)):
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1, 0.0)
+                raise InputError(
+                    f"There is no step {name!r}; the nearest is {near[0]!r} of {', '.join(names)}.",
+                    option,
+                )
+    return [step for step in steps if step.name not in skip and (not only or step.name in only)]
+
+
+class Campaign:
+    """One call: what earlier calls left in the folder, the time, and what comes of each step."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        out: Path,
+        budget_s: float,
+        *,
+        began_s: float | None = None,
+        margin_s: float = 0.0,
+        grace_s: float = GRACE_S,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.steps, self.out, self.budget_s = steps, out.resolve(), budget_s
+        self.ends_s = (time.monotonic() if began_s is None else began_s) + budget_s - margin_s
+        self.grace_s, self.say = grace_s, say
+        self.order = [step.name for step in steps]
+        self.tries = self._earlier_tries()
+        self.ran: set[str] = set()
+        self.results: list[Try] = []
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the steps must have ended."""
+        return self.ends_s - time.monotonic()
+
+    def run(self, wanted: Sequence[Step]) -> None:
+        """Run what is wanted and not done; an interruption passes through once it is on disk."""
+        # A shell that starts this in the background has signals ignored, and commands inherit it.
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        terminating = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            for step in wanted:
+                self._step(step)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+            signal.signal(signal.SIGTERM, terminating)
+
+    def exit_code(self) -> int:
+        """0 with every wanted step done, 1 where one failed or lacks something, 3 out of time."""
+        # What makes no sense on this device is not wanted here.
+        unsuited = {step.name for step in self.steps if step.unsuited}
+        found = {one.verdict for one in self.results if one.step not in unsuited}
+        if "failed" in found:
+            return 1
+        if "out of time" in found:
+            return 3
+        return 0 if found <= {"done"} else 1
+
+    def _step(self, step: Step) -> None:
+        last = self._last(step.name)
+        stale = self.ran.intersection(step.after) or (step.resumes and self._was_too_little(step))
+        if last and last.verdict == "done" and not stale and self._leaves(step):
+            self.say(f"{step.name} is done; it is not repeated.")
+            self.results.append(last)
+            return
+        if verdict := self._hindered(step):
+            self.say(f"{step.name}: {verdict.verdict}: {verdict.reason}.")
+            self._keep(verdict)
+            return
+        extra_s = min(step.extra_s, self.left_s)
+        work_s = max(0.0, min(step.share * self.budget_s, self.left_s - extra_s))
+        earlier = () if last is None or stale else last.command
+        try:
+            words = tuple(step.words(Call(self.out, work_s, earlier)))
+        except (InputError, ImportError, OSError) as error:
+            self._keep(Try(step.name, "failed", str(error)))
+            return
+        self._run(step, words, extra_s + work_s)
+
+    def _last(self, name: str) -> Try | None:
+        return next((one for one in reversed(self.tries) if one.step == name), None)
+
+    def _was_too_little(self, step: Step) -> bool:
+        """Whether a step after this one failed on what it left."""
+        after = [self._last(one.name) for one in self.steps if step.name in one.after]
+        return any(one is not None and one.verdict == "failed" for one in after)
+
+    def _hindered(self, step: Step) -> Try | None:
+        """Why a step is not begun; None where nothing is in its way."""
+        if step.unsuited:
+            return Try(step.name, "skipped", step.unsuited)
+        if absent := missing(step.packages):
+            return Try(step.name, "skipped", how_to_install(absent).rstrip("."))
+        for name in step.after:
+            source = next(one for one in self.steps if one.name == name)
+            if not self._leaves(source):
+                return Try(step.name, "skipped", f"{name} has left nothing to go on with")
+        if self.left_s < step.least_s:
+            left = f"{max(0.0, self.left_s):.0f} s are left and it takes {step.least_s:.0f} s"
+            return Try(step.name, "out of time", f"{left} at least")
+        return None
+
+    def _leaves(self, step: Step) -> bool:
+        return not step.leaves or any(self.out.glob(step.leaves))
+
+    def _run(self, step: Step, words: tuple[str, ...], limit_s: float) -> None:
+        """Run one command to its end or its limit, its output on the terminal and in a file."""
+        log = self.out / "logs" / f"{self.order.index(step.name) + 1:02}-{step.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.say(f"{step.name}, {limit_s:.0f} s at most: {shlex.join(words)}")
+        self.ran.add(step.name)
+        grace_s = min(self.grace_s, limit_s / 4)
+        began_s, began_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+        beside = self._beside(step, log)
+        verdict, reason, interruption = "failed", "", None
+        with log.open("ab") as file:
+            file.write(f"$ {shlex.join(words)}\n".encode())
+            process = _started(words, subprocess.PIPE)
+            assert process.stdout is not None
+            tee = threading.Thread(target=_tee, args=(process.stdout, file), daemon=True)
+            tee.start()
+            try:
+                process.wait(limit_s - grace_s)
+            except subprocess.TimeoutExpired:
+                verdict, reason = "out of time", f"it was ended at its limit of {limit_s:.0f} s"
+            except KeyboardInterrupt as error:
+                verdict, reason, interruption = "interrupted", "it was ended by hand", error
+            rc = _ended(process, grace_s)
+            if beside is not None:
+                _ended(beside, 0.0)
+            tee.join(2.0)
+        if rc == 0:
+            verdict, reason = "done", ""
+        elif verdict == "failed":
+            reason = f"it ended with code {rc}"
+        seconds = round(time.monotonic() - began_s, 1)
+        where = log.relative_to(self.out).as_posix()
+        told = (reason, words, rc, seconds, round(limit_s, 1), began_at, where)
+        self._keep(Try(step.name, verdict, *told))  # type: ignore[arg-type]
+        self.say(f"{step.name}: {verdict} after {seconds:.0f} s{reason and f', {reason}'}.")
+        if interruption is not None:
+            raise interruption
+
+    def _beside(self, step: Step, log: Path) -> subprocess.Popen[bytes] | None:
+        if not step.beside:
+            return None
+        with log.with_suffix(".beside.log").open("ab") as file:
+            return _started(step.beside, file)
+
+    def _earlier_tries(self) -> list[Try]:
+        path = self.out / STEPS_FILE
+        if not path.is_file():
+            return []
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return [Try(**{**one, "command": tuple(one["command"])}) for one in found]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"The steps so far cannot be read ({error}).", str(path)) from error
+
+    def _keep(self, one: Try) -> None:
+        """Put what came of a step on disk, a line a try, before the next begins."""
+        self.results.append(one)
+        self.tries.append(one)
+        lines = ",\n".join(json.dumps(asdict(each)) for each in self.tries)
+        path = self.out / STEPS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        fresh.replace(path)
+
+
+def _started(words: Sequence[str], output: int | BinaryIO) -> subprocess.Popen[bytes]:
+    """A command in a group of its own, so that a signal reaches all that it starts."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    more = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    # Plugins that happen to be installed are not what the tests are about.
+    more["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        env=os.environ | more,
+        start_new_session=True,
+    )
+
+
+def _ended(process: subprocess.Popen[bytes], grace_s: float) -> int:
+    """End a command and all that it started; those that still run are asked first."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.wait(grace_s)
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def _tee(source: BinaryIO, file: BinaryIO) -> None:
+    """Copy what a command says as it says it."""
+    with source:
+        while data := os.read(source.fileno(), 65536):
+            file.write(data)
+            file.flush()
+            # A terminal that is gone does not end the step.
+            with suppress(OSError, ValueError):
+                sys.stdout.write(data.decode(errors="replace"))
+                sys.stdout.flush()

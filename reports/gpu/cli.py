@@ -1,0 +1,127 @@
+"""The options of `python -m reports.gpu`, and what it says at its end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from helios_sim.command import Interrupted, run_app
+from helios_sim.errors import InputError
+from helios_sim.terminal import FittedTable
+from reports.gpu.campaign import Campaign, Step, Try, chosen
+from reports.gpu.packing import pack, unpack
+from reports.gpu.steps import PRESETS, steps_of
+
+CLOSING_S = 5.0
+PACKING_S = 15.0
+"""Seconds kept free at the end: for the table, and for compressing what is brought home."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_began_s = time.monotonic()
+
+
+@app.command()
+def campaign(
+    out: Annotated[Path, typer.Option(help="The folder of this campaign; gone on with.")],
+    budget: Annotated[str, typer.Option(help="Time for everything, such as 9m.")] = "9m",
+    device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal.")] = "cuda",
+    preset: Annotated[
+        str | None, typer.Option(help="cuda or tiny.", show_default="tiny on cpu, else cuda")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this step; may be repeated.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Leave out this step; may be repeated.")
+    ] = None,
+    pack_into: Annotated[
+        Path | None, typer.Option("--pack", help="Where to put what is worth bringing home.")
+    ] = None,
+    packed: Annotated[
+        Path | None, typer.Option("--unpack", help="Restore what --pack wrote; runs nothing.")
+    ] = None,
+) -> None:
+    """Do everything that a GPU is needed for within a time, and keep whatever was taken."""
+    if packed is not None:
+        typer.echo(f"{unpack(packed, out)} archives are unpacked into {out}.")
+        return
+    preset = preset or ("tiny" if device == "cpu" else "cuda")
+    for given, known, option in (
+        (device, ("cuda", "cpu"), "--device"),
+        (preset, tuple(PRESETS), "--preset"),
+    ):
+        if given not in known:
+            raise InputError(f"{given!r} was given; there are {' and '.join(known)}.", option)
+    steps = steps_of(device, preset)
+    wanted = chosen(steps, only or (), skip or ())
+    budget_s, margin_s = _budget(budget, wanted, pack_into is not None)
+    _require(device)
+    run = Campaign(steps, out, budget_s, began_s=_began_s, margin_s=margin_s, say=typer.echo)
+    interrupted = False
+    try:
+        run.run(wanted)
+    except KeyboardInterrupt:
+        interrupted = True
+    Console().print(table(run.results))
+    if pack_into is not None:
+        left_out = pack(out, pack_into)
+        typer.echo(f"Packed into {pack_into}.")
+        if left_out:
+            typer.echo(f"No room was left for {', '.join(left_out)}.")
+    if interrupted:
+        raise Interrupted(f"what was taken is kept in {out}, and the same command goes on")
+    raise typer.Exit(run.exit_code())
+
+
+def _budget(text: str, wanted: Sequence[Step], packs: bool) -> tuple[float, float]:
+    """Seconds of the budget and those kept free at its end."""
+    from calibration.measuring.measure import parse_budget
+
+    budget_s = parse_budget(text)
+    margin_s = CLOSING_S + (PACKING_S if packs else 0.0)
+    least_s = margin_s + min((step.least_s for step in wanted if not step.unsuited), default=0.0)
+    if budget_s < least_s:
+        raise InputError(
+            f"A budget of {budget_s:g} s was given; {least_s:g} s is the least.", "--budget"
+        )
+    return budget_s, margin_s
+
+
+def _require(device: str) -> None:
+    """Raise `InputError` where the device cannot be had."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = f"torch is built for CUDA {built} and finds no device" if built else "it has no CUDA"
+        raise InputError(
+            f"CUDA is not available to this torch ({why}). Give --device cpu for a rehearsal, or "
+            "install a torch that fits the machine's driver.",
+            "--device",
+        )
+
+
+def table(results: Sequence[Try]) -> FittedTable:
+    """What came of each step."""
+    rows = [
+        [
+            Text(one.step),
+            Text(one.verdict),
+            Text(f"{one.seconds:.0f}" if one.log else ""),
+            Text(one.log or one.reason),
+        ]
+        for one in results
+    ]
+    return FittedTable(("step", "verdict", "seconds", "log"), rows, words=frozenset({0, 1, 3}))
+
+
+def main(began_s: float, arguments: Sequence[str] | None = None) -> None:
+    """Run the command; the budget counts from `began_s`."""
+    global _began_s
+    _began_s = began_s
+    run_app(app, "reports.gpu", arguments or sys.argv[1:])

@@ -1,0 +1,294 @@
+"""A campaign goes through its steps whatever becomes of each, within its time, and packs."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from helios_sim.errors import InputError
+from reports.fidelity.cases import CASES as STUDIED
+from reports.gpu.campaign import STEPS_FILE, Call, Campaign, Step, Try, chosen
+from reports.gpu.packages import how_to_install, missing
+from reports.gpu.packing import MANIFEST, MOST_FILES, pack, unpack
+from reports.gpu.steps import CASES, CUDA_TESTS, PRESETS, steps_of, study_size
+
+
+def fake(name: str, code: str, **options) -> Step:
+    settings = {"extra_s": 30.0, "least_s": 0.5} | options
+    return Step(name, lambda call: [sys.executable, "-S", "-c", code], **settings)
+
+
+def leaving(name: str, **options) -> Step:
+    return fake(name, f"open({name!r}, 'w').close()", leaves=name, **options)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake steps write where they run."""
+    monkeypatch.setattr("reports.gpu.campaign.ROOT", tmp_path)
+
+
+def run(out: Path, *steps: Step, budget_s: float = 60.0, **options) -> Campaign:
+    campaign = Campaign(steps, out, budget_s, say=lambda text: None, **options)
+    campaign.run(steps)
+    return campaign
+
+
+def verdicts(campaign: Campaign) -> dict[str, str]:
+    return {one.step: one.verdict for one in campaign.results}
+
+
+def on_disk(out: Path) -> list[dict]:
+    return json.loads((out / STEPS_FILE).read_text())
+
+
+def test_a_failing_step_ends_none_but_those_that_need_it(tmp_path: Path) -> None:
+    campaign = run(
+        tmp_path,
+        fake("first", "raise SystemExit(7)", leaves="first"),
+        fake("second", "", after=("first",)),
+        leaving("third"),
+        fake("fourth", "print('after the third')", after=("third",)),
+    )
+    assert verdicts(campaign) == {
+        "first": "failed",
+        "second": "skipped",
+        "third": "done",
+        "fourth": "done",
+    }
+    assert campaign.exit_code() == 1
+    first, second, *_ = on_disk(tmp_path)
+    assert first["rc"] == 7 and "code 7" in first["reason"]
+    assert second["reason"] == "first has left nothing to go on with"
+    assert "after the third" in (tmp_path / "logs/04-fourth.log").read_text()
+
+
+def test_a_step_at_its_limit_is_interrupted_and_what_it_took_is_kept(tmp_path: Path) -> None:
+    code = (
+        "import time\nprint('taken', flush=True)\n"
+        "try: time.sleep(60)\nexcept KeyboardInterrupt: print('exported'); raise SystemExit(130)"
+    )
+    campaign = run(tmp_path, fake("slow", code, extra_s=1.0), fake("next", ""))
+    assert verdicts(campaign) == {"slow": "out of time", "next": "done"}
+    assert campaign.exit_code() == 3
+    assert (tmp_path / "logs/01-slow.log").read_text().split("\n")[-3:] == ["taken", "exported", ""]
+
+
+def test_a_step_that_does_not_listen_is_killed_with_what_it_started(tmp_path: Path) -> None:
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\ntime.sleep(60)"
+    )
+    campaign = run(tmp_path, fake("deaf", code, extra_s=1.0))
+    assert campaign.results[0].rc == -signal.SIGKILL
+    assert campaign.results[0].seconds < 5.0
+    child = int((tmp_path / "logs/01-deaf.log").read_text().split()[-1])
+    for _ in range(50):
+        if not _runs(child):
+            break
+        time.sleep(0.1)
+    assert not _runs(child)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    counted = "open('count', 'a').write('x')"
+    flaky = "import os; raise SystemExit(not os.path.exists('mended'))"
+    steps = (fake("good", counted), fake("flaky", flaky))
+    assert verdicts(run(out, *steps)) == {"good": "done", "flaky": "failed"}
+    (tmp_path / "mended").touch()
+    again = run(out, *steps)
+    assert verdicts(again) == {"good": "done", "flaky": "done"}
+    assert again.exit_code() == 0
+    assert (tmp_path / "count").read_text() == "x"
+    assert [one["step"] for one in on_disk(out)] == ["good", "flaky", "flaky"]
+
+
+def test_what_is_done_is_done_again_where_its_input_is_new_or_its_output_gone(
+    tmp_path: Path,
+) -> None:
+    steps = (leaving("a"), leaving("b", after=("a",)))
+    run(tmp_path, *steps)
+    (tmp_path / "a").unlink()
+    run(tmp_path, *steps)
+    assert [one["step"] for one in on_disk(tmp_path)] == ["a", "b", "a", "b"]
+
+
+def test_what_was_too_little_for_the_next_step_is_gone_on_with(tmp_path: Path) -> None:
+    readings = fake("measure", "open('points', 'a').write('x')", leaves="points", resumes=True)
+    fit = fake("fit", "raise SystemExit(len(open('points').read()) < 2)", after=("measure",))
+    assert verdicts(run(tmp_path, readings, fit)) == {"measure": "done", "fit": "failed"}
+    assert verdicts(run(tmp_path, readings, fit)) == {"measure": "done", "fit": "done"}
+    run(tmp_path, readings, fit)
+    assert (tmp_path / "points").read_text() == "xx"
+
+
+def test_the_budget_is_kept_and_what_does_not_fit_is_not_begun(tmp_path: Path) -> None:
+    began_s = time.monotonic()
+    sleeping = "import time; time.sleep(60)"
+    campaign = run(
+        tmp_path,
+        *(fake(name, sleeping, least_s=1.5) for name in ("one", "two")),
+        budget_s=3.0,
+        margin_s=1.0,
+    )
+    assert time.monotonic() - began_s < 3.0
+    assert verdicts(campaign) == {"one": "out of time", "two": "out of time"}
+    assert "it takes 2 s at least" in campaign.results[1].reason
+    assert campaign.exit_code() == 3
+
+
+def test_an_interruption_ends_the_step_in_hand_and_is_on_disk(tmp_path: Path) -> None:
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, fake("long", "import time; time.sleep(60)"), fake("next", ""))
+    assert [one["verdict"] for one in on_disk(tmp_path)] == ["interrupted"]
+
+
+def test_an_unknown_step_is_refused_and_the_nearest_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--only: There is no step 'meassure'.*is 'measure'"):
+        chosen(steps_of("cuda", "cuda"), ["meassure"], [])
+    names = [step.name for step in chosen(steps_of("cuda", "cuda"), ["fit", "train"], ["train"])]
+    assert names == ["fit"]
+
+
+def test_a_missing_package_skips_the_step_and_is_named_with_what_brings_it(tmp_path: Path) -> None:
+    campaign = run(tmp_path, fake("needs", "", packages=("no_such_package",)))
+    assert verdicts(campaign) == {"needs": "skipped"}
+    assert "no_such_package is not installed; pip install" in campaign.results[0].reason
+    assert campaign.exit_code() == 1
+    assert missing(("json", "no_such_package")) == ["no_such_package"]
+    assert "bring" in how_to_install(["a", "b"])
+
+
+def test_steps_that_make_no_sense_here_do_not_count(tmp_path: Path) -> None:
+    campaign = run(tmp_path, fake("shapes", "", unsuited="it is a rehearsal"), fake("next", ""))
+    assert verdicts(campaign) == {"shapes": "skipped", "next": "done"}
+    assert campaign.exit_code() == 0
+
+
+def test_every_step_is_a_command_and_names_only_steps_before_it(tmp_path: Path) -> None:
+    for device, preset in (("cuda", "cuda"), ("cpu", "tiny")):
+        steps = steps_of(device, preset)
+        for at, step in enumerate(steps):
+            assert {*step.after} <= {one.name for one in steps[:at]}
+            words = step.words(Call(tmp_path, 100.0))
+            assert words[:2] == [sys.executable, "-m"]
+            assert "cuda" not in words or device == "cuda" or "not" in " ".join(words)
+
+
+def test_all_test_files_for_a_gpu_are_run() -> None:
+    folder = Path(__file__).parent / "calibration"
+    marked = {
+        path.stem.removeprefix("test_")
+        for path in folder.glob("test_*.py")
+        if "mark.cuda" in (text := path.read_text()) or "tiny.DEVICES" in text
+    }
+    assert marked == {*CUDA_TESTS, "doctor"}
+
+
+def test_the_study_takes_what_fits_and_goes_on_as_it_began() -> None:
+    assert set(CASES) <= {case.name for case in STUDIED}
+    size = PRESETS["cuda"]
+    cases, seconds, repeats = study_size(Call(Path(), 200.0), size)
+    assert (len(cases), repeats) == (8, "1")
+    assert len(cases) * (float(seconds) + size.serving_s) + size.study_s <= 204.0
+    assert study_size(Call(Path(), 1800.0), size) == (CASES, "15", "3")
+    words = ("x", "--seconds", "4", "--repeats", "2", "--case", "a", "--case", "b")
+    assert study_size(Call(Path(), 900.0, words), size) == (("a", "b"), "4", "2")
+
+
+def filled(out: Path) -> Path:
+    for name, data in {
+        "steps.json": b"[]",
+        "logs/01-doctor.log": b"pass\n" * 1000,
+        "points/points.parquet": os.urandom(60_000),
+        "family/general-12l/model.safetensors": os.urandom(1000),
+        "family/training.json": b"{}",
+        "study/work/case/discarded/real-1/totals.json": b"{}",
+        "study/work/case/real/tokens.parquet": os.urandom(50_000),
+        "study/work/case/real/large.parquet": os.urandom(200_000),
+    }.items():
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return out
+
+
+def test_packing_leaves_weights_and_discarded_runs_out_and_keeps_to_sizes(tmp_path: Path) -> None:
+    out, packed, restored = filled(tmp_path / "out"), tmp_path / "packed", tmp_path / "restored"
+    assert pack(out, packed, most_bytes=100_000) == ["study/work/case/real/large.parquet"]
+    files = sorted(packed.iterdir())
+    assert [file.name for file in files] == [MANIFEST, "part-1.tar.gz", "part-2.tar.gz"]
+    assert len(files) <= MOST_FILES
+    assert all(file.stat().st_size <= 100_000 for file in files)
+    assert unpack(packed, restored) == 2
+    found = {path.relative_to(restored).as_posix() for path in restored.rglob("*.*")}
+    assert found == {
+        "steps.json",
+        "logs/01-doctor.log",
+        "points/points.parquet",
+        "family/training.json",
+        "study/work/case/real/tokens.parquet",
+    }
+    same = (restored / "points/points.parquet").read_bytes()
+    assert same == (out / "points/points.parquet").read_bytes()
+    before = [file.read_bytes() for file in files]
+    pack(out, packed, most_bytes=100_000)
+    assert [file.read_bytes() for file in sorted(packed.iterdir())] == before
+
+
+def planted(folder: Path, member: str, name: str = "part-1.tar.gz") -> Path:
+    """A folder whose archive has one member of this name."""
+    folder.mkdir()
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as archive:
+        info = tarfile.TarInfo(member)
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"x"))
+    (folder / "part-1.tar.gz").write_bytes(data.getvalue())
+    facts = {"bytes": 1, "sha256": hashlib.sha256(data.getvalue()).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps({"files": {name: facts}}))
+    return folder
+
+
+def test_unpacking_refuses_paths_outside_and_changed_archives(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="refused"):
+        unpack(planted(tmp_path / "a", "../outside"), tmp_path / "target")
+    assert not (tmp_path / "outside").exists()
+    with pytest.raises(InputError, match="no name of an archive"):
+        unpack(planted(tmp_path / "b", "inside", "../a/part-1.tar.gz"), tmp_path / "target")
+    changed = planted(tmp_path / "c", "inside")
+    (changed / "part-1.tar.gz").write_bytes(b"else")
+    with pytest.raises(InputError, match="not what the manifest says"):
+        unpack(changed, tmp_path / "target")
+    with pytest.raises(InputError, match="manifest cannot be read"):
+        unpack(tmp_path / "nothing", tmp_path / "target")
+
+
+def test_steps_so_far_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / STEPS_FILE).write_text("[{]")
+    with pytest.raises(InputError, match=STEPS_FILE):
+        run(tmp_path, fake("one", ""))
+    assert Try("a", "done").command == ()
