@@ -241,6 +241,10 @@ def test_a_run_alone_is_served_again_in_its_place(ground: Ground, tmp_path: Path
     assert server.asked == [("real", 1), ("again", 1)]
     assert [side.slowdown for side in done.outcomes[0].fidelity.sides.reals] == [1.01]
     assert done.outcomes[0].num_discarded == 1
+    hurried = study.run_study(
+        *(one, tmp_path / "hurried", Paced(1.3)), cases=(run,), most_again=0, say=lambda text: None
+    )
+    assert [side.slowdown for side in hurried.outcomes[0].fidelity.sides.reals] == [1.3]
 
 
 def test_equal_quality_takes_each_variants_smallest_threshold_and_then_the_fastest() -> None:

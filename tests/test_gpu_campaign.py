@@ -11,12 +11,15 @@ import sys
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES as STUDIED
+from reports.gpu import cli
 from reports.gpu.campaign import STEPS_FILE, Call, Campaign, Step, Try, chosen
 from reports.gpu.packages import how_to_install, missing
 from reports.gpu.packing import MANIFEST, MOST_FILES, pack, unpack
@@ -124,14 +127,23 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path: Path) -> No
     assert [one["step"] for one in on_disk(out)] == ["good", "flaky", "flaky"]
 
 
-def test_what_is_done_is_done_again_where_its_input_is_new_or_its_output_gone(
-    tmp_path: Path,
-) -> None:
-    steps = (leaving("a"), leaving("b", after=("a",)))
+def test_what_is_done_is_done_again_where_its_input_is_new(tmp_path: Path) -> None:
+    flaky = fake("a", "import os; open('a', 'w'); raise SystemExit(not os.path.exists('b'))")
+    steps = (replace(flaky, leaves="a"), leaving("b", after=("a",)))
+    assert verdicts(run(tmp_path, *steps)) == {"a": "failed", "b": "done"}
     run(tmp_path, *steps)
-    (tmp_path / "a").unlink()
     run(tmp_path, *steps)
     assert [one["step"] for one in on_disk(tmp_path)] == ["a", "b", "a", "b"]
+
+
+def test_what_is_done_and_gone_is_not_made_anew_below_what_came_of_it(tmp_path: Path) -> None:
+    steps = (leaving("weights"), leaving("readings", after=("weights",)))
+    run(tmp_path, *steps)
+    (tmp_path / "weights").unlink()
+    for _ in range(2):
+        again = run(tmp_path, *steps, fake("next", "", after=("weights",)))
+        assert verdicts(again) == {"weights": "skipped", "readings": "done", "next": "skipped"}
+        assert "bring it back or give another --out" in again.results[0].reason
 
 
 def test_what_was_too_little_for_the_next_step_is_gone_on_with(tmp_path: Path) -> None:
@@ -227,6 +239,7 @@ def filled(out: Path) -> Path:
         "family/general-12l/model.safetensors": os.urandom(1000),
         "family/training.json": b"{}",
         "study/work/case/discarded/real-1/totals.json": b"{}",
+        "study/work/case/real/report.html": b"<html>",
         "study/work/case/real/tokens.parquet": os.urandom(50_000),
         "study/work/case/real/large.parquet": os.urandom(200_000),
     }.items():
@@ -292,3 +305,22 @@ def test_steps_so_far_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=STEPS_FILE):
         run(tmp_path, fake("one", ""))
     assert Try("a", "done").command == ()
+
+
+def test_options_that_cannot_be_used_are_refused_with_what_can(tmp_path: Path) -> None:
+    def called(*words: str) -> None:
+        cli.app(["--out", str(tmp_path / "out"), *words], standalone_mode=False)
+
+    with pytest.raises(InputError, match="--budget: A budget of 9 s was given; 30 s is the least"):
+        called("--device", "cpu", "--budget", "9s", "--pack", str(tmp_path), "--only", "fit")
+    with pytest.raises(InputError, match="--device: 'tpu' was given; there are cuda and cpu"):
+        called("--device", "tpu")
+    with pytest.raises(InputError, match="manifest cannot be read"):
+        called("--unpack", str(tmp_path / "nothing"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_cuda_that_is_absent_is_said_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--device: CUDA is not available.*Give --device cpu"):
+        cli.app(["--out", str(tmp_path / "out")], standalone_mode=False)

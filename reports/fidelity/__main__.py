@@ -13,7 +13,13 @@ from helios_sim.command import Interrupted, run_app
 from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES, StudySettings, read_ground
 from reports.fidelity.page import render
-from reports.fidelity.study import results_of, run_study, serving_command, write_results
+from reports.fidelity.study import (
+    MAX_AGAIN,
+    results_of,
+    run_study,
+    serving_command,
+    write_results,
+)
 from reports.fidelity.summary import summary_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -50,6 +56,9 @@ def study(
         list[str] | None, typer.Option(help="A sentence for the page; may be repeated.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Serve again what was served.")] = False,
+    again: Annotated[
+        int, typer.Option(min=0, help="Times that a disturbed run is served again, at most.")
+    ] = MAX_AGAIN,
     more: Annotated[
         str, typer.Option("--serve", help="Further options for helios-calibrate serve.")
     ] = "",
@@ -72,7 +81,9 @@ def study(
     ground = read_ground(settings)
     chosen = tuple(one for one in CASES if not case or one.name in case)
     server = serving_command(checkpoints, device, shlex.split(more))
-    found = run_study(ground, work, server, cases=chosen, fresh=fresh, say=typer.echo)
+    found = run_study(
+        ground, work, server, cases=chosen, fresh=fresh, most_again=again, say=typer.echo
+    )
     if found.interrupted and not found.outcomes:
         raise Interrupted("no case was served yet")
     command = shlex.join(["python", "-m", "reports.fidelity", *sys.argv[1:]])

@@ -127,6 +127,7 @@ def run_study(
     *,
     cases: tuple[Case, ...] = CASES,
     fresh: bool = False,
+    most_again: int = MAX_AGAIN,
     say: Say = print,
 ) -> Study:
     """Run all cases; real runs that `work` holds of the same scenario are not served again.
@@ -154,8 +155,9 @@ def run_study(
             f"{number} of {len(plans)}: {case.name}, {plan.num_requests} requests at "
             f"{plan.rate_per_s:g}/s ({plan.rate_per_s / plan.capacity_per_s:.2f} of its capacity)"
         )
+        repeats = ground.settings.repeats
         try:
-            outcomes.append(run_case(plan, data, work, server, ground.settings.repeats, fresh, say))
+            outcomes.append(run_case(plan, data, work, server, repeats, fresh, most_again, say))
         except InputError as error:
             say(f"{case.name}: {error}")
             failed.append(f"{case.name}: {error}")
@@ -174,6 +176,7 @@ def run_case(
     server: Server,
     repeats: int,
     fresh: bool,
+    most_again: int,
     say: Say,
 ) -> Outcome:
     """Serve, simulate and compare one case."""
@@ -190,7 +193,7 @@ def run_case(
         shutil.rmtree(discarded, ignore_errors=True)
         server(path, real, repeats)
     for run in run_folders(real):
-        serve_until_quiet(run, path, discarded, server, say)
+        serve_until_quiet(run, path, discarded, server, most_again, say)
     simulated = folder / "simulated"
     scenario = load_scenario(path)
     experiment = prepare(scenario, path.parent, str(path))
@@ -201,13 +204,15 @@ def run_case(
     return Outcome(plan, fidelity, len(_earlier(discarded)))
 
 
-def serve_until_quiet(run: Path, scenario: Path, discarded: Path, server: Server, say: Say) -> None:
+def serve_until_quiet(
+    run: Path, scenario: Path, discarded: Path, server: Server, most_again: int, say: Say
+) -> None:
     """Serve a run again that a busy machine disturbed, and keep the one least slowed.
 
     Only the machine's pace around a run counts, never what came of it. What is not kept goes into
     `discarded`, so that nothing is lost and a study that is resumed does not try for ever.
     """
-    for attempt in range(len(_earlier(discarded, run.name)) + 1, MAX_AGAIN + 1):
+    for attempt in range(len(_earlier(discarded, run.name)) + 1, most_again + 1):
         before = slowdown_of(run)
         if before is None or before <= MAX_SLOWDOWN:
             return

@@ -144,8 +144,14 @@ class Campaign:
     def _step(self, step: Step) -> None:
         last = self._last(step.name)
         stale = self.ran.intersection(step.after) or (step.resumes and self._was_too_little(step))
-        if last and last.verdict == "done" and not stale and self._leaves(step):
-            self.say(f"{step.name} is done; it is not repeated.")
+        if last and last.verdict == "done" and not stale:
+            if self._leaves(step):
+                self.say(f"{step.name} is done; it is not repeated.")
+            else:
+                # Made anew it would differ from what later steps were given, as weights do.
+                gone = f"what it left is gone ({step.leaves}); bring it back or give another --out"
+                self.say(f"{step.name} is done, but {gone}.")
+                last = Try(step.name, "skipped", gone)
             self.results.append(last)
             return
         if verdict := self._hindered(step):

@@ -19,7 +19,7 @@ MANIFEST: Final = "manifest.json"
 MOST_FILES: Final = 8
 MOST_BYTES: Final = 15_000_000
 _LEFT_BEHIND: Final = frozenset({"discarded", "__pycache__", "tmp"})
-_FIRST: Final = ("steps.json", "logs", "points", "profile", "profile.html", "study", "family")
+_FIRST: Final = ("steps.json", "logs", "points", "profile", "study", "family", "shapes")
 _LEVEL: Final = 6
 _HEADERS: Final = 2048
 """Bytes that a member's headers and padding take at most, compressed."""
@@ -29,7 +29,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 def pack(source: Path, folder: Path, *, most_bytes: int = MOST_BYTES) -> list[str]:
     """Write archives of the files worth keeping and a manifest; returns what found no room.
 
-    Weights and discarded runs stay behind. The same files give the same bytes.
+    Weights, discarded runs and pages of single runs stay behind. The same files give the same
+    bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("part-[0-9].tar.gz"):
@@ -57,7 +58,10 @@ def pack(source: Path, folder: Path, *, most_bytes: int = MOST_BYTES) -> list[st
 
 
 def worth_keeping(source: Path) -> list[Path]:
-    """Files in order of worth: what cannot be had again without the device comes first."""
+    """Files in order of worth: what cannot be had again without the device comes first.
+
+    Pages of single runs are megabytes each and can be made again from the files beside them.
+    """
 
     def order(path: Path) -> tuple[int, str]:
         inside = path.relative_to(source)
@@ -71,6 +75,7 @@ def worth_keeping(source: Path) -> list[Path]:
         and not path.is_symlink()
         and path.suffix != ".safetensors"
         and _LEFT_BEHIND.isdisjoint(path.relative_to(source).parts)
+        and not (path.suffix == ".html" and "work" in path.relative_to(source).parts)
     )
     return sorted(found, key=order)
 
