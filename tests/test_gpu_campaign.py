@@ -226,6 +226,7 @@ def test_the_study_takes_what_fits_and_goes_on_as_it_began() -> None:
     cases, seconds, repeats = study_size(Call(Path(), 200.0), size)
     assert (len(cases), repeats) == (8, "1")
     assert len(cases) * (float(seconds) + size.serving_s) + size.study_s <= 204.0
+    assert study_size(Call(Path(), 60.0), size) == (CASES[:8], "3", "1")
     assert study_size(Call(Path(), 1800.0), size) == (CASES, "15", "3")
     words = ("x", "--seconds", "4", "--repeats", "2", "--case", "a", "--case", "b")
     assert study_size(Call(Path(), 900.0, words), size) == (("a", "b"), "4", "2")

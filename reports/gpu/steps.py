@@ -53,6 +53,7 @@ class Preset:
     train_share: float
     measure_share: float
     max_batch: int
+    least_cases: int
     most_cases: int
     serving_s: float
     study_s: float
@@ -68,6 +69,7 @@ PRESETS: Final = {
         train_share=0.15,
         measure_share=0.2,
         max_batch=64,
+        least_cases=8,
         most_cases=len(CASES),
         serving_s=18.0,
         study_s=20.0,
@@ -81,6 +83,7 @@ PRESETS: Final = {
         train_share=0.04,
         measure_share=0.2,
         max_batch=4,
+        least_cases=2,
         most_cases=2,
         serving_s=14.0,
         study_s=10.0,
@@ -225,6 +228,7 @@ def _budget(call: Call) -> tuple[str, str]:
 def study_size(call: Call, size: Preset) -> tuple[tuple[str, ...], str, str]:
     """The cases that fit into the time, the seconds of a run and the repeats.
 
+    The least are tried where not even they seem to fit: a study that is cut short keeps its cases.
     What an earlier call began is gone on with as it was: with other seconds everything would be
     served anew.
     """
@@ -235,7 +239,7 @@ def study_size(call: Call, size: Preset) -> tuple[tuple[str, ...], str, str]:
         return cases, options["--seconds"], options["--repeats"]
     time_s = call.work_s - size.study_s
     fitting = int(time_s / (size.serving_s + size.least_seconds))
-    count = max(1, min(size.most_cases, fitting))
+    count = max(size.least_cases, min(size.most_cases, fitting))
     wanted_s = size.serving_s + size.most_seconds
     repeats = max(1, min(3, int(time_s / (count * wanted_s))))
     seconds = time_s / (count * repeats) - size.serving_s
