@@ -9,6 +9,7 @@ another may fill.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,33 @@ def to_device(values: Indices, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+class KvMemory:
+    """Memory that one pool after another is cut from.
+
+    Zeroing new memory takes longer than loading a small model's weights. What an earlier pool
+    left in it are numbers, which masks hide as they hide zeros. Pools of one memory must not be
+    in use at the same time.
+    """
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that it holds."""
+        return 0 if self._flat is None else self._flat.nbytes
+
+    def stores(self, count: int, shape: Sequence[int], dims: KvDims) -> list[Tensor]:
+        """So many stores of a shape; the memory grows where they do not fit."""
+        size = math.prod(shape)
+        flat = self._flat
+        if flat is None or flat.numel() < count * size or flat.dtype != dims.dtype:
+            # The old memory goes first: both need not fit.
+            flat = self._flat = None
+            flat = self._flat = torch.zeros(count * size, dtype=dims.dtype, device=dims.device)
+        return [flat[place * size : (place + 1) * size].view(*shape) for place in range(count)]
+
+
 class Pool(ABC):
     """KV of the first `num_layers` layers for rows of ragged length.
 
@@ -69,8 +97,9 @@ class Pool(ABC):
     max_tokens: int
     """Tokens one row may hold."""
 
-    def __init__(self, dims: KvDims, num_layers: int) -> None:
+    def __init__(self, dims: KvDims, num_layers: int, memory: KvMemory | None = None) -> None:
         self.dims = dims
+        self._memory = memory
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.lengths: list[int] = []
@@ -236,13 +265,18 @@ class Pool(ABC):
 
     def _add_layers(self, num_layers: int) -> None:
         dims = self.dims
+        held = 0 if self._memory is None else self._memory.bytes
         require(
             dims.device,
-            self.planned_bytes(num_layers),
+            max(0, self.planned_bytes(num_layers) - held),
             f"A KV pool of {self.capacity_tokens:,} tokens in {num_layers} layers",
             "use fewer rows or shorter ones, or fewer layers",
         )
         shape = (self.capacity_tokens + SCRATCH_TOKENS, dims.kv_heads, dims.head_dim)
+        if self._memory is not None and not self.keys:
+            stores = self._memory.stores(2 * num_layers, shape, dims)
+            self.keys, self.values = stores[:num_layers], stores[num_layers:]
+            return
         # Zeros, since attention multiplies what is masked by 0, and 0 times an old NaN is NaN.
         for _ in range(num_layers):
             self.keys.append(torch.zeros(shape, dtype=dims.dtype, device=dims.device))
@@ -264,11 +298,18 @@ class Pool(ABC):
 class SlotPool(Pool):
     """A slot of `max_tokens` tokens for each row: simple, and attention reads it in place."""
 
-    def __init__(self, dims: KvDims, num_layers: int, num_slots: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        dims: KvDims,
+        num_layers: int,
+        num_slots: int,
+        max_tokens: int,
+        memory: KvMemory | None = None,
+    ) -> None:
         self.max_rows = num_slots
         self.max_tokens = max_tokens
         self.capacity_tokens = num_slots * max_tokens
-        super().__init__(dims, num_layers)
+        super().__init__(dims, num_layers, memory)
 
     def swap(self, row: int, other: int) -> None:
         """Exchange two rows; the tokens of both are copied in every layer."""
@@ -341,6 +382,7 @@ class PagedPool(Pool):
         *,
         max_rows: int = 512,
         max_tokens: int | None = None,
+        memory: KvMemory | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
@@ -353,7 +395,7 @@ class PagedPool(Pool):
         """Blocks each row holds."""
         self.free = list(range(num_blocks - 1, -1, -1))
         """Blocks nobody holds; the last one goes out first."""
-        super().__init__(dims, num_layers)
+        super().__init__(dims, num_layers, memory)
 
     @property
     def num_free_blocks(self) -> int:

@@ -17,6 +17,7 @@ from calibration.model.decode import Decoder, generate
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.kv import (
     CONTEXT_GRANULE_TOKENS,
+    KvMemory,
     PagedPool,
     Pool,
     SlotPool,
@@ -77,6 +78,8 @@ class CheckpointWeights:
         self._decoder: Decoder | None = None
         self._taken_up = ""
         self._arriving: str | None = None
+        # On a GPU zeroing takes next to nothing, and weights need the room between two pools.
+        self._memory = None if settings.device.type == "cuda" else KvMemory()
 
     @property
     def model(self) -> EarlyExitLM | None:
@@ -123,6 +126,8 @@ class CheckpointWeights:
             decoder = Decoder(model, SlotPool(model.kv_dims, model.depth, 2, 32))
             generate(decoder, [[0] * 8, [0] * 4], 4)
             del decoder
+            if self._memory is not None:
+                self._reserve(model)
             model.unload()
         from_disk = self.room.fleet.weights_start == "disk"
         if from_disk:
@@ -131,6 +136,13 @@ class CheckpointWeights:
         for folder in self.folders.values():
             for file in sorted(folder.glob("*.safetensors")):
                 (_forget if from_disk else _read_through)(file)
+
+    def _reserve(self, model: EarlyExitLM) -> None:
+        """Let the memory of KV caches grow to what any depth of a candidate needs."""
+        for depth in model.exit_layers:
+            pool_blocks = self.room.pool_blocks(model.name, depth)
+            if pool_blocks:
+                self._new_pool(model, depth, pool_blocks)
 
     def whole(self, name: str) -> EarlyExitLM:
         """A candidate at full depth, outside the clock; another may be loaded beside it."""
@@ -248,15 +260,17 @@ class CheckpointWeights:
                 serving.block_tokens,
                 max_rows=serving.max_batch,
                 max_tokens=longest,
+                memory=self._memory,
             )
         # Attention reads contexts in granules, and a slot of another length would cut the last one.
         longest = round_up(longest, CONTEXT_GRANULE_TOKENS)
         slots = min(serving.max_batch, max(1, pool_blocks * serving.block_tokens // longest))
         free_bytes = available_bytes(settings.device)
         if free_bytes is not None:
+            free_bytes += 0 if self._memory is None else self._memory.bytes
             slot_bytes = depth * longest * model.kv_dims.bytes_per_token_layer
             slots = max(1, min(slots, int(_SLOT_SHARE * free_bytes) // slot_bytes))
-        return SlotPool(model.kv_dims, depth, slots, longest)
+        return SlotPool(model.kv_dims, depth, slots, longest, self._memory)
 
     def _read_ahead(self, name: str) -> None:
         if name in self.read:

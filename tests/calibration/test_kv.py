@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.model import kv, memory
-from calibration.model.kv import KvDims, PagedPool, Pool, PoolExhausted, SlotPool
+from calibration.model.kv import KvDims, KvMemory, PagedPool, Pool, PoolExhausted, SlotPool
 from helios_sim.errors import InputError
 
 DIMS = KvDims(2, 4, torch.float32, torch.device("cpu"))
@@ -208,3 +210,28 @@ def test_a_released_row_cannot_be_used():
 def test_padding_writes_where_no_row_reads(pool):
     assert pool.capacity_tokens <= pool.scratch_address < pool.keys[0].shape[0]
     assert pool.keys[0].shape[0] == pool.capacity_tokens + kv.SCRATCH_TOKENS
+
+
+@pytest.mark.parametrize("kind", ["slots", "pages"])
+def test_pools_of_one_memory_are_cut_from_the_same_place(kind):
+    shared = KvMemory()
+
+    def pool(layers, rows):
+        if kind == "slots":
+            return SlotPool(DIMS, layers, rows, 16, shared)
+        return PagedPool(DIMS, layers, 2 * rows, 8, memory=shared)
+
+    first = pool(3, 4)
+    place = first.keys[0].data_ptr()
+    first.keys[0].fill_(7.0)
+    smaller = pool(2, 5)
+    assert smaller.keys[0].data_ptr() == place
+    stores = [*smaller.keys, *smaller.values]
+    spans = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in stores)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    assert shared.bytes == first.bytes
+    larger = pool(4, 9)
+    assert float(larger.keys[0].abs().sum()) == 0.0
+    larger.resize(5)
+    assert larger.num_layers == 5
+    larger.check()
