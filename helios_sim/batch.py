@@ -663,8 +663,8 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     layer_s = layer_s * w.residual[model, rep.level, batch]
     layer_j = cost.layer_joules(c, padded, float(context), padded * longest, 0.0, 0.0)
     levels = w.leaving_level[model, rep.column]
-    fixed_s = cost.fixed_seconds(c, padded, False, 0.0)
-    seconds = fixed_s
+    begin_s = cost.begin_seconds(c)
+    seconds = begin_s
     joules = 0.0
     before = 0 if passed == 0 else w.exit_layers[model, passed - 1]
     level = passed
@@ -688,16 +688,16 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         if leaving == batch:
             break
         if leaving > 0:
-            # A pass of its own begins with a fixed part of its own.
             rest_s = remaining_seconds(w, rep, level + 1, padded, layer_s)
             overhead_s = c[cost.REBATCH_OVERHEAD_S]
-            deep_s = fixed_s + rest_s + overhead_s
+            deep_s = begin_s + rest_s + overhead_s
             if rebatch_pays(leaving, batch, seconds, deep_s, seconds + rest_s):
                 seconds = seconds + overhead_s
                 break
         level += 1
     skipped = float(rep.depth - w.exit_layers[model, level])
     leavers = w.padded[model, leaving]
+    seconds = seconds + cost.told_seconds(c, leavers)
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
     for k in range(rep.num_ready):

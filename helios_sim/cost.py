@@ -149,6 +149,18 @@ def fixed_seconds(c: Any, decode_rows: float, has_prefill: bool, prompts: float)
 
 
 @compilable
+def begin_seconds(c: Any) -> float:
+    """Seconds of the fixed part of a decode that no row adds to: a pass of its own takes them."""
+    return c[14]
+
+
+@compilable
+def told_seconds(c: Any, rows: float) -> float:
+    """Seconds that rows add to the fixed part of the decode in which they are told their token."""
+    return c[42] * rows
+
+
+@compilable
 def head_seconds(c: Any, rows: float) -> float:
     """Seconds of the final norm, output head and sampling over `rows` tokens."""
     return max(c[16], c[17] + c[18] * rows)

@@ -455,8 +455,8 @@ class NaiveReplica:
         layer_j = cost.layer_joules(c, rows, context, padded_context, 0.0, 0.0)
         head_s, check_s = cost.head_seconds(c, rows), cost.check_seconds(c, rows)
         overhead_s = c[cost.REBATCH_OVERHEAD_S]
-        fixed_s = cost.fixed_seconds(c, rows, False, 0)
-        seconds, joules = fixed_s, 0.0
+        begin_s = cost.begin_seconds(c)
+        seconds, joules = begin_s, 0.0
         for level in range(passed, loaded + 1):
             layers = exit_layers[level] - (exit_layers[level - 1] if level else 0)
             seconds += layers * layer_s
@@ -473,13 +473,14 @@ class NaiveReplica:
                 break
             rest_s = (self.depth - exit_layers[level]) * layer_s + head_s
             rest_s += (loaded - (level + 1)) * check_s
-            deep_s = fixed_s + rest_s + overhead_s
+            deep_s = begin_s + rest_s + overhead_s
             if leavers and rules.rebatch_pays(
                 len(leavers), batch, seconds, deep_s, seconds + rest_s
             ):
                 seconds += overhead_s
                 break
         beyond, padded = self.depth - exit_layers[level], self.model.padded_rows[len(leavers)]
+        seconds += cost.told_seconds(c, padded)
         seconds += cost.kv_fill_seconds(c, padded, beyond)
         joules += cost.kv_fill_joules(c, padded, beyond)
         joules = cost.iteration_joules(c, seconds, joules)

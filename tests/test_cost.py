@@ -118,3 +118,12 @@ def test_joules_of_padding_are_drawn_by_decode_rows_alone() -> None:
     c = coefficients(decode_j_per_padded_token_layer=0.5)
     assert cost.layer_joules(c, 2.0, 7.0, 10.0, 0.0, 0.0) == 5.0
     assert cost.layer_joules(c, 0.0, 0.0, 10.0, 4.0, 10.0) == 0.0
+
+
+def test_what_a_decode_begins_with_and_what_its_rows_add_are_its_fixed_part() -> None:
+    """A split batch begins twice, and every row is told its token once."""
+    c = coefficients(decode_fixed_s=1.0, decode_fixed_s_per_row=0.5)
+    whole = cost.fixed_seconds(c, 8.0, False, 0.0)
+    assert whole == cost.begin_seconds(c) + cost.told_seconds(c, 8.0)
+    passes = [cost.begin_seconds(c) + cost.told_seconds(c, rows) for rows in (3.0, 5.0)]
+    assert sum(passes) - whole == cost.begin_seconds(c)

@@ -130,15 +130,15 @@ def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_ba
         layer_s, _ = cost.layer_seconds(c, rows, float(context), rows * longest, 0.0, 0.0, 0.0)
         layer_s = layer_s * float(residuals[batch])
         check_s, head_s = cost.check_seconds(c, rows), cost.head_seconds(c, rows)
-        fixed_s = cost.fixed_seconds(c, rows, False, 0.0)
-        shallow_s = fixed_s
+        begin_s = cost.begin_seconds(c)
+        shallow_s = begin_s
         before = layers_to[passed - 1] if passed else 0
         for here in range(passed, level + 1):
             shallow_s = shallow_s + (layers_to[here] - before) * layer_s + check_s
             before = layers_to[here]
         rest_s = (layers_to[loaded_level] - layers_to[level]) * layer_s + head_s
         rest_s = rest_s + (loaded_level - (level + 1)) * check_s
-        deep_s = fixed_s + rest_s + overhead_s
+        deep_s = begin_s + rest_s + overhead_s
         return bool(rules.rebatch_pays(leaving, batch, shallow_s, deep_s, shallow_s + rest_s))
 
     return pays

@@ -124,13 +124,14 @@ def figure_rows(sides: Sides) -> list[FigureRow]:
         ours = scaled(key, sides.simulated.summary.get(key))
         if ours is None and all(value is None for value in real):
             continue
-        rows.append(_row(key, title, unit, group, real, ours))
+        rows.append(figure_row(key, title, unit, group, real, ours))
     return rows
 
 
-def _row(
+def figure_row(
     key: str, title: str, unit: str, group: str, real: tuple[Value, ...], ours: Value
 ) -> FigureRow:
+    """One figure of the real side's repeats and of the simulated side."""
     texts = [value for value in real if isinstance(value, str)]
     if texts or isinstance(ours, str):
         verdict: Verdict = "same" if ours in texts else "differs"

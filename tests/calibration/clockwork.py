@@ -220,7 +220,7 @@ class ClockworkHost(Host):
         context = float(outcome.context_tokens)
         padded_context = rows * outcome.longest_context_tokens
         layer_s, _ = cost.layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)
-        seconds = float(cost.fixed_seconds(c, rows, False, 0.0))
+        seconds = float(cost.begin_seconds(c))
         before = outcome.first_layer
         for level in range(plan.passed, self.stepper.exit_layers.index(outcome.layers) + 1):
             seconds += (self.stepper.exit_layers[level] - before) * (layer_s * residual)
@@ -230,6 +230,7 @@ class ClockworkHost(Host):
         if outcome.overheads:
             seconds += float(c[cost.REBATCH_OVERHEAD_S])
         leavers = float(padded[len(outcome.emitted)])
+        seconds += cost.told_seconds(c, leavers)
         return seconds + cost.kv_fill_seconds(c, leavers, float(outcome.filled_layers))
 
 
