@@ -9,7 +9,14 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from calibration.fitting.points import FIT, HELD_OUT, PREFILL_ITERATION, gather, read_points
+from calibration.fitting.points import (
+    FIT,
+    HELD_OUT,
+    PREFILL_ITERATION,
+    gather,
+    neighbours,
+    read_points,
+)
 from calibration.fitting.predict import predictor_of
 from calibration.measuring.readings import POINTS_FILE
 from helios_sim.profile import Profile
@@ -237,7 +244,9 @@ def check_text(profile: Profile) -> str:
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     ]
-    return "\n".join((*lines, verdict(rows, on_cuda(profile))))
+    busy = neighbours(read_points(profile.folder))
+    said = [] if busy is None else [f"{busy[0].upper()}{busy[1:]}."]
+    return "\n".join((*lines, verdict(rows, on_cuda(profile)), *said))
 
 
 def _passed(row: CheckRow) -> str:

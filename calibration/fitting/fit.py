@@ -22,6 +22,7 @@ from calibration.fitting.points import (
     FIT,
     HELD_OUT,
     gather,
+    neighbours,
     of_quantity,
     read_environment,
     read_points,
@@ -118,7 +119,8 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
             known = ", ".join(_object(environment, "models", where))
             raise InputError(f"Model {name!r} was not measured; there are {known}.", where)
     points = gather(_sound(readings))
-    document = _document(points, environment, measured, settings, folder, out.name)
+    busy = neighbours(readings)
+    document = _document(points, environment, measured, settings, folder, out.name, busy)
     with_exits = _with_exits(document, measured, settings, folder)
     report = _trace_report(with_exits[1])
     if report is not None:
@@ -209,6 +211,7 @@ def _document(
     settings: FitSettings,
     folder: Path,
     name: str,
+    busy: str | None,
 ) -> dict[str, Any]:
     """The content of profile.json without its exits."""
     where = str(folder / POINTS_FILE)
@@ -255,7 +258,7 @@ def _document(
         "provenance": {
             "origin": "measured",
             "sources": [origin],
-            "notes": _notes(times, energy),
+            "notes": _notes(times, energy, busy),
             "environment": _plain(environment),
         },
         "measurement": {
@@ -284,7 +287,9 @@ def _plain(environment: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in environment.items() if key != "models"}
 
 
-def _notes(times: Mapping[str, TimesFit], energy: Mapping[str, EnergyFit]) -> list[str]:
+def _notes(
+    times: Mapping[str, TimesFit], energy: Mapping[str, EnergyFit], busy: str | None
+) -> list[str]:
     modes = sorted(
         {fit.modes["decode_layers"] or "the one mode measured" for fit in times.values()}
     )
@@ -297,6 +302,8 @@ def _notes(times: Mapping[str, TimesFit], energy: Mapping[str, EnergyFit]) -> li
         )
     reasons = {fit.record["why"] for fit in energy.values() if not fit.record["available"]}
     notes += [f"Energy is unavailable: {why}." for why in sorted(reasons)]
+    if busy:
+        notes.append(f"{busy[0].upper()}{busy[1:]}.")
     return notes
 
 

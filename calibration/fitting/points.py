@@ -13,7 +13,12 @@ from typing import Any, Final
 import polars as pl
 
 from calibration.measuring import readings as raw
-from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE
+from calibration.measuring.readings import (
+    ENVIRONMENT_FILE,
+    MOST_LOST_SHARE,
+    POINTS_FILE,
+    busy_machine,
+)
 from helios_sim.errors import InputError
 
 _CONFIGURATION: Final = (
@@ -38,8 +43,6 @@ _MOVED: Final = (
 PREFILL_ITERATION: Final = "prefill_iteration"
 """A whole iteration that carries prompts: another cost than a whole decode iteration."""
 
-MOST_LOST_SHARE: Final = 0.1
-"""Of a trial's time that other processes may take before it counts as disturbed."""
 MOST_LENGTHENED: Final = 1.25
 """Times the quickest trial of its configuration that an undisturbed one may take.
 
@@ -89,6 +92,12 @@ def read_environment(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError("An object was expected.", where=str(path))
     return found
+
+
+def neighbours(readings: pl.DataFrame) -> str | None:
+    """A sentence where others disturbed most of the timed readings; None elsewhere."""
+    timed = readings.filter(pl.col("joules").is_null() & pl.col("watts").is_null())
+    return busy_machine(timed["idle_share"].drop_nulls().to_list())
 
 
 def gather(readings: pl.DataFrame) -> pl.DataFrame:

@@ -52,7 +52,14 @@ from calibration.measuring.loading import (
 )
 from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.measuring.occupancy import reserve_bytes
-from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE, Purpose, Reading, Readings
+from calibration.measuring.readings import (
+    ENVIRONMENT_FILE,
+    POINTS_FILE,
+    Purpose,
+    Reading,
+    Readings,
+    busy_machine,
+)
 from calibration.measuring.sources import Source, find_sources, sample_tokens
 from calibration.measuring.timing import Pace, measure_pace, synchronise, timer_for
 from calibration.model.early_exit import EarlyExitLM
@@ -277,6 +284,9 @@ class _Session:
             self._model_readings(source, self._left_s() / (len(self.sources) - number))
         self._look_at_pace()
         self._idle_power(trial=1)
+        lost = [one.idle_share for one in self.readings.all if one.joules is one.watts is None]
+        if busy := busy_machine([share for share in lost if share is not None]):
+            self._note(busy)
         self._trace()
 
     def finish(self) -> None:

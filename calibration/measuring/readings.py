@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -54,6 +55,10 @@ _BYTES_IDENTIFY: Final = frozenset(
 """Quantities measured at a size of our choosing: there the bytes belong to the key."""
 
 Key = tuple[object, ...]
+
+
+MOST_LOST_SHARE: Final = 0.1
+"""Of a trial's time that other processes may take before it counts as disturbed."""
 
 
 @dataclass(frozen=True)
@@ -270,3 +275,18 @@ def _read(file: Path, *, repair: bool = True) -> list[Reading]:
                 str(file),
             ) from error
     return readings
+
+
+def busy_machine(lost_shares: Sequence[float]) -> str | None:
+    """What to say where others disturbed most of the timed trials; None where they did not.
+
+    `lost_shares` are the shares of the trials' time that were lost to others, as far as seen.
+    """
+    disturbed = [share for share in lost_shares if share > MOST_LOST_SHARE]
+    if len(disturbed) <= len(lost_shares) / 2:
+        return None
+    return (
+        f"others disturbed {len(disturbed)} of {len(lost_shares)} timed trials, half of them by "
+        f"more than {statistics.median(disturbed):.0%} of their time: what is fitted to them "
+        "speaks of a busy machine, so measure again on a quieter one"
+    )

@@ -11,6 +11,7 @@ from calibration.cli import main
 from calibration.fitting.check import check_rows, check_text, compare, place_of, verdict
 from calibration.fitting.fit import fit_profile
 from calibration.fitting.points import gather
+from calibration.measuring.readings import busy_machine
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
 from tests.calibration import planted
@@ -170,3 +171,18 @@ def test_ragged_points_are_predicted_with_their_longest_row(tmp_path: Path) -> N
     assert prompts["error"].abs().max() < 1e-3  # type: ignore[operator]
     longest = int(ragged["longest_context_tokens"].max())  # type: ignore[arg-type]
     assert any(f"(longest {longest})" in place_of(row) for row in ragged.iter_rows(named=True))
+
+
+def test_a_profile_of_a_busy_machine_says_so(profile: Profile, tmp_path: Path) -> None:
+    lost = [0.4] * 12 + [0.0] * 8
+    said = "disturbed 12 of 20 timed trials, half of them by more than 40%"
+    assert said in str(busy_machine(lost))
+    assert busy_machine([0.4] * 10 + [0.0] * 10) is None
+    assert busy_machine([]) is None
+    folder = planted.folder(tmp_path / "points", Plan(energy=False))
+    frame = planted.frame(Plan(energy=False)).with_columns(idle_share=pl.lit(0.3))
+    frame.write_parquet(folder / "points.parquet")
+    busy = fit_profile(folder, tmp_path / "profile")
+    assert "measure again on a quieter one." in busy.provenance.notes[-1]
+    assert check_text(busy).splitlines()[-1].startswith("Others disturbed ")
+    assert "Others disturbed" not in check_text(profile)
