@@ -14,8 +14,9 @@ demo: $(VENV)/demo-ready
 	$(BIN)/helios simulate scenarios/quickstart.toml --out runs/quickstart
 	@echo "Open $(CURDIR)/runs/quickstart/report.html in a browser."
 
+# A file stays with one worker, so that what its tests share is made once.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff format --check

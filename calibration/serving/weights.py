@@ -105,9 +105,8 @@ class CheckpointWeights:
     @property
     def notes(self) -> dict[str, str]:
         """What there is to say of the machines taken up: rows that fit, graphs."""
-        self._count_graphs()
         said = dict(self._rows_said)
-        for key, (count, seconds) in self._graphs_said.items():
+        for key, (count, seconds) in self._graphs_so_far().items():
             said[key] += f", {count} graphs captured in {seconds:.2f} s"
         return said
 
@@ -209,17 +208,17 @@ class CheckpointWeights:
 
     def _let_go(self) -> None:
         """Keep nothing of the last machine's pool and graphs."""
-        self._count_graphs()
+        self._graphs_said = self._graphs_so_far()
         self._decoder = self.pool = None
 
-    def _count_graphs(self) -> None:
-        """Add the graphs of the machine that serves to those told of its kind, once."""
+    def _graphs_so_far(self) -> dict[str, tuple[int, float]]:
+        """Graphs and the seconds of capturing them, by what was taken up."""
+        found = dict(self._graphs_said)
         graphs = None if self._decoder is None else self._decoder.graphs
-        self._decoder = None
         if graphs is not None:
-            count, seconds = self._graphs_said.get(self._taken_up, (0, 0.0))
-            found = count + graphs.num_graphs, seconds + graphs.capture_s
-            self._graphs_said[self._taken_up] = found
+            count, seconds = found.get(self._taken_up, (0, 0.0))
+            found[self._taken_up] = count + graphs.num_graphs, seconds + graphs.capture_s
+        return found
 
     def _load(self, name: str, depth: int) -> None:
         """Bring a candidate to at least a depth, from what of it is there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -283,12 +284,10 @@ def served(place: Path, policy: str, device: str, graphs: bool = True) -> Path:
 
 
 def test_served_tokens_are_those_of_a_processor(place: Path, gpu: Gpu) -> None:
-    found = [
-        pl.read_parquet(served(place, "vanilla", device) / "tokens.parquet").sort(
-            "request_id", "place"
-        )
-        for device in ("cpu", "cuda")
-    ]
+    runs = [served(place, "vanilla", device) for device in ("cpu", "cuda")]
+    found = [pl.read_parquet(run / "tokens.parquet").sort("request_id", "place") for run in runs]
+    (said,) = read_run(runs[1]).environment["kv_pools"].values()
+    assert re.search(r"[1-9]\d* graphs captured in", said)
     assert found[0].height > 10
     assert found[0]["token"].to_list() == found[1]["token"].to_list()
 
