@@ -74,7 +74,7 @@ pytestmark = [
 
 serves = pytest.mark.skipif(
     tuple(map(int, version("transformers").split(".")[:2])) < (5, 24),
-    reason="in inference mode earlier releases ask for a view that the pretended device cannot make",
+    reason="in inference mode earlier releases ask for a view that the pretended device lacks",
 )
 
 
