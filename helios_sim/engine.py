@@ -7,10 +7,8 @@ decision out, serve until it has to be asked again.
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +19,7 @@ from simpy.events import NORMAL, URGENT
 from helios_sim.arrivals import stream
 from helios_sim.cards import Room, candidate_card
 from helios_sim.exits import ExitTraces
+from helios_sim.garbage import uncollected
 from helios_sim.hot_rules import loop_with
 from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
 from helios_sim.policy.contract import (
@@ -621,6 +620,7 @@ class Run:
         self.send_requests()
         for replica in self.replicas:
             self.clock.env.process(replica.live())
+        # A decision log grows in which there is nothing to collect.
         with uncollected():
             self.clock.env.run()
         self.finish()
@@ -708,18 +708,6 @@ class Run:
             ]
             shares[name] = tuple(float(share) for share in np.sum(parts, axis=0))
         return shares
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Spare the garbage collector a growing decision log in which there is nothing to collect."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _mean(total: float, count: float) -> float | None:

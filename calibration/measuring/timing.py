@@ -13,19 +13,18 @@ by which two runs on it can be compared.
 from __future__ import annotations
 
 import functools
-import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import torch
 
 from calibration.model.graphs import first_cause
+from helios_sim.garbage import uncollected
 
 Work = Callable[[], object]
 
@@ -349,6 +348,7 @@ def timed(
     taken: list[list[Sample]] = [[] for _ in works]
     shuffle = random.Random(seed).shuffle
     until_s = time.perf_counter() + patience_s
+    # As when serving.
     with uncollected():
         repetitions = [_repetitions(work, timer, warmups) for work in works]
         for turn in range(samples * MAX_TRIES):
@@ -361,18 +361,6 @@ def timed(
     return [
         _timing(found, samples, number) for found, number in zip(taken, repetitions, strict=True)
     ]
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Keep the garbage collector out of what is timed, as it is kept out of what is served."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def quiet_share(timer: Timer, work: Work, looks: int = 10) -> float:

@@ -9,10 +9,8 @@ replays.
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -25,6 +23,7 @@ from torch import Tensor
 from calibration.model import varlen
 from calibration.model.attention import Attend, DecodeAttend
 from calibration.model.kv import PagedPool, Pool
+from helios_sim.garbage import uncollected
 
 if TYPE_CHECKING:
     from calibration.model.decode import Place
@@ -284,7 +283,8 @@ class DecodeGraphs:
         width = self.hidden.shape[1]
         alike = replace(key, first=0, last=0)
         load = (self.model.name, width, self.hidden.dtype, self.blocks, alike)
-        with _uncollected():
+        # What is collected in a capture is freed without the capture knowing.
+        with uncollected():
             body = self._body(key)
             self.recordings[key] = self._recorder.record(body, 0 if load in warm else WARM_UPS)
         warm.add(load)
@@ -350,15 +350,3 @@ class DecodeGraphs:
             values = values.pin_memory()
         self.integers.copy_(values, non_blocking=True)
         self.laid_out = place
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector from freeing what a capture does not know of."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()

@@ -22,7 +22,7 @@ import torch
 
 from calibration.measuring.board import board_of
 from calibration.measuring.meters import Absence, Meter, best_meter
-from calibration.measuring.timing import measure_pace, uncollected
+from calibration.measuring.timing import measure_pace
 from calibration.model.checkpoint import Checkpoint, open_checkpoint
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.family import shape_of
@@ -37,6 +37,7 @@ from helios_sim.cards import Room, policy_slo, room_of
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces, write_traces
+from helios_sim.garbage import uncollected
 from helios_sim.metrics import summarise
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
