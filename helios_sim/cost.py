@@ -134,21 +134,6 @@ def layer_joules(
 
 
 @compilable
-def fixed_seconds(c: Any, decode_rows: float, has_prefill: bool, prompts: float) -> float:
-    """Seconds an iteration takes beside its layers, head and checks.
-
-    `prompts` are those that have tokens in it. Beside one another rows and prompts take the longer
-    of their times.
-    """
-    fixed = 0.0
-    if decode_rows > 0.0:
-        fixed = c[14] + c[42] * decode_rows
-    if has_prefill:
-        fixed = max(fixed, c[15] + c[43] * prompts)
-    return fixed
-
-
-@compilable
 def begin_seconds(c: Any) -> float:
     """Seconds of the fixed part of a decode that no row adds to: a pass of its own takes them."""
     return c[14]
@@ -158,6 +143,21 @@ def begin_seconds(c: Any) -> float:
 def told_seconds(c: Any, rows: float) -> float:
     """Seconds that rows add to the fixed part of the decode in which they are told their token."""
     return c[42] * rows
+
+
+@compilable
+def fixed_seconds(c: Any, decode_rows: float, has_prefill: bool, prompts: float) -> float:
+    """Seconds an iteration takes beside its layers, head and checks.
+
+    `prompts` are those that have tokens in it. Beside one another rows and prompts take the longer
+    of their times.
+    """
+    fixed = 0.0
+    if decode_rows > 0.0:
+        fixed = begin_seconds(c) + told_seconds(c, decode_rows)
+    if has_prefill:
+        fixed = max(fixed, c[15] + c[43] * prompts)
+    return fixed
 
 
 @compilable

@@ -239,10 +239,10 @@ def filled(out: Path) -> Path:
         "points/points.parquet": os.urandom(60_000),
         "family/general-12l/model.safetensors": os.urandom(1000),
         "family/training.json": b"{}",
-        "study/work/case/discarded/real-1/totals.json": b"{}",
-        "study/work/case/real/report.html": b"<html>",
-        "study/work/case/real/tokens.parquet": os.urandom(50_000),
-        "study/work/case/real/large.parquet": os.urandom(200_000),
+        "study/runs/case/discarded/real-1/totals.json": b"{}",
+        "study/runs/case/real/report.html": b"<html>",
+        "study/runs/case/real/tokens.parquet": os.urandom(50_000),
+        "study/runs/case/real/large.parquet": os.urandom(200_000),
     }.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +252,7 @@ def filled(out: Path) -> Path:
 
 def test_packing_leaves_weights_and_discarded_runs_out_and_keeps_to_sizes(tmp_path: Path) -> None:
     out, packed, restored = filled(tmp_path / "out"), tmp_path / "packed", tmp_path / "restored"
-    assert pack(out, packed, most_bytes=100_000) == ["study/work/case/real/large.parquet"]
+    assert pack(out, packed, most_bytes=100_000) == ["study/runs/case/real/large.parquet"]
     files = sorted(packed.iterdir())
     assert [file.name for file in files] == [MANIFEST, "part-1.tar.gz", "part-2.tar.gz"]
     assert len(files) <= MOST_FILES
@@ -264,7 +264,7 @@ def test_packing_leaves_weights_and_discarded_runs_out_and_keeps_to_sizes(tmp_pa
         "logs/01-doctor.log",
         "points/points.parquet",
         "family/training.json",
-        "study/work/case/real/tokens.parquet",
+        "study/runs/case/real/tokens.parquet",
     }
     same = (restored / "points/points.parquet").read_bytes()
     assert same == (out / "points/points.parquet").read_bytes()

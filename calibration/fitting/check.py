@@ -245,7 +245,7 @@ def check_text(profile: Profile) -> str:
         for line in cells
     ]
     busy = neighbours(read_points(profile.folder))
-    said = [] if busy is None else [f"{busy[0].upper()}{busy[1:]}."]
+    said = [] if busy is None else [f"{busy}."]
     return "\n".join((*lines, verdict(rows, on_cuda(profile)), *said))
 
 

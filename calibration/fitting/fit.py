@@ -303,7 +303,7 @@ def _notes(
     reasons = {fit.record["why"] for fit in energy.values() if not fit.record["available"]}
     notes += [f"Energy is unavailable: {why}." for why in sorted(reasons)]
     if busy:
-        notes.append(f"{busy[0].upper()}{busy[1:]}.")
+        notes.append(f"{busy}.")
     return notes
 
 

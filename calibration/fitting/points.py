@@ -95,7 +95,7 @@ def read_environment(folder: Path) -> dict[str, Any]:
 
 
 def neighbours(readings: pl.DataFrame) -> str | None:
-    """A sentence where others disturbed most of the timed readings; None elsewhere."""
+    """As `busy_machine` says of the timed readings."""
     timed = readings.filter(pl.col("joules").is_null() & pl.col("watts").is_null())
     return busy_machine(timed["idle_share"].drop_nulls().to_list())
 

@@ -278,15 +278,16 @@ def _read(file: Path, *, repair: bool = True) -> list[Reading]:
 
 
 def busy_machine(lost_shares: Sequence[float]) -> str | None:
-    """What to say where others disturbed most of the timed trials; None where they did not.
+    """What to say where others disturbed most of the timed trials; None elsewhere.
 
-    `lost_shares` are the shares of the trials' time that were lost to others, as far as seen.
+    A sentence without its full stop. `lost_shares` are the shares of the trials' time that were
+    lost to others, as far as seen.
     """
     disturbed = [share for share in lost_shares if share > MOST_LOST_SHARE]
     if len(disturbed) <= len(lost_shares) / 2:
         return None
     return (
-        f"others disturbed {len(disturbed)} of {len(lost_shares)} timed trials, half of them by "
+        f"Others disturbed {len(disturbed)} of {len(lost_shares)} timed trials, half of them by "
         f"more than {statistics.median(disturbed):.0%} of their time: what is fitted to them "
         "speaks of a busy machine, so measure again on a quieter one"
     )

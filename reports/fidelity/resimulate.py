@@ -114,12 +114,13 @@ def _case(
     found = []
     for node in case["figures"]:
         key, real = node["key"], tuple(node["real"])
-        if key not in TARGETS or node["simulated"] is None or node["median"] is None:
+        value = scaled(key, figures.get(key))
+        if key not in TARGETS or None in (node["simulated"], node["median"], value):
             continue
         titles = (key, node["title"], node["unit"], node["group"], real)
         before = figure_row(*titles, node["simulated"])
         # Rounded as the study rounds them, so that what did not change is equal.
-        now = figure_row(*titles, float(f"{scaled(key, figures.get(key)):.12g}"))
+        now = figure_row(*titles, float(f"{value:.12g}"))
         found.append(Resimulated(wanted.name, before, now))
     return found
 

@@ -75,7 +75,7 @@ def worth_keeping(source: Path) -> list[Path]:
         and not path.is_symlink()
         and path.suffix != ".safetensors"
         and _LEFT_BEHIND.isdisjoint(path.relative_to(source).parts)
-        and not (path.suffix == ".html" and "work" in path.relative_to(source).parts)
+        and not (path.suffix == ".html" and "study/runs/" in path.as_posix())
     )
     return sorted(found, key=order)
 

@@ -142,7 +142,7 @@ def steps_of(device: str, preset: str) -> list[Step]:
             *("--seconds", seconds, "--repeats", repeats, "--max-batch", str(size.max_batch)),
             # The page says how slow the device was; there is no time to serve a run again for it.
             *("--again", "0"),
-            *("--work", str(study / "work"), "--out", str(study / "page")),
+            *("--work", str(study / "runs"), "--out", str(study / "page")),
             *(word for name in names for word in ("--case", name)),
         )
 
