@@ -247,6 +247,7 @@ def test_a_load_that_fails_beside_serving_ends_the_run_with_its_reason(place, mo
     def broken(*_: object) -> None:
         raise InputError("The disk went away.")
 
+    # All requests are there from the start, so that some run whenever weights are asked for.
     monkeypatch.setattr("calibration.serving.weights.CheckpointWeights.overlaps", True)
     monkeypatch.setattr("calibration.serving.weights.CheckpointWeights.load_beside", broken)
     with pytest.raises(InputError, match="The disk went away"):
@@ -254,7 +255,7 @@ def test_a_load_that_fails_beside_serving_ends_the_run_with_its_reason(place, mo
             place / "tiny.toml",
             place / "broken",
             ServeSettings((place / "family",), ("helios",), device="cpu"),
-            ["workload.arrivals.rate_per_s=2000.0"],
+            ["workload.arrivals.rate_per_s=1e6"],
         )
     assert not (place / "broken").exists()
 
