@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.model import graphs, varlen
+from calibration.model import fused, graphs, varlen
 from calibration.model.attention import (
     Attend,
     DecodeAttend,
@@ -96,8 +96,11 @@ class Decoder:
         self.model = model
         self.pool = pool
         self.num_heads = int(model.backbone.config.num_attention_heads)
+        self.fusion = fused.choose(pool, self.num_heads)
+        """Whether one token a row takes our kernels, and why."""
         self.choice = varlen.choose(pool, self.num_heads)
-        """The attention over a paged pool, and why."""
+        """The attention over a paged pool of what our kernels do not take, and why."""
+        self._rotary: fused.Rotary | None = None
         self.graphs: graphs.DecodeGraphs | None = None
         self.graphs_off_reason = "graphs were not asked for"
         self._places: dict[object, Place] = {}
@@ -159,9 +162,20 @@ class Decoder:
 
     def fill_place(self, place: Place, hidden: Tensor, first: int, last: int) -> None:
         """Fill the KV of skipped layers first..last-1 from the exit's states [N, hidden]."""
-        writer = PoolWriter(self.pool, place.addresses)
         with torch.no_grad():
+            writer = PoolWriter(self.pool, place.addresses)
+            if self.fusion.usable:
+                writer = fused.FusedWriter(
+                    self.pool, place.addresses, place.positions, self.rotary()
+                )
             self.model.backbone.fill(hidden, place.positions, first, last, writer)
+
+    def rotary(self) -> fused.Rotary | None:
+        """Cosines and sines of all positions that a row of the pool may have."""
+        if self._rotary is None:
+            with torch.no_grad():
+                self._rotary = self.model.backbone.rotary_table(self.pool.max_tokens)
+        return self._rotary
 
     def extend(
         self,
@@ -247,8 +261,10 @@ class Decoder:
         ranges = self.segments() if segments is None else list(segments)
         rows = min(self.pool.max_rows, max(batch_buckets or (self.pool.max_rows,)))
         longest = min(max_context or self.pool.max_tokens, self.pool.max_tokens)
-        # Torch's own paged attention reads what a row holds, however wide the bucket.
-        widths = graphs.context_buckets(longest) if self.choice.varlen is None else (longest,)
+        # Torch's own paged attention reads what a row holds, however wide the bucket; ours too, but
+        # wide buckets divide the rows of small batches into more shares.
+        reads_all = self.fusion.usable or self.choice.varlen is None
+        widths = graphs.context_buckets(longest) if reads_all else (longest,)
         settings = graphs.GraphSettings(
             segments=tuple(ranges),
             batch_buckets=graphs.buckets_up_to(rows, batch_buckets),
@@ -258,7 +274,7 @@ class Decoder:
         )
         try:
             self.graphs = graphs.DecodeGraphs(
-                self.model, self.pool, self.choice, settings, recorder
+                self.model, self.pool, self.decode_attend, settings, recorder
             )
         except graphs.CaptureError as error:
             self.graphs_off_reason = f"capturing failed: {error}"
@@ -306,16 +322,33 @@ class Decoder:
             place.attend = self._new_attend(place)
         return place.attend
 
+    def decode_attend(
+        self, addresses: Tensor, positions: Tensor, located: Tensor | None, context_tokens: int
+    ) -> Attend:
+        """Attention of one token a row at `positions` [N], whose rows `located` finds.
+
+        `context_tokens` bounds what any of the rows holds.
+        """
+        pool = self.pool
+        if self.fusion.usable:
+            return fused.FusedAttend(
+                *(pool, addresses, positions, located, context_tokens),
+                *(self.rotary(), self.fusion.processors),
+            )
+        if self.choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
+            return varlen.decode_attend(self.choice.varlen, pool, addresses, positions, located)
+        return DecodeAttend(pool, addresses, positions, located, context_tokens)
+
     def _new_attend(self, place: Place) -> Attend:
         pool, host = self.pool, place.located_host
         located = None if host is None else to_device(host, pool.dims.device)
+        if place.is_decode:
+            return self.decode_attend(
+                place.addresses, place.positions, located, place.context_tokens
+            )
         if self.choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
             return varlen.extend_attend(
                 self.choice.varlen, pool, place.addresses, place.starts, place.counts, located
-            )
-        if place.is_decode:
-            return DecodeAttend(
-                pool, place.addresses, place.positions, located, place.context_tokens
             )
         return ExtendAttend(pool, place.addresses, self._spans(place))
 

@@ -93,7 +93,7 @@ class EarlyExitLM:
         """Counts the times that layers were dropped: captured graphs are then void."""
         self.is_resident = False
         self._backbone_layout = layout_of(_resident_shapes(backbone))
-        self._layer_layout = layout_of(_layer_shapes(backbone))
+        self._layer_layout = layout_of(backbone.layer_shapes())
         self._heads_layout = layout_of(self._head_shapes())
         self._host: HostCopy | None = None
         self._staging: HostCopy | None = None
@@ -652,11 +652,6 @@ def empty_model(
 def _resident_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
     held = backbone.model.state_dict()
     return {name: tuple(held[name].shape) for name in backbone.resident_names()}
-
-
-def _layer_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
-    held = backbone.new_layer(0).state_dict()
-    return {name: tuple(held[name].shape) for name in sorted(held)}
 
 
 def _close(stored: float, found: float, tolerance: float) -> bool:

@@ -27,6 +27,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from calibration.model import attention
 from calibration.model.attention import Attend, DenseAttend
+from calibration.model.fused import FusedAttend, FusedWriter, Rotary, gated, project
 from helios_sim.errors import InputError
 from helios_sim.model import Family, ModelShape
 
@@ -47,6 +48,9 @@ class Backbone(ABC):
     layer_class: type[nn.Module]
     layer_prefix: str
     """Start of a layer's weight names; the layer's number and a dot follow."""
+
+    stacks: tuple[tuple[str, ...], ...]
+    """Modules of a layer that read the same input: as one product where their weights lie so."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -104,6 +108,23 @@ class Backbone(ABC):
     ) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [1, kv_heads, N, head_dim] of its input [1, N, hidden]."""
 
+    @property
+    @abstractmethod
+    def is_fusible(self) -> bool:
+        """Whether `fused_layer` does what the stock layer does, as the configuration has it."""
+
+    @abstractmethod
+    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedAttend, is_ours: bool) -> Tensor:
+        """One token a row [N, hidden] through a layer in few launches.
+
+        `hidden` may be written over where it `is_ours`. Sums are rounded once where the stock layer
+        rounds a product and then its sum with the residual.
+        """
+
+    @abstractmethod
+    def fused_fill(self, layer: Any, hidden: Tensor, writer: FusedWriter) -> None:
+        """Write a layer's keys and values of states [N, hidden] in few launches."""
+
     @abstractmethod
     def new_layer(self, index: int) -> nn.Module:
         """A stock layer of this configuration on the meta device, without memory."""
@@ -120,10 +141,15 @@ class Backbone(ABC):
         `positions` [N] are the tokens' places in their own sequences; `attend` keeps the keys
         and values and says what each token attends to.
         """
+        layers = self._layers(first, last)
+        if isinstance(attend, FusedAttend) and self.is_fusible:
+            for number, layer in enumerate(layers):
+                hidden = self.fused_layer(layer, hidden, attend, is_ours=number > 0)
+            return hidden
         rotary = self.position_embeddings(positions[None])
         hidden = hidden[None]
         handed = {self._cache_argument: attend, "attend": attend}
-        for layer in self._layers(first, last):
+        for layer in layers:
             hidden = layer(hidden, position_embeddings=rotary, **handed)
         return hidden[0]
 
@@ -135,9 +161,14 @@ class Backbone(ABC):
         The state [N, hidden] at the exit stands in for the input of every skipped layer: its
         norm and projections are taken, its attention and feed-forward are not.
         """
+        layers = self._layers(first, last)
+        if isinstance(writer, FusedWriter) and self.is_fusible:
+            for layer in layers:
+                self.fused_fill(layer, hidden, writer)
+            return
         rotary = self.position_embeddings(positions[None])
         hidden = hidden[None]
-        for index, layer in zip(range(first, last), self._layers(first, last), strict=True):
+        for index, layer in zip(range(first, last), layers, strict=True):
             key, value = self.keys_and_values(layer, hidden, rotary)
             writer.update(key, value, index)
 
@@ -173,9 +204,27 @@ class Backbone(ABC):
         self.decoder.layers = nn.ModuleList(layers)
         self.config.num_hidden_layers = len(layers)
 
-    def layer_names(self) -> list[str]:
-        """Names of one layer's weights within the layer, sorted."""
-        return sorted(self.new_layer(0).state_dict())
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one layer's weights by their names within the layer, in the order of memory.
+
+        Weights of a stack stand one behind another, so that one product can read them all.
+        """
+        held = self.new_layer(0).state_dict()
+        stacked = [
+            f"{module}.{kind}"
+            for stack in self.stacks
+            for kind in ("weight", "bias")
+            for module in stack
+        ]
+        first = [name for name in stacked if name in held]
+        names = [*first, *sorted(set(held) - set(first))]
+        return {name: tuple(held[name].shape) for name in names}
+
+    def rotary_table(self, num_positions: int) -> Rotary | None:
+        """Rotary (cos, sin) of the first positions, [positions, head_dim]; None where learned."""
+        positions = torch.arange(num_positions, device=self.embedding_weight.device)
+        found = self.position_embeddings(positions[None])
+        return None if found is None else (found[0][0].contiguous(), found[1][0].contiguous())
 
     def resident_names(self) -> list[str]:
         """Names of the weights outside the layers, sorted; a tied head is left out."""
@@ -203,6 +252,10 @@ class LlamaBackbone(Backbone):
     family: Family = "llama"
     layer_class = LlamaDecoderLayer
     layer_prefix = "model.layers."
+    stacks = (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("mlp.gate_proj", "mlp.up_proj"),
+    )
     has_fused_norms = False
 
     def __init__(self, model: LlamaForCausalLM) -> None:
@@ -255,6 +308,30 @@ class LlamaBackbone(Backbone):
         rotate: Callable[[Tensor], Tensor] = rotate_half
         return key * cos + rotate(key) * sin, value
 
+    @property
+    def is_fusible(self) -> bool:
+        """With silu gates and without biases, as all of Llama's own checkpoints."""
+        config = self.config
+        return config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias)
+
+    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedAttend, is_ours: bool) -> Tensor:
+        """Two norms, four products, and a launch each for storing, attending and gating."""
+        stock, mlp = layer.self_attn, layer.mlp
+        normed = layer.input_layernorm(hidden)
+        query, key, value = project(normed, (stock.q_proj, stock.k_proj, stock.v_proj))
+        asked = attend.store(query, key, value, stock.layer_idx)
+        mixed = attend.read(asked, stock.layer_idx, stock.scaling)
+        hidden = _add_product(hidden, mixed, stock.o_proj, is_ours)
+        normed = layer.post_attention_layernorm(hidden)
+        opened = gated(*project(normed, (mlp.gate_proj, mlp.up_proj)))
+        return _add_product(hidden, opened, mlp.down_proj, is_ours=True)
+
+    def fused_fill(self, layer: Any, hidden: Tensor, writer: FusedWriter) -> None:
+        """A norm, a product, and a launch for storing."""
+        stock = layer.self_attn
+        key, value = project(layer.input_layernorm(hidden), (stock.k_proj, stock.v_proj))
+        writer.store(None, key, value, stock.layer_idx)
+
     def new_layer(self, index: int) -> nn.Module:
         """A stock LlamaDecoderLayer on the meta device."""
         with torch.device("meta"):
@@ -276,6 +353,13 @@ class LlamaBackbone(Backbone):
         """
         self.has_fused_norms = True
         replace_norms(self.model)
+
+
+def _add_product(hidden: Tensor, other: Tensor, module: nn.Linear, is_ours: bool) -> Tensor:
+    """A module's product of `other` added to `hidden`, in place where that is ours; no bias."""
+    if is_ours:
+        return hidden.addmm_(other, module.weight.t())
+    return torch.addmm(hidden, other, module.weight.t())
 
 
 def cache_argument(layer_class: type[nn.Module]) -> str:
@@ -301,6 +385,7 @@ class OptBackbone(Backbone):
     family: Family = "opt"
     layer_class = OPTDecoderLayer
     layer_prefix = "model.decoder.layers."
+    stacks = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),)
 
     def __init__(self, model: OPTForCausalLM) -> None:
         super().__init__(model)
@@ -349,6 +434,33 @@ class OptBackbone(Backbone):
         key = stock.k_proj(normed).view(heads).transpose(1, 2)
         value = stock.v_proj(normed).view(heads).transpose(1, 2)
         return key, value
+
+    @property
+    def is_fusible(self) -> bool:
+        """With norms before the blocks, as all sizes but 350M have them, relu and biases."""
+        config = self.config
+        return bool(
+            config.do_layer_norm_before
+            and config.enable_bias
+            and config.activation_function == "relu"
+        )
+
+    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedAttend, is_ours: bool) -> Tensor:
+        """Two norms, four products with their biases, and a launch each for what is between."""
+        stock = layer.self_attn
+        normed = layer.self_attn_layer_norm(hidden)
+        query, key, value = project(normed, (stock.q_proj, stock.k_proj, stock.v_proj))
+        attend.store(None, key, value, stock.layer_idx)
+        mixed = attend.read(query, stock.layer_idx, stock.scaling)
+        hidden = hidden + stock.out_proj(mixed)
+        opened = torch.relu_(layer.fc1(layer.final_layer_norm(hidden)))
+        return hidden.add_(layer.fc2(opened))
+
+    def fused_fill(self, layer: Any, hidden: Tensor, writer: FusedWriter) -> None:
+        """A norm, a product, and a launch for storing."""
+        stock = layer.self_attn
+        key, value = project(layer.self_attn_layer_norm(hidden), (stock.k_proj, stock.v_proj))
+        writer.store(None, key, value, stock.layer_idx)
 
     def new_layer(self, index: int) -> nn.Module:
         """A stock OPTDecoderLayer on the meta device."""

@@ -20,8 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.model import varlen
-from calibration.model.attention import Attend, DecodeAttend
+from calibration.model.attention import Attend
 from calibration.model.kv import PagedPool, Pool
 from helios_sim.garbage import uncollected
 
@@ -32,6 +31,10 @@ if TYPE_CHECKING:
 SMALLEST_CONTEXT_TOKENS: Final = 256
 WARM_UPS: Final = 2
 """Runs before capturing, so that libraries have made their workspaces."""
+
+
+DecodeAttends = Callable[[Tensor, Tensor, Tensor | None, int], Attend]
+"""Makes the attention of one token a row: addresses, positions, located rows, context tokens."""
 
 
 class CaptureError(RuntimeError):
@@ -200,13 +203,13 @@ class DecodeGraphs:
         self,
         model: EarlyExitLM,
         pool: Pool,
-        choice: varlen.Choice,
+        decode_attend: DecodeAttends,
         settings: GraphSettings,
         recorder: Recorder,
     ) -> None:
         self.model = model
         self.pool = pool
-        self.choice = choice
+        self.decode_attend = decode_attend
         self.settings = settings
         self.captured_of = (model.generation, pool.generation)
         device = pool.dims.device
@@ -328,11 +331,9 @@ class DecodeGraphs:
         if isinstance(pool, PagedPool):
             blocks = key.context_tokens // pool.block_tokens
             located = rest.view(-1, self.blocks)[: key.rows, :blocks]
-            if self.choice.varlen is not None:
-                return varlen.decode_attend(self.choice.varlen, pool, addresses, positions, located)
         elif key.gathers:
             located = rest[: key.rows]
-        return DecodeAttend(pool, addresses, positions, located, key.context_tokens)
+        return self.decode_attend(addresses, positions, located, key.context_tokens)
 
     def _lay_out(self, place: Place) -> None:
         """Copy a place's integers to the buffer all graphs read."""

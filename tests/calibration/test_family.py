@@ -102,7 +102,7 @@ def test_a_model_built_on_meta_holds_no_memory_and_computes_with_assigned_weight
     backbone.set_layers([backbone.new_layer(index) for index in range(4)])
     weights = {**model.state_dict()}
     names = backbone.resident_names()
-    names += [f"{backbone.layer_prefix}{i}.{n}" for i in range(4) for n in backbone.layer_names()]
+    names += [f"{backbone.layer_prefix}{i}.{n}" for i in range(4) for n in backbone.layer_shapes()]
     backbone.model.load_state_dict({n: weights[n] for n in names}, assign=True, strict=False)
     backbone.tie()
     ids = torch.tensor([tiny.prompt(10)])

@@ -1,0 +1,176 @@
+"""Our kernels do what the stock steps do, in few launches; here in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+
+from calibration.measuring.floors import count_launches
+from calibration.model import fused
+from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
+from calibration.model.early_exit import from_stock, load, save
+from calibration.model.fused import Fusion, choose, project, self_test, splits_for
+from calibration.model.kv import KvDims
+from tests.calibration import tiny
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="compiled for the GPU that is here"
+)
+FUSIBLE = ("llama", "llama-gqa", "opt")
+OURS = Fusion(True, "the test says so", 3)
+
+
+def dims(kv_heads: int, head_dim: int, dtype=torch.float32, device="cpu") -> KvDims:
+    return KvDims(kv_heads, head_dim, dtype, torch.device(device))
+
+
+@interpreted
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 16), (4, 1, 24), (6, 2, 32)])
+def test_every_kernel_agrees_with_the_stock_steps(heads, kv_heads, head_dim, is_paged):
+    assert self_test(dims(kv_heads, head_dim), heads, is_paged) < 1e-5
+    assert self_test(dims(kv_heads, head_dim, torch.float16), heads, is_paged) < 2e-3
+
+
+@interpreted
+def test_the_self_test_finds_a_kernel_that_reads_one_token_too_many(monkeypatch):
+    right = fused.attend
+    monkeypatch.setattr(
+        fused,
+        "attend",
+        lambda query, keys, values, positions, *rest: right(
+            query, keys, values, positions + 1, *rest
+        ),
+    )
+    assert self_test(dims(2, 16), 2, False) > fused.TOLERANCE
+
+
+def model_of(family: str, tmp_path=None):
+    """A tiny model; from a folder its layers' weights lie as loading lays them."""
+    model = from_stock(tiny.stock_model(family), (1, 2, 4))
+    if tmp_path is None:
+        return model
+    save(model, tmp_path / family)
+    return load(tmp_path / family)
+
+
+@interpreted
+@pytest.mark.parametrize("pool", ["slots", "paged"])
+@pytest.mark.parametrize("family", [*FUSIBLE, "opt-post-norm"])
+def test_decoding_through_them_gives_the_stock_tokens(family, pool, tmp_path):
+    model = model_of(family, tmp_path)
+    prompts = [tiny.prompt(length, seed) for seed, length in enumerate((5, 17, 9))]
+    expected = [tiny.stock_tokens(model.backbone.model, ids, 6) for ids in prompts]
+    made = slot_pool(model, 3, 64) if pool == "slots" else paged_pool(model, 24, 8)
+    decoder = Decoder(model, made)
+    decoder.fusion = OURS
+    assert generate(decoder, prompts, 6) == expected
+
+
+@interpreted
+@pytest.mark.parametrize("family", FUSIBLE)
+def test_filling_through_them_leaves_the_stock_keys_and_values(family):
+    model = model_of(family)
+    filled = []
+    for fusion in (Decoder(model, slot_pool(model, 3, 64)).fusion, OURS):
+        decoder = Decoder(model, slot_pool(model, 3, 64))
+        decoder.fusion = fusion
+        rows = [decoder.pool.admit(20) for _ in range(3)]
+        hidden = decoder.begin(rows, [3, 4, 5], [19, 2, 7])
+        decoder.fill(rows, hidden, [19, 2, 7], 1, 4)
+        filled.append([*decoder.pool.keys, *decoder.pool.values])
+    for ours, stock in zip(*filled, strict=True):
+        torch.testing.assert_close(ours, stock)
+    assert not filled[0][0].any() and all(store.any() for store in filled[0][1:4])
+
+
+@interpreted
+@pytest.mark.parametrize("family", FUSIBLE)
+def test_states_that_are_not_ours_stay_as_they_are(family):
+    model = model_of(family)
+    decoder = Decoder(model, slot_pool(model, 2, 64))
+    decoder.fusion = OURS
+    rows = [decoder.pool.admit(9) for _ in range(2)]
+    hidden = decoder.begin(rows, [3, 4], [0, 0])
+    before = hidden.clone()
+    decoder.run(decoder.place(rows, [0, 0]), hidden, 0, 4)
+    assert torch.equal(hidden, before)
+
+
+class Nothing:
+    """A kernel that does nothing, since the interpreter's own copies would be counted."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.parametrize(("family", "launches"), [("llama", 9), ("opt", 11)])
+def test_a_layer_takes_few_launches(family, launches, tmp_path, monkeypatch):
+    monkeypatch.setattr(fused, "compiled", lambda: defaultdict(Nothing))
+    model = model_of(family, tmp_path)
+    norms = 0
+    if family == "llama":
+        # One launch each on a GPU; a processor's are many operators.
+        for layer in model.backbone.layers:
+            layer.input_layernorm = layer.post_attention_layernorm = torch.nn.Identity()
+        norms = 2
+    decoder = Decoder(model, slot_pool(model, 2, 64))
+    decoder.fusion = OURS
+    row = decoder.pool.admit(9)
+    hidden = decoder.begin([row], [3], [0])
+    place = decoder.place([row], [0])
+    decoder.run(place, hidden, 0, 1)
+    one, two = (count_launches(lambda n=n: decoder.run(place, hidden, 0, n)) for n in (1, 2))
+    assert two - one + norms == launches
+
+
+@pytest.mark.parametrize(
+    ("rows", "kv_heads", "context_tokens", "splits"),
+    [
+        (64, 12, 2048, 1),  # 768 programs are more than 264
+        (1, 12, 2048, 16),  # 22 are wanted, 16 of 128 tokens fit
+        (1, 12, 256, 2),
+        (1, 12, 16, 1),
+        (8, 8, 2048, 4),  # 5 are wanted; powers of two alone
+        (1, 1, 65536, 32),
+    ],
+)
+def test_rows_are_divided_until_the_device_is_busy(rows, kv_heads, context_tokens, splits):
+    assert splits_for(rows, kv_heads, context_tokens, 132) == splits
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-gqa", "opt"])
+def test_products_of_one_input_are_one_where_weights_lie_together(family, tmp_path):
+    loaded = model_of(family, tmp_path).backbone.layers[1].self_attn
+    apart = model_of(family).backbone.layers[1].self_attn
+    hidden = torch.randn(3, 64)
+    found = []
+    for stock in (loaded, apart):
+        modules = (stock.q_proj, stock.k_proj, stock.v_proj)
+        counted = count_launches(lambda modules=modules: project(hidden, modules))
+        assert counted == (1 if stock is loaded else 3)
+        found.append(project(hidden, modules))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_processor_does_without_them():
+    model = model_of("llama")
+    assert choose(slot_pool(model, 2, 16), 4) == Fusion(
+        False, "our kernels need a CUDA GPU and the pool is on cpu"
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 12, 64), (32, 8, 128)])
+def test_on_a_gpu_they_are_compiled_and_agree(heads, kv_heads, head_dim, is_paged):
+    tiny.need("cuda")
+    for dtype in (torch.bfloat16, torch.float16):
+        off = self_test(dims(kv_heads, head_dim, dtype, "cuda"), heads, is_paged)
+        assert off < fused.TOLERANCE
