@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,15 +23,17 @@ from transformers import LlamaForCausalLM, OPTForCausalLM
 
 from calibration.measuring.bench import Bench
 from calibration.measuring.board import board_of
-from calibration.measuring.floors import time_launches
+from calibration.measuring.floors import time_copy, time_launches
 from calibration.measuring.grid import Job
 from calibration.measuring.meters import Absence, NoMeter, best_meter
 from calibration.measuring.sources import sample_tokens
 from calibration.measuring.timing import synchronise, timer_for
+from calibration.model import fused
 from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.kv import PagedPool
-from calibration.model.shapes import config_of
+from calibration.model.shapes import SHAPES as SHAPES_OF_REAL_SIZE
+from calibration.model.shapes import config_of, random_model
 from calibration.model.varlen import BLOCK_GRANULE_TOKENS, choose
 from calibration.training.presets import ModelPlan, Preset
 from calibration.training.train import train_model
@@ -54,6 +56,15 @@ ALLOWED: Final = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 """Relative distance of logits that differ in the order of their sums alone."""
 
 _WINDOW_S: Final = 1.0
+
+LAYERS: Final = {
+    name: replace(SHAPES_OF_REAL_SIZE[name], layers=4, vocab=512, max_positions=2048)
+    for name in ("llama3-8b", "opt-1.3b")
+}
+"""Layers of real size, without their vocabularies."""
+
+LAYER_ROWS: Final = (1, 16, 64)
+LAYER_CONTEXT: Final = 1024
 
 
 class Skipped(Exception):
@@ -121,12 +132,14 @@ def checks() -> Iterator[tuple[str, Check]]:
             yield f"{name}, layer by layer", _on(_layers, family, dtype)
             yield f"{name}, pages", _on(_pages, family, dtype)
             yield f"{name}, graphs", _on(_graphs, family, dtype)
+    yield "our kernels", _kernels
     yield "paged attention", _paged_attention
     yield "checkpoint", _checkpoint
     yield "loading beside decoding", _loading_beside
     yield "training", _training
     yield "launches from a graph", _launches
     yield "bench", _bench
+    yield "time per layer", _time_per_layer
     yield "energy", _energy
 
 
@@ -235,6 +248,23 @@ def _graphs(family: str, dtype: torch.dtype, device: torch.device) -> str:
         f"off the eager path by {_within(off, ALLOWED[dtype])}; {num_graphs} graphs captured in "
         f"{capture_s:.2f} s"
     )
+
+
+def _kernels(device: torch.device) -> str:
+    """Whether decoding and prompts take few launches, over slots and over pages, and why."""
+    said = []
+    for family in SHAPES:
+        model = _model(family, torch.bfloat16, device)
+        for pool in (slot_pool(model, 1, 16), paged_pool(model, 1, 16)):
+            found = fused.choose(pool, SHAPES[family].heads)
+            if not found.usable:
+                if found.failed:
+                    raise Disagreement(found.reason)
+                raise Skipped(found.reason)
+            if found.flash is None:
+                raise Disagreement(found.flash_reason)
+            said += [found.reason, found.flash_reason]
+    return "; ".join(sorted(set(said)))
 
 
 def _paged_attention(device: torch.device) -> str:
@@ -389,6 +419,44 @@ def _bench(device: torch.device) -> str:
     )
     bench.close()
     return f"{len(jobs)} kinds of readings; 4 layers, {found}"
+
+
+def _time_per_layer(device: torch.device) -> str:
+    """Layers as wide as real ones from graphs, beside what the device cannot go below.
+
+    That is the larger of a layer's launches and of reading its weights and KV, as `check` has it.
+    """
+    if device.type != "cuda":
+        raise Skipped("a processor is not asked for layers of this size")
+    timer = timer_for(device)
+    launch = time_launches(200, device, timer, "graph", 3)
+    if isinstance(launch, str):
+        raise Disagreement(launch)
+    copy, moved = time_copy(2**30, device, timer, 3)
+    said = [f"{moved / copy.seconds / 1e12:.2f} TB/s, {launch.seconds / 200 * 1e6:.2f} us a launch"]
+    for name, shape in LAYERS.items():
+        model = random_model(shape, 4, (2, 4), device=device)
+        tokens = sample_tokens(shape.vocab, 4096)
+        bench = Bench(model, tokens, max_batch=LAYER_ROWS[-1], max_context=LAYER_CONTEXT)
+        captured = bench.capture_graphs()
+        if isinstance(captured, str):
+            raise Disagreement(captured)
+        launches = bench.launches_per_layer()
+        for rows in LAYER_ROWS:
+            load = (rows, LAYER_CONTEXT, LAYER_CONTEXT)
+            job = Job("decode_layers", model.name, "graph", (2, 4), *load)
+            two, four = (reading.seconds or 0.0 for reading in bench.time(job))
+            read = model.plan(4).layer_bytes
+            read += rows * LAYER_CONTEXT * model.kv_dims.bytes_per_token_layer
+            floor_s = max(launches * launch.seconds / 200, read * copy.seconds / moved)
+            layer_s = (four - two) / 2
+            said.append(
+                f"{name} with {rows} x {LAYER_CONTEXT} tokens {layer_s * 1e6:.0f} us in "
+                f"{launches} launches, {layer_s / floor_s:.2f} of its floor"
+            )
+        bench.close()
+        model.unload()
+    return "; ".join(said)
 
 
 def _energy(device: torch.device) -> str:

@@ -105,6 +105,58 @@ def test_a_step_that_does_not_listen_is_killed_with_what_it_started(tmp_path: Pa
     assert not _runs(child)
 
 
+MODULE = """
+import os, signal, subprocess, sys, time
+alone = os.getpgrp() == os.getpid()
+print(sys.argv[1:], os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"], alone, __name__)
+print("to the other", file=sys.stderr)
+if sys.argv[1] == "code":
+    raise SystemExit(int(sys.argv[2]))
+if sys.argv[1] == "words":
+    raise SystemExit("what it says")
+if sys.argv[1] == "error":
+    raise ValueError("what went wrong")
+if sys.argv[1] == "deaf":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(60)
+if sys.argv[1] == "slow":
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("exported")
+        raise SystemExit(130)
+"""
+
+
+def of_module(name: str, *words: str, **options) -> Step:
+    """A step that runs a module, as those of a campaign do."""
+    settings = {"extra_s": 30.0, "least_s": 0.5} | options
+    return Step(name, lambda call: [sys.executable, "-m", "a_step", *words], **settings)
+
+
+def test_a_module_is_a_child_that_ends_as_its_own_process_would(tmp_path: Path) -> None:
+    (tmp_path / "a_step.py").write_text(MODULE)
+    campaign = run(
+        tmp_path,
+        of_module("plain", "none"),
+        of_module("coded", "code", "7"),
+        of_module("worded", "words"),
+        of_module("broken", "error"),
+        of_module("slow", "slow", extra_s=1.0),
+        of_module("deaf", "deaf", extra_s=1.0),
+    )
+    codes = {one.step: one.rc for one in campaign.results}
+    assert codes == {
+        "plain": 0, "coded": 7, "worded": 1, "broken": 1, "slow": 130, "deaf": -signal.SIGKILL
+    }  # fmt: skip
+    assert verdicts(campaign)["slow"] == "out of time"
+    said = {path.stem[3:]: path.read_text() for path in (tmp_path / "logs").iterdir()}
+    assert "['none'] 1 True __main__\nto the other\n" in said["plain"]
+    assert "what it says" in said["worded"]
+    assert "ValueError: what went wrong" in said["broken"]
+    assert "exported" in said["slow"]
+
+
 def _runs(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

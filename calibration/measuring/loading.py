@@ -27,6 +27,7 @@ from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.host_copy import HostCopy
 
 PART_BYTES: Final = 128 * 2**20
+_DRAWN_ELEMENTS: Final = 2**22
 """Bytes of one part of a stand-in file: a layer of a model of one to two billion parameters."""
 
 CACHED: Final = "the file may have been in the system's cache"
@@ -137,7 +138,10 @@ def pinned_copies(num_bytes: int, dtype: torch.dtype, device: torch.device) -> W
     """Work that copies so many bytes from one pinned buffer to the device, and waits for them."""
     elements = num_bytes // dtype.itemsize
     copy = HostCopy([elements], dtype, True, device)
-    copy.buffer.normal_()
+    # Random values, a stretch of them again and again: drawing them all would take seconds.
+    drawn = torch.randn(min(elements, _DRAWN_ELEMENTS)).to(dtype)
+    for stretch in torch.split(copy.buffer, len(drawn)):
+        stretch.copy_(drawn[: len(stretch)])
     block = torch.empty(elements, dtype=dtype, device=device)
 
     def work() -> None:

@@ -346,6 +346,11 @@ class Decoder:
             return self.decode_attend(
                 place.addresses, place.positions, located, place.context_tokens
             )
+        if self.fusion.usable and self.fusion.flash is not None:
+            return fused.extend(
+                *(self.fusion, pool, place.addresses, place.positions, self.rotary()),
+                *(place.rows, place.starts, place.counts),
+            )
         if self.choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
             return varlen.extend_attend(
                 self.choice.varlen, pool, place.addresses, place.starts, place.counts, located

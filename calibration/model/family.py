@@ -27,7 +27,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from calibration.model import attention
 from calibration.model.attention import Attend, DenseAttend
-from calibration.model.fused import FusedAttend, FusedWriter, Rotary, gated, project
+from calibration.model.fused import FusedReader, FusedWriter, Rotary, gated, project
 from helios_sim.errors import InputError
 from helios_sim.model import Family, ModelShape
 
@@ -114,8 +114,8 @@ class Backbone(ABC):
         """Whether `fused_layer` does what the stock layer does, as the configuration has it."""
 
     @abstractmethod
-    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedAttend, is_ours: bool) -> Tensor:
-        """One token a row [N, hidden] through a layer in few launches.
+    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedReader, is_ours: bool) -> Tensor:
+        """New tokens [N, hidden] through a layer in few launches.
 
         `hidden` may be written over where it `is_ours`. Sums are rounded once where the stock layer
         rounds a product and then its sum with the residual.
@@ -142,7 +142,7 @@ class Backbone(ABC):
         and values and says what each token attends to.
         """
         layers = self._layers(first, last)
-        if isinstance(attend, FusedAttend) and self.is_fusible:
+        if isinstance(attend, FusedReader) and self.is_fusible:
             for number, layer in enumerate(layers):
                 hidden = self.fused_layer(layer, hidden, attend, is_ours=number > 0)
             return hidden
@@ -314,7 +314,7 @@ class LlamaBackbone(Backbone):
         config = self.config
         return config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias)
 
-    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedAttend, is_ours: bool) -> Tensor:
+    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedReader, is_ours: bool) -> Tensor:
         """Two norms, four products, and a launch each for storing, attending and gating."""
         stock, mlp = layer.self_attn, layer.mlp
         normed = layer.input_layernorm(hidden)
@@ -445,7 +445,7 @@ class OptBackbone(Backbone):
             and config.activation_function == "relu"
         )
 
-    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedAttend, is_ours: bool) -> Tensor:
+    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedReader, is_ours: bool) -> Tensor:
         """Two norms, four products with their biases, and a launch each for what is between."""
         stock = layer.self_attn
         normed = layer.self_attn_layer_norm(hidden)

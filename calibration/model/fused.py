@@ -11,6 +11,7 @@ before first use.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from calibration.model.attention import DecodeAttend, PoolWriter
+from calibration.model.attention import DecodeAttend, ExtendAttend, PoolWriter, Span, span_mask
 from calibration.model.kernels import attend_kernel, gate_kernel, merge_kernel, store_kernel
-from calibration.model.kv import KvDims, PagedPool, Pool, SlotPool, to_device
+from calibration.model.kv import Indices, KvDims, PagedPool, Pool, SlotPool, to_device
 
 try:
     import triton
@@ -42,6 +43,9 @@ PROGRAMS_PER_PROCESSOR: Final = 2
 TOLERANCE: Final = 2e-2
 """Relative distance from the stock steps: 16 bits and another order of sums."""
 
+_LENGTHS: Final = (1, 300, 517, 130)
+"""Rows of a self-test."""
+
 _GATE_BLOCK: Final = 1024
 _LOG2_E: Final = 1.4426950408889634
 _SUBJECT: Final = "our kernels"
@@ -50,13 +54,41 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each [positions, head_dim]."""
 
 
+Flash = Callable[[Tensor, Tensor, Tensor, "Packed", float], Tensor]
+"""Causal attention [N, heads, head_dim] of packed queries over their rows' keys and values."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """New tokens of several rows, packed; where each row's tokens lie in keys and values.
+
+    `row_ends` [rows + 1] limit the rows among the packed tokens, `begins` [rows + 1] say where a
+    row's tokens begin, `lengths` [rows] how many it holds with the new ones; all int32. The last
+    of `begins` is unused.
+    """
+
+    row_ends: Tensor
+    begins: Tensor
+    lengths: Tensor
+    longest_new: int
+    longest: int
+
+
 @dataclass(frozen=True)
 class Fusion:
-    """Whether decoding uses our kernels, and why; `processors` of the device share the work."""
+    """Whether our kernels are used, and why; `processors` of the device share the work.
+
+    `failed` says that they could be had and did not agree with the stock steps. `flash` attends
+    from several new tokens a row; without it prompts take the stock layers, and `flash_reason`
+    says why.
+    """
 
     usable: bool
     reason: str
     processors: int = 1
+    flash: Flash | None = None
+    flash_reason: str = ""
+    failed: bool = False
 
 
 class FusedWriter(PoolWriter):
@@ -83,7 +115,23 @@ class FusedWriter(PoolWriter):
         )
 
 
-class FusedAttend(FusedWriter):
+class FusedReader(FusedWriter, ABC):
+    """A writer whose tokens also attend, as the layers need it."""
+
+    @abstractmethod
+    def read(self, query: Tensor, layer: int, scaling: float) -> Tensor:
+        """Attention [N, heads x head_dim] of queries of that shape over what the pool holds."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float
+    ) -> Tensor:
+        """[1, N, heads, head_dim] of queries [1, heads, N, head_dim] that are rotated already."""
+        _, heads, count, head_dim = query.shape
+        tokens = query[0].transpose(0, 1).reshape(count, heads * head_dim)
+        return self.read(tokens, layer, scaling).view(1, count, heads, head_dim)
+
+
+class FusedAttend(FusedReader):
     """One new token a row, each reading its row's own tokens in place.
 
     `located` finds the rows in the pool, and `context_tokens` bounds what any of them holds.
@@ -100,7 +148,7 @@ class FusedAttend(FusedWriter):
         processors: int,
     ) -> None:
         super().__init__(pool, addresses, positions, rotary)
-        self.located = None if located is None else located
+        self.located = located
         self.place_tokens = pool.block_tokens if isinstance(pool, PagedPool) else pool.max_tokens
         self.splits = splits_for(positions.shape[0], pool.dims.kv_heads, context_tokens, processors)
 
@@ -117,13 +165,93 @@ class FusedAttend(FusedWriter):
             self.splits,
         )
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, layer: int, scaling: float
-    ) -> Tensor:
-        """[1, N, heads, head_dim] of queries [1, heads, N, head_dim] that are rotated already."""
-        _, heads, rows, head_dim = query.shape
-        tokens = query[0].transpose(0, 1).reshape(rows, heads * head_dim)
-        return self.read(tokens, layer, scaling).view(1, rows, heads, head_dim)
+
+class FusedExtend(FusedReader):
+    """Several new tokens a row, packed, each reading its row's tokens up to itself.
+
+    `gathered` [tokens] finds the rows' tokens one after another in the stores, None where they are
+    read in place.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        addresses: Tensor,
+        positions: Tensor,
+        rotary: Rotary | None,
+        flash: Flash,
+        packed: Packed,
+        gathered: Tensor | None,
+    ) -> None:
+        super().__init__(pool, addresses, positions, rotary)
+        self.flash = flash
+        self.packed = packed
+        self.gathered = gathered
+
+    def read(self, query: Tensor, layer: int, scaling: float) -> Tensor:
+        """Attention [N, heads x head_dim] of queries of that shape over what the pool holds."""
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        if self.gathered is not None:
+            keys, values = (kept.index_select(0, self.gathered) for kept in (keys, values))
+        tokens = query.reshape(len(query), -1, self.pool.dims.head_dim)
+        return self.flash(tokens, keys, values, self.packed, scaling).reshape(query.shape)
+
+
+def extend(
+    fusion: Fusion,
+    pool: Pool,
+    addresses: Tensor,
+    positions: Tensor,
+    rotary: Rotary | None,
+    rows: Indices,
+    starts: Indices,
+    counts: Indices,
+) -> FusedExtend:
+    """Attention of `counts` new tokens of each row behind the `starts` it holds; host integers.
+
+    Slots are read in place; the tokens of pages are copied together.
+    """
+    if fusion.flash is None:
+        raise ValueError(f"Prompts cannot take our kernels: {fusion.flash_reason}.")
+    lengths = starts + counts
+    row_ends = np.concatenate(([0], np.cumsum(counts)))
+    gathered = None
+    if isinstance(pool, SlotPool):
+        begins = np.append(rows * pool.max_tokens, 0)
+    else:
+        begins = np.concatenate(([0], np.cumsum(lengths)))
+        held = np.arange(begins[-1]) - np.repeat(begins[:-1], lengths)
+        gathered = to_device(pool.addresses(np.repeat(rows, lengths), held), pool.dims.device)
+    whole = np.concatenate((row_ends, begins, lengths))
+    # One copy to the device for all of them.
+    parts = torch.split(
+        to_device(whole, pool.dims.device).to(torch.int32), [len(row_ends), len(begins), len(rows)]
+    )
+    packed = Packed(parts[0], parts[1], parts[2], int(counts.max()), int(lengths.max()))
+    return FusedExtend(pool, addresses, positions, rotary, fusion.flash, packed, gathered)
+
+
+def find_flash() -> Flash | str:
+    """Torch's flash attention over packed rows, or why it cannot be used."""
+    try:
+        found: Any = torch.ops.aten._flash_attention_forward.default
+        known = {argument.name for argument in found._schema.arguments}
+    except (AttributeError, RuntimeError):
+        return f"torch {torch.__version__} has no _flash_attention_forward"
+    if missing := sorted({"scale", "seqused_k"} - known):
+        return f"_flash_attention_forward of torch {torch.__version__} knows no {missing}"
+
+    def flash(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float) -> Tensor:
+        # No dropout, causal, no debug mask.
+        output: Tensor = found(
+            *(query, keys, values, packed.row_ends, packed.begins),
+            *(packed.longest_new, packed.longest, 0.0, True, False),
+            scale=scale,
+            seqused_k=packed.lengths,
+        )[0]
+        return output
+
+    return flash
 
 
 def choose(pool: Pool, num_heads: int) -> Fusion:
@@ -144,12 +272,53 @@ def _tested(dims: KvDims, num_heads: int, is_paged: bool) -> Fusion:
         off = self_test(dims, num_heads, is_paged)
     except Exception as failure:  # Whatever it raises, they cannot be used.
         first = (str(failure) or type(failure).__name__).splitlines()[0]
-        return Fusion(False, f"{_SUBJECT} failed their self-test: {first}")
+        return Fusion(False, f"{_SUBJECT} failed their self-test: {first}", failed=True)
     if not off <= TOLERANCE:
-        return Fusion(False, f"{_SUBJECT} failed their self-test: they are off by {off:.3g}")
+        why = f"{_SUBJECT} failed their self-test: they are off by {off:.3g}"
+        return Fusion(False, why, failed=True)
     processors = torch.cuda.get_device_properties(dims.device).multi_processor_count
     reason = f"{_SUBJECT} passed their self-test: within {off:.1e} of the stock steps"
-    return Fusion(True, reason, processors)
+    flash, flash_reason = _tested_flash(dims, num_heads, is_paged)
+    return Fusion(True, reason, processors, flash, flash_reason)
+
+
+def _tested_flash(dims: KvDims, num_heads: int, is_paged: bool) -> tuple[Flash | None, str]:
+    """Torch's flash attention where it agrees with SDPA here, and why."""
+    found = find_flash()
+    if isinstance(found, str):
+        return None, found
+    try:
+        off = flash_self_test(found, dims, num_heads, is_paged)
+    except Exception as failure:  # Whatever it raises, it cannot be used.
+        first = (str(failure) or type(failure).__name__).splitlines()[0]
+        return None, f"flash attention failed its self-test: {first}"
+    if not off <= TOLERANCE:
+        return None, f"flash attention failed its self-test: it is off by {off:.3g}"
+    return found, f"flash attention passed its self-test: within {off:.1e} of SDPA"
+
+
+@torch.no_grad()
+def flash_self_test(flash: Flash, dims: KvDims, num_heads: int, is_paged: bool) -> float:
+    """Relative distance from SDPA of prompts, of parts of prompts, and of single tokens."""
+    pool, random = _filled(dims, is_paged)
+    rows, starts, counts = (
+        np.asarray(v) for v in ([2, 0, 1, 3], [300, 0, 36, 129], [217, 1, 64, 1])
+    )
+    spans, begin = [], 0
+    for row, start, count in zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True):
+        width = pool.context_tokens(start + count)
+        found = pool.locate(np.asarray([row]), width)
+        located = None if found is None else to_device(found, dims.device)
+        mask = span_mask(start, count, width, num_heads // dims.kv_heads, pool)
+        spans.append(Span(begin, count, False, located, width, mask))
+        begin += count
+    query = random(1, num_heads, begin, dims.head_dim)
+    nowhere = torch.zeros(begin, dtype=torch.int64, device=dims.device)
+    fusion = Fusion(True, "", flash=flash)
+    ours = extend(fusion, pool, nowhere, nowhere, None, rows, starts, counts)
+    scaling = dims.head_dim**-0.5
+    expected = ExtendAttend(pool, nowhere, spans).attend(query, query, query, 0, scaling)
+    return _distance(ours.attend(query, query, query, 0, scaling), expected)
 
 
 @torch.no_grad()
@@ -158,31 +327,18 @@ def self_test(dims: KvDims, num_heads: int, is_paged: bool) -> float:
 
     Every variant is compiled by this, so that none is while a graph is captured.
     """
-    generator = torch.Generator(device=dims.device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        made = torch.randn(shape, generator=generator, device=dims.device)
-        return made.to(dims.dtype)
-
-    lengths = (1, 300, 517, 130)
-    pool: Pool = PagedPool(dims, 1, 160, 16) if is_paged else SlotPool(dims, 1, 4, 544)
-    if isinstance(pool, PagedPool):
-        pool.free.reverse()
-    for length in lengths:
-        pool.admit(length)
-    for store_ in (pool.keys[0], pool.values[0]):
-        store_.copy_(random(*store_.shape))
-    ends = to_device(np.asarray(lengths, dtype=np.int64) - 1, dims.device)
+    pool, random = _filled(dims, is_paged)
+    ends = to_device(np.asarray(_LENGTHS, dtype=np.int64) - 1, dims.device)
     head_dim, width = dims.head_dim, num_heads * dims.head_dim
     errors = []
     for rows in ([0, 1, 2, 3], [2, 0]):
         numbers = np.asarray(rows, dtype=np.int64)
-        context = pool.context_tokens(max(lengths))
+        context = pool.context_tokens(max(_LENGTHS))
         found = pool.locate(numbers, context)
         located = None if found is None else to_device(found, dims.device)
         positions = ends[to_device(numbers, dims.device)]
         addresses = to_device(
-            pool.addresses(numbers, np.asarray([lengths[row] - 1 for row in rows])), dims.device
+            pool.addresses(numbers, np.asarray([_LENGTHS[row] - 1 for row in rows])), dims.device
         )
         query = random(1, num_heads, len(rows), head_dim)
         stock = DecodeAttend(pool, addresses, positions, located, context)
@@ -195,6 +351,24 @@ def self_test(dims: KvDims, num_heads: int, is_paged: bool) -> float:
     gate, up = random(3, 2 * _GATE_BLOCK + 32).chunk(2, dim=1)
     errors.append(_distance(gated(gate, up), silu(gate) * up))
     return max(errors)
+
+
+def _filled(dims: KvDims, is_paged: bool) -> tuple[Pool, Callable[..., Tensor]]:
+    """A pool of rows of `_LENGTHS` with random contents, and what drew them."""
+    generator = torch.Generator(device=dims.device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        made = torch.randn(shape, generator=generator, device=dims.device)
+        return made.to(dims.dtype)
+
+    pool: Pool = PagedPool(dims, 1, 160, 16) if is_paged else SlotPool(dims, 1, 4, 544)
+    if isinstance(pool, PagedPool):
+        pool.free.reverse()
+    for length in _LENGTHS:
+        pool.admit(length)
+    for kept in (pool.keys[0], pool.values[0]):
+        kept.copy_(random(*kept.shape))
+    return pool, random
 
 
 def _stores(

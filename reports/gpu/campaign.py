@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
 from helios_sim.errors import InputError
+from reports.gpu.forked import Child
 from reports.gpu.packages import how_to_install, missing
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -206,7 +207,7 @@ class Campaign:
         verdict, reason, interruption = "failed", "", None
         with log.open("ab") as file:
             file.write(f"$ {shlex.join(words)}\n".encode())
-            process = _started(words, subprocess.PIPE)
+            process = _begun(words)
             assert process.stdout is not None
             tee = threading.Thread(target=_tee, args=(process.stdout, file), daemon=True)
             tee.start()
@@ -260,24 +261,39 @@ class Campaign:
         fresh.replace(path)
 
 
-def _started(words: Sequence[str], output: int | BinaryIO) -> subprocess.Popen[bytes]:
-    """A command in a group of its own, so that a signal reaches all that it starts."""
+Process = subprocess.Popen[bytes] | Child
+
+
+def _begun(words: Sequence[str]) -> Process:
+    """A command whose output is to be read; a module is a child, which begins sooner."""
+    if list(words[:2]) == [sys.executable, "-m"]:
+        return Child(words[2], words[3:], ROOT, _environment())
+    return _started(words, subprocess.PIPE)
+
+
+def _environment() -> dict[str, str]:
+    """What a step's environment has beside this one's."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     more = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     # Plugins that happen to be installed are not what the tests are about.
     more["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    return more
+
+
+def _started(words: Sequence[str], output: int | BinaryIO) -> subprocess.Popen[bytes]:
+    """A command in a group of its own, so that a signal reaches all that it starts."""
     return subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
         cwd=ROOT,
-        env=os.environ | more,
+        env=os.environ | _environment(),
         start_new_session=True,
     )
 
 
-def _ended(process: subprocess.Popen[bytes], grace_s: float) -> int:
+def _ended(process: Process, grace_s: float) -> int:
     """End a command and all that it started; those that still run are asked first."""
     if process.poll() is None:
         with suppress(ProcessLookupError):

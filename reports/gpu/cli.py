@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from helios_sim.command import Interrupted, run_app
 from helios_sim.errors import InputError
 from helios_sim.terminal import FittedTable
 from reports.gpu.campaign import Campaign, Step, Try, chosen
+from reports.gpu.forked import import_ahead
 from reports.gpu.packing import pack, unpack
 from reports.gpu.steps import PRESETS, steps_of
 
@@ -62,6 +64,7 @@ def campaign(
     budget_s, margin_s = _budget(budget, wanted, pack_into is not None)
     _require(device)
     run = Campaign(steps, out, budget_s, began_s=_began_s, margin_s=margin_s, say=typer.echo)
+    import_ahead()
     interrupted = False
     try:
         run.run(wanted)
@@ -93,17 +96,24 @@ def _budget(text: str, wanted: Sequence[Step], packs: bool) -> tuple[float, floa
 
 
 def _require(device: str) -> None:
-    """Raise `InputError` where the device cannot be had."""
-    import torch
+    """Raise `InputError` where the device cannot be had.
 
-    if device == "cuda" and not torch.cuda.is_available():
-        built = torch.version.cuda
-        why = f"torch is built for CUDA {built} and finds no device" if built else "it has no CUDA"
-        raise InputError(
-            f"CUDA is not available to this torch ({why}). Give --device cpu for a rehearsal, or "
-            "install a torch that fits the machine's driver.",
-            "--device",
-        )
+    Another process looks: one that has asked for a GPU hands none on to its children.
+    """
+    if device != "cuda":
+        return
+    asked = "import torch; print(torch.cuda.is_available(), torch.version.cuda or '')"
+    words = [sys.executable, "-c", asked]
+    found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
+    if found[:1] == ["True"]:
+        return
+    built = found[1] if len(found) > 1 else ""
+    why = f"torch is built for CUDA {built} and finds no device" if built else "it has no CUDA"
+    raise InputError(
+        f"CUDA is not available to this torch ({why}). Give --device cpu for a rehearsal, or "
+        "install a torch that fits the machine's driver.",
+        "--device",
+    )
 
 
 def table(results: Sequence[Try]) -> FittedTable:

@@ -9,7 +9,16 @@ from typing import Final
 
 from reports.gpu.campaign import Call, Step
 
-CUDA_TESTS: Final = ("decode", "early_exit", "graphs", "measure", "shapes", "timing", "varlen")
+CUDA_TESTS: Final = (
+    "decode",
+    "early_exit",
+    "fused",
+    "graphs",
+    "measure",
+    "shapes",
+    "timing",
+    "varlen",
+)
 """Test files of the real backend that have tests for a GPU; `doctor` is a step of its own. The
 others need more packages to be collected."""
 

@@ -25,6 +25,29 @@ FUSIBLE = ("llama", "llama-gqa", "opt")
 OURS = Fusion(True, "the test says so", 3)
 
 
+def plain(query, keys, values, packed, scaling, wrong=0.0):
+    """What torch's flash attention promises, row by row."""
+    groups = query.shape[1] // keys.shape[1]
+    ends, begins = packed.row_ends.tolist(), packed.begins.tolist()
+    assert packed.row_ends.dtype == packed.begins.dtype == packed.lengths.dtype == torch.int32
+    outputs = []
+    for row, length in enumerate(packed.lengths.tolist()):
+        new = query[ends[row] : ends[row + 1]]
+        assert len(new) <= packed.longest_new and length <= packed.longest
+        k, v = (
+            kept[begins[row] : begins[row] + length].repeat_interleave(groups, 1)
+            for kept in (keys, values)
+        )
+        scores = torch.einsum("qhd,khd->hqk", new.float(), k.float()) * scaling
+        seen = torch.arange(length) <= torch.arange(length - len(new), length)[:, None]
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v.float()).to(query.dtype) + wrong)
+    return torch.cat(outputs)
+
+
+WITH_FLASH = Fusion(True, "the test says so", 3, plain)
+
+
 def dims(kv_heads: int, head_dim: int, dtype=torch.float32, device="cpu") -> KvDims:
     return KvDims(kv_heads, head_dim, dtype, torch.device(device))
 
@@ -48,6 +71,36 @@ def test_the_self_test_finds_a_kernel_that_reads_one_token_too_many(monkeypatch)
         ),
     )
     assert self_test(dims(2, 16), 2, False) > fused.TOLERANCE
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+@pytest.mark.parametrize("heads", [2, 8])
+def test_what_attends_from_prompts_is_tested_too(heads, is_paged):
+    assert fused.flash_self_test(plain, dims(2, 16), heads, is_paged) < 1e-5
+    off = fused.flash_self_test(
+        lambda *given: plain(*given, wrong=0.1), dims(2, 16), heads, is_paged
+    )
+    assert off > fused.TOLERANCE
+
+
+@interpreted
+@pytest.mark.parametrize("pool", ["slots", "paged"])
+@pytest.mark.parametrize("family", [*FUSIBLE, "opt-post-norm"])
+def test_prompts_whole_and_in_parts_through_them_leave_what_stock_layers_leave(family, pool):
+    model = model_of(family)
+    found = []
+    for fusion in (Decoder(model, slot_pool(model, 3, 64)).fusion, WITH_FLASH):
+        made = slot_pool(model, 3, 64) if pool == "slots" else paged_pool(model, 24, 8)
+        decoder = Decoder(model, made)
+        decoder.fusion = fusion
+        rows = [decoder.pool.admit() for _ in range(3)]
+        prompts = [tiny.prompt(length, seed) for seed, length in enumerate((21, 5, 12))]
+        states = [decoder.extend(rows[:2], [prompts[0][:9], prompts[1]], [0, 0])]
+        states.append(decoder.extend([rows[2], rows[0]], [prompts[2], prompts[0][9:]], [0, 9]))
+        kept = [decoder.pool.read(layer, [0, 1, 2], 5) for layer in range(4)]
+        found.append([*states, *(part for pair in kept for part in pair)])
+    for ours, stock in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
 
 
 def model_of(family: str, tmp_path=None):
@@ -172,5 +225,8 @@ def test_a_processor_does_without_them():
 def test_on_a_gpu_they_are_compiled_and_agree(heads, kv_heads, head_dim, is_paged):
     tiny.need("cuda")
     for dtype in (torch.bfloat16, torch.float16):
-        off = self_test(dims(kv_heads, head_dim, dtype, "cuda"), heads, is_paged)
-        assert off < fused.TOLERANCE
+        where = dims(kv_heads, head_dim, dtype, "cuda")
+        assert self_test(where, heads, is_paged) < fused.TOLERANCE
+        flash = fused.find_flash()
+        assert not isinstance(flash, str), flash
+        assert fused.flash_self_test(flash, where, heads, is_paged) < fused.TOLERANCE

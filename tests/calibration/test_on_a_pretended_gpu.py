@@ -21,6 +21,7 @@ from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.readings import read_points
 from calibration.measuring.sources import sample_tokens
 from calibration.measuring.timing import Captured, NotCaptured, Pace, capture
+from calibration.model import fused
 from calibration.model.decode import Decoder, generate, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.graphs import WARM_UPS, CaptureError, CudaRecorder
@@ -84,6 +85,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
     for module in ("measuring.measure", "serving.serve"):
         monkeypatch.setattr(f"calibration.{module}.measure_pace", lambda device: Pace(1e-3, 1e-3))
+    # Triton's interpreter writes where a pretended capture does not look.
+    monkeypatch.setattr(fused, "triton", None)
     with pretending() as made:
         yield made
 
@@ -94,13 +97,18 @@ def stock() -> EarlyExitLM:
 
 def test_nothing_the_doctor_looks_at_fails(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_WINDOW_S", 0.1)
+    monkeypatch.setattr(doctor, "LAYERS", {"small": doctor.SHAPES["llama"]})
+    monkeypatch.setattr(doctor, "LAYER_ROWS", (1, 2))
+    monkeypatch.setattr(doctor, "LAYER_CONTEXT", 256)
     # One precision shows every branch, and one family what graphs do.
     left_out = ("float32", "opt in bfloat16, graphs")
     kept = [one for one in doctor.checks() if not any(name in one[0] for name in left_out)]
     monkeypatch.setattr(doctor, "checks", lambda: kept)
     told: list[str] = []
     assert doctor.command(CUDA, told.append), "\n".join(told)
-    assert told[-1].startswith(f"{len(kept)} checks passed")
+    assert told[-1].startswith(f"{len(kept) - 1} checks passed, 0 failed, 1 were skipped")
+    assert any("our kernels need Triton, which is not installed" in line for line in told)
+    assert any("2 x 256 tokens" in line and "of its floor" in line for line in told)
     assert any("varlen_attn passed its self-test" in line for line in told)
 
 
