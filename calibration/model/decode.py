@@ -272,6 +272,8 @@ class Decoder:
             subsets=subsets,
             on_demand=on_demand,
         )
+        # What is made during a capture belongs to the graph, and others would read it unwritten.
+        self.rotary()
         try:
             self.graphs = graphs.DecodeGraphs(
                 self.model, self.pool, self.decode_attend, settings, recorder

@@ -208,6 +208,13 @@ def steps_of(device: str, preset: str) -> list[Step]:
             packages=("pytest",),
         ),
         Step(
+            "kernels",
+            lambda call: _python("reports.gpu.kernels"),
+            extra_s=90,
+            least_s=40,
+            unsuited="" if gpu else "kernels are a GPU's",
+        ),
+        Step(
             "shapes",
             measure(*SHAPES, out="shapes", more=("--dtype", "bfloat16", "--no-traces")),
             extra_s=60,

@@ -28,6 +28,7 @@ from calibration.model.graphs import WARM_UPS, CaptureError, CudaRecorder
 from calibration.model.host_copy import HostCopy
 from calibration.serving.serve import ServeSettings, serve
 from helios_sim.records import read_run
+from reports.gpu import kernels
 from tests.calibration import tiny
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.pretend_cuda import TORCH, Gpu, pretending
@@ -110,6 +111,20 @@ def test_nothing_the_doctor_looks_at_fails(gpu: Gpu, monkeypatch: pytest.MonkeyP
     assert any("our kernels need Triton, which is not installed" in line for line in told)
     assert any("2 x 256 tokens" in line and "of its floor" in line for line in told)
     assert any("varlen_attn passed its self-test" in line for line in told)
+
+
+def test_where_a_layer_spends_its_time_is_told(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "shapes", lambda: {"small": doctor.SHAPES["llama"]})
+    monkeypatch.setattr(kernels, "LOADS", ((2, 64),))
+    # No profiler looks into a pretended device.
+    monkeypatch.setattr(kernels, "kernels_of", lambda work: [])
+    bench = kernels.Bench()
+    (layer,) = kernels.layers(bench)
+    assert layer.startswith("small 2 x 64: stock ") and layer.count("of the floor") == 2
+    (attended,) = kernels.attention(bench)
+    assert "masked " in attended and "ours in 1* 'NoneType'" in attended
+    found = list(kernels.products(bench))
+    assert len(found) == 12 and all("then added" in line for line in found)
 
 
 def test_without_it_there_is_no_gpu() -> None:

@@ -1,0 +1,260 @@
+"""Where a decode layer's microseconds go on a GPU: `python -m reports.gpu.kernels`, a minute.
+
+Three tables: layers of real widths, from the stock modules and in few launches, beside the larger
+of their launches and their bytes, with the kernels of ours by time; attention of one new token a
+row in several ways; a layer's products beside reading their weights.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import count, cycle
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from calibration.measuring.floors import count_launches, time_copy, time_launches
+from calibration.measuring.timing import Captured, capture, timed, timer_for
+from calibration.model.attention import Attend, DecodeAttend
+from calibration.model.decode import Decoder, slot_pool
+from calibration.model.early_exit import EarlyExitLM
+from calibration.model.fused import FusedAttend, Fusion, splits_for
+from calibration.model.kv import KvDims, SlotPool
+from calibration.model.shapes import SHAPES, random_model
+from calibration.training.presets import preset_of
+from helios_sim.model import ModelShape
+
+LAYERS: Final = 4
+LOADS: Final = ((1, 128), (1, 2048), (16, 512), (64, 128), (64, 1024))
+"""Rows and the tokens that each of them holds."""
+
+BEST_SHOWN: Final = 8
+SAMPLES: Final = 5
+
+
+def shapes() -> dict[str, ModelShape]:
+    """The small family's largest model and layers of public shapes, without vocabularies."""
+    plan = preset_of("cuda").models[-1]
+    small = (plan.hidden, plan.heads, plan.heads, plan.hidden // plan.heads, plan.ffn)
+    return {
+        plan.name: ModelShape("llama", LAYERS, *small, 512, 2048, True),
+        **{
+            name: replace(SHAPES[name], layers=LAYERS, vocab=512, max_positions=2048)
+            for name in ("opt-1.3b", "llama3-8b")
+        },
+    }
+
+
+class Bench:
+    """Times work from graphs, beside the device's own floors."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda")
+        self.timer = timer_for(self.device)
+        launches = time_launches(200, self.device, self.timer, "graph", SAMPLES)
+        if isinstance(launches, str):
+            raise RuntimeError(launches)
+        copy, moved = time_copy(2**30, self.device, self.timer, SAMPLES)
+        self.launch_s = launches.seconds / 200
+        self.bytes_per_s = moved / copy.seconds
+
+    def seconds(self, work: Callable[[], object], times: int = 1) -> float | str:
+        """Seconds of one of `times` repetitions in a graph, or why there is none."""
+
+        def all_of_them() -> Tensor:
+            for _ in range(times):
+                found = work()
+            assert isinstance(found, Tensor)
+            return found
+
+        captured = capture(all_of_them, self.device)
+        if not isinstance(captured, Captured):
+            return captured.reason
+        return timed([captured.replay], self.timer, samples=SAMPLES)[0].seconds / times
+
+    def microseconds(self, work: Callable[[], object], times: int = 1) -> str:
+        """The same as a cell of a table."""
+        try:
+            found = self.seconds(work, times)
+        except Exception as error:  # One way that cannot be had here leaves the others.
+            torch.cuda.synchronize()
+            found = str(error)
+        return found.splitlines()[0][:30] if isinstance(found, str) else f"{found * 1e6:.1f}"
+
+
+def layers(bench: Bench) -> Iterator[str]:
+    """A layer at each load: stock and ours, launches and microseconds, and the floor."""
+    for name, shape in shapes().items():
+        model = random_model(shape, LAYERS, (LAYERS // 2, LAYERS), device=bench.device)
+        for rows, context in LOADS:
+            yield from layer_at(bench, f"{name} {rows} x {context}", model, rows, context)
+        model.unload()
+
+
+def layer_at(
+    bench: Bench, title: str, model: EarlyExitLM, rows: int, context: int
+) -> Iterator[str]:
+    """A layer at one load, and the kernels of ours."""
+    pool = slot_pool(model, rows, 2048)
+    for store in (*pool.keys, *pool.values):
+        store.normal_()
+    numbers = [pool.admit(context) for _ in range(rows)]
+    positions = [context - 1] * rows
+    read = model.plan(LAYERS).layer_bytes
+    read += rows * context * model.kv_dims.bytes_per_token_layer
+
+    def layers_of(decoder: Decoder) -> Callable[[int], Tensor]:
+        hidden = decoder.begin(numbers, [(7 * row) % 512 for row in numbers], positions)
+        return lambda last: decoder.run(decoder.place(numbers, positions), hidden, 0, last)
+
+    said = []
+    for way in ("stock", "ours"):
+        decoder = Decoder(model, pool)
+        if way == "stock":
+            decoder.fusion = Fusion(False, "left out")
+        run = layers_of(decoder)
+        run(LAYERS)
+        launches = count_launches(partial(run, 2)) - count_launches(partial(run, 1))
+        found = bench.seconds(partial(run, LAYERS))
+        if isinstance(found, str):
+            said.append(f"{way} {found}")
+            continue
+        floor_s = max(launches * bench.launch_s, read / bench.bytes_per_s)
+        said.append(
+            f"{way} {found / LAYERS * 1e6:.1f} us in {launches} launches, "
+            f"{found / LAYERS / floor_s:.2f} of the floor of {floor_s * 1e6:.1f}"
+        )
+    yield f"{title}: {'; '.join(said)}"
+    yield from kernels_of(partial(run, LAYERS))
+
+
+def kernels_of(work: Callable[[], object]) -> list[str]:
+    """The kernels of some layers by the microseconds that a layer spends in them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        work()
+        torch.cuda.synchronize()
+    spent: Counter[str] = Counter()
+    counted: Counter[str] = Counter()
+    for event in profiled.events() or ():
+        if "CUDA" in str(event.device_type):
+            spent[event.name] += event.device_time_total
+            counted[event.name] += 1
+    return [
+        f"    {us / LAYERS:8.2f} us {counted[name] / LAYERS:5.2f} x {name[:90]}"
+        for name, us in spent.most_common(BEST_SHOWN)
+    ]
+
+
+def attention(bench: Bench) -> Iterator[str]:
+    """One new token a row: SDPA with a mask, without one, and ours in several divisions."""
+    for name, shape in shapes().items():
+        dims = KvDims(shape.kv_heads, shape.head_dim, torch.bfloat16, bench.device)
+        for rows, context in LOADS:
+            cells = attention_at(bench, dims, shape.heads, rows, context)
+            yield f"{name} {rows} x {context}: {cells}"
+
+
+def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int) -> str:
+    """One load in several ways, in microseconds; * marks the division that is used."""
+    # Several layers in turns, so that it is memory that is read.
+    pool = SlotPool(dims, LAYERS, rows, 2048)
+    for store in (*pool.keys, *pool.values):
+        store.normal_()
+    query = torch.randn(1, heads, rows, dims.head_dim, device=bench.device).to(dims.dtype)
+    ends = torch.full((rows,), context - 1, device=bench.device)
+    scale = dims.head_dim**-0.5
+    turn = count()
+
+    def attending(made: Attend) -> Callable[[], Tensor]:
+        return lambda: made.attend(query, query, query, next(turn) % LAYERS, scale)
+
+    def unmasked() -> Tensor:
+        key, value = pool.gather(next(turn) % LAYERS, None, rows, context)
+        asked = query[0].transpose(0, 1)[:, :, None]
+        return scaled_dot_product_attention(asked, key, value, scale=scale, enable_gqa=True)
+
+    processors = torch.cuda.get_device_properties(bench.device).multi_processor_count
+    usual = splits_for(rows, dims.kv_heads, context, processors)
+    ways = {
+        "masked": attending(DecodeAttend(pool, ends, ends, None, context)),
+        "unmasked": unmasked,
+    }
+    for splits in sorted({1, max(1, usual // 2), usual, min(32, 2 * usual)}):
+        made = FusedAttend(pool, ends, ends, None, context, None, processors)
+        made.splits = splits
+        ways[f"ours in {splits}{'*' if splits == usual else ''}"] = attending(made)
+    cells = [f"{way} {bench.microseconds(work, 8)}" for way, work in ways.items()]
+    floor_s = rows * context * dims.bytes_per_token_layer / bench.bytes_per_s
+    return f"{', '.join(cells)}; bytes {floor_s * 1e6:.1f}"
+
+
+def products(bench: Bench) -> Iterator[str]:
+    """A layer's products by rows: alone, with a bias, and added to a residual."""
+    for name, shape in shapes().items():
+        stacked = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        gates = 2 if shape.family == "llama" else 1
+        sizes = {
+            "qkv": (stacked, shape.hidden),
+            "output": (shape.hidden, shape.heads * shape.head_dim),
+            "up": (gates * shape.ffn, shape.hidden),
+            "down": (shape.hidden, shape.ffn),
+        }
+        for part, (wide, deep) in sizes.items():
+            for rows in (1, 16, 64):
+                yield f"{name} {part} {rows} rows: {product_at(bench, wide, deep, rows)}"
+
+
+def product_at(bench: Bench, wide: int, deep: int, rows: int) -> str:
+    """One product in several ways, in microseconds."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=bench.device).to(torch.bfloat16)
+
+    # As many weights as no cache holds, in turns.
+    weights = cycle([random(wide, deep) for _ in range(max(2, int(1e8 / (wide * deep))))])
+    given, residual, bias = random(rows, deep), random(rows, wide), random(wide)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "alone": lambda: linear(given, next(weights)),
+        "bias": lambda: linear(given, next(weights), bias),
+        "added": lambda: residual.addmm_(given, next(weights).t()),
+        "then added": lambda: residual.add_(linear(given, next(weights))),
+    }
+    cells = [f"{way} {bench.microseconds(work, 12)}" for way, work in ways.items()]
+    return f"{', '.join(cells)}; bytes {2e6 * wide * deep / bench.bytes_per_s:.1f}"
+
+
+def main() -> int:
+    """Print every table; one that fails leaves the others."""
+    if not torch.cuda.is_available():
+        print("reports.gpu.kernels: CUDA is not available to this torch.", file=sys.stderr)
+        return 2
+    began_s = time.monotonic()
+    bench = Bench()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}: "
+        f"{bench.bytes_per_s / 1e12:.2f} TB/s, {bench.launch_s * 1e6:.2f} us a launch"
+    )
+    failed = False
+    for table in (layers, attention, products):
+        print(f"\n{(table.__doc__ or '').strip()}", flush=True)
+        try:
+            for line in table(bench):
+                print(line, flush=True)
+        except Exception as error:  # What was read so far is printed.
+            failed = True
+            print(f"failed: {type(error).__name__}: {error}")
+    print(f"\n{time.monotonic() - began_s:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
