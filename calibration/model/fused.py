@@ -477,7 +477,6 @@ def store(
         (rows, kv_heads),
         *(asking, key, value, cosine, sine, rotated, keys, values, addresses, positions),
         *(asking.stride(0), key.stride(0), value.stride(0)),
-        KV_HEADS=kv_heads,
         GROUPS=0 if query is None else query.shape[1] // (kv_heads * head_dim),
         HEAD_DIM=head_dim,
         LANES=power_of_two(head_dim),
@@ -519,7 +518,6 @@ def attend(
         query.stride(0),
         0 if places is None else places.stride(0),
         place_tokens,
-        KV_HEADS=kv_heads,
         GROUPS=groups,
         # Matrix units take 16 rows at least.
         GROUP_BLOCK=1 if groups == 1 else max(16, power_of_two(groups)),

@@ -28,7 +28,6 @@ def store_kernel(
     query_stride,
     key_stride,
     value_stride,
-    KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     LANES: tl.constexpr,
@@ -40,9 +39,10 @@ def store_kernel(
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
+    kv_heads = tl.num_programs(1)
     lane = tl.arange(0, LANES)
     there = lane < HEAD_DIM
-    place = tl.load(addresses + token) * (KV_HEADS * HEAD_DIM) + head * HEAD_DIM + lane
+    place = tl.load(addresses + token) * (kv_heads * HEAD_DIM) + head * HEAD_DIM + lane
     found = tl.load(value + token * value_stride + head * HEAD_DIM + lane, mask=there)
     tl.store(values + place, found, mask=there)
     source = key + token * key_stride + head * HEAD_DIM
@@ -66,7 +66,7 @@ def store_kernel(
             other = tl.load(asking + partner, mask=there)
             straight = (one.to(tl.float32) * cos).to(kind).to(tl.float32)
             crossed = (other.to(tl.float32) * sin).to(kind).to(tl.float32)
-            target = rotated + token * (KV_HEADS * GROUPS * HEAD_DIM) + begin + lane
+            target = rotated + token * (kv_heads * GROUPS * HEAD_DIM) + begin + lane
             tl.store(target, (straight + crossed).to(kind), mask=there)
     tl.store(keys + place, found, mask=there)
 
@@ -83,7 +83,6 @@ def attend_kernel(
     query_stride,
     places_stride,
     place_tokens,
-    KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -96,6 +95,7 @@ def attend_kernel(
     """One key head of one row, one share of its tokens: the queries that share the head attend."""
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
+    kv_heads = tl.num_programs(1)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     length = tl.load(positions + row).to(tl.int32) + 1
@@ -127,7 +127,7 @@ def attend_kernel(
             address = place * place_tokens + token % place_tokens
         else:
             address = first + token
-        spot = address[:, None] * (KV_HEADS * HEAD_DIM) + head * HEAD_DIM + lane[None, :]
+        spot = address[:, None] * (kv_heads * HEAD_DIM) + head * HEAD_DIM + lane[None, :]
         seen = held[:, None] & inside[None, :]
         key = tl.load(keys + spot, mask=seen, other=0.0)
         value = tl.load(values + spot, mask=seen, other=0.0)
@@ -150,7 +150,7 @@ def attend_kernel(
     nothing = total == 0.0
     divisor = tl.where(nothing, 1.0, total)
     answer = mixed / divisor[:, None]
-    number = (row * KV_HEADS + head) * GROUPS + group
+    number = (row * kv_heads + head) * GROUPS + group
     if SPLIT:
         part = number * splits + split
         tl.store(output + part[:, None] * HEAD_DIM + lane[None, :], answer, mask=asked)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import defaultdict
 
 import pytest
@@ -195,6 +197,21 @@ def test_a_layer_takes_few_launches(family, launches, tmp_path, monkeypatch):
 )
 def test_rows_are_divided_until_the_device_is_busy(rows, kv_heads, context_tokens, splits):
     assert splits_for(rows, kv_heads, context_tokens, 132) == splits
+
+
+def test_kernels_compile_for_a_gpu_and_keep_to_its_registers(tmp_path):
+    words = [sys.executable, "-m", "tests.calibration.compile_kernels"]
+    changed = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run(
+        words, env=os.environ | changed, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = [line.split()[:4] for line in ran.stdout.splitlines()]
+    assert len(found) == 18
+    for name, registers, stack, shared in found:
+        # What finds no register goes to memory, on a stack; 227 KiB are shared on a multiprocessor.
+        assert int(stack) == 0, name
+        assert int(registers) <= 168 and int(shared) <= 76 * 1024, name
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-gqa", "opt"])

@@ -1,0 +1,77 @@
+"""Compile our kernels for a GPU of compute capability 9.0 and print what each takes of it.
+
+In a process of its own: where Triton interprets kernels it compiles none.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from calibration.model import fused
+
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+INTEGERS = {"addresses": "*i64", "positions": "*i64", "places": "*i64"}
+FLOATS = {"parts": "*fp32", "weights": "*fp32"}
+
+
+def variants():
+    """Kernel names with what is fixed when they are compiled, and their warps."""
+    for head_dim, groups in ((64, 1), (128, 4)):
+        lanes = fused.power_of_two(head_dim)
+        sizes = {"GROUPS": groups, "HEAD_DIM": head_dim, "LANES": lanes}
+        for rotates in (False, True):
+            yield "store_kernel", sizes | {"ROTATE": rotates}, 1
+        blocks = {"GROUP_BLOCK": 1 if groups == 1 else 16, "TOKENS": min(128, 8192 // lanes)}
+        for (placed, paged), split in product(((0, 0), (1, 0), (0, 1)), (False, True)):
+            found = {"PLACED": bool(placed), "PAGED": bool(paged), "SPLIT": split}
+            yield "attend_kernel", sizes | blocks | found, 4
+    yield "merge_kernel", {"HEAD_DIM": 128, "LANES": 128, "SPLITS": 32}, 4
+    yield "gate_kernel", {"BLOCK": 1024}, 4
+
+
+def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
+    """The resources of one kernel, as the disassembler tells them."""
+    kernel = fused.compiled()[name]
+    signature = {}
+    for argument in kernel.arg_names:
+        kind = INTEGERS.get(argument, FLOATS.get(argument, "*bf16"))
+        if argument in fixed:
+            kind = "constexpr"
+        elif argument == "scale":
+            kind = "fp32"
+        elif argument.endswith(("stride", "width", "place_tokens")):
+            kind = "i32"
+        elif argument == "output" and fixed.get("SPLIT"):
+            kind = "*fp32"
+        signature[argument] = kind
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, argument in enumerate(kernel.arg_names)
+        if signature[argument].startswith("*") and argument not in INTEGERS
+    }
+    constants = {(kernel.arg_names.index(argument),): value for argument, value in fixed.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", 90, 32)
+    made = triton.compile(source, target=target, options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        words = [TOOL, "-res-usage", file.name]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", said)[0]
+    return f"{name} {registers} {stack} {made.metadata.shared}"
+
+
+if __name__ == "__main__":
+    for name, fixed, warps in variants():
+        print(compiled(name, fixed, warps), fixed)
+    sys.exit(0)
