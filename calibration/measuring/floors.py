@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibration.measuring.timing import Captured, Timer, Timing, Work, capture, timed
-from calibration.model import fused
+from calibration.model import launches
 
 _LAUNCH_NOTHING: Final = frozenset(
     (
@@ -55,11 +55,11 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def count_launches(work: Work) -> int:
     """Operators and kernels of the work that run on the device; each is one launch or more."""
-    ours = fused.launched()
+    ours = launches.launched()
     with _Count() as counted:
         work()
     theirs: int = sum(n for name, n in counted.operators.items() if name not in _LAUNCH_NOTHING)
-    return theirs + fused.launched() - ours
+    return theirs + launches.launched() - ours
 
 
 def launch_chain(length: int, device: torch.device) -> Work:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibration.model import fused, graphs, varlen
+from calibration.model import fused, graphs, launches, varlen
 from calibration.model.attention import (
     Attend,
     DecodeAttend,
@@ -100,7 +100,7 @@ class Decoder:
         """Whether one token a row takes our kernels, and why."""
         self.choice = varlen.choose(pool, self.num_heads)
         """The attention over a paged pool of what our kernels do not take, and why."""
-        self._rotary: fused.Rotary | None = None
+        self._rotary: launches.Rotary | None = None
         self.graphs: graphs.DecodeGraphs | None = None
         self.graphs_off_reason = "graphs were not asked for"
         self._places: dict[object, Place] = {}
@@ -170,7 +170,7 @@ class Decoder:
                 )
             self.model.backbone.fill(hidden, place.positions, first, last, writer)
 
-    def rotary(self) -> fused.Rotary | None:
+    def rotary(self) -> launches.Rotary | None:
         """Cosines and sines of all positions that a row of the pool may have."""
         if self._rotary is None:
             with torch.no_grad():
@@ -261,10 +261,9 @@ class Decoder:
         ranges = self.segments() if segments is None else list(segments)
         rows = min(self.pool.max_rows, max(batch_buckets or (self.pool.max_rows,)))
         longest = min(max_context or self.pool.max_tokens, self.pool.max_tokens)
-        # Torch's own paged attention reads what a row holds, however wide the bucket; ours too, but
-        # wide buckets divide the rows of small batches into more shares.
-        reads_all = self.fusion.usable or self.choice.varlen is None
-        widths = graphs.context_buckets(longest) if reads_all else (longest,)
+        # Our attention and torch's paged one read what a row holds, however wide the bucket.
+        reads_own = self.fusion.usable or self.choice.varlen is not None
+        widths = (longest,) if reads_own else graphs.context_buckets(longest)
         settings = graphs.GraphSettings(
             segments=tuple(ranges),
             batch_buckets=graphs.buckets_up_to(rows, batch_buckets),

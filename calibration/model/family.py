@@ -27,7 +27,8 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from calibration.model import attention
 from calibration.model.attention import Attend, DenseAttend
-from calibration.model.fused import FusedReader, FusedWriter, Rotary, gated, project
+from calibration.model.fused import FusedReader, FusedWriter
+from calibration.model.launches import Rotary, gated, project
 from helios_sim.errors import InputError
 from helios_sim.model import Family, ModelShape
 

@@ -12,33 +12,21 @@ before first use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch import Tensor
+from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from calibration.model import launches
 from calibration.model.attention import DecodeAttend, ExtendAttend, PoolWriter, Span, span_mask
-from calibration.model.kernels import attend_kernel, gate_kernel, merge_kernel, store_kernel
 from calibration.model.kv import Indices, KvDims, PagedPool, Pool, SlotPool, to_device
-
-try:
-    import triton
-except ImportError:
-    triton = None
-
-MOST_SPLITS: Final = 32
-LEAST_SPLIT_TOKENS: Final = 128
-"""Tokens of a row that one program reads at least: merging what splits found is a launch too."""
-
-PROGRAMS_PER_PROCESSOR: Final = 2
-"""Programs that keep a multiprocessor's memory busy."""
+from calibration.model.launches import GATE_BLOCK, MOST_SPLITS, Rotary, gated, splits_for
 
 TOLERANCE: Final = 2e-2
 """Relative distance from the stock steps: 16 bits and another order of sums."""
@@ -46,13 +34,7 @@ TOLERANCE: Final = 2e-2
 _LENGTHS: Final = (1, 300, 517, 130)
 """Rows of a self-test."""
 
-_GATE_BLOCK: Final = 1024
-_LOG2_E: Final = 1.4426950408889634
 _SUBJECT: Final = "our kernels"
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, each [positions, head_dim]."""
-
 
 Flash = Callable[[Tensor, Tensor, Tensor, "Packed", float], Tensor]
 """Causal attention [N, heads, head_dim] of packed queries over their rows' keys and values."""
@@ -103,7 +85,7 @@ class FusedWriter(PoolWriter):
 
     def store(self, query: Tensor | None, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Keep keys and values [N, kv_heads x head_dim]; returns the queries, rotated."""
-        return store(
+        return launches.store(
             query,
             key,
             value,
@@ -154,7 +136,7 @@ class FusedAttend(FusedReader):
 
     def read(self, query: Tensor, layer: int, scaling: float) -> Tensor:
         """Attention [N, heads x head_dim] of queries of that shape over what the pool holds."""
-        return attend(
+        return launches.attend(
             query,
             self.pool.keys[layer],
             self.pool.values[layer],
@@ -261,7 +243,7 @@ def choose(pool: Pool, num_heads: int) -> Fusion:
         return Fusion(False, f"{_SUBJECT} need a CUDA GPU and the pool is on {dims.device}")
     if dims.dtype.itemsize != 2:
         return Fusion(False, f"{_SUBJECT} are for 16-bit types and the pool holds {dims.dtype}")
-    if triton is None:
+    if not launches.can_compile():
         return Fusion(False, f"{_SUBJECT} need Triton, which is not installed")
     return _tested(dims, num_heads, isinstance(pool, PagedPool))
 
@@ -348,7 +330,7 @@ def self_test(dims: KvDims, num_heads: int, is_paged: bool) -> float:
             ours.splits = splits
             errors.append(_distance(ours.attend(query, query, query, 0, head_dim**-0.5), expected))
     errors.append(_stores(pool, addresses, positions, width, random))
-    gate, up = random(3, 2 * _GATE_BLOCK + 32).chunk(2, dim=1)
+    gate, up = random(3, 2 * GATE_BLOCK + 32).chunk(2, dim=1)
     errors.append(_distance(gated(gate, up), silu(gate) * up))
     return max(errors)
 
@@ -407,181 +389,3 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     """Relative distance; infinite for what is no number."""
     off = (found.float() - expected.float()).norm() / expected.float().norm()
     return float(torch.nan_to_num(off, nan=torch.inf))
-
-
-@lru_cache(maxsize=1)
-def compiled() -> dict[str, Any]:
-    """The kernels by name as Triton runs them.
-
-    What changes from batch to batch compiles none anew.
-    """
-    changing: list[tuple[Any, list[str], list[str]]] = [
-        (store_kernel, [], ["addresses", "positions"]),
-        (attend_kernel, ["places_stride", "place_tokens"], ["positions", "places"]),
-        (merge_kernel, [], []),
-        (gate_kernel, [], []),
-    ]
-    return {
-        kernel.__name__: triton.jit(
-            kernel, do_not_specialize=values, do_not_specialize_on_alignment=pointers
-        )
-        for kernel, values, pointers in changing
-    }
-
-
-_launched: Counter[str] = Counter()
-
-
-def launched() -> int:
-    """Launches of our kernels so far; torch does not see them where it counts its own."""
-    return _launched.total()
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    _launched[kernel.__name__] += 1
-    compiled()[kernel.__name__][grid](*arguments, **constants)
-
-
-def splits_for(rows: int, kv_heads: int, context_tokens: int, processors: int) -> int:
-    """Shares that each row's tokens are divided into, a power of two.
-
-    As many as keep the multiprocessors busy, with `LEAST_SPLIT_TOKENS` in each.
-    """
-    wanted = -(-PROGRAMS_PER_PROCESSOR * processors // (rows * kv_heads))
-    most = min(MOST_SPLITS, wanted, context_tokens // LEAST_SPLIT_TOKENS)
-    return 1 << max(0, most.bit_length() - 1)
-
-
-def store(
-    query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    rotary: Rotary | None,
-    positions: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    addresses: Tensor,
-) -> Tensor:
-    """Put keys and values [N, kv_heads x head_dim] at `addresses` [N]; returns the queries.
-
-    The inputs' rows may be apart. With `rotary` queries [N, heads x head_dim] and keys are rotated
-    for `positions` [N]; without, the queries come back as they are. Without queries the keys do.
-    """
-    rows, (kv_heads, head_dim) = key.shape[0], keys.shape[1:]
-    asking = key if query is None else query
-    rotates = rotary is not None
-    rotated = asking.new_empty(asking.shape) if rotates and query is not None else asking
-    cosine, sine = rotary if rotary is not None else (asking, asking)
-    _launch(
-        store_kernel,
-        (rows, kv_heads),
-        *(asking, key, value, cosine, sine, rotated, keys, values, addresses, positions),
-        *(asking.stride(0), key.stride(0), value.stride(0)),
-        GROUPS=0 if query is None else query.shape[1] // (kv_heads * head_dim),
-        HEAD_DIM=head_dim,
-        LANES=power_of_two(head_dim),
-        ROTATE=rotates,
-        num_warps=1,
-    )
-    return rotated
-
-
-def attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    places: Tensor | None,
-    place_tokens: int,
-    scaling: float,
-    splits: int,
-) -> Tensor:
-    """One new token a row over its own tokens of the stores: [N, heads x head_dim] of such queries.
-
-    Row r holds positions 0..positions[r]. `places` are the rows' slots [N] or blocks [N, blocks]
-    of `place_tokens` tokens each; None means slots 0, 1, 2, ...
-    """
-    rows, (kv_heads, head_dim) = query.shape[0], keys.shape[1:]
-    groups = query.shape[1] // (kv_heads * head_dim)
-    output = query.new_empty(query.shape)
-    parts, weights = output, output
-    if splits > 1:
-        shape = (rows * kv_heads * groups, splits)
-        parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)
-        weights = torch.empty(shape, dtype=torch.float32, device=query.device)
-    lanes = power_of_two(head_dim)
-    _launch(
-        attend_kernel,
-        (rows, kv_heads, splits),
-        *(query, keys, values, positions, positions if places is None else places, parts, weights),
-        scaling * _LOG2_E,
-        query.stride(0),
-        0 if places is None else places.stride(0),
-        place_tokens,
-        GROUPS=groups,
-        # Matrix units take 16 rows at least.
-        GROUP_BLOCK=1 if groups == 1 else max(16, power_of_two(groups)),
-        HEAD_DIM=head_dim,
-        LANES=lanes,
-        TOKENS=max(16, min(128, 8192 // lanes)),
-        PLACED=places is not None and places.dim() == 1,
-        PAGED=places is not None and places.dim() == 2,
-        SPLIT=splits > 1,
-        num_warps=4,
-    )
-    if splits > 1:
-        _launch(
-            merge_kernel,
-            (rows * kv_heads * groups,),
-            *(parts, weights, output),
-            HEAD_DIM=head_dim,
-            LANES=lanes,
-            SPLITS=splits,
-            num_warps=4,
-        )
-    return output
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) x up of [N, units] each, whose rows may be apart alike."""
-    rows, width = gate.shape
-    output = gate.new_empty((rows, width))
-    _launch(
-        gate_kernel,
-        (rows, -(-width // _GATE_BLOCK)),
-        *(gate, up, output, gate.stride(0), width),
-        BLOCK=_GATE_BLOCK,
-        num_warps=4,
-    )
-    return output
-
-
-def project(hidden: Tensor, modules: Sequence[nn.Linear]) -> list[Tensor]:
-    """The modules' products of [N, hidden], as one where their weights lie one behind another."""
-    weight = _joined([module.weight for module in modules])
-    biases = [module.bias for module in modules if module.bias is not None]
-    bias = _joined(biases) if biases else None
-    if weight is None or (biases and bias is None):
-        return [linear(hidden, module.weight, module.bias) for module in modules]
-    widths = [module.out_features for module in modules]
-    return list(torch.split(linear(hidden, weight, bias), widths, dim=1))
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Tensors as one along their first dimension, without copying; None where they lie apart."""
-    first = tensors[0]
-    end = first.data_ptr()
-    for tensor in tensors:
-        if tensor.data_ptr() != end or not tensor.is_contiguous():
-            return None
-        end += tensor.nbytes
-    storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():
-        return None
-    shape = (sum(len(tensor) for tensor in tensors), *first.shape[1:])
-    return torch.as_strided(first, shape, first.stride(), first.storage_offset())
-
-
-def power_of_two(count: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, count - 1).bit_length()

@@ -1,6 +1,6 @@
 """The small steps of decoding as single Triton kernels: one launch each, where torch needs many.
 
-The kernels are plain functions that `fused` hands to Triton, so that this module can be imported
+The kernels are plain functions that `launches` hands to Triton, so that this module can be imported
 where Triton is not. Triton reads their source: Python's types mean nothing in it, and what is
 annotated as `tl.constexpr` is fixed when a kernel is compiled. Rounding is that of the stock
 modules, which round after every step.

@@ -25,8 +25,9 @@ from calibration.measuring.timing import Captured, capture, timed, timer_for
 from calibration.model.attention import Attend, DecodeAttend
 from calibration.model.decode import Decoder, slot_pool
 from calibration.model.early_exit import EarlyExitLM
-from calibration.model.fused import FusedAttend, Fusion, splits_for
+from calibration.model.fused import FusedAttend, Fusion
 from calibration.model.kv import KvDims, SlotPool
+from calibration.model.launches import splits_for
 from calibration.model.shapes import SHAPES, random_model
 from calibration.training.presets import preset_of
 from helios_sim.model import ModelShape

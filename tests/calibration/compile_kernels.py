@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from calibration.model import fused
+from calibration.model import launches
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = {"addresses": "*i64", "positions": "*i64", "places": "*i64"}
@@ -26,7 +26,7 @@ FLOATS = {"parts": "*fp32", "weights": "*fp32"}
 def variants():
     """Kernel names with what is fixed when they are compiled, and their warps."""
     for head_dim, groups in ((64, 1), (128, 4)):
-        lanes = fused.power_of_two(head_dim)
+        lanes = launches.power_of_two(head_dim)
         sizes = {"GROUPS": groups, "HEAD_DIM": head_dim, "LANES": lanes}
         for rotates in (False, True):
             yield "store_kernel", sizes | {"ROTATE": rotates}, 1
@@ -40,7 +40,7 @@ def variants():
 
 def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
     """The resources of one kernel, as the disassembler tells them."""
-    kernel = fused.compiled()[name]
+    kernel = launches.compiled()[name]
     signature = {}
     for argument in kernel.arg_names:
         kind = INTEGERS.get(argument, FLOATS.get(argument, "*bf16"))

@@ -132,7 +132,7 @@ def test_old_rotary_buffers_and_tied_heads_are_not_extra(tmp_path):
 
 def test_a_different_shape_is_named(folder):
     edit(folder / "config.json", lambda c: c.update(intermediate_size=96))
-    with pytest.raises(InputError, match=r"\[64, 128\] and config.json asks for \[64, 96\]"):
+    with pytest.raises(InputError, match=r"\[128, 64\] and config.json asks for \[96, 64\]"):
         load(folder)
 
 

@@ -13,12 +13,14 @@ import torch
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 from calibration.measuring.floors import count_launches
-from calibration.model import fused
+from calibration.model import fused, launches
 from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
 from calibration.model.early_exit import from_stock, load, save
-from calibration.model.fused import Fusion, choose, project, self_test, splits_for
+from calibration.model.fused import Fusion, choose, self_test
 from calibration.model.kv import KvDims
+from calibration.model.launches import project, splits_for
 from tests.calibration import tiny
+from tests.calibration.test_graphs import FakeRecorder
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="compiled for the GPU that is here"
@@ -64,9 +66,9 @@ def test_every_kernel_agrees_with_the_stock_steps(heads, kv_heads, head_dim, is_
 
 @interpreted
 def test_the_self_test_finds_a_kernel_that_reads_one_token_too_many(monkeypatch):
-    right = fused.attend
+    right = launches.attend
     monkeypatch.setattr(
-        fused,
+        launches,
         "attend",
         lambda query, keys, values, positions, *rest: right(
             query, keys, values, positions + 1, *rest
@@ -128,6 +130,21 @@ def test_decoding_through_them_gives_the_stock_tokens(family, pool, tmp_path):
 
 
 @interpreted
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_captured_they_give_the_same_tokens_from_one_bucket_of_contexts(family):
+    model = model_of(family)
+    prompts = [tiny.prompt(length, seed) for seed, length in enumerate((5, 17, 9))]
+    expected = [tiny.stock_tokens(model.backbone.model, ids, 4) for ids in prompts]
+    decoder = Decoder(model, slot_pool(model, 3, 600))
+    decoder.fusion = OURS
+    recorder = FakeRecorder()
+    assert decoder.use_graphs((4,), recorder=recorder, on_demand=True)
+    assert generate(decoder, prompts, 4) == expected
+    assert decoder.graphs.settings.context_buckets == (600,)
+    assert decoder.graphs.num_graphs == 3 and sum(r.replays for r in recorder.recordings) > 0
+
+
+@interpreted
 @pytest.mark.parametrize("family", FUSIBLE)
 def test_filling_through_them_leaves_the_stock_keys_and_values(family):
     model = model_of(family)
@@ -164,9 +181,9 @@ class Nothing:
         return lambda *arguments, **constants: None
 
 
-@pytest.mark.parametrize(("family", "launches"), [("llama", 9), ("opt", 11)])
-def test_a_layer_takes_few_launches(family, launches, tmp_path, monkeypatch):
-    monkeypatch.setattr(fused, "compiled", lambda: defaultdict(Nothing))
+@pytest.mark.parametrize(("family", "wanted"), [("llama", 9), ("opt", 11)])
+def test_a_layer_takes_few_launches(family, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(launches, "compiled", lambda: defaultdict(Nothing))
     model = model_of(family, tmp_path)
     norms = 0
     if family == "llama":
@@ -181,7 +198,7 @@ def test_a_layer_takes_few_launches(family, launches, tmp_path, monkeypatch):
     place = decoder.place([row], [0])
     decoder.run(place, hidden, 0, 1)
     one, two = (count_launches(lambda n=n: decoder.run(place, hidden, 0, n)) for n in (1, 2))
-    assert two - one + norms == launches
+    assert two - one + norms == wanted
 
 
 @pytest.mark.parametrize(
