@@ -264,7 +264,10 @@ def _kernels(device: torch.device) -> str:
             if found.flash is None:
                 raise Disagreement(found.flash_reason)
             said += [found.reason, found.flash_reason]
-    return "; ".join(sorted(set(said)))
+    telling = fused.choose_telling(device, torch.bfloat16)
+    if not telling.usable:
+        raise Disagreement(telling.reason)
+    return "; ".join([*sorted(set(said)), telling.reason])
 
 
 def _paged_attention(device: torch.device) -> str:

@@ -369,11 +369,11 @@ class Bench:
 
     def _head(self, job: Job) -> Work:
         hidden, model, level = self._load(job).hidden, self.model, len(self.depths) - 1
-        return lambda: model.decide(model.logits(hidden, level))
+        return lambda: model.tell(model.logits(hidden, level), level)
 
     def _check(self, job: Job) -> Work:
         hidden, model = self._load(job).hidden, self.model
-        return lambda: on_host(model.decide(model.logits(hidden, 0)))
+        return lambda: model.tell(model.logits(hidden, 0), 0).cpu().tolist()
 
     def _kv_fill(self, job: Job, layers: int) -> Work:
         load, decoder, depth = self._load(job), self._decoder(job), self.depths[-1]
@@ -441,11 +441,6 @@ class Bench:
             synchronise(self.device)
             repetitions += chunk
         return time.perf_counter() - begin_s, repetitions
-
-
-def on_host(decided: Any) -> object:
-    """What a decision says, read by the host: it waits for the device."""
-    return decided.tokens.tolist(), decided.confidence.tolist()
 
 
 def power_columns(found: Measurement) -> dict[str, Any]:

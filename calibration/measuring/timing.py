@@ -28,7 +28,7 @@ from helios_sim.garbage import uncollected
 
 Work = Callable[[], object]
 
-CUDA_SAMPLE_S: Final = 0.02
+CUDA_SAMPLE_S: Final = 0.01
 """Work in one sample on a GPU: far above the event timer's resolution of about a microsecond."""
 
 CPU_SAMPLE_S: Final = 0.03

@@ -44,13 +44,10 @@ def confidence_of(logits: Tensor, kind: Kind) -> Tensor:
 @lru_cache(maxsize=256)
 def _knots(
     x: tuple[float, ...], y: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """A map's knots on a device; kept there, since bringing them would wait for the device."""
     with torch.inference_mode(False):
-        return (
-            torch.tensor(x, dtype=dtype, device=device),
-            torch.tensor(y, dtype=dtype, device=device),
-        )
+        return torch.tensor([x, y], dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -71,9 +68,13 @@ class PiecewiseLinear:
         if any(b <= a for a, b in pairwise(self.x)) or any(b < a for a, b in pairwise(self.y)):
             raise InputError("A calibration map must rise in x and never fall in y.")
 
+    def on(self, device: torch.device) -> Tensor:
+        """The knots [2, K] on a device: x, then y."""
+        return _knots(self.x, self.y, torch.float32, device)
+
     def of_tensor(self, values: Tensor) -> Tensor:
         """The map of each value, on the values' device."""
-        x, y = _knots(self.x, self.y, values.dtype, values.device)
+        x, y = _knots(self.x, self.y, values.dtype, values.device).unbind()
         if len(self.x) == 1:
             return y.expand(values.shape).clone()
         right = torch.searchsorted(x, values.contiguous()).clamp(1, len(self.x) - 1)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from calibration.model import checkpoint as files
+from calibration.model import fused, launches
 from calibration.model.checkpoint import Checkpoint, EarlyExitSettings, Guard, Heads
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.exit_heads import ExitHead, head_shapes, head_weights, one_head_shapes
@@ -283,6 +284,22 @@ class EarlyExitLM:
         """
         layer = 0 if level is None else self.exit_layers[level]
         return Decision(logits.argmax(-1), self.confidence.of(logits, layer, domain), logits)
+
+    def tell(self, logits: Tensor, level: int, targets: Tensor | None = None) -> Tensor:
+        """Token, confidence and nats [3, N] of logits [N, vocab] at an exit, on the device.
+
+        The nats are those of `targets` [N], or of the token itself. Confidence is calibrated where
+        the model holds a map. For the host to fetch at once.
+        """
+        confidence = self.confidence
+        if confidence.kind == "max-softmax" and (
+            fused.choose_telling(logits.device, logits.dtype).usable
+        ):
+            found = confidence.map_of(self.exit_layers[level])
+            return launches.tell(logits, targets, None if found is None else found.on(self.device))
+        decided = self.decide(logits, level)
+        nats = decided.nll(targets)
+        return torch.stack([decided.tokens.double(), decided.confidence.double(), nats.double()])
 
     def logits_sums(self, token_ids: Sequence[int], layers: Iterable[int]) -> list[float | None]:
         """Sums of |logits| in float64 at exit layers; None for those that are not loaded."""

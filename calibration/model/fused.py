@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from calibration.model import launches
 from calibration.model.attention import DecodeAttend, ExtendAttend, PoolWriter, Span, span_mask
+from calibration.model.confidence import PiecewiseLinear, confidence_of
 from calibration.model.kv import Indices, KvDims, PagedPool, Pool, SlotPool, to_device
 from calibration.model.launches import GATE_BLOCK, MOST_SPLITS, Rotary, gated, splits_for
 
@@ -301,6 +302,52 @@ def flash_self_test(flash: Flash, dims: KvDims, num_heads: int, is_paged: bool) 
     scaling = dims.head_dim**-0.5
     expected = ExtendAttend(pool, nowhere, spans).attend(query, query, query, 0, scaling)
     return _distance(ours.attend(query, query, query, 0, scaling), expected)
+
+
+@lru_cache(maxsize=8)
+def choose_telling(device: torch.device, dtype: torch.dtype) -> Fusion:
+    """Whether one kernel says what logits of a type say, and why; tests it on the device first."""
+    if device.type != "cuda":
+        return Fusion(False, f"{_SUBJECT} need a CUDA GPU and the logits are on {device}")
+    if dtype.itemsize != 2:
+        return Fusion(False, f"{_SUBJECT} are for 16-bit types and the logits are {dtype}")
+    if not launches.can_compile():
+        return Fusion(False, f"{_SUBJECT} need Triton, which is not installed")
+    try:
+        off = telling_self_test(device, dtype)
+    except Exception as failure:  # Whatever it raises, it cannot be used.
+        first = (str(failure) or type(failure).__name__).splitlines()[0]
+        return Fusion(False, f"{_SUBJECT} failed their self-test: {first}", failed=True)
+    if not off <= TOLERANCE:
+        why = f"{_SUBJECT} failed their self-test: they are off by {off:.3g}"
+        return Fusion(False, why, failed=True)
+    return Fusion(True, f"{_SUBJECT} passed their self-test: what heads say is within {off:.1e}")
+
+
+@torch.no_grad()
+def telling_self_test(device: torch.device, dtype: torch.dtype) -> float:
+    """Largest distance of tokens, confidence and nats from torch's own steps."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    knots = torch.tensor([[0.1, 0.3, 0.8], [0.2, 0.5, 0.9]], device=device)
+    # Without a map, and with one.
+    mapped = PiecewiseLinear((0.1, 0.3, 0.8), (0.2, 0.5, 0.9))
+    errors = []
+    for vocab in (256, 9001):
+        logits = (4.0 * torch.randn((5, vocab), generator=generator, device=device)).to(dtype)
+        targets = torch.arange(5, device=device) * 7
+        raw = confidence_of(logits, "max-softmax")
+        nats = logits.float().logsumexp(-1)
+        for wanted, given in ((targets, targets), (logits.argmax(-1), None)):
+            for sure, map_ in ((raw, None), (mapped.of_tensor(raw), knots)):
+                found = launches.tell(logits, given, map_)
+                right = nats - logits.float().gather(-1, wanted[:, None])[:, 0]
+                best = logits.gather(-1, found[0].long()[:, None])[:, 0]
+                errors += [
+                    float((best - logits.amax(-1)).float().abs().max()),
+                    float((found[1] - sure).abs().max()),
+                    float((found[2] - right).abs().max()),
+                ]
+    return max(errors)
 
 
 @torch.no_grad()

@@ -201,3 +201,54 @@ def gate_kernel(
     opened = (opened / (1.0 + tl.exp(-opened))).to(kind).to(tl.float32)
     other = tl.load(up + token * stride + unit, mask=there, other=0.0).to(tl.float32)
     tl.store(output + token * width + unit, (opened * other).to(kind), mask=there)
+
+
+def tell_kernel(
+    logits,
+    targets,
+    knots,
+    said,
+    stride,
+    vocab,
+    num_knots,
+    TARGETED: tl.constexpr,
+    KNOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What one row's logits say: the likeliest token, its confidence, the nats of a token.
+
+    `knots` holds the x and then the y of a piecewise linear map of confidence; with `KNOTS` 0
+    there is none.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0)
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    token = tl.zeros((), tl.int32)
+    for at in range(0, vocab, BLOCK):
+        unit = at + tl.arange(0, BLOCK)
+        read = tl.load(logits + row * stride + unit, mask=unit < vocab, other=float("-inf"))
+        read = read.to(tl.float32)
+        high = tl.max(read, axis=0)
+        token = tl.where(high > peak, at + tl.argmax(read, axis=0), token)
+        higher = tl.maximum(peak, high)
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(read - higher), axis=0)
+        peak = higher
+    sure = 1.0 / total
+    if KNOTS > 0:
+        knot = tl.arange(0, KNOTS)
+        inner = knot < num_knots - 1
+        left = tl.load(knots + knot, mask=inner, other=0.0)
+        right = tl.load(knots + knot + 1, mask=inner, other=1.0)
+        low = tl.load(knots + num_knots + knot, mask=inner, other=0.0)
+        high_ = tl.load(knots + num_knots + knot + 1, mask=inner, other=0.0)
+        passed = tl.minimum(tl.maximum(sure - left, 0.0), right - left)
+        rise = tl.where(inner, passed / (right - left) * (high_ - low), 0.0)
+        sure = tl.load(knots + num_knots) + tl.sum(rise, axis=0)
+    wanted = token.to(tl.int64)
+    if TARGETED:
+        wanted = tl.load(targets + row)
+    nats = peak + tl.log(total) - tl.load(logits + row * stride + wanted).to(tl.float32)
+    tl.store(said + row, token.to(tl.float32))
+    tl.store(said + rows + row, sure)
+    tl.store(said + 2 * rows + row, nats)

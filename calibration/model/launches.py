@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from calibration.model.kernels import attend_kernel, gate_kernel, merge_kernel, store_kernel
+from calibration.model.kernels import (
+    attend_kernel,
+    gate_kernel,
+    merge_kernel,
+    store_kernel,
+    tell_kernel,
+)
 
 try:
     import triton
@@ -29,6 +35,7 @@ PROGRAMS_PER_PROCESSOR: Final = 2
 """Programs that keep a multiprocessor's memory busy."""
 
 GATE_BLOCK: Final = 1024
+_TELL_BLOCK: Final = 4096
 _LOG2_E: Final = 1.4426950408889634
 
 
@@ -48,6 +55,7 @@ def compiled() -> dict[str, Any]:
         (attend_kernel, ["places_stride", "place_tokens"], ["positions", "places"]),
         (merge_kernel, [], []),
         (gate_kernel, [], []),
+        (tell_kernel, ["num_knots"], ["targets"]),
     ]
     return {
         kernel.__name__: triton.jit(
@@ -182,6 +190,28 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
         num_warps=4,
     )
     return output
+
+
+def tell(logits: Tensor, targets: Tensor | None, knots: Tensor | None) -> Tensor:
+    """What logits [N, vocab] say: [3, N] of token, confidence, and the nats of a token.
+
+    Confidence is the largest softmax probability, through the piecewise linear map of `knots`
+    [2, K] where they are given. The nats are those of `targets` [N], or of the token itself.
+    """
+    rows, vocab = logits.shape
+    said = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
+    count = 0 if knots is None else knots.shape[1]
+    _launch(
+        tell_kernel,
+        (rows,),
+        *(logits, said if targets is None else targets, said if knots is None else knots, said),
+        *(logits.stride(0), vocab, count),
+        TARGETED=targets is not None,
+        KNOTS=0 if knots is None else power_of_two(count),
+        BLOCK=_TELL_BLOCK,
+        num_warps=8,
+    )
+    return said
 
 
 def project(hidden: Tensor, modules: Sequence[nn.Linear]) -> list[Tensor]:

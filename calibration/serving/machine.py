@@ -44,6 +44,7 @@ class ModelMachine:
         self._order: list[Row] = []
         self._wanted: list[int] = []
         self._targets: list[int] = []
+        self._targets_there: Tensor | None = None
 
     @property
     def max_rows(self) -> int:
@@ -94,12 +95,11 @@ class ModelMachine:
         """What the exit's head says of each row, fetched from the device at once."""
         assert self._place is not None and self._hidden is not None
         logits = self.model.logits(self.decoder.last(self._place, self._hidden), level)
-        decided = self.model.decide(logits, level)
-        targets = None
-        if not self.free_running:
-            targets = to_device(np.asarray(self._targets, dtype=np.int64), logits.device)
-        nll = decided.nll(targets)
-        said = torch.stack([decided.tokens.double(), decided.confidence.double(), nll.double()])
+        if not self.free_running and self._targets_there is None:
+            # The same at every exit of an iteration.
+            targets = np.asarray(self._targets, dtype=np.int64)
+            self._targets_there = to_device(targets, logits.device)
+        said = self.model.tell(logits, level, self._targets_there)
         tokens, confidences, nlls = said.cpu().tolist()
         readings = [
             Reading(int(token), min(1.0, max(0.0, confidence)), max(0.0, one))
@@ -208,6 +208,7 @@ class ModelMachine:
         self._order = list(order)
         places = {row: place for place, row in enumerate(order)}
         self._wanted = [places[row] for row in wanted]
+        self._targets_there = None
         if self.free_running:
             return
         # A row that is done has no next token; any will do, since nobody reads it.

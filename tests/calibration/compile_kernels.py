@@ -19,8 +19,8 @@ from triton.compiler import ASTSource
 from calibration.model import launches
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-INTEGERS = {"addresses": "*i64", "positions": "*i64", "places": "*i64"}
-FLOATS = {"parts": "*fp32", "weights": "*fp32"}
+INTEGERS = {"addresses": "*i64", "positions": "*i64", "places": "*i64", "targets": "*i64"}
+FLOATS = {"parts": "*fp32", "weights": "*fp32", "knots": "*fp32", "said": "*fp32"}
 
 
 def variants():
@@ -36,6 +36,7 @@ def variants():
             yield "attend_kernel", sizes | blocks | found, 4
     yield "merge_kernel", {"HEAD_DIM": 128, "LANES": 128, "SPLITS": 32}, 4
     yield "gate_kernel", {"BLOCK": 1024}, 4
+    yield "tell_kernel", {"TARGETED": True, "KNOTS": 4, "BLOCK": 4096}, 8
 
 
 def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
@@ -48,7 +49,7 @@ def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
             kind = "constexpr"
         elif argument == "scale":
             kind = "fp32"
-        elif argument.endswith(("stride", "width", "place_tokens")):
+        elif argument.endswith(("stride", "width", "place_tokens", "vocab", "num_knots")):
             kind = "i32"
         elif argument == "output" and fixed.get("SPLIT"):
             kind = "*fp32"

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
 from calibration.measuring.floors import count_launches
 from calibration.model import fused, launches
+from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.fused import Fusion, choose, self_test
@@ -130,6 +131,31 @@ def test_decoding_through_them_gives_the_stock_tokens(family, pool, tmp_path):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_a_head_says_is_what_torch_says_of_its_logits(dtype):
+    assert fused.telling_self_test(torch.device("cpu"), dtype) < 1e-4
+
+
+@interpreted
+@pytest.mark.parametrize("maps", [{}, {"all": {2: PiecewiseLinear((0.02, 0.05), (0.1, 0.9))}}])
+def test_a_model_says_the_same_through_it(maps, monkeypatch):
+    model = model_of("llama")
+    model.confidence = Confidence(maps=maps)
+    logits = model.logits(torch.randn(3, 64), 1)
+    targets = torch.tensor([5, 200, 0])
+    stock = model.tell(logits, 1, targets)
+    monkeypatch.setattr(fused, "choose_telling", lambda device, dtype: OURS)
+    ours = model.tell(logits, 1, targets)
+    torch.testing.assert_close(ours.double(), stock, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.tell(logits, 1)[0].double(), stock[0])
+
+
+def test_a_processor_says_it_in_torchs_steps():
+    found = fused.choose_telling(torch.device("cpu"), torch.float32)
+    assert found == Fusion(False, "our kernels need a CUDA GPU and the logits are on cpu")
+
+
+@interpreted
 @pytest.mark.parametrize("family", ["llama-gqa", "opt"])
 def test_captured_they_give_the_same_tokens_from_one_bucket_of_contexts(family):
     model = model_of(family)
@@ -224,7 +250,7 @@ def test_kernels_compile_for_a_gpu_and_keep_to_its_registers(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     found = [line.split()[:4] for line in ran.stdout.splitlines()]
-    assert len(found) == 18
+    assert len(found) == 19
     for name, registers, stack, shared in found:
         # What finds no register goes to memory, on a stack; 227 KiB are shared on a multiprocessor.
         assert int(stack) == 0, name
@@ -264,3 +290,4 @@ def test_on_a_gpu_they_are_compiled_and_agree(heads, kv_heads, head_dim, is_page
         flash = fused.find_flash()
         assert not isinstance(flash, str), flash
         assert fused.flash_self_test(flash, where, heads, is_paged) < fused.TOLERANCE
+        assert fused.telling_self_test(where.device, dtype) < fused.TOLERANCE
