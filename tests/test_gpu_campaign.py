@@ -21,6 +21,7 @@ from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES as STUDIED
 from reports.gpu import cli
 from reports.gpu.campaign import STEPS_FILE, Call, Campaign, Step, Try, chosen
+from reports.gpu.forked import children_can
 from reports.gpu.packages import how_to_install, missing
 from reports.gpu.packing import MANIFEST, MOST_FILES, pack, unpack
 from reports.gpu.steps import CASES, CUDA_TESTS, PRESETS, steps_of, study_size
@@ -155,6 +156,22 @@ def test_a_module_is_a_child_that_ends_as_its_own_process_would(tmp_path: Path) 
     assert "what it says" in said["worded"]
     assert "ValueError: what went wrong" in said["broken"]
     assert "exported" in said["slow"]
+
+
+def test_without_children_a_module_is_a_process_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "a_step.py").write_text(MODULE)
+    step = of_module("plain", "none")
+    assert verdicts(run(tmp_path, step, forks=False)) == {"plain": "done"}
+    assert "['none'] 1 True __main__" in (tmp_path / "logs/01-plain.log").read_text()
+
+
+def test_what_children_can_is_asked_of_one() -> None:
+    def fails() -> None:
+        raise RuntimeError("initialization error")
+
+    assert children_can(lambda: None)
+    assert not children_can(fails)
+    assert not children_can(lambda: time.sleep(60), limit_s=0.2)
 
 
 def _runs(pid: int) -> bool:

@@ -105,10 +105,11 @@ class Campaign:
         margin_s: float = 0.0,
         grace_s: float = GRACE_S,
         say: Callable[[str], None] = print,
+        forks: bool = True,
     ) -> None:
         self.steps, self.out, self.budget_s = steps, out.resolve(), budget_s
         self.ends_s = (time.monotonic() if began_s is None else began_s) + budget_s - margin_s
-        self.grace_s, self.say = grace_s, say
+        self.grace_s, self.say, self.forks = grace_s, say, forks
         self.order = [step.name for step in steps]
         self.tries = self._earlier_tries()
         self.ran: set[str] = set()
@@ -207,7 +208,7 @@ class Campaign:
         verdict, reason, interruption = "failed", "", None
         with log.open("ab") as file:
             file.write(f"$ {shlex.join(words)}\n".encode())
-            process = _begun(words)
+            process = _begun(words, self.forks)
             assert process.stdout is not None
             tee = threading.Thread(target=_tee, args=(process.stdout, file), daemon=True)
             tee.start()
@@ -264,9 +265,9 @@ class Campaign:
 Process = subprocess.Popen[bytes] | Child
 
 
-def _begun(words: Sequence[str]) -> Process:
+def _begun(words: Sequence[str], forks: bool) -> Process:
     """A command whose output is to be read; a module is a child, which begins sooner."""
-    if list(words[:2]) == [sys.executable, "-m"]:
+    if forks and list(words[:2]) == [sys.executable, "-m"]:
         return Child(words[2], words[3:], ROOT, _environment())
     return _started(words, subprocess.PIPE)
 

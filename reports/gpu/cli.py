@@ -17,7 +17,7 @@ from helios_sim.command import Interrupted, run_app
 from helios_sim.errors import InputError
 from helios_sim.terminal import FittedTable
 from reports.gpu.campaign import Campaign, Step, Try, chosen
-from reports.gpu.forked import import_ahead
+from reports.gpu.forked import children_can, import_ahead
 from reports.gpu.packing import pack, unpack
 from reports.gpu.steps import PRESETS, steps_of
 
@@ -63,8 +63,12 @@ def campaign(
     wanted = chosen(steps, only or (), skip or ())
     budget_s, margin_s = _budget(budget, wanted, pack_into is not None)
     _require(device)
-    run = Campaign(steps, out, budget_s, began_s=_began_s, margin_s=margin_s, say=typer.echo)
     import_ahead()
+    forks = device != "cuda" or children_can(_use_gpu)
+    if not forks:
+        typer.echo("Steps begin on their own: a child of this process cannot use the GPU.")
+    times = {"began_s": _began_s, "margin_s": margin_s}
+    run = Campaign(steps, out, budget_s, **times, say=typer.echo, forks=forks)
     interrupted = False
     try:
         run.run(wanted)
@@ -114,6 +118,13 @@ def _require(device: str) -> None:
         "install a torch that fits the machine's driver.",
         "--device",
     )
+
+
+def _use_gpu() -> None:
+    """Raise where this process cannot use the GPU."""
+    import torch
+
+    torch.zeros(1, device="cuda").item()
 
 
 def table(results: Sequence[Try]) -> FittedTable:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -43,6 +44,40 @@ def import_ahead() -> None:
             importlib.import_module(name)
 
 
+def _fork() -> int:
+    """Fork, whatever threads there are: those of imports wait for work and hold nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def children_can(work: Callable[[], object], limit_s: float = 60.0) -> bool:
+    """Whether a child of this process can do some work, such as using the GPU.
+
+    An import may have begun to use it, after which no child can.
+    """
+    pid = _fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # Whatever it is, it cannot.
+            code = 1
+        finally:
+            os._exit(code)
+    end_s = time.monotonic() + limit_s
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status) == 0
+        if time.monotonic() > end_s:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return False
+        time.sleep(_POLL_S)
+
+
 class Child:
     """A module that runs as `python -m` would run it, in a child of this process.
 
@@ -57,7 +92,7 @@ class Child:
         read, write = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
+        self.pid = _fork()
         if self.pid == 0:
             os.close(read)
             _become(module, arguments, folder, environment, write)
