@@ -444,8 +444,8 @@ def _time_per_layer(device: torch.device) -> str:
         captured = bench.capture_graphs()
         if isinstance(captured, str):
             raise Disagreement(captured)
-        launches = bench.launches_per_layer()
         for rows in LAYER_ROWS:
+            launches = bench.launches_per_layer(rows, LAYER_CONTEXT)
             load = (rows, LAYER_CONTEXT, LAYER_CONTEXT)
             job = Job("decode_layers", model.name, "graph", (2, 4), *load)
             two, four = (reading.seconds or 0.0 for reading in bench.time(job))

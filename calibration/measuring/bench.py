@@ -324,13 +324,13 @@ class Bench:
             return self._kv_fill(job, depth)
         return self._decode(job, depth)
 
-    def launches_per_layer(self) -> int:
-        """Operators that one decode layer launches, views left out.
+    def launches_per_layer(self, rows: int = 1, context_tokens: int = 2) -> int:
+        """Operators that one decode layer launches at a load, views left out.
 
         What an iteration does once for all its layers is in the first of two as well.
         """
         decoder = self.decoders["eager"]
-        load = self._load(Job("decode_layers", batch=1, context_tokens=2))
+        load = self._load(Job("decode_layers", batch=rows, context_tokens=context_tokens))
         first, both = (self._segments(decoder, load, [(0, last)]) for last in (1, 2))
         if self.depths[-1] == 1:
             return count_launches(first)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -271,11 +272,9 @@ class Decoder:
             subsets=subsets,
             on_demand=on_demand,
         )
-        # What is made during a capture belongs to the graph, and others would read it unwritten.
-        self.rotary()
         try:
             self.graphs = graphs.DecodeGraphs(
-                self.model, self.pool, self.decode_attend, settings, recorder
+                self.model, self.pool, self._decode_attend(), settings, recorder
             )
         except graphs.CaptureError as error:
             self.graphs_off_reason = f"capturing failed: {error}"
@@ -323,28 +322,20 @@ class Decoder:
             place.attend = self._new_attend(place)
         return place.attend
 
-    def decode_attend(
-        self, addresses: Tensor, positions: Tensor, located: Tensor | None, context_tokens: int
-    ) -> Attend:
-        """Attention of one token a row at `positions` [N], whose rows `located` finds.
+    def _decode_attend(self) -> graphs.DecodeAttends:
+        """What makes the attention of one token a row, as graphs may keep it.
 
-        `context_tokens` bounds what any of the rows holds.
+        It holds the pool and not the decoder: graphs that held what holds them would outlive both
+        while the garbage collector is kept out. Rotary tables are made here: what is made during a
+        capture belongs to the graph, and others would read it unwritten.
         """
-        pool = self.pool
-        if self.fusion.usable:
-            return fused.FusedAttend(
-                *(pool, addresses, positions, located, context_tokens),
-                *(self.rotary(), self.fusion.processors),
-            )
-        if self.choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
-            return varlen.decode_attend(self.choice.varlen, pool, addresses, positions, located)
-        return DecodeAttend(pool, addresses, positions, located, context_tokens)
+        return partial(decode_attend, self.pool, self.fusion, self.choice, self.rotary())
 
     def _new_attend(self, place: Place) -> Attend:
         pool, host = self.pool, place.located_host
         located = None if host is None else to_device(host, pool.dims.device)
         if place.is_decode:
-            return self.decode_attend(
+            return self._decode_attend()(
                 place.addresses, place.positions, located, place.context_tokens
             )
         if self.fusion.usable and self.fusion.flash is not None:
@@ -375,6 +366,29 @@ class Decoder:
                 spans.append(Span(begin, count, False, located, width, mask))
             begin += count
         return spans
+
+
+def decode_attend(
+    pool: Pool,
+    fusion: fused.Fusion,
+    choice: varlen.Choice,
+    rotary: launches.Rotary | None,
+    addresses: Tensor,
+    positions: Tensor,
+    located: Tensor | None,
+    context_tokens: int,
+) -> Attend:
+    """Attention of one token a row at `positions` [N], whose rows `located` finds in the pool.
+
+    `context_tokens` bounds what any of the rows holds.
+    """
+    if fusion.usable:
+        return fused.FusedAttend(
+            pool, addresses, positions, located, context_tokens, rotary, fusion.processors
+        )
+    if choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
+        return varlen.decode_attend(choice.varlen, pool, addresses, positions, located)
+    return DecodeAttend(pool, addresses, positions, located, context_tokens)
 
 
 def slot_pool(

@@ -28,6 +28,7 @@ from calibration.model.attention import DecodeAttend, ExtendAttend, PoolWriter, 
 from calibration.model.confidence import PiecewiseLinear, confidence_of
 from calibration.model.kv import Indices, KvDims, PagedPool, Pool, SlotPool, to_device
 from calibration.model.launches import GATE_BLOCK, MOST_SPLITS, Rotary, gated, splits_for
+from helios_sim.errors import InputError
 
 TOLERANCE: Final = 2e-2
 """Relative distance from the stock steps: 16 bits and another order of sums."""
@@ -246,16 +247,22 @@ def choose(pool: Pool, num_heads: int) -> Fusion:
         return Fusion(False, f"{_SUBJECT} are for 16-bit types and the pool holds {dims.dtype}")
     if not launches.can_compile():
         return Fusion(False, f"{_SUBJECT} need Triton, which is not installed")
-    return _tested(dims, num_heads, isinstance(pool, PagedPool))
+    try:
+        return _tested(dims, num_heads, isinstance(pool, PagedPool))
+    except (InputError, torch.OutOfMemoryError) as error:
+        # Another pool may find the room, so that this is not remembered.
+        return Fusion(False, f"{_SUBJECT} found no room for their self-test: {first_line(error)}")
 
 
 @lru_cache(maxsize=32)
 def _tested(dims: KvDims, num_heads: int, is_paged: bool) -> Fusion:
     try:
         off = self_test(dims, num_heads, is_paged)
+    except (InputError, torch.OutOfMemoryError):
+        raise
     except Exception as failure:  # Whatever it raises, they cannot be used.
-        first = (str(failure) or type(failure).__name__).splitlines()[0]
-        return Fusion(False, f"{_SUBJECT} failed their self-test: {first}", failed=True)
+        why = f"{_SUBJECT} failed their self-test: {first_line(failure)}"
+        return Fusion(False, why, failed=True)
     if not off <= TOLERANCE:
         why = f"{_SUBJECT} failed their self-test: they are off by {off:.3g}"
         return Fusion(False, why, failed=True)
@@ -273,8 +280,7 @@ def _tested_flash(dims: KvDims, num_heads: int, is_paged: bool) -> tuple[Flash |
     try:
         off = flash_self_test(found, dims, num_heads, is_paged)
     except Exception as failure:  # Whatever it raises, it cannot be used.
-        first = (str(failure) or type(failure).__name__).splitlines()[0]
-        return None, f"flash attention failed its self-test: {first}"
+        return None, f"flash attention failed its self-test: {first_line(failure)}"
     if not off <= TOLERANCE:
         return None, f"flash attention failed its self-test: it is off by {off:.3g}"
     return found, f"flash attention passed its self-test: within {off:.1e} of SDPA"
@@ -316,8 +322,8 @@ def choose_telling(device: torch.device, dtype: torch.dtype) -> Fusion:
     try:
         off = telling_self_test(device, dtype)
     except Exception as failure:  # Whatever it raises, it cannot be used.
-        first = (str(failure) or type(failure).__name__).splitlines()[0]
-        return Fusion(False, f"{_SUBJECT} failed their self-test: {first}", failed=True)
+        why = f"{_SUBJECT} failed their self-test: {first_line(failure)}"
+        return Fusion(False, why, failed=True)
     if not off <= TOLERANCE:
         why = f"{_SUBJECT} failed their self-test: they are off by {off:.3g}"
         return Fusion(False, why, failed=True)
@@ -430,6 +436,11 @@ def _stores(
             wanted = heads[0] if turning is None else asked
             errors.append(_distance(given.reshape(wanted.shape), wanted))
     return max(errors)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or what it is."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

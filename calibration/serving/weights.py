@@ -122,9 +122,7 @@ class CheckpointWeights:
         """
         for name in self.folders:
             model = self.whole(name)
-            decoder = Decoder(model, SlotPool(model.kv_dims, model.depth, 2, 32))
-            generate(decoder, [[0] * 8, [0] * 4], 4)
-            del decoder
+            self._run_once(model)
             if self._memory is not None:
                 self._reserve(model)
             model.unload()
@@ -135,6 +133,22 @@ class CheckpointWeights:
         for folder in self.folders.values():
             for file in sorted(folder.glob("*.safetensors")):
                 (_forget if from_disk else _read_through)(file)
+
+    def _run_once(self, model: EarlyExitLM) -> None:
+        """Decode a little over the kind of pool that serves, and ask every exit."""
+        pool: Pool = SlotPool(model.kv_dims, model.depth, 2, 32)
+        if self.settings.kv == "pages":
+            block_tokens = self.room.serving.block_tokens
+            blocks = 2 * -(-32 // block_tokens)
+            pool = PagedPool(model.kv_dims, model.depth, blocks, block_tokens, max_rows=2)
+        generate(Decoder(model, pool), [[0] * 8, [0] * 4], 4)
+        dims = model.kv_dims
+        hidden = torch.zeros((2, model.spec.shape.hidden), dtype=dims.dtype, device=dims.device)
+        targets = torch.zeros(2, dtype=torch.int64, device=dims.device)
+        for level in range(len(model.exit_layers)):
+            logits = model.logits(hidden, level)
+            for wanted in (None, targets):
+                model.tell(logits, level, wanted).cpu()
 
     def _reserve(self, model: EarlyExitLM) -> None:
         """Let the memory of KV caches grow to what any depth of a candidate needs."""

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -62,9 +63,9 @@ def campaign(
     steps = steps_of(device, preset)
     wanted = chosen(steps, only or (), skip or ())
     budget_s, margin_s = _budget(budget, wanted, pack_into is not None)
-    _require(device)
+    meters = _require(device)
     import_ahead()
-    forks = device != "cuda" or children_can(_use_gpu)
+    forks = device != "cuda" or children_can(partial(_use_gpu, meters))
     if not forks:
         typer.echo("Steps begin on their own: a child of this process cannot use the GPU.")
     times = {"began_s": _began_s, "margin_s": margin_s}
@@ -99,19 +100,30 @@ def _budget(text: str, wanted: Sequence[Step], packs: bool) -> tuple[float, floa
     return budget_s, margin_s
 
 
-def _require(device: str) -> None:
-    """Raise `InputError` where the device cannot be had.
+_LOOK: Final = """
+import torch
+print(torch.cuda.is_available(), torch.version.cuda)
+try:
+    import pynvml
+    pynvml.nvmlInit()
+    print(pynvml.nvmlDeviceGetPowerUsage(pynvml.nvmlDeviceGetHandleByIndex(0)))
+except Exception:
+    pass
+"""
+
+
+def _require(device: str) -> bool:
+    """Raise `InputError` where the device cannot be had; whether its power can be read.
 
     Another process looks: one that has asked for a GPU hands none on to its children.
     """
     if device != "cuda":
-        return
-    asked = "import torch; print(torch.cuda.is_available(), torch.version.cuda or '')"
-    words = [sys.executable, "-c", asked]
+        return False
+    words = [sys.executable, "-c", _LOOK]
     found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
     if found[:1] == ["True"]:
-        return
-    built = found[1] if len(found) > 1 else ""
+        return len(found) > 2
+    built = found[1] if found[1:] not in ([], ["None"]) else ""
     why = f"torch is built for CUDA {built} and finds no device" if built else "it has no CUDA"
     raise InputError(
         f"CUDA is not available to this torch ({why}). Give --device cpu for a rehearsal, or "
@@ -120,11 +132,16 @@ def _require(device: str) -> None:
     )
 
 
-def _use_gpu() -> None:
-    """Raise where this process cannot use the GPU."""
+def _use_gpu(meters: bool) -> None:
+    """Raise where this process cannot use the GPU, or not read its power though that can be had."""
     import torch
 
     torch.zeros(1, device="cuda").item()
+    if meters:
+        import pynvml
+
+        pynvml.nvmlInit()
+        pynvml.nvmlDeviceGetPowerUsage(pynvml.nvmlDeviceGetHandleByIndex(0))
 
 
 def table(results: Sequence[Try]) -> FittedTable:

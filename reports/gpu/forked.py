@@ -47,7 +47,8 @@ def import_ahead() -> None:
 def _fork() -> int:
     """Fork, whatever threads there are: those of imports wait for work and hold nothing."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        for kind in (DeprecationWarning, RuntimeWarning):
+            warnings.simplefilter("ignore", kind)
         return os.fork()
 
 

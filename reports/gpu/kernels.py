@@ -22,7 +22,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from calibration.measuring.floors import count_launches, time_copy, time_launches
 from calibration.measuring.timing import Captured, capture, timed, timer_for
-from calibration.model.attention import Attend, DecodeAttend
+from calibration.model.attention import DecodeAttend
 from calibration.model.decode import Decoder, slot_pool
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.fused import FusedAttend, Fusion
@@ -35,6 +35,9 @@ from helios_sim.model import ModelShape
 LAYERS: Final = 4
 LOADS: Final = ((1, 128), (1, 2048), (16, 512), (64, 128), (64, 1024))
 """Rows and the tokens that each of them holds."""
+
+CACHE_BYTES: Final = 2e8
+"""More than a GPU's cache holds."""
 
 BEST_SHOWN: Final = 8
 SAMPLES: Final = 5
@@ -120,6 +123,8 @@ def layer_at(
         decoder = Decoder(model, pool)
         if way == "stock":
             decoder.fusion = Fusion(False, "left out")
+        elif not decoder.fusion.usable:
+            said.append(f"ours is stock, since {decoder.fusion.reason}")
         run = layers_of(decoder)
         run(LAYERS)
         launches = count_launches(partial(run, 2)) - count_launches(partial(run, 1))
@@ -140,9 +145,12 @@ def kernels_of(work: Callable[[], object]) -> list[str]:
     """The kernels of some layers by the microseconds that a layer spends in them."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        work()
-        torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            work()
+            torch.cuda.synchronize()
+    except Exception as error:  # Without its kernels a layer's time is still worth its line.
+        return [f"    no kernels: {type(error).__name__}: {str(error).splitlines()[:1]}"]
     spent: Counter[str] = Counter()
     counted: Counter[str] = Counter()
     for event in profiled.events() or ():
@@ -165,9 +173,12 @@ def attention(bench: Bench) -> Iterator[str]:
 
 
 def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int) -> str:
-    """One load in several ways, in microseconds; * marks the division that is used."""
-    # Several layers in turns, so that it is memory that is read.
-    pool = SlotPool(dims, LAYERS, rows, 2048)
+    """One load in several ways, in microseconds; * marks the division that is used.
+
+    Layers are read in turns, so that it is memory that is read, but for the smallest loads.
+    """
+    layers = min(64, max(LAYERS, int(CACHE_BYTES / (rows * context * dims.bytes_per_token_layer))))
+    pool = SlotPool(dims, layers, rows, 2048)
     for store in (*pool.keys, *pool.values):
         store.normal_()
     query = torch.randn(1, heads, rows, dims.head_dim, device=bench.device).to(dims.dtype)
@@ -175,25 +186,29 @@ def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int
     scale = dims.head_dim**-0.5
     turn = count()
 
-    def attending(made: Attend) -> Callable[[], Tensor]:
-        return lambda: made.attend(query, query, query, next(turn) % LAYERS, scale)
+    tokens = query[0].transpose(0, 1).reshape(rows, heads * dims.head_dim)
+    masked = DecodeAttend(pool, ends, ends, None, context)
+
+    def reading(made: FusedAttend) -> Callable[[], Tensor]:
+        return lambda: made.read(tokens, next(turn) % layers, scale)
 
     def unmasked() -> Tensor:
-        key, value = pool.gather(next(turn) % LAYERS, None, rows, context)
+        key, value = pool.gather(next(turn) % layers, None, rows, context)
         asked = query[0].transpose(0, 1)[:, :, None]
         return scaled_dot_product_attention(asked, key, value, scale=scale, enable_gqa=True)
 
     processors = torch.cuda.get_device_properties(bench.device).multi_processor_count
     usual = splits_for(rows, dims.kv_heads, context, processors)
-    ways = {
-        "masked": attending(DecodeAttend(pool, ends, ends, None, context)),
+    ways: dict[str, Callable[[], Tensor]] = {
+        "masked": lambda: masked.attend(query, query, query, next(turn) % layers, scale),
         "unmasked": unmasked,
     }
     for splits in sorted({1, max(1, usual // 2), usual, min(32, 2 * usual)}):
         made = FusedAttend(pool, ends, ends, None, context, None, processors)
         made.splits = splits
-        ways[f"ours in {splits}{'*' if splits == usual else ''}"] = attending(made)
-    cells = [f"{way} {bench.microseconds(work, 8)}" for way, work in ways.items()]
+        ways[f"ours in {splits}{'*' if splits == usual else ''}"] = reading(made)
+    times = max(8, layers)
+    cells = [f"{way} {bench.microseconds(work, times)}" for way, work in ways.items()]
     floor_s = rows * context * dims.bytes_per_token_layer / bench.bytes_per_s
     return f"{', '.join(cells)}; bytes {floor_s * 1e6:.1f}"
 
@@ -221,7 +236,8 @@ def product_at(bench: Bench, wide: int, deep: int, rows: int) -> str:
         return torch.randn(shape, device=bench.device).to(torch.bfloat16)
 
     # As many weights as no cache holds, in turns.
-    weights = cycle([random(wide, deep) for _ in range(max(2, int(1e8 / (wide * deep))))])
+    number = max(2, int(CACHE_BYTES / (2 * wide * deep)))
+    weights = cycle([random(wide, deep) for _ in range(number)])
     given, residual, bias = random(rows, deep), random(rows, wide), random(wide)
     ways: dict[str, Callable[[], Tensor]] = {
         "alone": lambda: linear(given, next(weights)),
@@ -229,7 +245,8 @@ def product_at(bench: Bench, wide: int, deep: int, rows: int) -> str:
         "added": lambda: residual.addmm_(given, next(weights).t()),
         "then added": lambda: residual.add_(linear(given, next(weights))),
     }
-    cells = [f"{way} {bench.microseconds(work, 12)}" for way, work in ways.items()]
+    times = max(8, number)
+    cells = [f"{way} {bench.microseconds(work, times)}" for way, work in ways.items()]
     return f"{', '.join(cells)}; bytes {2e6 * wide * deep / bench.bytes_per_s:.1f}"
 
 

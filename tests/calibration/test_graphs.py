@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from calibration.model.graphs import (
     context_buckets,
     warm_loads,
 )
+from helios_sim.garbage import uncollected
 from tests.calibration import tiny
 
 
@@ -65,6 +67,17 @@ def capture(decoder, **changes):
     settings = {"batch_buckets": (1, 2, 4), "max_context": 48, "recorder": recorder, **changes}
     assert decoder.use_graphs(**settings)
     return recorder
+
+
+def test_graphs_go_with_their_decoder_though_nothing_is_collected():
+    decoder = decoder_of()
+    # A graph of CUDA's keeps its output and nothing of what made it.
+    kept = SimpleNamespace(record=lambda body, warm_ups: SimpleNamespace(output=body()))
+    assert decoder.use_graphs((2,), 48, recorder=kept)
+    pool = weakref.ref(decoder.pool)
+    with uncollected():
+        del decoder
+        assert pool() is None
 
 
 def test_batch_buckets_are_narrow_where_it_matters_and_end_with_the_largest():

@@ -116,10 +116,11 @@ def test_nothing_the_doctor_looks_at_fails(gpu: Gpu, monkeypatch: pytest.MonkeyP
 def test_where_a_layer_spends_its_time_is_told(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "shapes", lambda: {"small": doctor.SHAPES["llama"]})
     monkeypatch.setattr(kernels, "LOADS", ((2, 64),))
-    # No profiler looks into a pretended device.
-    monkeypatch.setattr(kernels, "kernels_of", lambda work: [])
+    monkeypatch.setattr(kernels, "CACHE_BYTES", 1e5)
     bench = kernels.Bench()
-    (layer,) = kernels.layers(bench)
+    # No profiler looks into a pretended device.
+    layer, profiled = kernels.layers(bench)
+    assert profiled.startswith("    no kernels: ")
     assert layer.startswith("small 2 x 64: stock ") and layer.count("of the floor") == 2
     (attended,) = kernels.attention(bench)
     assert "masked " in attended and "ours in 1* " in attended
