@@ -12,7 +12,7 @@ before first use.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -29,6 +29,9 @@ from calibration.model.confidence import PiecewiseLinear, confidence_of
 from calibration.model.kv import Indices, KvDims, PagedPool, Pool, SlotPool, to_device
 from calibration.model.launches import GATE_BLOCK, MOST_SPLITS, Rotary, gated, splits_for
 from helios_sim.errors import InputError
+
+EVERY_DIVISION: Final = tuple(1 << power for power in range(MOST_SPLITS.bit_length()))
+"""Shares that a row may be divided into."""
 
 TOLERANCE: Final = 2e-2
 """Relative distance from the stock steps: 16 bits and another order of sums."""
@@ -357,7 +360,9 @@ def telling_self_test(device: torch.device, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def self_test(dims: KvDims, num_heads: int, is_paged: bool) -> float:
+def self_test(
+    dims: KvDims, num_heads: int, is_paged: bool, divisions: Sequence[int] = EVERY_DIVISION
+) -> float:
     """Largest relative distance of any kernel from the stock steps, in every division into shares.
 
     Every variant is compiled by this, so that none is while a graph is captured.
@@ -379,7 +384,7 @@ def self_test(dims: KvDims, num_heads: int, is_paged: bool) -> float:
         stock = DecodeAttend(pool, addresses, positions, located, context)
         expected = stock.attend(query, query, query, 0, head_dim**-0.5)
         ours = FusedAttend(pool, addresses, positions, located, context, None, 1)
-        for splits in (1 << power for power in range(MOST_SPLITS.bit_length())):
+        for splits in divisions:
             ours.splits = splits
             errors.append(_distance(ours.attend(query, query, query, 0, head_dim**-0.5), expected))
     errors.append(_stores(pool, addresses, positions, width, random))

@@ -58,11 +58,20 @@ def dims(kv_heads: int, head_dim: int, dtype=torch.float32, device="cpu") -> KvD
 
 
 @interpreted
-@pytest.mark.parametrize("is_paged", [False, True])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 16), (4, 1, 24), (6, 2, 32)])
-def test_every_kernel_agrees_with_the_stock_steps(heads, kv_heads, head_dim, is_paged):
-    assert self_test(dims(kv_heads, head_dim), heads, is_paged) < 1e-5
-    assert self_test(dims(kv_heads, head_dim, torch.float16), heads, is_paged) < 2e-3
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "is_paged", "dtype", "allowed"),
+    [
+        (2, 2, 16, False, torch.float16, 2e-3),
+        (2, 2, 16, True, torch.float32, 1e-5),
+        (6, 2, 24, False, torch.float32, 1e-5),
+        (4, 1, 32, True, torch.float16, 2e-3),
+    ],
+)
+def test_every_kernel_agrees_with_the_stock_steps(
+    heads, kv_heads, head_dim, is_paged, dtype, allowed
+):
+    # A row whole, divided, and divided so often that some shares are empty.
+    assert self_test(dims(kv_heads, head_dim, dtype), heads, is_paged, (1, 2, 8)) < allowed
 
 
 @interpreted
@@ -75,7 +84,7 @@ def test_the_self_test_finds_a_kernel_that_reads_one_token_too_many(monkeypatch)
             query, keys, values, positions + 1, *rest
         ),
     )
-    assert self_test(dims(2, 16), 2, False) > fused.TOLERANCE
+    assert self_test(dims(1, 16), 1, False, (2,)) > fused.TOLERANCE
 
 
 @pytest.mark.parametrize("is_paged", [False, True])
@@ -122,12 +131,12 @@ def model_of(family: str, tmp_path=None):
 @pytest.mark.parametrize("family", [*FUSIBLE, "opt-post-norm"])
 def test_decoding_through_them_gives_the_stock_tokens(family, pool, tmp_path):
     model = model_of(family, tmp_path)
-    prompts = [tiny.prompt(length, seed) for seed, length in enumerate((5, 17, 9))]
-    expected = [tiny.stock_tokens(model.backbone.model, ids, 6) for ids in prompts]
+    prompts = [tiny.prompt(length, seed) for seed, length in enumerate((5, 17))]
+    expected = [tiny.stock_tokens(model.backbone.model, ids, 4) for ids in prompts]
     made = slot_pool(model, 3, 64) if pool == "slots" else paged_pool(model, 24, 8)
     decoder = Decoder(model, made)
     decoder.fusion = OURS
-    assert generate(decoder, prompts, 6) == expected
+    assert generate(decoder, prompts, 4) == expected
 
 
 @interpreted
