@@ -98,7 +98,7 @@ class Decoder:
         self.pool = pool
         self.num_heads = int(model.backbone.config.num_attention_heads)
         self.fusion = fused.choose(pool, self.num_heads)
-        """Whether one token a row takes our kernels, and why."""
+        """Whether our kernels are used, and why."""
         self.choice = varlen.choose(pool, self.num_heads)
         """The attention over a paged pool of what our kernels do not take, and why."""
         self._rotary: launches.Rotary | None = None
@@ -329,7 +329,8 @@ class Decoder:
         while the garbage collector is kept out. Rotary tables are made here: what is made during a
         capture belongs to the graph, and others would read it unwritten.
         """
-        return partial(decode_attend, self.pool, self.fusion, self.choice, self.rotary())
+        rotary = self.rotary() if self.fusion.usable else None
+        return partial(decode_attend, self.pool, self.fusion, self.choice, rotary)
 
     def _new_attend(self, place: Place) -> Attend:
         pool, host = self.pool, place.located_host
