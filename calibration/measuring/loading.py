@@ -27,8 +27,9 @@ from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.host_copy import HostCopy
 
 PART_BYTES: Final = 128 * 2**20
-_DRAWN_ELEMENTS: Final = 2**22
 """Bytes of one part of a stand-in file: a layer of a model of one to two billion parameters."""
+
+_DRAWN_ELEMENTS: Final = 2**22
 
 CACHED: Final = "the file may have been in the system's cache"
 

@@ -163,13 +163,14 @@ class Decoder:
 
     def fill_place(self, place: Place, hidden: Tensor, first: int, last: int) -> None:
         """Fill the KV of skipped layers first..last-1 from the exit's states [N, hidden]."""
+        pool, addresses, positions = self.pool, place.addresses, place.positions
+        writer = (
+            fused.FusedWriter(pool, addresses, positions, self.rotary())
+            if self.fusion.usable
+            else PoolWriter(pool, addresses)
+        )
         with torch.no_grad():
-            writer = PoolWriter(self.pool, place.addresses)
-            if self.fusion.usable:
-                writer = fused.FusedWriter(
-                    self.pool, place.addresses, place.positions, self.rotary()
-                )
-            self.model.backbone.fill(hidden, place.positions, first, last, writer)
+            self.model.backbone.fill(hidden, positions, first, last, writer)
 
     def rotary(self) -> launches.Rotary | None:
         """Cosines and sines of all positions that a row of the pool may have."""

@@ -244,49 +244,61 @@ def find_flash() -> Flash | str:
 def choose(pool: Pool, num_heads: int) -> Fusion:
     """Whether to use our kernels over a pool, and why; tests them on the device first."""
     dims = pool.dims
-    if dims.device.type != "cuda":
-        return Fusion(False, f"{_SUBJECT} need a CUDA GPU and the pool is on {dims.device}")
-    if dims.dtype.itemsize != 2:
-        return Fusion(False, f"{_SUBJECT} are for 16-bit types and the pool holds {dims.dtype}")
+    return _chosen(dims.device, dims.dtype, lambda: _tested(dims, num_heads, _is_paged(pool)))
+
+
+def choose_telling(device: torch.device, dtype: torch.dtype) -> Fusion:
+    """Whether one kernel says what logits of a type say, and why; tests it on the device first."""
+    return _chosen(device, dtype, lambda: _tested_telling(device, dtype))
+
+
+def _chosen(device: torch.device, dtype: torch.dtype, tested: Callable[[], Fusion]) -> Fusion:
+    """What a test on the device says, or why there is none."""
+    if device.type != "cuda":
+        return Fusion(False, f"{_SUBJECT} need a CUDA GPU and this is {device}")
+    if dtype.itemsize != 2:
+        return Fusion(False, f"{_SUBJECT} are for 16-bit types and this is {dtype}")
     if not launches.can_compile():
         return Fusion(False, f"{_SUBJECT} need Triton, which is not installed")
     try:
-        return _tested(dims, num_heads, isinstance(pool, PagedPool))
+        return tested()
     except (InputError, torch.OutOfMemoryError) as error:
-        # Another pool may find the room, so that this is not remembered.
-        return Fusion(False, f"{_SUBJECT} found no room for their self-test: {first_line(error)}")
+        # Another time there may be room, so that this is not remembered.
+        return Fusion(False, f"{_SUBJECT} found no room for the self-test: {_first_line(error)}")
 
 
 @lru_cache(maxsize=32)
 def _tested(dims: KvDims, num_heads: int, is_paged: bool) -> Fusion:
+    passed, said = _verdict(_SUBJECT, lambda: self_test(dims, num_heads, is_paged))
+    if not passed:
+        return Fusion(False, said, failed=True)
+    processors = torch.cuda.get_device_properties(dims.device).multi_processor_count
+    flash = find_flash()
+    if isinstance(flash, str):
+        return Fusion(True, said, processors, None, flash)
+    works, flash_said = _verdict(
+        "flash attention", lambda: flash_self_test(flash, dims, num_heads, is_paged)
+    )
+    return Fusion(True, said, processors, flash if works else None, flash_said)
+
+
+@lru_cache(maxsize=8)
+def _tested_telling(device: torch.device, dtype: torch.dtype) -> Fusion:
+    passed, said = _verdict(_SUBJECT, lambda: telling_self_test(device, dtype))
+    return Fusion(passed, said, failed=not passed)
+
+
+def _verdict(subject: str, test: Callable[[], float]) -> tuple[bool, str]:
+    """Whether a self-test is passed, and a clause about it; what lacks room is not judged."""
     try:
-        off = self_test(dims, num_heads, is_paged)
+        off = test()
     except (InputError, torch.OutOfMemoryError):
         raise
-    except Exception as failure:  # Whatever it raises, they cannot be used.
-        why = f"{_SUBJECT} failed their self-test: {first_line(failure)}"
-        return Fusion(False, why, failed=True)
-    if not off <= TOLERANCE:
-        why = f"{_SUBJECT} failed their self-test: they are off by {off:.3g}"
-        return Fusion(False, why, failed=True)
-    processors = torch.cuda.get_device_properties(dims.device).multi_processor_count
-    reason = f"{_SUBJECT} passed their self-test: within {off:.1e} of the stock steps"
-    flash, flash_reason = _tested_flash(dims, num_heads, is_paged)
-    return Fusion(True, reason, processors, flash, flash_reason)
-
-
-def _tested_flash(dims: KvDims, num_heads: int, is_paged: bool) -> tuple[Flash | None, str]:
-    """Torch's flash attention where it agrees with SDPA here, and why."""
-    found = find_flash()
-    if isinstance(found, str):
-        return None, found
-    try:
-        off = flash_self_test(found, dims, num_heads, is_paged)
     except Exception as failure:  # Whatever it raises, it cannot be used.
-        return None, f"flash attention failed its self-test: {first_line(failure)}"
+        return False, f"{subject} failed the self-test: {_first_line(failure)}"
     if not off <= TOLERANCE:
-        return None, f"flash attention failed its self-test: it is off by {off:.3g}"
-    return found, f"flash attention passed its self-test: within {off:.1e} of SDPA"
+        return False, f"{subject} failed the self-test: off by {off:.3g}"
+    return True, f"{subject} passed the self-test: within {off:.1e} of the stock steps"
 
 
 @torch.no_grad()
@@ -311,26 +323,6 @@ def flash_self_test(flash: Flash, dims: KvDims, num_heads: int, is_paged: bool) 
     scaling = dims.head_dim**-0.5
     expected = ExtendAttend(pool, nowhere, spans).attend(query, query, query, 0, scaling)
     return _distance(ours.attend(query, query, query, 0, scaling), expected)
-
-
-@lru_cache(maxsize=8)
-def choose_telling(device: torch.device, dtype: torch.dtype) -> Fusion:
-    """Whether one kernel says what logits of a type say, and why; tests it on the device first."""
-    if device.type != "cuda":
-        return Fusion(False, f"{_SUBJECT} need a CUDA GPU and the logits are on {device}")
-    if dtype.itemsize != 2:
-        return Fusion(False, f"{_SUBJECT} are for 16-bit types and the logits are {dtype}")
-    if not launches.can_compile():
-        return Fusion(False, f"{_SUBJECT} need Triton, which is not installed")
-    try:
-        off = telling_self_test(device, dtype)
-    except Exception as failure:  # Whatever it raises, it cannot be used.
-        why = f"{_SUBJECT} failed their self-test: {first_line(failure)}"
-        return Fusion(False, why, failed=True)
-    if not off <= TOLERANCE:
-        why = f"{_SUBJECT} failed their self-test: they are off by {off:.3g}"
-        return Fusion(False, why, failed=True)
-    return Fusion(True, f"{_SUBJECT} passed their self-test: what heads say is within {off:.1e}")
 
 
 @torch.no_grad()
@@ -443,7 +435,11 @@ def _stores(
     return max(errors)
 
 
-def first_line(error: BaseException) -> str:
+def _is_paged(pool: Pool) -> bool:
+    return isinstance(pool, PagedPool)
+
+
+def _first_line(error: BaseException) -> str:
     """What an error says first, or what it is."""
     return (str(error) or type(error).__name__).splitlines()[0]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -75,4 +74,3 @@ def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
 if __name__ == "__main__":
     for name, fixed, warps in variants():
         print(compiled(name, fixed, warps), fixed)
-    sys.exit(0)

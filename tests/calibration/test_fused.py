@@ -161,7 +161,7 @@ def test_a_model_says_the_same_through_it(maps, monkeypatch):
 
 def test_a_processor_says_it_in_torchs_steps():
     found = fused.choose_telling(torch.device("cpu"), torch.float32)
-    assert found == Fusion(False, "our kernels need a CUDA GPU and the logits are on cpu")
+    assert found == Fusion(False, "our kernels need a CUDA GPU and this is cpu")
 
 
 @interpreted
@@ -284,7 +284,7 @@ def test_products_of_one_input_are_one_where_weights_lie_together(family, tmp_pa
 def test_a_processor_does_without_them():
     model = model_of("llama")
     assert choose(slot_pool(model, 2, 16), 4) == Fusion(
-        False, "our kernels need a CUDA GPU and the pool is on cpu"
+        False, "our kernels need a CUDA GPU and this is cpu"
     )
 
 

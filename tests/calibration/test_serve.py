@@ -17,6 +17,7 @@ from calibration.cli import main
 from calibration.measuring.board import Board, open_board
 from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
 from calibration.measuring.timing import Pace
+from calibration.model.early_exit import EarlyExitLM
 from calibration.serving.energy import RunEnergy
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.serve import ServeSettings, line_of, prepare, serve, threads_of
@@ -226,6 +227,28 @@ def test_free_running_feeds_a_model_its_own_tokens(place) -> None:
     tokens = pl.read_parquet(one.folder / "tokens.parquet")
     # The likelihood of a model's own most likely token is never below that of an even guess.
     assert (tokens["nll_nats"] <= math.log(256) + 1e-6).all()
+
+
+def test_every_exit_is_asked_before_the_clock_starts(place, monkeypatch) -> None:
+    asked = set()
+    tell = EarlyExitLM.tell
+
+    def noted(model, logits, level, targets=None):
+        asked.add((model.name, level, targets is None))
+        return tell(model, logits, level, targets)
+
+    def started(host) -> None:
+        raise InputError("The clock starts.")
+
+    monkeypatch.setattr(EarlyExitLM, "tell", noted)
+    monkeypatch.setattr("calibration.serving.host.Host.play", started)
+    for kv in ("slots", "pages"):
+        asked.clear()
+        settings = ServeSettings((place / "family",), ("helios",), device="cpu", kv=kv)
+        with pytest.raises(InputError, match="The clock starts"):
+            serve(place / "tiny.toml", place / "begun", settings)
+        exits = [("small", level) for level in range(2)] + [("large", level) for level in range(3)]
+        assert asked == {(*one, without) for one in exits for without in (False, True)}
 
 
 def test_weights_arrive_beside_serving_where_the_device_allows_it(place, monkeypatch) -> None:
