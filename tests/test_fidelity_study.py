@@ -22,6 +22,7 @@ from helios_sim.outcome import run_data
 from helios_sim.profile import ModelProfile, load_profile
 from helios_sim.records import write_run
 from helios_sim.scenario import load_scenario, resolved
+from reports.fidelity import results as judging
 from reports.fidelity import study
 from reports.fidelity.cases import (
     CASES,
@@ -109,9 +110,9 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
     said: list[str] = []
     done = study.run_study(ground, tmp_path / "work", serve, cases=SOME, say=said.append)
     assert len(said) == 3
-    results = study.results_of(done, ground, "python -m reports.fidelity --profile <mine>")
+    results = results_of(done, ground, "python -m reports.fidelity --profile <mine>")
     page = render(results, ["The clocks were free."])
-    study.write_results(results, page, tmp_path / "out")
+    judging.write_results(results, page, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [case["name"] for case in found["cases"]] == [case.name for case in SOME]
     by_key = {one["key"]: one for one in found["targets"]}
@@ -193,6 +194,12 @@ def test_a_profile_of_one_text_serves_stable_texts(ground: Ground, tmp_path: Pat
     assert served == ["static-depth-light-steady-stable"]
 
 
+def results_of(done: study.Study, ground: Ground, command: str = "") -> dict[str, Any]:
+    """A study's results, as its command has them."""
+    cases = [study.case_data(one) for one in done.outcomes]
+    return judging.results_of(study.facts_of(done, ground, command), cases)
+
+
 class Paced:
     """A server whose runs tell the slowdowns that it is given, one after another."""
 
@@ -221,7 +228,7 @@ def test_runs_beside_which_the_machine_was_slow_are_served_again_at_most_twice(
     done = study.run_study(ground, tmp_path, server, cases=(run,), say=lambda text: None)
     assert server.asked == [("real", 2), ("again", 1), ("again", 1)]
     assert server.slowdowns == []
-    results = study.results_of(done, ground, "")
+    results = results_of(done, ground)
     (case,) = results["cases"]
     assert case["slowdowns"] == [1.2, 1.02]
     assert case["num_discarded"] == results["num_discarded"] == 2
@@ -277,7 +284,7 @@ def test_policies_of_equal_quality_are_laid_beside_the_others(
     served = {one.case.label for one in done.outcomes}
     assert served | {plan.case.label for plan in done.unserved} == {case.label for case in some}
     assert "ee-single at equal quality" in served
-    results = study.results_of(done, ground, "")
+    results = results_of(done, ground)
     told = {one["policy"]: one for one in results["equal_quality"]}
     chosen = told["ee-single"]["chosen"]
     assert chosen["perplexity"] <= BOUND

@@ -10,48 +10,95 @@ from typing import Any
 import pytest
 
 from helios_sim.errors import InputError
-from reports.fidelity.resimulate import read_results, resimulated, summary
+from reports.fidelity.page import render
+from reports.fidelity.resimulate import changes, simulated_anew, summary
+from reports.fidelity.results import read_results, results_of
+from tests.test_report import text_of
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "reports" / "fidelity" / "small-family-cpu" / "results.json"
 PROFILE = ROOT / "helios_sim" / "profiles" / "small-family-cpu"
+SATURATED, LIGHT = "vanilla-saturating-steady-stable", "vanilla-light-steady-drifting"
 
 
-def results(*cases: str) -> dict[str, Any]:
+def results(*names: str) -> dict[str, Any]:
+    """The recorded study with some of its cases only."""
     found = read_results(STUDY)
-    return found | {"cases": [case for case in found["cases"] if case["name"] in cases]}
+    return results_of(found, [case for case in found["cases"] if case["name"] in names])
 
 
-def test_a_slower_device_is_simulated_slower_beside_the_same_real_runs(tmp_path: Path) -> None:
-    name = "vanilla-saturating-steady-stable"
-    slow = tmp_path / "slow"
-    shutil.copytree(PROFILE, slow)
-    document = json.loads((slow / "profile.json").read_text())
+def figures_of(study: dict[str, Any], name: str) -> dict[str, Any]:
+    case = next(case for case in study["cases"] if case["name"] == name)
+    return {row["key"]: row for row in case["figures"]}
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Path:
+    """The profile of a device that takes twice as long for everything."""
+    folder = tmp_path / "slow"
+    shutil.copytree(PROFILE, folder)
+    document = json.loads((folder / "profile.json").read_text())
     for model in document["models"].values():
         for entry in model["coefficients"].values():
             if entry["unit"].startswith("s") and entry["value"]:
                 entry["value"] *= 2.0
-    (slow / "profile.json").write_text(json.dumps(document))
-    usual, slowed = (
-        {one.now.key: one for one in resimulated(results(name), where)} for where in (PROFILE, slow)
-    )
-    throughput, tpot = "output_throughput", "mean_tpot_ms"
-    assert slowed[throughput].now.simulated == pytest.approx(
-        usual[throughput].now.simulated / 2, rel=0.02
-    )
-    assert slowed[tpot].now.simulated == pytest.approx(2 * usual[tpot].now.simulated, rel=0.02)
-    for key in (throughput, tpot):
-        assert slowed[key].now.real == slowed[key].before.real == usual[key].now.real
-        assert slowed[key].before == usual[key].before
+    (folder / "profile.json").write_text(json.dumps(document))
+    return folder
 
 
-def test_the_summary_has_a_row_for_each_figure_with_errors_then_and_now() -> None:
-    found = resimulated(results("vanilla-light-steady-drifting"), PROFILE)
-    rows = [[cell.plain for cell in row] for row in summary(found)]
+def test_the_recorded_results_are_what_its_cases_amount_to() -> None:
+    found = read_results(STUDY)
+    assert results_of(found, found["cases"]) == found
+
+
+def test_the_recorded_study_is_what_this_program_simulates() -> None:
+    """Its page would speak of another model otherwise."""
+    study = results(SATURATED, LIGHT, "ee-single-rebatch-light-bursty-stable")
+    assert changes(study, simulated_anew(study, PROFILE)) == []
+
+
+def test_a_slower_device_is_simulated_slower_beside_the_same_real_runs(slow: Path) -> None:
+    study = results(SATURATED, LIGHT)
+    usual, slowed = simulated_anew(study, PROFILE), simulated_anew(study, slow, "the command")
+    before, after = figures_of(usual, SATURATED), figures_of(slowed, SATURATED)
+    for key, factor in (("output_throughput", 0.5), ("mean_tpot_ms", 2.0)):
+        assert after[key]["simulated"] == pytest.approx(factor * before[key]["simulated"], rel=0.02)
+        assert after[key]["real"] == figures_of(study, SATURATED)[key]["real"]
+    by_key = {one["key"]: one for one in slowed["targets"]}
+    assert by_key["output_throughput"]["worst_error"] == pytest.approx(
+        abs(after["output_throughput"]["error"])
+    )
+
+
+def test_what_the_errors_of_a_changed_case_come_from_is_not_told(slow: Path) -> None:
+    """Neither by the results nor by the page, which says that the simulation is newer."""
+    study = results(SATURATED)
+    slowed = simulated_anew(study, slow, "the command")
+    assert slowed["simulated_anew"]["changed"] == [SATURATED]
+    (case,) = slowed["cases"]
+    assert case["attribution"] is None
+    beyond = [one for target in slowed["targets"] for one in target.get("beyond", ())]
+    assert {one["cause"] for one in beyond} == {"not told"}
+    text = text_of(render(slowed))
+    assert f"{SATURATED} changed, and what their errors come from was not told anew" in text
+    assert "the command" in text
+    assert "Simulated anew" not in text_of(render(study | {"simulated_anew": None}))
+    again = simulated_anew(slowed, slow)
+    assert again["simulated_anew"]["changed"] == [SATURATED]
+    assert again["cases"] == slowed["cases"]
+
+
+def test_the_summary_has_a_row_for_each_figure_with_errors_then_and_now(slow: Path) -> None:
+    study = results(LIGHT)
+    slowed = simulated_anew(study, slow)
+    rows = [[cell.plain for cell in row] for row in summary(study, slowed)]
     assert [row[0] for row in rows] == [
         *("Throughput", "TPOT, mean", "E2E, p50", "TTFT, p90", "Batch size")
     ]
     assert all(row[-1] in ("0 of 1", "1 of 1") for row in rows)
+    changed = [[cell.plain for cell in row] for row in changes(study, slowed)]
+    assert {row[0] for row in changed} == {LIGHT}
+    assert "TPOT, mean" in {row[1] for row in changed}
 
 
 @pytest.mark.parametrize(
@@ -59,7 +106,8 @@ def test_the_summary_has_a_row_for_each_figure_with_errors_then_and_now() -> Non
     [
         ("no json", "no results of a study"),
         ("{}", "no results of a study"),
-        ('{"cases": [{"name": "gone"}]}', "no case 'gone'"),
+        ('{"schema_version": 2, "cases": []}', "schema version 2; this program reads 3"),
+        ('{"schema_version": 3, "cases": [{"name": "gone"}]}', "no case 'gone'"),
     ],
 )
 def test_what_is_no_study_is_refused(tmp_path: Path, text: str, message: str) -> None:

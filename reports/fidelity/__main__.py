@@ -13,13 +13,8 @@ from helios_sim.command import Interrupted, run_app
 from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES, StudySettings, read_ground
 from reports.fidelity.page import render
-from reports.fidelity.study import (
-    MAX_AGAIN,
-    results_of,
-    run_study,
-    serving_command,
-    write_results,
-)
+from reports.fidelity.results import results_of, write_results
+from reports.fidelity.study import MAX_AGAIN, case_data, facts_of, run_study, serving_command
 from reports.fidelity.summary import summary_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -87,7 +82,8 @@ def study(
     if found.interrupted and not found.outcomes:
         raise Interrupted("no case was served yet")
     command = shlex.join(["python", "-m", "reports.fidelity", *sys.argv[1:]])
-    results = results_of(found, ground, command)
+    cases = [case_data(one) for one in found.outcomes]
+    results = results_of(facts_of(found, ground, command), cases)
     target = out or Path(__file__).parent / ground.profile.name
     write_results(results, render(results, note or ()), target)
     typer.echo(f"{summary_text(results)}\nPage: {target / 'report.html'}")

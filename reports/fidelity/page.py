@@ -72,7 +72,7 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
         f"{num} cases.",
         f"Every case was served {results['num_repeats']} times; errors are against the median.",
     ]
-    remarks += _pace_remarks(results)
+    remarks += [*_anew_remarks(results), *_pace_remarks(results)]
     missing = [_SAID[one["key"]] for one in results["targets"] if not one["num_cases"]]
     if missing:
         remarks.append(f"Not measured here: {listed(missing)}.")
@@ -83,6 +83,24 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
         '<p class="question">How far is the simulation from the real backend?</p>'
         f'<p class="headline">{escape(sentence)}</p><ul class="remarks">{items}</ul></header>'
     )
+
+
+def _anew_remarks(results: Mapping[str, Any]) -> list[str]:
+    """That the simulations are newer than the real runs, and what that leaves untold."""
+    anew = results["simulated_anew"]
+    if anew is None:
+        return []
+    said = (
+        "Simulated anew beside the real runs that the study recorded, by a model changed since, "
+        "in the knowledge of them"
+    )
+    changed = anew["changed"]
+    if not changed:
+        return [f"{said}: every figure is the same to the last bit."]
+    return [
+        f"{said}. {listed(changed)} changed, and what their errors come from was not told anew; "
+        "the other cases are the same to the last bit."
+    ]
 
 
 def _pace_remarks(results: Mapping[str, Any]) -> list[str]:
@@ -264,7 +282,7 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
         ]
         layout[f"xaxis{suffix}"] = plain_axis(
             NAMES[key],
-            domain=[at * width + 0.012, (at + 1) * width - 0.012],
+            domain=[at * width + 0.02, (at + 1) * width - 0.02],
             range=[-reach, reach],
             ticksuffix=" %",
             nticks=4,
@@ -390,16 +408,22 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def _provenance(results: Mapping[str, Any]) -> str:
+    anew = results["simulated_anew"]
     facts = [
         ("profile", f"{results['profile']} ({results['profile_hash'][:12]})"),
         ("models", ", ".join(results["candidates"])),
         *flat_items(results["environment"]),
     ]
+    commands = [results["command"]]
+    if anew is not None:
+        facts.insert(1, ("simulated anew with", f"{anew['profile']} ({anew['profile_hash'][:12]})"))
+        commands.append(anew["command"])
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
     return section(
         "Provenance",
         "What this page was made from. Results stand in results.json and results.csv beside it.",
-        f"<pre>{escape(results['command'])}</pre><dl>{items}</dl>",
+        "".join(f"<pre>{escape(command)}</pre>" for command in commands),
+        f"<dl>{items}</dl>",
     )
 
 

@@ -6,151 +6,150 @@ nothing. Rates, requests and settings are those the study served.
 
 from __future__ import annotations
 
-import json
-import statistics
+import shlex
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from helios_sim.command import run_app
-from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
-from helios_sim.fidelity.figures import FigureRow, figure_row, scaled
+from helios_sim.fidelity.figures import figure_row, scaled
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.terminal import FittedTable
 from reports.fidelity.cases import CASES, Ground, StudySettings, read_ground, scenario_of
-from reports.fidelity.study import TARGETS
+from reports.fidelity.page import render
+from reports.fidelity.results import TARGETS, Data, read_results, results_of, write_results
 from reports.fidelity.summary import NAMES, percent
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@dataclass(frozen=True)
-class Resimulated:
-    """A figure of a case: as the study had it, and as it is simulated now."""
-
-    case: str
-    before: FigureRow
-    now: FigureRow
+TITLES: Final = ("figure", "median error", "before", "worst", "before", "in spread", "in twice")
+CASE_TITLES: Final = ("case", "figure", "real", "before", "now", "error", "in spreads")
 
 
 @app.command()
 def resimulate(
     results: Annotated[Path, typer.Argument(help="results.json of a study.")],
     profile: Annotated[Path, typer.Option(help="The profile to simulate with: a folder.")],
-    max_batch: Annotated[int, typer.Option(min=1, help="As the study had it.")] = 16,
-    overlap_loads: Annotated[
-        bool, typer.Option("--overlap-loads", help="As the study had it.")
-    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and the results as they are now.")
+    ] = None,
+    note: Annotated[
+        list[str] | None, typer.Option(help="A sentence for the page; may be repeated.")
+    ] = None,
 ) -> None:
     """Simulate every case anew and compare it with the real runs that the study recorded."""
-    found = resimulated(read_results(results), profile, max_batch, overlap_loads)
+    before = read_results(results)
+    command = shlex.join(["python", "-m", "reports.fidelity.resimulate", *sys.argv[1:]])
+    now = simulated_anew(before, profile, command)
     console = Console()
-    console.print(FittedTable(TITLES, summary(found)))
-    changed = [one for one in found if one.now.simulated != one.before.simulated]
-    if not changed:
+    console.print(FittedTable(TITLES, summary(before, now)))
+    rows = changes(before, now)
+    if rows:
+        console.print(
+            f"Changed in {len({row[0].plain for row in rows})} of {len(now['cases'])} cases; the "
+            "others are as the study had them, to the last bit.",
+            soft_wrap=True,
+        )
+        console.print(FittedTable(CASE_TITLES, rows))
+    else:
         console.print("Every figure is simulated as the study had it, to the last bit.")
-        return
-    num_cases = len({one.case for one in found})
-    console.print(
-        f"Changed in {len({one.case for one in changed})} of {num_cases} cases; the others are as "
-        "the study had them, to the last bit.",
-        soft_wrap=True,
-    )
-    console.print(FittedTable(CASE_TITLES, [_case_row(one) for one in changed]))
+    if out is not None:
+        write_results(now, render(now, note or ()), out)
+        console.print(f"Page: {out / 'report.html'}", soft_wrap=True)
 
 
-TITLES = ("figure", "median error", "before", "worst", "before", "in spread", "in twice")
-CASE_TITLES = ("case", "figure", "real", "before", "now", "error", "in spreads")
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """A study's results; raises `InputError` for another file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        known = {case["name"] for case in found["cases"]}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"These are no results of a study ({error}).", str(path)) from error
-    unknown = sorted(known - {case.name for case in CASES})
-    if unknown:
-        raise InputError(f"The study has no case {unknown[0]!r} any more.", str(path))
-    return dict(found)
-
-
-def resimulated(
-    results: Mapping[str, Any], profile: Path, max_batch: int = 16, overlap_loads: bool = False
-) -> list[Resimulated]:
-    """Every figure that has a bar, of every case, simulated with a profile."""
+def simulated_anew(results: Data, profile: Path, command: str = "") -> dict[str, Any]:
+    """A study's results with every case simulated with a profile, beside the real runs it had."""
     settings = StudySettings(
         profile=profile,
         candidates=tuple(results["candidates"]),
-        max_batch=max_batch,
-        overlap_loads=overlap_loads,
+        max_batch=results["max_batch"],
+        overlap_loads=results["overlap_loads"],
     )
     ground = read_ground(settings)
     with tempfile.TemporaryDirectory() as folder:
-        return [
-            one for case in results["cases"] for one in _case(case, ground, profile, Path(folder))
-        ]
+        cases = [_case(case, ground, profile, Path(folder)) for case in results["cases"]]
+    earlier = (results["simulated_anew"] or {"changed": []})["changed"]
+    changed = [
+        case["name"]
+        for before, case in zip(results["cases"], cases, strict=True)
+        if case is not before or case["name"] in earlier
+    ]
+    anew = {
+        "command": command,
+        "profile": ground.profile.name,
+        "profile_hash": ground.profile.hash,
+        "changed": changed,
+    }
+    return results_of({**results, "simulated_anew": anew}, cases)
 
 
-def _case(
-    case: Mapping[str, Any], ground: Ground, profile: Path, folder: Path
-) -> Sequence[Resimulated]:
+def _case(case: Data, ground: Ground, profile: Path, folder: Path) -> Data:
+    """A case simulated anew, or the case itself where no figure has changed.
+
+    What changed errors come from is unknown: that takes the runs themselves.
+    """
     wanted = next(one for one in CASES if one.name == case["name"])
     where = str(profile.resolve())
     served = (case["rate_per_s"], case["num_requests"], where, case["options"])
     path = folder / f"{wanted.name}.toml"
     path.write_text(toml_text(scenario_of(wanted, ground, *served)), encoding="utf-8")
     scenario = load_scenario(path)
-    figures = run_policy(prepare(scenario, folder, str(path)), scenario.policy[0]).summary
-    found = []
-    for node in case["figures"]:
-        key, real = node["key"], tuple(node["real"])
-        value = scaled(key, figures.get(key))
-        if key not in TARGETS or None in (node["simulated"], node["median"], value):
-            continue
-        titles = (key, node["title"], node["unit"], node["group"], real)
-        before = figure_row(*titles, node["simulated"])
+    ours = run_policy(prepare(scenario, folder, str(path)), scenario.policy[0]).summary
+    figures = [_figure(row, ours) for row in case["figures"]]
+    if [row["simulated"] for row in figures] == [row["simulated"] for row in case["figures"]]:
+        return case
+    return {**case, "figures": figures, "attribution": None, "requests": []}
+
+
+def _figure(row: Data, ours: Mapping[str, Any]) -> dict[str, Any]:
+    """A figure with what is simulated now."""
+    value = scaled(row["key"], ours.get(row["key"]))
+    if isinstance(value, float):
         # Rounded as the study rounds them, so that what did not change is equal.
-        now = figure_row(*titles, float(f"{value:.12g}"))
-        found.append(Resimulated(wanted.name, before, now))
-    return found
+        value = float(f"{value:.12g}")
+    titles = (row["key"], row["title"], row["unit"], row["group"], tuple(row["real"]))
+    return asdict(figure_row(*titles, value))
 
 
-def summary(found: Sequence[Resimulated]) -> list[list[Text]]:
+def summary(before: Data, now: Data) -> list[list[Text]]:
     """A row a figure: errors now and before, and the cases within the run-to-run spread now."""
     rows = []
-    for key in TARGETS:
-        mine = [one for one in found if one.now.key == key]
-        if not mine:
+    for then, one in zip(before["targets"], now["targets"], strict=True):
+        if not one["num_cases"]:
             continue
-        now, before = (
-            sorted(abs(row.error or 0.0) for row in rows)
-            for rows in ([one.now for one in mine], [one.before for one in mine])
-        )
-        spreads = [one.now.error_in_spreads for one in mine]
-        within = [sum(s is not None and s <= most for s in spreads) for most in (1.0, 2.0)]
-        errors = (statistics.median(now), statistics.median(before), now[-1], before[-1])
+        errors = [side[key] for key in ("median_error", "worst_error") for side in (one, then)]
         told = [percent(error) for error in errors]
-        told += [f"{number} of {len(mine)}" for number in within]
-        rows.append([Text(word) for word in (NAMES[key], *told)])
+        told += [f"{one[key]} of {one['num_judged']}" for key in ("within", "within_twice")]
+        rows.append([Text(word) for word in (NAMES[one["key"]], *told)])
     return rows
 
 
-def _case_row(one: Resimulated) -> list[Text]:
-    now, before = one.now, one.before
-    values = [f"{value:.4g}" for value in (now.median, before.simulated, now.simulated)]
-    error = "" if now.error is None else f"{now.error:+.1%}"
-    spreads = "" if now.error_in_spreads is None else f"{now.error_in_spreads:.2f}"
-    return [Text(word) for word in (one.case, NAMES[now.key], *values, error, spreads)]
+def changes(before: Data, now: Data) -> list[list[Text]]:
+    """A row for each figure with a bar that is simulated otherwise than before."""
+    rows = []
+    for then, case in zip(before["cases"], now["cases"], strict=True):
+        for old, row in zip(then["figures"], case["figures"], strict=True):
+            if row["key"] in TARGETS and row["simulated"] != old["simulated"]:
+                values = [_told(one) for one in (row["median"], old["simulated"], row["simulated"])]
+                error = "" if row["error"] is None else f"{row['error']:+.1%}"
+                spreads = row["error_in_spreads"]
+                words = (case["name"], NAMES[row["key"]], *values, error, _told(spreads, ".2f"))
+                rows.append([Text(word) for word in words])
+    return rows
+
+
+def _told(value: float | None, how: str = ".4g") -> str:
+    return "" if value is None else format(value, how)
 
 
 if __name__ == "__main__":

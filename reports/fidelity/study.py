@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,14 +16,11 @@ from typing import Any, Final
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.fidelity import Fidelity, assess, read_sides, run_folders
-from helios_sim.fidelity.figures import FigureRow
 from helios_sim.fidelity.publish import write_fidelity
-from helios_sim.metrics import rounded_figures
 from helios_sim.records import TOTALS_FILE, toml_text, write_run
 from helios_sim.scenario import load_scenario
 from reports.fidelity.cases import CASES, Case, Ground, Planned, planned, scenario_of
 from reports.fidelity.quality import BOUND
-from reports.fidelity.summary import WITHIN_BAR
 
 Server = Callable[[Path, Path, int], None]
 """Serves a scenario file for real into a folder, so many times."""
@@ -35,36 +30,6 @@ MAX_SLOWDOWN: Final = 1.15
 """A run around which the machine was slower than this, against the profile's, is served again."""
 MAX_AGAIN: Final = 2
 """Times that a run is served again at most; the least slowed one is kept."""
-
-TARGETS: Final = {
-    "output_throughput": 0.03,
-    "mean_tpot_ms": 0.03,
-    "p50_e2el_ms": 0.05,
-    "p90_ttft_ms": 0.10,
-    "total_gpu_energy": 0.05,
-    "mean_batch_size": 0.03,
-}
-"""Median absolute errors that a GPU is held to."""
-
-GAINS: Final = (
-    ("output_throughput", "throughput", True),
-    ("mean_e2el_ms", "mean E2E", False),
-    ("p50_ttft_ms", "median TTFT", False),
-    ("mean_tpot_ms", "mean TPOT", False),
-    ("energy_per_output_token", "energy per token", False),
-    ("mean_batch_size", "batch size", True),
-    ("perplexity", "perplexity", False),
-)
-"""Figures in which HELIOS is set against the baselines, and whether more is better."""
-
-BESIDE: Final = (
-    "output_throughput",
-    "mean_e2el_ms",
-    "p50_ttft_ms",
-    "mean_batch_size",
-    "perplexity",
-)
-"""Figures of every policy of a group, laid beside vanilla's."""
 
 
 @dataclass(frozen=True)
@@ -247,39 +212,29 @@ def _is_whole(real: Path, repeats: int) -> bool:
     return len(found) == repeats
 
 
-def results_of(study: Study, ground: Ground, command: str) -> dict[str, Any]:
-    """The study as plain data: every case with its figures and causes, and what they amount to."""
-    outcomes = study.outcomes
-    found: dict[str, Any] = rounded_figures(
-        {
-            "schema_version": 2,
-            "command": command,
-            "profile": ground.profile.name,
-            "profile_hash": ground.profile.hash,
-            "device": ground.profile.device.name,
-            "device_kind": "cpu" if ground.profile.is_of_processor else "gpu",
-            "candidates": list(ground.candidates),
-            "num_repeats": ground.settings.repeats,
-            "environment": outcomes[0].fidelity.sides.typical.run.environment,
-            "max_slowdown": MAX_SLOWDOWN,
-            "num_discarded": sum(one.num_discarded for one in outcomes),
-            "targets": medians(outcomes),
-            "same_saturation": sum(
-                1 for one in outcomes if _row(one, "saturation")["verdict"] == "same"
-            ),
-            "gains": gains(outcomes),
-            "groups": groups(study),
-            "equal_quality": [_choice(plan) for plan in study.plans if plan.choice is not None],
-            "cases": [case_data(one) for one in outcomes],
-        }
-    )
-    return found
+def facts_of(study: Study, ground: Ground, command: str) -> dict[str, Any]:
+    """What is known of the study as a whole, beside its cases."""
+    settings = ground.settings
+    return {
+        "command": command,
+        "profile": ground.profile.name,
+        "profile_hash": ground.profile.hash,
+        "device": ground.profile.device.name,
+        "device_kind": "cpu" if ground.profile.is_of_processor else "gpu",
+        "candidates": list(ground.candidates),
+        "max_batch": settings.max_batch,
+        "overlap_loads": settings.overlap_loads,
+        "num_repeats": settings.repeats,
+        "environment": study.outcomes[0].fidelity.sides.typical.run.environment,
+        "max_slowdown": MAX_SLOWDOWN,
+        "equal_quality": [_choice(plan) for plan in study.plans if plan.choice is not None],
+        "simulated_anew": None,
+    }
 
 
 def case_data(outcome: Outcome) -> dict[str, Any]:
     """One case: its plan, figures, requests, and causes."""
     plan, data = outcome.plan, outcome.fidelity.data()
-    attribution = data["attribution"]
     return {
         "name": plan.case.name,
         "policy": plan.case.label,
@@ -287,6 +242,7 @@ def case_data(outcome: Outcome) -> dict[str, Any]:
         "arrivals": plan.case.arrivals,
         "texts": plan.case.texts,
         "group": plan.case.group,
+        "equal_quality": plan.case.equal_quality,
         "rate_per_s": plan.rate_per_s,
         "capacity_per_s": plan.capacity_per_s,
         "num_requests": plan.num_requests,
@@ -295,159 +251,8 @@ def case_data(outcome: Outcome) -> dict[str, Any]:
         "num_discarded": outcome.num_discarded,
         "figures": data["figures"],
         "requests": data["requests"],
-        "attribution": attribution,
+        "attribution": data["attribution"],
         "notes": data["notes"],
-    }
-
-
-def _row(outcome: Outcome, key: str) -> dict[str, Any]:
-    row = outcome.fidelity.row(key)
-    return {} if row is None else vars(row)
-
-
-def medians(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """For each figure with a target: absolute errors, run-to-run spreads, and what lies beyond.
-
-    `within_twice` counts the cases whose error is within twice the run-to-run spread, `beyond`
-    lists the others with their likely cause. `median_spread` is half the width of a spread over
-    the real figure.
-    """
-    found = []
-    for key, target in TARGETS.items():
-        mine = [(one, row) for one in outcomes if (row := one.fidelity.row(key)) is not None]
-        rows = [row for _, row in mine]
-        errors = sorted(abs(row.error) for row in rows if row.error is not None)
-        if not errors:
-            found.append({"key": key, "target": target, "num_cases": 0})
-            continue
-        median = statistics.median(errors)
-        judged = [(one, row) for one, row in mine if row.verdict in _JUDGED]
-        spreads = [row.error_in_spreads for _, row in judged]
-        widths = [width for _, row in judged if (width := _half_width(row)) is not None]
-        found.append(
-            {
-                "key": key,
-                "target": target,
-                "num_cases": len(errors),
-                "median_error": median,
-                "worst_error": errors[-1],
-                "met": median <= target,
-                "median_spread": statistics.median(widths) if widths else None,
-                "num_judged": len(spreads),
-                "within": sum(1 for one in spreads if one is not None and one <= 1.0),
-                "within_twice": sum(1 for one in spreads if one is not None and one <= 2.0),
-                "beyond": [
-                    _beyond(one, row, target)
-                    for one, row in judged
-                    if row.error_in_spreads is None or row.error_in_spreads > 2.0
-                ],
-            }
-        )
-    return found
-
-
-def _half_width(row: FigureRow) -> float | None:
-    """Half the width of the run-to-run spread, over the real figure."""
-    if row.low is None or row.high is None or not row.median:
-        return None
-    return (row.high - row.low) / 2 / abs(row.median)
-
-
-def _beyond(outcome: Outcome, row: FigureRow, target: float) -> dict[str, Any]:
-    """By how much a case lies beyond its spread, and what the swaps say of it.
-
-    Repeats that hardly differ leave no spread; an error that a GPU may have needs no cause.
-    """
-    attribution = outcome.fidelity.attribution
-    causes = () if attribution is None else attribution.causes
-    cause = next((one for one in causes if one.key == row.key), None)
-    said = "unknown" if cause is None else cause.said
-    if row.error is not None and abs(row.error) <= target:
-        said = WITHIN_BAR
-    return {
-        "case": outcome.case.name,
-        "error": row.error,
-        "error_in_spreads": row.error_in_spreads,
-        "half_width": _half_width(row),
-        "cause": said,
-        "error_without": None if cause is None else cause.error_without,
-        "remainder": None if cause is None else cause.remainder,
-    }
-
-
-_JUDGED: Final = ("within", "above", "below")
-
-
-def gains(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """HELIOS against each baseline on the same requests, real and simulated; above 1 is better."""
-    found = []
-    for group in dict.fromkeys(one.case.group for one in outcomes if one.case.group is not None):
-        members = [one for one in outcomes if one.case.group == group]
-        plain = [one for one in members if not one.case.equal_quality]
-        ours = next((one for one in plain if one.case.policy == "helios"), None)
-        if ours is None:
-            continue
-        for other in plain:
-            if other is ours:
-                continue
-            for key, name, more in GAINS:
-                own, base = ours.fidelity.row(key), other.fidelity.row(key)
-                if own is None or base is None:
-                    continue
-                found.append(
-                    {
-                        "group": group,
-                        "against": other.case.policy,
-                        "key": key,
-                        "name": name,
-                        "real": _gain(own.median, base.median, more),
-                        "simulated": _gain(own.simulated, base.simulated, more),
-                    }
-                )
-    return found
-
-
-def groups(study: Study) -> list[dict[str, Any]]:
-    """Policies that met the same requests, beside each other: real and simulated figures."""
-    found = []
-    names = [one.case.group for one in study.outcomes if one.case.group is not None]
-    for group in dict.fromkeys(names):
-        members = [one for one in study.outcomes if one.case.group == group]
-        if len(members) < 2:
-            continue
-        vanilla = next((one for one in members if one.case.policy == "vanilla"), None)
-        found.append(
-            {
-                "group": group,
-                "arrivals": members[0].case.arrivals,
-                "texts": members[0].case.texts,
-                "policies": [_beside(one, vanilla) for one in members],
-            }
-        )
-    return found
-
-
-def _beside(outcome: Outcome, vanilla: Outcome | None) -> dict[str, Any]:
-    """A policy's figures, and as multiples of vanilla's."""
-    figures = {}
-    for key in BESIDE:
-        own = outcome.fidelity.row(key)
-        base = None if vanilla is None else vanilla.fidelity.row(key)
-        if own is None:
-            continue
-        figures[key] = {
-            "real": own.median,
-            "simulated": own.simulated,
-            "real_over_vanilla": None if base is None else _gain(own.median, base.median, True),
-            "simulated_over_vanilla": None
-            if base is None
-            else _gain(own.simulated, base.simulated, True),
-        }
-    return {
-        "policy": outcome.case.label,
-        "equal_quality": outcome.case.equal_quality,
-        "options": outcome.plan.options,
-        "figures": figures,
     }
 
 
@@ -464,28 +269,3 @@ def _choice(plan: Planned) -> dict[str, Any]:
         "nearest": asdict(choice.nearest),
         "tried": [asdict(one) for one in choice.tried],
     }
-
-
-def _gain(own: Any, base: Any, more_is_better: bool) -> float | None:
-    if not isinstance(own, float) or not isinstance(base, float) or own == 0.0 or base == 0.0:
-        return None
-    return own / base if more_is_better else base / own
-
-
-def write_results(results: dict[str, Any], page: str, out: Path) -> None:
-    """Write `results.json`, `results.csv` (a row a case and figure) and the page."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page, encoding="utf-8")
-    columns = ("real_median", "low", "high", "simulated", "error", "error_in_spreads", "verdict")
-    with (out / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("case", "figure", "unit", *columns))
-        for case in results["cases"]:
-            for row in case["figures"]:
-                real = (
-                    row["median"] if row["median"] is not None else "/".join(map(str, row["real"]))
-                )
-                values = [real, *(row[name] for name in columns[1:])]
-                writer.writerow((case["name"], row["key"], row["unit"], *values))
