@@ -131,19 +131,14 @@ def attend_kernel(
         seen = held[:, None] & inside[None, :]
         key = tl.load(keys + spot, mask=seen, other=0.0)
         value = tl.load(values + spot, mask=seen, other=0.0)
-        if GROUPS == 1:
-            score = tl.sum(asking.to(tl.float32) * key.to(tl.float32), axis=1)[None, :]
-        else:
-            score = tl.dot(asking, tl.trans(key), input_precision="ieee")
+        # Also for a single query: only loads that feed matrix units are fetched ahead.
+        score = tl.dot(asking, tl.trans(key), input_precision="ieee")
         score = tl.where(held[None, :], score * scale, float("-inf"))
         peak = tl.maximum(highest, tl.max(score, axis=1))
         weight = tl.exp2(score - peak[:, None])
         fade = tl.exp2(highest - peak)
         total = total * fade + tl.sum(weight, axis=1)
-        if GROUPS == 1:
-            more = tl.sum(tl.trans(weight) * value.to(tl.float32), axis=0)[None, :]
-        else:
-            more = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        more = tl.dot(weight.to(value.dtype), value, input_precision="ieee")
         mixed = mixed * fade[:, None] + more
         highest = peak
 
@@ -214,6 +209,7 @@ def tell_kernel(
     TARGETED: tl.constexpr,
     KNOTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """What one row's logits say: the likeliest token, its confidence, the nats of a token.
 
@@ -222,18 +218,22 @@ def tell_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
-    peak = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    token = tl.zeros((), tl.int32)
-    for at in range(0, vocab, BLOCK):
-        unit = at + tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    # Each lane keeps its own until the end. Finite, since nothing is known of -inf less -inf.
+    peaks = tl.full([BLOCK], -3.0e38, tl.float32)
+    totals = tl.zeros([BLOCK], tl.float32)
+    tokens = tl.zeros([BLOCK], tl.int32)
+    for at in tl.range(0, vocab, BLOCK, num_stages=STAGES):
+        unit = at + lane
         read = tl.load(logits + row * stride + unit, mask=unit < vocab, other=float("-inf"))
         read = read.to(tl.float32)
-        high = tl.max(read, axis=0)
-        token = tl.where(high > peak, at + tl.argmax(read, axis=0), token)
-        higher = tl.maximum(peak, high)
-        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(read - higher), axis=0)
-        peak = higher
+        tokens = tl.where(read > peaks, unit, tokens)
+        higher = tl.maximum(peaks, read)
+        totals = totals * tl.exp(peaks - higher) + tl.exp(read - higher)
+        peaks = higher
+    peak = tl.max(peaks, axis=0)
+    total = tl.sum(totals * tl.exp(peaks - peak), axis=0)
+    token = tl.min(tl.where(peaks == peak, tokens, vocab - 1), axis=0)
     sure = 1.0 / total
     if KNOTS > 0:
         knot = tl.arange(0, KNOTS)

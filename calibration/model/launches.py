@@ -35,7 +35,8 @@ PROGRAMS_PER_PROCESSOR: Final = 2
 """Programs that keep a multiprocessor's memory busy."""
 
 GATE_BLOCK: Final = 1024
-_TELL_BLOCK: Final = 4096
+TELL_BLOCK: Final = 2048
+TELL_STAGES: Final = 4
 _LOG2_E: Final = 1.4426950408889634
 
 
@@ -155,11 +156,10 @@ def attend(
         0 if places is None else places.stride(0),
         place_tokens,
         GROUPS=groups,
-        # Matrix units take 16 rows at least.
-        GROUP_BLOCK=1 if groups == 1 else max(16, power_of_two(groups)),
+        GROUP_BLOCK=group_block(groups),
         HEAD_DIM=head_dim,
         LANES=lanes,
-        TOKENS=max(16, min(128, 8192 // lanes)),
+        TOKENS=tokens_at_once(lanes),
         PLACED=places is not None and places.dim() == 1,
         PAGED=places is not None and places.dim() == 2,
         SPLIT=splits > 1,
@@ -208,7 +208,8 @@ def tell(logits: Tensor, targets: Tensor | None, knots: Tensor | None) -> Tensor
         *(logits.stride(0), vocab, count),
         TARGETED=targets is not None,
         KNOTS=0 if knots is None else power_of_two(count),
-        BLOCK=_TELL_BLOCK,
+        BLOCK=TELL_BLOCK,
+        STAGES=TELL_STAGES,
         num_warps=8,
     )
     return said
@@ -238,6 +239,19 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
         return None
     shape = (sum(len(tensor) for tensor in tensors), *first.shape[1:])
     return torch.as_strided(first, shape, first.stride(), first.storage_offset())
+
+
+def group_block(groups: int) -> int:
+    """Queries that one program of attention holds: matrix units take 16 at least."""
+    return max(16, power_of_two(groups))
+
+
+def tokens_at_once(lanes: int) -> int:
+    """Tokens that one program of attention reads at once, of heads of so many lanes.
+
+    Few enough for several programs on a multiprocessor, each fetching ahead.
+    """
+    return max(16, min(64, 8192 // lanes))
 
 
 def power_of_two(count: int) -> int:

@@ -29,13 +29,17 @@ def variants():
         sizes = {"GROUPS": groups, "HEAD_DIM": head_dim, "LANES": lanes}
         for rotates in (False, True):
             yield "store_kernel", sizes | {"ROTATE": rotates}, 1
-        blocks = {"GROUP_BLOCK": 1 if groups == 1 else 16, "TOKENS": min(128, 8192 // lanes)}
+        blocks = {
+            "GROUP_BLOCK": launches.group_block(groups),
+            "TOKENS": launches.tokens_at_once(lanes),
+        }
         for (placed, paged), split in product(((0, 0), (1, 0), (0, 1)), (False, True)):
             found = {"PLACED": bool(placed), "PAGED": bool(paged), "SPLIT": split}
             yield "attend_kernel", sizes | blocks | found, 4
     yield "merge_kernel", {"HEAD_DIM": 128, "LANES": 128, "SPLITS": 32}, 4
     yield "gate_kernel", {"BLOCK": 1024}, 4
-    yield "tell_kernel", {"TARGETED": True, "KNOTS": 4, "BLOCK": 4096}, 8
+    telling = {"BLOCK": launches.TELL_BLOCK, "STAGES": launches.TELL_STAGES}
+    yield "tell_kernel", {"TARGETED": True, "KNOTS": 4} | telling, 8
 
 
 def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
