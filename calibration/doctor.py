@@ -217,12 +217,13 @@ def _pages(family: str, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _graphs(family: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Replayed segments of padded batches, of all rows and of some, against eager ones.
+    """Replays of padded batches, of all rows and of some, against the eager path.
 
-    Graphs are captured beforehand, as measuring does, and as their loads are met, as serving does.
+    Embedding, segments, exits' words and filled KV. Graphs are captured beforehand, as measuring
+    does, and as their loads are met, as serving does.
     """
     model = _model(family, dtype, device)
-    eager: dict[bool, Tensor] = {}
+    eager: dict[bool, list[Tensor]] = {}
     off, num_graphs, capture_s = 0.0, 0, 0.0
     for on_demand in (None, False, True):
         for paged in (False, True):
@@ -233,7 +234,7 @@ def _graphs(family: str, dtype: torch.dtype, device: torch.device) -> str:
                 if decoder.graphs is not None and on_demand:
                     # What is met for the first time runs eagerly.
                     _some_rows(decoder)
-            said = torch.cat([_said(decoder).flatten(0, 1), _some_rows(decoder)])
+            said = [_said(decoder), *_some_rows(decoder)]
             if on_demand is None:
                 eager[paged] = said
                 continue
@@ -243,7 +244,7 @@ def _graphs(family: str, dtype: torch.dtype, device: torch.device) -> str:
                 raise Skipped(decoder.graphs_off_reason)
             num_graphs += decoder.graphs.num_graphs
             capture_s += decoder.graphs.capture_s
-            off = max(off, _distance(said, eager[paged]))
+            off = max([off, *map(_distance, said, eager[paged])])
     return (
         f"off the eager path by {_within(off, ALLOWED[dtype])}; {num_graphs} graphs captured in "
         f"{capture_s:.2f} s"
@@ -535,17 +536,28 @@ def _said(decoder: Decoder) -> Tensor:
     return torch.stack(said, dim=1)
 
 
-def _some_rows(decoder: Decoder) -> Tensor:
-    """Logits of two rows of three that go on alone after the first exit, one place apart."""
+def _some_rows(decoder: Decoder) -> list[Tensor]:
+    """Two rows of three that go on alone after the first exit, one place apart.
+
+    What the exits say of them, token by token, confidences, nats, and the keys and values that are
+    filled for the row that left.
+    """
     pool, model, texts = decoder.pool, decoder.model, _texts()
     rows = [pool.admit(12) for _ in texts]
+    starts = [4] * len(rows)
     decoder.extend(rows, [text[:4] for text in texts], [0] * len(rows))
-    hidden = decoder.begin(rows, [1, 2, 3], [4] * len(rows))
-    hidden = decoder.segment(rows, hidden, [4] * len(rows), 0, 1)[[0, 2]]
-    for first, last in decoder.segments()[1:]:
-        hidden = decoder.segment([0, 2], hidden, [4, 4], first, last)
+    place = decoder.place(rows, starts, targets=[5, 6, 7])
+    hidden = decoder.run(place, decoder.embed(place, [1, 2, 3]), *decoder.segments()[0])
+    said = [decoder.tell(place, hidden, 0)[:, : len(rows)].clone()]
+    left, staying = hidden[1:2].clone(), hidden[[0, 2]]
+    decoder.fill([1], left, [4], decoder.segments()[0][1], model.depth)
+    place = decoder.place([0, 2], [4, 4], targets=[5, 7])
+    for level, segment in enumerate(decoder.segments()[1:], start=1):
+        staying = decoder.run(place, staying, *segment)
+        said.append(decoder.tell(place, staying, level)[:, :2].clone())
+    filled = [part for layer in range(model.depth) for part in pool.read(layer, [1], 5)]
     pool.clear()
-    return model.logits(hidden, model.depth_level)
+    return [*(part for one in said for part in one), *filled]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -368,12 +368,17 @@ class Bench:
         return load.decoding(self._lengths(job))
 
     def _head(self, job: Job) -> Work:
-        hidden, model, level = self._load(job).hidden, self.model, len(self.depths) - 1
-        return lambda: model.tell(model.logits(hidden, level), level)
+        return self._asking(job, len(self.depths) - 1)
 
     def _check(self, job: Job) -> Work:
-        hidden, model = self._load(job).hidden, self.model
-        return lambda: model.tell(model.logits(hidden, 0), 0).cpu().tolist()
+        ask = self._asking(job, 0)
+        return lambda: ask().cpu().tolist()
+
+    def _asking(self, job: Job, level: int) -> Callable[[], Tensor]:
+        """An exit's word on the rows of a load, about tokens that are known."""
+        load, decoder = self._load(job), self._decoder(job)
+        place = decoder.place(load.rows, load.positions, targets=load.ids)
+        return lambda: decoder.tell(place, load.hidden, level)
 
     def _kv_fill(self, job: Job, layers: int) -> Work:
         load, decoder, depth = self._load(job), self._decoder(job), self.depths[-1]
@@ -383,7 +388,9 @@ class Bench:
         """Rows of a load, ready to decode one token each."""
         positions = [length - 1 for length in self._lengths(job)]
         rows, ids = list(range(len(positions))), self._ids(len(positions), job.trial)
-        return Load(rows, ids, positions, self._decoder(job).begin(rows, ids, positions))
+        # A copy, since graphs leave their states where the next ones do.
+        hidden = self._decoder(job).begin(rows, ids, positions).clone()
+        return Load(rows, ids, positions, hidden)
 
     def _lengths(self, job: Job) -> list[int]:
         """KV tokens that each row reads, its new one included."""

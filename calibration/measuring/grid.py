@@ -317,14 +317,16 @@ def _one_trial(bounds: Bounds, richness: Richness, mode: str, seed: int) -> Iter
             if batch * longest <= bounds.pool_tokens:
                 yield _decode("iteration", bounds, batch, middle, longest)
     yield from _held_out(bounds, richness, seed)
+    if mode == bounds.modes[-1]:
+        # As they are when serving: from graphs where there are any.
+        for batch in batches:
+            for quantity in ("head", "check"):
+                yield Job(quantity, name, batch=batch)
+            if len(depths) > 1:
+                yield Job("kv_fill", name, depths=_filled(depths), batch=batch)
     if mode == "graph":
         # What is not replayed from a graph costs the same whatever the layers run as.
         return
-    for batch in batches:
-        for quantity in ("head", "check"):
-            yield Job(quantity, name, batch=batch)
-        if len(depths) > 1:
-            yield Job("kv_fill", name, depths=_filled(depths), batch=batch)
     yield from _prefills(bounds, richness)
     yield from _held_out_prefills(bounds, richness, seed)
 
@@ -463,7 +465,7 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
         )
         for depth, tokens in prefills
     ]
-    jobs.append(Job("head_energy", name, "eager", batch=bounds.max_batch))
+    jobs.append(Job("head_energy", name, mode, batch=bounds.max_batch))
     yield from dict.fromkeys(jobs)
 
 

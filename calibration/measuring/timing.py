@@ -23,7 +23,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from calibration.model.graphs import first_cause
+from calibration.model.graphs import end_allocating, first_cause
 from helios_sim.garbage import uncollected
 
 Work = Callable[[], object]
@@ -433,6 +433,7 @@ def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
     if device.type != "cuda":
         return NotCaptured("CUDA graphs need a CUDA device")
     graph = torch.cuda.CUDAGraph()
+    pool: Any = torch.cuda.graph_pool_handle()
     current = torch.cuda.current_stream(device)
     try:
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -443,7 +444,7 @@ def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
         current.wait_stream(side)
         torch.cuda.synchronize(device)
         begin_s = time.perf_counter()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             work()
         torch.cuda.synchronize(device)
         return Captured(graph, work, time.perf_counter() - begin_s)
@@ -451,4 +452,5 @@ def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
         # A capture that fails leaves its own stream the current one.
         torch.cuda.set_stream(current)
         torch.cuda.synchronize(device)
+        end_allocating(device, pool)
         return NotCaptured(f"the capture failed: {first_cause(error)}")

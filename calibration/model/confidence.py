@@ -79,7 +79,9 @@ class PiecewiseLinear:
             return y.expand(values.shape).clone()
         right = torch.searchsorted(x, values.contiguous()).clamp(1, len(self.x) - 1)
         left = right - 1
-        share = ((values - x[left]) / (x[right] - x[left])).clamp(0.0, 1.0)
+        # Knots may meet in a narrower type: the map then has a step.
+        gap = (x[right] - x[left]).clamp(min=torch.finfo(values.dtype).tiny)
+        share = ((values - x[left]) / gap).clamp(0.0, 1.0)
         return y[left] + share * (y[right] - y[left])
 
 

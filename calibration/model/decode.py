@@ -6,11 +6,11 @@ device would wait for it. Everything else stays on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from helios_sim.errors import InputError
 if TYPE_CHECKING:
     from calibration.model.early_exit import EarlyExitLM
 
+Found = TypeVar("Found")
+
 KEPT_PLACES: Final = 8
 """Places remembered, so that the segments of an iteration compute theirs once."""
 
@@ -41,7 +43,8 @@ class Place:
 
     `rows`, `starts` (tokens a row holds already) and `counts` (new ones) are host integers;
     `addresses_host`, `positions_host` and `located_host` say on the host what the tensors say on
-    the device. `context_tokens` is the width that attention reads of every row.
+    the device, as `targets_host` says the token that truly follows in each row, if anybody knows.
+    `context_tokens` is the width that attention reads of every row.
     """
 
     rows: Indices
@@ -52,8 +55,10 @@ class Place:
     located_host: Indices | None
     context_tokens: int
     device: torch.device
+    targets_host: Indices | None = None
     _positions: Tensor | None = None
     _addresses: Tensor | None = None
+    _targets: Tensor | None = None
     attend: Attend | None = field(default=None, repr=False)
 
     @property
@@ -85,6 +90,13 @@ class Place:
             self._addresses = to_device(self.addresses_host, self.device)
         return self._addresses
 
+    @property
+    def targets(self) -> Tensor | None:
+        """The tokens that truly follow, [rows], None where nobody knows them."""
+        if self._targets is None and self.targets_host is not None:
+            self._targets = to_device(self.targets_host, self.device)
+        return self._targets
+
 
 class Decoder:
     """Runs a model's loaded layers over the rows of a KV pool.
@@ -107,9 +119,16 @@ class Decoder:
         self._places: dict[object, Place] = {}
 
     def place(
-        self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int] | None = None
+        self,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        counts: Sequence[int] | None = None,
+        targets: Sequence[int] | None = None,
     ) -> Place:
-        """Find (and reserve) the place of new tokens; one token a row unless `counts` is given."""
+        """Find (and reserve) the place of new tokens; one token a row unless `counts` is given.
+
+        `targets` are the tokens that truly follow, one a row.
+        """
         new = [1] * len(rows) if counts is None else list(counts)
         if (
             not len(rows) == len(starts) == len(new) > 0
@@ -129,48 +148,65 @@ class Decoder:
             )
         for row, start, count in zip(rows, starts, new, strict=True):
             self.pool.reserve(row, start + count)
-        key = (tuple(rows), tuple(starts), tuple(new), self.pool.edition, self.pool.generation)
+        following = None if targets is None else tuple(targets)
+        where = (tuple(rows), tuple(starts), tuple(new), following)
+        key = (*where, self.pool.edition, self.pool.generation)
         found = self._places.get(key)
         if found is None:
             while len(self._places) >= KEPT_PLACES:
                 del self._places[next(iter(self._places))]
-            found = self._places[key] = self._new_place(rows, starts, new, longest)
+            found = self._new_place(rows, starts, new, longest)
+            if following is not None:
+                found.targets_host = np.asarray(following, dtype=np.int64)
+            self._places[key] = found
         return found
 
     def embed(self, place: Place, ids: Tensor | Sequence[int]) -> Tensor:
-        """Hidden states [N, hidden] before the first layer, of packed token ids."""
+        """Hidden states [N, hidden] before the first layer, of packed token ids.
+
+        With graphs states are theirs: they are overwritten by what next embeds or runs.
+        """
+        if len(ids) != place.num_tokens:
+            raise ValueError(f"{place.num_tokens} token ids belong here, not {len(ids)}.")
         if not isinstance(ids, Tensor):
+            given = ids
+            embedded = self._replayed(lambda captured: captured.embed(place, given))
+            if embedded is not None:
+                return embedded
             ids = to_device(np.asarray(ids, dtype=np.int64), self.pool.dims.device)
-        if ids.shape != (place.num_tokens,):
-            raise ValueError(f"{place.num_tokens} token ids belong here, not {tuple(ids.shape)}.")
         with torch.no_grad():
             return self.model.backbone.embed(ids, place.positions)
 
     def run(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor:
         """Take hidden states [N, hidden] through layers first..last-1, writing their KV."""
-        captured = self._captured()
-        if captured is not None:
-            try:
-                replayed = captured.run(place, hidden, first, last)
-            except graphs.CaptureError as error:
-                self.drop_graphs(f"capturing failed: {error}")
-                replayed = None
-            if replayed is not None:
-                return replayed
+        replayed = self._replayed(lambda captured: captured.run(place, hidden, first, last))
+        if replayed is not None:
+            return replayed
         with torch.no_grad():
             attend = self._attend(place)
             return self.model.backbone.run(hidden, first, last, attend, place.positions)
 
+    def tell(self, place: Place, hidden: Tensor, level: int) -> Tensor:
+        """What an exit says of each row's last token: token, confidence and nats, on the device.
+
+        [3, rows] of states [N, hidden]; there may be more columns, which say nothing. The nats are
+        those of the place's targets, or of the token itself.
+        """
+        exit_layer = self.model.exit_layers[level]
+        replayed = self._replayed(lambda captured: captured.tell(place, hidden, exit_layer))
+        if replayed is not None:
+            return replayed
+        logits = self.model.logits(self.last(place, hidden), level)
+        return self.model.tell(logits, level, place.targets)
+
     def fill_place(self, place: Place, hidden: Tensor, first: int, last: int) -> None:
         """Fill the KV of skipped layers first..last-1 from the exit's states [N, hidden]."""
-        pool, addresses, positions = self.pool, place.addresses, place.positions
-        writer = (
-            fused.FusedWriter(pool, addresses, positions, self.rotary())
-            if self.fusion.usable
-            else PoolWriter(pool, addresses)
-        )
-        with torch.no_grad():
-            self.model.backbone.fill(hidden, positions, first, last, writer)
+        writer = self._decode_writer()(place.addresses, place.positions)
+        for piece in self._pieces(first, last):
+            fill = partial(graphs.DecodeGraphs.fill, place=place, hidden=hidden, piece=piece)
+            if not self._replayed(fill):
+                with torch.no_grad():
+                    self.model.backbone.fill(hidden, place.positions, *piece, writer)
 
     def rotary(self) -> launches.Rotary | None:
         """Cosines and sines of all positions that a row of the pool may have."""
@@ -241,12 +277,14 @@ class Decoder:
         *,
         segments: Sequence[tuple[int, int]] | None = None,
         subsets: bool = False,
+        targeted: bool = True,
         on_demand: bool = False,
         recorder: graphs.Recorder | None = None,
     ) -> bool:
-        """Capture one CUDA graph for each (segment, batch bucket, context bucket).
+        """Capture CUDA graphs of all that decoding does, for each batch bucket.
 
-        `segments` are layer ranges, between the exits up to the loaded depth unless given;
+        `segments` are layer ranges, between the exits up to the loaded depth unless given, and
+        captured for each context bucket too; `targeted` has exits say the nats of given tokens;
         `subsets` also captures them for rows that are not the pool's first ones, as where some
         rows wait at an exit while others begin a token; `on_demand` captures each only when its
         load is met for the second time.
@@ -270,13 +308,14 @@ class Decoder:
             segments=tuple(ranges),
             batch_buckets=graphs.buckets_up_to(rows, batch_buckets),
             context_buckets=tuple(sorted({self.pool.context_tokens(w) for w in widths})),
+            exits=self._askable_exits(),
+            targeted=targeted,
             subsets=subsets,
             on_demand=on_demand,
         )
+        makers = self._decode_attend(), self._decode_writer()
         try:
-            self.graphs = graphs.DecodeGraphs(
-                self.model, self.pool, self._decode_attend(), settings, recorder
-            )
+            self.graphs = graphs.DecodeGraphs(self.model, self.pool, *makers, settings, recorder)
         except graphs.CaptureError as error:
             self.graphs_off_reason = f"capturing failed: {error}"
             return False
@@ -294,10 +333,40 @@ class Decoder:
         bounds = [0, *(layer for layer in self.model.exit_layers if layer < depth), depth]
         return list(pairwise(bounds))
 
-    def _captured(self) -> graphs.DecodeGraphs | None:
-        if self.graphs is not None and not self.graphs.is_valid:
+    def _replayed(self, work: Callable[[graphs.DecodeGraphs], Found]) -> Found | None:
+        """What the graphs have for it; None where there are none, now or any more."""
+        if self.graphs is None:
+            return None
+        if not self.graphs.is_valid:
             self.drop_graphs("layers or KV stores were dropped after the graphs were captured")
-        return self.graphs
+            return None
+        try:
+            return work(self.graphs)
+        except graphs.CaptureError as error:
+            self.drop_graphs(f"capturing failed: {error}")
+            return None
+
+    def _askable_exits(self) -> tuple[int, ...]:
+        """Exits up to the loaded depth whose word a graph may hold: a kernel's of our own.
+
+        Its maps of confidence come to the device here, since nothing does during a capture.
+        """
+        dims, confidence = self.pool.dims, self.model.confidence
+        if not self.model.tells_at_once:
+            return ()
+        exits = tuple(layer for layer in self.model.exit_layers if layer <= self.model.depth)
+        for layer in exits:
+            found = confidence.map_of(layer)
+            if found is not None:
+                found.on(dims.device)
+        return exits
+
+    def _pieces(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Skipped layers by segment, as graphs fill them; as one where they are not whole ones."""
+        segments = () if self.graphs is None else self.graphs.settings.segments
+        inside = [piece for piece in segments if first <= piece[0] and piece[1] <= last]
+        whole = sum(end - begin for begin, end in inside) == last - first
+        return inside if whole else [(first, last)]
 
     def _new_place(
         self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int], longest: int
@@ -332,6 +401,11 @@ class Decoder:
         """
         rotary = self.rotary() if self.fusion.usable else None
         return partial(decode_attend, self.pool, self.fusion, self.choice, rotary)
+
+    def _decode_writer(self) -> graphs.DecodeWriters:
+        """What makes the writer of one token a row, as graphs may keep it."""
+        rotary = self.rotary() if self.fusion.usable else None
+        return partial(decode_writer, self.pool, self.fusion, rotary)
 
     def _new_attend(self, place: Place) -> Attend:
         pool, host = self.pool, place.located_host
@@ -391,6 +465,19 @@ def decode_attend(
     if choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
         return varlen.decode_attend(choice.varlen, pool, addresses, positions, located)
     return DecodeAttend(pool, addresses, positions, located, context_tokens)
+
+
+def decode_writer(
+    pool: Pool,
+    fusion: fused.Fusion,
+    rotary: launches.Rotary | None,
+    addresses: Tensor,
+    positions: Tensor,
+) -> PoolWriter:
+    """What writes keys and values of tokens at `positions` [N] to their `addresses` [N]."""
+    if fusion.usable:
+        return fused.FusedWriter(pool, addresses, positions, rotary)
+    return PoolWriter(pool, addresses)
 
 
 def slot_pool(

@@ -285,17 +285,21 @@ class EarlyExitLM:
         layer = 0 if level is None else self.exit_layers[level]
         return Decision(logits.argmax(-1), self.confidence.of(logits, layer, domain), logits)
 
+    @property
+    def tells_at_once(self) -> bool:
+        """Whether one kernel of our own says what logits say."""
+        return self.confidence.kind == "max-softmax" and (
+            fused.choose_telling(self.device, self.dtype).usable
+        )
+
     def tell(self, logits: Tensor, level: int, targets: Tensor | None = None) -> Tensor:
         """Token, confidence and nats [3, N] of logits [N, vocab] at an exit, on the device.
 
         The nats are those of `targets` [N], or of the token itself. Confidence is calibrated where
         the model holds a map. For the host to fetch at once.
         """
-        confidence = self.confidence
-        if confidence.kind == "max-softmax" and (
-            fused.choose_telling(logits.device, logits.dtype).usable
-        ):
-            found = confidence.map_of(self.exit_layers[level])
+        if self.tells_at_once:
+            found = self.confidence.map_of(self.exit_layers[level])
             return launches.tell(logits, targets, None if found is None else found.on(self.device))
         decided = self.decide(logits, level)
         nats = decided.nll(targets)

@@ -1,17 +1,20 @@
-"""CUDA graphs of decode segments: captured once per bucket, replayed without launching kernels.
+"""CUDA graphs of decoding: captured once per bucket, replayed without launching kernels.
 
-One graph for each (segment between exits, batch bucket, context bucket), all in one memory pool:
-every one before anything is served, the largest first, or each when its load is met for the second
-time. A graph reads its inputs from buffers that all graphs share; rows that pad a bucket write to
-the pool's scratch tokens. Whether a token leaves at an exit is decided on the host between two
-replays.
+One graph for each (segment between exits, batch bucket, context bucket), and one a batch bucket for
+embedding, for each exit's word, and for filling each skipped segment's KV. All lie in one memory
+pool: every one before anything is served, the largest first, or each when its load is met for the
+second time. Graphs read their inputs from buffers that all of them share, and leave the states of
+rows in one; rows that pad a bucket write to the pool's scratch tokens. Whether a token leaves at an
+exit is decided on the host between two replays.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -35,6 +38,9 @@ WARM_UPS: Final = 2
 
 DecodeAttends = Callable[[Tensor, Tensor, Tensor | None, int], Attend]
 """Makes the attention of one token a row: addresses, positions, located rows, context tokens."""
+
+DecodeWriters = Callable[[Tensor, Tensor], Attend]
+"""Makes what writes one token a row: addresses, positions."""
 
 
 class CaptureError(RuntimeError):
@@ -119,8 +125,24 @@ class CudaRecorder:
                         graph.capture_end()
                 serving.wait_stream(stream)
         except RuntimeError as error:
+            end_allocating(self.device, self.pool)
             raise CaptureError(first_cause(error)) from error
         return CudaRecording(graph, output)
+
+
+def end_allocating(device: torch.device, pool: Any) -> None:
+    """Let no more memory be taken from a pool whose capture has failed.
+
+    Before torch 2.12 ending such a capture raises before it does this, and giving cached memory
+    back then fails for as long as the process lives.
+    """
+    end: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)
+    if end is None:
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # Where the capture has done it itself there is nothing to end.
+    with suppress(RuntimeError):
+        end(index, pool)
 
 
 def first_cause(error: BaseException) -> str:
@@ -167,36 +189,55 @@ def bucket_of(count: int, buckets: Sequence[int]) -> int | None:
     return next((bucket for bucket in buckets if bucket >= count), None)
 
 
+class Kind(Enum):
+    """What a graph does with one token a row."""
+
+    EMBED = "embed"
+    RUN = "run"
+    TELL = "tell"
+    FILL = "fill"
+
+
 @dataclass(frozen=True)
 class GraphSettings:
     """Which graphs to capture; buckets ascending, segments as half-open layer ranges.
 
-    `on_demand` captures each when its load is met for the second time, instead of all beforehand.
+    `exits` are the layers at which an exit is asked, of given targets if `targeted`. `subsets` also
+    captures segments for rows that are not the pool's first ones. `on_demand` captures each graph
+    when its load is met for the second time, instead of all beforehand.
     """
 
     segments: tuple[tuple[int, int], ...]
     batch_buckets: tuple[int, ...]
     context_buckets: tuple[int, ...]
+    exits: tuple[int, ...] = ()
+    targeted: bool = True
     subsets: bool = False
     on_demand: bool = False
 
 
 @dataclass(frozen=True)
 class GraphKey:
-    """One graph; `gathers` says that its rows are found one by one, not as the first ones."""
+    """One graph: layers `first` to `last` for so many rows.
+
+    Of segments alone, `gathers` says that rows are found one by one, not as the first ones. An
+    exit's word has its layer as both, embedding neither.
+    """
 
     first: int
     last: int
     rows: int
-    context_tokens: int
-    gathers: bool
+    context_tokens: int = 0
+    gathers: bool = False
+    kind: Kind = Kind.RUN
 
 
 class DecodeGraphs:
-    """The captured segments of one model over one pool.
+    """The captured decoding of one model over one pool.
 
     `capture_s` and `num_graphs` say what capturing has taken so far. The graphs hold for as long
-    as no layer and no store they read is dropped.
+    as no layer and no store they read is dropped. States [rows, hidden] that a replay answers with
+    lie where the next one reads and writes them: who wants to keep them copies them.
     """
 
     def __init__(
@@ -204,12 +245,14 @@ class DecodeGraphs:
         model: EarlyExitLM,
         pool: Pool,
         decode_attend: DecodeAttends,
+        decode_writer: DecodeWriters,
         settings: GraphSettings,
         recorder: Recorder,
     ) -> None:
         self.model = model
         self.pool = pool
         self.decode_attend = decode_attend
+        self.decode_writer = decode_writer
         self.settings = settings
         self.captured_of = (model.generation, pool.generation)
         device = pool.dims.device
@@ -219,8 +262,10 @@ class DecodeGraphs:
             self.blocks = settings.context_buckets[-1] // pool.block_tokens
         hidden = int(model.backbone.config.hidden_size)
         self.hidden = torch.zeros((rows, hidden), dtype=pool.dims.dtype, device=device)
-        # Positions, addresses and rows (or their blocks), in one buffer: one copy an iteration.
-        self.host = np.zeros(rows * (2 + max(1, self.blocks)), dtype=np.int64)
+        self.filled = torch.zeros_like(self.hidden)
+        """The states that skipped layers are filled from, which need not be those of all rows."""
+        # Positions, addresses, targets, tokens, and rows (or their blocks): one copy an iteration.
+        self.host = np.zeros(rows * (4 + max(1, self.blocks)), dtype=np.int64)
         self.host[rows : 2 * rows] = pool.scratch_address
         self.integers = torch.from_numpy(self.host.copy()).to(device)
         self.laid_out: Place | None = None
@@ -248,36 +293,83 @@ class DecodeGraphs:
         """Whether everything the graphs read is still there."""
         return self.captured_of == (self.model.generation, self.pool.generation)
 
-    def key_of(self, place: Place, first: int, last: int) -> GraphKey | None:
+    def key_of(self, place: Place, first: int, last: int, kind: Kind = Kind.RUN) -> GraphKey | None:
         """The graph that serves a place, or None."""
         rows = bucket_of(len(place.rows), self.settings.batch_buckets)
-        context = bucket_of(place.context_tokens, self.settings.context_buckets)
+        context: int | None = 0
+        if kind is Kind.RUN:
+            context = bucket_of(place.context_tokens, self.settings.context_buckets)
         if not place.is_decode or rows is None or context is None:
             return None
-        key = GraphKey(first, last, rows, context, place.located_host is not None)
+        gathers = kind is Kind.RUN and place.located_host is not None
+        key = GraphKey(first, last, rows, context, gathers, kind)
         return key if key in self._keys else None
 
-    def run(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor | None:
-        """Replay a segment: states [rows, hidden] in and out, or None where no graph serves.
+    def embed(self, place: Place, ids: Sequence[int]) -> Tensor | None:
+        """States [rows, hidden] before the first layer, or None where no graph serves.
 
-        Raises CaptureError where a graph is to be captured now and cannot be.
+        Like all that follow it raises CaptureError where a graph is to be captured now and cannot
+        be.
         """
-        key = self.key_of(place, first, last)
+        key = self._met_before(self.key_of(place, 0, 0, Kind.EMBED))
         if key is None:
             return None
-        if key not in self.recordings and key not in self._met:
-            # A load that is met once is not worth a graph.
-            self._met.add(key)
+        self._lay_out(place, ids)
+        self._replay(key)
+        return self.hidden[: len(place.rows)]
+
+    def run(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor | None:
+        """Replay a segment: states [rows, hidden] in and out, or None where no graph serves."""
+        key = self._met_before(self.key_of(place, first, last))
+        if key is None:
             return None
-        if self.laid_out is not place:
-            self._lay_out(place)
-        count = len(place.rows)
-        self.hidden[:count].copy_(hidden)
+        self._find(place)
         if key not in self.recordings:
-            # What warms up writes the rows' keys and values, as the replay then does again.
+            # Warming up writes the rows' keys and values, as the replay then does again, and takes
+            # states through the layers that may be the ones given.
+            hidden = hidden.clone()
             self._capture(key)
-        # A copy, since the next replay of any graph may overwrite this memory.
-        return self.recordings[key].replay()[:count].clone()
+        self._put(hidden)
+        self._replay(key)
+        return self.hidden[: len(place.rows)]
+
+    def tell(self, place: Place, hidden: Tensor, exit_layer: int) -> Tensor | None:
+        """What an exit says of states, [3, rows and those that pad them]; overwritten next time."""
+        if self.settings.targeted != (place.targets_host is not None):
+            return None
+        key = self._met_before(self.key_of(place, exit_layer, exit_layer, Kind.TELL))
+        if key is None:
+            return None
+        self._find(place)
+        self._put(hidden)
+        return self._replay(key)
+
+    def fill(self, place: Place, hidden: Tensor, piece: tuple[int, int]) -> bool:
+        """Fill a skipped segment's KV from states [rows, hidden]; False where no graph serves."""
+        key = self._met_before(self.key_of(place, *piece, Kind.FILL))
+        if key is None:
+            return False
+        self._find(place)
+        self.filled[: len(place.rows)].copy_(hidden)
+        self._replay(key)
+        return True
+
+    def _met_before(self, key: GraphKey | None) -> GraphKey | None:
+        """The key of a load that is worth a graph: what is met once is not."""
+        if key is None or key in self.recordings or key in self._met:
+            return key
+        self._met.add(key)
+        return None
+
+    def _put(self, hidden: Tensor) -> None:
+        """Let the graphs read these states, which they may have left there themselves."""
+        if hidden.data_ptr() != self.hidden.data_ptr():
+            self.hidden[: len(hidden)].copy_(hidden)
+
+    def _replay(self, key: GraphKey) -> Tensor:
+        if key not in self.recordings:
+            self._capture(key)
+        return self.recordings[key].replay()
 
     def _capture(self, key: GraphKey) -> None:
         """Capture a graph, warmed up where none like it ever was; layers are alike."""
@@ -308,25 +400,47 @@ class DecodeGraphs:
             keys.append(GraphKey(first, last, rows, context, False))
             if settings.subsets:
                 keys.append(GraphKey(first, last, rows, context, True))
+        for rows in reversed(settings.batch_buckets):
+            keys += [GraphKey(exit_, exit_, rows, kind=Kind.TELL) for exit_ in settings.exits]
+            # The first segment is never skipped.
+            keys += [GraphKey(*skipped, rows, kind=Kind.FILL) for skipped in settings.segments[1:]]
+            keys.append(GraphKey(0, 0, rows, kind=Kind.EMBED))
         return keys
 
     def _body(self, key: GraphKey) -> Callable[[], Tensor]:
-        most = self.settings.batch_buckets[-1]
-        positions = self.integers[: key.rows]
-        addresses = self.integers[most : most + key.rows]
-        rest = self.integers[2 * most :]
-        hidden = self.hidden[: key.rows]
-        backbone = self.model.backbone
+        positions, addresses, targets, tokens = (
+            part[: key.rows] for part in self._parts(self.integers)[:4]
+        )
+        hidden, filled = self.hidden[: key.rows], self.filled[: key.rows]
+        model, backbone = self.model, self.model.backbone
+        asked = targets if self.settings.targeted else None
+
+        def embed() -> Tensor:
+            return hidden.copy_(backbone.embed(tokens, positions))
+
+        def run() -> Tensor:
+            attend = self._attend(key, addresses, positions)
+            return hidden.copy_(backbone.run(hidden, key.first, key.last, attend, positions))
+
+        def tell() -> Tensor:
+            level = model.exit_layers.index(key.first)
+            return model.tell(model.logits(hidden, level), level, asked)
+
+        def fill() -> Tensor:
+            writer = self.decode_writer(addresses, positions)
+            backbone.fill(filled, positions, key.first, key.last, writer)
+            return filled
+
+        work = {Kind.EMBED: embed, Kind.RUN: run, Kind.TELL: tell, Kind.FILL: fill}[key.kind]
 
         def body() -> Tensor:
             with torch.no_grad():
-                attend = self._attend(key, addresses, positions, rest)
-                return backbone.run(hidden, key.first, key.last, attend, positions)
+                return work()
 
         return body
 
-    def _attend(self, key: GraphKey, addresses: Tensor, positions: Tensor, rest: Tensor) -> Attend:
-        pool = self.pool
+    def _attend(self, key: GraphKey, addresses: Tensor, positions: Tensor) -> Attend:
+        pool, rest = self.pool, self._parts(self.integers)[4]
         located: Tensor | None = None
         if isinstance(pool, PagedPool):
             blocks = key.context_tokens // pool.block_tokens
@@ -335,13 +449,22 @@ class DecodeGraphs:
             located = rest[: key.rows]
         return self.decode_attend(addresses, positions, located, key.context_tokens)
 
-    def _lay_out(self, place: Place) -> None:
-        """Copy a place's integers to the buffer all graphs read."""
-        most, count = self.settings.batch_buckets[-1], len(place.rows)
+    def _find(self, place: Place) -> None:
+        """Let the graphs know where a place's rows are."""
+        if self.laid_out is not place:
+            self._lay_out(place)
+
+    def _lay_out(self, place: Place, ids: Sequence[int] = ()) -> None:
+        """Copy a place's integers, and its tokens if they are given, to what all graphs read."""
+        count = len(place.rows)
         host = self.host.copy()
-        host[:count] = place.positions_host
-        host[most : most + count] = place.addresses_host
-        located, rest = place.located_host, host[2 * most :]
+        positions, addresses, targets, tokens, rest = self._parts(host)
+        positions[:count] = place.positions_host
+        addresses[:count] = place.addresses_host
+        tokens[: len(ids)] = ids
+        if place.targets_host is not None:
+            targets[:count] = place.targets_host
+        located = place.located_host
         if located is not None and self.blocks:
             rest.reshape(-1, self.blocks)[:count, : located.shape[1]] = located
         elif located is not None:
@@ -351,3 +474,8 @@ class DecodeGraphs:
             values = values.pin_memory()
         self.integers.copy_(values, non_blocking=True)
         self.laid_out = place
+
+    def _parts(self, integers: Any) -> list[Any]:
+        """Positions, addresses, targets and tokens of all rows, and what finds the rows."""
+        most = self.settings.batch_buckets[-1]
+        return [integers[n * most : (n + 1) * most] for n in range(4)] + [integers[4 * most :]]

@@ -242,8 +242,10 @@ def tell_kernel(
         right = tl.load(knots + knot + 1, mask=inner, other=1.0)
         low = tl.load(knots + num_knots + knot, mask=inner, other=0.0)
         high_ = tl.load(knots + num_knots + knot + 1, mask=inner, other=0.0)
-        passed = tl.minimum(tl.maximum(sure - left, 0.0), right - left)
-        rise = tl.where(inner, passed / (right - left) * (high_ - low), 0.0)
+        # Knots may meet in 32 bits: the map then has a step.
+        gap = tl.where(right > left, right - left, 1.0)
+        share = tl.where(sure > right, 1.0, tl.maximum(sure - left, 0.0) / gap)
+        rise = tl.where(inner, share * (high_ - low), 0.0)
         sure = tl.load(knots + num_knots) + tl.sum(rise, axis=0)
     wanted = token.to(tl.int64)
     if TARGETED:

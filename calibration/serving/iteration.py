@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from calibration.serving.batching import Decode, HotRules, Prefill, Row
 from helios_sim import cost
@@ -18,8 +18,7 @@ from helios_sim.profile import ModelProfile
 EXITS_ACTIVE = (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What an exit head says of one row: its token, its confidence, the true token's likelihood.
 
     `nll_nats` is the negative log-likelihood of the true token where the text is known, and of
@@ -31,8 +30,7 @@ class Reading:
     nll_nats: float
 
 
-@dataclass(frozen=True)
-class Emitted:
+class Emitted(NamedTuple):
     """A token that leaves an iteration at an exit level.
 
     `carried` says that it was confident at an earlier exit at which nobody was let off.

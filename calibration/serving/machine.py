@@ -43,8 +43,6 @@ class ModelMachine:
         self._layer = 0
         self._order: list[Row] = []
         self._wanted: list[int] = []
-        self._targets: list[int] = []
-        self._targets_there: Tensor | None = None
 
     @property
     def max_rows(self) -> int:
@@ -72,7 +70,7 @@ class ModelMachine:
             self._start(order, rows, starts, ids)
             return
         self._arrange(order, rows)
-        self._place = self.decoder.place([row.slot for row in order], starts)
+        self._place = self._place_of(order, starts)
         self._hidden = torch.stack([row.hidden for row in order])
         self._layer = self.exit_layers[passed - 1]
 
@@ -94,18 +92,14 @@ class ModelMachine:
     def read(self, level: int) -> list[Reading]:
         """What the exit's head says of each row, fetched from the device at once."""
         assert self._place is not None and self._hidden is not None
-        logits = self.model.logits(self.decoder.last(self._place, self._hidden), level)
-        if not self.free_running and self._targets_there is None:
-            # The same at every exit of an iteration.
-            targets = np.asarray(self._targets, dtype=np.int64)
-            self._targets_there = to_device(targets, logits.device)
-        said = self.model.tell(logits, level, self._targets_there)
+        said = self.decoder.tell(self._place, self._hidden, level)
         tokens, confidences, nlls = said.cpu().tolist()
-        readings = [
-            Reading(int(token), min(1.0, max(0.0, confidence)), max(0.0, one))
-            for token, confidence, one in zip(tokens, confidences, nlls, strict=True)
+        return [
+            Reading(
+                int(tokens[place]), min(1.0, max(0.0, confidences[place])), max(0.0, nlls[place])
+            )
+            for place in self._wanted
         ]
-        return [readings[place] for place in self._wanted]
 
     def fill(self, rows: Sequence[Row], level: int) -> None:
         """Fill the KV of the layers beyond the exit for these rows, from where they stand."""
@@ -197,24 +191,27 @@ class ModelMachine:
         ids: list[list[int]],
     ) -> None:
         self._arrange(order, wanted or order)
-        self._place = self.decoder.place(
-            [row.slot for row in order], starts, [len(one) for one in ids]
-        )
+        self._place = self._place_of(order, starts, [len(one) for one in ids])
         self._hidden = self.decoder.embed(self._place, [token for one in ids for token in one])
         self._layer = 0
 
     def _arrange(self, order: Sequence[Row], wanted: Sequence[Row]) -> None:
-        """Remember how the rows stand in the tensors, and the true tokens that come next."""
+        """Remember how the rows stand in the tensors."""
         self._order = list(order)
         places = {row: place for place, row in enumerate(order)}
         self._wanted = [places[row] for row in wanted]
-        self._targets_there = None
-        if self.free_running:
-            return
-        # A row that is done has no next token; any will do, since nobody reads it.
-        self._targets = [
-            row.life.text[min(row.life.num_tokens, len(row.life.text) - 1)] for row in order
-        ]
+
+    def _place_of(
+        self, order: Sequence[Row], starts: list[int], counts: list[int] | None = None
+    ) -> Place:
+        """Where the rows' tokens go, with the true tokens that come next."""
+        targets = None
+        if not self.free_running:
+            # A row that is done has no next token; any will do, since nobody reads it.
+            targets = [
+                row.life.text[min(row.life.num_tokens, len(row.life.text) - 1)] for row in order
+            ]
+        return self.decoder.place([row.slot for row in order], starts, counts, targets)
 
     def _run(self, last: int) -> None:
         """Run to a layer by the segments between exits, which is how graphs are captured."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -59,8 +59,7 @@ class IterationEntry:
     outcome: Outcome
 
 
-@dataclass(frozen=True)
-class TokenEntry:
+class TokenEntry(NamedTuple):
     """A token in the log; `place` counts its request's tokens from 0."""
 
     request_id: int

@@ -123,6 +123,7 @@ class CheckpointWeights:
         for name in self.folders:
             model = self.whole(name)
             self._run_once(model)
+            self._capture_once(model)
             if self._memory is not None:
                 self._reserve(model)
             model.unload()
@@ -149,6 +150,13 @@ class CheckpointWeights:
             logits = model.logits(hidden, level)
             for wanted in (None, targets):
                 model.tell(logits, level, wanted).cpu()
+
+    def _capture_once(self, model: EarlyExitLM) -> None:
+        """Capture all that serving may capture, and drop it: kernels of every batch are loaded."""
+        depth = model.depth
+        pool_blocks = self.room.pool_blocks(model.name, depth)
+        if self.settings.graphs and pool_blocks:
+            self._new_decoder(model, self._new_pool(model, depth, pool_blocks), on_demand=False)
 
     def _reserve(self, model: EarlyExitLM) -> None:
         """Let the memory of KV caches grow to what any depth of a candidate needs."""
@@ -198,10 +206,7 @@ class CheckpointWeights:
         if self.model.depth > depth:
             self.model.shrink(depth)
         self.pool = self._new_pool(self.model, depth, pool_blocks)
-        decoder = Decoder(self.model, self.pool)
-        if self.settings.graphs:
-            buckets = self.room.profile.model(name).batch_buckets
-            decoder.use_graphs(buckets or None, subsets=True, on_demand=True)
+        decoder = self._new_decoder(self.model, self.pool, on_demand=True)
         self._decoder, self._taken_up = decoder, f"{name}@{depth}"
         self._rows_said[self._taken_up] = f"{self.pool.max_rows} rows in {self.settings.kv}"
         self._wait_for_device()
@@ -212,6 +217,17 @@ class CheckpointWeights:
             depth=depth,
             free_running=self.settings.free_running,
         )
+
+    def _new_decoder(self, model: EarlyExitLM, pool: Pool, on_demand: bool) -> Decoder:
+        decoder = Decoder(model, pool)
+        if self.settings.graphs:
+            decoder.use_graphs(
+                self.room.profile.model(model.name).batch_buckets or None,
+                subsets=True,
+                targeted=not self.settings.free_running,
+                on_demand=on_demand,
+            )
+        return decoder
 
     def drop(self) -> None:
         """Give the serving candidate's memory back."""

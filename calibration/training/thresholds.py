@@ -63,8 +63,8 @@ def fit_map(confidence: Floats, right: Flags) -> PiecewiseLinear:
     x = np.array([confidence[group].mean(dtype=np.float64) for group in groups])
     y = np.array([right[group].mean(dtype=np.float64) for group in groups])
     weight = np.array([len(group) for group in groups], dtype=np.float64)
-    # Bins of one confidence are one knot: a map has one value there.
-    knots, where = np.unique(x, return_inverse=True)
+    # Bins of one confidence, as exits say it, are one knot: a map has one value there.
+    knots, where = np.unique(x.astype(np.float32), return_inverse=True)
     total = np.bincount(where, weights=weight)
     mean = np.bincount(where, weights=weight * y) / total
     rising = isotonic_regression(mean, weights=total).x

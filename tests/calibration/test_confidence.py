@@ -57,6 +57,11 @@ def test_a_map_interpolates_and_is_constant_outside():
     assert PiecewiseLinear((0.5,), (0.7,)).of_tensor(values).tolist() == pytest.approx([0.7] * 7)
 
 
+def test_knots_that_meet_in_a_narrower_type_are_a_step():
+    met = PiecewiseLinear((0.99999999, 1.0), (0.7, 0.9))
+    assert met.of_tensor(torch.tensor([0.5, 1.0])).tolist() == pytest.approx([0.7, 0.7])
+
+
 def test_calibration_is_by_exit_and_domain_with_a_fallback():
     low, high = PiecewiseLinear((0.0,), (0.1,)), PiecewiseLinear((0.0,), (0.9,))
     rule = Confidence("max-softmax", 0.5, {"all": {3: low}, "code": {3: high}})

@@ -159,6 +159,48 @@ def test_a_model_says_the_same_through_it(maps, monkeypatch):
     assert torch.equal(model.tell(logits, 1)[0].double(), stock[0])
 
 
+@interpreted
+def test_knots_that_meet_in_32_bits_are_a_step():
+    map_ = PiecewiseLinear((0.2, 0.99999999, 1.0), (0.1, 0.7, 0.9))
+    logits = torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, 60.0]])
+    found = launches.tell(logits, None, map_.on(logits.device))[1]
+    torch.testing.assert_close(found, map_.of_tensor(logits.softmax(-1).amax(-1)))
+
+
+@interpreted
+def test_a_vocabulary_may_begin_with_tokens_that_are_ruled_out():
+    logits = torch.randn(2, 4500)
+    logits[:, :4096] = float("-inf")
+    found = launches.tell(logits, None, None)
+    torch.testing.assert_close(found[1], logits.softmax(-1).amax(-1))
+    torch.testing.assert_close(found[2], -logits.log_softmax(-1).amax(-1))
+
+
+@interpreted
+@pytest.mark.parametrize("targeted", [True, False])
+def test_a_graph_says_what_the_eager_path_says(targeted, monkeypatch):
+    model = model_of("llama")
+    model.confidence = Confidence(maps={"all": {2: PiecewiseLinear((0.02, 0.05), (0.1, 0.9))}})
+    monkeypatch.setattr(fused, "choose_telling", lambda device, dtype: OURS)
+    eager, captured = (Decoder(model, slot_pool(model, 3, 64)) for _ in range(2))
+    recorder = FakeRecorder()
+    assert captured.use_graphs((4,), recorder=recorder, targeted=targeted)
+    assert captured.graphs.settings.exits == (1, 2, 4)
+    targets = [7, 0, 255] if targeted else None
+    said = []
+    for decoder in (eager, captured):
+        rows = [decoder.pool.admit() for _ in range(3)]
+        place = decoder.place(rows, [0, 0, 0], targets=targets)
+        hidden = decoder.embed(place, [3, 4, 5])
+        said += [decoder.tell(place, hidden, level)[:, :3].clone() for level in range(3)]
+    for ours, stock in zip(said[3:], said[:3], strict=True):
+        torch.testing.assert_close(ours, stock)
+    assert sum(recording.replays for recording in recorder.recordings) == 4
+    # Of other tokens than its own kind it says nothing.
+    unlike = captured.place([0], [0], targets=None if targeted else [7])
+    assert captured.graphs.tell(unlike, captured.graphs.hidden[:1], 1) is None
+
+
 def test_a_processor_says_it_in_torchs_steps():
     found = fused.choose_telling(torch.device("cpu"), torch.float32)
     assert found == Fusion(False, "our kernels need a CUDA GPU and this is cpu")

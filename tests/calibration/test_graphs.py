@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from calibration.model.graphs import (
     CaptureError,
     CudaRecorder,
     GraphKey,
+    Kind,
     bucket_of,
     buckets_up_to,
     capture_stream,
@@ -122,25 +124,91 @@ def test_padding_rows_leave_other_rows_alone():
         assert torch.equal(ours, kept)
 
 
-def test_states_stay_what_they_were_when_other_graphs_are_replayed():
+def test_each_replay_leaves_its_states_where_the_next_one_reads_them():
     decoder = decoder_of()
     capture(decoder)
     row = decoder.pool.admit()
     decoder.extend([row], [tiny.prompt(5)], [0])
-    first = decoder.segment([row], decoder.begin([row], [3], [5]), [5], 0, 1)
-    kept = first.clone()
-    decoder.segment([row], first, [5], 1, 2)
-    assert torch.equal(first, kept)
+    place = decoder.place([row], [5])
+    states = [decoder.embed(place, [3]), decoder.run(place, decoder.embed(place, [3]), 0, 1)]
+    assert {state.data_ptr() for state in states} == {decoder.graphs.hidden.data_ptr()}
+    elsewhere = decoder.run(place, states[1].clone(), 1, 2).clone()
+    decoder.run(place, decoder.embed(place, [3]), 0, 1)
+    assert torch.equal(decoder.run(place, decoder.graphs.hidden[:1], 1, 2), elsewhere)
+
+
+def test_a_capture_amid_an_iteration_leaves_its_states_as_they_were():
+    decoder = decoder_of()
+    eager = decoder_of()
+    capture(decoder, on_demand=True)
+    for one in (eager, decoder):
+        one.pool.admit()
+        one.extend([0], [tiny.prompt(5)], [0])
+    states = []
+    for _ in range(3):
+        place, other = decoder.place([0], [5]), eager.place([0], [5])
+        hidden, wanted = decoder.embed(place, [3]), eager.embed(other, [3])
+        for first, last in decoder.segments():
+            hidden = decoder.run(place, hidden, first, last)
+            wanted = eager.run(other, wanted, first, last)
+            states.append((hidden.clone(), wanted))
+    assert decoder.graphs.num_graphs == 4
+    for ours, stock in states:
+        torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("pool", ["slots", "paged"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_filling_from_graphs_leaves_what_the_eager_path_leaves(family, pool):
+    filled = []
+    for graphs in (False, True):
+        decoder = decoder_of(family, pool)
+        recorder = capture(decoder) if graphs else None
+        rows = [decoder.pool.admit(20) for _ in range(3)]
+        hidden = decoder.begin(rows, [3, 4, 5], [19, 2, 7])
+        decoder.fill(rows, hidden, [19, 2, 7], 1, 4)
+        decoder.fill(rows[1:], hidden[1:], [3, 8], 2, 4)
+        if recorder is not None:
+            # Embedding, two segments, and one.
+            assert sum(recording.replays for recording in recorder.recordings) == 4
+        filled.append([decoder.pool.read(layer, rows, 20) for layer in range(4)])
+    for ours, stock in zip(*filled, strict=True):
+        torch.testing.assert_close(ours, stock)
+    assert all(part.any() for pair in filled[0][1:] for part in pair)
+
+
+def test_filling_some_rows_leaves_the_states_of_the_others():
+    decoder = decoder_of()
+    capture(decoder)
+    rows = [decoder.pool.admit() for _ in range(2)]
+    hidden = decoder.begin(rows, [3, 4], [0, 0])
+    hidden = decoder.segment(rows, hidden, [0, 0], 0, 1)
+    before = hidden.clone()
+    decoder.fill([1], hidden[1:], [0], 1, 4)
+    assert torch.equal(hidden, before)
+
+
+def test_layers_that_end_within_a_segment_are_filled_eagerly():
+    decoder = decoder_of()
+    recorder = capture(decoder)
+    decoder.pool.admit()
+    hidden = decoder.begin([0], [3], [0])
+    decoder.fill([0], hidden, [0], 2, 3)
+    assert sum(recording.replays for recording in recorder.recordings) == 1
 
 
 def test_graphs_are_captured_largest_first():
     decoder = decoder_of()
     capture(decoder, segments=[(0, 2), (2, 4)], max_context=48, subsets=True)
     keys = list(decoder.graphs.recordings)
-    assert keys[0] == GraphKey(0, 2, 4, 48, False)
-    assert keys[-1] == GraphKey(2, 4, 1, 48, True)
-    assert [key.rows for key in keys] == sorted((key.rows for key in keys), reverse=True)
-    assert decoder.graphs.num_graphs == 3 * 2 * 2
+    runs = [key for key in keys if key.kind is Kind.RUN]
+    assert runs[0] == GraphKey(0, 2, 4, 48, False)
+    assert runs[-1] == GraphKey(2, 4, 1, 48, True)
+    assert len(runs) == 3 * 2 * 2 and runs == keys[: len(runs)]
+    # Embedding and filling the second segment, by batch; no kernel of our own says what exits say.
+    assert Counter(key.kind for key in keys[len(runs) :]) == {Kind.EMBED: 3, Kind.FILL: 3}
+    for some in (runs, keys[len(runs) :]):
+        assert [key.rows for key in some] == sorted((key.rows for key in some), reverse=True)
     assert decoder.graphs.capture_s > 0
 
 
@@ -213,7 +281,8 @@ def test_a_load_is_warmed_up_once_in_a_process_and_for_all_layers():
         [recording.warm_ups for recording in capture(decoder, batch_buckets=(2,)).recordings]
         for decoder in (first, second)
     ]
-    assert warm_ups == [[WARM_UPS, 0, 0], [0, 0, 0]]
+    # Three segments, two of them filled, and embedding.
+    assert warm_ups == [[WARM_UPS, 0, 0, WARM_UPS, 0, WARM_UPS], [0] * 6]
 
 
 def test_a_capture_that_fails_while_serving_leaves_the_eager_path():
@@ -334,3 +403,33 @@ def test_cuda_graphs_give_the_tokens_of_the_eager_path(family, pool):
     assert decoder.use_graphs((1, 2, 4), 64), decoder.graphs_off_reason
     assert generate(decoder, prompts, 20) == expected
     assert decoder.graphs is not None
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pool", ["slots", "paged"])
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_cuda_graphs_embed_tell_and_fill_as_the_eager_path(family, pool):
+    device = tiny.need("cuda")
+    found = []
+    for graphs in (False, True):
+        stock = tiny.stock_model(family).to(device, torch.bfloat16)
+        model = from_stock(stock, (1, 2, 4))
+        made = slot_pool(model, 5, 64) if pool == "slots" else paged_pool(model, 40, 8)
+        decoder = Decoder(model, made)
+        if graphs:
+            assert decoder.use_graphs((1, 2, 4), 64), decoder.graphs_off_reason
+        rows = [decoder.pool.admit(20) for _ in range(3)]
+        said = []
+        # The same again reads what the first time left in the buffers.
+        for _ in range(2):
+            place = decoder.place(rows, [19, 2, 7], targets=[5, 6, 7])
+            hidden = decoder.run(place, decoder.embed(place, [3, 4, 5]), 0, 1)
+            said.append(decoder.tell(place, hidden, 0)[:, :3].clone())
+            decoder.fill_place(place, hidden, 1, 4)
+            decoder.fill(rows[1:], hidden[1:].clone(), [3, 8], 2, 4)
+            said.append(decoder.tell(place, hidden, 0)[:, :3].clone())
+        assert decoder.graphs is not None or not graphs
+        kept = [part for layer in range(4) for part in decoder.pool.read(layer, rows, 20)]
+        found.append([*said, *kept])
+    for ours, eager in zip(*found, strict=True):
+        torch.testing.assert_close(ours, eager)
