@@ -454,7 +454,9 @@ class OptBackbone(Backbone):
         attend.store(None, key, value, stock.layer_idx)
         mixed = attend.read(query, stock.layer_idx, stock.scaling)
         hidden = hidden + stock.out_proj(mixed)
-        opened = torch.relu_(layer.fc1(layer.final_layer_norm(hidden)))
+        normed, fc1 = layer.final_layer_norm(hidden), layer.fc1
+        # A product with its bias and relu, which is one launch where the library can.
+        opened = torch._addmm_activation(fc1.bias, normed, fc1.weight.t())
         return hidden.add_(layer.fc2(opened))
 
     def fused_fill(self, layer: Any, hidden: Tensor, writer: FusedWriter) -> None:

@@ -34,6 +34,7 @@ LEAST_SPLIT_TOKENS: Final = 128
 PROGRAMS_PER_PROCESSOR: Final = 2
 """Programs that keep a multiprocessor's memory busy."""
 
+ATTEND_WARPS: Final = 4
 GATE_BLOCK: Final = 1024
 TELL_BLOCK: Final = 2048
 TELL_STAGES: Final = 4
@@ -163,7 +164,7 @@ def attend(
         PLACED=places is not None and places.dim() == 1,
         PAGED=places is not None and places.dim() == 2,
         SPLIT=splits > 1,
-        num_warps=4,
+        num_warps=ATTEND_WARPS,
     )
     if splits > 1:
         _launch(

@@ -1,8 +1,8 @@
 """Where a decode layer's microseconds go on a GPU: `python -m reports.gpu.kernels`, a minute.
 
-Three tables: layers of real widths, from the stock modules and in few launches, beside the larger
+Four tables: layers of real widths, from the stock modules and in few launches, beside the larger
 of their launches and their bytes, with the kernels of ours by time; attention of one new token a
-row in several ways; a layer's products beside reading their weights.
+row in several ways; a layer's products beside reading their weights; what an exit says.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count, cycle
+from types import ModuleType
 from typing import Final
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from calibration.measuring.floors import count_launches, time_copy, time_launches
 from calibration.measuring.timing import Captured, capture, timed, timer_for
+from calibration.model import launches
 from calibration.model.attention import DecodeAttend
 from calibration.model.decode import Decoder, slot_pool
 from calibration.model.early_exit import EarlyExitLM
@@ -38,6 +41,12 @@ LOADS: Final = ((1, 128), (1, 2048), (16, 512), (64, 128), (64, 1024))
 
 CACHE_BYTES: Final = 2e8
 """More than a GPU's cache holds."""
+
+ATTENDING: Final = ((32, 4), (128, 4), (64, 8), (128, 8))
+"""Tokens that a program of our attention reads at once, and its warps, beside those in use."""
+
+TRIED_AT: Final = ((1, 2048), (64, 1024))
+"""Loads at which these are tried: each is compiled first."""
 
 BEST_SHOWN: Final = 8
 SAMPLES: Final = 5
@@ -62,11 +71,11 @@ class Bench:
     def __init__(self) -> None:
         self.device = torch.device("cuda")
         self.timer = timer_for(self.device)
-        launches = time_launches(200, self.device, self.timer, "graph", SAMPLES)
-        if isinstance(launches, str):
-            raise RuntimeError(launches)
+        empty = time_launches(200, self.device, self.timer, "graph", SAMPLES)
+        if isinstance(empty, str):
+            raise RuntimeError(empty)
         copy, moved = time_copy(2**30, self.device, self.timer, SAMPLES)
-        self.launch_s = launches.seconds / 200
+        self.launch_s = empty.seconds / 200
         self.bytes_per_s = moved / copy.seconds
 
     def seconds(self, work: Callable[[], object], times: int = 1) -> float | str:
@@ -127,14 +136,14 @@ def layer_at(
             said.append(f"ours is stock, since {decoder.fusion.reason}")
         run = layers_of(decoder)
         run(LAYERS)
-        launches = count_launches(partial(run, 2)) - count_launches(partial(run, 1))
+        number = count_launches(partial(run, 2)) - count_launches(partial(run, 1))
         found = bench.seconds(partial(run, LAYERS))
         if isinstance(found, str):
             said.append(f"{way} {found}")
             continue
-        floor_s = max(launches * bench.launch_s, read / bench.bytes_per_s)
+        floor_s = max(number * bench.launch_s, read / bench.bytes_per_s)
         said.append(
-            f"{way} {found / LAYERS * 1e6:.1f} us in {launches} launches, "
+            f"{way} {found / LAYERS * 1e6:.1f} us in {number} launches, "
             f"{found / LAYERS / floor_s:.2f} of the floor of {floor_s * 1e6:.1f}"
         )
     yield f"{title}: {'; '.join(said)}"
@@ -175,6 +184,7 @@ def attention(bench: Bench) -> Iterator[str]:
 def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int) -> str:
     """One load in several ways, in microseconds; * marks the division that is used.
 
+    Ours also read other numbers of tokens at once, by other numbers of warps.
     Layers are read in turns, so that it is memory that is read, but for the smallest loads.
     """
     layers = min(64, max(LAYERS, int(CACHE_BYTES / (rows * context * dims.bytes_per_token_layer))))
@@ -189,8 +199,12 @@ def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int
     tokens = query[0].transpose(0, 1).reshape(rows, heads * dims.head_dim)
     masked = DecodeAttend(pool, ends, ends, None, context)
 
-    def reading(made: FusedAttend) -> Callable[[], Tensor]:
-        return lambda: made.read(tokens, next(turn) % layers, scale)
+    def reading(made: FusedAttend, **shaped: object) -> Callable[[], Tensor]:
+        def work() -> Tensor:
+            with patched(launches, **shaped):
+                return made.read(tokens, next(turn) % layers, scale)
+
+        return work
 
     def unmasked() -> Tensor:
         key, value = pool.gather(next(turn) % layers, None, rows, context)
@@ -207,6 +221,10 @@ def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int
         made = FusedAttend(pool, ends, ends, None, context, None, processors)
         made.splits = splits
         ways[f"ours in {splits}{'*' if splits == usual else ''}"] = reading(made)
+    made = FusedAttend(pool, ends, ends, None, context, None, processors)
+    for at_once, warps in ATTENDING if (rows, context) in TRIED_AT else ():
+        shaped = {"tokens_at_once": lambda _, n=at_once: n, "ATTEND_WARPS": warps}
+        ways[f"{at_once} by {warps} warps"] = reading(made, **shaped)
     times = max(8, layers)
     cells = [f"{way} {bench.microseconds(work, times)}" for way, work in ways.items()]
     floor_s = rows * context * dims.bytes_per_token_layer / bench.bytes_per_s
@@ -250,6 +268,48 @@ def product_at(bench: Bench, wide: int, deep: int, rows: int) -> str:
     return f"{', '.join(cells)}; bytes {2e6 * wide * deep / bench.bytes_per_s:.1f}"
 
 
+def words(bench: Bench) -> Iterator[str]:
+    """What an exit says of its logits: in torch's steps, by our kernel, and in other stretches."""
+    for vocab in (256, 50272, 128256):
+        for rows in (1, 16, 64):
+            logits = torch.randn(rows, vocab, device=bench.device).to(torch.bfloat16)
+            targets = torch.arange(rows, device=bench.device)
+            ours = partial(launches.tell, logits, targets, None)
+            ways: dict[str, Callable[[], Tensor]] = {
+                "torch": partial(said_by_torch, logits, targets),
+                "ours": ours,
+            }
+            for stretch in (1024, 4096):
+                ways[f"ours by {stretch}"] = partial(under, ours, TELL_BLOCK=stretch)
+            cells = [f"{way} {bench.microseconds(work, 8)}" for way, work in ways.items()]
+            floor = f"bytes {1e6 * logits.nbytes / bench.bytes_per_s:.1f}"
+            yield f"{rows} rows of {vocab}: {', '.join(cells)}; {floor}"
+
+
+def said_by_torch(logits: Tensor, targets: Tensor) -> Tensor:
+    """Token, confidence and nats in torch's own steps."""
+    full = logits.float()
+    nats = full.logsumexp(-1) - full.gather(-1, targets[:, None])[:, 0]
+    return torch.stack([full.argmax(-1).float(), full.softmax(-1).amax(-1), nats])
+
+
+def under(work: Callable[[], Tensor], **changed: object) -> Tensor:
+    """Work while our launches are shaped otherwise."""
+    with patched(launches, **changed):
+        return work()
+
+
+@contextmanager
+def patched(module: ModuleType, **changed: object) -> Iterator[None]:
+    """Let a module hold other values for a while."""
+    before = {name: getattr(module, name) for name in changed}
+    vars(module).update(changed)
+    try:
+        yield
+    finally:
+        vars(module).update(before)
+
+
 def main() -> int:
     """Print every table; one that fails leaves the others."""
     if not torch.cuda.is_available():
@@ -262,7 +322,7 @@ def main() -> int:
         f"{bench.bytes_per_s / 1e12:.2f} TB/s, {bench.launch_s * 1e6:.2f} us a launch"
     )
     failed = False
-    for table in (layers, attention, products):
+    for table in (layers, attention, products, words):
         print(f"\n{(table.__doc__ or '').strip()}", flush=True)
         try:
             for line in table(bench):

@@ -35,7 +35,7 @@ def variants():
         }
         for (placed, paged), split in product(((0, 0), (1, 0), (0, 1)), (False, True)):
             found = {"PLACED": bool(placed), "PAGED": bool(paged), "SPLIT": split}
-            yield "attend_kernel", sizes | blocks | found, 4
+            yield "attend_kernel", sizes | blocks | found, launches.ATTEND_WARPS
     yield "merge_kernel", {"HEAD_DIM": 128, "LANES": 128, "SPLITS": 32}, 4
     yield "gate_kernel", {"BLOCK": 1024}, 4
     telling = {"BLOCK": launches.TELL_BLOCK, "STAGES": launches.TELL_STAGES}

@@ -258,7 +258,7 @@ class Nothing:
         return lambda *arguments, **constants: None
 
 
-@pytest.mark.parametrize(("family", "wanted"), [("llama", 9), ("opt", 11)])
+@pytest.mark.parametrize(("family", "wanted"), [("llama", 9), ("opt", 10)])
 def test_a_layer_takes_few_launches(family, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(launches, "compiled", lambda: defaultdict(Nothing))
     model = model_of(family, tmp_path)

@@ -222,21 +222,27 @@ def test_graph_readings_run_graphs_exit_by_exit(bench: Bench) -> None:
     captured = bench.capture_graphs(recorder)
     assert isinstance(captured, Reading)
     assert bench.modes == ("eager", "graph")
-    # Segments 0-1, 1-2 and 2-4; 1, 2 and 4 rows; one width of context.
-    assert captured.repetitions == len(recorder.recordings) == 9
+    # Segments 0-1, 1-2 and 2-4, embedding, and the last two segments filled; 1, 2 and 4 rows.
+    assert captured.repetitions == len(recorder.recordings) == 18
     assert bench.buckets == {"batch_buckets": [1, 2, 4], "context_buckets": [64]}
 
     def replays() -> int:
         return sum(recording.replays for recording in recorder.recordings)
 
     work = bench.work(Job("decode_layers", "tiny-4l", "graph", (2,), 3, 20, 20), 2)
+    # The rows are embedded when the work is made.
+    assert replays() == 1
     work()
-    assert replays() == 2
+    assert replays() == 3
     bench.work(Job("iteration", "tiny-4l", "graph", (4,), 3, 20, 20), 4)()
-    assert replays() == 5
+    assert replays() == 7
+    fill = bench.work(Job("kv_fill", "tiny-4l", "graph", (3,), 3), 3)
+    assert replays() == 8
+    fill()
+    assert replays() == 10
     bench.work(Job("decode_layers", "tiny-4l", "eager", (2,), 3, 20, 20), 2)()
     bench.work(Job("prefill_layers", "tiny-4l", "eager", (2,), 1, 0, None, 16), 2)()
-    assert replays() == 5
+    assert replays() == 10
 
 
 def test_an_energy_window_gives_joules_of_one_repetition(bench: Bench, tmp_path: Path) -> None:
