@@ -35,6 +35,17 @@ class Room:
         return self.fleet.memory_bytes or self.profile.device.memory_bytes
 
     @property
+    def usable_bytes(self) -> int:
+        """Bytes for weights, workspace and KV; below 0 where the reserve is more than all."""
+        utilised = int(self.memory_bytes * self.fleet.memory_utilisation)
+        return utilised - self.fleet.reserve_bytes
+
+    @property
+    def typical_tokens(self) -> int:
+        """Tokens of a request of the expected lengths."""
+        return self.serving.expected_prompt_tokens + self.serving.expected_output_tokens
+
+    @property
     def context_tokens(self) -> int:
         """The shortest context among the candidates: a request may be served by any of them."""
         return min(self.profile.model(name).model.shape.max_positions for name in self.candidates)
@@ -59,6 +70,25 @@ class Room:
         """Requests of a length whose KV fits beside the weights, whatever the batch setting."""
         blocks = math.ceil(tokens_per_request / self.serving.block_tokens)
         return self.pool_blocks(name, depth) / max(1, blocks)
+
+    def needed_bytes(self, name: str, depth: int) -> int:
+        """Bytes that a model loaded to `depth` layers needs for one request of typical length."""
+        model = self.profile.model(name)
+        blocks = math.ceil(self.typical_tokens / self.serving.block_tokens)
+        weights = model.model.weight_bytes(depth)
+        return weights + model.workspace_bytes + blocks * self.block_bytes(name, depth)
+
+    def shortage(self, name: str, depth: int) -> str:
+        """Why a model loaded to `depth` layers does not fit, as a clause: needed and there."""
+        fleet = self.fleet
+        whose = "fleet.memory_bytes" if fleet.memory_bytes else "the device's memory,"
+        reserve = f", less reserve_bytes {fleet.reserve_bytes:,}" if fleet.reserve_bytes else ""
+        return (
+            f"weights, workspace and one request of {self.typical_tokens:,} tokens need "
+            f"{self.needed_bytes(name, depth):,} bytes, and there are "
+            f"{max(0, self.usable_bytes):,} ({whose} {self.memory_bytes:,} "
+            f"at memory_utilisation {fleet.memory_utilisation:g}{reserve})"
+        )
 
     def no_room(self, name: str, depth: int) -> InputError:
         """The error for weights that leave no room for KV."""
@@ -95,6 +125,32 @@ def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room
     return Room(profile=profile, candidates=candidates, fleet=fleet, serving=scenario.serving)
 
 
+def check_room(room: Room, where: str) -> None:
+    """Raise `InputError` where no candidate, however shallow, can serve a typical request."""
+    smallest = min(
+        ((name, room.profile.model(name).model.exit_layers[0]) for name in room.candidates),
+        key=lambda place: room.needed_bytes(*place),
+    )
+    needed, fleet = room.needed_bytes(*smallest), room.fleet
+    if needed <= room.usable_bytes:
+        return
+    without_reserve = room.usable_bytes + fleet.reserve_bytes
+    if needed <= without_reserve:
+        key, enough = "reserve_bytes", f"at most {without_reserve - needed:,}"
+    else:
+        utilised = needed + fleet.reserve_bytes
+        total = math.ceil(utilised / fleet.memory_utilisation)
+        if int(total * fleet.memory_utilisation) < utilised:  # by a rounding
+            total += 1
+        key, enough = "memory_bytes", f"at least {total:,}"
+    name, depth = smallest
+    raise InputError(
+        f"No candidate fits at any exit, not even {name!r} at depth {depth}: "
+        f"{room.shortage(name, depth)}; give fleet.{key} of {enough}.",
+        f"{where}, fleet.{key}",
+    )
+
+
 def policy_slo(spec: SloSpec | None) -> Slo:
     """The limits that bound a shortlist."""
     if spec is None:
@@ -108,7 +164,7 @@ def candidate_card(room: Room, name: str) -> Candidate:
     model = profile.model
     serving = room.serving
     prompt, output = serving.expected_prompt_tokens, serving.expected_output_tokens
-    tokens = prompt + output
+    tokens = room.typical_tokens
     reference = min(serving.max_batch, 4)
     c = profile.coefficient_array()
     rows = float(profile.padded_rows(reference)[reference])

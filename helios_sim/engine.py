@@ -152,7 +152,7 @@ class Replica:
         self.host = host
         self.record = live_record(run.world.replicas, index)
         self.exit_counts = run.world.exit_counts[index]
-        self.controller = Controller(policy, run.candidates)
+        self.controller = Controller(policy, run.candidates, shortage=run.setup.shortage)
         self.snapshots = SnapshotLog()
         self.policy = policy
         self.assignment: Assignment | None = None

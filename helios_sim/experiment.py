@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import polars as pl
 
-from helios_sim.cards import policy_slo, room_of
+from helios_sim.cards import check_room, policy_slo, room_of
 from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
@@ -67,6 +67,7 @@ class Experiment:
 def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Experiment:
     """Read the profile and the exit traces that a scenario names."""
     room = room_of(scenario, base_dir, where)
+    check_room(room, where)
     _check_published(scenario, where)
     setup = Setup(
         profile=room.profile,

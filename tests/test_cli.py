@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -133,7 +134,11 @@ def test_results_are_replaced_but_a_strangers_folder_is_not(
         (["--set", "serving.max_batc=4"], "Did you mean 'max_batch'?"),
         (["--set", "fleet.profile=opt-a100"], "opt-a100-40gb"),
         (["--policy", "helois"], "Did you mean 'helios'?"),
-        (["--set", "fleet.memory_bytes=8000000000", "--set", "policy.0.model=opt-6.7b"], "fits"),
+        (
+            ["--set", "fleet.memory_bytes=8000000000", "--set", "policy.0.model=opt-6.7b"],
+            "need 14,726,266,880 bytes, and there are 7,200,000,000 (fleet.memory_bytes",
+        ),
+        (["--set", "fleet.memory_bytes=2500000000"], "there are 2,250,000,000 (fleet.memory_bytes"),
     ],
 )
 def test_bad_input_is_one_sentence_exit_code_2_and_no_folder(
@@ -154,7 +159,8 @@ def test_bad_input_is_one_sentence_exit_code_2_and_no_folder(
 def test_a_mistake_found_while_playing_names_its_place_once(
     scenario: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("simulate", scenario, "--json", "--set", "fleet.memory_bytes=1") == 2
+    change = ("--set", "fleet.memory_bytes=8000000000", "--set", "policy.0.model=opt-6.7b")
+    assert run("simulate", scenario, "--json", *change) == 2
     assert capsys.readouterr().err.count("policy vanilla") == 1
 
 
@@ -219,7 +225,7 @@ def test_a_page_replaces_no_other_file(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("fleet.memory_bytes=1", "memory"),
+        ("fleet.memory_bytes=1", "memory_bytes of at least"),
         ("policy.0.model=opt-13b", "opt-13b"),
         ("measure.warmup_requests=40", "warm-up"),
         ('published=[{figure="zz",policy="vanilla",published=1.0,source="x"}]', "no figure"),
@@ -238,6 +244,30 @@ def test_what_cannot_start_is_found_before_anything_runs(
     error = capsys.readouterr().err
     assert said in error
     assert str(scenario) in error
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "enough"),
+    [
+        ("memory_bytes", "40", r"memory_bytes 40 .* fleet\.memory_bytes of at least ([0-9,]+)"),
+        ("reserve_bytes", "40000000000", r"reserve_bytes 40,000,.* of at most ([0-9,]+)"),
+    ],
+)
+def test_memory_for_no_candidate_names_the_key_what_was_given_and_what_suffices(
+    scenario: Path, capsys: pytest.CaptureFixture[str], key: str, given: str, enough: str
+) -> None:
+    command = ("simulate", scenario, "--json", "--policy", "vanilla")
+    assert run(*command, "--set", f"fleet.{key}={given}") == 2
+    error = capsys.readouterr().err
+    assert f"{scenario}, fleet.{key}: No candidate fits" in error
+    found = re.search(enough, error)
+    assert found is not None
+    least = int(found[1].replace(",", ""))
+    past = least - 1 if key == "memory_bytes" else least + 1
+    # What suffices for a shallow exit is no room for a full one, but then the policy is asked.
+    for value, refused in ((past, True), (least, False)):
+        run("scenario", "check", scenario, "--set", f"fleet.{key}={value}")
+        assert ("No candidate fits" in capsys.readouterr().err) == refused
 
 
 def test_profiles_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:

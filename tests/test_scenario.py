@@ -356,8 +356,9 @@ def test_a_missing_trace_names_the_file_that_is_missing(file: Path) -> None:
 
 
 def test_a_model_that_cannot_fit_is_refused_before_anything_is_served(file: Path) -> None:
-    scenario = load_scenario(file, ["fleet.memory_bytes=1000000000"])
-    with pytest.raises(InputError, match=r"'opt-1\.3b', 'opt-6\.7b' fits in memory"):
+    scenario = load_scenario(file, ["fleet.memory_bytes=2500000000"])
+    told = r"'opt-1\.3b', 'opt-6\.7b' fits in memory .* there are 2,250,000,000"
+    with pytest.raises(InputError, match=told):
         run_policy(prepare(scenario, file.parent), scenario.policy[0])
 
 

@@ -33,7 +33,7 @@ from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.record import run_data, write_extras
 from calibration.serving.slowdown import slowdown_facts, waited_s
 from calibration.serving.weights import CheckpointWeights, KvKind, WeightSettings
-from helios_sim.cards import Room, policy_slo, room_of
+from helios_sim.cards import Room, check_room, policy_slo, room_of
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces, write_traces
@@ -259,6 +259,7 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     scenario = load_scenario(scenario_path, changes)
     base_dir, where = scenario_path.parent, str(scenario_path)
     room = room_of(scenario, base_dir, where)
+    check_room(room, where)
     _check_serving(scenario, where)
     device = _device(settings.device)
     folders = find_checkpoints(settings.checkpoints)

@@ -312,7 +312,7 @@ def _tell(run: Run, setup: Setup) -> None:
     known = tuple(candidate_card(setup, name) for name in setup.candidates)
     run.candidates = known
     for replica in run.replicas:
-        replica.controller = Controller(replica.policy, known)
+        replica.controller = Controller(replica.policy, known, shortage=setup.shortage)
 
 
 def _sent_at(requests: Requests, arrival_s: Any) -> Requests:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import (
@@ -24,6 +24,7 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.history import PerformanceHistory
 from helios_sim.policy.options import listed
+from helios_sim.policy.shortlist import NothingFits
 
 
 class Controller:
@@ -32,10 +33,17 @@ class Controller:
     It owns all that outlasts a decision: the Performance History Table and the round of
     evaluations under way. The host brings what it sees now, carries the decision out and logs it
     with the snapshot. `keep_evaluations` bounds the table to the latest of each candidate.
+    `shortage` says of a model and a depth that do not fit which bytes it needs and which there
+    are: the host knows its memory, a candidate's card does not.
     """
 
     def __init__(
-        self, policy: Policy, candidates: Sequence[Candidate], *, keep_evaluations: int = 4
+        self,
+        policy: Policy,
+        candidates: Sequence[Candidate],
+        *,
+        keep_evaluations: int = 4,
+        shortage: Callable[[str, int], str] | None = None,
     ) -> None:
         names = tuple(candidate.name for candidate in candidates)
         if not names or len(set(names)) != len(names):
@@ -52,6 +60,7 @@ class Controller:
         self._by_name = dict(zip(names, self.candidates, strict=True))
         self._history = PerformanceHistory(names, keep_evaluations)
         self._round: tuple[str, ...] = ()
+        self._shortage = shortage
 
     @property
     def history(self) -> dict[str, tuple[Telemetry, ...]]:
@@ -121,7 +130,10 @@ class Controller:
             slo=slo or Slo(),
             foresight=dict(foresight) if sees_future and foresight is not None else None,
         )
-        decision = self.policy.decide(snapshot)
+        try:
+            decision = self.policy.decide(snapshot)
+        except NothingFits as error:
+            raise self._with_bytes(error) from error
         self.check(decision, assignment)
         return decision, snapshot
 
@@ -191,11 +203,24 @@ class Controller:
 
     def _check_fits(self, what: str, candidate: Candidate, depth: int) -> None:
         if candidate.batch_limit[candidate.level_of(depth)] < 1:
+            if self._shortage is None:
+                why = "beside these weights no request of the workload's typical length has room"
+            else:
+                why = self._shortage(candidate.name, depth)
             raise self._invalid(
-                f"{what} of {candidate.name!r} at depth {depth}",
-                "choose what fits: beside these weights no request of the workload's typical "
-                "length has room",
+                f"{what} of {candidate.name!r} at depth {depth}", f"choose what fits: {why}"
             )
+
+    def _with_bytes(self, error: NothingFits) -> InputError:
+        """The error with the bytes of the smallest candidate, where the host can tell them."""
+        if self._shortage is None:
+            return error
+        smallest = min(self.candidates, key=lambda one: one.weight_bytes[-1])
+        return InputError(
+            f"{error.message.rstrip('.')}; for {smallest.name!r} "
+            f"{self._shortage(smallest.name, smallest.num_layers)}.",
+            error.where,
+        )
 
     def _known(self, name: object, what: str) -> Candidate:
         if not isinstance(name, str) or name not in self._by_name:

@@ -19,6 +19,10 @@ class Shortlist:
     reason: str
 
 
+class NothingFits(InputError):
+    """No candidate leaves room for a typical request at full depth."""
+
+
 def fitting(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """The candidates whose weights leave room for a typical request at every depth.
 
@@ -26,7 +30,7 @@ def fitting(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """
     fit = tuple(c for c in candidates if c.batch_limit[0] >= 1 and c.batch_limit[-1] >= 1)
     if not fit:
-        raise InputError(
+        raise NothingFits(
             f"None of the models {listed(c.name for c in candidates)} fits in memory with one "
             "request of the workload's typical length at full depth; at least one must."
         )

@@ -152,6 +152,17 @@ def test_a_decision_that_cannot_be_carried_out_is_refused_in_a_sentence(
     assert error.value.where == "policy helios"
 
 
+def test_a_host_that_knows_its_memory_says_what_is_needed_and_what_is_there() -> None:
+    tight = replace(SMALL, name="tight", batch_limit=(9, 1, 0))
+    told = Controller(
+        Helios(), (tight,), shortage=lambda name, depth: f"{name} at {depth} needs 9 of 8 bytes"
+    )
+    with pytest.raises(InputError, match=r"choose what fits: tight at 24 needs 9 of 8 bytes\."):
+        told.check(Serve("tight", 24, PARTIAL, ""), NOW)
+    with pytest.raises(InputError, match=r"at least one must; for 'tight' tight at 24 needs 9"):
+        consult(told)
+
+
 @pytest.mark.parametrize(
     "decision",
     [
