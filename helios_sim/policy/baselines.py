@@ -136,7 +136,7 @@ class StaticDepth:
 
     def __post_init__(self) -> None:
         check_model_name("model", self.model)
-        check_whole_number("depth", self.depth, 1, none_means="the shallowest exit")
+        check_whole_number("depth", self.depth, 1, unset_means="the shallowest exit")
         check_threshold(self.confidence_threshold)
 
     def decide(self, snapshot: Snapshot) -> Decision:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Final, Literal
 
+from helios_sim.errors import InputError
 from helios_sim.policy.options import check_choice, check_share, check_whole_number, refused
 
 DepthRule = Literal["dominant", "quantile", "fixed"]
@@ -19,6 +20,8 @@ def check_depth_options(rule: object, quantile: object, fixed_depth: object) -> 
     """Refuse a depth rule that does not exist or lacks its figure."""
     check_choice("depth_rule", rule, DEPTH_RULES)
     check_share("depth_quantile", quantile, zero_allowed=False)
+    if rule == "fixed" and fixed_depth is None:
+        raise InputError("Option 'fixed_depth' was left out; depth_rule 'fixed' needs it.")
     if rule == "fixed":
         check_whole_number("fixed_depth", fixed_depth, 1)
     elif fixed_depth is not None:

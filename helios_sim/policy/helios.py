@@ -136,8 +136,8 @@ class HeliosSettings:
         never = "never"
         check_whole_number("top_k", self.top_k, 1)
         check_whole_number("evaluation_requests", self.evaluation_requests, 1)
-        check_whole_number("reassess_requests", self.reassess_requests, 1, none_means=never)
-        check_whole_number("breach_window_tokens", self.breach_window_tokens, 1, none_means=never)
+        check_whole_number("reassess_requests", self.reassess_requests, 1, off_means=never)
+        check_whole_number("breach_window_tokens", self.breach_window_tokens, 1, off_means=never)
         check_whole_number("breach_limit", self.breach_limit, 0)
         if self.breach_window_tokens is not None and self.breach_limit >= self.breach_window_tokens:
             raise refused(

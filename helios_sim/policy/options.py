@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import ExitMode
 
 Grade = Literal["paper", "open", "ours"]
 """Where a default comes from: published by the paper, left open by the paper, or our own."""
+
+OFF: Final = "off"
+"""How a scenario writes None for an option that can be switched off."""
 
 
 def about(doc: str, grade: Grade, *, can_be_off: bool = False) -> dict[str, object]:
@@ -38,21 +41,29 @@ def listed(names: Iterable[str]) -> str:
 
 
 def check_whole_number(
-    name: str, value: object, minimum: int, *, none_means: str | None = None
+    name: str,
+    value: object,
+    minimum: int,
+    *,
+    off_means: str | None = None,
+    unset_means: str | None = None,
 ) -> None:
-    """Refuse anything but a whole number of at least `minimum` (or None where it has a meaning)."""
-    if value is None and none_means is not None:
+    """Refuse anything but a whole number of at least `minimum` (or None where it has a meaning).
+
+    The error says how a scenario has it: "off" with `off_means`, left out with `unset_means`.
+    """
+    if value is None and (off_means or unset_means):
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        none = f", or None ({none_means})" if none_means is not None else ""
+        none = f', or "{OFF}" ({off_means})' if off_means else _or_left_out(unset_means)
         raise refused(name, value, f"a whole number of at least {minimum}{none}")
 
 
 def check_share(
-    name: str, value: object, *, zero_allowed: bool, none_means: str | None = None
+    name: str, value: object, *, zero_allowed: bool, unset_means: str | None = None
 ) -> None:
     """Refuse anything but a number from 0 to 1 (or None where it has a meaning)."""
-    if value is None and none_means is not None:
+    if value is None and unset_means:
         return
     # Not a number fails every comparison, so NaN is refused with the rest.
     if (
@@ -62,14 +73,17 @@ def check_share(
     ):
         return
     bounds = "a number from 0 to 1" if zero_allowed else "a number above 0 and at most 1"
-    none = f", or None ({none_means})" if none_means is not None else ""
-    raise refused(name, value, bounds + none)
+    raise refused(name, value, bounds + _or_left_out(unset_means))
+
+
+def _or_left_out(unset_means: str | None) -> str:
+    return f", or left out ({unset_means})" if unset_means else ""
 
 
 def check_threshold(value: object) -> None:
     """Refuse anything but a confidence, or None for the profile's own threshold."""
     check_share(
-        "confidence_threshold", value, zero_allowed=True, none_means="the profile's own threshold"
+        "confidence_threshold", value, zero_allowed=True, unset_means="the profile's own threshold"
     )
 
 

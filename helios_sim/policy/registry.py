@@ -27,7 +27,7 @@ from helios_sim.policy.baselines import (
 )
 from helios_sim.policy.contract import Policy, Watching
 from helios_sim.policy.helios import Helios
-from helios_sim.policy.options import listed, nearest
+from helios_sim.policy.options import OFF, listed, nearest
 
 SHIPPED: Final[dict[str, type[Any]]] = {
     policy.name: policy
@@ -51,9 +51,6 @@ HOT_RULES: Final[dict[str, Callable[..., Any]]] = {
     if inspect.isfunction(rule) and rule.__module__ == rules.__name__ and name[0] != "_"
 }
 """The hot rules a policy may replace, by name."""
-
-OFF: Final = "off"
-"""How a scenario writes None for an option that can be switched off."""
 
 
 def policy_names() -> tuple[str, ...]:
