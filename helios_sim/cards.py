@@ -71,6 +71,23 @@ class Room:
         blocks = math.ceil(tokens_per_request / self.serving.block_tokens)
         return self.pool_blocks(name, depth) / max(1, blocks)
 
+    def longest_request(self, name: str, depth: int) -> int:
+        """Tokens of the longest request that a model loaded to `depth` layers ever takes."""
+        positions = self.profile.model(name).model.shape.max_positions
+        # The last token of a request is emitted and enters no cache.
+        return min(positions, self.pool_blocks(name, depth) * self.serving.block_tokens + 1)
+
+    @property
+    def longest_requests(self) -> tuple[int, int]:
+        """The least and the most that `longest_request` is, over what a policy may choose."""
+        longest = [
+            self.longest_request(name, depth)
+            for name in self.candidates
+            for depth in self.profile.model(name).model.exit_layers
+            if self.needed_bytes(name, depth) <= self.usable_bytes
+        ]
+        return min(longest), max(longest)
+
     def needed_bytes(self, name: str, depth: int) -> int:
         """Bytes that a model loaded to `depth` layers needs for one request of typical length."""
         model = self.profile.model(name)

@@ -302,6 +302,18 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
     if shortened:
         _say(f"{shortened:,} requests are shortened to {experiment.setup.context_tokens:,} tokens.")
+    by_all, by_some = experiment.refusals(requests)
+    least, most = experiment.setup.longest_requests
+    if by_all:
+        _say(
+            f"{by_all:,} of {len(requests):,} requests will be refused: they are longer than the "
+            f"{most:,} tokens that any candidate can hold."
+        )
+    if by_some:
+        _say(
+            f"Up to {by_some:,}{' more' if by_all else ''} will be refused where a candidate or a "
+            f"depth serves that cannot hold them; the least holds {least:,} tokens."
+        )
 
 
 @scenario_app.command("schema")

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import polars as pl
 
 from helios_sim.cards import check_room, policy_slo, room_of
@@ -58,6 +59,13 @@ class Experiment:
             if error.where and error.where.split(".")[0] == "workload":
                 raise InputError(error.message, f"{self.where}, {error.where}") from error
             raise
+
+    def refusals(self, requests: Requests) -> tuple[int, int]:
+        """How many requests nobody can ever take, and how many more not all who may serve can."""
+        least, most = self.setup.longest_requests
+        tokens = requests.prompt_tokens.astype(np.int64) + requests.output_tokens
+        num_by_all = int((tokens > most).sum())
+        return num_by_all, int((tokens > least).sum()) - num_by_all
 
     def policy(self, settings: PolicySettings) -> Policy:
         """A fresh policy of the scenario."""

@@ -270,6 +270,33 @@ def test_memory_for_no_candidate_names_the_key_what_was_given_and_what_suffices(
         assert ("No candidate fits" in capsys.readouterr().err) == refused
 
 
+# A context of 2,048 tokens, and a pool that holds 1,217 beside the whole OPT-6.7B.
+@pytest.mark.parametrize(
+    ("memory_bytes", "said"),
+    [
+        (
+            42_949_672_960,
+            "{} of 40 requests will be refused: they are longer than the 2,048 tokens",
+        ),
+        (16_700_000_000, "Up to {} more will be refused where .* the least holds 1,217 tokens"),
+    ],
+)
+def test_check_says_how_many_requests_will_be_refused(
+    scenario: Path, capsys: pytest.CaptureFixture[str], memory_bytes: int, said: str
+) -> None:
+    """As many as a run refuses then: of those that may be refused, where the least is served."""
+    changes = (
+        *("--set", 'workload.prompt={kind = "uniform", min_tokens = 500, max_tokens = 4000}'),
+        *("--set", f"fleet.memory_bytes={memory_bytes}", "--set", "policy.0.model=opt-6.7b"),
+    )
+    assert run("scenario", "check", scenario, *changes) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [int(found[0]) for line in lines if (found := re.search(r"\d+ (?=of 40|more)", line))]
+    assert run("simulate", scenario, "--json", "--policy", "vanilla", *changes) == 0
+    assert json.loads(capsys.readouterr().out)["num_refused"] == sum(told) > 0
+    assert re.search(said.format(told[-1]), lines[-1])
+
+
 def test_profiles_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("profiles", "--json") == 0
     names = {profile["name"] for profile in json.loads(capsys.readouterr().out)}
