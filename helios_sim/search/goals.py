@@ -122,7 +122,12 @@ def parse_constraints(text: str, where: str) -> Constraints:
         if match is not None and match["name"] in _PLAIN:
             bounds.append(_bound(match, clause, where))
             continue
-        word = re.split(r"[:<>]", clause)[0]
+        word = re.split(r"[:<>=]", clause)[0]
+        if word in _PLAIN:
+            raise InputError(
+                f"{clause!r} gives no bound; write a sign and a number, such as {_example(word)}.",
+                where,
+            )
         if re.fullmatch(r"(p[0-9.]+_|median_)?[a-z0-9]+(_(us|ms|s))?", word) is None or (
             _metric(word) not in (*_LATENCIES, "e2el")
         ):
@@ -135,6 +140,12 @@ def parse_constraints(text: str, where: str) -> Constraints:
         latencies.append(clause)
     slo = parse_slo(";".join(latencies), where) if latencies else None
     return Constraints(slo, tuple(bounds))
+
+
+def _example(name: str) -> str:
+    """A constraint on this figure as it may be written."""
+    sign = ">=" if _PLAIN[name].better == "higher" else "<="
+    return f"{name}{sign}{'0.98' if _PLAIN[name].unit == 'share' else '10'}"
 
 
 def _metric(word: str) -> str:

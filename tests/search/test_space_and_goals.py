@@ -144,6 +144,8 @@ def test_constraints_take_slo_text_in_every_dialect_and_bounds_beside_it() -> No
     ("text", "said"),
     [
         ("agrement>=0.9", "Did you mean 'agreement'?"),
+        ("agreement", "gives no bound; write a sign and a number, such as agreement>=0.98."),
+        ("energy=3", "such as energy<=10."),
         ("agreement<=0.9", "from the wrong side"),
         ("energy>=0.9", "from the wrong side"),
         ("agreement>=98", "a share above 1"),
