@@ -42,7 +42,8 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
             _ranking(plan),
             _table(fleet_rows(plan), swatches=len(compared) > 1),
             "".join(
-                f'<p class="small">{escape(one.fleet.name)} cannot serve: {escape(one.refusal)}</p>'
+                f'<p class="small">{escape(one.fleet.name)} cannot serve: '
+                f"{escape(str(one.refusal))}</p>"
                 for one in plan.answers
                 if one.refusal
             ),

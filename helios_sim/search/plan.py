@@ -86,7 +86,7 @@ class FleetAnswer:
     size: FleetSize | None = None
     planned: Load | None = None
     loads: tuple[Load, ...] = ()
-    refusal: str | None = None
+    refusal: InputError | None = None
     cost: Cost | None = None
 
     @property
@@ -189,6 +189,7 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
             "windows.",
             f"{place}.windows",
         )
+    traffic.check()
     return PlanQuestion(scenario, settings, base_dir, where, slo, traffic, prices, fleets, skipped)
 
 
@@ -392,7 +393,7 @@ def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
                 planned = bench.loads[size.num_replicas, target]
                 answer = replace(answer, planned=planned)
     except InputError as error:
-        return replace(answer, refusal=str(error))
+        return replace(answer, refusal=error)
     return _priced(question, replace(answer, loads=tuple(bench.loads.values())))
 
 
@@ -457,8 +458,9 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
     best = ranked(question, answers)[0]
     if best.planned is not None:
         return best
-    if all(answer.refusal is not None for answer in answers):
-        raise InputError(f"No fleet can serve this at all. {answers[0].refusal}", question.where)
+    refusals = [answer.refusal for answer in answers if answer.refusal is not None]
+    if len(refusals) == len(answers):
+        raise _no_fleet(question, refusals)
     if best.capacity is not None and best.capacity.rate_per_s > 0.0:
         raise InputError(
             f"No fleet of up to {question.settings.max_replicas} replicas carries "
@@ -474,6 +476,19 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
         "Give a looser limit, or models and devices that answer sooner.",
         f"{question.where}, slo",
     )
+
+
+def _no_fleet(question: PlanQuestion, refusals: Sequence[InputError]) -> InputError:
+    """Why no fleet could be tried: the fleets, or something else in what all of them were asked."""
+    first = refusals[0]
+    # A point calls the scenario it plays "scenario", whatever the file.
+    places = [(one.where or "").removeprefix("scenario, ") for one in refusals]
+    if any(place.startswith(("fleet", "policy")) for place in places):
+        where = f"{question.where}, {places[0]}" if places[0] else question.where
+        return InputError(f"No fleet can serve this at all. {first.message}", where)
+    if first.where is None or first.where == places[0]:
+        return first
+    return InputError(first.message, f"{question.where}, {places[0]}")
 
 
 def _lowest(answer: FleetAnswer) -> Load:

@@ -183,7 +183,10 @@ def plan_records(plan: Plan) -> Rows:
         for load in sorted(answer.loads, key=lambda one: (one.num_replicas, one.rate_per_s)):
             rows.append(_fleet_record(rank, answer) | _load_record(answer, load))
         if not answer.loads:
-            rows.append(_fleet_record(rank, answer) | {"refusal": answer.refusal})
+            rows.append(
+                _fleet_record(rank, answer)
+                | {"refusal": None if answer.refusal is None else str(answer.refusal)}
+            )
     return rows
 
 

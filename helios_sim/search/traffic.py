@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -41,7 +41,8 @@ class Traffic:
     A replayed trace brings the same arrivals whatever the seed, so its samples are stretches of
     equally many requests instead, `num_windows` of them. Where the rate or the domains change with
     time, a sample is the whole workload under another seed. Anything else is `num_requests`
-    requests a replica. The first `warmup_share` of the requests are not measured.
+    requests a replica. The first `warmup_share` of the requests are not measured. `table` is the
+    scenario's table that asks for the windows.
     """
 
     scenario: Scenario
@@ -50,6 +51,7 @@ class Traffic:
     num_requests: int
     num_windows: int
     warmup_share: float
+    table: Literal["plan", "search"] = "plan"
 
     def __post_init__(self) -> None:
         if isinstance(self.scenario.workload.arrivals, ClosedArrivals):
@@ -77,6 +79,11 @@ class Traffic:
             domain.shares is not None for domain in workload.domains
         )
 
+    def check(self) -> None:
+        """Raise `InputError` where a replayed trace cannot be cut into its windows."""
+        if self.replays:
+            self.stretches  # noqa: B018 - cutting is the check
+
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
         """The windows of a replayed trace, one after another, equal in requests."""
@@ -91,7 +98,7 @@ class Traffic:
             raise InputError(
                 f"The trace holds {num:,} requests, too few for {self.num_windows} windows of at "
                 f"least {MIN_WINDOW_REQUESTS}; give fewer windows or a longer trace.",
-                f"{self.where}, windows",
+                f"{self.where}, {self.table}.windows",
             )
         places = [num * i // self.num_windows for i in range(self.num_windows + 1)]
         times = trace.arrival_s
@@ -105,7 +112,7 @@ class Traffic:
                 raise InputError(
                     f"A window of the trace from {start_s:g} to {end_s:g} s holds {inside} "
                     "requests; give fewer windows.",
-                    f"{self.where}, windows",
+                    f"{self.where}, {self.table}.windows",
                 )
             found.append(Stretch(settings.start_s + start_s, settings.start_s + end_s, inside))
         return tuple(found)
@@ -138,7 +145,7 @@ class Traffic:
             raise InputError(
                 f"Sample {index + 1} of the traffic was asked for; the trace has "
                 f"{self.num_samples} windows.",
-                f"{self.where}, windows",
+                f"{self.where}, {self.table}.windows",
             )
         if self.replays:
             update, num = self._window(base, index, rate_per_s, num_replicas)

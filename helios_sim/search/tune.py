@@ -159,7 +159,13 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
         prices = load_prices(settings.prices, base_dir, f"{place}.prices")
     profile = load_profile(scenario.fleet.profile, base_dir)
     traffic = Traffic(
-        space.base, base_dir, where, settings.num_requests, settings.windows, settings.warmup_share
+        space.base,
+        base_dir,
+        where,
+        settings.num_requests,
+        settings.windows,
+        settings.warmup_share,
+        "search",
     )
     needed = settings.replications + settings.held_out
     if traffic.num_samples is not None and needed > traffic.num_samples:
@@ -169,6 +175,7 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
             "least as many windows.",
             f"{place}.windows",
         )
+    traffic.check()
     judge = Judge(goals, constraints, prices, profile.device.name, f"{place}.prices")
     device = device_of_all([profile.is_of_processor])
     return TuneQuestion(scenario, settings, base_dir, where, space, traffic, judge, device)

@@ -245,6 +245,36 @@ def test_a_plan_that_cannot_be_says_why(tmp_path: Path, changes: dict[str, Any],
     assert not (tmp_path / "out").exists()
 
 
+def test_a_trace_too_short_for_its_windows_names_them_before_anything_runs(
+    tmp_path: Path,
+) -> None:
+    lines = [f'{{"timestamp":{50 * i},"input_length":9,"output_length":5}}\n' for i in range(300)]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    path = write(tmp_path)
+    changes = ['workload={trace={file="t.jsonl"}}']
+    for command, table in ((plan, "plan"), (tune, "search")):
+        with pytest.raises(InputError) as error:
+            command(path, [*changes, f"{table}.windows=9"], inline(tmp_path / "out"))
+        assert str(error.value).startswith(f"{path}, {table}.windows: The trace holds 300 requests")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "said"),
+    [
+        ("fleet.memory_bytes=40", "fleet.memory_bytes", "No fleet can serve this at all. No cand"),
+        ('workload.domains=[{name="x",share=1.0}]', "workload.domains", "The domain 'x' is"),
+    ],
+)
+def test_no_fleet_can_serve_only_where_the_fleets_are_why(
+    tmp_path: Path, change: str, place: str, said: str
+) -> None:
+    path = write(tmp_path)
+    with pytest.raises(InputError) as error:
+        plan(path, [change], inline(tmp_path / "out"))
+    assert str(error.value).startswith(f"{path}, {place}: {said}")
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "sobol", "grid"])
 def test_every_sampler_searches_and_tries_the_winner_on_other_traffic(
     tmp_path: Path, sampler: str
