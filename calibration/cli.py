@@ -351,3 +351,7 @@ def serve(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
     run_app(app, "helios-calibrate", arguments)
+
+
+if __name__ == "__main__":
+    main()

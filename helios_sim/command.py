@@ -7,6 +7,8 @@ import gc
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any, Final
 
 import typer
 
@@ -14,6 +16,14 @@ from helios_sim.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+
+_USAGE_ERROR: Any = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)
+"""A command line that cannot be read. Typer has moved the class before, but not its heirs."""
+_NO_ARGUMENTS: Final = "NoArgsIsHelpError"
+"""The one of them that is the help."""
 
 
 class Interrupted(SystemExit):
@@ -37,12 +47,22 @@ def rarely_collected() -> Iterator[None]:
 
 def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -> None:
     """Run a command line to its exit, with a user's mistake in words on standard error."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     # What the process still holds at its end goes with it; looking for garbage in it would take a
     # sixth of a short run.
     atexit.register(gc.freeze)
     try:
         with rarely_collected():
-            commands(args=None if arguments is None else list(arguments))
+            code = commands(args=given, prog_name=name, standalone_mode=False)
+        # A command returns nothing; what ends one early, as --help does, returns its exit code.
+        raise SystemExit(code or 0)
+    except _USAGE_ERROR as error:
+        is_help = type(error).__name__ == _NO_ARGUMENTS
+        told = error.format_message() if is_help else f"{name}: {_in_words(error, given)}"
+        # Help that was drawn in colours has been printed, and is empty here.
+        if told:
+            print(told, file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
@@ -52,3 +72,48 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
             kept = end.kept if isinstance(end, Interrupted) else "nothing was written"
             print(f"{name}: interrupted; {kept}.", file=sys.stderr)
         raise
+
+
+def _in_words(error: Any, given: Sequence[str]) -> str:
+    """What is wrong with a command line: what was given, and what is allowed."""
+    told = " ".join(str(error.format_message()).split()).rstrip(".")
+    context = error.ctx
+    if isinstance(error, typer.BadParameter) and error.param is not None:
+        names = [name for name in error.param.opts if name.startswith("-")]
+        value = _value_of(names, given)
+        if value is not None:
+            rule = str(error.message).rstrip(".")
+            return f"{names[-1]}: It was given {value!r}; {rule[:1].lower()}{rule[1:]}."
+    if context is None:
+        return f"{told}."
+    unknown = getattr(error, "option_name", None)
+    if unknown is not None:
+        allowed = [*_options_of(context.command), "--help"]
+        near = get_close_matches(unknown, allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"{error.message}.{hint} Allowed are {', '.join(allowed)}."
+    commands = getattr(context.command, "commands", {})
+    if commands:
+        end = "" if told.endswith("?") else "."
+        return f"{told}{end} Allowed are {', '.join(commands)}."
+    return f"{told}; {context.command_path} --help says what is allowed."
+
+
+def _value_of(names: Sequence[str], given: Sequence[str]) -> str | None:
+    """What the command line gives for an option; the last one counts."""
+    value = None
+    for place, word in enumerate(given):
+        name, equals, text = word.partition("=")
+        if name in names:
+            value = text if equals else next(iter(given[place + 1 :]), None)
+    return value
+
+
+def _options_of(command: Any) -> list[str]:
+    """The options that a command takes."""
+    return [
+        name
+        for parameter in command.params
+        if parameter.param_type_name == "option"
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    ]

@@ -177,6 +177,22 @@ def test_an_unknown_command_or_option_exits_with_2(capsys: pytest.CaptureFixture
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_without_a_command_there_is_help_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run() == 2
+    said = capsys.readouterr()
+    assert "whatif" in said.out + said.err
+
+
+@pytest.mark.parametrize("module", ["helios_sim", "helios_sim.cli"])
+def test_the_command_is_there_where_nothing_is_installed(module: str) -> None:
+    command = [sys.executable, "-m", module, "conquer"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("helios: No such command 'conquer'. Allowed are simulate, ")
+
+
 def test_a_label_chooses_its_policy_alone(
     scenario: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -164,6 +164,15 @@ def test_a_run_that_is_wrong(
         (("simulate", "--set", "policy.9.depth=3"), "index from 0 to 0"),
         (("simulate", "--set", "workload=3"), "must be a table"),
         (("simulate", "--seed", "-1"), "greater than or equal to 0"),
+        (("simulate", "--seed", "abc"), "--seed: It was given 'abc'; "),
+        (("simulate", "--seed=1", "--seed=1.5"), "--seed: It was given '1.5'; "),
+        (("plan", "--processes", "x"), "--processes: It was given 'x'; "),
+        (("whatif", "--vary", "x=1,2", "--replications", "0"), "It was given '0'; "),
+        (("simulate", "--see", "7"), "Did you mean '--seed'? Allowed are --policy, --seed, "),
+        (("simulate", "--seed"), "Option '--seed' requires an argument."),
+        (("whatif",), "Missing option '--vary'; helios whatif --help says"),
+        (("report", "more"), "extra argument(s) (more); helios report --help says"),
+        (("simulat",), "Did you mean 'simulate'? Allowed are simulate, plan, "),
         (("simulate", "--policy", "nomodule:Mine"), "no such module"),
         (("simulate", "--out", "/dev/null/x"), "/dev/null"),
         (("plan",), "give the scenario one"),
@@ -185,6 +194,20 @@ def test_an_option_that_is_wrong(
     given = (words[0], path, "--out", tmp_path / "out", *words[1:])
     assert told in refusal(capsys, "helios", *given)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("measure", "--out", "x", "--max-batch", "0"), "--max-batch: It was given '0'; "),
+        (("measure",), "Missing option '--out'; helios-calibrate measure --help says"),
+        (("mesure",), "Did you mean 'measure'?"),
+    ],
+)
+def test_an_option_of_the_calibration_that_is_wrong(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], told: str
+) -> None:
+    assert told in refusal(capsys, "helios-calibrate", *words)
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,9 @@ POINT_SCHEMA: Final = 1
 """Version of a point's file."""
 
 _PACKAGE: Final = Path(__file__).parent.parent
-_NO_PART: Final = ("search", "report", "cli.py", "command.py", "publish.py", "terminal.py")
+_NO_PART: Final = (
+    *("search", "report", "__main__.py", "cli.py", "command.py", "publish.py", "terminal.py"),
+)
 """Sources that change no figure of a run: what proposes points, and what shows results."""
 
 Figures = dict[str, Any]
