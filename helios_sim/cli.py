@@ -227,7 +227,7 @@ def compare(
         raise InputError(f"{len(runs)} run was given; a comparison needs at least two.", "compare")
     data = [read_run(path) for path in runs]
     summaries = [read_summary(path) for path in runs]
-    rows = compare_runs(data, summaries)
+    rows = compare_runs(data, summaries, [str(path) for path in runs])
     if out is not None:
         from helios_sim.publish import write_page
 

@@ -816,28 +816,31 @@ def _level(a: float, b: float) -> bool:
 
 
 def compare(
-    runs: Sequence[RunData], summaries: Sequence[Mapping[str, Any]] | None = None
+    runs: Sequence[RunData],
+    summaries: Sequence[Mapping[str, Any]] | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[ComparisonRow]:
     """Compare runs of one workload figure by figure, paired request by request where possible.
 
     Runs of different workloads or schema versions are refused: their requests are not the same.
+    Errors call the runs by `names`, such as their folders, or else by their labels.
     """
-    check_comparable(runs)
+    check_comparable(runs, names)
     given = [summarise(run) for run in runs] if summaries is None else list(summaries)
     if len(given) != len(runs):
         raise InputError(f"{len(runs)} runs were given with {len(given)} summaries.")
     return comparison_rows(given, paired_differences(runs, given))
 
 
-def check_comparable(runs: Sequence[RunData]) -> None:
+def check_comparable(runs: Sequence[RunData], names: Sequence[str] | None = None) -> None:
     """Raise `InputError` with the reason unless the runs served the same requests."""
     if not runs:
         raise InputError("There is nothing to compare: no run was given.")
     first = runs[0]
-    labels = distinct_labels([run.label for run in runs])
-    names = ["request_id", "domain", "prompt_tokens", "output_tokens", "trace_start"]
+    labels = names or distinct_labels([run.label for run in runs])
+    columns = ["request_id", "domain", "prompt_tokens", "output_tokens", "trace_start"]
     if not any(run.closed_loop for run in runs):
-        names.append("arrival_s")
+        columns.append("arrival_s")
     for run, label in zip(runs, labels, strict=True):
         if run.requests.height == 0:
             raise InputError("The run is empty: it holds no request.", label)
@@ -851,10 +854,10 @@ def check_comparable(runs: Sequence[RunData]) -> None:
                 f"{label} holds {_counted(run.requests.height)} and {labels[0]} holds "
                 f"{_counted(first.requests.height)}; runs are compared on the same requests."
             )
-    reference = first.requests.select(names).sort("request_id")
+    reference = first.requests.select(columns).sort("request_id")
     for run, label in zip(runs[1:], labels[1:], strict=True):
-        other = run.requests.select(names).sort("request_id")
-        for name in names:
+        other = run.requests.select(columns).sort("request_id")
+        for name in columns:
             if not other[name].equals(reference[name]):
                 raise InputError(
                     f"The column {name} of {label} differs from that of {labels[0]}, so the runs "

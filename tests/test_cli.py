@@ -114,6 +114,20 @@ def test_runs_can_be_compared_and_reported_again(
     assert {"output_throughput", "mean_ttft_ms"} <= {row["key"] for row in rows}
 
 
+def test_runs_of_different_workloads_are_refused_by_the_names_of_their_folders(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, change in (("a", "seed=1"), ("b", "workload.num_requests=30"), ("c", "seed=2")):
+        words = ("--policy", "vanilla", "--set", change)
+        assert run("simulate", scenario, "--out", tmp_path / name, *words) == 0
+    first, shorter, other = (tmp_path / name / "vanilla" for name in "abc")
+    capsys.readouterr()
+    assert run("compare", first, shorter) == 2
+    assert f"{shorter} holds 30 requests and {first} holds 40 requests" in capsys.readouterr().err
+    assert run("compare", first, other) == 2
+    assert f"of {other} differs from that of {first}" in capsys.readouterr().err
+
+
 def test_results_are_replaced_but_a_strangers_folder_is_not(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
