@@ -165,10 +165,8 @@ def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
     if path.is_dir():
         raise InputError("This is a folder; a scenario is a TOML file.", str(path))
     if not path.is_file():
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        )
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = _near_scenario(path)
+        hint = f"; did you mean {near!r}?" if near else "."
         raise InputError(f"There is no scenario file{hint}", str(path))
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -181,6 +179,25 @@ def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
     for change in changes:
         apply_change(data, change)
     return parse_scenario(data, str(path), path.parent)
+
+
+def _near_scenario(path: Path) -> str | None:
+    """A scenario of nearly this name, in its folder or in one called scenarios."""
+    for folder in (path.parent, path.parent / "scenarios", Path("scenarios")):
+        # By their stems: the suffix would make any two short names alike.
+        files = {file.stem: file for file in sorted(folder.glob("*.toml"))}
+        for stem in difflib.get_close_matches(path.stem, files, n=len(files) or 1):
+            if _looks_like_scenario(files[stem]):
+                return files[stem].name if folder == path.parent else str(files[stem])
+    return None
+
+
+def _looks_like_scenario(path: Path) -> bool:
+    """Whether a TOML file has the tables that every scenario has."""
+    try:
+        return {"workload", "fleet"} <= set(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def parse_scenario(data: Mapping[str, Any], where: str, base_dir: Path) -> Scenario:

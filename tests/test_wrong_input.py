@@ -106,6 +106,23 @@ def test_a_scenario_that_is_not_there_or_a_folder(
         assert "This is a folder" in refusal(capsys, "helios", command, tmp_path)
 
 
+def test_a_file_that_is_no_scenario_is_not_suggested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest name may be another program's; scenarios may have a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'mine'\n", encoding="utf-8")
+    (tmp_path / "projekt.toml").write_text("half = [", encoding="utf-8")
+    said = refusal(capsys, "helios", "simulate", "project.toml")
+    assert said == "helios: project.toml: There is no scenario file.\n"
+    (tmp_path / "scenarios").mkdir()
+    (tmp_path / "scenarios" / "projects.toml").write_text(SCENARIO, encoding="utf-8")
+    for given in ("project.toml", "scenario/project.toml"):
+        said = refusal(capsys, "helios", "simulate", given)
+        assert f"did you mean {str(Path('scenarios', 'projects.toml'))!r}?" in said
+    assert "mean" not in refusal(capsys, "helios", "simulate", "nope.toml")
+
+
 Spoil = Callable[[Path], object]
 
 
