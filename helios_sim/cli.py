@@ -96,7 +96,7 @@ def simulate(
         from helios_sim.publish import check_results_target
 
         check_results_target(target)
-    replaces = target is not None and target.is_dir() and any(target.iterdir())
+    before = _entries(target)
     with _progress(quiet=as_json) as progress:
         results = [run_policy(experiment, chosen, progress) for chosen in policies]
         if target is not None:
@@ -108,8 +108,7 @@ def simulate(
         return
     _show(results)
     if target is not None:
-        replaced = " (the results that were there are replaced)" if replaces else ""
-        _say(f"Page: {target / 'report.html'}{replaced}")
+        _say(f"Page: {target / 'report.html'}{_replaced(before, _entries(target))}")
 
 
 @app.command()
@@ -395,6 +394,19 @@ def _show_search(said: Said, as_json: bool) -> None:
         _say(f"\nPage: {said.folder / 'report.html'}")
 
 
+def _entries(folder: Path | None) -> set[str]:
+    """The names of what a folder holds; nothing where there is none."""
+    return {entry.name for entry in folder.iterdir()} if folder and folder.is_dir() else set()
+
+
+def _replaced(before: set[str], now: set[str]) -> str:
+    """What became of the results that the folder held before, in brackets."""
+    gone = sorted(before - now)
+    if gone:
+        return f" (the folder was replaced; gone are the earlier runs {', '.join(gone)})"
+    return " (the folder was replaced)" if before else ""
+
+
 def _write(results: Sequence[Result], target: Path) -> None:
     from helios_sim.publish import write_results
 
@@ -406,6 +418,13 @@ def _show(results: Sequence[Result]) -> None:
 
     summaries = [result.summary for result in results]
     _console().print(summary_table(summaries))
+    replications = summaries[0].get("replications")
+    if replications is not None:
+        first, *_, last = replications["seeds"]
+        _say(
+            f"These are the runs of seed {first}; means and 95 % intervals over the seeds {first} "
+            f"to {last} stand under replications in the summary.json of each run."
+        )
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
 
 

@@ -100,6 +100,19 @@ def test_replications_come_with_intervals(
     assert ttft["low"] <= ttft["mean"] <= ttft["high"]
 
 
+def test_a_table_of_the_first_replication_says_where_the_others_are(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = ("--set", "measure.replications=3")
+    assert run("simulate", scenario, "--out", tmp_path / "out", "--seed", 5, *change) == 0
+    assert "runs of seed 5; means and 95 % intervals over the seeds 5 to 7" in (
+        capsys.readouterr().out
+    )
+    summary = json.loads((tmp_path / "out" / "helios" / "summary.json").read_text())
+    assert summary["seed"] == 5
+    assert summary["replications"]["seeds"] == [5, 6, 7]
+
+
 def test_runs_can_be_compared_and_reported_again(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,7 +146,10 @@ def test_results_are_replaced_but_a_strangers_folder_is_not(
 ) -> None:
     out = tmp_path / "out"
     assert run("simulate", scenario, "--out", out, "--policy", "vanilla") == 0
-    assert run("simulate", scenario, "--out", out, "--policy", "helios") == 0
+    assert "folder was replaced" not in capsys.readouterr().out
+    for told in ("replaced; gone are the earlier runs vanilla)", "(the folder was replaced)"):
+        assert run("simulate", scenario, "--out", out, "--policy", "helios") == 0
+        assert told in capsys.readouterr().out
     assert sorted(path.name for path in out.iterdir()) == ["helios", "report.html"]
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("kept", encoding="utf-8")
