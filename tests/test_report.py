@@ -23,12 +23,12 @@ from helios_sim.records import RunData, write_run
 from helios_sim.report import render, write_report
 from helios_sim.report.figures import (
     MAX_CURVE_POINTS,
-    MAX_TIMELINE_POINTS,
     cumulative_curve,
     log_ticks,
     segments,
     timeline_figure,
 )
+from helios_sim.report.thinning import MAX_TIMELINE_POINTS
 from helios_sim.report.words import (
     device_of_all,
     headline,

@@ -16,7 +16,6 @@ from helios_sim.fidelity.sides import Side, Sides
 from helios_sim.fidelity.swaps import SMALL, Attribution
 from helios_sim.fidelity.timing import TimingRow
 from helios_sim.fidelity.words import TOLD, signed_percent
-from helios_sim.records import RunData
 from helios_sim.report.figures import (
     Figure,
     base_layout,
@@ -25,10 +24,10 @@ from helios_sim.report.figures import (
     rounded,
     top_legend,
 )
+from helios_sim.report.thinning import drawn_decisions, thinned
 from helios_sim.report.words import number
 
 MAX_POINTS: Final = 2500
-MAX_STEPS: Final = 400
 REAL: Final = "@c1"
 OURS: Final = "@c2"
 _KINDS: Final = ("evaluate", "serve", "load-layers", "switch", "keep")
@@ -255,7 +254,7 @@ def timing_figure(rows: Sequence[TimingRow]) -> Figure:
 
 def overlay_figure(sides: Sides) -> Figure:
     """Running and waiting requests and power over time, both sides over each other."""
-    frames = [_thinned(side.run) for side in (*sides.reals, sides.simulated)]
+    frames = [thinned(side.run.timeline) for side in (*sides.reals, sides.simulated)]
     panels = [("mean_running", "running", 1.0), ("waiting", "waiting", 0.8)]
     if any(frame["power_w"].null_count() < frame.height for frame in frames):
         panels.append(("power_w", "power (W)", 0.8))
@@ -288,7 +287,7 @@ def overlay_figure(sides: Sides) -> Figure:
                     else "simulated",
                     "legendgroup": "real" if is_real else "simulated",
                     "showlegend": at == 0 and place in (0, num),
-                    "x": rounded(frame["time_s"]),
+                    "x": rounded(frame["start_s"]),
                     "y": rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
                     "yaxis": f"y{suffix}",
                     "line": {
@@ -305,34 +304,6 @@ def overlay_figure(sides: Sides) -> Figure:
     return {"data": data, "layout": layout}
 
 
-def _thinned(run: RunData) -> pl.DataFrame:
-    """A timeline's replicas together, in at most 400 equal steps of time."""
-    end_s = max(run.totals.end_s, 1e-9)
-    width_s = end_s / MAX_STEPS
-    weight = pl.col("interval_s")
-    return (
-        run.timeline.with_columns(
-            step=((pl.col("time_s") - weight / 2) / width_s).floor().clip(0, MAX_STEPS - 1)
-        )
-        .group_by("step", "replica")
-        .agg(
-            ((pl.col("mean_running") * weight).sum() / weight.sum()).alias("mean_running"),
-            ((pl.col("power_w") * weight).sum() / weight.sum()).alias("power_w"),
-            pl.col("power_w").null_count().alias("unmetered"),
-            pl.col("waiting").max(),
-            (pl.col("time_s") - weight).min().alias("time_s"),
-        )
-        .group_by("step")
-        .agg(
-            pl.col("mean_running").sum(),
-            pl.col("waiting").sum(),
-            pl.when(pl.col("unmetered").sum() == 0).then(pl.col("power_w").sum()),
-            pl.col("time_s").min(),
-        )
-        .sort("step")
-    )
-
-
 def decisions_figure(sides: Sides) -> Figure:
     """What each side decided and when: a lane a run, a mark a decision."""
     lanes: list[tuple[str, Side, str]] = []
@@ -340,15 +311,16 @@ def decisions_figure(sides: Sides) -> Figure:
         name = "real" if len(sides.reals) == 1 else f"real {place + 1}"
         lanes.append((name, side, REAL))
     lanes.append(("simulated", sides.simulated, OURS))
+    drawn = [drawn_decisions(side.run.decisions) for _, side, _ in lanes]
     data: list[Figure] = []
-    present = {kind for _, side, _ in lanes for kind in side.run.decisions["decision"].unique()}
+    present = {kind for decisions in drawn for kind in decisions["decision"].unique()}
     for kind in _KINDS:
         if kind not in present:
             continue
         x: list[float | None] = []
         y, text, colours = [], [], []
-        for name, side, colour in lanes:
-            rows = side.run.decisions.filter(pl.col("decision") == kind).head(800)
+        for (name, _, colour), decisions in zip(lanes, drawn, strict=True):
+            rows = decisions.filter(pl.col("decision") == kind)
             x += rounded(rows["time_s"], 7)
             y += [name] * rows.height
             colours += [colour] * rows.height

@@ -22,6 +22,7 @@ from helios_sim.fidelity.words import (
 )
 from helios_sim.records import flat_items, toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
+from helios_sim.report.thinning import thinned_decisions
 from helios_sim.report.words import number
 
 _MEANINGS: Final = (
@@ -229,21 +230,25 @@ def _timeline(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
             "overlay",
             charts.overlay_figure(sides),
             "Running and waiting requests and power of both sides over time",
-            "Running requests (mean), waiting ones (peak) and, where it was metered, power.",
+            "Running requests (mean), waiting ones at the end of each interval and, where it was "
+            "metered, power.",
         ),
     )
 
 
 def _decisions(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
+    sides = fidelity.sides
+    caption = "A lane a run, a mark a decision; hover for the model, its layers and the event."
+    thinned = thinned_decisions([side.run.decisions for side in (*sides.reals, sides.simulated)])
     return section(
         "Decisions",
         "What the policy decided on both sides, and when.",
         add_figure(
             drawn,
             "decisions",
-            charts.decisions_figure(fidelity.sides),
+            charts.decisions_figure(sides),
             "Decisions of both sides over time",
-            "A lane a run, a mark a decision; hover for the model, its layers and the event.",
+            f"{caption}{thinned}",
         ),
     )
 

@@ -18,15 +18,14 @@ import polars as pl
 from helios_sim.metrics import Columns
 from helios_sim.records import RunData
 from helios_sim.report.style import NUM_MODEL_COLOURS, NUM_POLICY_COLOURS
+from helios_sim.report.thinning import drawn_decisions, thinned
 from helios_sim.report.words import number
 from helios_sim.slo import SloSpec
 
 Figure = dict[str, Any]
 
 MAX_CURVE_POINTS: Final = 400
-MAX_TIMELINE_POINTS: Final = 400
 MAX_SEGMENTS: Final = 2000
-MAX_MARKERS: Final = 800
 MAX_REPLICA_ROWS: Final = 8
 
 _FONT: Final = 'Inter, "Segoe UI", system-ui, -apple-system, "Helvetica Neue", Arial, sans-serif'
@@ -234,7 +233,7 @@ def cumulative_curve(values: Any) -> tuple[list[float], list[float]]:
 
 def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
     """Batch and queue, model and depth, KV use, power and breaches over one time axis."""
-    frame = _thinned(run.timeline)
+    frame = thinned(run.timeline)
     time = rounded(frame["time_s"])
     replicas = run.timeline["replica"].unique().sort().to_list()
     single = len(replicas) == 1
@@ -322,49 +321,6 @@ def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
         "rangemode": "normal",
     }
     return {"data": data, "layout": layout}
-
-
-def _thinned(timeline: pl.DataFrame) -> pl.DataFrame:
-    """All replicas together in at most 400 equal buckets of time, averages weighted by time."""
-    if timeline.height == 0:
-        return timeline.with_columns(
-            kv_use=pl.lit(None, pl.Float64), breach_share=pl.lit(None, pl.Float64)
-        )
-    end_s = float(timeline["time_s"].max())  # type: ignore[arg-type]
-    width_s = end_s / MAX_TIMELINE_POINTS if end_s > 0.0 else 1.0
-    weight = pl.col("interval_s")
-
-    def mean(name: str) -> pl.Expr:
-        known = weight.filter(pl.col(name).is_not_null()).sum()
-        return ((pl.col(name) * weight).sum() / known).alias(name)
-
-    middle = pl.col("time_s") - weight / 2
-    return (
-        timeline.with_columns(bucket=(middle / width_s).floor().clip(0, MAX_TIMELINE_POINTS - 1))
-        .group_by("bucket", "replica")
-        .agg(
-            mean("mean_running"),
-            mean("power_w"),
-            pl.col("waiting").max(),
-            (pl.col("kv_blocks_used") * weight).sum(),
-            (pl.col("kv_blocks") * weight).sum(),
-            pl.col("tokens").sum(),
-            pl.col("breaches").sum(),
-            pl.col("time_s").max(),
-        )
-        .group_by("bucket")
-        .agg(
-            pl.col("mean_running").sum(),
-            pl.when(pl.col("power_w").is_not_null().all()).then(pl.col("power_w").sum()),
-            pl.col("waiting").sum(),
-            kv_use=pl.col("kv_blocks_used").sum() / pl.col("kv_blocks").sum(),
-            breach_share=pl.when(pl.col("tokens").sum() > 0).then(
-                pl.col("breaches").sum() / pl.col("tokens").sum()
-            ),
-            time_s=pl.col("time_s").max(),
-        )
-        .sort("bucket")
-    )
 
 
 def segments(timeline: pl.DataFrame, replica: int, by: Sequence[str]) -> pl.DataFrame:
@@ -481,9 +437,7 @@ def _depth_rows(run: RunData, replicas: Sequence[int], colours: Mapping[str, str
 
 def _decision_marks(run: RunData) -> list[Figure]:
     """A lane for each kind of decision, a mark where it was made, its reason on hover."""
-    decisions = run.decisions
-    if decisions.height > MAX_MARKERS:
-        decisions = decisions.filter(pl.col("decision") != "keep").head(MAX_MARKERS)
+    decisions = drawn_decisions(run.decisions)
     crowded = decisions.height > 150
     traces: list[Figure] = []
     for decision, (symbol, colour) in _MARKS.items():

@@ -25,6 +25,7 @@ from helios_sim.metrics import (
 from helios_sim.records import REPORT_FILE, RunData, flat_items, toml_text
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, section
+from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
 from helios_sim.report.words import (
     counted,
     device_of,
@@ -409,20 +410,21 @@ def _timelines(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str
 def _timeline_caption(run: RunData) -> str:
     replicas = run.timeline["replica"].n_unique()
     text = (
-        "Running requests (batch, mean) and waiting ones (peak) per interval; loaded model and "
-        "layers; what the policy decided and when (hover for its reason); KV blocks in use; power; "
-        "tokens emitted below the confidence threshold. Drag to zoom, double-click to go back."
+        "Running requests (batch, mean) and waiting ones (at the end) of each interval; loaded "
+        "model and layers; what the policy decided and when (hover for its reason); KV blocks in "
+        "use; power; tokens emitted below the confidence threshold. Drag to zoom, double-click to "
+        "go back."
     )
     if replicas > 1:
         text += f" Sums over {replicas} replicas; a row a replica, stronger with more layers."
     if replicas > figures.MAX_REPLICA_ROWS:
         text += f" Only the first {figures.MAX_REPLICA_ROWS} replicas have a row."
-    if run.timeline.height > figures.MAX_TIMELINE_POINTS * replicas:
+    if is_thinned(run.timeline):
         text += (
-            f" Averaged over {figures.MAX_TIMELINE_POINTS} intervals; timeline.parquet holds all "
-            f"{number(run.timeline.height)}."
+            f" Averaged over {MAX_TIMELINE_POINTS} equal steps of time, of the waiting requests "
+            f"the most; timeline.parquet holds all {number(run.timeline.height)} intervals."
         )
-    return text
+    return text + thinned_decisions([run.decisions])
 
 
 def _exits(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str:
