@@ -188,7 +188,7 @@ def _reason(entry: DecisionEntry) -> str:
 
 def timeline_table(run: Run) -> pl.DataFrame:
     """The replicas' timelines: running sums become means and counts over intervals."""
-    names = np.array([*run.setup.candidates, ""])
+    names = np.array(run.setup.candidates)
     parts = []
     for replica in run.replicas:
         lines = run.world.samples[replica.index, : int(replica.record.num_samples)]
@@ -219,7 +219,8 @@ def timeline_table(run: Run) -> pl.DataFrame:
                 }
             )
         )
-    return pl.concat(parts)
+    # Without layers nothing is loaded, whatever model the replica's record starts with.
+    return pl.concat(parts).with_columns(model=pl.when(pl.col("depth") > 0).then("model"))
 
 
 def totals(run: Run) -> RunTotals:

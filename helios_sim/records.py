@@ -58,7 +58,7 @@ TIMELINE_COLUMNS: dict[str, str] = {
     "waiting": "waiting requests at its end",
     "kv_blocks_used": "KV blocks in use at its end",
     "kv_blocks": "KV blocks of the pool at its end",
-    "model": "model loaded at its end",
+    "model": "model loaded at its end; null before the first one is",
     "depth": "layers loaded at its end",
     "state": "serving, evaluating, draining, loading or idle at its end",
     "power_w": "mean power over the interval",

@@ -25,6 +25,7 @@ from helios_sim.report.figures import (
     MAX_CURVE_POINTS,
     cumulative_curve,
     log_ticks,
+    model_colours,
     segments,
     timeline_figure,
 )
@@ -191,6 +192,24 @@ def test_segments_join_equal_neighbours() -> None:
     assert parts["start_s"][0] == 0.0
     assert parts["end_s"][-1] == pytest.approx(run.totals.end_s)
     assert parts["start_s"][1:].to_list() == parts["end_s"][:-1].to_list()
+
+
+@pytest.mark.parametrize("num_replicas", [1, 3])
+@pytest.mark.parametrize("written", [None, "", "opt-1.3b"])
+def test_nothing_loaded_is_in_no_legend(written: str | None, num_replicas: int) -> None:
+    """A timeline that begins without layers names the models loaded later, and no other."""
+    run = make_run("vanilla", num_replicas=num_replicas)
+    early = pl.col("time_s") < 5.0
+    timeline = run.timeline.with_columns(
+        model=pl.when(early).then(pl.lit(written, pl.String)).otherwise("model"),
+        depth=pl.when(early).then(0).otherwise("depth"),
+    )
+    run = replace(run, timeline=timeline)
+    colours = model_colours([run])
+    assert list(colours) == ["opt-6.7b"]
+    named = [trace["name"] for trace in timeline_figure(run, colours)["data"]]
+    assert "opt-6.7b" in named
+    assert not {"", "opt-1.3b"} & set(named)
 
 
 def test_runs_of_one_name_are_told_apart() -> None:

@@ -174,7 +174,9 @@ def timeline_table(host: Host, energy_at: EnergyAt) -> pl.DataFrame:
             "tokens": counted([line.tokens for line in lines]).astype(np.int64),
             "breaches": counted([line.breaches for line in lines]).astype(np.int64),
         }
-    ).with_columns(pl.col("power_w").fill_nan(None))
+    ).with_columns(
+        pl.col("power_w").fill_nan(None), model=pl.when(pl.col("depth") > 0).then("model")
+    )
 
 
 def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:

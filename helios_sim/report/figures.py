@@ -56,7 +56,8 @@ def model_colours(runs: Sequence[RunData]) -> dict[str, str]:
     names: dict[str, None] = {}
     for run in runs:
         names.update(dict.fromkeys(sorted(run.totals.exit_layers)))
-        names.update(dict.fromkeys(run.timeline["model"].drop_nulls().unique().sort().to_list()))
+        loaded = run.timeline.filter(pl.col("depth") > 0)["model"]
+        names.update(dict.fromkeys(loaded.drop_nulls().unique().sort().to_list()))
     return {name: f"@m{i % NUM_MODEL_COLOURS + 1}" for i, name in enumerate(names)}
 
 
@@ -346,7 +347,7 @@ def segments(timeline: pl.DataFrame, replica: int, by: Sequence[str]) -> pl.Data
 
 def _depth_steps(run: RunData, replica: int, colours: Mapping[str, str]) -> list[Figure]:
     """A block as high as the loaded layers for each stretch of one model at one depth."""
-    parts = segments(run.timeline, replica, ("model", "depth"))
+    parts = segments(run.timeline, replica, ("model", "depth")).filter(pl.col("depth") > 0)
     traces = []
     for model in parts["model"].drop_nulls().unique().sort().to_list():
         x: list[float | None] = []
@@ -410,7 +411,7 @@ def _depth_rows(run: RunData, replicas: Sequence[int], colours: Mapping[str, str
             row=pl.lit(str(replica), pl.String)
         )
         for replica in replicas
-    ).filter(pl.col("model").is_not_null())
+    ).filter(pl.col("model").is_not_null() & (pl.col("depth") > 0))
     for (model, depth), rows in sorted(parts.group_by("model", "depth"), key=lambda one: one[0]):
         full = max(run.totals.exit_layers.get(model, (depth,)))
         traces.append(

@@ -109,6 +109,8 @@ def test_a_served_run_keeps_every_law_and_says_that_it_was_measured(served) -> N
     assert totals.busy_s + totals.idle_s + totals.load_s == pytest.approx(totals.end_s)
     assert totals.load_s > 0.0
     assert run.timeline["interval_s"].sum() == pytest.approx(totals.end_s)
+    assert (run.timeline["model"].is_not_null() == (run.timeline["depth"] > 0)).all()
+    assert run.timeline["model"].null_count() > 0
     assert 0.0 <= summary["agreement"] <= 1.0
     assert summary["perplexity"] > 1.0
     assert run.environment["tokens"] == "teacher-forced"

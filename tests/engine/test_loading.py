@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import polars as pl
 import pytest
 
 from tests.engine.factories import drifting_requests, drifting_setup, play
@@ -38,3 +39,19 @@ def test_replicas_on_hosts_of_their_own_do_not_wait_for_each_other() -> None:
 def test_weights_in_host_memory_need_the_link_alone() -> None:
     ready, _, link_s = ready_times(2, "host")
     assert ready == pytest.approx([link_s, 2 * link_s])
+
+
+@pytest.mark.parametrize("weights_start", ["disk", "host"])
+def test_the_timeline_names_no_model_before_one_is_loaded(weights_start: str) -> None:
+    """While the first weights come in, it says so and does not name a candidate."""
+    setup = drifting_setup(fleet={"num_replicas": 2, "weights_start": weights_start})
+    run, data = play(setup, drifting_requests(20), "vanilla")
+    for replica in range(2):
+        entry = next(entry for entry in run.decisions if entry.replica == replica)
+        mine = data.timeline.filter(pl.col("replica") == replica)
+        before = mine.filter(pl.col("time_s") <= entry.ready_s)
+        after = mine.filter(pl.col("time_s") > entry.ready_s)
+        assert before["state"].to_list() == ["loading"]
+        assert before["model"].to_list() == [None]
+        assert set(after["model"]) == {entry.assignment.model}
+        assert after["depth"].min() == entry.assignment.depth
