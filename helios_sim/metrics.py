@@ -104,9 +104,18 @@ DEFINITIONS: Final[dict[str, str]] = {
     "drain_after_arrivals_s": "seconds from the last arrival until the system was empty "
     "(estimated from the finish rate where the run ended before)",
     "intervals": "95 % confidence intervals from 20 batches of consecutive arrivals (batch means, "
-    "Student t; shares cut to 0 to 1); null with fewer than 40 requests",
+    "Student t; cut to what the figure can be); null with fewer than 40 requests",
 }
 """What every key of a summary means; `ttft_ms` stands for mean_, median_, std_, p50_ ... p99_."""
+
+_SHARES: Final = frozenset(
+    {
+        *("slo_attainment", "slo_attainment_by_metric", "agreement", "breach_rate"),
+        *("breach_rate_observed", "mean_kv_use", "exit_histogram", "depth_share", "regime"),
+        "time_shares",
+    }
+)
+"""Figures between 0 and 1, and groups of such."""
 
 Saturation = Literal["stable", "backlogged", "overloaded"]
 
@@ -651,19 +660,35 @@ def _intervals(
     if slo is not None:
         good = meets_all(columns, slo)[columns.measured].astype(np.float64)
         intervals["slo_attainment"] = batch_interval(good)
-    for name in ("agreement", "breach_rate", "slo_attainment"):
-        interval = intervals.get(name)
+    for name, interval in intervals.items():
         if interval is not None:
-            interval["low"] = max(0.0, interval["low"])
-            interval["high"] = min(1.0, interval["high"])
+            interval["low"], interval["high"] = _cut(name, interval["low"], interval["high"])
     return intervals
+
+
+def possible_range(name: str) -> tuple[float, float]:
+    """The least and the most that a figure can be; a dotted name is of its first part."""
+    root = name.partition(".")[0]
+    if root in _SHARES:
+        return 0.0, 1.0
+    if root == "perplexity":
+        return 1.0, math.inf
+    has_sign = root == "backlog_growth_per_s"
+    is_ours = root in DEFINITIONS or root.partition("_")[2] in DEFINITIONS
+    return (0.0 if is_ours and not has_sign else -math.inf), math.inf
+
+
+def _cut(name: str, low: float, high: float) -> tuple[float, float]:
+    """An interval of a figure, cut to what the figure can be."""
+    least, most = possible_range(name)
+    return max(least, low), min(most, high)
 
 
 def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean, deviation and 95 % t interval of every numeric figure over independent replications.
 
     Nested figures have dotted names. `num` counts the replications in which a figure is defined;
-    the interval is None with fewer than two.
+    the interval is cut to the possible range, and None with fewer than two.
     """
     if not summaries:
         raise InputError("There is nothing to aggregate: no summary was given.")
@@ -688,7 +713,7 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         low = high = None
         if std is not None:
             half = float(stdtrit(num - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(num)
-            low, high = mean - half, mean + half
+            low, high = _cut(name, mean - half, mean + half)
         figures[name] = {"mean": mean, "std": std, "low": low, "high": high, "num": num}
     first = summaries[0]
     aggregated: dict[str, Any] = rounded_figures(
@@ -906,16 +931,22 @@ def paired_differences(
                 continue
             difference = table[key].to_numpy()[order] - base
             pairs = difference[~np.isnan(difference)]
-            interval = batch_interval(pairs * SCALE.get(key, 1.0))
-            row.append(
-                None
-                if interval is None
-                else PairedDifference(
-                    interval["mean"], interval["low"], interval["high"], len(pairs)
-                )
-            )
+            row.append(_paired_difference(key, pairs))
         found[key] = tuple(row)
     return found
+
+
+def _paired_difference(key: str, pairs: Floats) -> PairedDifference | None:
+    """Mean and interval of a figure's differences, in the unit that a comparison shows."""
+    interval = batch_interval(pairs)
+    if interval is None:
+        return None
+    least, most = possible_range(key)
+    # Two values of a figure are at most its whole range apart.
+    low = max(least - most, interval["low"])
+    high = min(most - least, interval["high"])
+    scale = SCALE.get(key, 1.0)
+    return PairedDifference(interval["mean"] * scale, low * scale, high * scale, len(pairs))
 
 
 def _per_request(run: RunData, summary: Mapping[str, Any]) -> pl.DataFrame:

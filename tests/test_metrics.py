@@ -374,6 +374,46 @@ def test_aggregate_gives_student_intervals_over_seeds() -> None:
     assert figures["b.c"]["num"] == 4
 
 
+def test_intervals_over_seeds_hold_nothing_impossible() -> None:
+    """Counts are not negative and shares within 0 and 1; a slope of the backlog has a sign."""
+    names = ("num_preemptions", "agreement", "mean_ttft_ms", "backlog_growth_per_s", "mine")
+    summaries = [
+        {"policy": "vanilla", "schema_version": 1, "seed": seed}
+        | dict.fromkeys(names, value)
+        | {"slo_attainment_by_metric": {"ttft": value}, "perplexity": 1.0 + value}
+        for seed, value in enumerate((0.0, 0.9, 1.0))
+    ]
+    figures = aggregate(summaries)["figures"]
+    assert (figures["agreement"]["low"], figures["agreement"]["high"]) == (0.0, 1.0)
+    by_metric = figures["slo_attainment_by_metric.ttft"]
+    assert (by_metric["low"], by_metric["high"]) == (0.0, 1.0)
+    assert figures["perplexity"]["low"] == 1.0
+    for name in ("num_preemptions", "mean_ttft_ms"):
+        assert figures[name]["low"] == 0.0
+        assert figures[name]["high"] > 1.0
+    for name in ("backlog_growth_per_s", "mine"):
+        assert figures[name]["low"] < 0.0
+
+
+def test_paired_shares_differ_by_no_more_than_the_whole() -> None:
+    """A policy that meets nearly every limit against one that meets nearly none: within 100 %."""
+    slow, fast = make_run("vanilla", tpot_s=0.2), make_run("helios", tpot_s=0.01)
+    slo = parse_slo("tpot:100")
+    # A single batch in which the difference is smaller widens the interval beyond the whole.
+    few = pl.col("request_id") < 19
+    fast = replace(
+        fast,
+        requests=fast.requests.with_columns(
+            finished_s=pl.when(few).then(slow.requests["finished_s"]).otherwise("finished_s")
+        ),
+    )
+    rows = compare([slow, fast], [summarise(run, slo) for run in (slow, fast)])
+    difference = next(row for row in rows if row.key == "slo_attainment").differences[1]
+    assert difference is not None
+    assert 90.0 < difference.mean < difference.high
+    assert difference.high == 100.0
+
+
 @pytest.mark.parametrize(
     ("second", "says"),
     [
