@@ -102,6 +102,23 @@ def test_a_processor_is_not_called_a_gpu() -> None:
     ]
 
 
+def test_a_closed_loop_tells_the_time_of_every_policy() -> None:
+    """Its users send as answers come, so no policy's time speaks for all."""
+    runs = [
+        make_run("vanilla", closed_loop=True),
+        make_run("helios", closed_loop=True, rate_per_s=8.0),
+    ]
+    spans = [span(float(np.ptp(run.requests["arrival_s"].to_numpy()))) for run in runs]
+    assert spans[0] != spans[1]
+    assert (
+        f"400 requests sent by a closed loop within {spans[1]} to {spans[0]}, depending on the "
+        "policy, to 1 replica (1 GPU)."
+    ) in text_of(make_page(runs))
+    alone = text_of(make_page(runs[:1]))
+    assert f"400 requests sent by a closed loop within {spans[0]} to 1 replica" in alone
+    assert f"400 requests sent within {spans[0]} to 1 replica" in text_of(make_page([make_run()]))
+
+
 @pytest.mark.parametrize("runs", [make_runs(), [make_run("helios", num_replicas=3)]])
 def test_every_figure_is_valid_and_has_its_place(runs: list[RunData]) -> None:
     """Each figure passes the drawing library's own validation and has a captioned element."""
@@ -289,6 +306,7 @@ def summary(label: str, tokens: float, tpot_ms: float, **more: Any) -> dict[str,
         "median_tpot_ms": tpot_ms,
         "saturation": "stable",
         "num_refused": 0,
+        "num_requests": 400,
         **more,
     }
 
@@ -333,6 +351,150 @@ def summary(label: str, tokens: float, tpot_ms: float, **more: Any) -> dict[str,
 def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], expected: str) -> None:
     """The headline follows the figures: more load, the baseline ahead, or equal load but faster."""
     assert headline(summaries) == expected
+
+
+@pytest.mark.parametrize(
+    ("summaries", "expected"),
+    [
+        (
+            [
+                summary("vanilla", 300.0, 20.0, saturation="overloaded"),
+                summary("helios", 301.0, 10.0, saturation="overloaded"),
+            ],
+            "Neither policy carries the whole load of 500 tokens/s offered: vanilla and helios are "
+            "overloaded; served are 300 to 301 tokens/s.",
+        ),
+        (
+            [
+                summary("vanilla", 300.0, 20.0, saturation="overloaded"),
+                summary("ee-single", 300.0, 20.0, num_refused=4),
+                summary("helios", 300.0, 10.0, saturation="overloaded", num_refused=4),
+            ],
+            "None of the 3 policies carries the whole load of 500 tokens/s offered: vanilla is "
+            "overloaded, ee-single refuses 4 of 400 requests and helios is overloaded and refuses "
+            "4 of 400 requests; served are 300 tokens/s.",
+        ),
+        (
+            [summary(name, 0.0, 1.0, num_refused=400) for name in ("vanilla", "helios")],
+            "Neither policy carries the whole load of 500 tokens/s offered: vanilla and helios "
+            "refuse every request; served are 0 tokens/s.",
+        ),
+        (
+            [
+                summary("vanilla", 300.0, 20.0, saturation="overloaded"),
+                summary("helios", 450.0, 10.0, saturation="overloaded"),
+            ],
+            "helios serves 1.50\N{MULTIPLICATION SIGN} the tokens of vanilla: 450 against 300 "
+            "tokens/s; neither policy carries the whole load of 500 tokens/s offered.",
+        ),
+        (
+            [
+                summary("vanilla", 100.0, 20.0, saturation="overloaded"),
+                summary("helios", 101.0, 10.0),
+            ],
+            "helios carries the load of 101 tokens/s; vanilla is overloaded.",
+        ),
+        (
+            [
+                summary("vanilla", 100.0, 20.0),
+                summary("helios", 100.0, 30.0, saturation="backlogged"),
+            ],
+            "Both policies carry the load of 100 tokens/s (helios with a backlog), and none is "
+            "faster than vanilla: median TPOT 20 ms.",
+        ),
+        (
+            [summary("vanilla", 0.0, 0.0, num_refused=400)],
+            "vanilla refuses every one of 400 requests.",
+        ),
+        (
+            [summary("vanilla", 300.0, 20.0, saturation="overloaded", median_ttft_ms=None)],
+            "vanilla serves 300 tokens/s (3 requests/s) at a median TPOT of 20 ms; the system is "
+            "overloaded by the 500 tokens/s offered.",
+        ),
+    ],
+)
+def test_headlines_consult_the_verdict_of_each_run(
+    summaries: list[dict[str, Any]], expected: str
+) -> None:
+    """Nobody carries a load that overloads it or that it refuses, however alike all are."""
+    assert headline(summaries, 500.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("summaries", "expected"),
+    [
+        (
+            [
+                summary("vanilla", 100.0, 20.0, request_goodput=3.931),
+                summary("static-depth", 60.0, 20.0, request_goodput=2.0),
+                summary("helios", 100.0, 19.0, request_goodput=3.934, p99_ttft_ms=70.0),
+            ],
+            "vanilla and helios are level at 3.93 requests/s within the SLO and differ most in "
+            "median TPOT: 19 ms of helios against 20 ms of vanilla.",
+        ),
+        (
+            [
+                summary("vanilla", 50.0, 20.0),
+                summary("ee-single", 100.0, 20.0, energy_per_output_token=3000.0),
+                summary("helios", 100.4, 19.0, energy_per_output_token=1500.0),
+            ],
+            "ee-single and helios are level at 100 tokens/s (2.01\N{MULTIPLICATION SIGN} the "
+            "tokens of vanilla) and differ most in energy per output token: 1.50 J of helios "
+            "against 3 J of ee-single.",
+        ),
+        (
+            [summary("vanilla", 100.0, 20.0), summary("helios", 100.0, 20.01)],
+            "Both policies carry the load of 100 tokens/s.",
+        ),
+        (
+            [
+                summary("vanilla", 100.0, 20.0, p99_ttft_ms=900.0),
+                summary("helios", 100.0, 20.01, p99_ttft_ms=300.0),
+            ],
+            "Both policies carry the load of 100 tokens/s and differ most in p99 TTFT: 300 ms of "
+            "helios against 900 ms of vanilla.",
+        ),
+        (
+            [
+                summary("vanilla", 100.0, 20.0),
+                summary("static-depth", 100.0, 10.0),
+                summary("helios", 100.0, 10.001),
+            ],
+            "All 3 policies carry the load of 100 tokens/s; static-depth and helios answer "
+            "fastest, with a median TPOT of 10 ms, 0.50\N{MULTIPLICATION SIGN} that of vanilla "
+            "(20 ms).",
+        ),
+    ],
+)
+def test_headlines_name_no_winner_by_rounding(
+    summaries: list[dict[str, Any]], expected: str
+) -> None:
+    """Where figures read the same, runs are level, and what tells them apart is named."""
+    assert headline(summaries) == expected
+
+
+def test_no_sentence_has_an_empty_value() -> None:
+    """What a policy that refuses everything has no figure for is left out of the remarks."""
+    nothing = {"median_ttft_ms": None, "median_tpot_ms": None, "num_refused": 400}
+    runs = [
+        summary("vanilla", 0.0, 0.0, **nothing),
+        summary("helios", 10.0, 9.0, energy_per_output_token=900.0, slo="ttft:500"),
+    ]
+    for pair in (runs, runs[::-1], [runs[0], runs[0]]):
+        said = [headline(pair), *remarks(pair)]
+        assert not [text for text in said if "\N{EN DASH}" in text]
+    assert "Latency" not in " ".join(remarks(runs))
+
+
+def test_the_page_says_what_is_offered_to_policies_that_do_not_carry_it() -> None:
+    """Of an overloaded run the headline sets the tokens asked for each second beside the served."""
+    run = make_run(num_requests=600, rate_per_s=8.0, slots=4, tpot_s=0.02)
+    asked = float(run.requests["output_tokens"].sum())
+    offered = number(asked / float(np.ptp(run.requests["arrival_s"].to_numpy())))
+    assert summarise(run)["saturation"] == "overloaded"
+    assert f"overloaded by the {offered} tokens/s offered." in text_of(make_page([run]))
+    closed = text_of(make_page([replace(run, closed_loop=True)]))
+    assert "offered" not in closed.partition("Definitions")[0]
 
 
 def test_remarks_name_the_price() -> None:

@@ -89,7 +89,7 @@ def render(
     runs, summaries = _told_apart(runs, summaries)
     drawn: dict[str, figures.Figure] = {}
     sections = [
-        _opening(summaries, title, question),
+        _opening(runs, summaries, title, question),
         _comparison(runs, summaries),
         _published(runs, summaries),
         _latencies(runs, summaries, drawn),
@@ -121,14 +121,27 @@ def _told_apart(
     ]
 
 
-def _opening(summaries: Sequence[Summary], title: str, question: str | None) -> str:
+def _opening(
+    runs: Sequence[RunData], summaries: Sequence[Summary], title: str, question: str | None
+) -> str:
     said = "".join(f"<li>{escape(text)}</li>" for text in remarks(summaries))
     asked = f'<p class="question">{escape(question)}</p>' if question else ""
     return (
         f"<header><h1>{escape(title)}</h1>{asked}"
-        f'<p class="headline">{escape(headline(summaries))}</p>'
+        f'<p class="headline">{escape(headline(summaries, _offered_tokens_per_s(runs)))}</p>'
         f'<ul class="remarks">{said}</ul></header>'
     )
+
+
+def _offered_tokens_per_s(runs: Sequence[RunData]) -> float | None:
+    """Output tokens asked for each second; None where it is not one load that all runs met."""
+    rates = set()
+    for run in runs:
+        span_s = float(np.ptp(run.requests["arrival_s"].to_numpy()))
+        if run.closed_loop or span_s <= 0.0:
+            return None
+        rates.add(float(run.requests["output_tokens"].sum()) / span_s)
+    return rates.pop() if len(rates) == 1 else None
 
 
 def _swatch(place: int) -> str:
@@ -181,9 +194,8 @@ def _width(num_columns: int) -> str:
 def _sent(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     """What was asked of the system, and what the figures leave out."""
     first = summaries[0]
-    arrivals = runs[0].requests["arrival_s"].to_numpy()
     text = (
-        f"{number(first['num_requests'])} requests sent within {span(float(np.ptp(arrivals)))} to "
+        f"{number(first['num_requests'])} requests sent {_sending(runs)} to "
         f"{counted(first['num_replicas'], 'replica')} "
         f"({counted(first['num_gpus'], device_of(runs[0].environment))})."
     )
@@ -194,6 +206,16 @@ def _sent(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
             "throughput and energy are of the whole run."
         )
     return text
+
+
+def _sending(runs: Sequence[RunData]) -> str:
+    """Within what time requests were sent; in a closed loop that depends on the policy."""
+    spans_s = [float(np.ptp(run.requests["arrival_s"].to_numpy())) for run in runs]
+    shortest, longest = span(min(spans_s)), span(max(spans_s))
+    said = "by a closed loop " if any(run.closed_loop for run in runs) else ""
+    if shortest == longest:
+        return f"{said}within {shortest}"
+    return f"{said}within {shortest} to {longest}, depending on the policy,"
 
 
 def _row(row: ComparisonRow, several: bool) -> str:

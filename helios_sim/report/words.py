@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from helios_sim.slo import parse_slo
 
 Summary = Mapping[str, Any]
+
+_TELLING: Final = (
+    ("median_tpot_ms", "median TPOT", " ms", 1.0),
+    ("median_ttft_ms", "median TTFT", " ms", 1.0),
+    ("p99_ttft_ms", "p99 TTFT", " ms", 1.0),
+    ("energy_per_output_token", "energy per output token", " J", 1e-3),
+    ("agreement", "agreement with full depth", " %", 100.0),
+    ("perplexity", "perplexity", "", 1.0),
+)
+"""What tells runs apart that serve the same load: key, title, unit, factor to the unit."""
 
 
 def number(value: float | str | None, digits: int = 3) -> str:
@@ -92,46 +102,159 @@ def device_of_all(are_processors: Iterable[bool]) -> str:
     return "device" if len(kinds) > 1 else "processor" if True in kinds else "GPU"
 
 
-def headline(summaries: Sequence[Summary]) -> str:
-    """The answer in one sentence: who carries the load, by how much, at what figure."""
+def headline(summaries: Sequence[Summary], offered_tokens_per_s: float | None = None) -> str:
+    """The answer in one sentence: who carries the load, by how much, at what figure.
+
+    `offered_tokens_per_s` is what the requests ask for, where one figure holds for all runs.
+    """
     if len(summaries) == 1:
-        return _single(summaries[0])
-    first = summaries[0]
+        return _single(summaries[0], offered_tokens_per_s)
     key, noun, unit = _load_figure(summaries)
     values = [summary[key] or 0.0 for summary in summaries]
-    best = max(range(len(values)), key=lambda i: (values[i], -i))
-    if max(values) > 1.02 * min(values):
-        most, base = values[best], values[0]
-        if best > 0:
-            name = summaries[best]["label"]
-            if most > 20 * base:
-                return f"{name} serves {number(most)} {unit}; {first['label']} only {number(base)}."
-            return (
-                f"{name} serves {times(most / base)} the {noun} of {first['label']}: "
-                f"{number(most)} against {number(base)} {unit}."
-            )
-        second = max(range(1, len(values)), key=lambda i: values[i])
+    differ = max(values) > 1.02 * min(values)
+    if not any(_carries(summary) for summary in summaries):
+        none = _none_carries(len(summaries), offered_tokens_per_s)
+        if differ:
+            return f"{_unequal_load(summaries, values, noun, unit)}; {none}."
+        served = [summary["output_throughput"] or 0.0 for summary in summaries]
+        ends = list(dict.fromkeys((number(min(served)), number(max(served)))))
         return (
-            f"{first['label']} serves the most {noun}, {number(most)} {unit}; "
-            f"{summaries[second]['label']} comes next with {number(values[second])} "
-            f"({times(values[second] / most)})."
+            f"{none[0].upper()}{none[1:]}: {_shortfalls(summaries)}; served are "
+            f"{' to '.join(ends)} tokens/s."
         )
-    everyone = "Both" if len(summaries) == 2 else f"All {len(summaries)}"
-    carried = f"{everyone} policies carry the load of {number(values[0])} {unit}"
-    figure = "median_tpot_ms"
-    timed = [i for i, summary in enumerate(summaries) if summary.get(figure) is not None]
-    if not timed or first.get(figure) is None:
-        return f"{carried}."
-    quick = min(timed, key=lambda i: (summaries[i][figure], i))
-    tpot, base = summaries[quick][figure], first[figure]
-    if quick == 0 or tpot > 0.98 * base:
-        return (
-            f"{carried}, and none is faster than {first['label']}: median TPOT {number(base)} ms."
+    if differ:
+        return f"{_unequal_load(summaries, values, noun, unit)}."
+    return f"{_equal_load(summaries, values, key, unit)}."
+
+
+def _carries(summary: Summary) -> bool:
+    """Whether a run served every request without a backlog that grew."""
+    return summary["saturation"] != "overloaded" and not summary["num_refused"]
+
+
+def _none_carries(num: int, offered_tokens_per_s: float | None) -> str:
+    of_load = ""
+    if offered_tokens_per_s is not None:
+        of_load = f" of {number(offered_tokens_per_s)} tokens/s offered"
+    nobody = "neither policy" if num == 2 else f"none of the {num} policies"
+    return f"{nobody} carries the whole load{of_load}"
+
+
+def _shortfalls(summaries: Sequence[Summary]) -> str:
+    """Which runs do not carry the load, and why."""
+    named: dict[tuple[bool, str], list[str]] = {}
+    for summary in summaries:
+        if not _carries(summary):
+            reason = (summary["saturation"] == "overloaded", _refused(summary))
+            named.setdefault(reason, []).append(summary["label"])
+    clauses = []
+    for (is_overloaded, refused), labels in named.items():
+        several = len(labels) > 1
+        parts = [f"{'are' if several else 'is'} overloaded"] if is_overloaded else []
+        if refused:
+            parts.append(f"refuse{'' if several else 's'} {refused}")
+        clauses.append(f"{listed(labels)} {listed(parts)}")
+    return listed(clauses)
+
+
+def _refused(summary: Summary) -> str:
+    """How many requests a run refused; empty where it refused none."""
+    refused, num = summary["num_refused"], summary["num_requests"]
+    if not refused:
+        return ""
+    return "every request" if refused == num else f"{number(refused)} of {number(num)} requests"
+
+
+def _unequal_load(
+    summaries: Sequence[Summary], values: Sequence[float], noun: str, unit: str
+) -> str:
+    """Who serves most, or who share the lead, and by how much."""
+    first, base, most = summaries[0], values[0], max(values)
+    leaders = [i for i, value in enumerate(values) if _is_level(value, most)]
+    of_first = ""
+    if 0 not in leaders:
+        of_first = (
+            f"{times(most / base)} the {noun} of {first['label']}"
+            if most <= 20 * base
+            else f"{first['label']} only {number(base)}"
         )
+    if len(leaders) > 1:
+        level = [summaries[i] for i in leaders]
+        said = f"{_labels(level)} are level at {number(most)} {unit}"
+        if of_first:
+            said += f" ({of_first})"
+        apart = _most_apart(level)
+        return f"{said} and differ most in {apart}" if apart else said
+    best = leaders[0]
+    if best > 0:
+        name = summaries[best]["label"]
+        if most > 20 * base:
+            return f"{name} serves {number(most)} {unit}; {of_first}"
+        return f"{name} serves {of_first}: {number(most)} against {number(base)} {unit}"
+    second = max(range(1, len(values)), key=lambda i: values[i])
     return (
-        f"{carried}; {summaries[quick]['label']} answers fastest, with a median TPOT of "
-        f"{number(tpot)} ms, {times(tpot / base)} that of {first['label']} ({number(base)} ms)."
+        f"{first['label']} serves the most {noun}, {number(most)} {unit}; "
+        f"{summaries[second]['label']} comes next with {number(values[second])} "
+        f"({times(values[second] / most)})"
     )
+
+
+def _equal_load(summaries: Sequence[Summary], values: Sequence[float], key: str, unit: str) -> str:
+    """Who carries a load that all serve alike, and who of them answers fastest."""
+    first = summaries[0]
+    carriers = [summary for summary in summaries if _carries(summary)]
+    load = f"{number(values[summaries.index(carriers[0])])} {unit}"
+    load = f" of {load}" if key == "output_throughput" else f", with {load}"
+    if len(carriers) < len(summaries):
+        verb = "carries" if len(carriers) == 1 else "carry"
+        return f"{_labels(carriers)} {verb} the load{load}; {_shortfalls(summaries)}"
+    everyone = "Both" if len(summaries) == 2 else f"All {len(summaries)}"
+    carried = f"{everyone} policies carry the load{load}"
+    late = [summary for summary in summaries if summary["saturation"] == "backlogged"]
+    if late:
+        carried += f" ({'all' if len(late) == len(summaries) else _labels(late)} with a backlog)"
+    figure = "median_tpot_ms"
+    timed = [summary for summary in summaries if summary.get(figure) is not None]
+    if not timed or first.get(figure) is None:
+        return carried
+    base, tpot = first[figure], min(summary[figure] for summary in timed)
+    if max(summary[figure] for summary in timed) <= 1.02 * tpot:
+        apart = _most_apart(summaries)
+        return f"{carried} and differ most in {apart}" if apart else carried
+    if tpot > 0.98 * base:
+        return f"{carried}, and none is faster than {first['label']}: median TPOT {number(base)} ms"
+    quick = [summary for summary in timed if _is_level(summary[figure], tpot)]
+    return (
+        f"{carried}; {_labels(quick)} answer{'s' if len(quick) == 1 else ''} fastest, with a "
+        f"median TPOT of {number(tpot)} ms, {times(tpot / base)} that of {first['label']} "
+        f"({number(base)} ms)"
+    )
+
+
+def _labels(summaries: Sequence[Summary]) -> str:
+    return listed([summary["label"] for summary in summaries])
+
+
+def _is_level(value: float, best: float) -> bool:
+    """Whether two figures read the same, or are within 0.5 % of each other."""
+    return abs(value - best) <= 0.005 * abs(best) or number(value) == number(best)
+
+
+def _most_apart(summaries: Sequence[Summary]) -> str:
+    """The figure in which runs differ most, with its ends; empty where none differs by 2 %."""
+    found, most = "", 1.02
+    for key, title, unit, scale in _TELLING:
+        values = [summary.get(key) for summary in summaries]
+        known = [value * scale for value in values if value is not None]
+        if len(known) < len(summaries) or min(known) <= 0.0 or max(known) <= most * min(known):
+            continue
+        low, high = min(known), max(known)
+        most = high / low
+        found = (
+            f"{title}: {number(low)}{unit} of {summaries[known.index(low)]['label']} against "
+            f"{number(high)}{unit} of {summaries[known.index(high)]['label']}"
+        )
+    return found
 
 
 def remarks(summaries: Sequence[Summary]) -> list[str]:
@@ -147,17 +270,25 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
     compared = star is not first
 
     def beside(figure: str, scale: float = 1.0, digits: int = 3) -> str:
-        own = number(_scaled(star.get(figure), scale), digits)
-        if not compared:
-            return own
-        return f"{own} against {number(_scaled(first.get(figure), scale), digits)}"
+        own, other = star[figure], first.get(figure)
+        said = number(own * scale, digits)
+        if not compared or other is None:
+            return said
+        return f"{said} against {number(other * scale, digits)}"
 
     if compared:
-        found.append(
-            f"Latency of {name} against {against}: median TTFT {beside('median_ttft_ms')} ms, "
-            f"p99 TTFT {beside('p99_ttft_ms')} ms, median TPOT {beside('median_tpot_ms')} ms."
-        )
-    if star.get("slo") and compared:
+        latencies = [
+            f"{title} {beside(figure)} ms"
+            for title, figure in (
+                ("median TTFT", "median_ttft_ms"),
+                ("p99 TTFT", "p99_ttft_ms"),
+                ("median TPOT", "median_tpot_ms"),
+            )
+            if star.get(figure) is not None and first.get(figure) is not None
+        ]
+        if latencies:
+            found.append(f"Latency of {name} against {against}: {', '.join(latencies)}.")
+    if star.get("slo") and star.get("slo_attainment") is not None and compared:
         found.append(
             f"SLO ({limits(star['slo'])}): met by {beside('slo_attainment', 100.0)} % of the "
             "requests sent."
@@ -169,10 +300,13 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
         )
     agreement = star.get("agreement")
     if agreement is not None and agreement < 0.9995:
-        found.append(
+        said = (
             f"Quality: {number(100 * agreement)} % of the tokens of {name} equal those of the same "
-            f"model at full depth; perplexity {beside('perplexity', digits=4)}."
+            "model at full depth"
         )
+        if star.get("perplexity") is not None:
+            said += f"; perplexity {beside('perplexity', digits=4)}"
+        found.append(f"{said}.")
     extrapolated = beyond_measured([str(one["label"]) for one in summaries], summaries)
     if extrapolated is not None:
         found.append(extrapolated)
@@ -210,10 +344,6 @@ def extrapolated(named: Sequence[tuple[str, Sequence[str]]]) -> str | None:
     return f"Extrapolated beyond what was measured: {listed(found)}."
 
 
-def _scaled(value: float | None, scale: float) -> float | None:
-    return None if value is None else value * scale
-
-
 def _load_figure(summaries: Sequence[Summary]) -> tuple[str, str, str]:
     """What 'carrying the load' is measured by: goodput under an SLO, tokens otherwise."""
     if all(summary.get("request_goodput") is not None for summary in summaries) and any(
@@ -223,13 +353,26 @@ def _load_figure(summaries: Sequence[Summary]) -> tuple[str, str, str]:
     return "output_throughput", "tokens", "tokens/s"
 
 
-def _single(summary: Summary) -> str:
+def _single(summary: Summary, offered_tokens_per_s: float | None) -> str:
+    if _refused(summary) == "every request":
+        return (
+            f"{summary['label']} refuses every one of {number(summary['num_requests'])} requests."
+        )
     sentence = (
         f"{summary['label']} serves {number(summary['output_throughput'])} tokens/s "
-        f"({number(summary['request_throughput'])} requests/s) at a median TTFT of "
-        f"{number(summary['median_ttft_ms'])} ms and TPOT of {number(summary['median_tpot_ms'])} ms"
+        f"({number(summary['request_throughput'])} requests/s)"
     )
+    latencies = [
+        f"{title} of {number(summary[figure])} ms"
+        for title, figure in (("TTFT", "median_ttft_ms"), ("TPOT", "median_tpot_ms"))
+        if summary[figure] is not None
+    ]
+    if latencies:
+        sentence += f" at a median {listed(latencies)}"
     if summary.get("slo_attainment") is not None:
         met = number(100 * summary["slo_attainment"])
         sentence += f"; {met} % of the requests sent meet the SLO"
-    return f"{sentence}; the system is {summary['saturation']}."
+    sentence += f"; the system is {summary['saturation']}"
+    if summary["saturation"] == "overloaded" and offered_tokens_per_s is not None:
+        sentence += f" by the {number(offered_tokens_per_s)} tokens/s offered"
+    return f"{sentence}."
