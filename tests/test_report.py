@@ -618,6 +618,27 @@ def test_choosing_a_policy_and_changing_the_theme_redraw(open_page: Open) -> Non
 
 @pytest.mark.browser
 @in_chromium
+@pytest.mark.parametrize(("num", "fits"), [(5, True), (7, True), (9, False)])
+def test_seven_policies_fit_the_page_and_more_cast_a_shadow(
+    num: int, fits: bool, open_page: Open
+) -> None:
+    """No column of the table lies outside its box, unless a shadow at the edge says so."""
+    measure = (
+        "<script>const box = document.querySelector('.panel.scroll');"
+        "document.documentElement.dataset.beyond = box.scrollWidth - box.clientWidth;"
+        "document.documentElement.dataset.back = getComputedStyle(box).backgroundAttachment;"
+        "</script>"
+    )
+    runs = [make_run("vanilla", label=f"policy {place}", num_requests=50) for place in range(num)]
+    document, _ = open_page(make_page(runs).replace("</body>", f"{measure}</body>"))
+    beyond = re.search(r'data-beyond="(\d+)"', document[:2000])
+    assert beyond is not None
+    assert (int(beyond[1]) == 0) is fits
+    assert 'data-back="local, local, scroll, scroll' in document[:2000]
+
+
+@pytest.mark.browser
+@in_chromium
 @pytest.mark.parametrize(
     ("spoiled", "says"),
     [

@@ -44,6 +44,7 @@ Summary = Mapping[str, Any]
 
 NUM_DECISIONS: Final = 12
 MAX_DECISIONS: Final = 300
+MAX_WIDE_COLUMNS: Final = 5
 
 _PAIRED: Final = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms", "slo_attainment")
 _NOT_IN_TABLE: Final = ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms")
@@ -172,7 +173,7 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         else "Figures of the run."
     )
     table = (
-        f'<div class="panel scroll"><table class="figures" style="{_width(len(runs))}">'
+        f'<div class="panel scroll"><table {_columns(len(runs), "figures")}>'
         f"<caption>{escape(caption)}</caption>"
         f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -186,9 +187,14 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     return section("Comparison", lead, table, paired)
 
 
-def _width(num_columns: int) -> str:
-    """The least width at which that many columns of figures are readable; beyond, it scrolls."""
-    return f"min-width:{220 + 150 * num_columns}px"
+def _columns(num: int, css: str) -> str:
+    """A table's class and the least width at which its columns are readable; beyond, it scrolls.
+
+    More than five are set in smaller type, so that seven fit a page of 1,120 pixels.
+    """
+    if num > MAX_WIDE_COLUMNS:
+        return f'class="{css} many" style="min-width:{200 + 114 * num}px"'
+    return f'class="{css}" style="min-width:{220 + 150 * num}px"'
 
 
 def _sent(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
@@ -229,6 +235,7 @@ def _row(row: ComparisonRow, several: bool) -> str:
             for name, holds in (
                 ("best", place in row.best),
                 ("overloaded", value == "overloaded"),
+                ("word", isinstance(value, str)),
             )
             if holds
         )
@@ -271,7 +278,7 @@ def _paired(runs: Sequence[RunData], summaries: Sequence[Summary]) -> tuple[str,
         unit = f' <span class="unit">{escape(row.unit)}</span>'
         body.append(f'<tr><th scope="row">{escape(row.title)}{unit}</th>{cells}</tr>')
     table = (
-        f'<div class="panel scroll"><table class="figures paired" style="{_width(len(runs) - 1)}">'
+        f'<div class="panel scroll"><table {_columns(len(runs) - 1, "figures paired")}>'
         f"<caption>Mean difference to {escape(summaries[0]['label'])}, request by request, with "
         "its 95 % interval; an interval that holds 0 shows no difference.</caption>"
         f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'

@@ -12,6 +12,7 @@ STYLE: Final = """
   color-scheme: light dark;
   --bg: #faf9f6; --panel: #ffffff; --ink: #20242a; --muted: #5c6570; --line: #e4e1d9;
   --grid: #ece9e2; --faint: #f3f1ec; --warn: #a63d00; --on: #ffffff;
+  --edge: rgba(32, 36, 42, .2);
   --c1: #0072b2; --c2: #d55e00; --c3: #00825f; --c4: #a8458d; --c5: #b07a00; --c6: #3f9fd6;
   --c7: #6b7280; --c8: #20242a;
   --m1: #5a4fcf; --m2: #b07d12; --m3: #2a7c6f; --m4: #a8476a;
@@ -21,6 +22,7 @@ STYLE: Final = """
   :root {
     --bg: #14171b; --panel: #1a1e24; --ink: #e7e4dd; --muted: #9ba4ae; --line: #2d333c;
     --grid: #272c34; --faint: #20252c; --warn: #ff9d5c; --on: #14171b;
+    --edge: rgba(0, 0, 0, .75);
     --c1: #4fadE6; --c2: #f2873f; --c3: #2cc69a; --c4: #e28fca; --c5: #efbb45; --c6: #a5d8f8;
     --c7: #98a1ab; --c8: #e7e4dd;
     --m1: #a299f7; --m2: #e0b24a; --m3: #63c5b2; --m4: #e78fae;
@@ -55,7 +57,17 @@ figure { margin: 0; }
 figcaption, .small { color: var(--muted); font-size: .86rem; max-width: 88ch; }
 figcaption { margin-top: .5rem; }
 .plot { width: 100%; }
-.scroll { overflow-x: auto; }
+/* A shadow at an edge beyond which there is more: what moves with the content hides it there. */
+.scroll {
+  --back: var(--bg); overflow-x: auto;
+  background:
+    linear-gradient(to right, var(--back) 40%, transparent) 0 0 / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--back) 40%, transparent) 100% 0 / 3rem 100% no-repeat local,
+    linear-gradient(to right, var(--edge), transparent) 0 0 / 1.1rem 100% no-repeat scroll,
+    linear-gradient(to left, var(--edge), transparent) 100% 0 / 1.1rem 100% no-repeat scroll,
+    var(--back);
+}
+.panel.scroll { --back: var(--panel); }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 caption { text-align: left; color: var(--muted); font-size: .86rem; padding-bottom: .6rem; }
 th, td { padding: .34rem .7rem; text-align: left; vertical-align: baseline; }
@@ -76,6 +88,11 @@ tbody th { font-weight: 400; white-space: nowrap; }
   display: inline-block; min-width: 4.1em; color: var(--muted); font-size: .84em;
   padding-left: .5em;
 }
+.many { font-size: .84rem; }
+.many :is(th, td) { padding-left: .3rem; padding-right: .3rem; }
+.many thead th:first-child { width: 12.6rem; }
+.many .ratio { min-width: 3.8em; padding-left: .4em; }
+.many .word .ratio { display: none; }
 .best { font-weight: 700; }
 .best .value::before { content: "\\25CF"; font-size: .55em; margin-right: .55em;
   vertical-align: .22em; color: var(--c3); }
