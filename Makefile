@@ -42,7 +42,7 @@ $(VENV)/demo-ready: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@
 
-# An unpinned torch takes gigabytes of CUDA packages, so the tests' environment names its release.
+# The tests' environment names torch's release first: another package would ask for the newest.
 $(VENV)/test-ready: $(BIN)/python pyproject.toml tests/constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[dev,calibration]'

@@ -82,7 +82,8 @@ DEFINITIONS: Final[dict[str, str]] = {
     "breach_rate_observed": "share of the emitted tokens below the confidence threshold at a "
     "loaded depth under full depth, whether or not deeper exits would have satisfied it",
     "num_breach_events": "times the breach window filled and the policy was asked",
-    "mean_batch_size": "running requests per decode iteration",
+    "mean_batch_size": "requests that decode together per decode iteration; under rebatch a part "
+    "of those that run",
     "max_batch_size": "most requests running at once on one replica",
     "max_batch_size_supported": "requests of the workload's mean length that fit on one replica "
     "beside the weights, at the model and depth that served longest",

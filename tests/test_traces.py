@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import gzip
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +75,12 @@ def test_the_shipped_azure_traces_have_their_published_figures(
     assert trace.arrival_s[0] == 0.0
 
 
-def test_the_shipped_traces_are_read_in_fifty_milliseconds() -> None:
-    """The best of five readings of the larger one."""
-    best = 60.0
-    for _ in range(5):
-        start = time.perf_counter()
-        read(AZURE / "AzureLLMInferenceTrace_conv.csv.gz")
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.05
+def test_the_shipped_traces_are_read_as_columns() -> None:
+    """Python does nothing line by line."""
+    profiler = cProfile.Profile()
+    trace = profiler.runcall(read, AZURE / "AzureLLMInferenceTrace_conv.csv.gz")
+    assert len(trace) > 10_000
+    assert sum(entry.callcount for entry in profiler.getstats()) < 5_000
 
 
 def test_the_shipped_traces_are_small_dateless_gzip_with_licence_and_notice() -> None:

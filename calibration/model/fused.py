@@ -311,7 +311,7 @@ def flash_self_test(flash: Flash, dims: KvDims, num_heads: int, is_paged: bool) 
     spans, begin = [], 0
     for row, start, count in zip(rows.tolist(), starts.tolist(), counts.tolist(), strict=True):
         width = pool.context_tokens(start + count)
-        found = pool.locate(np.asarray([row]), width)
+        found = pool.locate(np.asarray([row], dtype=np.int64), width)
         located = None if found is None else to_device(found, dims.device)
         mask = span_mask(start, count, width, num_heads // dims.kv_heads, pool)
         spans.append(Span(begin, count, False, located, width, mask))
@@ -369,9 +369,8 @@ def self_test(
         found = pool.locate(numbers, context)
         located = None if found is None else to_device(found, dims.device)
         positions = ends[to_device(numbers, dims.device)]
-        addresses = to_device(
-            pool.addresses(numbers, np.asarray([_LENGTHS[row] - 1 for row in rows])), dims.device
-        )
+        lasts = np.asarray([_LENGTHS[row] - 1 for row in rows], dtype=np.int64)
+        addresses = to_device(pool.addresses(numbers, lasts), dims.device)
         query = random(1, num_heads, len(rows), head_dim)
         stock = DecodeAttend(pool, addresses, positions, located, context)
         expected = stock.attend(query, query, query, 0, head_dim**-0.5)

@@ -205,12 +205,13 @@ def _table(cells: Cells, swatches: bool = False) -> str:
         if swatches and place < drawings.MAX_FLEETS:
             colour = policy_colour(place).removeprefix("@")
             mark = f'<span class="swatch" style="background:var(--{colour})"></span>'
-        first = f'<th scope="row" style="white-space:normal">{mark}{escape(row[0])}</th>'
+        named = f"{mark}{escape(row[0])}"
+        first = f'<th scope="row" style="white-space:normal;min-width:11rem">{named}</th>'
         rest = "".join(f"<td>{escape(value)}</td>" for value in row[1:])
         body.append(f"<tr>{first}{rest}</tr>")
     width = 240 + 72 * (len(titles) - 1)
     return (
-        '<div class="panel scroll"><table class="figures" style="table-layout:auto;'
+        '<div class="panel scroll"><table class="figures many" style="table-layout:auto;'
         f'min-width:{width}px"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
@@ -224,7 +225,7 @@ def _ranking(plan: Plan) -> str:
     by = "cost an hour" if has_prices else f"{device}s"
     return (
         f"The fewest replicas of each that surely carry {plan.question.target_per_s:.4g} "
-        f"requests/s, ranked by {by}. Capacities are of the replicas named before them."
+        f"requests/s, ranked by {by}. Capacities are of the replicas named behind them."
     )
 
 

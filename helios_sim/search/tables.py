@@ -45,7 +45,9 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
     if target:
         devices = f"{question.device}s"
         titles += [devices] if brief else ["replicas", devices]
-    titles += ["req/s", "bounds", "held by"] if brief else ["capacity req/s", "bounds", "held by"]
+    capacity = "req/s" if brief else "capacity req/s"
+    # Capacities are of as many replicas as they were measured for, which differs by fleet.
+    titles += [f"{capacity} of n" if target else capacity, "bounds", "held by"]
     titles += ["J/tok"] if brief else ["tok/s per user", "J/token", "agreement %"]
     if question.prices is not None:
         titles += [f"{question.prices.currency}/h", f"{question.prices.currency}/Mtok"]
@@ -61,7 +63,7 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
             else:
                 row += [str(planned.num_replicas) if planned else unknown]
                 row += [str(answer.num_gpus) if planned else _DASH]
-        row += _capacity_cells(answer)
+        row += _capacity_cells(answer, target)
         means: Means = answer.planned.means if answer.planned else {}
         agreement = means.get("agreement")
         row += [number(joules(means))]
@@ -76,12 +78,12 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
     return titles, rows
 
 
-def _capacity_cells(answer: FleetAnswer) -> list[str]:
+def _capacity_cells(answer: FleetAnswer, target: bool) -> list[str]:
     if answer.capacity is None:
         return ["cannot serve", _DASH, _DASH]
     if answer.capacity.outcome == "none carried":
         return ["none", _DASH, _DASH]
-    many = f" ({answer.capacity_replicas})" if answer.capacity_replicas > 1 else ""
+    many = f" of {answer.capacity_replicas}" if target or answer.capacity_replicas > 1 else ""
     return [
         f"{number(answer.capacity.rate_per_s, 4)}{many}",
         bracket(answer.capacity),

@@ -86,13 +86,13 @@ def plan_remarks(plan: Plan) -> list[str]:
             f"{number(best.cost.per_million_tokens)} {currency} a million output tokens, at the "
             f"prices of {settings.prices}."
         )
-    if plan.hours and best.cost is not None:
+    if plan.hours and best.cost is not None and question.prices is not None:
         day = sum(hour.cost_per_hour or 0.0 for hour in plan.hours)
         always = 24 * best.cost.per_hour
         saved = 1.0 - day / always if always else 0.0
         found.append(
-            f"Over the day: {number(day)} instead of {number(always)} with the fleet always on, "
-            f"{100 * saved:.0f} % less."
+            f"Over the day: {number(day)} {question.prices.currency} instead of {number(always)} "
+            f"with the fleet always on, {100 * saved:.0f} % less."
         )
     return found + _beyond([(one.fleet.name, one.beyond) for one in plan.answers])
 
