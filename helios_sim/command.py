@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,14 @@ _USAGE_ERROR: Any = next(
 """A command line that cannot be read. Typer has moved the class before, but not its heirs."""
 _NO_ARGUMENTS: Final = "NoArgsIsHelpError"
 """The one of them that is the help."""
+
+
+class OnStandardError(logging.Handler):
+    """Prints what the program says beside its results, wherever standard error is by then."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message in a line of its own."""
+        print(record.getMessage(), file=sys.stderr, flush=True)
 
 
 class Interrupted(SystemExit):
@@ -51,6 +60,9 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
     # What the process still holds at its end goes with it; looking for garbage in it would take a
     # sixth of a short run.
     atexit.register(gc.freeze)
+    program = logging.getLogger("helios_sim")
+    program.setLevel(logging.INFO)
+    program.handlers[:] = [OnStandardError()]
     try:
         with rarely_collected():
             code = commands(args=given, prog_name=name, standalone_mode=False)

@@ -8,6 +8,7 @@ sources that take part, of numba and of numpy.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -60,6 +61,8 @@ numba.config.CACHE_DIR = str(_cache_dir())  # type: ignore[attr-defined]
 Mode = Literal["cached", "uncached", "interpreted"]
 
 _mode: Mode = "cached"
+_log = logging.getLogger(__name__)
+_is_announced = False
 
 
 @contextmanager
@@ -114,9 +117,20 @@ def load_at_once(dispatcher: Any) -> None:
         found = None
         with cache._guard_against_spurious_io_errors():
             found = find(signature, target)
-        return whole(signature, target) if found is None else found
+        if found is None:
+            _announce()
+            return whole(signature, target)
+        return found
 
     cache.load_overload = load
+
+
+def _announce() -> None:
+    """Say once why what takes an instant otherwise takes a while."""
+    global _is_announced
+    if not _is_announced:
+        _is_announced = True
+        _log.info("The simulator is compiled for this machine, once: it takes up to a minute.")
 
 
 def compilable(function: F) -> F:

@@ -227,9 +227,15 @@ def command(
         done = measure(settings, Console())
     except KeyboardInterrupt:
         raise Interrupted(f"the readings so far are kept in {out}, and --resume goes on") from None
+    following = f"Next: helios-calibrate fit {out} --out PROFILE"
+    if done.left_out:
+        following = (
+            f"{done.left_out} trials were not taken in time, so a fit may lack points: the same "
+            f"command with --resume takes them. {following}"
+        )
     Console().print(
         f"{done.num_new} new readings, {done.num_readings} in all, in {out / POINTS_FILE}. "
-        f"Next: helios-calibrate fit {out} --out PROFILE",
+        f"{following}",
         markup=False,
         highlight=False,
         soft_wrap=True,
