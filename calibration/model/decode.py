@@ -201,10 +201,11 @@ class Decoder:
 
     def fill_place(self, place: Place, hidden: Tensor, first: int, last: int) -> None:
         """Fill the KV of skipped layers first..last-1 from the exit's states [N, hidden]."""
-        writer = self._decode_writer()(place.addresses, place.positions)
         for piece in self._pieces(first, last):
             fill = partial(graphs.DecodeGraphs.fill, place=place, hidden=hidden, piece=piece)
             if not self._replayed(fill):
+                # Only here the device needs the place's integers in tensors of their own.
+                writer = self._decode_writer()(place.addresses, place.positions)
                 with torch.no_grad():
                     self.model.backbone.fill(hidden, place.positions, *piece, writer)
 
