@@ -365,7 +365,7 @@ class _Bench:
             return None
         at = num_replicas, capacity.first_missed.rate_per_s
         summaries = [one["summary"] for one in self.figures[at]]
-        late = capacity.first_missed.verdict.worst.words.split(":")[0].split("<")[0] in (
+        late = capacity.first_missed.verdict.worst.limit.split(":")[0].split("<")[0] in (
             "tpot",
             "itl",
         )

@@ -9,6 +9,7 @@ from functools import lru_cache
 from statistics import fmean, stdev
 from typing import Any, Final
 
+from helios_sim.report.words import limits
 from helios_sim.slo import SloSpec
 
 BACKLOG: Final = "backlog"
@@ -41,9 +42,10 @@ class Criterion:
         """The criterion as a sentence names it: by the limit behind it."""
         if not self.limit:
             return "keeping up with the arrivals"
+        told = limits(self.limit)
         if self.limit == self.name:
-            return self.limit
-        return f"{self.limit} for {100 * self.target:g} % of the requests"
+            return told
+        return f"{told} for {100 * self.target:g} % of the requests"
 
     @property
     def holds(self) -> bool:

@@ -215,7 +215,7 @@ def test_a_limit_nothing_can_meet_is_told_with_by_how_much_at_the_lowest_rate(
     with pytest.raises(InputError) as error:
         plan(path, [], inline(tmp_path / "out"))
     text = str(error.value)
-    assert re.search(r"at 0\.\d+ requests/s ttft:p99<=1ms is met by 0\.0 %", text)
+    assert re.search(r"at 0\.\d+ requests/s TTFT p99 \u2264 1 ms is met by 0\.0 %", text)
     assert re.search(r"\d+ % over 1 ms", text)
     assert list((tmp_path / "out" / "points").iterdir())
 
