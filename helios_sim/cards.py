@@ -54,9 +54,7 @@ class Room:
         """KV blocks beside the weights of a model loaded to `depth` layers."""
         model = self.profile.model(name)
         return kv_pool_blocks(
-            self.memory_bytes,
-            self.fleet.memory_utilisation,
-            self.fleet.reserve_bytes,
+            self.usable_bytes,
             model.model.weight_bytes(depth),
             model.workspace_bytes,
             self.block_bytes(name, depth),
@@ -109,13 +107,11 @@ class Room:
 
     def no_room(self, name: str, depth: int) -> InputError:
         """The error for weights that leave no room for KV."""
-        gib = 2**30
-        model = self.profile.model(name).model
+        layers = self.profile.model(name).model.shape.layers
         return InputError(
-            f"Model {name!r} with {depth} of {model.shape.layers} layers does not fit: its weights "
-            f"take {model.weight_bytes(depth) / gib:.1f} GiB of {self.memory_bytes / gib:.1f} GiB "
-            f"at utilisation {self.fleet.memory_utilisation:g}, which leaves no room for KV; "
-            "choose a smaller model, a shallower depth or more memory.",
+            f"Model {name!r} with {depth} of {layers} layers does not fit: "
+            f"{self.shortage(name, depth)}; choose a smaller model, a shallower depth or more "
+            "memory.",
             "fleet",
         )
 

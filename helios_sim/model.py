@@ -127,16 +127,11 @@ class EarlyExitModel:
 
 
 def kv_pool_blocks(
-    memory_bytes: int,
-    utilisation: float,
-    reserve_bytes: int,
-    weight_bytes: int,
-    workspace_bytes: int,
-    block_bytes: int,
+    usable_bytes: int, weight_bytes: int, workspace_bytes: int, block_bytes: int
 ) -> int:
-    """KV blocks that fit beside the weights.
+    """KV blocks that fit beside the weights in the bytes that may be used at all.
 
-    (memory x utilisation - reserve - weights - workspace) / block, or 0 when nothing is left.
+    (usable - weights - workspace) / block, or 0 when nothing is left.
     """
-    free = int(memory_bytes * utilisation) - reserve_bytes - weight_bytes - workspace_bytes
+    free = usable_bytes - weight_bytes - workspace_bytes
     return max(0, free // block_bytes)
