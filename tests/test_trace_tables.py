@@ -19,7 +19,8 @@ from helios_sim.world import TraceTables, keep_tables, trace_tables
 
 @pytest.fixture(autouse=True)
 def kept() -> Iterator[None]:
-    """Nothing is kept from other tests, nor for them."""
+    """Nothing is kept from other tests, which may hold their traces, nor for them."""
+    experiment.forget_traces()
     keep_tables(0)
     keep_tables(1)
     yield
