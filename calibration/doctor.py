@@ -220,7 +220,7 @@ def _graphs(family: str, dtype: torch.dtype, device: torch.device) -> str:
     """Replays of padded batches, of all rows and of some, against the eager path.
 
     Embedding, segments, exits' words and filled KV. Graphs are captured beforehand, as measuring
-    does, and as their loads are met, as serving does.
+    does, and as they are wanted, as serving does.
     """
     model = _model(family, dtype, device)
     eager: dict[bool, list[Tensor]] = {}
@@ -231,9 +231,6 @@ def _graphs(family: str, dtype: torch.dtype, device: torch.device) -> str:
             decoder = Decoder(model, pool)
             if on_demand is not None:
                 decoder.use_graphs((2, 4), 512, subsets=True, on_demand=on_demand)
-                if decoder.graphs is not None and on_demand:
-                    # What is met for the first time runs eagerly.
-                    _some_rows(decoder)
             said = [_said(decoder), *_some_rows(decoder)]
             if on_demand is None:
                 eager[paged] = said

@@ -26,7 +26,9 @@ from helios_sim.state import (
     DECODING,
     DRAINED,
     DRAINING_STATE,
+    EMBEDS,
     EVALUATING_STATE,
+    FILLS,
     FINISHED,
     IDLE_STATE,
     ITL_BINS_PER_OCTAVE,
@@ -45,9 +47,11 @@ from helios_sim.state import (
     REFUSED,
     RELATIVE_BREACH,
     RUNNING,
+    RUNS,
     SERVING_STATE,
     SOLO,
     STATIC,
+    TELLS,
     TIMELINE_CAPACITY,
     TUMBLING,
     UNKNOWN,
@@ -549,6 +553,56 @@ def count_exits(w: World, r: int, rep: Any) -> int:
 
 
 @compiled
+def is_new(w: World, r: int, rep: Any, kind: int, level: int, rows: float) -> bool:
+    """Whether a graph is wanted for the first time, which is when it is captured."""
+    if rows > w.graph_rows[rep.model] or w.captured[r, kind, level, int(rows)] != 0:
+        return False
+    w.captured[r, kind, level, int(rows)] = 1
+    return True
+
+
+@compiled
+def capture_seconds(
+    w: World,
+    r: int,
+    rep: Any,
+    passed: int,
+    asked: int,
+    stops_at: int,
+    rows: float,
+    filled_rows: float,
+) -> float:
+    """Seconds of capturing the graphs that a decode wants and that are not there yet.
+
+    It embeds unless exits were `passed`, runs to the level `stops_at` by way of all before it, asks
+    the levels from `asked` on, and fills the KV beyond for `filled_rows`.
+    """
+    if w.graph_rows[rep.model] == 0:
+        return 0.0
+    graphs = 0
+    ran_layers = 0
+    filled_layers = 0
+    if passed == 0 and is_new(w, r, rep, EMBEDS, 0, rows):
+        graphs += 1
+    for level in range(passed, rep.level + 1):
+        layers = w.exit_layers[rep.model, level]
+        if level > 0:
+            layers -= w.exit_layers[rep.model, level - 1]
+        if level <= stops_at:
+            if is_new(w, r, rep, RUNS, level, rows):
+                graphs += 1
+                ran_layers += layers
+            if level >= asked and is_new(w, r, rep, TELLS, level, rows):
+                graphs += 1
+        elif filled_rows > 0.0 and is_new(w, r, rep, FILLS, level, filled_rows):
+            graphs += 1
+            filled_layers += layers
+    return cost.capture_seconds(
+        w.coefficients[rep.model], float(graphs), float(ran_layers), float(filled_layers)
+    )
+
+
+@compiled
 def start_decode(w: World, r: int, rep: Any) -> None:
     """Start an iteration in which every row emits one token.
 
@@ -588,6 +642,14 @@ def start_decode(w: World, r: int, rep: Any) -> None:
         padded,
         w.residual[model, rep.level, batch],
     )
+    # Tokens fed again take several places a row, which no graph serves.
+    if pending == 0:
+        asked = rep.level if num_checks == 0 else 0
+        filled_rows = 0.0 if filled == 0 else padded
+        captured_s = capture_seconds(w, r, rep, 0, asked, deepest, padded, filled_rows)
+        if captured_s > 0.0:
+            seconds += captured_s
+            regime = cost.LAUNCH
     joules = cost.decode_joules(
         c,
         padded + pending,
@@ -700,6 +762,10 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     seconds = seconds + cost.told_seconds(c, leavers)
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
+    captured_s = capture_seconds(w, r, rep, passed, passed, level, padded, leavers)
+    if captured_s > 0.0:
+        seconds += captured_s
+        regime = cost.LAUNCH
     for k in range(rep.num_ready):
         row = w.rows[r, w.order[r, k]]
         if row.held == passed:

@@ -67,14 +67,20 @@ COEFFICIENTS: Final = (
     "decode.fixed_s_per_row",
     "prefill.fixed_s_per_prompt",
     "decode.j_per_padded_token_layer",
+    "capture.s_per_graph",
+    "capture.s_per_layer",
+    "capture.s_per_filled_layer",
 )
 """Names of the coefficients, in the order of the array; units are in the names.
 
-All are per layer unless they say `fixed`, `head`, `check` or `rebatch`.
+All are per layer unless they say `fixed`, `head`, `check`, `rebatch` or `capture`.
 """
 
 OPTIONAL_COEFFICIENTS: Final = COEFFICIENTS[40:]
 """Those that a profile may leave out; they are 0 then."""
+
+CAPTURE_COEFFICIENTS: Final = COEFFICIENTS[45:]
+"""What it takes to capture graphs, in the order in which `capture_seconds` takes their counts."""
 
 REBATCH_OVERHEAD_S: Final = COEFFICIENTS.index("rebatch.overhead_s")
 
@@ -194,6 +200,12 @@ def kv_fill_seconds(c: Any, rows: float, layers: float) -> float:
 def kv_fill_joules(c: Any, rows: float, layers: float) -> float:
     """Joules to fill the KV cache of skipped layers, above the active power."""
     return layers * (c[37] + c[38] * rows)
+
+
+@compilable
+def capture_seconds(c: Any, graphs: float, layers: float, filled_layers: float) -> float:
+    """Seconds to capture graphs that together run so many layers and fill so many."""
+    return c[45] * graphs + c[46] * layers + c[47] * filled_layers
 
 
 @compilable

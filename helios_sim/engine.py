@@ -341,6 +341,8 @@ class Replica:
         rep.column = self.run.world.exit_layers.shape[1] + level if leaves_early else level
         rep.batch_limit = 1 if assignment.exit_mode is ExitMode.SOLO else rep.max_batch
         resize_pool(rep, place.pool_blocks)
+        # Graphs hold the addresses of the weights and of the pool they were captured over.
+        self.run.world.captured[self.index] = 0
         rep.window_seen = rep.window_breaches = rep.tripped = 0
         self.assignment = assignment
         self.weight_bytes = self.run.weight_bytes[assignment.model, assignment.depth]

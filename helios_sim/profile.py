@@ -24,7 +24,7 @@ from typing import Any, Final, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS
+from helios_sim.cost import CAPTURE_COEFFICIENTS, COEFFICIENTS, OPTIONAL_COEFFICIENTS
 from helios_sim.errors import InputError
 from helios_sim.model import EarlyExitModel, Family, ModelShape
 
@@ -173,6 +173,12 @@ class ModelProfile:
         if self.coefficients["power.limit_w"] is None and self.has_energy:
             values["power.limit_w"] = sys.float_info.max
         return np.array([values[name] for name in COEFFICIENTS], dtype=np.float64)
+
+    @property
+    def graph_rows(self) -> int:
+        """The largest batch for which a graph is captured while requests wait; 0 where none is."""
+        costs = sum(self.coefficients[name] or 0.0 for name in CAPTURE_COEFFICIENTS)
+        return self.batch_buckets[-1] if self.batch_buckets and costs > 0.0 else 0
 
     def beyond_hull(self, max_batch: int, max_context_tokens: int) -> str | None:
         """What of a run lies outside the measured range, as a clause; None where nothing does.
@@ -369,7 +375,7 @@ def unit_of(name: str) -> str:
 
 
 _BASES: Final = {"s": "s", "j": "J", "w": "W", "bytes": "B", "nats": "nat"}
-_DIVISORS: Final = r"context_token|padded_token|token|row|prompt|pair|layer|s(?![a-z])"
+_DIVISORS: Final = r"context_token|padded_token|token|row|prompt|pair|graph|layer|s(?![a-z])"
 _UNITS: Final = {
     "exit_layers": "layer",
     "exit_head_params": "parameter",

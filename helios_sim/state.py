@@ -57,6 +57,13 @@ PREFILLING: Final = 1
 DECODING: Final = 2
 MIXED: Final = 3
 
+EMBEDS: Final = 0
+RUNS: Final = 1
+TELLS: Final = 2
+FILLS: Final = 3
+GRAPH_KINDS: Final = 4
+"""What a captured graph of a decode does."""
+
 TUMBLING: Final = 0
 SLIDING: Final = 1
 
@@ -309,6 +316,10 @@ class World(NamedTuple):
     """f8, (M, K, S + 1): correction of a decode layer's time at a loaded level and a batch size"""
     exit_layers: Any
     """i8, (M, K)"""
+    graph_rows: Any
+    """i8, (M,): the most rows for which graphs are captured at a cost; 0 where none are"""
+    captured: Any
+    """u1, (R, kinds, K, padded rows): the graphs that a replica has by now"""
     max_positions: Any
     """i8, (M,)"""
     leaving_level: Any

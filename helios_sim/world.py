@@ -20,6 +20,7 @@ from helios_sim.scenario import MeasureSettings, ServingSettings
 from helios_sim.state import (
     AGREE,
     BATCHING,
+    GRAPH_KINDS,
     ITL_BINS_PER_OCTAVE,
     ITL_OCTAVES,
     NLL,
@@ -183,6 +184,7 @@ def build_world(
     models = [profile.model(name) for name in names]
     num_levels = max(model.model.num_exits for model in models)
     window = max(1, watching.breach_window_tokens or 1)
+    padded = np.array([model.padded_rows(serving.max_batch) for model in models])
     world = World(
         replicas=records(num_replicas, REPLICA),
         rows=records((num_replicas, serving.max_batch), ROW),
@@ -193,7 +195,7 @@ def build_world(
         coefficients=np.array([model.coefficient_array() for model in models]).reshape(
             len(models), len(COEFFICIENTS)
         ),
-        padded=np.array([model.padded_rows(serving.max_batch) for model in models]),
+        padded=padded,
         residual=np.array(
             [
                 [model.residual(serving.max_batch, depth) for depth in _levels(model, num_levels)]
@@ -201,6 +203,8 @@ def build_world(
             ]
         ),
         exit_layers=np.array([_levels(model, num_levels) for model in models], np.int64),
+        graph_rows=np.array([model.graph_rows for model in models], np.int64),
+        captured=np.zeros((num_replicas, GRAPH_KINDS, num_levels, int(padded.max()) + 1), np.uint8),
         max_positions=np.array([model.model.shape.max_positions for model in models], np.int64),
         leaving_level=tables.leaving_level,
         breach=tables.breach,

@@ -134,6 +134,7 @@ class NaiveReplica:
     def assign(self, assignment: Assignment) -> None:
         self.assignment = assignment
         self.pool_blocks = self.free_blocks = assignment.pool_blocks
+        self.graphs: set[tuple[str, int, float]] = set()
 
     def order(self, orders: Orders) -> None:
         self.orders = orders
@@ -425,8 +426,35 @@ class NaiveReplica:
         read = (padded + again, context, padded_context)
         passed = (layers, checks, heads, filled, padded)
         seconds, _ = cost.decode_seconds(c, *read, *passed, residual)
+        if again == 0:
+            asked = range(deepest + 1) if self.exits_active else [deepest]
+            seconds += self.capture(0, deepest, asked, padded, padded if filled else None)
         joules = cost.decode_joules(c, *read, *passed, seconds)
         return Iteration(self.clock_s, seconds, joules, {}, leaves_at, {}, layers)
+
+    def capture(
+        self, passed: int, last: int, asked: Sequence[int], rows: float, filled_rows: float | None
+    ) -> float:
+        """Seconds of capturing the graphs that a decode wants and that are not there yet."""
+        wanted = [("embed", 0, rows)] if passed == 0 else []
+        for level in range(passed, self.assignment.level + 1):
+            if level <= last:
+                wanted.append(("run", level, rows))
+                wanted += [("tell", level, rows)] if level in asked else []
+            elif filled_rows is not None:
+                wanted.append(("fill", level, filled_rows))
+        bounds = (0, *self.model.exit_layers)
+        new = [
+            (kind, bounds[level + 1] - bounds[level])
+            for kind, level, of_rows in wanted
+            if of_rows <= self.model.graph_rows and (kind, level, of_rows) not in self.graphs
+        ]
+        self.graphs.update(wanted)
+        ran_layers = sum(layers for kind, layers in new if kind == "run")
+        filled_layers = sum(layers for kind, layers in new if kind == "fill")
+        return cost.capture_seconds(
+            self.model.coefficients, float(len(new)), float(ran_layers), float(filled_layers)
+        )
 
     # Rebatching
 
@@ -483,6 +511,7 @@ class NaiveReplica:
         seconds += cost.told_seconds(c, padded)
         seconds += cost.kv_fill_seconds(c, padded, beyond)
         joules += cost.kv_fill_joules(c, padded, beyond)
+        seconds += self.capture(passed, level, range(passed, level + 1), rows, padded)
         joules = cost.iteration_joules(c, seconds, joules)
         leaves_at = {row: level for row in leavers}
         held_at = {row: level + 1 for row in company if row not in leaves_at}

@@ -127,3 +127,11 @@ def test_what_a_decode_begins_with_and_what_its_rows_add_are_its_fixed_part() ->
     assert whole == cost.begin_seconds(c) + cost.told_seconds(c, 8.0)
     passes = [cost.begin_seconds(c) + cost.told_seconds(c, rows) for rows in (3.0, 5.0)]
     assert sum(passes) - whole == cost.begin_seconds(c)
+
+
+def test_capturing_is_paid_by_the_graph_and_by_the_layers_in_it() -> None:
+    c = coefficients(
+        capture_s_per_graph=1.0, capture_s_per_layer=0.25, capture_s_per_filled_layer=0.125
+    )
+    assert cost.capture_seconds(c, 3.0, 4.0, 2.0) == 4.25
+    assert cost.capture_seconds(c, 0.0, 0.0, 0.0) == 0.0

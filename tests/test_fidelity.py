@@ -597,6 +597,22 @@ def test_typical_and_slow_iterations_are_told_apart() -> None:
     assert factors(found, predicted, "slow")["small"].decode[1] == pytest.approx(1.2)
 
 
+def test_an_iteration_that_captures_graphs_is_predicted_to_take_their_time() -> None:
+    costs = {
+        "capture.s_per_graph": 0.1,
+        "capture.s_per_layer": 0.01,
+        "capture.s_per_filled_layer": 0.001,
+    }
+    profile = profile_of(thumbnail(costs=costs))
+    counts = {
+        "captured_graphs": [0.0, 3.0],
+        "captured_layers": [0.0, 4.0],
+        "captured_filled_layers": [0.0, 2.0],
+    }
+    found = recorded("small", [0.066, 0.4], **counts)
+    assert predict(found, profile, 8).seconds == pytest.approx([0.055, 0.055 + 0.342])
+
+
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
 def test_a_retimed_profile_takes_the_recorded_time(factor: float) -> None:
     """By batch for decodes and in sum for prefills, whatever the shares of layers and the rest."""

@@ -206,7 +206,8 @@ def test_what_a_profile_may_leave_out_is_read_where_it_is_there(
     document["models"]["opt-6.7b"]["depth_residual"] = None
     profile = save_profile(document, tmp_path / "mine")
     model = profile.models["opt-1.3b"]
-    assert list(model.coefficient_array()[-5:]) == [1e-6 * place for place in range(1, 6)]
+    given = model.coefficient_array()[-len(OPTIONAL_COEFFICIENTS) :]
+    assert list(given) == [1e-6 * (place + 1) for place in range(len(OPTIONAL_COEFFICIENTS))]
     assert model.depth_residual == ((6.0, 0.8), (24.0, 1.0))
     assert profile.models["opt-6.7b"].depth_residual == ()
     assert profile.quantities["models.opt-1.3b.depth_residual[0]"].value == 0.8

@@ -67,7 +67,8 @@ class Token:
 class Model:
     """An early-exit model: costs, exits and what its tokens do.
 
-    `traces` is by domain, `residual` by loaded level and batch.
+    `traces` is by domain, `residual` by loaded level and batch; graphs are captured for batches up
+    to `graph_rows`.
     """
 
     coefficients: tuple[float, ...]
@@ -75,6 +76,7 @@ class Model:
     max_positions: int
     threshold: float
     padded_rows: tuple[float, ...]
+    graph_rows: int
     residual: tuple[tuple[float, ...], ...]
     traces: tuple[tuple[Token, ...], ...]
 
@@ -279,6 +281,7 @@ class CompiledReplica:
         record.exit_mode = state.EXIT_MODES[assignment.exit_mode]
         record.batch_limit = 1 if assignment.exit_mode == "solo" else record.max_batch
         resize_pool(record, assignment.pool_blocks)
+        self.world.captured[:] = 0
 
     def order(self, orders: Orders) -> None:
         record = self.record
@@ -337,6 +340,8 @@ def build_world(scenario: Scenario) -> state.World:
         padded=np.array([model.padded_rows for model in scenario.models]),
         residual=residual,
         exit_layers=exit_layers,
+        graph_rows=np.array([model.graph_rows for model in scenario.models]),
+        captured=np.zeros((1, state.GRAPH_KINDS, num_levels, 2 * num_rows + 4), np.uint8),
         max_positions=np.array([model.max_positions for model in scenario.models]),
         leaving_level=leaving,
         breach=breach,
@@ -511,6 +516,7 @@ def draw_models(
                 padded_rows=tuple(
                     float(-(-rows // bucket) * bucket) for rows in range(max_batch + 1)
                 ),
+                graph_rows=rng.choice((0, 2, 4, 16)),
                 residual=tuple(
                     tuple(1.0 if on_grid else rng.uniform(0.5, 2.0) for _ in range(max_batch + 1))
                     for _ in layers

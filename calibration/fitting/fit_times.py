@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 
 from calibration.fitting import joint, regression
 from calibration.fitting.joint import BATCH, DEPTH, Growth, Knots, Loads
-from calibration.fitting.points import FIT, HELD_OUT, PREFILL_ITERATION, of_quantity, standing_mode
+from calibration.fitting.points import (
+    CAPTURES,
+    FIT,
+    HELD_OUT,
+    PREFILL_ITERATION,
+    of_quantity,
+    standing_mode,
+)
 from calibration.fitting.predict import Predictor, prefill_load
 from calibration.fitting.regression import Chosen, Floats, MaxFit, Readings
 from helios_sim import cost
@@ -68,6 +75,7 @@ TIMES: Final = (
     "head",
     "check",
     "kv_fill",
+    *CAPTURES,
 )
 
 
@@ -180,6 +188,9 @@ def fit_times(
     numbers |= _decode_numbers(decode, said)
     numbers |= _prefill_numbers(prefill, decode, said)
     numbers |= _fill_numbers(lines, numbers, model, said, fitted)
+    captures = pl.concat([fitted[quantity] for quantity in CAPTURES])
+    capture = _capture(captures) if modes["decode_layers"] == "graph" and captures.height else None
+    numbers |= _capture_numbers(capture, captures.height, modes["decode_layers"])
     numbers["rebatch.overhead_s"] = Number(
         0.0,
         "derived",
@@ -192,6 +203,10 @@ def fit_times(
     kept = model_profile(model, numbers, tuple(buckets), batch_residual, hull, depth_residual)
     predictor = Predictor(kept, stack_overhead_s=overheads, counts_new_token=counts_new_token)
     by_quantity = {name: line.left_out.errors for name, line in lines.items()}
+    if capture is not None:
+        for quantity in captures["quantity"].unique():
+            mine = (captures["quantity"] == quantity).to_numpy()
+            by_quantity[quantity] = capture.left_out.errors[mine]
     for layers in (decode, prefill):
         for quantity in layers.points["quantity"].unique():
             mine = (layers.points["quantity"] == quantity).to_numpy()
@@ -323,6 +338,33 @@ def _fill_numbers(
     return {
         name: Number(share * (numbers[whole].value or 0.0), "derived", source)
         for name, whole in zip(names, layer, strict=True)
+    }
+
+
+def _capture(points: pl.DataFrame) -> Chosen:
+    """Seconds of capturing: a graph, each layer that it runs, each whose KV it fills."""
+    layers = _column(points, "layers")
+    kinds = points["quantity"]
+    runs, fills = ((kinds == f"capture_{kind}").to_numpy() for kind in ("run", "fill"))
+    ones = np.ones(points.height)
+    plane = np.column_stack((ones, layers * runs, layers * fills))
+    seconds = _column(points, "seconds")
+    readings = Readings(seconds, ones, 0.0 * ones, np.zeros((len(ones), 0)), (plane,))
+    batches = np.unique(_column(points, "batch"), return_inverse=True)[1].astype(np.int64)
+    return regression.choose_planes(readings, ((0,),), batches)
+
+
+def _capture_numbers(capture: Chosen | None, count: int, mode: str) -> dict[str, Number]:
+    if capture is None:
+        graphs = mode == "graph"
+        why = "capturing was not timed" if graphs else "no graphs: decodes were timed eagerly"
+        return {name: Number(0.0, "derived", why) for name in cost.CAPTURE_COEFFICIENTS}
+    found = capture.plane(0)
+    assert found is not None
+    source = f"fitted to {count} points of capturing single graphs"
+    return {
+        name: Number(float(value), "measured", source, float(error))
+        for name, value, error in zip(cost.CAPTURE_COEFFICIENTS, *found, strict=True)
     }
 
 

@@ -254,7 +254,7 @@ def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
     )  # fmt: skip
     fixed = _table(
         ("Model", "Context read to the longest row", "Decode starts in", "and a row adds",
-         "Prefill starts in", "and a prompt adds"),
+         "Prefill starts in", "and a prompt adds", "A graph is captured in"),
         parts,
         "Share of a KV token's price that is paid up to the longest row's end, and what whole "
         "iterations take beside layers and head.",
@@ -302,7 +302,7 @@ def _factor_fact(residual: Mapping[str, Any]) -> str:
 
 
 def _part_facts(profile: Profile, name: str) -> tuple[str, ...]:
-    """How context is read, and what an iteration takes beside its layers."""
+    """How context is read, and what an iteration takes beside its layers and captures."""
     found = profile.models[name].coefficients
     sums = [
         sum(found[f"decode.{plane}_s_per_{what}_token"] or 0.0 for plane in ("memory", "compute"))
@@ -312,7 +312,9 @@ def _part_facts(profile: Profile, name: str) -> tuple[str, ...]:
     fixed = (
         "decode.fixed_s", "decode.fixed_s_per_row", "prefill.fixed_s", "prefill.fixed_s_per_prompt",
     )  # fmt: skip
-    return (name, share, *(span(found[part] or 0.0) for part in fixed))
+    graph, layer = (found[f"capture.s_per_{part}"] or 0.0 for part in ("graph", "layer"))
+    captured = f"{span(graph)} + {span(layer)} a layer" if graph or layer else "\N{EN DASH}"
+    return (name, share, *(span(found[part] or 0.0) for part in fixed), captured)
 
 
 def _energy(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) -> str:

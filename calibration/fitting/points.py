@@ -40,6 +40,7 @@ _MOVED: Final = (
     "unload",
 )
 """Quantities whose bytes are chosen rather than measured, so that they name the point."""
+CAPTURES: Final = ("capture_embed", "capture_run", "capture_tell", "capture_fill")
 PREFILL_ITERATION: Final = "prefill_iteration"
 """A whole iteration that carries prompts: another cost than a whole decode iteration."""
 

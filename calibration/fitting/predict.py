@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fitting.points import PREFILL_ITERATION
+from calibration.fitting.points import CAPTURES, PREFILL_ITERATION
 from helios_sim import cost
 from helios_sim.profile import Loading, ModelProfile, Profile
 
@@ -126,6 +126,9 @@ class Predictor:
             return float(cost.check_seconds(c, float(batch)))
         if quantity == "kv_fill":
             return float(cost.kv_fill_seconds(c, float(batch), layers))
+        if quantity in CAPTURES:
+            runs, fills = (quantity == f"capture_{kind}" for kind in ("run", "fill"))
+            return float(cost.capture_seconds(c, 1.0, layers * runs, layers * fills))
         if self.loading is not None and row["bytes"]:
             if quantity == "load_disk":
                 return self.loading.disk.seconds(row["bytes"])

@@ -143,6 +143,30 @@ class Bench:
             note=f"{decoder.graphs.num_graphs} graphs",
         )
 
+    def captures(self, recorder: Recorder | None = None) -> Iterator[Reading]:
+        """What capturing each graph takes, in the order in which growing batches want them.
+
+        As when serving everything has been captured once before, so that kernels are loaded and
+        libraries have their workspaces. Every other bucket is held out. Raises CaptureError.
+        """
+        decoder = Decoder(self.model, self.pool)
+        decoder.use_graphs(max_context=self.max_context, on_demand=True, recorder=recorder)
+        if decoder.graphs is None:
+            return
+        for place, rows in enumerate(decoder.graphs.settings.batch_buckets):
+            for trial, (key, seconds) in enumerate(decoder.graphs.capture_for(rows)):
+                yield Reading(
+                    f"capture_{key.kind.value}",
+                    model=self.name,
+                    mode="graph",
+                    layers=key.last - key.first or None,
+                    batch=rows,
+                    trial=trial,
+                    purpose="held-out" if place % 2 else "fit",
+                    seconds=seconds,
+                    repetitions=1,
+                )
+
     @property
     def buckets(self) -> dict[str, list[int]]:
         """Batches and contexts that graphs pad to; empty without graphs."""

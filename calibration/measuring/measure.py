@@ -63,6 +63,7 @@ from calibration.measuring.readings import (
 from calibration.measuring.sources import Source, find_sources, sample_tokens
 from calibration.measuring.timing import Pace, measure_pace, synchronise, timer_for
 from calibration.model.early_exit import EarlyExitLM
+from calibration.model.graphs import CaptureError
 from calibration.model.memory import available_bytes, require
 from calibration.training.trace import trace_checkpoints
 from helios_sim.command import Interrupted
@@ -534,8 +535,13 @@ class _Session:
         captured = bench.capture_graphs()
         if isinstance(captured, str):
             self._note(f"{bench.name}: no CUDA graphs, so readings are eager: {captured}")
-        else:
-            self._keep(captured)
+            return
+        self._keep(captured)
+        try:
+            for reading in bench.captures():
+                self._keep(reading)
+        except CaptureError as error:
+            self._note(f"{bench.name}: graphs could not be captured a second time: {error}")
 
     def _floors(self, bench: Bench) -> None:
         """What a layer's launches take without work."""

@@ -287,8 +287,8 @@ class Decoder:
         `segments` are layer ranges, between the exits up to the loaded depth unless given, and
         captured for each context bucket too; `targeted` has exits say the nats of given tokens;
         `subsets` also captures them for rows that are not the pool's first ones, as where some
-        rows wait at an exit while others begin a token; `on_demand` captures each only when its
-        load is met for the second time.
+        rows wait at an exit while others begin a token (our attention finds rows one by one
+        anyway); `on_demand` captures each only when it is first wanted.
         Where graphs cannot be had this says why in `graphs_off_reason`, returns False, and the
         eager path goes on giving the same tokens.
         """
@@ -312,6 +312,7 @@ class Decoder:
             exits=self._askable_exits(),
             targeted=targeted,
             subsets=subsets,
+            finds_rows=self.fusion.usable,
             on_demand=on_demand,
         )
         makers = self._decode_attend(), self._decode_writer()

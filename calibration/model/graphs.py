@@ -2,8 +2,8 @@
 
 One graph for each (segment between exits, batch bucket, context bucket), and one a batch bucket for
 embedding, for each exit's word, and for filling each skipped segment's KV. All lie in one memory
-pool: every one before anything is served, the largest first, or each when its load is met for the
-second time. Graphs read their inputs from buffers that all of them share, and leave the states of
+pool: every one before anything is served, the largest first, or each when it is first wanted.
+Graphs read their inputs from buffers that all of them share, and leave the states of
 rows in one; rows that pad a bucket write to the pool's scratch tokens. Whether a token leaves at an
 exit is decided on the host between two replays.
 """
@@ -11,7 +11,7 @@ exit is decided on the host between two replays.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -203,8 +203,9 @@ class GraphSettings:
     """Which graphs to capture; buckets ascending, segments as half-open layer ranges.
 
     `exits` are the layers at which an exit is asked, of given targets if `targeted`. `subsets` also
-    captures segments for rows that are not the pool's first ones. `on_demand` captures each graph
-    when its load is met for the second time, instead of all beforehand.
+    captures segments for rows that are not the pool's first ones; where `finds_rows`, every graph
+    is for any rows. `on_demand` captures each graph when it is first wanted, instead of all
+    beforehand.
     """
 
     segments: tuple[tuple[int, int], ...]
@@ -213,6 +214,7 @@ class GraphSettings:
     exits: tuple[int, ...] = ()
     targeted: bool = True
     subsets: bool = False
+    finds_rows: bool = False
     on_demand: bool = False
 
 
@@ -235,7 +237,8 @@ class GraphKey:
 class DecodeGraphs:
     """The captured decoding of one model over one pool.
 
-    `capture_s` and `num_graphs` say what capturing has taken so far. The graphs hold for as long
+    `capture_s`, `num_graphs`, `ran_layers` and `filled_layers` say what capturing has taken so far,
+    layers counted in every graph that runs or fills them. The graphs hold for as long
     as no layer and no store they read is dropped. States [rows, hidden] that a replay answers with
     lie where the next one reads and writes them: who wants to keep them copies them.
     """
@@ -271,9 +274,10 @@ class DecodeGraphs:
         self.laid_out: Place | None = None
         self.recordings: dict[GraphKey, Recording] = {}
         self.capture_s = 0.0
+        self.ran_layers = self.filled_layers = 0
+        self._finds_rows = settings.finds_rows or self.blocks > 0
         self._recorder = recorder
         self._keys = dict.fromkeys(self._all_keys())
-        self._met: set[GraphKey] = set()
         if settings.on_demand:
             return
         if device.type == "cuda":
@@ -293,6 +297,17 @@ class DecodeGraphs:
         """Whether everything the graphs read is still there."""
         return self.captured_of == (self.model.generation, self.pool.generation)
 
+    def capture_for(self, rows: int) -> Iterator[tuple[GraphKey, float]]:
+        """Capture the graphs of a bucket of rows, one after another, with the seconds of each.
+
+        Raises CaptureError.
+        """
+        for key in self._keys:
+            if key.rows == rows and key not in self.recordings:
+                before_s = self.capture_s
+                self._capture(key)
+                yield key, self.capture_s - before_s
+
     def key_of(self, place: Place, first: int, last: int, kind: Kind = Kind.RUN) -> GraphKey | None:
         """The graph that serves a place, or None."""
         rows = bucket_of(len(place.rows), self.settings.batch_buckets)
@@ -301,7 +316,7 @@ class DecodeGraphs:
             context = bucket_of(place.context_tokens, self.settings.context_buckets)
         if not place.is_decode or rows is None or context is None:
             return None
-        gathers = kind is Kind.RUN and place.located_host is not None
+        gathers = kind is Kind.RUN and (self._finds_rows or place.located_host is not None)
         key = GraphKey(first, last, rows, context, gathers, kind)
         return key if key in self._keys else None
 
@@ -311,7 +326,7 @@ class DecodeGraphs:
         Like all that follow it raises CaptureError where a graph is to be captured now and cannot
         be.
         """
-        key = self._met_before(self.key_of(place, 0, 0, Kind.EMBED))
+        key = self.key_of(place, 0, 0, Kind.EMBED)
         if key is None:
             return None
         self._lay_out(place, ids)
@@ -320,7 +335,7 @@ class DecodeGraphs:
 
     def run(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor | None:
         """Replay a segment: states [rows, hidden] in and out, or None where no graph serves."""
-        key = self._met_before(self.key_of(place, first, last))
+        key = self.key_of(place, first, last)
         if key is None:
             return None
         self._find(place)
@@ -337,7 +352,7 @@ class DecodeGraphs:
         """What an exit says of states, [3, rows and those that pad them]; overwritten next time."""
         if self.settings.targeted != (place.targets_host is not None):
             return None
-        key = self._met_before(self.key_of(place, exit_layer, exit_layer, Kind.TELL))
+        key = self.key_of(place, exit_layer, exit_layer, Kind.TELL)
         if key is None:
             return None
         self._find(place)
@@ -346,20 +361,13 @@ class DecodeGraphs:
 
     def fill(self, place: Place, hidden: Tensor, piece: tuple[int, int]) -> bool:
         """Fill a skipped segment's KV from states [rows, hidden]; False where no graph serves."""
-        key = self._met_before(self.key_of(place, *piece, Kind.FILL))
+        key = self.key_of(place, *piece, Kind.FILL)
         if key is None:
             return False
         self._find(place)
         self.filled[: len(place.rows)].copy_(hidden)
         self._replay(key)
         return True
-
-    def _met_before(self, key: GraphKey | None) -> GraphKey | None:
-        """The key of a load that is worth a graph: what is met once is not."""
-        if key is None or key in self.recordings or key in self._met:
-            return key
-        self._met.add(key)
-        return None
 
     def _put(self, hidden: Tensor) -> None:
         """Let the graphs read these states, which they may have left there themselves."""
@@ -383,6 +391,8 @@ class DecodeGraphs:
             body = self._body(key)
             self.recordings[key] = self._recorder.record(body, 0 if load in warm else WARM_UPS)
         warm.add(load)
+        self.ran_layers += key.last - key.first if key.kind is Kind.RUN else 0
+        self.filled_layers += key.last - key.first if key.kind is Kind.FILL else 0
         self.capture_s += time.perf_counter() - began_s
 
     def _all_keys(self) -> list[GraphKey]:
@@ -394,7 +404,7 @@ class DecodeGraphs:
             reversed(settings.batch_buckets),
             settings.segments,
         ):
-            if self.blocks:
+            if self._finds_rows:
                 keys.append(GraphKey(first, last, rows, context, True))
                 continue
             keys.append(GraphKey(first, last, rows, context, False))
@@ -467,8 +477,8 @@ class DecodeGraphs:
         located = place.located_host
         if located is not None and self.blocks:
             rest.reshape(-1, self.blocks)[:count, : located.shape[1]] = located
-        elif located is not None:
-            rest[:count] = located
+        elif self._finds_rows or located is not None:
+            rest[:count] = place.rows
         values = torch.from_numpy(host)
         if self.integers.is_cuda:
             values = values.pin_memory()

@@ -7,8 +7,8 @@ rules, called as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple, Protocol
 
 from calibration.serving.batching import Decode, HotRules, Prefill, Row
 from helios_sim import cost
@@ -42,6 +42,17 @@ class Emitted(NamedTuple):
     carried: bool = False
 
 
+class Captures(NamedTuple):
+    """Graphs that were captured, the layers that they run and those whose KV they fill."""
+
+    graphs: int = 0
+    layers: int = 0
+    filled_layers: int = 0
+
+
+NOTHING_CAPTURED: Final = Captures()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What an iteration did: its tokens in order of the rows, and the work behind them.
@@ -52,7 +63,8 @@ class Outcome:
     again, `context_tokens` the KV tokens that the rows have, each its own new one included, and
     `longest_context_tokens` those of the longest row, to which a backend may pad the others;
     `prompt_pairs` the sum of n (n + 1) / 2 over prompts, `ghosts` the rows of a static batch that
-    are done and computed all the same, `overheads` the splits of a batch.
+    are done and computed all the same, `overheads` the splits of a batch, `captured` the graphs
+    that were captured on the way.
     """
 
     emitted: tuple[Emitted, ...]
@@ -71,6 +83,7 @@ class Outcome:
     ghosts: int = 0
     held_level: int = 0
     overheads: int = 0
+    captured: Captures = NOTHING_CAPTURED
 
 
 class Machine(Protocol):
@@ -82,6 +95,10 @@ class Machine(Protocol):
     @property
     def max_rows(self) -> int:
         """Requests that the KV cache holds at once."""
+
+    @property
+    def captures(self) -> Captures:
+        """What it has captured so far."""
 
     def prefill(self, rows: Sequence[Row]) -> None:
         """Take new rows in and run all their tokens through the loaded layers."""
@@ -171,9 +188,15 @@ class Stepper:
         """Carry a plan out; the rows' contexts are left to the caller."""
         if isinstance(plan, Prefill):
             return self._prefill(plan)
-        if self.exit_mode is ExitMode.REBATCH:
-            return self._rebatched(plan)
-        return self._decode(plan)
+        before = self.machine.captures
+        rebatches = self.exit_mode is ExitMode.REBATCH
+        outcome = self._rebatched(plan) if rebatches else self._decode(plan)
+        after = self.machine.captures
+        if after == before:
+            return outcome
+        # Where capturing failed, all that was captured is gone.
+        new = (max(0, now - then) for now, then in zip(after, before, strict=True))
+        return replace(outcome, captured=Captures(*new))
 
     def leaves(self, reading: Reading) -> bool:
         """Whether a token is confident enough to leave."""

@@ -13,7 +13,7 @@ from calibration.model.decode import Decoder, Place
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.kv import Pool, to_device
 from calibration.serving.batching import Row
-from calibration.serving.iteration import Reading
+from calibration.serving.iteration import NOTHING_CAPTURED, Captures, Reading
 
 
 class ModelMachine:
@@ -48,6 +48,14 @@ class ModelMachine:
     def max_rows(self) -> int:
         """Requests that the pool holds at once."""
         return self.pool.max_rows
+
+    @property
+    def captures(self) -> Captures:
+        """What it has captured so far."""
+        graphs = self.decoder.graphs
+        if graphs is None:
+            return NOTHING_CAPTURED
+        return Captures(graphs.num_graphs, graphs.ran_layers, graphs.filled_layers)
 
     def prefill(self, rows: Sequence[Row]) -> None:
         """Take new rows in and run all their tokens through the loaded layers."""

@@ -195,7 +195,7 @@ class CheckpointWeights:
     def take_up(self, name: str, depth: int, level: int, pool_blocks: int) -> ModelMachine:
         """The machine of what was brought in, cut to this depth, with an empty pool.
 
-        Graphs are captured as loads are met: all of them would take longer than the weights do.
+        Graphs are captured as they are wanted: all of them would take longer than the weights do.
         """
         self._let_go()
         if self._arriving == name != self.name:

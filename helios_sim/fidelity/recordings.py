@@ -50,8 +50,9 @@ class Iterations:
     counts the rows that were computed, where more were than ran. `checks` and `heads` say how often
     an exit before the loaded depth and the loaded depth itself were asked, `filled_layers` and
     `filled_rows` whose KV was filled, `pending_tokens` how many tokens were fed again, `overheads`
-    how often a batch was split. `prompt_pairs` are the query-key pairs of the prompts. `host_s` of
-    the `seconds` went into planning it and keeping books.
+    how often a batch was split. `captured_graphs` were captured on the way, which run
+    `captured_layers` and fill `captured_filled_layers`. `prompt_pairs` are the query-key pairs of
+    the prompts. `host_s` of the `seconds` went into planning it and keeping books.
     """
 
     start_s: Floats
@@ -70,6 +71,9 @@ class Iterations:
     filled_rows: Floats
     pending_tokens: Floats
     overheads: Floats
+    captured_graphs: Floats
+    captured_layers: Floats
+    captured_filled_layers: Floats
     context_tokens: Floats
     longest_context_tokens: Floats
     prompt_tokens: Floats
@@ -146,6 +150,9 @@ def read_iterations(folder: Path, run: RunData) -> Iterations | None:
         filled_rows=given("filled_rows", rows),
         pending_tokens=given("pending_tokens", none),
         overheads=given("overheads", none),
+        captured_graphs=given("captured_graphs", none),
+        captured_layers=given("captured_layers", none),
+        captured_filled_layers=given("captured_filled_layers", none),
         context_tokens=context,
         longest_context_tokens=longest,
         prompt_tokens=prompts,

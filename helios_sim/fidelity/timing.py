@@ -27,7 +27,7 @@ Statistic = Literal["typical", "slow", "mean"]
 _LEAST: Final = 0.02
 """No recorded time makes the layers take less than this share of what the profile says."""
 _SAME_INSTANT_S: Final = 1e-6
-_DECODING: Final = ("decode", "head", "check", "kv_fill", "rebatch")
+_DECODING: Final = ("decode", "head", "check", "kv_fill", "rebatch", "capture")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,12 @@ def _decode(
     rest += float(its.heads[i]) * cost.head_seconds(c, rows)
     rest += cost.kv_fill_seconds(c, filled, float(its.filled_layers[i]))
     rest += float(its.overheads[i]) * float(c[cost.REBATCH_OVERHEAD_S])
+    rest += cost.capture_seconds(
+        c,
+        float(its.captured_graphs[i]),
+        float(its.captured_layers[i]),
+        float(its.captured_filled_layers[i]),
+    )
     layers = float(its.layers[i] - its.first_layer[i])
     return layers * layer_s * float(residual[batch]), rest
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from calibration.serving.batching import Decode, Life, Prefill, Row
 from calibration.serving.host import Host, lives_of
-from calibration.serving.iteration import Outcome, Reading
+from calibration.serving.iteration import Captures, Outcome, Reading
 from helios_sim import cost
 from helios_sim.cards import Room, candidate_card
 from helios_sim.exits import ExitTraces
@@ -37,15 +37,39 @@ class ClockworkMachine:
 
     max_rows = 10**6
 
-    def __init__(self, name: str, traces: ExitTraces, requests: Requests) -> None:
+    def __init__(
+        self, room: Room, name: str, level: int, traces: ExitTraces, requests: Requests
+    ) -> None:
         self.name = name
         self.traces = traces
         self.requests = requests
+        self.model = room.profile.model(name)
+        self.loaded_level = level
+        self.padded = self.model.padded_rows(room.serving.max_batch)
+        self.graphs: dict[tuple[str, int, int], int] = {}
+        self.by_graphs = False
+        self.batch = 0
         self.rows: Sequence[Row] = ()
         self.level = -1
         self.slots: set[int] = set()
 
+    @property
+    def captures(self) -> Captures:
+        layers = {
+            which: sum(count for (kind, *_), count in self.graphs.items() if kind == which)
+            for which in ("run", "fill")
+        }
+        return Captures(len(self.graphs), layers["run"], layers["fill"])
+
+    def want(self, kind: str, level: int, batch: int) -> None:
+        """Capture a graph where it is missing."""
+        rows = int(self.padded[batch])
+        if self.by_graphs and rows <= self.model.graph_rows:
+            bounds = (0, *self.model.model.exit_layers)
+            self.graphs[kind, level, rows] = bounds[level + 1] - bounds[level]
+
     def prefill(self, rows: Sequence[Row]) -> None:
+        self.by_graphs = False
         for row in rows:
             row.slot = next(free for free in range(10**6) if free not in self.slots)
             self.slots.add(row.slot)
@@ -54,18 +78,28 @@ class ClockworkMachine:
     def begin(self, rows: Sequence[Row], passed: int, ghosts: Sequence[Row]) -> None:
         self.rows = rows
         assert all(row.hidden == (passed or None) for row in rows)
+        self.by_graphs, self.batch, self.level = True, len(rows) + len(ghosts), passed - 1
+        if passed == 0:
+            self.want("embed", 0, self.batch)
 
     def begin_again(self, rows: Sequence[Row]) -> None:
         self.rows = rows
+        self.by_graphs = False
 
     def run_to(self, level: int) -> None:
+        for stage in range(self.level + 1, level + 1):
+            self.want("run", stage, self.batch)
         self.level = level
 
     def read(self, level: int) -> list[Reading]:
+        self.want("tell", level, self.batch)
         return [self._reading(row.life, level) for row in self.rows]
 
     def fill(self, rows: Sequence[Row], level: int) -> None:
         assert level == self.level
+        batch = self.batch if len(rows) == len(self.rows) else len(rows)
+        for skipped in range(level + 1, self.loaded_level + 1):
+            self.want("fill", skipped, batch)
 
     def hold(self, rows: Sequence[Row]) -> None:
         for row in self.rows:
@@ -146,7 +180,7 @@ class ClockworkWeights:
     def take_up(self, name: str, depth: int, level: int, pool_blocks: int) -> ClockworkMachine:
         assert self.machine is None or not self.machine.slots, "a row was never released"
         self.held = name, depth
-        self.machine = ClockworkMachine(name, self.traces, self.requests)
+        self.machine = ClockworkMachine(self.room, name, level, self.traces, self.requests)
         return self.machine
 
 
@@ -157,7 +191,12 @@ class ClockworkHost(Host):
 
     def step(self, plan: Prefill | Decode) -> Outcome:
         outcome = super().step(plan)
-        self.clock.time_s += self.seconds(plan, outcome)
+        seconds = self.seconds(plan, outcome)
+        if outcome.captured.graphs:
+            assert self.assignment is not None
+            c = self.room.profile.model(self.assignment.model).coefficient_array()
+            seconds += float(cost.capture_seconds(c, *map(float, outcome.captured)))
+        self.clock.time_s += seconds
         self.check_blocks(plan)
         return outcome
 

@@ -58,10 +58,21 @@ GPU_LIKE: Mapping[str, float] = {
     "head.j_per_row": 1.5e-4,
     "power.limit_w": 700.0,
 }
+CAPTURE: Mapping[str, float] = {
+    "capture.s_per_graph": 8.0e-4,
+    "capture.s_per_layer": 2.0e-4,
+    "capture.s_per_filled_layer": 7.0e-5,
+}
+"""Planted wherever graphs are."""
+
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = (16, 128, 512, 1000)
 HELD_OUT_BATCHES = (3, 24, 96)
 DEPTHS = (3, 6, 12)
+CAPTURED = (("embed", 0), ("run", 3), ("run", 6), ("tell", 0), ("fill", 3), ("fill", 6))
+"""Kinds of graphs and the layers in them."""
+
+CAPTURES_HELD_OUT = (2, 16, 128)
 IDLE_W = 70.0
 STACK_S = 2.0e-5
 DISK = (4.0e-3, 2.0e9)
@@ -83,7 +94,8 @@ class Plan:
     """What is planted: coefficients, noise (relative), factors, and what was measured.
 
     `factor` goes by batch, `depth_factor` by loaded depth. `ragged` adds rows of unequal contexts
-    to stacks and iterations; `prompts` are the numbers of prompts of whole prefill iterations.
+    to stacks and iterations; `prompts` are the numbers of prompts of whole prefill iterations;
+    `captures` says whether capturing was timed where there are graphs.
     """
 
     coefficients: Mapping[str, float] = field(default_factory=lambda: GPU_LIKE)
@@ -94,6 +106,7 @@ class Plan:
     ragged: bool = False
     prompts: tuple[int, ...] = (1,)
     modes: tuple[str, ...] = ("eager",)
+    captures: bool = True
     eager_slowdown_s: float = 0.0
     energy: bool = True
     trials: int = 1
@@ -148,6 +161,14 @@ def readings(plan: Plan) -> list[Reading]:
         add("head", cost.head_seconds(c, batch), batch=batch)
         add("check", cost.check_seconds(c, batch), batch=batch)
         add("kv_fill", cost.kv_fill_seconds(c, batch, 6), batch=batch, layers=6)
+        if "graph" in plan.modes and plan.captures:
+            for kind, layers in CAPTURED:
+                spent = cost.capture_seconds(
+                    array(CAPTURE), 1.0, layers * (kind == "run"), layers * (kind == "fill")
+                )
+                purpose = "held-out" if batch in CAPTURES_HELD_OUT else "fit"
+                values = {"mode": "graph", "layers": layers or None, "batch": batch}
+                add(f"capture_{kind}", spent, purpose=purpose, **values)
     for batch in HELD_OUT_BATCHES if not plan.factor else BATCHES[1:-1:2]:
         for context in (64, 700):
             decode(batch, context, "held-out")

@@ -332,6 +332,35 @@ def test_graphs_stand_for_the_profile_where_measured_and_eager_is_a_choice(
     assert shares[0][1] > shares[-1][1] > 0.0
 
 
+@pytest.mark.parametrize(
+    ("mode", "captures", "why"),
+    [
+        ("graph", True, "fitted to 30 points of capturing single graphs"),
+        ("graph", False, "capturing was not timed"),
+        ("eager", True, "no graphs: decodes were timed eagerly"),
+    ],
+)
+def test_capturing_is_charged_where_graphs_stand_for_the_times(
+    tmp_path: Path, mode: str, captures: bool, why: str
+) -> None:
+    plan = Plan(modes=("graph", "eager"), captures=captures, noise=0.01, trials=3)
+    folder = planted.folder(tmp_path / "points", plan)
+    profile = fit_profile(folder, tmp_path / "profile", FitSettings(mode=mode))
+    model = profile.models["planted"]
+    measured = mode == "graph" and captures
+    for name, planted_s in planted.CAPTURE.items():
+        found = profile.quantities[f"models.planted.coefficients.{name}"]
+        assert found.source == why
+        assert found.grade == ("measured" if measured else "derived")
+        assert found.value == pytest.approx(planted_s if measured else 0.0, rel=0.02)
+    assert model.graph_rows == (planted.BATCHES[-1] if measured else 0)
+    errors = profile.document["measurement"]["models"]["planted"]["errors"]
+    if measured:
+        assert errors["capture_run"]["held_out"]["n"] == 6
+        assert 0.0 < errors["capture_run"]["held_out"]["p95"] < 0.03
+        assert 0.0 < errors["capture_fill"]["left_out"]["p95"] < 0.03
+
+
 def test_decode_is_set_beside_the_floors_of_the_same_run(exact: Profile) -> None:
     kept = exact.document["measurement"]["models"]["planted"]["against_floor"]
     batch, _, layer_s, floor_s, ratio = kept[0]

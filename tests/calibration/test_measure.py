@@ -245,6 +245,26 @@ def test_graph_readings_run_graphs_exit_by_exit(bench: Bench) -> None:
     assert replays() == 10
 
 
+def test_capturing_is_timed_graph_by_graph_as_growing_batches_want_them(bench: Bench) -> None:
+    recorder = FakeRecorder()
+    found = list(bench.captures(recorder))
+    assert len(found) == len(recorder.recordings) == 18
+    assert [one.batch for one in found] == sorted([1, 2, 4] * 6)
+    of_two = [(one.quantity, one.layers) for one in found if one.batch == 2]
+    assert sorted(of_two, key=str) == [
+        ("capture_embed", None),
+        ("capture_fill", 1),
+        ("capture_fill", 2),
+        ("capture_run", 1),
+        ("capture_run", 1),
+        ("capture_run", 2),
+    ]
+    assert len({one.key for one in found}) == 18
+    assert {one.batch for one in found if one.purpose == "held-out"} == {2}
+    assert all(one.seconds and one.seconds > 0.0 for one in found)
+    assert bench.modes == ("eager",)
+
+
 def test_an_energy_window_gives_joules_of_one_repetition(bench: Bench, tmp_path: Path) -> None:
     window = Measurement("replayed", 10.0, 0.2, 50.0, 0.2, 20, True, False)
     file = tmp_path / "windows.jsonl"

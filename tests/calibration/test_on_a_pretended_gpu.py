@@ -290,7 +290,8 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
     points = read_points(tmp_path / "points")
     decode = points.filter(pl.col("quantity") == "decode_layers")
     assert set(decode["mode"]) == {"eager", "graph"}
-    assert {"graph_capture", "load_host_pinned", "launch_floor"} <= set(points["quantity"])
+    wanted = {"graph_capture", "capture_run", "capture_fill", "load_host_pinned", "launch_floor"}
+    assert wanted <= set(points["quantity"])
     written = json.loads((tmp_path / "points" / "environment.json").read_text())
     assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
     assert written["device"]["kind"] == "cuda"

@@ -155,6 +155,24 @@ def padding_models() -> Profile:
     )
 
 
+def graph_models() -> Profile:
+    """The two models where graphs are captured for 1, 2 and 4 rows, at some milliseconds each."""
+    options: dict[str, Any] = {
+        "buckets": (1, 2, 4),
+        "costs": {
+            "capture.s_per_graph": 0.004,
+            "capture.s_per_layer": 0.001,
+            "capture.s_per_filled_layer": 0.0003,
+        },
+    }
+    return profile_of(
+        thumbnail("small", (2, 4), **options),
+        thumbnail("large", (2, 4, 8), **options),
+        disk=Link(0.02, 300_000.0),
+        host=Link(0.01, 120_000.0),
+    )
+
+
 def traces_from(
     confidence: Mapping[str, Sequence[Sequence[float]]],
     exit_layers: Mapping[str, Sequence[int]],
