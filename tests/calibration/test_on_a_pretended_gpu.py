@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import polars as pl
@@ -27,6 +28,7 @@ from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.graphs import WARM_UPS, CaptureError, CudaRecorder
 from calibration.model.host_copy import HostCopy
 from calibration.serving.serve import ServeSettings, serve
+from helios_sim.profile import load_profile
 from helios_sim.records import read_run
 from reports.gpu import kernels
 from tests.calibration import tiny
@@ -62,6 +64,11 @@ reassess_requests = 4
 
 [[policy]]
 use = "vanilla"
+
+[[policy]]
+use = "ee-single"
+label = "ee-wait"
+exit_mode = "wait"
 """
 
 pytestmark = [
@@ -322,6 +329,36 @@ def test_served_tokens_are_those_of_a_processor(place: Path, gpu: Gpu) -> None:
     assert re.search(r"[1-9]\d* graphs captured in", said)
     assert found[0].height > 10
     assert found[0]["token"].to_list() == found[1]["token"].to_list()
+
+
+@serves
+@pytest.mark.parametrize("policy", ["vanilla", "ee-wait"])
+def test_an_iteration_captures_what_the_simulator_says_it_wants(
+    place: Path, gpu: Gpu, policy: str
+) -> None:
+    """Embedding, segments that run and segments that are filled, each once a bucket of rows.
+
+    Nothing here says an exit's word in one kernel, so that no graph is for that.
+    """
+    folder = served(place, policy, "cuda")
+    profile = load_profile(place / "profile")
+    there: set[tuple[str, int, float]] = set()
+    captured = 0
+    for row in pl.read_parquet(folder / "iterations.parquet").iter_rows(named=True):
+        model = profile.model(row["model"])
+        rows = float(model.padded_rows(8)[row["batch"]])
+        segments = list(pairwise((0, *model.model.exit_layers)))
+        wanted = {("embed", 0, rows)}
+        for first, last in segments:
+            wanted.add(("run" if first < row["layers"] else "fill", last, rows))
+        new = wanted - there if row["kind"] == "decode" else set()
+        there |= new
+        layers = {last: last - first for first, last in segments}
+        assert row["captured_graphs"] == len(new)
+        for kind, column in (("run", "captured_layers"), ("fill", "captured_filled_layers")):
+            assert row[column] == sum(layers[last] for which, last, _ in new if which == kind)
+        captured += len(new)
+    assert captured > 3
 
 
 @serves
