@@ -199,13 +199,13 @@ def test_active_power_is_the_device_s(profile: Profile) -> None:
         assert model.coefficients["power.active_w"] == profile.device.active_w
 
 
-@pytest.mark.parametrize(("batch", "published_j"), [(8, 0.455), (32, 0.165), (128, 0.095)])
+@pytest.mark.parametrize("anchor", published.ENERGY_ANCHORS[:3])
 def test_energy_of_a_token_is_within_a_factor_of_two_of_the_published_anchor(
-    batch: int, published_j: float
+    anchor: published.EnergyAnchor,
 ) -> None:
     """Llama3-8B at full depth, context 512, no launch floor, beside ML.ENERGY's Llama-3.1-8B."""
     model = load_profile("layerskip-h100-80gb").models["llama3-8b"]
-    ratio = published.joules_per_token(model, batch) / published_j
+    ratio = published.joules_per_token(model, anchor.batch) / anchor.joules
     assert 0.5 < ratio < 2.0
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
+from calibration.fitting.anchors import anchor_lines, beside_anchors
 from calibration.fitting.points import (
     FIT,
     HELD_OUT,
@@ -250,7 +251,8 @@ def check_text(profile: Profile) -> str:
     ]
     busy = neighbours(read_points(profile.folder))
     said = [] if busy is None else [f"{busy}."]
-    return "\n".join((*lines, verdict(rows, on_cuda(profile)), *said))
+    beside = anchor_lines(beside_anchors(profile))
+    return "\n".join((*lines, verdict(rows, on_cuda(profile)), *said, *beside))
 
 
 def _passed(row: CheckRow) -> str:

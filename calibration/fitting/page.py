@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from calibration.fitting import drawings
+from calibration.fitting.anchors import SOURCE, beside_anchors
 from calibration.fitting.check import (
     MEDIAN_BAR,
     NAMES,
@@ -32,6 +33,7 @@ from calibration.fitting.predict import Predictor, predictor_of
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
+from helios_sim.profiles.published import REFERENCE_CONTEXT_TOKENS
 from helios_sim.records import flat_items
 from helios_sim.report.document import add_figure, document, section
 from helios_sim.report.figures import Figure
@@ -361,7 +363,36 @@ def _energy(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
         "Windows of whole stacks, regressed on seconds, layers, rows and tokens; gross joules. "
         "Active power includes the idle one.",
         *figures,
+        _anchors(profile),
         _table(("Power", "Value", "Standard error", "Grade", "Source"), rows, texts=1),
+    )
+
+
+def _anchors(profile: Profile) -> str:
+    """Energy and rate of decoding beside published ones; nothing where no model has any."""
+    found = beside_anchors(profile)
+    if not found:
+        return ""
+    rows = [
+        (
+            f"{one.model}{' (extrapolated)' if one.beyond else ''}",
+            str(one.anchor.batch),
+            f"{number(one.joules)} J",
+            f"{number(one.anchor.joules)} J",
+            f"{number(one.joules / one.anchor.joules)}\N{MULTIPLICATION SIGN}",
+            number(one.tokens_per_s),
+            number(one.anchor.tokens_per_s),
+        )
+        for one in found
+    ]
+    titles = (
+        "Model", "Batch", "A token", "Published", "Ratio", "Tokens a second", "Published rate",
+    )  # fmt: skip
+    return _table(
+        titles,
+        rows,
+        f"Decoding alone, every layer, {REFERENCE_CONTEXT_TOKENS} tokens of context. Published: "
+        f"{SOURCE}.",
     )
 
 

@@ -105,6 +105,25 @@ DREX_OVERHEAD_S: Final = 29.0e-3 + 42.3e-3 - 55.0e-3
 
 
 @dataclass(frozen=True)
+class EnergyAnchor:
+    """A published load: its batch, joules a token, tokens a second."""
+
+    batch: int
+    joules: float
+    tokens_per_s: float
+
+
+ENERGY_ANCHORS: Final = (
+    EnergyAnchor(8, 0.455, 1070.0),
+    EnergyAnchor(32, 0.165, 3391.0),
+    EnergyAnchor(128, 0.095, 7037.0),
+    EnergyAnchor(256, 0.077, 9010.0),
+    EnergyAnchor(512, 0.070, 9806.0),
+)
+"""ML.ENERGY, Llama-3.1-8B in bf16 on one H100."""
+
+
+@dataclass(frozen=True)
 class Number:
     """A number with what stands behind it."""
 
@@ -789,13 +808,13 @@ def comparisons() -> list[Comparison]:
         basis = "batch 1, leaves at that layer, nothing filled, CNN-DM"
         basis += read_off if name == "llama2-7b" else ""
         rows.append(Comparison(what, h100.name, rate, predicted, "tok/s", basis))
-    for batch, joules in ((8, 0.455), (32, 0.165), (128, 0.095), (512, 0.070)):
+    for anchor in ENERGY_ANCHORS:
         rows.append(
             Comparison(
-                f"energy of a token at batch {batch}, llama3-8b",
+                f"energy of a token at batch {anchor.batch}, llama3-8b",
                 h100.name,
-                joules,
-                joules_per_token(h100.models["llama3-8b"], batch),
+                anchor.joules,
+                joules_per_token(h100.models["llama3-8b"], anchor.batch),
                 "J",
                 "full depth, context 512 assumed, no launch floor; ML.ENERGY, Llama-3.1-8B",
             )

@@ -8,10 +8,14 @@ import polars as pl
 import pytest
 
 from calibration.cli import main
+from calibration.fitting import anchors
+from calibration.fitting.anchors import beside_anchors
 from calibration.fitting.check import check_rows, check_text, compare, place_of, verdict
 from calibration.fitting.fit import fit_profile
+from calibration.fitting.page import render
 from calibration.fitting.points import gather
 from calibration.measuring.readings import busy_machine
+from helios_sim.cost import decode_joules, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
 from tests.calibration import planted
@@ -84,6 +88,32 @@ def test_a_profile_that_is_off_misses_the_bars(profile: Profile, tmp_path: Path)
 
 def test_a_profile_that_fits_meets_the_bars(profile: Profile) -> None:
     assert "meet the bars" in check_text(profile)
+
+
+def test_energy_stands_beside_published_figures_of_the_same_model(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "published" not in check_text(profile)
+    assert beside_anchors(profile) == []
+    monkeypatch.setitem(anchors.SHAPES, anchors.ANCHORED, planted.SHAPE)
+    found = beside_anchors(profile)
+    assert [one.anchor.batch for one in found] == [8, 32, 128, 256, 512]
+    # Rows of 512 tokens were measured up to a batch of 128.
+    assert [one.beyond for one in found] == [False, False, False, True, True]
+    c = planted.array(planted.GPU_LIKE)
+    seconds, _ = decode_seconds(c, 32, 32 * 512, 32 * 512, 12, 0, 1, 0, 32, 1.0)
+    joules = decode_joules(c, 32, 32 * 512, 32 * 512, 12, 0, 1, 0, 32, seconds)
+    assert found[1].joules == pytest.approx(joules / 32, rel=0.02)
+    assert found[1].tokens_per_s == pytest.approx(32 / seconds, rel=0.02)
+    said = f"({found[1].joules / 0.165:.2f} times the published 0.165 J)"
+    assert said in check_text(profile)
+    assert "Published rate" in render(profile)
+
+
+def test_without_joules_nothing_stands_beside_published_ones() -> None:
+    h100 = load_profile("layerskip-h100-80gb")
+    assert {one.model for one in beside_anchors(h100)} == {"llama3-8b"}
+    assert beside_anchors(load_profile("small-family-cpu")) == []
 
 
 def test_a_published_profile_says_that_it_holds_no_readings(
