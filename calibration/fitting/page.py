@@ -30,6 +30,7 @@ from calibration.fitting.check import (
 from calibration.fitting.fit import device_floors
 from calibration.fitting.points import HELD_OUT, gather, of_quantity, read_points
 from calibration.fitting.predict import Predictor, predictor_of
+from calibration.measuring.readings import LINK
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
@@ -440,7 +441,7 @@ def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure])
     links = [("load_disk", profile.loading.disk), (host, profile.loading.host)]
     rows = []
     rates = _measurement(profile).get("floors", {}).get("copy_bytes_per_s", {})
-    link_rate = rates.get("link", rates.get("h2d"))
+    link_rate = rates.get(LINK)
     for quantity, link in links:
         share = ""
         if quantity != "load_disk" and link_rate:
@@ -464,8 +465,9 @@ def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure])
     table = _table(
         ("Stage", "Grade", "Start", "Rate", "Of the copy rate"),
         rows,
-        "Seconds = start + bytes / rate. Capturing and unloading are medians, and no part of the "
-        "profile's links.",
+        "Seconds = start + bytes / rate. The copy rate is that of the same pinned bytes copied to "
+        "a GPU again and again. Capturing and unloading are medians, and no part of the profile's "
+        "links.",
         texts=2,
     )
     if not compared["quantity"].is_in([quantity for quantity, _ in links]).any():

@@ -54,6 +54,7 @@ from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.measuring.occupancy import reserve_bytes
 from calibration.measuring.readings import (
     ENVIRONMENT_FILE,
+    LINK,
     POINTS_FILE,
     Purpose,
     Reading,
@@ -61,7 +62,7 @@ from calibration.measuring.readings import (
     busy_machine,
 )
 from calibration.measuring.sources import Source, find_sources, sample_tokens
-from calibration.measuring.timing import Pace, measure_pace, synchronise, timer_for
+from calibration.measuring.timing import Pace, measure_pace, synchronise, timed, timer_for
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError
 from calibration.model.memory import available_bytes, require
@@ -79,6 +80,7 @@ _COPY_TRIALS: Final = 3
 _COPY_BYTES: Final = {"cpu": 2**27, "cuda": 2**30}
 """Far more than caches hold."""
 
+_LINK_BYTES: Final = 2**28
 _LOAD_TRIALS: Final = 3
 _LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
 """Least and largest size of a stand-in file, where no checkpoint is loaded."""
@@ -336,12 +338,22 @@ class _Session:
             self._keep(replace(reading, seconds=found.seconds, **power_columns(found)))
 
     def _copies(self) -> None:
-        """Copies within the device's memory."""
+        """Copies within the device's memory, and to a GPU from page-locked memory."""
         num_bytes = _COPY_BYTES[self.device.type]
         for trial in range(_COPY_TRIALS):
             reading = Reading("copy_bandwidth", bytes=2 * num_bytes, trial=trial)
             if reading.key not in self.readings:
                 timing, _ = time_copy(num_bytes, self.device, timer_for(self.device), SAMPLES)
+                self._keep(reading.timed(timing))
+        linked = [
+            Reading("copy_bandwidth", mode=LINK, bytes=_LINK_BYTES, trial=trial)
+            for trial in range(_COPY_TRIALS if self.device.type == "cuda" else 0)
+        ]
+        missing = [reading for reading in linked if reading.key not in self.readings]
+        if missing:
+            copying = pinned_copies(_LINK_BYTES, self.dtype, self.device)
+            for reading in missing:
+                (timing,) = timed([copying], timer_for(self.device), samples=SAMPLES)
                 self._keep(reading.timed(timing))
 
     def _loading(self) -> None:

@@ -51,6 +51,9 @@ QUANTITIES: Final = (
 )
 """What a reading may be of; docs/measuring.md says how each is taken."""
 
+LINK: Final = "link"
+"""The mode of a copy from page-locked host memory to the device."""
+
 Purpose = Literal["fit", "held-out"]
 
 _BYTES_IDENTIFY: Final = frozenset(

@@ -208,6 +208,7 @@ def readings(plan: Plan) -> list[Reading]:
         add("load_disk", DISK[0] + size / DISK[1], bytes=size)
         add("load_host_pinned", HOST[0] + size / HOST[1], bytes=size)
         add("copy_bandwidth", size / 4.0e10, bytes=size, model="", mode="device")
+        add("copy_bandwidth", size / 2.0 / HOST[1], bytes=size, model="", mode="link")
     add("launch_floor", 2.5e-5, layers=1, model="", mode="eager")
     weights = model().weight_bytes(12)
     found.append(

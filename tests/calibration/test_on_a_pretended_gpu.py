@@ -282,6 +282,7 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
     monkeypatch.setattr(measuring, "_LOAD_TRIALS", 1)
     monkeypatch.setattr(measuring, "_COOL_DOWN_S", 0.0)
     monkeypatch.setitem(measuring._COPY_BYTES, "cuda", 2**20)
+    monkeypatch.setattr(measuring, "_LINK_BYTES", 2**18)
     monkeypatch.setitem(measuring._LOAD_BYTES, "cuda", (2**14, 2**18))
     save(from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4), name="tiny"), tmp_path / "tiny")
     settings = MeasureSettings(
@@ -299,6 +300,8 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
     assert set(decode["mode"]) == {"eager", "graph"}
     wanted = {"graph_capture", "capture_run", "capture_fill", "load_host_pinned", "launch_floor"}
     assert wanted <= set(points["quantity"])
+    links = points.filter((pl.col("quantity") == "copy_bandwidth") & (pl.col("mode") == "link"))
+    assert links["bytes"].to_list() == [2**18] * 3
     written = json.loads((tmp_path / "points" / "environment.json").read_text())
     assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
     assert written["device"]["kind"] == "cuda"

@@ -82,6 +82,12 @@ def test_the_page_reads_nothing_from_the_network(page: str) -> None:
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="http', page)
 
 
+def test_loading_stands_beside_the_rate_of_the_link(page: str) -> None:
+    loading = page.split("<h2>Loading</h2>")[1].split("<h2>")[0]
+    # Half of it was planted, with a hundredth of noise.
+    assert re.search(r">(49|50|51)(\.\d)? %<", loading)
+
+
 def test_launching_is_said_to_be_what_graphs_save(page: str) -> None:
     assert "launching takes" in page
 
