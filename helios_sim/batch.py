@@ -553,16 +553,16 @@ def count_exits(w: World, r: int, rep: Any) -> int:
 
 
 @compiled
-def is_new(w: World, r: int, rep: Any, kind: int, level: int, rows: float) -> bool:
-    """Whether a graph is wanted for the first time, which is when it is captured."""
+def take_graph(w: World, r: int, rep: Any, kind: int, level: int, rows: float) -> int:
+    """1 where a graph has to be captured, which is there from now on; 0 where there is none to."""
     if rows > w.graph_rows[rep.model] or w.captured[r, kind, level, int(rows)] != 0:
-        return False
+        return 0
     w.captured[r, kind, level, int(rows)] = 1
-    return True
+    return 1
 
 
 @compiled
-def capture_seconds(
+def capture(
     w: World,
     r: int,
     rep: Any,
@@ -572,7 +572,7 @@ def capture_seconds(
     rows: float,
     filled_rows: float,
 ) -> float:
-    """Seconds of capturing the graphs that a decode wants and that are not there yet.
+    """Capture the graphs that a decode wants and that are not there; returns the seconds.
 
     It embeds unless exits were `passed`, runs to the level `stops_at` by way of all before it, asks
     the levels from `asked` on, and fills the KV beyond for `filled_rows`.
@@ -580,25 +580,31 @@ def capture_seconds(
     if w.graph_rows[rep.model] == 0:
         return 0.0
     graphs = 0
+    exits = 0
     ran_layers = 0
     filled_layers = 0
-    if passed == 0 and is_new(w, r, rep, EMBEDS, 0, rows):
-        graphs += 1
+    if passed == 0:
+        graphs += take_graph(w, r, rep, EMBEDS, 0, rows)
     for level in range(passed, rep.level + 1):
         layers = w.exit_layers[rep.model, level]
         if level > 0:
             layers -= w.exit_layers[rep.model, level - 1]
         if level <= stops_at:
-            if is_new(w, r, rep, RUNS, level, rows):
-                graphs += 1
-                ran_layers += layers
-            if level >= asked and is_new(w, r, rep, TELLS, level, rows):
-                graphs += 1
-        elif filled_rows > 0.0 and is_new(w, r, rep, FILLS, level, filled_rows):
-            graphs += 1
-            filled_layers += layers
+            new = take_graph(w, r, rep, RUNS, level, rows)
+            graphs += new
+            ran_layers += new * layers
+            if level >= asked:
+                exits += take_graph(w, r, rep, TELLS, level, rows)
+        elif filled_rows > 0.0:
+            new = take_graph(w, r, rep, FILLS, level, filled_rows)
+            graphs += new
+            filled_layers += new * layers
     return cost.capture_seconds(
-        w.coefficients[rep.model], float(graphs), float(ran_layers), float(filled_layers)
+        w.coefficients[rep.model],
+        float(graphs),
+        float(exits),
+        float(ran_layers),
+        float(filled_layers),
     )
 
 
@@ -646,7 +652,7 @@ def start_decode(w: World, r: int, rep: Any) -> None:
     if pending == 0:
         asked = rep.level if num_checks == 0 else 0
         filled_rows = 0.0 if filled == 0 else padded
-        captured_s = capture_seconds(w, r, rep, 0, asked, deepest, padded, filled_rows)
+        captured_s = capture(w, r, rep, 0, asked, deepest, padded, filled_rows)
         if captured_s > 0.0:
             seconds += captured_s
             regime = cost.LAUNCH
@@ -762,7 +768,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     seconds = seconds + cost.told_seconds(c, leavers)
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
-    captured_s = capture_seconds(w, r, rep, passed, passed, level, padded, leavers)
+    captured_s = capture(w, r, rep, passed, passed, level, padded, leavers)
     if captured_s > 0.0:
         seconds += captured_s
         regime = cost.LAUNCH

@@ -68,6 +68,7 @@ COEFFICIENTS: Final = (
     "prefill.fixed_s_per_prompt",
     "decode.j_per_padded_token_layer",
     "capture.s_per_graph",
+    "capture.s_per_exit",
     "capture.s_per_layer",
     "capture.s_per_filled_layer",
 )
@@ -203,9 +204,14 @@ def kv_fill_joules(c: Any, rows: float, layers: float) -> float:
 
 
 @compilable
-def capture_seconds(c: Any, graphs: float, layers: float, filled_layers: float) -> float:
-    """Seconds to capture graphs that together run so many layers and fill so many."""
-    return c[45] * graphs + c[46] * layers + c[47] * filled_layers
+def capture_seconds(
+    c: Any, graphs: float, exits: float, layers: float, filled_layers: float
+) -> float:
+    """Seconds to capture graphs that together run so many layers and fill so many.
+
+    Those of exits are not among `graphs`: what an exit says is a graph of its own, or none.
+    """
+    return c[45] * graphs + c[46] * exits + c[47] * layers + c[48] * filled_layers
 
 
 @compilable

@@ -450,11 +450,11 @@ class NaiveReplica:
             if of_rows <= self.model.graph_rows and (kind, level, of_rows) not in self.graphs
         ]
         self.graphs.update(wanted)
+        exits = sum(kind == "tell" for kind, _ in new)
         ran_layers = sum(layers for kind, layers in new if kind == "run")
         filled_layers = sum(layers for kind, layers in new if kind == "fill")
-        return cost.capture_seconds(
-            self.model.coefficients, float(len(new)), float(ran_layers), float(filled_layers)
-        )
+        counts = (len(new) - exits, exits, ran_layers, filled_layers)
+        return cost.capture_seconds(self.model.coefficients, *map(float, counts))
 
     # Rebatching
 

@@ -131,7 +131,10 @@ def test_what_a_decode_begins_with_and_what_its_rows_add_are_its_fixed_part() ->
 
 def test_capturing_is_paid_by_the_graph_and_by_the_layers_in_it() -> None:
     c = coefficients(
-        capture_s_per_graph=1.0, capture_s_per_layer=0.25, capture_s_per_filled_layer=0.125
+        capture_s_per_graph=1.0,
+        capture_s_per_exit=0.5,
+        capture_s_per_layer=0.25,
+        capture_s_per_filled_layer=0.125,
     )
-    assert cost.capture_seconds(c, 3.0, 4.0, 2.0) == 4.25
-    assert cost.capture_seconds(c, 0.0, 0.0, 0.0) == 0.0
+    assert cost.capture_seconds(c, 3.0, 1.0, 4.0, 2.0) == 4.75
+    assert cost.capture_seconds(c, 0.0, 0.0, 0.0, 0.0) == 0.0

@@ -600,17 +600,29 @@ def test_typical_and_slow_iterations_are_told_apart() -> None:
 def test_an_iteration_that_captures_graphs_is_predicted_to_take_their_time() -> None:
     costs = {
         "capture.s_per_graph": 0.1,
+        "capture.s_per_exit": 0.05,
         "capture.s_per_layer": 0.01,
         "capture.s_per_filled_layer": 0.001,
     }
-    profile = profile_of(thumbnail(costs=costs))
+    profile = profile_of(thumbnail(costs=costs, buckets=(1, 2)))
     counts = {
-        "captured_graphs": [0.0, 3.0],
-        "captured_layers": [0.0, 4.0],
-        "captured_filled_layers": [0.0, 2.0],
+        "captured_graphs": [0.0, 0.0, 2.0, 2.0],
+        "captured_exits": [0.0, 0.0, 1.0, 1.0],
+        "captured_layers": [0.0, 0.0, 4.0, 4.0],
+        "captured_filled_layers": [0.0, 0.0, 2.0, 2.0],
     }
-    found = recorded("small", [0.066, 0.4], **counts)
-    assert predict(found, profile, 8).seconds == pytest.approx([0.055, 0.055 + 0.342])
+    # One of the two that capture is alone at its batch.
+    batches = np.array([1.0, 1.0, 1.0, 2.0])
+    rows = {name: batches for name in ("batch", "rows", "filled_rows")}
+    found = recorded("small", [0.066, 0.066, 0.2, 0.2], **rows, **counts)
+    plain = predict(found, profile, 8)
+    assert plain.seconds == pytest.approx([0.055, 0.055, 0.347, 0.347])
+    by_model = factors(found, plain, "mean")
+    assert by_model["small"].decode == pytest.approx({1: 1.2})
+    assert by_model["small"].capture == pytest.approx((0.2 - 0.055) / 0.292)
+    again = predict(found, retimed(profile, by_model, {}), 8)
+    assert again.steady_s == pytest.approx([0.066] * 4)
+    assert again.capture_s[2] == pytest.approx(0.2 - 0.055)
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])

@@ -11,6 +11,7 @@ import polars as pl
 
 from calibration.fitting.anchors import anchor_lines, beside_anchors
 from calibration.fitting.points import (
+    CAPTURES,
     FIT,
     HELD_OUT,
     PREFILL_ITERATION,
@@ -81,9 +82,13 @@ class CheckRow:
         return self.median < MEDIAN_BAR and self.p95 < P95_BAR
 
     @property
-    def is_time(self) -> bool:
-        """Whether the quantity is in seconds."""
-        return not self.quantity.endswith("_energy") and self.quantity not in MEMORY
+    def has_bars(self) -> bool:
+        """Whether it is a time that the bars are for.
+
+        Capturing is no part of a steady iteration, and each graph is captured and timed once.
+        """
+        others = (*MEMORY, *CAPTURES)
+        return not self.quantity.endswith("_energy") and self.quantity not in others
 
 
 def has_readings(profile: Profile) -> bool:
@@ -202,7 +207,7 @@ def on_cuda(profile: Profile) -> bool:
 
 def verdict(rows: Sequence[CheckRow], cuda: bool) -> str:
     """Whether the held-out times lie under the bars, in a sentence."""
-    times = [row for row in rows if row.is_time and row.purpose == HELD_OUT]
+    times = [row for row in rows if row.has_bars and row.purpose == HELD_OUT]
     if not times:
         return "No times were held out, so nothing can be said of new points."
     missed = [row for row in times if not row.within_bars]
@@ -238,7 +243,7 @@ def check_text(profile: Profile) -> str:
             percent(row.p95),
             percent(row.left_out_median),
             percent(row.noise),
-            "" if not row.is_time or row.purpose != HELD_OUT else _passed(row),
+            "" if not row.has_bars or row.purpose != HELD_OUT else _passed(row),
             ("+" if row.worst >= 0 else "") + percent(row.worst),
             row.where,
         )

@@ -190,7 +190,7 @@ def fit_times(
     numbers |= _fill_numbers(lines, numbers, model, said, fitted)
     captures = pl.concat([fitted[quantity] for quantity in CAPTURES])
     capture = _capture(captures) if modes["decode_layers"] == "graph" and captures.height else None
-    numbers |= _capture_numbers(capture, captures.height, modes["decode_layers"])
+    numbers |= _capture_numbers(capture, captures, modes["decode_layers"])
     numbers["rebatch.overhead_s"] = Number(
         0.0,
         "derived",
@@ -227,6 +227,7 @@ def fit_times(
             }
             for quantity in TIMES
             if of_quantity(points, quantity, modes[quantity]).height
+            and (quantity not in CAPTURES or capture is not None)
         },
         "launch_bound_share": launch_bound_share(points),
         "falls": falling_time(kept),
@@ -342,19 +343,22 @@ def _fill_numbers(
 
 
 def _capture(points: pl.DataFrame) -> Chosen:
-    """Seconds of capturing: a graph, each layer that it runs, each whose KV it fills."""
+    """Seconds of capturing: a graph, an exit's, each layer that is run, each that is filled."""
     layers = _column(points, "layers")
     kinds = points["quantity"]
-    runs, fills = ((kinds == f"capture_{kind}").to_numpy() for kind in ("run", "fill"))
+    tells, runs, fills = (
+        (kinds == f"capture_{kind}").to_numpy() for kind in ("tell", "run", "fill")
+    )
     ones = np.ones(points.height)
-    plane = np.column_stack((ones, layers * runs, layers * fills))
+    plane = np.column_stack((~tells, tells, layers * runs, layers * fills)).astype(np.float64)
     seconds = _column(points, "seconds")
     readings = Readings(seconds, ones, 0.0 * ones, np.zeros((len(ones), 0)), (plane,))
     batches = np.unique(_column(points, "batch"), return_inverse=True)[1].astype(np.int64)
     return regression.choose_planes(readings, ((0,),), batches)
 
 
-def _capture_numbers(capture: Chosen | None, count: int, mode: str) -> dict[str, Number]:
+def _capture_numbers(capture: Chosen | None, points: pl.DataFrame, mode: str) -> dict[str, Number]:
+    count, tells = points.height, (points["quantity"] == "capture_tell").any()
     if capture is None:
         graphs = mode == "graph"
         why = "capturing was not timed" if graphs else "no graphs: decodes were timed eagerly"
@@ -362,10 +366,14 @@ def _capture_numbers(capture: Chosen | None, count: int, mode: str) -> dict[str,
     found = capture.plane(0)
     assert found is not None
     source = f"fitted to {count} points of capturing single graphs"
-    return {
+    numbers = {
         name: Number(float(value), "measured", source, float(error))
         for name, value, error in zip(cost.CAPTURE_COEFFICIENTS, *found, strict=True)
     }
+    if not tells:
+        why = "no graphs: what an exit says was computed eagerly"
+        numbers["capture.s_per_exit"] = Number(0.0, "derived", why)
+    return numbers
 
 
 def kv_share(model: EarlyExitModel) -> float:

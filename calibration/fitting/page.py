@@ -97,7 +97,7 @@ def _kept(profile: Profile, model: str) -> Mapping[str, Any]:
 
 
 def _opening(profile: Profile, rows: Sequence[CheckRow]) -> str:
-    held_out = [row for row in rows if row.is_time and row.purpose == HELD_OUT]
+    held_out = [row for row in rows if row.has_bars and row.purpose == HELD_OUT]
     headline = verdict(rows, on_cuda(profile))
     if held_out:
         worst = max(held_out, key=lambda row: row.median)

@@ -127,8 +127,10 @@ class Predictor:
         if quantity == "kv_fill":
             return float(cost.kv_fill_seconds(c, float(batch), layers))
         if quantity in CAPTURES:
-            runs, fills = (quantity == f"capture_{kind}" for kind in ("run", "fill"))
-            return float(cost.capture_seconds(c, 1.0, layers * runs, layers * fills))
+            # Where nothing is captured there is nothing to predict.
+            tells, runs, fills = (quantity == f"capture_{kind}" for kind in ("tell", "run", "fill"))
+            counts = (float(not tells), float(tells), layers * runs, layers * fills)
+            return float(cost.capture_seconds(c, *counts)) if self.model.graph_rows else None
         if self.loading is not None and row["bytes"]:
             if quantity == "load_disk":
                 return self.loading.disk.seconds(row["bytes"])

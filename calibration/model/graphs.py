@@ -237,8 +237,9 @@ class GraphKey:
 class DecodeGraphs:
     """The captured decoding of one model over one pool.
 
-    `capture_s`, `num_graphs`, `ran_layers` and `filled_layers` say what capturing has taken so far,
-    layers counted in every graph that runs or fills them. The graphs hold for as long
+    `capture_s`, `num_graphs`, `num_exits`, `ran_layers` and `filled_layers` say what capturing has
+    taken so far: exits' words among the graphs, layers in every graph that runs or fills them. The
+    graphs hold for as long
     as no layer and no store they read is dropped. States [rows, hidden] that a replay answers with
     lie where the next one reads and writes them: who wants to keep them copies them.
     """
@@ -274,7 +275,7 @@ class DecodeGraphs:
         self.laid_out: Place | None = None
         self.recordings: dict[GraphKey, Recording] = {}
         self.capture_s = 0.0
-        self.ran_layers = self.filled_layers = 0
+        self.num_exits = self.ran_layers = self.filled_layers = 0
         self._finds_rows = settings.finds_rows or self.blocks > 0
         self._recorder = recorder
         self._keys = dict.fromkeys(self._all_keys())
@@ -296,6 +297,15 @@ class DecodeGraphs:
     def is_valid(self) -> bool:
         """Whether everything the graphs read is still there."""
         return self.captured_of == (self.model.generation, self.pool.generation)
+
+    def warm_up(self) -> None:
+        """Capture a graph of each load that nothing in this process has run; then no more warms up.
+
+        Kernels are loaded and libraries make their workspaces. Raises CaptureError.
+        """
+        for key in self._keys:
+            if self._load_of(key) not in warm_loads(self.hidden.device.index):
+                self._capture(key)
 
     def capture_for(self, rows: int) -> Iterator[tuple[GraphKey, float]]:
         """Capture the graphs of a bucket of rows, one after another, with the seconds of each.
@@ -382,18 +392,21 @@ class DecodeGraphs:
     def _capture(self, key: GraphKey) -> None:
         """Capture a graph, warmed up where none like it ever was; layers are alike."""
         began_s = time.perf_counter()
-        warm = warm_loads(self.hidden.device.index)
-        width = self.hidden.shape[1]
-        alike = replace(key, first=0, last=0)
-        load = (self.model.name, width, self.hidden.dtype, self.blocks, alike)
+        warm, load = warm_loads(self.hidden.device.index), self._load_of(key)
         # What is collected in a capture is freed without the capture knowing.
         with uncollected():
             body = self._body(key)
             self.recordings[key] = self._recorder.record(body, 0 if load in warm else WARM_UPS)
         warm.add(load)
+        self.num_exits += key.kind is Kind.TELL
         self.ran_layers += key.last - key.first if key.kind is Kind.RUN else 0
         self.filled_layers += key.last - key.first if key.kind is Kind.FILL else 0
         self.capture_s += time.perf_counter() - began_s
+
+    def _load_of(self, key: GraphKey) -> object:
+        """What a graph has in common with those that run the same kernels."""
+        alike = replace(key, first=0, last=0)
+        return self.model.name, self.hidden.shape[1], self.hidden.dtype, self.blocks, alike
 
     def _all_keys(self) -> list[GraphKey]:
         """Largest first: later graphs then find their memory in the pool."""

@@ -43,9 +43,10 @@ class Emitted(NamedTuple):
 
 
 class Captures(NamedTuple):
-    """Graphs that were captured, the layers that they run and those whose KV they fill."""
+    """Graphs that were captured, those of exits apart; layers that they run, and that they fill."""
 
     graphs: int = 0
+    exits: int = 0
     layers: int = 0
     filled_layers: int = 0
 
@@ -186,11 +187,13 @@ class Stepper:
 
     def run(self, plan: Prefill | Decode) -> Outcome:
         """Carry a plan out; the rows' contexts are left to the caller."""
-        if isinstance(plan, Prefill):
-            return self._prefill(plan)
         before = self.machine.captures
-        rebatches = self.exit_mode is ExitMode.REBATCH
-        outcome = self._rebatched(plan) if rebatches else self._decode(plan)
+        if isinstance(plan, Prefill):
+            outcome = self._prefill(plan)
+        elif self.exit_mode is ExitMode.REBATCH:
+            outcome = self._rebatched(plan)
+        else:
+            outcome = self._decode(plan)
         after = self.machine.captures
         if after == before:
             return outcome

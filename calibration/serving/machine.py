@@ -55,7 +55,8 @@ class ModelMachine:
         graphs = self.decoder.graphs
         if graphs is None:
             return NOTHING_CAPTURED
-        return Captures(graphs.num_graphs, graphs.ran_layers, graphs.filled_layers)
+        exits = graphs.num_exits
+        return Captures(graphs.num_graphs - exits, exits, graphs.ran_layers, graphs.filled_layers)
 
     def prefill(self, rows: Sequence[Row]) -> None:
         """Take new rows in and run all their tokens through the loaded layers."""

@@ -270,6 +270,7 @@ def iterations_table(host: Host) -> pl.DataFrame:
             "filled_rows": [outcome.filled_rows for outcome in outcomes],
             "overheads": [outcome.overheads for outcome in outcomes],
             "captured_graphs": [outcome.captured.graphs for outcome in outcomes],
+            "captured_exits": [outcome.captured.exits for outcome in outcomes],
             "captured_layers": [outcome.captured.layers for outcome in outcomes],
             "captured_filled_layers": [outcome.captured.filled_layers for outcome in outcomes],
             "emitted": [len(outcome.emitted) for outcome in outcomes],
@@ -280,7 +281,8 @@ def iterations_table(host: Host) -> pl.DataFrame:
                 *("replica", "depth", "running", "rows", "batch", "prompt_tokens"),
                 *("pending_tokens", "first_layer", "layers", "checks", "heads"),
                 *("filled_layers", "filled_rows", "overheads", "emitted"),
-                *("captured_graphs", "captured_layers", "captured_filled_layers"),
+                *("captured_graphs", "captured_exits"),
+                *("captured_layers", "captured_filled_layers"),
             )
         },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 
 from calibration.model.decode import Decoder, generate
 from calibration.model.early_exit import EarlyExitLM, load
+from calibration.model.graphs import CaptureError
 from calibration.model.kv import (
     CONTEXT_GRANULE_TOKENS,
     KvMemory,
@@ -123,7 +124,7 @@ class CheckpointWeights:
         for name in self.folders:
             model = self.whole(name)
             self._run_once(model)
-            self._capture_once(model)
+            self._warm_up(model)
             if self._memory is not None:
                 self._reserve(model)
             model.unload()
@@ -151,12 +152,23 @@ class CheckpointWeights:
             for wanted in (None, targets):
                 model.tell(logits, level, wanted).cpu()
 
-    def _capture_once(self, model: EarlyExitLM) -> None:
-        """Capture all that serving may capture, and drop it: kernels of every batch are loaded."""
-        depth = model.depth
-        pool_blocks = self.room.pool_blocks(model.name, depth)
-        if self.settings.graphs and pool_blocks:
-            self._new_decoder(model, self._new_pool(model, depth, pool_blocks), on_demand=False)
+    def _warm_up(self, model: EarlyExitLM) -> None:
+        """Capture once what serving may capture at any depth, and drop it; the layers go.
+
+        Shallower loads leave room for more rows, so that each has batches of its own.
+        """
+        for depth in reversed(model.exit_layers):
+            pool_blocks = self.room.pool_blocks(model.name, depth)
+            if self.settings.graphs and pool_blocks:
+                model.shrink(depth)
+                self._warm_up_over(model, self._new_pool(model, depth, pool_blocks))
+
+    def _warm_up_over(self, model: EarlyExitLM, pool: Pool) -> None:
+        graphs = self._new_decoder(model, pool).graphs
+        if graphs is not None:
+            # What cannot be captured here cannot be when it is wanted, which is then told.
+            with suppress(CaptureError):
+                graphs.warm_up()
 
     def _reserve(self, model: EarlyExitLM) -> None:
         """Let the memory of KV caches grow to what any depth of a candidate needs."""
@@ -206,7 +218,7 @@ class CheckpointWeights:
         if self.model.depth > depth:
             self.model.shrink(depth)
         self.pool = self._new_pool(self.model, depth, pool_blocks)
-        decoder = self._new_decoder(self.model, self.pool, on_demand=True)
+        decoder = self._new_decoder(self.model, self.pool)
         self._decoder, self._taken_up = decoder, f"{name}@{depth}"
         self._rows_said[self._taken_up] = f"{self.pool.max_rows} rows in {self.settings.kv}"
         self._wait_for_device()
@@ -218,14 +230,14 @@ class CheckpointWeights:
             free_running=self.settings.free_running,
         )
 
-    def _new_decoder(self, model: EarlyExitLM, pool: Pool, on_demand: bool) -> Decoder:
+    def _new_decoder(self, model: EarlyExitLM, pool: Pool) -> Decoder:
         decoder = Decoder(model, pool)
         if self.settings.graphs:
             decoder.use_graphs(
                 self.room.profile.model(model.name).batch_buckets or None,
                 subsets=True,
                 targeted=not self.settings.free_running,
-                on_demand=on_demand,
+                on_demand=True,
             )
         return decoder
 

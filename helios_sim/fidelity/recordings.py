@@ -50,9 +50,10 @@ class Iterations:
     counts the rows that were computed, where more were than ran. `checks` and `heads` say how often
     an exit before the loaded depth and the loaded depth itself were asked, `filled_layers` and
     `filled_rows` whose KV was filled, `pending_tokens` how many tokens were fed again, `overheads`
-    how often a batch was split. `captured_graphs` were captured on the way, which run
-    `captured_layers` and fill `captured_filled_layers`. `prompt_pairs` are the query-key pairs of
-    the prompts. `host_s` of the `seconds` went into planning it and keeping books.
+    how often a batch was split. `captured_graphs` and those of `captured_exits` were captured on
+    the way, which run `captured_layers` and fill `captured_filled_layers`. `prompt_pairs` are the
+    query-key pairs of the prompts. `host_s` of the `seconds` went into planning it and keeping
+    books.
     """
 
     start_s: Floats
@@ -72,6 +73,7 @@ class Iterations:
     pending_tokens: Floats
     overheads: Floats
     captured_graphs: Floats
+    captured_exits: Floats
     captured_layers: Floats
     captured_filled_layers: Floats
     context_tokens: Floats
@@ -151,6 +153,7 @@ def read_iterations(folder: Path, run: RunData) -> Iterations | None:
         pending_tokens=given("pending_tokens", none),
         overheads=given("overheads", none),
         captured_graphs=given("captured_graphs", none),
+        captured_exits=given("captured_exits", none),
         captured_layers=given("captured_layers", none),
         captured_filled_layers=given("captured_filled_layers", none),
         context_tokens=context,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import polars as pl
 
 from helios_sim import cost
-from helios_sim.fidelity.recordings import Iterations
+from helios_sim.fidelity.recordings import Bools, Iterations
 from helios_sim.profile import Link, Loading, ModelProfile, Profile, unit_of
 from helios_sim.records import RunData
 
@@ -27,22 +27,28 @@ Statistic = Literal["typical", "slow", "mean"]
 _LEAST: Final = 0.02
 """No recorded time makes the layers take less than this share of what the profile says."""
 _SAME_INSTANT_S: Final = 1e-6
-_DECODING: Final = ("decode", "head", "check", "kv_fill", "rebatch", "capture")
+_DECODING: Final = ("decode", "head", "check", "kv_fill", "rebatch")
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Seconds that a profile predicts for each iteration: its layers, and the rest.
+    """Seconds that a profile predicts for each iteration: layers, graphs captured, and the rest.
 
-    Both are NaN where the profile does not have the model.
+    Layers and the rest are NaN where the profile does not have the model.
     """
 
     layers_s: Floats
     rest_s: Floats
+    capture_s: Floats
 
     @property
     def seconds(self) -> Floats:
         """Whole iterations."""
+        return self.steady_s + self.capture_s
+
+    @property
+    def steady_s(self) -> Floats:
+        """Without capturing."""
         return self.layers_s + self.rest_s
 
 
@@ -50,13 +56,15 @@ class Predicted:
 class Factors:
     """Recorded over predicted seconds of one model's iterations.
 
-    `decode` maps a batch to its factor, `prefill` is None where no prefill was recorded. `shares`
-    holds for each batch the predicted seconds of the layers and of the rest, summed.
+    `decode` maps a batch to its factor, of iterations that captured nothing; `shares` holds for
+    each such batch the predicted seconds of the layers and of the rest, summed. `prefill` is None
+    where no prefill was recorded, `capture` where nothing was captured.
     """
 
     decode: Mapping[int, float]
     shares: Mapping[int, tuple[float, float]]
     prefill: float | None
+    capture: float | None = None
     prefill_s: float = 0.0
     prefill_head_s: float = 0.0
 
@@ -64,7 +72,7 @@ class Factors:
 def predict(iterations: Iterations, profile: Profile, max_batch: int) -> Predicted:
     """What the profile predicts for each recorded iteration, as the simulated loop charges it."""
     layers_s = np.full(len(iterations), math.nan)
-    rest_s = layers_s.copy()
+    rest_s, capture_s = layers_s.copy(), np.zeros(len(iterations))
     for name in np.unique(iterations.model):
         if str(name) not in profile.models:
             continue
@@ -83,7 +91,9 @@ def predict(iterations: Iterations, profile: Profile, max_batch: int) -> Predict
             layers_s[i], rest_s[i] = one(
                 iterations, int(i), c, padded, residual[iterations.depth[i]]
             )
-    return Predicted(layers_s, rest_s)
+            if iterations.is_decode[i]:
+                capture_s[i] = _capture(iterations, int(i), c)
+    return Predicted(layers_s, rest_s, capture_s)
 
 
 def _decode(
@@ -103,14 +113,18 @@ def _decode(
     rest += float(its.heads[i]) * cost.head_seconds(c, rows)
     rest += cost.kv_fill_seconds(c, filled, float(its.filled_layers[i]))
     rest += float(its.overheads[i]) * float(c[cost.REBATCH_OVERHEAD_S])
-    rest += cost.capture_seconds(
-        c,
-        float(its.captured_graphs[i]),
-        float(its.captured_layers[i]),
-        float(its.captured_filled_layers[i]),
-    )
     layers = float(its.layers[i] - its.first_layer[i])
     return layers * layer_s * float(residual[batch]), rest
+
+
+def _capture(its: Iterations, i: int, c: Floats) -> float:
+    counts = (
+        its.captured_graphs[i],
+        its.captured_exits[i],
+        its.captured_layers[i],
+        its.captured_filled_layers[i],
+    )
+    return float(cost.capture_seconds(c, *map(float, counts)))
 
 
 def _prefill(
@@ -133,11 +147,12 @@ def factors(
     what iterations that take much longer than their kind add.
     """
     found = {}
-    whole = predicted.seconds
+    whole = predicted.steady_s
     known = np.isfinite(whole) & (whole > 0.0)
+    captures = predicted.capture_s > 0.0
     for name in np.unique(iterations.model[known]):
         mine = known & (iterations.model == name)
-        decodes = mine & iterations.is_decode
+        decodes = mine & iterations.is_decode & ~captures
         by_batch: dict[int, float] = {}
         shares: dict[int, tuple[float, float]] = {}
         for batch in np.unique(iterations.batch[decodes]):
@@ -151,11 +166,22 @@ def factors(
         found[str(name)] = Factors(
             decode=by_batch,
             shares=shares,
+            capture=_capture_factor(iterations, predicted, mine & captures, statistic),
             prefill=_factor(iterations.model_s[at], whole[at], statistic) if at.any() else None,
             prefill_s=float(predicted.layers_s[at].sum()),
             prefill_head_s=float(predicted.rest_s[at].sum()),
         )
     return found
+
+
+def _capture_factor(
+    iterations: Iterations, predicted: Predicted, at: Bools, statistic: Statistic
+) -> float | None:
+    """Of what iterations took beyond the predicted steady part; None where none captured."""
+    if not at.any():
+        return None
+    beyond = np.maximum(iterations.model_s[at] - predicted.steady_s[at], 0.0)
+    return max(_factor(beyond, predicted.capture_s[at], statistic), _LEAST)
 
 
 def _factor(recorded: Floats, predicted: Floats, statistic: Statistic) -> float:
@@ -199,6 +225,7 @@ def _retimed(model: ModelProfile, factors: Factors) -> ModelProfile:
             wanted = (factor * (layers_s + rest_s) / overall - rest_s) / layers_s
             knots.append((float(batch), float(before[batch]) * max(wanted, _LEAST)))
     scales = dict.fromkeys(_DECODING, overall)
+    scales["capture"] = overall if factors.capture is None else factors.capture
     if factors.prefill is not None and factors.prefill_s > 0.0:
         head_s = factors.prefill_head_s
         wanted = factors.prefill * (factors.prefill_s + head_s) - overall * head_s

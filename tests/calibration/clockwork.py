@@ -59,7 +59,8 @@ class ClockworkMachine:
             which: sum(count for (kind, *_), count in self.graphs.items() if kind == which)
             for which in ("run", "fill")
         }
-        return Captures(len(self.graphs), layers["run"], layers["fill"])
+        exits = sum(kind == "tell" for kind, *_ in self.graphs)
+        return Captures(len(self.graphs) - exits, exits, layers["run"], layers["fill"])
 
     def want(self, kind: str, level: int, batch: int) -> None:
         """Capture a graph where it is missing."""
@@ -192,7 +193,7 @@ class ClockworkHost(Host):
     def step(self, plan: Prefill | Decode) -> Outcome:
         outcome = super().step(plan)
         seconds = self.seconds(plan, outcome)
-        if outcome.captured.graphs:
+        if outcome.captured.graphs or outcome.captured.exits:
             assert self.assignment is not None
             c = self.room.profile.model(self.assignment.model).coefficient_array()
             seconds += float(cost.capture_seconds(c, *map(float, outcome.captured)))

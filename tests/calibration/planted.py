@@ -60,6 +60,7 @@ GPU_LIKE: Mapping[str, float] = {
 }
 CAPTURE: Mapping[str, float] = {
     "capture.s_per_graph": 8.0e-4,
+    "capture.s_per_exit": 5.0e-4,
     "capture.s_per_layer": 2.0e-4,
     "capture.s_per_filled_layer": 7.0e-5,
 }
@@ -163,9 +164,9 @@ def readings(plan: Plan) -> list[Reading]:
         add("kv_fill", cost.kv_fill_seconds(c, batch, 6), batch=batch, layers=6)
         if "graph" in plan.modes and plan.captures:
             for kind, layers in CAPTURED:
-                spent = cost.capture_seconds(
-                    array(CAPTURE), 1.0, layers * (kind == "run"), layers * (kind == "fill")
-                )
+                is_exit = float(kind == "tell")
+                of_layers = [layers * (kind == which) for which in ("run", "fill")]
+                spent = cost.capture_seconds(array(CAPTURE), 1.0 - is_exit, is_exit, *of_layers)
                 purpose = "held-out" if batch in CAPTURES_HELD_OUT else "fit"
                 values = {"mode": "graph", "layers": layers or None, "batch": batch}
                 add(f"capture_{kind}", spent, purpose=purpose, **values)

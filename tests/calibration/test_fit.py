@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calibration.cli import main
+from calibration.fitting.check import check_rows
 from calibration.fitting.fit import FitSettings, fit_profile
 from calibration.fitting.fit_energy import fit_energy
 from calibration.fitting.fit_times import Number, falling_time, fit_times, model_profile
+from calibration.fitting.points import CAPTURES
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -355,6 +357,8 @@ def test_capturing_is_charged_where_graphs_stand_for_the_times(
         assert found.value == pytest.approx(planted_s if measured else 0.0, rel=0.02)
     assert model.graph_rows == (planted.BATCHES[-1] if measured else 0)
     errors = profile.document["measurement"]["models"]["planted"]["errors"]
+    assert [row for row in check_rows(profile) if row.quantity in CAPTURES and row.has_bars] == []
+    assert ("capture_run" in errors) == measured
     if measured:
         assert errors["capture_run"]["held_out"]["n"] == 6
         assert 0.0 < errors["capture_run"]["held_out"]["p95"] < 0.03

@@ -284,6 +284,20 @@ def test_a_load_is_warmed_up_once_in_a_process_and_for_all_layers():
     assert warm_ups == [[WARM_UPS, 0, 0, WARM_UPS, 0, WARM_UPS], [0] * 6]
 
 
+def test_warming_up_captures_one_of_each_load_that_was_never_run():
+    warm_loads.cache_clear()
+    first, second = decoder_of(), decoder_of()
+    capture(first, on_demand=True)
+    first.graphs.warm_up()
+    # Embedding, one segment and one filling for each of three buckets.
+    assert first.graphs.num_graphs == 3 * 3
+    recorder = capture(second, on_demand=True)
+    second.graphs.warm_up()
+    assert second.graphs.num_graphs == 0
+    generate(second, [tiny.prompt(5)], 4)
+    assert {recording.warm_ups for recording in recorder.recordings} == {0}
+
+
 def test_a_capture_that_fails_while_serving_leaves_the_eager_path():
     decoder = decoder_of()
     prompts = [tiny.prompt(4), tiny.prompt(6)]

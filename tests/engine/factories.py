@@ -161,6 +161,7 @@ def graph_models() -> Profile:
         "buckets": (1, 2, 4),
         "costs": {
             "capture.s_per_graph": 0.004,
+            "capture.s_per_exit": 0.002,
             "capture.s_per_layer": 0.001,
             "capture.s_per_filled_layer": 0.0003,
         },

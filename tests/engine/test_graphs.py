@@ -1,7 +1,7 @@
 """Graphs are captured when a decode first wants them, and again once weights or pool have changed.
 
-By pencil: a graph costs 100 ms, 10 ms for each layer it runs and 1 ms for each it fills. The model
-leaves after layers 2 and 4, and graphs are captured for 1 and for 2 rows.
+By pencil: a graph costs 100 ms, 10 ms for each layer it runs and 1 ms for each it fills; an exit's
+costs 50 ms. The model leaves after layers 2 and 4, and graphs are captured for 1 and for 2 rows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tests.engine.factories import (
 
 COSTS = {
     "capture.s_per_graph": 0.1,
+    "capture.s_per_exit": 0.05,
     "capture.s_per_layer": 0.01,
     "capture.s_per_filled_layer": 0.001,
 }
@@ -58,42 +59,42 @@ def one(output_tokens: int) -> Requests:
 
 
 def test_a_run_to_the_end_captures_embedding_both_segments_and_one_answer_once() -> None:
-    """0.1 + 2 x (0.1 + 2 x 0.01) + 0.1, however many tokens follow; a prefill takes no graphs."""
-    for output_tokens, expected_s in ((1, 0.0), (2, 0.44), (9, 0.44)):
+    """0.1 + 2 x (0.1 + 2 x 0.01) + 0.05, however many tokens follow; a prefill takes no graphs."""
+    for output_tokens, expected_s in ((1, 0.0), (2, 0.39), (9, 0.39)):
         found = added_s([SURE] * 8, one(output_tokens), "vanilla")
         assert found == pytest.approx(expected_s)
 
 
 def test_an_early_exit_captures_its_segment_its_answer_and_the_filling_beyond() -> None:
-    """0.1 + 0.12 + 0.1 and 0.1 + 2 x 0.001 for what is skipped."""
-    assert added_s([SURE] * 8, one(9), exit_mode="wait") == pytest.approx(0.422)
+    """0.1 + 0.12 + 0.05 and 0.1 + 2 x 0.001 for what is skipped."""
+    assert added_s([SURE] * 8, one(9), exit_mode="wait") == pytest.approx(0.372)
 
 
 def test_what_was_skipped_is_captured_when_a_token_goes_on() -> None:
-    """The third token runs the second segment (0.12) and asks the last exit (0.1)."""
+    """The third token runs the second segment (0.12) and asks the last exit (0.05)."""
     tokens = [SURE, SURE, UNSURE, SURE, SURE]
-    assert added_s(tokens, one(5), exit_mode="wait") == pytest.approx(0.422 + 0.22)
+    assert added_s(tokens, one(5), exit_mode="wait") == pytest.approx(0.372 + 0.17)
 
 
 def test_each_bucket_has_graphs_of_its_own_and_a_batch_beyond_the_largest_has_none() -> None:
     """Two decode together for the second bucket; three are more than any graph is for."""
-    for num, expected_s in ((1, 0.44), (2, 0.44), (3, 0.0)):
+    for num, expected_s in ((1, 0.39), (2, 0.39), (3, 0.0)):
         together = requests_of([0.0] * num, [4] * num, [3] * num)
         assert added_s([SURE] * 8, together, "vanilla") == pytest.approx(expected_s)
     apart = requests_of([0.0, 0.0], [4, 4], [3, 9])
-    assert added_s([SURE] * 16, apart, "vanilla") == pytest.approx(0.88)
+    assert added_s([SURE] * 16, apart, "vanilla") == pytest.approx(0.78)
 
 
 def test_a_split_batch_fills_for_those_who_leave_and_goes_on_without_embedding() -> None:
     """Of two rows one leaves at once, for whom filling is captured for one row.
 
-    Two rows embed, run and are asked: 0.1 + 0.12 + 0.1; one is filled: 0.102. The one that stayed
-    goes on: 0.12 + 0.1 for one row, without embedding.
+    Two rows embed, run and are asked: 0.1 + 0.12 + 0.05; one is filled: 0.102. The one that stayed
+    goes on: 0.12 + 0.05 for one row, without embedding.
     """
     tokens = [SURE, SURE, SURE, SURE, UNSURE, UNSURE, SURE, SURE]
     two = requests_of([0.0, 0.0], [4, 4], [2, 2], trace_start=[0, 4])
     found = added_s(tokens, two, exit_mode="rebatch")
-    assert found == pytest.approx(0.322 - 0.002 + 0.102 + 0.22)
+    assert found == pytest.approx(0.27 + 0.102 + 0.17)
 
 
 def test_another_model_or_depth_begins_without_graphs() -> None:
@@ -115,8 +116,16 @@ def test_seconds_of_capturing_are_bound_by_launching_and_drawn_at_active_power()
     mine, plain = (
         play(setup_with(costs, tokens), request, "vanilla")[1].totals for costs in (COSTS, {})
     )
-    assert mine.energy_j - plain.energy_j == pytest.approx(0.44 * 100.0)
-    assert mine.regime_s["launch"] - plain.regime_s["launch"] == pytest.approx(0.44)
+    assert mine.energy_j - plain.energy_j == pytest.approx(0.39 * 100.0)
+    assert mine.regime_s["launch"] - plain.regime_s["launch"] == pytest.approx(0.39)
+
+
+def test_where_exits_speak_eagerly_their_graphs_cost_nothing() -> None:
+    profile = profile_of(thumbnail(buckets=(1,), costs=COSTS | {"capture.s_per_exit": 0.0}))
+    setup = setup_of(profile, traces_from({"small": [SURE] * 8}, {"small": (2, 4)}))
+    plain = setup_with({}, [SURE] * 8)
+    added = [play(one_, one(3), "vanilla")[1].totals.busy_s for one_ in (setup, plain)]
+    assert added[0] - added[1] == pytest.approx(0.34)
 
 
 def test_a_batch_without_buckets_captures_nothing() -> None:
