@@ -141,40 +141,21 @@ def test_the_host_takes_the_simulators_decisions_at_its_times(use, options, serv
     ids=lambda s: " ".join(map(str, s.values())) or "-",
 )
 @pytest.mark.parametrize(("use", "options"), POLICIES, ids=lambda o: str(o))
-def test_both_pad_to_the_longest_row_and_charge_rows_prompts_and_loaded_depth_alike(
-    use, options, serving
-) -> None:
+@pytest.mark.parametrize("models", [padding_models, graph_models])
+def test_both_charge_alike_what_a_profile_may_add(models, use, options, serving) -> None:
+    """Padding, rows and prompts, loaded depth; graphs where they are first wanted."""
     if serving.get("skipped_kv") == "recomputed" and options.get("exit_mode") == "rebatch":
         pytest.skip("recomputed KV does not go with rebatching")
-    setup = drifting_setup(profile=padding_models(), **serving)
+    setup = drifting_setup(profile=models(), **serving)
     requests = drifting_requests(120)
     run, data = play(setup, requests, use, **options)
     host = serve_by_clockwork(setup, setup.traces, requests, policy_of(use, **options))
     comparable(host, run, data.requests)
     assert host.end_s == data.totals.end_s
     plain, _ = play(drifting_setup(**serving), requests, use, **options)
-    assert plain.world.replicas[0].now_s != run.world.replicas[0].now_s
-
-
-@pytest.mark.parametrize(
-    "serving",
-    [{}, {"batching": "static"}, {"skipped_kv": "recomputed"}],
-    ids=lambda s: " ".join(map(str, s.values())) or "-",
-)
-@pytest.mark.parametrize(("use", "options"), POLICIES, ids=lambda o: str(o))
-def test_both_capture_the_same_graphs_and_charge_them_where_they_are_first_wanted(
-    use, options, serving
-) -> None:
-    if serving.get("skipped_kv") == "recomputed" and options.get("exit_mode") == "rebatch":
-        pytest.skip("recomputed KV does not go with rebatching")
-    setup = drifting_setup(profile=graph_models(), **serving)
-    requests = drifting_requests(120)
-    run, data = play(setup, requests, use, **options)
-    host = serve_by_clockwork(setup, setup.traces, requests, policy_of(use, **options))
-    comparable(host, run, data.requests)
-    assert host.end_s == data.totals.end_s
-    captured = [entry.outcome.captured for entry in host.tally.iterations]
-    assert sum(one.graphs for one in captured) > 0
+    assert plain.world.replicas[0].energy_j != run.world.replicas[0].energy_j
+    captured = [entry.outcome.captured.graphs for entry in host.tally.iterations]
+    assert any(captured) == (models is graph_models)
 
 
 def test_a_closed_loop_sends_its_users_next_requests_at_the_simulators_times() -> None:
