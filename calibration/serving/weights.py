@@ -124,7 +124,8 @@ class CheckpointWeights:
         for name in self.folders:
             model = self.whole(name)
             self._run_once(model)
-            self._warm_up(model)
+            if self.settings.device.type == "cuda":
+                self._warm_up(model)
             if self._memory is not None:
                 self._reserve(model)
             model.unload()
@@ -153,15 +154,36 @@ class CheckpointWeights:
                 model.tell(logits, level, wanted).cpu()
 
     def _warm_up(self, model: EarlyExitLM) -> None:
-        """Capture once what serving may capture at any depth, and drop it; the layers go.
+        """Prefill and capture once what serving may, at any depth; kernels are loaded as they run.
 
-        Shallower loads leave room for more rows, so that each has batches of its own.
+        Shallower loads leave room for more rows, so that each has batches of its own; the layers go
+        on the way.
         """
+        self._prefill_once(model)
         for depth in reversed(model.exit_layers):
             pool_blocks = self.room.pool_blocks(model.name, depth)
             if self.settings.graphs and pool_blocks:
                 model.shrink(depth)
                 self._warm_up_over(model, self._new_pool(model, depth, pool_blocks))
+
+    def _prefill_once(self, model: EarlyExitLM) -> None:
+        """Prefill prompts of 1, 2, 4, ... tokens: products of other sizes are other kernels."""
+        blocks = self.room.pool_blocks(model.name, model.depth)
+        if not blocks:
+            return
+        pool = self._new_pool(model, model.depth, blocks)
+        decoder = Decoder(model, pool)
+        longest = min(self.settings.max_tokens, pool.max_tokens)
+        tokens = 1
+        while tokens <= min(self.room.serving.max_prefill_tokens, pool.capacity_tokens):
+            each = min(tokens, longest)
+            fitting = pool.capacity_tokens // round_up(each, self.room.serving.block_tokens)
+            count = min(tokens // each, pool.max_rows, max(1, fitting))
+            rows = [pool.admit(each) for _ in range(count)]
+            decoder.extend(rows, [[0] * each] * count, [0] * count)
+            for row in reversed(rows):
+                pool.release(row)
+            tokens *= 2
 
     def _warm_up_over(self, model: EarlyExitLM, pool: Pool) -> None:
         graphs = self._new_decoder(model, pool).graphs

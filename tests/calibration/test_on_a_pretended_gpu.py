@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import polars as pl
 import pytest
@@ -27,6 +28,7 @@ from calibration.model.decode import Decoder, generate, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.graphs import WARM_UPS, CaptureError, CudaRecorder
 from calibration.model.host_copy import HostCopy
+from calibration.serving.host import Host
 from calibration.serving.serve import ServeSettings, serve
 from helios_sim.profile import load_profile
 from helios_sim.records import read_run
@@ -332,6 +334,42 @@ def test_served_tokens_are_those_of_a_processor(place: Path, gpu: Gpu) -> None:
     assert re.search(r"[1-9]\d* graphs captured in", said)
     assert found[0].height > 10
     assert found[0]["token"].to_list() == found[1]["token"].to_list()
+
+
+@serves
+@pytest.mark.parametrize("kv", ["slots", "pages"])
+def test_before_the_clock_prompts_of_every_size_and_graphs_of_every_load_have_run(
+    place: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, kv: Literal["slots", "pages"]
+) -> None:
+    prefilled: list[int] = []
+    warm_ups: list[int] = []
+    begun: list[int] = []
+    extend, record, play = Decoder.extend, CudaRecorder.record, Host.play
+
+    def extending(self: Decoder, rows: Any, ids: Any, *given: Any, **named: Any) -> Any:
+        prefilled.append(sum(map(len, ids)))
+        return extend(self, rows, ids, *given, **named)
+
+    def recording(self: CudaRecorder, body: Any, count: int) -> Any:
+        warm_ups.append(count)
+        return record(self, body, count)
+
+    def playing(self: Host) -> None:
+        begun.extend((len(prefilled), len(warm_ups)))
+        play(self)
+
+    monkeypatch.setattr(Decoder, "extend", extending)
+    monkeypatch.setattr(CudaRecorder, "record", recording)
+    monkeypatch.setattr(Host, "play", playing)
+    settings = ServeSettings((place / "family",), ("helios",), device="cuda", kv=kv)
+    serve(place / "tiny.toml", place / "run", settings)
+    at_prefill, at_record = begun
+    # The longest request has fewer than 16 tokens, and two are prefilled together.
+    assert {1, 2, 4, 8} <= set(prefilled[:at_prefill])
+    assert max(prefilled[:at_prefill]) > 16
+    assert set(warm_ups[:at_record]) >= {WARM_UPS}
+    assert len(warm_ups) > at_record
+    assert set(warm_ups[at_record:]) == {0}
 
 
 @serves
