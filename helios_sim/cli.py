@@ -423,7 +423,7 @@ def _show(results: Sequence[Result]) -> None:
         first, *_, last = replications["seeds"]
         _say(
             f"These are the runs of seed {first}; means and 95 % intervals over the seeds {first} "
-            f"to {last} stand under replications in the summary.json of each run."
+            f"to {last} stand on the page and under replications in the summary.json of each run."
         )
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
 

@@ -111,6 +111,8 @@ def test_a_table_of_the_first_replication_says_where_the_others_are(
     summary = json.loads((tmp_path / "out" / "helios" / "summary.json").read_text())
     assert summary["seed"] == 5
     assert summary["replications"]["seeds"] == [5, 6, 7]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "means over the 3 seeds 5 to 7 stand below" in page
 
 
 def test_runs_can_be_compared_and_reported_again(

@@ -152,6 +152,29 @@ def test_the_page_asks_nothing_of_the_network() -> None:
     assert "url(" not in html
 
 
+def test_other_seeds_are_shown_with_their_intervals() -> None:
+    """What all seeds agree on has no interval, and a figure that no seed has no value."""
+    runs = make_runs()
+    summaries = [summarise(run) for run in runs]
+    assert "Over all seeds" not in render(runs, summaries, "one seed")
+    for place, summary in enumerate(summaries):
+        figures = {
+            "slo_attainment": {"mean": 0.9, "low": 0.85, "high": 0.95, "std": 0.01, "num": 3},
+            "num_refused": {"mean": 0.0, "low": 0.0, "high": 0.0, "std": 0.0, "num": 3},
+        }
+        if place == 0:
+            del figures["slo_attainment"]
+        said = ["stable", "backlogged", "stable"] if place else ["stable"] * 3
+        summary["replications"] = {"seeds": [4, 5, 6], "saturation": said, "figures": figures}
+    page = render(runs, summaries, "three seeds")
+    section = page.split("<h2>Over all seeds</h2>")[1].split("</section>")[0]
+    assert "Means over the 3 seeds 4 to 6" in section
+    assert "<td>\N{EN DASH}</td><td>90 <span class='unit'>[85, 95]</span></td>" in section
+    assert "<td>0</td><td>0</td>" in section
+    assert "<td>stable</td><td>stable 2, backlogged 1</td>" in section
+    assert "means over the 3 seeds 4 to 6 stand below" in page
+
+
 def test_text_of_users_is_escaped() -> None:
     """Titles, labels and reasons with markup are shown, never run."""
     evil = "</script><script>alert(1)</script>"

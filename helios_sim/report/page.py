@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -15,6 +16,7 @@ from helios_sim.errors import InputError
 from helios_sim.metrics import (
     COMPARED,
     DEFINITIONS,
+    SCALE,
     ComparisonRow,
     check_comparable,
     columns_of,
@@ -34,6 +36,7 @@ from helios_sim.report.words import (
     listed,
     number,
     remarks,
+    seeds_of,
     size,
     span,
     times,
@@ -92,6 +95,7 @@ def render(
     sections = [
         _opening(runs, summaries, title, question),
         _comparison(runs, summaries),
+        _replications(summaries),
         _published(runs, summaries),
         _latencies(runs, summaries, drawn),
         _attainment(summaries, drawn),
@@ -285,6 +289,56 @@ def _paired(runs: Sequence[RunData], summaries: Sequence[Summary]) -> tuple[str,
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
     return table, True
+
+
+def _replications(summaries: Sequence[Summary]) -> str:
+    """Means and intervals over the seeds that were run; nothing where there was one."""
+    replicated = [summary.get("replications") or {} for summary in summaries]
+    if not all(one.get("figures") for one in replicated):
+        return ""
+    body = []
+    for key, title, unit, _, _ in COMPARED:
+        found = [one["figures"].get(key) for one in replicated]
+        if not any(found):
+            continue
+        cells = "".join(f"<td>{_interval(one, SCALE.get(key, 1.0))}</td>" for one in found)
+        shown = f' <span class="unit">{escape(unit)}</span>' if unit else ""
+        body.append(f'<tr><th scope="row">{escape(title)}{shown}</th>{cells}</tr>')
+    words = [one.get("saturation") or () for one in replicated]
+    cells = "".join(f"<td>{escape(_counted_words(said))}</td>" for said in words)
+    body.append(f'<tr><th scope="row">Saturation</th>{cells}</tr>')
+    several = len(summaries) > 1
+    head = "".join(
+        f'<th scope="col">{_swatch(place) if several else ""}{escape(summary["label"])}</th>'
+        for place, summary in enumerate(summaries)
+    )
+    return section(
+        "Over all seeds",
+        f"Means over {seeds_of(summaries[0])} with their 95 % intervals (Student's t). All else on "
+        "this page is the run of the first.",
+        f'<div class="panel scroll"><table {_columns(len(summaries), "figures paired")}>'
+        f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>",
+    )
+
+
+def _interval(figure: Mapping[str, Any] | None, scale: float) -> str:
+    """A mean, with its interval where seeds differ."""
+    if figure is None:
+        return "\N{EN DASH}"
+    mean, low, high = (
+        None if figure[name] is None else number(scale * figure[name])
+        for name in ("mean", "low", "high")
+    )
+    return f"{mean}" if low == high else f"{mean} <span class='unit'>[{low}, {high}]</span>"
+
+
+def _counted_words(said: Sequence[str | None]) -> str:
+    """Each word and how often it was said, the most frequent first: "stable 4, backlogged 1"."""
+    counts = Counter(word for word in said if word is not None)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{word} {count}" for word, count in counts.most_common())
 
 
 def _signed(value: float) -> str:

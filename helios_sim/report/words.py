@@ -321,7 +321,15 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
     ]
     if refused:
         found.append(f"Refused requests, which no SLO forgives: {listed(refused)}.")
+    if (first.get("replications") or {}).get("figures"):
+        found.append(f"These are the runs of one seed; means over {seeds_of(first)} stand below.")
     return found
+
+
+def seeds_of(summary: Summary) -> str:
+    """The seeds of a replicated run: "the 5 seeds 1 to 5"."""
+    first, *_, last = summary["replications"]["seeds"]
+    return f"the {len(summary['replications']['seeds'])} seeds {first} to {last}"
 
 
 def beyond_measured(names: Sequence[str], summaries: Sequence[Summary]) -> str | None:
