@@ -648,14 +648,6 @@ def start_decode(w: World, r: int, rep: Any) -> None:
         padded,
         w.residual[model, rep.level, batch],
     )
-    # Tokens fed again take several places a row, which no graph serves.
-    if pending == 0:
-        asked = rep.level if num_checks == 0 else 0
-        filled_rows = 0.0 if filled == 0 else padded
-        captured_s = capture(w, r, rep, 0, asked, deepest, padded, filled_rows)
-        if captured_s > 0.0:
-            seconds += captured_s
-            regime = cost.LAUNCH
     joules = cost.decode_joules(
         c,
         padded + pending,
@@ -668,6 +660,15 @@ def start_decode(w: World, r: int, rep: Any) -> None:
         padded,
         seconds,
     )
+    # Tokens fed again take several places a row, which no graph serves.
+    if pending == 0:
+        asked = rep.level if num_checks == 0 else 0
+        filled_rows = 0.0 if filled == 0 else padded
+        captured_s = capture(w, r, rep, 0, asked, deepest, padded, filled_rows)
+        if captured_s > 0.0:
+            seconds += captured_s
+            joules += cost.capture_joules(c, captured_s)
+            regime = cost.LAUNCH
     rep.iteration_layers = layers
     rep.num_decode_iterations += 1
     rep.decode_rows += count
@@ -768,10 +769,6 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     seconds = seconds + cost.told_seconds(c, leavers)
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
-    captured_s = capture(w, r, rep, passed, passed, level, padded, leavers)
-    if captured_s > 0.0:
-        seconds += captured_s
-        regime = cost.LAUNCH
     for k in range(rep.num_ready):
         row = w.rows[r, w.order[r, k]]
         if row.held == passed:
@@ -783,6 +780,11 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
                     w.block_phases[r, block_phase(rep, row)] -= 1
                 row.held = level + 1
     joules = cost.iteration_joules(c, seconds, joules)
+    captured_s = capture(w, r, rep, passed, passed, level, padded, leavers)
+    if captured_s > 0.0:
+        seconds += captured_s
+        joules += cost.capture_joules(c, captured_s)
+        regime = cost.LAUNCH
     rep.num_decode_iterations += 1
     rep.decode_rows += batch
     rep.decode_s += seconds

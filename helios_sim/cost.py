@@ -215,6 +215,12 @@ def capture_seconds(
 
 
 @compilable
+def capture_joules(c: Any, seconds: float) -> float:
+    """Joules drawn while graphs are captured: the host works, and the device is no busier."""
+    return c[26] * seconds
+
+
+@compilable
 def iteration_joules(c: Any, seconds: float, above_active_j: float) -> float:
     """Joules of an iteration: active power and work on top, within the board's power limit.
 

@@ -375,7 +375,7 @@ def unit_of(name: str) -> str:
 
 
 _BASES: Final = {"s": "s", "j": "J", "w": "W", "bytes": "B", "nats": "nat"}
-_DIVISORS: Final = r"context_token|padded_token|token|row|prompt|pair|graph|layer|s(?![a-z])"
+_DIVISORS: Final = r"context_token|padded_token|token|row|prompt|pair|graph|exit|layer|s(?![a-z])"
 _UNITS: Final = {
     "exit_layers": "layer",
     "exit_head_params": "parameter",

@@ -426,10 +426,12 @@ class NaiveReplica:
         read = (padded + again, context, padded_context)
         passed = (layers, checks, heads, filled, padded)
         seconds, _ = cost.decode_seconds(c, *read, *passed, residual)
+        joules = cost.decode_joules(c, *read, *passed, seconds)
         if again == 0:
             asked = range(deepest + 1) if self.exits_active else [deepest]
-            seconds += self.capture(0, deepest, asked, padded, padded if filled else None)
-        joules = cost.decode_joules(c, *read, *passed, seconds)
+            captured_s = self.capture(0, deepest, asked, padded, padded if filled else None)
+            seconds += captured_s
+            joules += cost.capture_joules(c, captured_s)
         return Iteration(self.clock_s, seconds, joules, {}, leaves_at, {}, layers)
 
     def capture(
@@ -511,8 +513,10 @@ class NaiveReplica:
         seconds += cost.told_seconds(c, padded)
         seconds += cost.kv_fill_seconds(c, padded, beyond)
         joules += cost.kv_fill_joules(c, padded, beyond)
-        seconds += self.capture(passed, level, range(passed, level + 1), rows, padded)
         joules = cost.iteration_joules(c, seconds, joules)
+        captured_s = self.capture(passed, level, range(passed, level + 1), rows, padded)
+        seconds += captured_s
+        joules += cost.capture_joules(c, captured_s)
         leaves_at = {row: level for row in leavers}
         held_at = {row: level + 1 for row in company if row not in leaves_at}
         return Iteration(self.clock_s, seconds, joules, {}, leaves_at, held_at, exit_layers[level])

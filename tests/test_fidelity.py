@@ -614,15 +614,20 @@ def test_an_iteration_that_captures_graphs_is_predicted_to_take_their_time() -> 
     # One of the two that capture is alone at its batch.
     batches = np.array([1.0, 1.0, 1.0, 2.0])
     rows = {name: batches for name in ("batch", "rows", "filled_rows")}
-    found = recorded("small", [0.066, 0.066, 0.2, 0.2], **rows, **counts)
+    found = recorded("small", [0.066, 0.066, 0.212, 0.212], **rows, **counts)
     plain = predict(found, profile, 8)
     assert plain.seconds == pytest.approx([0.055, 0.055, 0.347, 0.347])
     by_model = factors(found, plain, "mean")
     assert by_model["small"].decode == pytest.approx({1: 1.2})
-    assert by_model["small"].capture == pytest.approx((0.2 - 0.055) / 0.292)
+    assert by_model["small"].capture == pytest.approx(0.5)
     again = predict(found, retimed(profile, by_model, {}), 8)
     assert again.steady_s == pytest.approx([0.066] * 4)
-    assert again.capture_s[2] == pytest.approx(0.2 - 0.055)
+    assert again.seconds == pytest.approx(found.seconds)
+    # Where a profile knows nothing of capturing, what captures is no steady iteration either.
+    ignorant = predict(found, profile_of(thumbnail()), 8)
+    assert factors(found, ignorant, "mean")["small"].decode == pytest.approx({1: 1.2})
+    assert factors(found, ignorant, "mean")["small"].capture is None
+    assert factors(found, plain, "slow")["small"].capture is None
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])

@@ -152,27 +152,49 @@ def test_the_page_asks_nothing_of_the_network() -> None:
     assert "url(" not in html
 
 
-def test_other_seeds_are_shown_with_their_intervals() -> None:
+def figure_of(mean: float, low: float | None, high: float | None, num: int = 3) -> dict[str, Any]:
+    """A figure over replications, as `aggregate` gives it."""
+    return {"mean": mean, "low": low, "high": high, "std": 0.1, "num": num}
+
+
+def test_all_seeds_are_shown_with_their_intervals() -> None:
     """What all seeds agree on has no interval, and a figure that no seed has no value."""
     runs = make_runs()
     summaries = [summarise(run) for run in runs]
     assert "Over all seeds" not in render(runs, summaries, "one seed")
     for place, summary in enumerate(summaries):
         figures = {
-            "slo_attainment": {"mean": 0.9, "low": 0.85, "high": 0.95, "std": 0.01, "num": 3},
-            "num_refused": {"mean": 0.0, "low": 0.0, "high": 0.0, "std": 0.0, "num": 3},
+            "slo_attainment": figure_of(0.9, 0.85, 0.95),
+            "num_refused": figure_of(0.0, 0.0, 0.0),
+            "agreement": figure_of(0.99622, 0.99612, 0.99632),
+            "perplexity": figure_of(3.5, None, None, num=1),
         }
         if place == 0:
             del figures["slo_attainment"]
-        said = ["stable", "backlogged", "stable"] if place else ["stable"] * 3
+        said = ["stable", "backlogged", "stable"] if place else [None] * 3
         summary["replications"] = {"seeds": [4, 5, 6], "saturation": said, "figures": figures}
     page = render(runs, summaries, "three seeds")
     section = page.split("<h2>Over all seeds</h2>")[1].split("</section>")[0]
     assert "Means over the 3 seeds 4 to 6" in section
     assert "<td>\N{EN DASH}</td><td>90 <span class='unit'>[85, 95]</span></td>" in section
     assert "<td>0</td><td>0</td>" in section
-    assert "<td>stable</td><td>stable 2, backlogged 1</td>" in section
+    assert "<td>99.62 <span class='unit'>[99.61, 99.63]</span></td>" in section
+    assert "<td>3.500 <span class='unit'>in 1 of 3</span></td>" in section
+    assert "<td>\N{EN DASH}</td><td>stable 2, backlogged 1</td>" in section
     assert "means over the 3 seeds 4 to 6 stand below" in page
+
+
+@pytest.mark.parametrize("seeds", [[7, 8], None])
+def test_runs_of_other_seeds_have_no_table_of_all(seeds: list[int] | None) -> None:
+    runs = make_runs()[:2]
+    summaries = [summarise(run) for run in runs]
+    for summary, own in zip(summaries, ([1, 2, 3], seeds), strict=True):
+        if own is not None:
+            figures = {"num_refused": figure_of(0.0, 0.0, 0.0)}
+            summary["replications"] = {"seeds": own, "saturation": [], "figures": figures}
+    page = render(runs, summaries, "seeds apart")
+    assert "Over all seeds" not in page
+    assert "stand below" not in page
 
 
 def test_text_of_users_is_escaped() -> None:

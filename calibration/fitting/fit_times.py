@@ -358,7 +358,7 @@ def _capture(points: pl.DataFrame) -> Chosen:
 
 
 def _capture_numbers(capture: Chosen | None, points: pl.DataFrame, mode: str) -> dict[str, Number]:
-    count, tells = points.height, (points["quantity"] == "capture_tell").any()
+    count, kinds = points.height, set(points["quantity"])
     if capture is None:
         graphs = mode == "graph"
         why = "capturing was not timed" if graphs else "no graphs: decodes were timed eagerly"
@@ -370,9 +370,12 @@ def _capture_numbers(capture: Chosen | None, points: pl.DataFrame, mode: str) ->
         name: Number(float(value), "measured", source, float(error))
         for name, value, error in zip(cost.CAPTURE_COEFFICIENTS, *found, strict=True)
     }
-    if not tells:
-        why = "no graphs: what an exit says was computed eagerly"
+    if "capture_tell" not in kinds:
+        why = "no graph of what an exit says was captured: it is computed eagerly"
         numbers["capture.s_per_exit"] = Number(0.0, "derived", why)
+    if "capture_fill" not in kinds:
+        why = "no graph that fills was captured: one exit skips nothing"
+        numbers["capture.s_per_filled_layer"] = Number(0.0, "derived", why)
     return numbers
 
 

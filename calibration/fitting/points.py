@@ -124,7 +124,7 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
     )
     # How long bytes take to move differs from trial to trial for reasons of its own.
     lengthened = pl.col("seconds") > MOST_LENGTHENED * pl.col("seconds").min().over(same)
-    # Nor are graphs of one kind captured twice: each is one of its own.
+    # Of graphs alike each is captured once, and their times are no trials of one work.
     lengthened &= ~pl.col("quantity").is_in(CAPTURES)
     kept = kept.filter(~(lengthened & ~metered & ~moved).fill_null(False))
     return (

@@ -135,10 +135,15 @@ class PartsFile:
         return StageTime(quantity, seconds, self.num_bytes, copy.note)
 
 
-def pinned_copies(num_bytes: int, dtype: torch.dtype, device: torch.device) -> Work:
-    """Work that copies so many bytes from one pinned buffer to the device, and waits for them."""
+def pinned_copies(num_bytes: int, dtype: torch.dtype, device: torch.device) -> Work | str:
+    """Work that copies so many bytes from one pinned buffer to the device, and waits for them.
+
+    The reason where the system refuses to pin.
+    """
     elements = num_bytes // dtype.itemsize
     copy = HostCopy([elements], dtype, True, device)
+    if not copy.is_pinned:
+        return copy.note
     # Random values, a stretch of them again and again: drawing them all would take seconds.
     drawn = torch.randn(min(elements, _DRAWN_ELEMENTS)).to(dtype)
     for stretch in torch.split(copy.buffer, len(drawn)):

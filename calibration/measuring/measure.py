@@ -352,6 +352,9 @@ class _Session:
         missing = [reading for reading in linked if reading.key not in self.readings]
         if missing:
             copying = pinned_copies(_LINK_BYTES, self.dtype, self.device)
+            if isinstance(copying, str):
+                self._note(f"no copies over the link: {copying}")
+                return
             for reading in missing:
                 (timing,) = timed([copying], timer_for(self.device), samples=SAMPLES)
                 self._keep(reading.timed(timing))
@@ -378,6 +381,9 @@ class _Session:
         if not metered or reading.key in self.readings:
             return
         copying = pinned_copies(num_bytes, self.dtype, self.device)
+        if isinstance(copying, str):
+            self._note(f"no power of loading: {copying}")
+            return
         copying()
         window = self.meter.open()
         begin_s, repetitions = time.perf_counter(), 0

@@ -44,7 +44,8 @@ class Place:
     `rows`, `starts` (tokens a row holds already) and `counts` (new ones) are host integers;
     `addresses_host`, `positions_host` and `located_host` say on the host what the tensors say on
     the device, as `targets_host` says the token that truly follows in each row, if anybody knows.
-    `context_tokens` is the width that attention reads of every row.
+    `context_tokens` is the width that attention reads of every row, `by_graphs` says whether graphs
+    may serve it, where there are any.
     """
 
     rows: Indices
@@ -56,6 +57,7 @@ class Place:
     context_tokens: int
     device: torch.device
     targets_host: Indices | None = None
+    by_graphs: bool = True
     _positions: Tensor | None = None
     _addresses: Tensor | None = None
     _targets: Tensor | None = None

@@ -3,9 +3,9 @@
 One graph for each (segment between exits, batch bucket, context bucket), and one a batch bucket for
 embedding, for each exit's word, and for filling each skipped segment's KV. All lie in one memory
 pool: every one before anything is served, the largest first, or each when it is first wanted.
-Graphs read their inputs from buffers that all of them share, and leave the states of
-rows in one; rows that pad a bucket write to the pool's scratch tokens. Whether a token leaves at an
-exit is decided on the host between two replays.
+Graphs read their inputs from buffers that all of them share, and leave the states of rows in one;
+rows that pad a bucket write to the pool's scratch tokens. Whether a token leaves at an exit is
+decided on the host between two replays.
 """
 
 from __future__ import annotations
@@ -115,19 +115,27 @@ class CudaRecorder:
             with torch.cuda.device(self.device):
                 stream = capture_stream(torch.cuda.current_device())
                 stream.wait_stream(serving)
-                with torch.cuda.stream(stream):
-                    for _ in range(warm_ups):
-                        body()
-                    graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                    try:
-                        output = body()
-                    finally:
-                        graph.capture_end()
-                serving.wait_stream(stream)
+                try:
+                    output = self._captured(graph, stream, body, warm_ups)
+                finally:
+                    serving.wait_stream(stream)
         except RuntimeError as error:
             end_allocating(self.device, self.pool)
             raise CaptureError(first_cause(error)) from error
         return CudaRecording(graph, output)
+
+    def _captured(
+        self, graph: Any, stream: Any, body: Callable[[], Tensor], warm_ups: int
+    ) -> Tensor:
+        """The output of `body` as it is captured on the stream."""
+        with torch.cuda.stream(stream):
+            for _ in range(warm_ups):
+                body()
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                return body()
+            finally:
+                graph.capture_end()
 
 
 def end_allocating(device: torch.device, pool: Any) -> None:
@@ -239,9 +247,9 @@ class DecodeGraphs:
 
     `capture_s`, `num_graphs`, `num_exits`, `ran_layers` and `filled_layers` say what capturing has
     taken so far: exits' words among the graphs, layers in every graph that runs or fills them. The
-    graphs hold for as long
-    as no layer and no store they read is dropped. States [rows, hidden] that a replay answers with
-    lie where the next one reads and writes them: who wants to keep them copies them.
+    graphs hold for as long as no layer and no store they read is dropped. States [rows, hidden]
+    that a replay answers with lie where the next one reads and writes them: who wants to keep them
+    copies them.
     """
 
     def __init__(
@@ -324,7 +332,7 @@ class DecodeGraphs:
         context: int | None = 0
         if kind is Kind.RUN:
             context = bucket_of(place.context_tokens, self.settings.context_buckets)
-        if not place.is_decode or rows is None or context is None:
+        if not (place.is_decode and place.by_graphs) or rows is None or context is None:
             return None
         gathers = kind is Kind.RUN and (self._finds_rows or place.located_host is not None)
         key = GraphKey(first, last, rows, context, gathers, kind)

@@ -220,7 +220,10 @@ class ModelMachine:
             targets = [
                 row.life.text[min(row.life.num_tokens, len(row.life.text) - 1)] for row in order
             ]
-        return self.decoder.place([row.slot for row in order], starts, counts, targets)
+        place = self.decoder.place([row.slot for row in order], starts, counts, targets)
+        # Prompts of one token are prefilled as all others are.
+        place.by_graphs = min(starts) > 0
+        return place
 
     def _run(self, last: int) -> None:
         """Run to a layer by the segments between exits, which is how graphs are captured."""

@@ -76,6 +76,7 @@ class CheckpointWeights:
         self.pool: Pool | None = None
         self._rows_said: dict[str, str] = {}
         self._graphs_said: dict[str, tuple[int, float]] = {}
+        self._eager_said: dict[str, str] = {}
         self._decoder: Decoder | None = None
         self._taken_up = ""
         self._arriving: str | None = None
@@ -109,6 +110,8 @@ class CheckpointWeights:
         said = dict(self._rows_said)
         for key, (count, seconds) in self._graphs_so_far().items():
             said[key] += f", {count} graphs captured in {seconds:.2f} s"
+        for key, reason in self._eager_so_far().items():
+            said[key] += f", eagerly: {reason}"
         return said
 
     @property
@@ -159,28 +162,37 @@ class CheckpointWeights:
         Shallower loads leave room for more rows, so that each has batches of its own; the layers go
         on the way.
         """
-        self._prefill_once(model)
-        for depth in reversed(model.exit_layers):
-            pool_blocks = self.room.pool_blocks(model.name, depth)
-            if self.settings.graphs and pool_blocks:
-                model.shrink(depth)
+        depths = [
+            depth
+            for depth in reversed(model.exit_layers)
+            if self.room.pool_blocks(model.name, depth)
+        ]
+        for depth in depths:
+            model.shrink(depth)
+            if depth == depths[0]:
+                self._prefill_once(model)
+            if self.settings.graphs:
+                pool_blocks = self.room.pool_blocks(model.name, depth)
                 self._warm_up_over(model, self._new_pool(model, depth, pool_blocks))
 
     def _prefill_once(self, model: EarlyExitLM) -> None:
         """Prefill prompts of 1, 2, 4, ... tokens: products of other sizes are other kernels."""
-        blocks = self.room.pool_blocks(model.name, model.depth)
-        if not blocks:
-            return
-        pool = self._new_pool(model, model.depth, blocks)
+        serving, depth = self.room.serving, model.depth
+        pool = self._new_pool(model, depth, self.room.pool_blocks(model.name, depth))
         decoder = Decoder(model, pool)
-        longest = min(self.settings.max_tokens, pool.max_tokens)
+        longest = min(self.settings.max_tokens, pool.max_tokens, model.backbone.max_positions)
+        # A static batch is prefilled whole.
+        most = pool.capacity_tokens
+        if serving.batching != "static":
+            most = min(most, serving.max_prefill_tokens)
         tokens = 1
-        while tokens <= min(self.room.serving.max_prefill_tokens, pool.capacity_tokens):
+        while tokens <= most:
             each = min(tokens, longest)
-            fitting = pool.capacity_tokens // round_up(each, self.room.serving.block_tokens)
+            fitting = pool.capacity_tokens // round_up(each, serving.block_tokens)
             count = min(tokens // each, pool.max_rows, max(1, fitting))
             rows = [pool.admit(each) for _ in range(count)]
-            decoder.extend(rows, [[0] * each] * count, [0] * count)
+            hidden = decoder.extend(rows, [[0] * each] * count, [0] * count)
+            model.logits(hidden, model.depth_level)
             for row in reversed(rows):
                 pool.release(row)
             tokens *= 2
@@ -188,7 +200,7 @@ class CheckpointWeights:
     def _warm_up_over(self, model: EarlyExitLM, pool: Pool) -> None:
         graphs = self._new_decoder(model, pool).graphs
         if graphs is not None:
-            # What cannot be captured here cannot be when it is wanted, which is then told.
+            # What cannot be captured here cannot be when it is wanted, and `notes` say so.
             with suppress(CaptureError):
                 graphs.warm_up()
 
@@ -273,7 +285,17 @@ class CheckpointWeights:
     def _let_go(self) -> None:
         """Keep nothing of the last machine's pool and graphs."""
         self._graphs_said = self._graphs_so_far()
+        self._eager_said = self._eager_so_far()
         self._decoder = self.pool = None
+
+    def _eager_so_far(self) -> dict[str, str]:
+        """Why there are no graphs, or no more, by what was taken up; nothing on a processor."""
+        found = dict(self._eager_said)
+        decoder = self._decoder
+        on_gpu = self.settings.device.type == "cuda"
+        if on_gpu and self.settings.graphs and decoder is not None and decoder.graphs is None:
+            found[self._taken_up] = decoder.graphs_off_reason
+        return found
 
     def _graphs_so_far(self) -> dict[str, tuple[int, float]]:
         """Graphs and the seconds of capturing them, by what was taken up."""

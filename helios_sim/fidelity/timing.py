@@ -8,6 +8,7 @@ is left of it by batch a factor on the layers alone, which is where a profile ca
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Literal
@@ -149,7 +150,7 @@ def factors(
     found = {}
     whole = predicted.steady_s
     known = np.isfinite(whole) & (whole > 0.0)
-    captures = predicted.capture_s > 0.0
+    captures = iterations.captured_graphs + iterations.captured_exits > 0.0
     for name in np.unique(iterations.model[known]):
         mine = known & (iterations.model == name)
         decodes = mine & iterations.is_decode & ~captures
@@ -162,11 +163,11 @@ def factors(
                 float(predicted.layers_s[at].sum()),
                 float(predicted.rest_s[at].sum()),
             )
-        at = mine & ~iterations.is_decode
+        at = mine & ~iterations.is_decode & ~captures
         found[str(name)] = Factors(
             decode=by_batch,
             shares=shares,
-            capture=_capture_factor(iterations, predicted, mine & captures, statistic),
+            capture=_capture_factor(iterations, predicted, mine & captures, by_batch, statistic),
             prefill=_factor(iterations.model_s[at], whole[at], statistic) if at.any() else None,
             prefill_s=float(predicted.layers_s[at].sum()),
             prefill_head_s=float(predicted.rest_s[at].sum()),
@@ -175,12 +176,23 @@ def factors(
 
 
 def _capture_factor(
-    iterations: Iterations, predicted: Predicted, at: Bools, statistic: Statistic
+    iterations: Iterations,
+    predicted: Predicted,
+    captures: Bools,
+    by_batch: Mapping[int, float],
+    statistic: Statistic,
 ) -> float | None:
-    """Of what iterations took beyond the predicted steady part; None where none captured."""
-    if not at.any():
+    """Of what iterations took beyond what their batch takes otherwise.
+
+    None where nothing was captured, or none was predicted, and where slow iterations are asked for:
+    each graph is captured once.
+    """
+    at = captures & (predicted.capture_s > 0.0)
+    if statistic == "slow" or not at.any():
         return None
-    beyond = np.maximum(iterations.model_s[at] - predicted.steady_s[at], 0.0)
+    usual = statistics.median(by_batch.values()) if by_batch else 1.0
+    steady = np.array([by_batch.get(int(batch), usual) for batch in iterations.batch[at]])
+    beyond = np.maximum(iterations.model_s[at] - steady * predicted.steady_s[at], 0.0)
     return max(_factor(beyond, predicted.capture_s[at], statistic), _LEAST)
 
 

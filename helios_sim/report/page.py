@@ -37,6 +37,7 @@ from helios_sim.report.words import (
     number,
     remarks,
     seeds_of,
+    seeds_said,
     size,
     span,
     times,
@@ -230,8 +231,7 @@ def _sending(runs: Sequence[RunData]) -> str:
 
 def _row(row: ComparisonRow, several: bool) -> str:
     unit = f' <span class="unit">{escape(row.unit)}</span>' if row.unit else ""
-    # Quality differs in later digits than the rest and matters there.
-    digits = 4 if row.key in {"perplexity", "agreement"} else 3
+    digits = _digits(row.key)
     cells = []
     for place, value in enumerate(row.values):
         css = " ".join(
@@ -292,16 +292,17 @@ def _paired(runs: Sequence[RunData], summaries: Sequence[Summary]) -> tuple[str,
 
 
 def _replications(summaries: Sequence[Summary]) -> str:
-    """Means and intervals over the seeds that were run; nothing where there was one."""
-    replicated = [summary.get("replications") or {} for summary in summaries]
-    if not all(one.get("figures") for one in replicated):
+    """Means and intervals over the seeds that were run; nothing unless all ran the same ones."""
+    seeds = seeds_of(summaries)
+    if seeds is None:
         return ""
+    replicated = [summary["replications"] for summary in summaries]
     body = []
     for key, title, unit, _, _ in COMPARED:
         found = [one["figures"].get(key) for one in replicated]
         if not any(found):
             continue
-        cells = "".join(f"<td>{_interval(one, SCALE.get(key, 1.0))}</td>" for one in found)
+        cells = "".join(f"<td>{_over_seeds(key, one, len(seeds))}</td>" for one in found)
         shown = f' <span class="unit">{escape(unit)}</span>' if unit else ""
         body.append(f'<tr><th scope="row">{escape(title)}{shown}</th>{cells}</tr>')
     words = [one.get("saturation") or () for one in replicated]
@@ -314,31 +315,40 @@ def _replications(summaries: Sequence[Summary]) -> str:
     )
     return section(
         "Over all seeds",
-        f"Means over {seeds_of(summaries[0])} with their 95 % intervals (Student's t). All else on "
-        "this page is the run of the first.",
+        f"Means over {seeds_said(seeds)} with their 95 % intervals (Student's t), none where all "
+        "are alike. All else on this page is the run of the first.",
         f'<div class="panel scroll"><table {_columns(len(summaries), "figures paired")}>'
         f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>",
     )
 
 
-def _interval(figure: Mapping[str, Any] | None, scale: float) -> str:
-    """A mean, with its interval where seeds differ."""
+def _over_seeds(key: str, figure: Mapping[str, Any] | None, num_seeds: int) -> str:
+    """A mean over those seeds in which the figure is defined, with its interval."""
     if figure is None:
         return "\N{EN DASH}"
-    mean, low, high = (
-        None if figure[name] is None else number(scale * figure[name])
-        for name in ("mean", "low", "high")
-    )
-    return f"{mean}" if low == high else f"{mean} <span class='unit'>[{low}, {high}]</span>"
+    scale, digits = SCALE.get(key, 1.0), _digits(key)
+    said = number(scale * figure["mean"], digits)
+    notes = []
+    if figure["low"] != figure["high"]:
+        low, high = (number(scale * figure[end], digits) for end in ("low", "high"))
+        notes.append(f"[{low}, {high}]")
+    if figure["num"] < num_seeds:
+        notes.append(f"in {figure['num']} of {num_seeds}")
+    return " ".join([said, *(f"<span class='unit'>{note}</span>" for note in notes)])
 
 
 def _counted_words(said: Sequence[str | None]) -> str:
     """Each word and how often it was said, the most frequent first: "stable 4, backlogged 1"."""
     counts = Counter(word for word in said if word is not None)
-    if len(counts) == 1:
-        return next(iter(counts))
+    if len(counts) <= 1:
+        return next(iter(counts), "\N{EN DASH}")
     return ", ".join(f"{word} {count}" for word, count in counts.most_common())
+
+
+def _digits(key: str) -> int:
+    """Quality differs in later digits than the rest and matters there."""
+    return 4 if key in {"perplexity", "agreement"} else 3
 
 
 def _signed(value: float) -> str:

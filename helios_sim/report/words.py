@@ -321,15 +321,24 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
     ]
     if refused:
         found.append(f"Refused requests, which no SLO forgives: {listed(refused)}.")
-    if (first.get("replications") or {}).get("figures"):
-        found.append(f"These are the runs of one seed; means over {seeds_of(first)} stand below.")
+    seeds = seeds_of(summaries)
+    if seeds is not None:
+        found.append(f"These are runs of one seed; means over {seeds_said(seeds)} stand below.")
     return found
 
 
-def seeds_of(summary: Summary) -> str:
-    """The seeds of a replicated run: "the 5 seeds 1 to 5"."""
-    first, *_, last = summary["replications"]["seeds"]
-    return f"the {len(summary['replications']['seeds'])} seeds {first} to {last}"
+def seeds_of(summaries: Sequence[Summary]) -> list[int] | None:
+    """The seeds over which all of the runs were replicated; None unless they are the same ones."""
+    replicated = [summary.get("replications") or {} for summary in summaries]
+    seeds = [one.get("seeds") for one in replicated if one.get("figures")]
+    if len(seeds) < len(summaries) or any(one != seeds[0] for one in seeds):
+        return None
+    return seeds[0]
+
+
+def seeds_said(seeds: Sequence[int]) -> str:
+    """Consecutive seeds in words: "the 5 seeds 1 to 5"."""
+    return f"the {len(seeds)} seeds {seeds[0]} to {seeds[-1]}"
 
 
 def beyond_measured(names: Sequence[str], summaries: Sequence[Summary]) -> str | None:

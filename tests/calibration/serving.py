@@ -42,10 +42,14 @@ DOMAINS = ("code", "prose")
 
 
 def model_of(
-    name: str = "small", exits: Sequence[int] = (2, 4), family: str = "llama", seed: int = 0
+    name: str = "small",
+    exits: Sequence[int] = (2, 4),
+    family: str = "llama",
+    seed: int = 0,
+    positions: int = 256,
 ) -> EarlyExitLM:
     """A random model of as many layers as its last exit."""
-    stock = stock_model(family, exits[-1], seed, max_position_embeddings=256)
+    stock = stock_model(family, exits[-1], seed, max_position_embeddings=positions)
     return from_stock(stock, exits, name=name, tokenizer="bytes")
 
 
@@ -203,8 +207,8 @@ def first_exit_threshold(model: EarlyExitLM, share: float = 0.5) -> float:
 def family(folder: Path, threshold: float = 0.05) -> dict[str, Path]:
     """Two checkpoints on disk that share a tokenizer."""
     places = {}
-    for name, exits, seed in (("small", (2, 4), 1), ("large", (2, 4, 6), 2)):
-        model = model_of(name, exits, seed=seed)
+    for model in (model_of("small", (2, 4), seed=1), model_of("large", (2, 4, 6), seed=2)):
+        name = model.spec.name
         model.confidence = Confidence("max-softmax", threshold)
         save(model, folder / name)
         places[name] = folder / name

@@ -33,7 +33,7 @@ def test_graphs_are_compared_with_the_eager_path(monkeypatch: pytest.MonkeyPatch
     checks = dict(doctor.checks())
     for name in ("llama in float32", "opt in bfloat16"):
         # Segments 0-1, 1-2 and 2-4; 2 and 4 rows; two contexts; some rows or all where in slots:
-        # 36. Embedding and filling the last two segments, of each pool: 12. As they are met 6
+        # 36. Embedding and filling the last two segments, of each pool: 12. As they are wanted 6
         # segments more of each pool, all rows at one context, some at the other, embedding, and
         # both fillings of one row: 18.
         assert "66 graphs captured" in checks[f"{name}, graphs"](CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -24,6 +25,7 @@ from calibration.measuring.readings import read_points
 from calibration.measuring.sources import sample_tokens
 from calibration.measuring.timing import Captured, NotCaptured, Pace, capture
 from calibration.model import launches
+from calibration.model.confidence import Confidence
 from calibration.model.decode import Decoder, generate, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.graphs import WARM_UPS, CaptureError, CudaRecorder
@@ -370,6 +372,52 @@ def test_before_the_clock_prompts_of_every_size_and_graphs_of_every_load_have_ru
     assert set(warm_ups[:at_record]) >= {WARM_UPS}
     assert len(warm_ups) > at_record
     assert set(warm_ups[at_record:]) == {0}
+
+
+@serves
+def test_a_candidate_may_have_fewer_positions_than_another_ones_requests(
+    place: Path, gpu: Gpu
+) -> None:
+    """Before the clock no row goes beyond what its model allows."""
+    models = [
+        model_of("small", (2, 4), seed=1, positions=12),
+        model_of("large", (2, 4, 6), seed=2),
+    ]
+    for model in models:
+        model.confidence = Confidence("max-softmax", 0.05)
+        shutil.rmtree(place / "family" / model.spec.name)
+        save(model, place / "family" / model.spec.name)
+    shutil.rmtree(place / "profile")
+    write_profile(place / "profile", models, 0.05)
+    run = read_run(served(place, "vanilla", "cuda"))
+    assert run.requests["generated_tokens"].sum() > 0
+
+
+@serves
+def test_a_run_says_where_graphs_could_not_be_had(
+    place: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: CudaRecorder, body: Any, count: int) -> Any:
+        raise CaptureError("no memory is left")
+
+    monkeypatch.setattr(CudaRecorder, "record", refuse)
+    (said,) = read_run(served(place, "vanilla", "cuda")).environment["kv_pools"].values()
+    assert said.endswith("eagerly: capturing failed: no memory is left")
+
+
+@serves
+def test_prompts_of_one_token_are_prefilled_without_graphs(place: Path, gpu: Gpu) -> None:
+    text = (
+        (place / "tiny.toml")
+        .read_text()
+        .replace("min_tokens = 4, max_tokens = 12", "min_tokens = 1, max_tokens = 1")
+    )
+    (place / "tiny.toml").write_text(text)
+    iterations = pl.read_parquet(served(place, "vanilla", "cuda") / "iterations.parquet")
+    prefills = iterations.filter(pl.col("kind") == "prefill")
+    assert set(prefills["prompt_tokens"]) <= {1, 2}
+    assert prefills["captured_graphs"].sum() == 0
+    assert iterations["captured_graphs"].sum() > 0
 
 
 @serves
