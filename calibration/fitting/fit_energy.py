@@ -18,6 +18,7 @@ from calibration.fitting.fit_times import Number, kv_share, spread
 from calibration.fitting.points import FIT, HELD_OUT
 from calibration.fitting.predict import prefill_load
 from calibration.fitting.regression import Floats, relative_errors, relative_nnls
+from calibration.measuring.readings import LEAST_DECODE_WINDOWS
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.model import EarlyExitModel
 from helios_sim.profile import UNAVAILABLE, unit_of
@@ -36,7 +37,6 @@ _COLUMNS: Final = (
 )
 ENERGY_COEFFICIENTS: Final = tuple(name for name in COEFFICIENTS if unit_of(name)[0] in "JW")
 """Coefficients in joules or watts; the power limit is among them."""
-_LEAST_WINDOWS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,10 @@ def fit_energy(
     if idle_w is None or not fitted.height:
         return no_energy(why_not, limit)
     num_decode = fitted.filter(pl.col("quantity") == "decode_energy").height
-    if num_decode < _LEAST_WINDOWS:
+    if num_decode < LEAST_DECODE_WINDOWS:
         return no_energy(
-            f"{num_decode} energy windows of decode were read; {_LEAST_WINDOWS} are needed", limit
+            f"{num_decode} energy windows of decode were read; {LEAST_DECODE_WINDOWS} are needed",
+            limit,
         )
     features = _features(fitted, counts_new_token)
     joules = fitted["joules"].to_numpy()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from calibration.measuring.readings import Key, Purpose, Reading
+from calibration.measuring.readings import LEAST_DECODE_WINDOWS, Key, Purpose, Reading
 
 SAMPLES: Final = 3
 """Samples of one trial; its reading is their median."""
@@ -226,11 +226,12 @@ def plan_latency(
 def plan_energy(bounds: Bounds, window_s: float, allowed_s: float, seed: int) -> Plan:
     """Energy windows of one model: the base set as often as the time allows, three times at most.
 
-    A budget too short for the base set gets its first windows; none where not even four fit.
+    A budget too short for the base set gets its first windows; none where those that a fit needs
+    find no room.
     """
     base = list(_energy_jobs(bounds))
     number = int(allowed_s // window_s)
-    if number < 4:
+    if number < LEAST_DECODE_WINDOWS:
         return Plan((), 0.0, (f"{bounds.model}: no time for energy windows of {window_s:.1f} s",))
     jobs = [
         replace(job, trial=trial)
@@ -238,6 +239,17 @@ def plan_energy(bounds: Bounds, window_s: float, allowed_s: float, seed: int) ->
         for job in base
     ][:number]
     return Plan(shuffled_rounds(jobs, seed), len(jobs) * window_s)
+
+
+def in_turn(energy: Sequence[Job], latency: Sequence[Job], seed: int) -> tuple[Job, ...]:
+    """All trials round by round, the energy windows of the first round before all others.
+
+    A fit of seconds bears that a few loads are missing where time runs out; one of joules needs
+    most of its few windows.
+    """
+    first = [job for job in energy if job.trial == 0]
+    others = [job for job in energy if job.trial > 0]
+    return (*shuffled_rounds(first, seed), *shuffled_rounds((*others, *latency), seed))
 
 
 def shuffled_rounds(jobs: Iterable[Job], seed: int) -> tuple[Job, ...]:
@@ -423,7 +435,11 @@ def _prefill(quantity: str, bounds: Bounds, rows: int, prompt: int, cached: int)
 
 
 def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
-    """Windows that separate joules per layer, per row, per context token and per prompt token."""
+    """Windows that separate joules per layer, per row, per context token and per prompt token.
+
+    The decodes without which no joule is fitted come first; prompts and the head are derived where
+    they are not reached.
+    """
     name, depths = bounds.model, bounds.depths
     mode = bounds.modes[-1]
     full, part = depths[-1:], depths[:1] if len(depths) == 1 else depths[len(depths) // 2 - 1 :][:1]
@@ -431,17 +447,6 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
     short = max(1, min(64, long // 4))
     wide = max(1, min(bounds.max_batch, bounds.pool_tokens // long))
     decodes = [
-        (full, 1, short),
-        (full, wide, long),
-        (full, bounds.max_batch, short),
-        (part, bounds.max_batch, short),
-        (part, 1, short),
-        (full, max(1, bounds.max_batch // 4), short),
-        (part, wide, long),
-    ]
-    prompt = min(long, bounds.max_prefill_tokens)
-    prefills = [(full, prompt), (full, max(1, prompt // 8)), (part, prompt)]
-    jobs = [
         Job(
             "decode_energy",
             name,
@@ -451,9 +456,19 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
             context_tokens=context,
             longest_tokens=context,
         )
-        for depth, batch, context in decodes
+        for depth, batch, context in (
+            (full, 1, short),
+            (full, wide, long),
+            (full, bounds.max_batch, short),
+            (part, bounds.max_batch, short),
+            (part, 1, short),
+            (full, max(1, bounds.max_batch // 4), short),
+            (part, wide, long),
+            (full, 1, long),
+        )
     ]
-    jobs[3:3] = [
+    prompt = min(long, bounds.max_prefill_tokens)
+    prefills = [
         Job(
             "prefill_energy",
             name,
@@ -463,10 +478,17 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
             context_tokens=0,
             prompt_tokens=tokens,
         )
-        for depth, tokens in prefills
+        for depth, tokens in ((full, prompt), (full, max(1, prompt // 8)), (part, prompt))
     ]
-    jobs.append(Job("head_energy", name, mode, batch=bounds.max_batch))
-    yield from dict.fromkeys(jobs)
+    needed, more = _first(decodes, LEAST_DECODE_WINDOWS)
+    head = Job("head_energy", name, mode, batch=bounds.max_batch)
+    yield from dict.fromkeys((*needed, *prefills[:2], head, *more, *prefills[2:]))
+
+
+def _first(jobs: Sequence[Job], count: int) -> tuple[list[Job], list[Job]]:
+    """The first different ones, and the others."""
+    different = list(dict.fromkeys(jobs))
+    return different[:count], different[count:]
 
 
 def _filled(depths: tuple[int, ...]) -> tuple[int, ...]:

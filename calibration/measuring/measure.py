@@ -37,10 +37,10 @@ from calibration.measuring.grid import (
     USED_SHARE,
     Job,
     Probe,
+    in_turn,
     job_from,
     plan_energy,
     plan_latency,
-    shuffled_rounds,
 )
 from calibration.measuring.loading import (
     PartsFile,
@@ -87,6 +87,9 @@ _LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
 
 _COOL_DOWN_S: Final = 0.5
 """Pause after an energy window on a GPU, so that one does not warm the next."""
+
+_WINDOW_SHARE: Final = 1 / 75
+"""Of a short budget that one energy window takes: three models then get six windows each."""
 
 _PACE_EVERY_S: Final = 5.0
 """Between two looks at the machine's pace: the quickest is its pace when nobody disturbs it."""
@@ -590,23 +593,22 @@ class _Session:
         energy_s = 0.0 if isinstance(self.meter, NoMeter) else ENERGY_SHARE * usable_s
         window_s = self._energy_trial_s(bench)
         seed = self.settings.seed
-        jobs: list[Job] = []
+        windows: tuple[Job, ...] = ()
         if energy_s:
             energy = plan_energy(bounds, window_s, energy_s, seed)
-            jobs += energy.jobs
+            windows = energy.jobs
             self._note(*energy.notes)
             energy_s = energy.seconds
         again = min(MOST_PLANNED_AGAIN, probe.samples_per_quiet_one)
         timings_s = (usable_s - energy_s) / again
         latency = plan_latency(bounds, estimate_s, timings_s, allowed_s, seed)
         self._note(*latency.notes)
-        jobs += latency.jobs
-        planned = list(shuffled_rounds(jobs, seed))
+        planned = list(in_turn(windows, latency.jobs, seed))
         trials = 1 + max(job.trial for job in planned)
         planned_s = latency.seconds * again + energy_s
-        windows = f", {len(jobs) - len(latency.jobs)} energy windows" if energy_s else ""
+        metered = f", {len(windows)} energy windows" if windows else ""
         self._say(
-            f"{bench.name}: {len(latency.jobs)} timings in {trials} rounds{windows}; rows up to "
+            f"{bench.name}: {len(latency.jobs)} timings in {trials} rounds{metered}; rows up to "
             f"{bounds.max_batch}, contexts up to {bounds.max_context}, layers "
             f"{', '.join(map(str, bounds.depths))}; about "
             f"{_clock(min(planned_s, allowed_s))}."
@@ -703,7 +705,7 @@ class _Session:
 
     def _window_s(self) -> float:
         """Seconds of an energy window: the meter's minimum, less where the budget is short."""
-        short_s = 0.02 * self.settings.budget_s
+        short_s = _WINDOW_SHARE * self.settings.budget_s
         return min(self.meter.min_window_s + 2 * (self.meter.tick_s or 0.0), max(short_s, 1.0))
 
     def _cool_down_s(self) -> float:

@@ -9,12 +9,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import polars as pl
 
-from calibration.measuring.timing import Timing
 from helios_sim.errors import InputError
+
+if TYPE_CHECKING:
+    from calibration.measuring.timing import Timing
 
 READINGS_FILE: Final = "readings.jsonl"
 POINTS_FILE: Final = "points.parquet"
@@ -50,6 +52,9 @@ QUANTITIES: Final = (
     "counter_probe",
 )
 """What a reading may be of; docs/measuring.md says how each is taken."""
+
+LEAST_DECODE_WINDOWS: Final = 4
+"""Energy windows of different decodes that a fit needs: it has as many unknowns."""
 
 LINK: Final = "link"
 """The mode of a copy from page-locked host memory to the device."""

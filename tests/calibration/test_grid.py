@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from calibration.measuring.grid import (
     RICHNESS,
@@ -10,6 +14,7 @@ from calibration.measuring.grid import (
     Job,
     Probe,
     geometric,
+    in_turn,
     job_from,
     plan_energy,
     plan_latency,
@@ -17,6 +22,7 @@ from calibration.measuring.grid import (
     ragged_lengths,
     timing_s,
 )
+from calibration.measuring.readings import LEAST_DECODE_WINDOWS
 
 BOUNDS = Bounds("tiny", (3, 6, 12), 64, 1024, 64 * 1024, 2048, ("eager", "graph"))
 PROBE = Probe(1e-3, 1e-5, 1e-8, 1e-3, 1e-6, 1e-9, 1e-4, 1e-6)
@@ -161,6 +167,38 @@ def test_energy_windows_fill_the_time_and_separate_layers_rows_and_context() -> 
     assert all(len(job.depths) <= 1 for job in plan.jobs)
     thrice = plan_energy(BOUNDS, window_s=5.0, allowed_s=700.0, seed=0)
     assert max(job.trial for job in thrice.jobs) == 2
+
+
+@given(
+    allowed_s=st.floats(0.0, 200.0),
+    max_batch=st.sampled_from((4, 16, 64)),
+    depths=st.sampled_from(((8,), (4, 8), (2, 4, 6, 8))),
+)
+def test_windows_that_find_room_are_enough_for_a_fit(
+    allowed_s: float, max_batch: int, depths: tuple[int, ...]
+) -> None:
+    """However short the time, there are four different decodes among them, or none at all."""
+    bounds = replace(BOUNDS, max_batch=max_batch, depths=depths)
+    jobs = plan_energy(bounds, window_s=4.0, allowed_s=allowed_s, seed=0).jobs
+    decodes = {
+        (job.depths, job.batch, job.context_tokens)
+        for job in jobs
+        if job.quantity == "decode_energy"
+    }
+    assert bool(jobs) == (allowed_s >= 16.0)
+    assert not jobs or len(decodes) >= LEAST_DECODE_WINDOWS
+
+
+def test_energy_windows_come_before_timings() -> None:
+    energy = plan_energy(BOUNDS, window_s=5.0, allowed_s=300.0, seed=0).jobs
+    timings = latency(60.0)
+    planned = in_turn(energy, timings, 0)
+    assert sorted(map(str, planned)) == sorted(map(str, (*energy, *timings)))
+    first = sum(job.trial == 0 for job in energy)
+    assert all(job.quantity.endswith("_energy") for job in planned[:first])
+    assert planned[first].trial == 0
+    trials = [job.trial for job in planned[first:]]
+    assert trials == sorted(trials)
 
 
 def test_too_little_time_for_energy_is_said() -> None:
