@@ -17,7 +17,8 @@ from helios_sim.profiles.published import (
 
 ANCHORED: Final = "llama3-8b"
 SOURCE: Final = (
-    "ML.ENERGY, Llama-3.1-8B in bf16 on one H100, whole runs with their prefills and scheduling"
+    "ML.ENERGY, Llama-3.1-8B in bf16 on one H100, at contexts that we did not check and perhaps "
+    "with prefills in between"
 )
 
 
@@ -84,4 +85,5 @@ def anchor_lines(found: Sequence[Beside]) -> list[str]:
         f"{', extrapolated' if one.beyond else ''}."
         for one in found
     ]
-    return [*lines, f"Decoding alone at {REFERENCE_CONTEXT_TOKENS} tokens of context; {SOURCE}."]
+    ours = f"Ours: decoding alone, {REFERENCE_CONTEXT_TOKENS} tokens of context assumed."
+    return [*lines, f"{ours} Published: {SOURCE}."]

@@ -392,8 +392,8 @@ def _anchors(profile: Profile) -> str:
     return _table(
         titles,
         rows,
-        f"Decoding alone, every layer, {REFERENCE_CONTEXT_TOKENS} tokens of context. Published: "
-        f"{SOURCE}.",
+        f"Decoding alone, every layer, {REFERENCE_CONTEXT_TOKENS} tokens of context assumed. "
+        f"Published: {SOURCE}.",
     )
 
 

@@ -89,7 +89,7 @@ _COOL_DOWN_S: Final = 0.5
 """Pause after an energy window on a GPU, so that one does not warm the next."""
 
 _WINDOW_SHARE: Final = 1 / 75
-"""Of a short budget that one energy window takes: three models then get six windows each."""
+"""Of a short budget that one energy window takes, so that three models get several each."""
 
 _PACE_EVERY_S: Final = 5.0
 """Between two looks at the machine's pace: the quickest is its pace when nobody disturbs it."""
