@@ -47,6 +47,8 @@ NAMES: Final = {
     "decode_energy": "decode, energy",
     "prefill_energy": "prefill, energy",
     "head_energy": "output head, energy",
+    "iteration_energy": "decode, whole iteration, energy",
+    "prefill_iteration_energy": "prefill, whole iteration, energy",
     "memory_weights": "memory of weights",
     "memory_kv": "memory of KV",
     "memory_workspace": "memory of workspace",

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from calibration.fitting.check import MEDIAN_BAR, MEMORY, NAMES, P95_BAR, place_of
-from calibration.fitting.points import HELD_OUT, of_quantity
+from calibration.fitting.points import DECODE_WINDOWS, HELD_OUT, WHOLE_WINDOWS, of_quantity
 from calibration.fitting.predict import Predictor
 from helios_sim.report.figures import (
     Figure,
@@ -319,16 +319,19 @@ def _log_axis(title: str, data: Sequence[Figure]) -> Figure:
 
 
 def energy_figure(points: pl.DataFrame, predictor: Predictor) -> Figure:
-    """Joules per token of decode stacks at their deepest, by batch: windows and the profile."""
+    """Joules per token of decodes at their deepest, by batch: windows and the profile."""
     decode = points.filter(
-        (pl.col("quantity") == "decode_energy") & (pl.col("joules") > 0.0) & (pl.col("batch") > 0)
+        pl.col("quantity").is_in(DECODE_WINDOWS) & (pl.col("joules") > 0.0) & (pl.col("batch") > 0)
     )
     decode = decode.filter(pl.col("layers") == pl.col("layers").max()).sort("batch")
     joules = decode["joules"].to_numpy() / decode["batch"].to_numpy()
     predicted = [
         (predictor.joules(row) or 0.0) / row["batch"] for row in decode.iter_rows(named=True)
     ]
-    places = [place_of(row) for row in decode.iter_rows(named=True)]
+    places = [
+        f"{'whole' if row['quantity'] in WHOLE_WINDOWS else 'layers alone'}, {place_of(row)}"
+        for row in decode.iter_rows(named=True)
+    ]
     data: list[Figure] = [
         {
             "type": "scatter",

@@ -1,8 +1,10 @@
 """Watts and joules: energy windows become the coefficients of the simulator's energy model.
 
 A window's joules are idle power and, where the device works, power above it over the window's
-seconds, and joules of layers, rows, tokens and pairs; none of them negative. Without a meter every
-one of these numbers is unavailable, which is not zero.
+seconds, and joules of layers, rows, tokens and pairs; none of them negative. Windows of whole
+iterations, in which the device waits for the host between its work, tell power from work: in
+stacks that run one after another both grow alike. Without a meter every one of these numbers is
+unavailable, which is not zero.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ import numpy as np
 import polars as pl
 
 from calibration.fitting.fit_times import Number, kv_share, spread
-from calibration.fitting.points import FIT, HELD_OUT
+from calibration.fitting.points import (
+    DECODE_WINDOWS,
+    FIT,
+    HEAD_WINDOW,
+    HELD_OUT,
+    PREFILL_WINDOWS,
+    WHOLE_WINDOWS,
+)
 from calibration.fitting.predict import prefill_load
 from calibration.fitting.regression import Floats, relative_errors, relative_nnls
 from calibration.measuring.readings import LEAST_DECODE_WINDOWS
@@ -23,7 +32,6 @@ from helios_sim.cost import COEFFICIENTS
 from helios_sim.model import EarlyExitModel
 from helios_sim.profile import UNAVAILABLE, unit_of
 
-_ENERGY: Final = ("decode_energy", "prefill_energy", "head_energy")
 _COLUMNS: Final = (
     "power.active_w",
     "decode.j_per_layer",
@@ -74,18 +82,21 @@ def fit_energy(
     the times say of ragged ones, the share of a context token's cost that goes by padded tokens.
     """
     windows = points.filter(
-        pl.col("quantity").is_in(_ENERGY) & (pl.col("joules") > 0.0) & (pl.col("seconds") > 0.0)
+        pl.col("quantity").is_in((*DECODE_WINDOWS, *PREFILL_WINDOWS, HEAD_WINDOW))
+        & (pl.col("joules") > 0.0)
+        & (pl.col("seconds") > 0.0)
     )
     fitted = windows.filter(pl.col("purpose") == FIT)
     if idle_w is None or not fitted.height:
         return no_energy(why_not, limit)
-    num_decode = fitted.filter(pl.col("quantity") == "decode_energy").height
+    num_decode = fitted.filter(pl.col("quantity").is_in(DECODE_WINDOWS)).height
     if num_decode < LEAST_DECODE_WINDOWS:
         return no_energy(
             f"{num_decode} energy windows of decode were read; {LEAST_DECODE_WINDOWS} are needed",
             limit,
         )
-    features = _features(fitted, counts_new_token)
+    head_layers = None if HEAD_WINDOW in set(fitted["quantity"]) else head_share(model)
+    features = _features(fitted, counts_new_token, head_layers)
     joules = fitted["joules"].to_numpy()
     above_idle = joules - idle_w * fitted["seconds"].to_numpy()
     solved = relative_nnls(features, above_idle, joules)
@@ -111,7 +122,13 @@ def fit_energy(
             "windows": fitted.height,
             "errors": {
                 "left_out": spread(left_out),
-                "held_out": spread(_errors(held_out, solved, idle_w, counts_new_token)),
+                "held_out": spread(
+                    _errors(
+                        held_out,
+                        _features(held_out, counts_new_token, head_layers) @ solved,
+                        idle_w,
+                    )
+                ),
             },
         },
     )
@@ -127,21 +144,35 @@ def _by_padding(each: Number, padded_share: float) -> dict[str, Number]:
     }
 
 
-def _features(windows: pl.DataFrame, counts_new_token: bool) -> Floats:
-    """What each window carried, in the order of `_COLUMNS`."""
+def head_share(model: EarlyExitModel) -> float:
+    """The output head's weights beside a layer's."""
+    shape = model.shape
+    return shape.vocab * shape.hidden / shape.layer_params()
+
+
+def _features(windows: pl.DataFrame, counts_new_token: bool, head_layers: float | None) -> Floats:
+    """What each window carried, in the order of `_COLUMNS`.
+
+    Where no window is of the head, `head_layers` says how many layers the one in an iteration
+    counts as.
+    """
     own = 0.0 if counts_new_token else 1.0
     rows = np.zeros((windows.height, len(_COLUMNS)))
     for at, row in enumerate(windows.iter_rows(named=True)):
+        quantity = row["quantity"]
         layers, batch = float(row["layers"] or 0), float(row["batch"] or 0)
         rows[at, 0] = row["seconds"]
-        if row["quantity"] == "decode_energy":
+        if quantity in DECODE_WINDOWS:
             context = batch * ((row["context_tokens"] or 0) + own)
             rows[at, 1:4] = layers, layers * batch, layers * context
-        elif row["quantity"] == "prefill_energy":
+        elif quantity in PREFILL_WINDOWS:
             tokens, _, pairs = prefill_load(row)
             rows[at, 4:7] = layers, layers * tokens, layers * pairs
-        else:
-            rows[at, 7:9] = 1.0, batch
+        if quantity in (HEAD_WINDOW, *WHOLE_WINDOWS):
+            if head_layers is None:
+                rows[at, 7:9] = 1.0, batch
+            else:
+                rows[at, 1:3] += head_layers, head_layers * batch
     return rows
 
 
@@ -157,11 +188,10 @@ def _leave_one_out(features: Floats, above_idle: Floats, joules: Floats) -> tupl
     return errors, np.sqrt((count - 1) / count * (deviations**2).sum(axis=0))
 
 
-def _errors(windows: pl.DataFrame, solved: Floats, idle_w: float, counts_new_token: bool) -> Floats:
+def _errors(windows: pl.DataFrame, above_idle: Floats, idle_w: float) -> Floats:
     if not windows.height:
         return np.zeros(0)
-    predicted = _features(windows, counts_new_token) @ solved
-    predicted = predicted + idle_w * windows["seconds"].to_numpy()
+    predicted = above_idle + idle_w * windows["seconds"].to_numpy()
     return relative_errors(predicted, windows["joules"].to_numpy())
 
 
@@ -175,14 +205,13 @@ def _derived(
         value = derived[other].value if other in derived else numbers[other].value
         derived[name] = Number(factor * (value or 0.0), "derived", f"{why}: {factor:.3g} x {other}")
 
-    if "prefill_energy" not in present:
+    if not present & set(PREFILL_WINDOWS):
         why = "not measured; a prompt token computes what a row does"
         take("prefill.j_per_layer", 1.0, "decode.j_per_layer", why)
         take("prefill.j_per_token_layer", 1.0, "decode.j_per_row_layer", why)
         take("prefill.j_per_pair_layer", 1.0, "decode.j_per_context_token_layer", why)
-    if "head_energy" not in present:
-        shape = model.shape
-        share = shape.vocab * shape.hidden / shape.layer_params()
+    if HEAD_WINDOW not in present:
+        share = head_share(model)
         why = "not measured; by the head's weights beside a layer's"
         take("head.j_base", share, "decode.j_per_layer", why)
         take("head.j_per_row", share, "decode.j_per_row_layer", why)

@@ -28,7 +28,13 @@ from calibration.fitting.check import (
     verdict,
 )
 from calibration.fitting.fit import device_floors
-from calibration.fitting.points import HELD_OUT, gather, of_quantity, read_points
+from calibration.fitting.points import (
+    DECODE_WINDOWS,
+    HELD_OUT,
+    gather,
+    of_quantity,
+    read_points,
+)
 from calibration.fitting.predict import Predictor, predictor_of
 from calibration.measuring.readings import LINK
 from helios_sim.errors import InputError
@@ -348,21 +354,21 @@ def _energy(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
     figures = []
     for place, name in enumerate(profile.models):
         mine = readings.filter(pl.col("model") == name)
-        if mine.filter((pl.col("quantity") == "decode_energy") & (pl.col("joules") > 0)).height:
+        if mine.filter(pl.col("quantity").is_in(DECODE_WINDOWS) & (pl.col("joules") > 0)).height:
             figures.append(
                 add_figure(
                     drawn,
                     f"energy{place}",
                     drawings.energy_figure(mine, predictor_of(profile, name)),
                     f"Joules per token of {name} by batch",
-                    f"{name}: windows of decode stacks at the greatest depth, without head and "
-                    "fixed part; gross joules. Both axes logarithmic.",
+                    f"{name}: windows of whole iterations and of stacks of layers alone, at the "
+                    "greatest depth; gross joules. Both axes logarithmic.",
                 )
             )
     return section(
         "Energy",
-        "Windows of whole stacks, regressed on seconds, layers, rows and tokens; gross joules. "
-        "Active power includes the idle one.",
+        "Windows of whole iterations and of stacks of layers, regressed on seconds, layers, rows "
+        "and tokens; gross joules. Active power includes the idle one.",
         *figures,
         _anchors(profile),
         _table(("Power", "Value", "Standard error", "Grade", "Source"), rows, texts=1),

@@ -44,6 +44,12 @@ CAPTURES: Final = ("capture_embed", "capture_run", "capture_tell", "capture_fill
 PREFILL_ITERATION: Final = "prefill_iteration"
 """A whole iteration that carries prompts: another cost than a whole decode iteration."""
 
+DECODE_WINDOWS: Final = ("decode_energy", "iteration_energy")
+PREFILL_WINDOWS: Final = ("prefill_energy", "prefill_iteration_energy")
+WHOLE_WINDOWS: Final = ("iteration_energy", "prefill_iteration_energy")
+HEAD_WINDOW: Final = "head_energy"
+"""Energy windows: of decodes and prompts, as stacks of layers and as whole iterations."""
+
 MOST_LENGTHENED: Final = 1.25
 """Times the quickest trial of its configuration that an undisturbed one may take.
 
@@ -131,9 +137,10 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
         kept.with_columns(
             moved_bytes=pl.when(moved).then(pl.col("bytes")),
             quantity=pl.when(
-                (pl.col("quantity") == "iteration") & (pl.col("prompt_tokens").fill_null(0) > 0)
+                pl.col("quantity").is_in(("iteration", "iteration_energy"))
+                & (pl.col("prompt_tokens").fill_null(0) > 0)
             )
-            .then(pl.lit(PREFILL_ITERATION))
+            .then(pl.concat_str(pl.lit("prefill_"), pl.col("quantity")))
             .otherwise(pl.col("quantity")),
         )
         .group_by(*_CONFIGURATION, "moved_bytes", maintain_order=True)

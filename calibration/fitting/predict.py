@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.fitting.points import CAPTURES, PREFILL_ITERATION
+from calibration.fitting.points import (
+    CAPTURES,
+    DECODE_WINDOWS,
+    HEAD_WINDOW,
+    PREFILL_ITERATION,
+    PREFILL_WINDOWS,
+    WHOLE_WINDOWS,
+)
 from helios_sim import cost
 from helios_sim.profile import Loading, ModelProfile, Profile
 
@@ -145,17 +152,18 @@ class Predictor:
         c = self.coefficients
         layers, batch = float(row["layers"] or 0), float(row["batch"] or 0)
         quantity = row["quantity"]
-        if quantity == "decode_energy":
+        work = 0.0
+        if quantity in DECODE_WINDOWS:
             work = layers * cost.layer_joules(
                 c, batch, self.read_tokens(row), self.padded_tokens(row), 0.0, 0.0
             )
-        elif quantity == "prefill_energy":
+        elif quantity in PREFILL_WINDOWS:
             tokens, _, pairs = prefill_load(row)
             work = layers * cost.layer_joules(c, 0.0, 0.0, 0.0, tokens, pairs)
-        elif quantity == "head_energy":
-            work = cost.head_joules(c, batch)
-        else:
+        elif quantity != HEAD_WINDOW:
             return None
+        if quantity in (HEAD_WINDOW, *WHOLE_WINDOWS):
+            work += cost.head_joules(c, batch)
         return float(cost.iteration_joules(c, row["seconds"], work))
 
 

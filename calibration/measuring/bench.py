@@ -334,9 +334,10 @@ class Bench:
 
         It holds until the work of another load is made.
         """
-        arrive = job.quantity == "iteration" and bool(job.prompt_tokens)
+        is_served = job.quantity in ("iteration", "iteration_energy")
+        arrive = is_served and bool(job.prompt_tokens)
         self._occupy(0 if arrive else self.max_batch)
-        if job.quantity == "iteration":
+        if is_served:
             return self._iteration(job, depth)
         if job.prompt_tokens:
             return self._prefill(job, depth)

@@ -435,20 +435,24 @@ def _prefill(quantity: str, bounds: Bounds, rows: int, prompt: int, cached: int)
 
 
 def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
-    """Windows that separate joules per layer, per row, per context token and per prompt token.
+    """Windows that separate joules per second, layer, row, context token and prompt token.
 
-    The decodes without which no joule is fitted come first; prompts and the head are derived where
-    they are not reached.
+    Most are of whole iterations, since those are served, and since a device that waits for its host
+    in between tells power from work. The decodes without which no joule is fitted come first, then
+    prompts; the head and stacks of layers follow, and last what no fit sees.
     """
     name, depths = bounds.model, bounds.depths
     mode = bounds.modes[-1]
     full, part = depths[-1:], depths[:1] if len(depths) == 1 else depths[len(depths) // 2 - 1 :][:1]
-    long = bounds.max_context
-    short = max(1, min(64, long // 4))
-    wide = max(1, min(bounds.max_batch, bounds.pool_tokens // long))
-    decodes = [
-        Job(
-            "decode_energy",
+    long, most = bounds.max_context, bounds.max_batch
+    short, middle = max(1, min(64, long // 4)), max(1, long // 4)
+    wide, few = max(1, min(most, bounds.pool_tokens // long)), max(1, most // 4)
+    prompt = min(long, bounds.max_prefill_tokens)
+    eighth = max(1, prompt // 8)
+
+    def decode(quantity: str, depth: tuple[int, ...], batch: int, context: int) -> Job:
+        return Job(
+            quantity,
             name,
             mode,
             depth,
@@ -456,33 +460,31 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
             context_tokens=context,
             longest_tokens=context,
         )
-        for depth, batch, context in (
-            (full, 1, short),
-            (full, wide, long),
-            (full, bounds.max_batch, short),
-            (part, bounds.max_batch, short),
-            (part, 1, short),
-            (full, max(1, bounds.max_batch // 4), short),
-            (part, wide, long),
-            (full, 1, long),
-        )
-    ]
-    prompt = min(long, bounds.max_prefill_tokens)
-    prefills = [
-        Job(
-            "prefill_energy",
-            name,
-            "eager",
-            depth,
-            batch=1,
-            context_tokens=0,
-            prompt_tokens=tokens,
-        )
-        for depth, tokens in ((full, prompt), (full, max(1, prompt // 8)), (part, prompt))
+
+    def prefill(quantity: str, depth: tuple[int, ...], tokens: int) -> Job:
+        return Job(quantity, name, "eager", depth, batch=1, context_tokens=0, prompt_tokens=tokens)
+
+    stack, whole = "decode_energy", "iteration_energy"
+    decodes = [
+        decode(whole, full, 1, short),
+        decode(whole, full, most, short),
+        decode(whole, full, wide, long),
+        decode(whole, part, most, short),
+        decode(whole, full, few, middle),
+        decode(whole, part, 1, short),
+        decode(stack, full, 1, short),
+        decode(stack, full, most, short),
+        decode(stack, full, wide, long),
     ]
     needed, more = _first(decodes, LEAST_DECODE_WINDOWS)
-    head = Job("head_energy", name, mode, batch=bounds.max_batch)
-    yield from dict.fromkeys((*needed, *prefills[:2], head, *more, *prefills[2:]))
+    prompts = [prefill(whole, full, eighth), prefill(whole, full, prompt)]
+    head = Job("head_energy", name, mode, batch=most)
+    others = [prefill("prefill_energy", full, prompt), prefill(whole, part, eighth)]
+    ordered = dict.fromkeys((*needed, *prompts, *more[:2], head, *more[2:], *others))
+    yield from ordered
+    for job in (decode(whole, part, few, short), prefill(whole, part, max(1, prompt // 2))):
+        if job not in ordered:
+            yield replace(job, purpose="held-out")
 
 
 def _first(jobs: Sequence[Job], count: int) -> tuple[list[Job], list[Job]]:

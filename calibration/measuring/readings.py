@@ -49,6 +49,7 @@ QUANTITIES: Final = (
     "decode_energy",
     "prefill_energy",
     "head_energy",
+    "iteration_energy",
     "counter_probe",
 )
 """What a reading may be of; docs/measuring.md says how each is taken."""

@@ -224,7 +224,7 @@ def readings(plan: Plan) -> list[Reading]:
 
 
 def energy_readings(plan: Plan, c: np.ndarray, noisy: Any) -> list[Reading]:
-    """Windows of idling, decoding, prefilling and of the head."""
+    """Windows of idling, decoding, prefilling, of the head and of whole iterations."""
     found = [
         Reading("idle_power", seconds=5.0, joules=5 * IDLE_W, watts=IDLE_W, trial=trial)
         for trial in range(3)
@@ -247,28 +247,21 @@ def energy_readings(plan: Plan, c: np.ndarray, noisy: Any) -> list[Reading]:
     for depth in DEPTHS:
         for batch in (1, 8, 32, 128):
             for context in (128, 900):
-                seconds, _ = cost.layer_seconds(c, batch, batch * context, batch * context, 0, 0, 0)
-                work = depth * cost.layer_joules(c, batch, batch * context, batch * context, 0, 0)
-                add(
-                    "decode_energy",
-                    STACK_S + depth * seconds,
-                    work,
-                    layers=depth,
-                    batch=batch,
-                    context_tokens=context,
-                )
+                held = batch * context
+                seconds, _ = cost.layer_seconds(c, batch, held, held, 0, 0, 0)
+                work = depth * cost.layer_joules(c, batch, held, held, 0, 0)
+                load = {"layers": depth, "batch": batch, "context_tokens": context}
+                add("decode_energy", STACK_S + depth * seconds, work, **load)
+                whole_s, _ = cost.decode_seconds(c, batch, held, held, depth, 0, 1, 0, batch, 1)
+                add("iteration_energy", whole_s, work + cost.head_joules(c, batch), **load)
         for prompt in (64, 256, 1000):
             pairs = prompt * (prompt + 1) / 2
             seconds, _ = cost.layer_seconds(c, 0, 0, 0, prompt, 0, pairs)
             work = depth * cost.layer_joules(c, 0, 0, 0, prompt, pairs)
-            add(
-                "prefill_energy",
-                STACK_S + depth * seconds,
-                work,
-                layers=depth,
-                batch=1,
-                prompt_tokens=prompt,
-            )
+            load = {"layers": depth, "batch": 1, "prompt_tokens": prompt}
+            add("prefill_energy", STACK_S + depth * seconds, work, **load)
+            whole_s, _ = cost.mixed_seconds(c, 0, 0, 0, prompt, 0, pairs, depth, 0, 1, 1, 1)
+            add("iteration_energy", whole_s, work + cost.head_joules(c, 1), **load)
     for batch in (1, 16, 128):
         add("head_energy", cost.head_seconds(c, batch), cost.head_joules(c, batch), batch=batch)
     return found

@@ -43,6 +43,9 @@ def test_every_planted_quantity_is_predicted(profile: Profile) -> None:
         "load_disk",
         "load_host_pinned",
         "decode_energy",
+        "prefill_energy",
+        "iteration_energy",
+        "prefill_iteration_energy",
         "memory_weights",
     }
 

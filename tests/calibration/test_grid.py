@@ -160,7 +160,8 @@ def test_a_budget_of_nothing_still_gets_the_coarsest_grid() -> None:
 def test_energy_windows_fill_the_time_and_separate_layers_rows_and_context() -> None:
     plan = plan_energy(BOUNDS, window_s=5.0, allowed_s=70.0, seed=0)
     assert plan.seconds <= 70.0
-    decodes = [job for job in plan.jobs if job.quantity == "decode_energy"]
+    decodes = [job for job in plan.jobs if not job.prompt_tokens and job.depths]
+    assert {job.quantity for job in decodes} == {"iteration_energy", "decode_energy"}
     assert len({job.depths for job in decodes}) >= 2
     assert len({job.batch for job in decodes}) >= 2
     assert len({job.context_tokens for job in decodes}) >= 2
@@ -181,9 +182,9 @@ def test_windows_that_find_room_are_enough_for_a_fit(
     bounds = replace(BOUNDS, max_batch=max_batch, depths=depths)
     jobs = plan_energy(bounds, window_s=4.0, allowed_s=allowed_s, seed=0).jobs
     decodes = {
-        (job.depths, job.batch, job.context_tokens)
+        (job.quantity, job.depths, job.batch, job.context_tokens)
         for job in jobs
-        if job.quantity == "decode_energy"
+        if job.depths and not job.prompt_tokens
     }
     assert bool(jobs) == (allowed_s >= 16.0)
     assert not jobs or len(decodes) >= LEAST_DECODE_WINDOWS
