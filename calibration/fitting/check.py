@@ -12,9 +12,11 @@ import polars as pl
 from calibration.fitting.anchors import anchor_lines, beside_anchors
 from calibration.fitting.points import (
     CAPTURES,
+    EXIT_ITERATION,
     FIT,
     HELD_OUT,
     PREFILL_ITERATION,
+    SPLIT_ITERATION,
     gather,
     neighbours,
     read_points,
@@ -32,6 +34,8 @@ MEMORY: Final = ("memory_weights", "memory_kv", "memory_workspace")
 NAMES: Final = {
     "decode_layers": "decode, stacks of layers",
     "iteration": "decode, whole iteration",
+    EXIT_ITERATION: "decode, all leaving at an exit",
+    SPLIT_ITERATION: "decode, half leaving at an exit",
     "prefill_layers": "prefill, stacks of layers",
     PREFILL_ITERATION: "prefill, whole iteration",
     "head": "output head",

@@ -18,11 +18,14 @@ import polars as pl
 from numpy.typing import NDArray
 
 from calibration.fitting import joint, regression
+from calibration.fitting.fit_exits import Leaving, fit_leaving
 from calibration.fitting.joint import BATCH, DEPTH, Growth, Knots, Loads
 from calibration.fitting.points import (
     CAPTURES,
+    EXIT_ITERATION,
     FIT,
     HELD_OUT,
+    LEAVING,
     PREFILL_ITERATION,
     of_quantity,
     standing_mode,
@@ -75,8 +78,12 @@ TIMES: Final = (
     "head",
     "check",
     "kv_fill",
+    *LEAVING,
     *CAPTURES,
 )
+
+_WITHIN_ITERATIONS: Final = "within iterations"
+"""Stands for the mode of what was timed alone too, and then told better by iterations."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,13 @@ def fit_times(
                 f"least {least} are needed. Measure again with a larger budget.",
                 where=where,
             )
+    exits = pl.concat([fitted[quantity] for quantity in LEAVING])["layers"].unique().to_list()
+    if strange := sorted(set(exits) - set(model.exit_layers)):
+        raise InputError(
+            f"Rows of model {model.name!r} left at layer {strange[0]}, which is none of its exits "
+            f"{list(model.exit_layers)}; measure again with these exits.",
+            where=where,
+        )
     if modes["decode_layers"] != "graph":
         buckets = ()
     elif not buckets:
@@ -203,6 +217,16 @@ def fit_times(
     kept = model_profile(model, numbers, tuple(buckets), batch_residual, hull, depth_residual)
     predictor = Predictor(kept, stack_overhead_s=overheads, counts_new_token=counts_new_token)
     by_quantity = {name: line.left_out.errors for name, line in lines.items()}
+    leaving = None
+    if modes[EXIT_ITERATION] == modes["decode_layers"]:
+        leaving = fit_leaving(points, modes[EXIT_ITERATION], predictor.with_coefficients)
+        numbers |= _leaving_numbers(leaving, said, fitted)
+        modes |= dict.fromkeys(leaving.replaced, _WITHIN_ITERATIONS)
+        by_quantity |= leaving.left_out
+        predictor = predictor.with_coefficients(
+            {name: value for name, (value, _) in leaving.values.items()}
+        )
+        kept = predictor.model
     if capture is not None:
         for quantity in captures["quantity"].unique():
             mine = (captures["quantity"] == quantity).to_numpy()
@@ -229,6 +253,7 @@ def fit_times(
             if of_quantity(points, quantity, modes[quantity]).height
             and (quantity not in CAPTURES or capture is not None)
         },
+        "leaving": leaving.record if leaving is not None else {},
         "launch_bound_share": launch_bound_share(points),
         "falls": falling_time(kept),
     }
@@ -340,6 +365,19 @@ def _fill_numbers(
         name: Number(share * (numbers[whole].value or 0.0), "derived", source)
         for name, whole in zip(names, layer, strict=True)
     }
+
+
+def _leaving_numbers(
+    leaving: Leaving, said: _Said, fitted: Mapping[str, pl.DataFrame]
+) -> dict[str, Number]:
+    """Numbers that iterations tell; floors that stand for nothing any more are derived."""
+    numbers = {}
+    for name, (value, error) in leaving.values.items():
+        quantity = leaving.sources[name]
+        source = said.source(quantity, fitted[quantity].height, ", within iterations")
+        grade = "derived" if ".floor_s" in name else "measured"
+        numbers[name] = Number(value, grade, source, error if grade == "measured" else None)
+    return numbers
 
 
 def _capture(points: pl.DataFrame) -> Chosen:

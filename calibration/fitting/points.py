@@ -44,6 +44,11 @@ CAPTURES: Final = ("capture_embed", "capture_run", "capture_tell", "capture_fill
 PREFILL_ITERATION: Final = "prefill_iteration"
 """A whole iteration that carries prompts: another cost than a whole decode iteration."""
 
+EXIT_ITERATION: Final = "exit_iteration"
+SPLIT_ITERATION: Final = "split_iteration"
+LEAVING: Final = (EXIT_ITERATION, SPLIT_ITERATION)
+"""Whole decode iterations whose rows leave at the exit that `layers` names; all are loaded."""
+
 DECODE_WINDOWS: Final = ("decode_energy", "iteration_energy")
 PREFILL_WINDOWS: Final = ("prefill_energy", "prefill_iteration_energy")
 WHOLE_WINDOWS: Final = ("iteration_energy", "prefill_iteration_energy")

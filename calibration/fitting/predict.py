@@ -13,15 +13,27 @@ from numpy.typing import NDArray
 from calibration.fitting.points import (
     CAPTURES,
     DECODE_WINDOWS,
+    EXIT_ITERATION,
     HEAD_WINDOW,
+    LEAVING,
     PREFILL_ITERATION,
     PREFILL_WINDOWS,
+    SPLIT_ITERATION,
     WHOLE_WINDOWS,
 )
 from helios_sim import cost
 from helios_sim.profile import Loading, ModelProfile, Profile
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LeavingWork:
+    """Exits asked before the loaded depth and at it, and layers whose KV is filled."""
+
+    checks: float
+    heads: float
+    filled_layers: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ class Predictor:
 
     def factor(self, row: Row) -> float:
         """The residual at the batch and the loaded layers; all are, where no depth is named."""
-        layers = int(row.get("layers") or self.model.model.shape.layers)
+        whole = self.model.model.shape.layers
+        layers = whole if row.get("quantity") in LEAVING else int(row.get("layers") or whole)
         return float(self.model.residual(row["batch"], layers)[row["batch"]])
 
     def read_tokens(self, row: Row) -> float:
@@ -69,6 +82,11 @@ class Predictor:
     def without_depth(self) -> Predictor:
         """The same without the factor by loaded depth."""
         return replace(self, model=replace(self.model, depth_residual=()))
+
+    def with_coefficients(self, values: Mapping[str, float]) -> Predictor:
+        """The same with other values of some coefficients."""
+        coefficients = {**self.model.coefficients, **values}
+        return replace(self, model=replace(self.model, coefficients=coefficients))
 
     def layer_seconds(self, row: Row) -> tuple[float, int]:
         """Seconds of one decode layer with the residual, and the regime."""
@@ -127,6 +145,10 @@ class Predictor:
                 self.factor(row),
             )
             return float(seconds)
+        if quantity == EXIT_ITERATION:
+            return self.exit_seconds(row)
+        if quantity == SPLIT_ITERATION:
+            return self.split_seconds(row)
         if quantity == "head":
             return float(cost.head_seconds(c, float(batch)))
         if quantity == "check":
@@ -144,6 +166,51 @@ class Predictor:
             if quantity in ("load_host", "load_host_pinned"):
                 return self.loading.host.seconds(row["bytes"])
         return None
+
+    def exit_seconds(self, row: Row) -> float:
+        """A decode whose rows all leave at an exit, asked at every exit before."""
+        work, rows = self.leaving_work(row), self.rows(row["batch"], row["mode"])
+        seconds, _ = cost.decode_seconds(
+            self.coefficients,
+            rows,
+            self.read_tokens(row),
+            self.padded_tokens(row),
+            float(row["layers"]),
+            work.checks,
+            work.heads,
+            work.filled_layers,
+            rows,
+            self.factor(row),
+        )
+        return float(seconds)
+
+    def split_seconds(self, row: Row) -> float:
+        """A token of every row: half of them leave at an exit, the others go on by themselves."""
+        c, work = self.coefficients, self.leaving_work(row)
+        leaving = row["batch"] // 2
+        staying = {**row, "batch": row["batch"] - leaving}
+        left_rows = self.rows(leaving, row["mode"])
+        seconds = self._pass_seconds(row, row["layers"], work.checks, 0.0)
+        seconds += float(c[cost.REBATCH_OVERHEAD_S] + cost.told_seconds(c, left_rows))
+        seconds += float(cost.kv_fill_seconds(c, left_rows, work.filled_layers))
+        exits = len(self.model.model.exit_layers)
+        seconds += self._pass_seconds(staying, work.filled_layers, exits - 1.0 - work.checks, 1.0)
+        return seconds + float(cost.told_seconds(c, self.rows(staying["batch"], row["mode"])))
+
+    def _pass_seconds(self, row: Row, layers: float, checks: float, heads: float) -> float:
+        """Some of a decode's layers with the exits on the way, its start included."""
+        c, rows = self.coefficients, self.rows(row["batch"], row["mode"])
+        seconds = cost.begin_seconds(c) + layers * self.layer_seconds(row)[0]
+        seconds += checks * cost.check_seconds(c, rows) + heads * cost.head_seconds(c, rows)
+        return float(seconds)
+
+    def leaving_work(self, row: Row) -> LeavingWork:
+        """What rows that leave at an exit ask for beside its layers."""
+        exits = self.model.model.exit_layers
+        level, last = exits.index(row["layers"]), len(exits) - 1
+        return LeavingWork(
+            float(min(level + 1, last)), float(level == last), float(exits[-1] - row["layers"])
+        )
 
     def joules(self, row: Row) -> float | None:
         """Predicted joules of an energy reading of known seconds; None without energy."""

@@ -4,9 +4,10 @@ Rows of the KV pool hold keys and values of real tokens before anything is timed
 are those of real tokens, and every layer of a stack has weights of its own: caches are not what
 is measured, and values move a GPU's power. A decode's `context_tokens` count the new token.
 
-What is timed follows the serving loop. A stack of layers and the head run as the device works
-through its queue; an exit check ends with its decision on the host, since the loop waits for it
-there; an iteration is one of the loop itself (`served.py`).
+What is timed follows the serving loop. A stack of layers runs as the device works through its
+queue; what an exit says ends with the decision on the host, since the loop waits for it there. An
+iteration is one of the loop itself, and asking exits and filling KV are its own steps
+(`served.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -48,6 +49,7 @@ from calibration.model.decode import Decoder, slot_pool
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import Recorder
 from calibration.serving.machine import ModelMachine
+from helios_sim.policy.contract import ExitMode
 
 MAX_PREFILL_TOKENS: Final = 4096
 """Tokens of one prefill; what a server would take in chunks."""
@@ -55,7 +57,7 @@ MAX_PREFILL_TOKENS: Final = 4096
 _STEADY_S: Final = 0.5
 """Work before an energy window opens: power follows load with a delay."""
 
-_WAITING: Final = frozenset(("check", "iteration"))
+_WAITING: Final = frozenset(("head", "check", "iteration", "exit_iteration", "split_iteration"))
 """Quantities whose result is awaited on the host, so that the wall clock is what counts."""
 
 
@@ -110,6 +112,7 @@ class Bench:
             self.max_batch * self.max_context,
             max(self.max_context, min(MAX_PREFILL_TOKENS, self.max_batch * self.max_context)),
             self.modes,
+            self.depths[-1] == self.model.exit_layers[-1],
         )
 
     @property
@@ -341,6 +344,10 @@ class Bench:
             return self._iteration(job, depth)
         if job.prompt_tokens:
             return self._prefill(job, depth)
+        if job.quantity == "exit_iteration":
+            return self._leaving(job, depth, ExitMode.WAIT)
+        if job.quantity == "split_iteration":
+            return self._leaving(job, depth, ExitMode.REBATCH)
         if job.quantity in ("head", "head_energy"):
             return self._head(job)
         if job.quantity == "check":
@@ -384,30 +391,34 @@ class Bench:
         return lambda: decoder.extend(rows, ids, starts, last=depth)
 
     def _iteration(self, job: Job, depth: int) -> Work:
-        machine = ModelMachine(
-            self.model, self.pool, self._decoder(job), depth=depth, free_running=False
-        )
-        load = ServedLoad(machine, self.depths, self._ids)
+        load = self._served(job, depth)
         if job.prompt_tokens:
             return load.prefilling(job.batch or 1, job.prompt_tokens)
         return load.decoding(self._lengths(job))
 
+    def _leaving(self, job: Job, exit_layer: int, exit_mode: ExitMode) -> Work:
+        load = self._served(job, self.depths[-1], exit_mode)
+        return load.decoding(self._lengths(job), self.depths.index(exit_layer))
+
     def _head(self, job: Job) -> Work:
-        return self._asking(job, len(self.depths) - 1)
+        load = self._served(job, self.depths[-1])
+        return load.asking(self._lengths(job), len(self.depths) - 1)
 
     def _check(self, job: Job) -> Work:
-        ask = self._asking(job, 0)
-        return lambda: ask().cpu().tolist()
-
-    def _asking(self, job: Job, level: int) -> Callable[[], Tensor]:
-        """An exit's word on the rows of a load, about tokens that are known."""
-        load, decoder = self._load(job), self._decoder(job)
-        place = decoder.place(load.rows, load.positions, targets=load.ids)
-        return lambda: decoder.tell(place, load.hidden, level)
+        load = self._served(job, self.depths[-1], ExitMode.WAIT)
+        return load.asking(self._lengths(job), 0)
 
     def _kv_fill(self, job: Job, layers: int) -> Work:
-        load, decoder, depth = self._load(job), self._decoder(job), self.depths[-1]
-        return lambda: decoder.fill(load.rows, load.hidden, load.positions, depth - layers, depth)
+        load = self._served(job, self.depths[-1], ExitMode.WAIT)
+        return load.filling(self._lengths(job), self.depths.index(self.depths[-1] - layers))
+
+    def _served(
+        self, job: Job, depth: int, exit_mode: ExitMode = ExitMode.LOADED_DEPTH
+    ) -> ServedLoad:
+        machine = ModelMachine(
+            self.model, self.pool, self._decoder(job), depth=depth, free_running=False
+        )
+        return ServedLoad(machine, self.depths, self._ids, exit_mode)
 
     def _load(self, job: Job) -> Load:
         """Rows of a load, ready to decode one token each."""

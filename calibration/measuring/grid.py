@@ -113,12 +113,14 @@ class Probe:
     def pass_s(self, job: Job, share: float) -> float:
         """Seconds of one repetition of a job with this share of the layers."""
         batch = job.batch or 1
+        asked_s = self.head_s + batch * self.head_s_per_row
         if job.quantity in ("head", "check", "head_energy"):
-            return self.head_s + batch * self.head_s_per_row
+            return asked_s
         beside_s = 0.0
-        if job.quantity == "iteration":
-            beside_s = self.head_s + self.host_s
-            beside_s += batch * (self.head_s_per_row + self.host_s_per_row)
+        if job.quantity in ("iteration", "exit_iteration"):
+            beside_s = asked_s + self.host_s + batch * self.host_s_per_row
+        elif job.quantity == "split_iteration":
+            share, beside_s = 1.0, 2.0 * (asked_s + self.host_s + batch * self.host_s_per_row)
         if job.prompt_tokens:
             tokens, cached = job.prompt_tokens, job.context_tokens or 0
             pairs = batch * tokens * (cached + tokens / 2)
@@ -142,7 +144,8 @@ class Bounds:
     """What one model allows: its depths (exit layers, the last the loaded one) and its pool.
 
     `pool_tokens` are the KV tokens of the pool over all rows; `modes` in which decoding runs.
-    `max_prefill_tokens` bounds the tokens of one prefill.
+    `max_prefill_tokens` bounds the tokens of one prefill. `is_whole` says that no layer is missing
+    beyond the last depth.
     """
 
     model: str
@@ -152,6 +155,7 @@ class Bounds:
     pool_tokens: int
     max_prefill_tokens: int
     modes: tuple[str, ...] = ("eager",)
+    is_whole: bool = True
 
     @property
     def depth(self) -> int:
@@ -336,11 +340,27 @@ def _one_trial(bounds: Bounds, richness: Richness, mode: str, seed: int) -> Iter
                 yield Job(quantity, name, batch=batch)
             if len(depths) > 1:
                 yield Job("kv_fill", name, depths=_filled(depths), batch=batch)
+            if batch * middle <= bounds.pool_tokens:
+                yield from _leaving(bounds, batch, middle)
+        yield from _held_out_leaving(bounds, richness, seed)
     if mode == "graph":
         # What is not replayed from a graph costs the same whatever the layers run as.
         return
     yield from _prefills(bounds, richness)
     yield from _held_out_prefills(bounds, richness, seed)
+
+
+def _leaving(bounds: Bounds, batch: int, context: int) -> Iterator[Job]:
+    """Decodes whose rows leave at each exit, all at once and half of them.
+
+    Only of models that are loaded whole: readings name the exit, and not what is loaded.
+    """
+    if len(bounds.depths) < 2 or not bounds.is_whole:
+        return
+    yield _decode("exit_iteration", bounds, batch, context, context)
+    if batch > 1:
+        split = _decode("split_iteration", bounds, batch, context, context)
+        yield replace(split, depths=bounds.depths[:-1])
 
 
 def _decode_loads(
@@ -397,6 +417,17 @@ def _held_out(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
             longest_tokens=longest,
             purpose="held-out",
         )
+
+
+def _held_out_leaving(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
+    """Rows that leave at one exit each time, at loads drawn between the grid's points."""
+    draw = random.Random(f"{seed}-{bounds.model}-held-out-leaving")
+    for _ in range(richness.held_out // 3):
+        batch = _between(draw, 1, bounds.max_batch)
+        context = _between(draw, 32, bounds.max_context)
+        batch = max(1, min(batch, bounds.pool_tokens // context))
+        for job in _leaving(bounds, batch, context):
+            yield replace(job, depths=(draw.choice(job.depths),), purpose="held-out")
 
 
 def _held_out_prefills(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:

@@ -27,6 +27,8 @@ QUANTITIES: Final = (
     "prefill_layers",
     "iteration",
     "head",
+    "exit_iteration",
+    "split_iteration",
     "check",
     "kv_fill",
     "copy_bandwidth",

@@ -1,19 +1,20 @@
 """Iterations of one load over and over, carried out and booked by the code that serves.
 
 What is timed is a turn of the serving loop: the batch plans, the stepper runs the model, the books
-are kept, tokens go to their requests. The policy is not asked.
+are kept, tokens go to their requests; or one of the loop's own steps. The policy is not asked.
+Rows leave where the load says: their confidence is read and put to the rule, and overruled.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from itertools import cycle
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, cycle, repeat
 from typing import Final
 
 from calibration.measuring.timing import Work
 from calibration.serving.batching import NEVER, Life, Row
-from calibration.serving.iteration import Stepper
+from calibration.serving.iteration import EXITS_ACTIVE, Reading, Stepper
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Replica
 from helios_sim.policy.contract import Assignment, ExitMode
@@ -29,14 +30,33 @@ Text = Callable[[int, int], list[int]]
 """So many token ids, of a row."""
 
 
+class ScriptedStepper(Stepper):
+    """A stepper whose rows leave as it is told, at the cost of asking the rule."""
+
+    script: Iterator[bool] = repeat(False)
+    """Whether the next row that is asked leaves."""
+
+    def leaves(self, reading: Reading) -> bool:
+        """What the script says; the rule's own word is heard and forgotten."""
+        super().leaves(reading)
+        return next(self.script)
+
+
 class ServedLoad:
     """A replica that meets the same load in every iteration.
 
     `machine` is to run its model at `depth`; its pool holds the rows of the load, or none where
-    they are prefilled. `text` gives the rows' tokens.
+    they are prefilled. `text` gives the rows' tokens. Exits before the depth are asked in a mode
+    in which they are active.
     """
 
-    def __init__(self, machine: ModelMachine, exit_layers: Sequence[int], text: Text) -> None:
+    def __init__(
+        self,
+        machine: ModelMachine,
+        exit_layers: Sequence[int],
+        text: Text,
+        exit_mode: ExitMode = ExitMode.LOADED_DEPTH,
+    ) -> None:
         self.machine = machine
         self.pool = machine.pool
         self.text = text
@@ -56,47 +76,69 @@ class ServedLoad:
             max_batch=max_rows,
             timeline_interval_s=1.0,
         )
-        level = list(exit_layers).index(machine.depth)
-        replica = self.replica
-        replica.machine = machine
-        replica.assignment = Assignment(name, machine.depth, ExitMode.LOADED_DEPTH)
-        replica.stepper = Stepper(
+        self.level = list(exit_layers).index(machine.depth)
+        self.stepper = ScriptedStepper(
             machine,
             exit_layers=exit_layers,
-            level=level,
-            exit_mode=ExitMode.LOADED_DEPTH,
+            level=self.level,
+            exit_mode=exit_mode,
             threshold=0.5,
-            rules=replica.rules,
+            rules=self.replica.rules,
             recompute_kv=False,
-            pays=lambda *_: False,
+            pays=lambda *_: True,
         )
+        replica = self.replica
+        replica.machine = machine
+        replica.assignment = Assignment(name, machine.depth, exit_mode)
+        replica.stepper = self.stepper
         replica.tally.exit_counts = {name: [0] * len(exit_layers)}
-        replica.window.watching = True
+        replica.window.watching = exit_mode not in EXITS_ACTIVE
         replica.batch.take_up(
             pool_blocks=max_rows * (1 + replica.batch.blocks_for(self.pool.max_tokens)),
             max_positions=self.pool.max_tokens + 1,
             solo=False,
-            rebatches=False,
-            levels=level + 1,
+            rebatches=exit_mode is ExitMode.REBATCH,
+            levels=self.level + 1,
             max_rows=max_rows,
         )
 
-    def decoding(self, lengths: Sequence[int]) -> Work:
-        """A decode of rows that read so many tokens on average, their new one included."""
+    def decoding(self, lengths: Sequence[int], leaves_at: int | None = None) -> Work:
+        """A token of rows that read so many tokens on average, their new one included.
+
+        With exits active all rows leave at the level `leaves_at`, those that wait having been asked
+        at every exit before. Rebatching the first half leaves there, and the others go on as a
+        batch of their own: two iterations.
+        """
         highest = min(max(lengths) + TURNS // 2, self.pool.max_tokens)
         back = TURNS - (highest - max(lengths))
         starts = [max(0, length - back) for length in lengths]
-        rows = [self._running(start, place) for place, start in enumerate(starts)]
-        self.machine.occupants = list(rows)
+        rows = self._rows(starts)
         self.replica.batch.rows = list(rows)
         turns = cycle(range(min(TURNS, self.pool.max_tokens - max(starts))))
+        level = self.level if leaves_at is None else leaves_at
+        splits = self.replica.batch.rebatches
+        leaving = len(rows) // 2 if splits else len(rows)
 
         def iteration() -> None:
             if next(turns) == 0:
                 self._set_back(rows, starts)
+            stay = repeat(False, level * len(rows))
+            self.stepper.script = chain(stay, repeat(True, leaving), repeat(False))
             self._turn()
+            if splits:
+                self._turn()
 
         return iteration
+
+    def asking(self, lengths: Sequence[int], level: int) -> Work:
+        """What an exit says of rows, heard by the host; none leaves before the loaded depth."""
+        rows = self._begun(lengths, level)
+        return lambda: self.stepper.ask(rows, level, {})
+
+    def filling(self, lengths: Sequence[int], level: int) -> Work:
+        """The KV beyond an exit at which all rows leave."""
+        rows = self._begun(lengths, level)
+        return lambda: self.machine.fill(rows, level)
 
     def prefilling(self, prompts: int, tokens: int) -> Work:
         """Requests that come, are prefilled together, are told their only token and go."""
@@ -119,6 +161,19 @@ class ServedLoad:
         plan = replica.batch.next_iteration(replica.tally.booked_s)
         assert plan is not None
         replica.run(plan)
+
+    def _begun(self, lengths: Sequence[int], level: int) -> list[Row]:
+        """Rows that have been run to an exit."""
+        rows = self._rows([length - 1 for length in lengths])
+        self.machine.begin(rows, 0, ())
+        self.machine.run_to(level)
+        return rows
+
+    def _rows(self, contexts: Sequence[int]) -> list[Row]:
+        """Rows that hold so many tokens, in the first places of the pool."""
+        rows = [self._running(context, place) for place, context in enumerate(contexts)]
+        self.machine.occupants = list(rows)
+        return rows
 
     def _set_back(self, rows: Sequence[Row], starts: Sequence[int]) -> None:
         """Let the contexts be what they were at first; slots keep the tokens they hold."""

@@ -201,6 +201,16 @@ class Stepper:
         new = (max(0, now - then) for now, then in zip(after, before, strict=True))
         return replace(outcome, captured=Captures(*new))
 
+    def ask(self, rows: Sequence[Row], level: int, leaving: dict[Row, Emitted]) -> None:
+        """Hear what an exit says of each row; the confident leave there, at the last one all do.
+
+        `leaving` holds those who do, also at exits before.
+        """
+        at_loaded_level = level == self.level
+        for row, reading in zip(rows, self.machine.read(level), strict=True):
+            if row not in leaving and (at_loaded_level or self.leaves(reading)):
+                leaving[row] = Emitted(row, level, reading)
+
     def leaves(self, reading: Reading) -> bool:
         """Whether a token is confident enough to leave."""
         return bool(self.rules.leaves_here(reading.confidence, self.threshold))
@@ -242,13 +252,9 @@ class Stepper:
         for level in range(first, self.level + 1):
             deepest = level
             machine.run_to(level)
-            readings = machine.read(level)
-            at_loaded_level = level == self.level
-            heads += at_loaded_level
-            checks += not at_loaded_level
-            for row, reading in zip(rows, readings, strict=True):
-                if row not in leaving and (at_loaded_level or self.leaves(reading)):
-                    leaving[row] = Emitted(row, level, reading)
+            heads += level == self.level
+            checks += level != self.level
+            self.ask(rows, level, leaving)
             if len(leaving) == len(rows):
                 break
         reads = [row.context + 1 for row in rows]

@@ -96,7 +96,8 @@ class Plan:
 
     `factor` goes by batch, `depth_factor` by loaded depth. `ragged` adds rows of unequal contexts
     to stacks and iterations; `prompts` are the numbers of prompts of whole prefill iterations;
-    `captures` says whether capturing was timed where there are graphs.
+    `captures` says whether capturing was timed where there are graphs, `leaving` whether rows were
+    let leave, and `within` which coefficients are other ones in an iteration than alone.
     """
 
     coefficients: Mapping[str, float] = field(default_factory=lambda: GPU_LIKE)
@@ -108,6 +109,8 @@ class Plan:
     prompts: tuple[int, ...] = (1,)
     modes: tuple[str, ...] = ("eager",)
     captures: bool = True
+    leaving: bool = True
+    within: Mapping[str, float] = field(default_factory=dict)
     eager_slowdown_s: float = 0.0
     energy: bool = True
     trials: int = 1
@@ -153,9 +156,49 @@ def readings(plan: Plan) -> list[Reading]:
                     )
                     add("iteration", whole + depth * slow, layers=depth, **values)
 
+    def leave(batch: int, context: int, purpose: str) -> None:
+        """All rows at each exit, and half of them at each but the last."""
+        known = array({**plan.coefficients, **plan.within})
+        mode = plan.modes[-1]
+        values = {
+            "mode": mode,
+            "batch": batch,
+            "context_tokens": context,
+            "longest_context_tokens": context,
+            "purpose": purpose,
+        }
+
+        def computed(batch: int) -> int:
+            return min(b for b in BATCHES if b >= batch) if mode == "graph" else batch
+
+        def one_pass(batch: int, layers: int, checks: int, heads: int) -> float:
+            rows = computed(batch)
+            layer, _ = cost.layer_seconds(known, rows, batch * context, rows * context, 0, 0, 0)
+            found = cost.begin_seconds(known) + layers * layer * factor(batch, DEPTHS[-1])
+            found += checks * cost.check_seconds(known, rows)
+            return found + heads * cost.head_seconds(known, rows)
+
+        for level, layers in enumerate(DEPTHS):
+            is_last = layers == DEPTHS[-1]
+            rows, filled = computed(batch), DEPTHS[-1] - layers
+            whole = one_pass(batch, layers, level + (not is_last), is_last)
+            whole += cost.told_seconds(known, rows) + cost.kv_fill_seconds(known, rows, filled)
+            add("exit_iteration", whole, layers=layers, **values)
+            if is_last or batch == 1:
+                continue
+            gone, left = batch // 2, batch - batch // 2
+            split = one_pass(batch, layers, level + 1, 0) + one_pass(left, filled, 1 - level, 1)
+            split += cost.told_seconds(known, computed(gone))
+            split += cost.told_seconds(known, computed(left))
+            split += cost.kv_fill_seconds(known, computed(gone), filled)
+            split += known[cost.REBATCH_OVERHEAD_S]
+            add("split_iteration", split, layers=layers, **values)
+
     for batch in BATCHES:
         for context in CONTEXTS:
             decode(batch, context, "fit")
+        if plan.leaving:
+            leave(batch, 128, "fit")
         if plan.ragged and batch > 1:
             decode(batch, 300, "fit", longest=520)
             decode(batch, 150, "fit", longest=290)
@@ -175,6 +218,8 @@ def readings(plan: Plan) -> list[Reading]:
             decode(batch, context, "held-out")
         if plan.ragged:
             decode(batch, 260, "held-out", longest=500)
+        if plan.leaving:
+            leave(batch, 400, "held-out")
     for prompt, purpose in [(n, "fit") for n in (16, 32, 64, 128, 256, 512, 1000)] + [
         (n, "held-out") for n in (48, 400)
     ]:

@@ -20,7 +20,7 @@ from calibration.fitting.check import check_rows
 from calibration.fitting.fit import FitSettings, fit_profile
 from calibration.fitting.fit_energy import fit_energy
 from calibration.fitting.fit_times import Number, falling_time, fit_times, model_profile
-from calibration.fitting.points import CAPTURES
+from calibration.fitting.points import CAPTURES, LEAVING
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -424,7 +424,8 @@ def test_held_out_points_take_no_part_in_the_fit(tmp_path: Path) -> None:
 
 def test_exits_of_another_profile_can_stand_in(tmp_path: Path) -> None:
     statistics = dict(load_profile("opt-a100-40gb").document)
-    folder = planted.folder(tmp_path / "points", Plan(name="opt-1.3b"), with_traces=False)
+    plan = Plan(name="opt-1.3b", leaving=False)
+    folder = planted.folder(tmp_path / "points", plan, with_traces=False)
     with pytest.raises(InputError, match=r"give --exits"):
         fit_profile(folder, tmp_path / "profile")
     environment = json.loads((folder / "environment.json").read_text())
@@ -508,6 +509,58 @@ def test_the_command_fits_says_the_errors_and_draws_the_page(
 
 def test_every_coefficient_of_the_cost_model_gets_a_number(exact: Profile) -> None:
     assert set(exact.models["planted"].coefficients) == set(COEFFICIENTS)
+
+
+def test_rows_that_left_where_no_exit_is_are_refused() -> None:
+    model = replace(planted.model(), exit_layers=(4, 12))
+    with pytest.raises(InputError, match=r"left at layer 3, which is none of its exits \[4, 12\]"):
+        fit_times(planted.points(Plan(energy=False)), model)
+
+
+WITHIN = {
+    "check.base_s": 9.0e-5,
+    "check.s_per_row": 9.0e-7,
+    "kv_fill.base_s_per_layer": 4.0e-6,
+    "kv_fill.s_per_row_layer": 5.0e-8,
+    "rebatch.overhead_s": 2.0e-4,
+}
+"""As where the host hears an exit's word while the device waits, and fills while it works."""
+
+
+@pytest.mark.parametrize("modes", [("eager",), ("eager", "graph")])
+def test_iterations_have_the_last_word_on_what_leaving_costs(
+    tmp_path: Path, modes: tuple[str, ...]
+) -> None:
+    plan = Plan(within=WITHIN, noise=0.003, modes=modes, energy=False)
+    profile = fitted(tmp_path, plan)
+    found = profile.models["planted"].coefficients
+    for name, value in WITHIN.items():
+        assert found[name] == pytest.approx(value, rel=0.15), name
+    number = profile.quantities["models.planted.coefficients.check.base_s"]
+    assert "points of exit_iteration, within iterations" in number.source
+    kept = profile.document["measurement"]["models"]["planted"]
+    assert all(kept["leaving"][quantity]["kept"] for quantity in LEAVING)
+    rows = {row.quantity: row for row in check_rows(profile)}
+    # What was timed alone stands for nothing any more.
+    assert not {"check", "kv_fill"} & set(rows)
+    assert all(rows[quantity].purpose == "held-out" for quantity in LEAVING)
+    assert all(rows[quantity].within_bars for quantity in LEAVING)
+
+
+def test_parts_stand_where_iterations_are_made_of_them(tmp_path: Path) -> None:
+    profile = fitted(tmp_path, Plan(noise=0.01, energy=False))
+    kept = profile.document["measurement"]["models"]["planted"]["leaving"]
+    assert [kept[quantity]["kept"] for quantity in LEAVING] == [False, False]
+    assert profile.models["planted"].coefficients["rebatch.overhead_s"] == 0.0
+    rows = {row.quantity: row for row in check_rows(profile)}
+    assert {"check", "kv_fill", *LEAVING} <= set(rows)
+    assert rows["exit_iteration"].median < 0.03
+
+
+def test_where_nobody_left_what_leaving_costs_is_made_of_parts(tmp_path: Path) -> None:
+    profile = fitted(tmp_path, Plan(leaving=False, energy=False))
+    assert profile.document["measurement"]["models"]["planted"]["leaving"] == {}
+    assert "check" in {row.quantity for row in check_rows(profile)}
 
 
 def test_joules_of_context_are_padded_as_the_times_say() -> None:

@@ -78,10 +78,13 @@ def test_the_grid_holds_every_quantity_ragged_rows_and_held_out_loads() -> None:
         "head",
         "check",
         "kv_fill",
+        "exit_iteration",
+        "split_iteration",
     }
     assert any(job.longest_tokens != job.context_tokens for job in jobs if not job.prompt_tokens)
     held_out = [job for job in jobs if job.purpose == "held-out"]
-    assert {job.quantity for job in held_out} >= {"decode_layers", "prefill_layers"}
+    wanted = {"decode_layers", "prefill_layers", "exit_iteration", "split_iteration"}
+    assert {job.quantity for job in held_out} >= wanted
     assert any(job.prompt_tokens and job.context_tokens for job in jobs)
 
 

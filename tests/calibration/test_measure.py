@@ -30,6 +30,7 @@ from calibration.measuring.timing import Pace
 from calibration.model.early_exit import from_stock, save
 from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
+from helios_sim.policy.contract import ExitMode
 from tests.calibration.test_graphs import FakeRecorder
 from tests.calibration.tiny import stock_model
 
@@ -202,11 +203,83 @@ def test_iterations_of_any_context_stay_within_the_pool(bench: Bench, context: i
     bench.pool.check()
 
 
+def leaving(bench: Bench, mode: ExitMode) -> ServedLoad:
+    """Rows that may leave at the exits 1 and 2 of a model loaded to 4 layers."""
+    machine = ModelMachine(
+        bench.model, bench.pool, bench.decoders["eager"], depth=4, free_running=False
+    )
+    return ServedLoad(machine, bench.depths, lambda count, place: [place] * count, mode)
+
+
+@pytest.mark.parametrize(
+    ("level", "layers", "checks", "heads", "filled"),
+    [(0, 1, 1, 0, 3), (1, 2, 2, 0, 2), (2, 4, 2, 1, 0)],
+)
+def test_rows_that_wait_leave_together_at_the_exit_asked_for(
+    bench: Bench, level: int, layers: int, checks: int, heads: int, filled: int
+) -> None:
+    load = leaving(bench, ExitMode.WAIT)
+    work = load.decoding([20, 31, 44], level)
+    for _ in range(2 * TURNS + 1):
+        work()
+        outcome = load.replica.tally.iterations[-1].outcome
+        assert [token.level for token in outcome.emitted] == [level] * 3
+        assert (outcome.layers, outcome.checks, outcome.heads) == (layers, checks, heads)
+        assert (outcome.filled_layers, outcome.filled_rows) == (filled, 3 if filled else 0)
+    bench.pool.check()
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+@pytest.mark.parametrize("level", [0, 1])
+def test_half_of_the_rows_leave_and_the_others_go_on_by_themselves(
+    bench: Bench, level: int, batch: int
+) -> None:
+    load = leaving(bench, ExitMode.REBATCH)
+    work = load.decoding([24] * batch, level)
+    exits = (1, 2, 4)
+    for _ in range(2 * TURNS + 1):
+        work()
+        first, second = (one.outcome for one in load.replica.tally.iterations[-2:])
+        assert len(first.emitted) == batch // 2
+        assert (first.layers, first.checks, first.heads) == (exits[level], level + 1, 0)
+        assert (first.filled_layers, first.overheads) == (4 - exits[level], 1)
+        assert len(second.emitted) == batch - batch // 2
+        assert (second.first_layer, second.layers, second.checks) == (exits[level], 4, 1 - level)
+        assert second.heads == 1
+        assert {row.held for row in load.replica.batch.rows} == {0}
+        assert len({row.context for row in load.replica.batch.rows}) == 1
+    bench.pool.check()
+
+
+def test_asking_an_exit_lets_nobody_leave_before_the_loaded_depth(bench: Bench) -> None:
+    load = leaving(bench, ExitMode.WAIT)
+    asked: list[bool] = []
+    load.stepper.leaves = lambda reading: bool(asked.append(True))  # type: ignore[method-assign]
+    load.asking([20, 30], 0)()
+    assert asked == [True, True]
+    load.asking([20, 30], 2)()
+    assert len(asked) == 2
+
+
+def test_filling_leaves_keys_and_values_as_serving_does(bench: Bench) -> None:
+    """As when a batch leaves at the first exit: the new token's place in all layers beyond."""
+    load = leaving(bench, ExitMode.WAIT)
+    for store in bench.pool.keys[1:]:
+        store.zero_()
+    load.filling([20, 30], 0)()
+    for layer in range(1, 4):
+        store = bench.pool.keys[layer][: bench.pool.capacity_tokens]
+        kept = store.view(bench.max_batch, bench.max_context, -1)
+        written = kept.abs().sum(-1).nonzero().tolist()
+        assert written == [[0, 19], [1, 29]]
+
+
 def test_loads_of_all_kinds_follow_each_other_on_one_pool(bench: Bench) -> None:
     stack = Job("decode_layers", "tiny-4l", "eager", (4,), 4, 40, 50)
     expected = bench.work(stack, 4)()
     assert isinstance(expected, torch.Tensor)
-    for job in (iteration(2, 32), iteration(4, 0, 16), iteration(4, 30, None, 50)):
+    split = Job("split_iteration", "tiny-4l", "eager", (2,), 3, 30, 30)
+    for job in (iteration(2, 32), split, iteration(4, 0, 16), iteration(4, 30, None, 50)):
         found = list(bench.time(job))
         assert [reading.layers for reading in found] == [2]
         again = bench.work(stack, 4)()
@@ -236,13 +309,14 @@ def test_graph_readings_run_graphs_exit_by_exit(bench: Bench) -> None:
     assert replays() == 3
     bench.work(Job("iteration", "tiny-4l", "graph", (4,), 3, 20, 20), 4)()
     assert replays() == 7
+    # Rows are embedded and run to the first exit; both segments beyond are filled.
     fill = bench.work(Job("kv_fill", "tiny-4l", "graph", (3,), 3), 3)
-    assert replays() == 8
+    assert replays() == 9
     fill()
-    assert replays() == 10
+    assert replays() == 11
     bench.work(Job("decode_layers", "tiny-4l", "eager", (2,), 3, 20, 20), 2)()
     bench.work(Job("prefill_layers", "tiny-4l", "eager", (2,), 1, 0, None, 16), 2)()
-    assert replays() == 10
+    assert replays() == 11
 
 
 def test_capturing_is_timed_graph_by_graph_as_growing_batches_want_them(bench: Bench) -> None:
