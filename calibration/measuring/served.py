@@ -143,7 +143,7 @@ class ServedLoad:
     def prefilling(self, prompts: int, tokens: int) -> Work:
         """Requests that come, are prefilled together, are told their only token and go."""
         lives = [self._life(tokens, row, output_tokens=1) for row in range(prompts)]
-        batch, tally = self.replica.batch, self.replica.tally
+        batch, iterations = self.replica.batch, self.replica.tally.iterations
 
         def iteration() -> None:
             for life in lives:
@@ -151,8 +151,7 @@ class ServedLoad:
                 life.first_token_s = None
                 batch.enter(life)
             self._turn()
-            tally.iterations.clear()
-            tally.tokens.clear()
+            iterations.clear()
 
         return iteration
 
@@ -177,9 +176,7 @@ class ServedLoad:
 
     def _set_back(self, rows: Sequence[Row], starts: Sequence[int]) -> None:
         """Let the contexts be what they were at first; slots keep the tokens they hold."""
-        tally = self.replica.tally
-        for books in (tally.iterations, tally.tokens, tally.gaps_s):
-            books.clear()
+        self.replica.tally.iterations.clear()
         for row, start in zip(rows, starts, strict=True):
             self.pool.vacate(row.slot)
             self.pool.reserve(row.slot, start)
@@ -190,7 +187,7 @@ class ServedLoad:
         """A row that has been told its first token and has not read it."""
         life = self._life(context, slot, output_tokens=NEVER)
         life.status, life.emitted = "running", [0]
-        life.first_token_s = life.last_token_s = 0.0
+        life.first_token_s = 0.0
         blocks = self.replica.batch.blocks_for(self.pool.max_tokens)
         self.replica.batch.free_blocks -= blocks
         return Row(life, to_prefill=0, blocks=blocks, context=context, slot=slot)

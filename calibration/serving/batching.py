@@ -7,7 +7,7 @@ model, a device or a clock: times come in, plans go out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ class Life:
     """A request and what becomes of it.
 
     `text` holds the token ids of its prompt and of the true continuation; `emitted` the tokens it
-    was given. `nll_units` are negative log-likelihoods in steps of 1/1024 nat.
+    was given.
     """
 
     request_id: int
@@ -58,16 +58,11 @@ class Life:
     admitted_s: float | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
-    last_token_s: float | None = None
     emitted: list[int] = field(default_factory=list)
     model: str | None = None
     depth: int | None = None
     evaluated: bool = False
     num_preemptions: int = 0
-    decoded: int = 0
-    executed_layers: int = 0
-    nll_units: int = 0
-    breaches: int = 0
 
     @property
     def generated(self) -> int:
@@ -287,12 +282,14 @@ class Batch:
         self.max_running = max(self.max_running, len(self.rows))
         return row
 
-    def _needs_block(self, row: Row) -> bool:
-        return row.fresh and row.context == row.blocks * self.block_tokens
+    def _in_need(self, rows: Iterable[Row]) -> list[Row]:
+        """Those that need another block for the token they begin."""
+        size = self.block_tokens
+        return [row for row in rows if row.context == row.blocks * size and row.fresh]
 
     def _make_room(self) -> None:
         """Preempt the last admitted until every row whose last block is full can have another."""
-        while sum(map(self._needs_block, self.rows)) > self.free_blocks:
+        while len(self._in_need(self.rows)) > self.free_blocks:
             self._preempt_last()
 
     def _preempt_last(self) -> None:
@@ -307,10 +304,9 @@ class Batch:
         passed = self._company() if self.rebatches else 0
         rows = tuple(row for row in self.rows if row.held == passed)
         if passed == 0:
-            for row in rows:
-                if self._needs_block(row):
-                    row.blocks += 1
-                    self.free_blocks -= 1
+            for row in self._in_need(rows):
+                row.blocks += 1
+                self.free_blocks -= 1
         return Decode(rows, passed, tuple(self.ghosts))
 
     def _company(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -103,12 +104,11 @@ class ModelMachine:
         assert self._place is not None and self._hidden is not None
         said = self.decoder.tell(self._place, self._hidden, level)
         tokens, confidences, nlls = said.cpu().tolist()
-        return [
-            Reading(
-                int(tokens[place]), min(1.0, max(0.0, confidences[place])), max(0.0, nlls[place])
-            )
-            for place in self._wanted
-        ]
+        shares = map(min, repeat(1.0), map(max, repeat(0.0), confidences))
+        found = list(map(Reading, map(int, tokens), shares, map(max, repeat(0.0), nlls)))
+        if self._wanted == list(range(len(found))):
+            return found
+        return [found[place] for place in self._wanted]
 
     def fill(self, rows: Sequence[Row], level: int) -> None:
         """Fill the KV of the layers beyond the exit for these rows, from where they stand."""
@@ -217,9 +217,8 @@ class ModelMachine:
         targets = None
         if not self.free_running:
             # A row that is done has no next token; any will do, since nobody reads it.
-            targets = [
-                row.life.text[min(row.life.num_tokens, len(row.life.text) - 1)] for row in order
-            ]
+            lives = [row.life for row in order]
+            targets = [one.text[min(one.num_tokens, len(one.text) - 1)] for one in lives]
         place = self.decoder.place([row.slot for row in order], starts, counts, targets)
         # Prompts of one token are prefilled as all others are.
         place.by_graphs = min(starts) > 0

@@ -81,6 +81,7 @@ def run_data(
 def requests_table(host: Host, requests: Requests, judgement: Judgement) -> pl.DataFrame:
     """One row a request, in order of arrival."""
     lives = host.lives
+    sums = host.tally.request_sums(len(lives))
     owners = np.array([one.request_id for one in host.tally.tokens], dtype=np.int64)
     agree = np.bincount(owners, weights=judgement.agrees, minlength=len(lives)).astype(np.int64)
     relative = np.bincount(owners, weights=judgement.relative, minlength=len(lives))
@@ -102,11 +103,11 @@ def requests_table(host: Host, requests: Requests, judgement: Judgement) -> pl.D
             "depth": [life.depth for life in lives],
             "evaluated": [life.evaluated for life in lives],
             "num_preemptions": [life.num_preemptions for life in lives],
-            "decoded_tokens": [life.decoded for life in lives],
-            "executed_layers": [life.executed_layers for life in lives],
+            "decoded_tokens": sums.decoded,
+            "executed_layers": sums.executed_layers,
             "agree_tokens": agree,
-            "nll_nats": [life.nll_units / NLL_UNITS_PER_NAT for life in lives],
-            "breaches": [life.breaches for life in lives],
+            "nll_nats": [units / NLL_UNITS_PER_NAT for units in sums.nll_units],
+            "breaches": sums.breaches,
             "breaches_relative": relative.astype(np.int64),
         },
         schema_overrides={

@@ -110,50 +110,47 @@ class Replica:
         outcome = self.step(plan)
         now_s = self.clock.now_s()
         seconds = self.tally.book("busy", now_s)
-        is_prefill = isinstance(plan, Prefill)
         entry = IterationEntry(
-            start_s,
-            seconds,
-            begun_s - start_s,
-            self.assignment,
-            self.evaluating,
-            is_prefill,
-            len(self.batch.rows),
-            outcome,
+            start_s=start_s,
+            end_s=now_s,
+            seconds=seconds,
+            host_s=begun_s - start_s,
+            assignment=self.assignment,
+            evaluating=self.evaluating,
+            is_prefill=isinstance(plan, Prefill),
+            running=len(self.batch.rows),
+            outcome=outcome,
+            breached=tuple(map(self.stepper.breaches, outcome.emitted)),
         )
-        self.tally.count_iteration(entry, self.batch.used_blocks, outcome.emitted)
-        self.emit(outcome, now_s, is_prefill)
+        self.tally.count_iteration(entry, self.batch.used_blocks)
+        self.emit(entry)
 
     def step(self, plan: Prefill | Decode) -> Outcome:
         """What the machine makes of a plan."""
         assert self.stepper is not None
         return self.stepper.run(plan)
 
-    def emit(self, outcome: Outcome, now_s: float, is_prefill: bool) -> None:
+    def emit(self, entry: IterationEntry) -> None:
         """Give the tokens of an iteration to their requests, in order of admission."""
-        assert self.stepper is not None and self.assignment is not None
+        assert self.stepper is not None
+        outcome, now_s = entry.outcome, entry.end_s
         full_pass = outcome.layers == self.stepper.depth
+        if self.window.watching:
+            for breached in entry.breached:
+                self.window.count(breached)
         for one in outcome.emitted:
             row = one.row
-            if is_prefill:
+            if entry.is_prefill:
                 row.context, row.to_prefill, row.pending = row.to_prefill, 0, 0
             else:
                 row.context += 1
                 row.held = 0
                 row.pending = 0 if full_pass else row.pending + 1
-            breached = self.stepper.breaches(one)
-            self.tally.count_token(
-                row,
-                one,
-                now_s,
-                self.assignment,
-                outcome,
-                prefilled=is_prefill,
-                breached=breached,
-            )
-            self.window.count(breached)
-            row.life.emitted.append(one.reading.token)
-            if row.life.generated == row.life.output_tokens:
+            life = row.life
+            if not life.emitted:
+                life.first_token_s = now_s
+            life.emitted.append(one.reading.token)
+            if len(life.emitted) == life.output_tokens:
                 self.finish(row, now_s)
 
     def finish(self, row: Row, now_s: float) -> None:
@@ -164,7 +161,7 @@ class Replica:
         life.status = "finished"
         life.finished_s = now_s
         life.model, life.depth = self.assignment.model, self.assignment.depth
-        self.tally.count_finished(row, now_s)
+        self.tally.count_finished(life, now_s)
 
     def left(self, row: Row) -> None:
         """Let the machine have back the place of a row that left the batch."""

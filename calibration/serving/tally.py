@@ -1,7 +1,8 @@
 """What a real run adds up to while it is served: sums, samples, and a log of iterations and tokens.
 
-Everything is kept in plain lists and numbers, so that keeping it costs the run next to nothing;
-`helios_sim.records` has the meaning of each.
+While it runs only what a policy may ask is summed up; the rest is kept as it came and taken apart
+afterwards, so that keeping it costs the run next to nothing. `helios_sim.records` has the meaning
+of each.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from calibration.serving.batching import Row
-from calibration.serving.iteration import Emitted, Outcome
+from calibration.serving.batching import Life
+from calibration.serving.iteration import Outcome, Reading
 from helios_sim.policy.contract import Assignment
 from helios_sim.state import (
     ITL_BINS_PER_OCTAVE,
@@ -47,9 +48,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class IterationEntry:
-    """An iteration in the log. `host_s` of its seconds went into planning it and keeping books."""
+    """An iteration in the log; `breached` goes by the tokens that it emitted.
+
+    `host_s` of its seconds went into planning it and keeping books.
+    """
 
     start_s: float
+    end_s: float
     seconds: float
     host_s: float
     assignment: Assignment
@@ -57,6 +62,7 @@ class IterationEntry:
     is_prefill: bool
     running: int
     outcome: Outcome
+    breached: tuple[bool, ...]
 
 
 class TokenEntry(NamedTuple):
@@ -75,6 +81,19 @@ class TokenEntry(NamedTuple):
     breached: bool
 
 
+class RequestSums(NamedTuple):
+    """Sums over the tokens of each request, by its number.
+
+    Decoded are the tokens that a prefill did not emit, and theirs are the executed layers;
+    `nll_units` are negative log-likelihoods in steps of 1/1024 nat.
+    """
+
+    decoded: list[int]
+    executed_layers: list[int]
+    nll_units: list[int]
+    breaches: list[int]
+
+
 @dataclass
 class Tally:
     """Running sums of one replica; the books of its time are closed interval by interval."""
@@ -87,8 +106,6 @@ class Tally:
     spans: list[tuple[Spent, float, float]] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     iterations: list[IterationEntry] = field(default_factory=list)
-    tokens: list[TokenEntry] = field(default_factory=list)
-    gaps_s: list[float] = field(default_factory=list)
     next_sample_s: float = 0.0
     num_tokens: int = 0
     num_finished: int = 0
@@ -126,71 +143,82 @@ class Tally:
         self.booked_s = until_s
         return seconds
 
-    def count_iteration(
-        self, entry: IterationEntry, used_blocks: int, counts: Sequence[Emitted]
-    ) -> None:
-        """Add an iteration; `counts` are the decoded tokens, by which exits are counted."""
+    def count_iteration(self, entry: IterationEntry, used_blocks: int) -> None:
+        """Add an iteration and its tokens."""
+        outcome, emitted = entry.outcome, entry.outcome.emitted
         self.num_iterations += 1
         self.batch_seconds += entry.seconds * entry.running
         self.kv_block_seconds += entry.seconds * used_blocks
         self.iterations.append(entry)
+        self.num_tokens += len(emitted)
+        self.num_breaches += sum(entry.breached)
+        self.nll_units += sum([nll_units(one.reading) for one in emitted])
         if entry.is_prefill:
             return
         self.num_decode_iterations += 1
-        self.decode_rows += entry.outcome.rows
+        self.decode_rows += outcome.rows
         self.decode_s += entry.seconds
+        self.executed_layers += outcome.layers * len(emitted)
         levels = self.exit_counts[entry.assignment.model]
-        for one in counts:
+        for one in emitted:
             levels[one.level] += 1
 
-    def count_token(
-        self,
-        row: Row,
-        one: Emitted,
-        now_s: float,
-        assignment: Assignment,
-        outcome: Outcome,
-        *,
-        prefilled: bool,
-        breached: bool,
-    ) -> None:
-        """Add an emitted token to its request and to the sums."""
-        life, reading = row.life, one.reading
-        units = round(reading.nll_nats * NLL_UNITS_PER_NAT)
-        life.nll_units += units
-        life.breaches += breached
-        self.nll_units += units
-        self.num_breaches += breached
-        self.num_tokens += 1
-        if not prefilled:
-            life.decoded += 1
-            life.executed_layers += outcome.layers
-            self.executed_layers += outcome.layers
-        if life.first_token_s is None:
-            life.first_token_s = now_s
-        else:
-            assert life.last_token_s is not None
-            self.gaps_s.append(now_s - life.last_token_s)
-        life.last_token_s = now_s
-        self.tokens.append(
-            TokenEntry(
-                life.request_id,
-                life.generated,
-                now_s,
-                assignment.model,
-                assignment.depth,
-                one.level,
-                prefilled,
-                reading.token,
-                reading.confidence,
-                reading.nll_nats,
-                breached,
-            )
-        )
+    @property
+    def tokens(self) -> list[TokenEntry]:
+        """Every emitted token, in order of emission."""
+        told: dict[int, int] = {}
+        entries = []
+        for entry in self.iterations:
+            served = entry.assignment
+            for one, breached in zip(entry.outcome.emitted, entry.breached, strict=True):
+                request, reading = one.row.life.request_id, one.reading
+                place = told.get(request, 0)
+                told[request] = place + 1
+                entries.append(
+                    TokenEntry(
+                        request,
+                        place,
+                        entry.end_s,
+                        served.model,
+                        served.depth,
+                        one.level,
+                        entry.is_prefill,
+                        reading.token,
+                        reading.confidence,
+                        reading.nll_nats,
+                        breached,
+                    )
+                )
+        return entries
 
-    def count_finished(self, row: Row, now_s: float) -> None:
+    @property
+    def gaps_s(self) -> list[float]:
+        """Seconds between a request's tokens, in order of emission."""
+        last_s: dict[int, float] = {}
+        gaps_s = []
+        for entry in self.iterations:
+            for one in entry.outcome.emitted:
+                request = one.row.life.request_id
+                if request in last_s:
+                    gaps_s.append(entry.end_s - last_s[request])
+                last_s[request] = entry.end_s
+        return gaps_s
+
+    def request_sums(self, num_requests: int) -> RequestSums:
+        """What the tokens of each request add up to."""
+        sums = RequestSums(*([0] * num_requests for _ in RequestSums._fields))
+        for entry in self.iterations:
+            for one, breached in zip(entry.outcome.emitted, entry.breached, strict=True):
+                request = one.row.life.request_id
+                sums.nll_units[request] += nll_units(one.reading)
+                sums.breaches[request] += breached
+                if not entry.is_prefill:
+                    sums.decoded[request] += 1
+                    sums.executed_layers[request] += entry.outcome.layers
+        return sums
+
+    def count_finished(self, life: Life, now_s: float) -> None:
         """Add a finished request to the period's means."""
-        life = row.life
         assert life.first_token_s is not None
         self.num_finished += 1
         self.period_finished += 1
@@ -212,6 +240,11 @@ class Tally:
         self.samples.append(line)
         ticks = math.floor(line.time_s / self.timeline_interval_s)
         self.next_sample_s = (ticks + 1.0) * self.timeline_interval_s
+
+
+def nll_units(reading: Reading) -> int:
+    """A token's negative log-likelihood in steps of 1/1024 nat."""
+    return round(reading.nll_nats * NLL_UNITS_PER_NAT)
 
 
 def gap_edges() -> tuple[float, ...]:

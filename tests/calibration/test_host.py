@@ -51,6 +51,7 @@ SERVING = [
 def comparable(host: ClockworkHost, run, frame) -> None:
     """The host's requests and decisions are the simulator's, to the last bit."""
     lives = host.lives
+    sums = host.tally.request_sums(len(lives))
     columns = {
         "arrival_s": [life.arrival_s for life in lives],
         "admitted_s": [life.admitted_s for life in lives],
@@ -62,10 +63,10 @@ def comparable(host: ClockworkHost, run, frame) -> None:
         "model": [life.model for life in lives],
         "depth": [life.depth for life in lives],
         "num_preemptions": [life.num_preemptions for life in lives],
-        "decoded_tokens": [life.decoded for life in lives],
-        "executed_layers": [life.executed_layers for life in lives],
-        "breaches": [life.breaches for life in lives],
-        "nll_nats": [life.nll_units / 1024 for life in lives],
+        "decoded_tokens": sums.decoded,
+        "executed_layers": sums.executed_layers,
+        "breaches": sums.breaches,
+        "nll_nats": [units / 1024 for units in sums.nll_units],
     }
     for name, column in columns.items():
         assert column == frame[name].to_list(), name
