@@ -646,6 +646,7 @@ def start_decode(w: World, r: int, rep: Any) -> None:
         float(num_heads),
         float(filled),
         padded,
+        float(batch),
         w.residual[model, rep.level, batch],
     )
     joules = cost.decode_joules(
@@ -698,12 +699,12 @@ def company_size(w: World, r: int, rep: Any, passed: int) -> int:
 
 
 @compiled
-def remaining_seconds(w: World, rep: Any, next_level: int, padded: float, layer_s: float) -> float:
+def remaining_seconds(w: World, rep: Any, next_level: int, batch: float, layer_s: float) -> float:
     """Seconds from after the exit before `next_level` to the loaded depth, head included."""
     c = w.coefficients[rep.model]
     layers = rep.depth - w.exit_layers[rep.model, next_level - 1]
-    seconds = layers * layer_s + cost.head_seconds(c, padded)
-    return seconds + (rep.level - next_level) * cost.check_seconds(c, padded)
+    seconds = layers * layer_s + cost.head_seconds(c, batch)
+    return seconds + (rep.level - next_level) * cost.check_seconds(c, batch)
 
 
 @compiled
@@ -743,11 +744,11 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         seconds = seconds + segment * layer_s
         joules = joules + segment * layer_j
         if level == rep.level:
-            seconds = seconds + cost.head_seconds(c, padded)
+            seconds = seconds + cost.head_seconds(c, float(batch))
             joules = joules + cost.head_joules(c, padded)
             leaving = batch
         else:
-            seconds = seconds + cost.check_seconds(c, padded)
+            seconds = seconds + cost.check_seconds(c, float(batch))
             joules = joules + cost.check_joules(c, padded)
             leaving = 0
             for k in range(rep.num_ready):
@@ -757,7 +758,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         if leaving == batch:
             break
         if leaving > 0:
-            rest_s = remaining_seconds(w, rep, level + 1, padded, layer_s)
+            rest_s = remaining_seconds(w, rep, level + 1, float(batch), layer_s)
             overhead_s = c[cost.REBATCH_OVERHEAD_S]
             deep_s = begin_s + rest_s + overhead_s
             if rebatch_pays(leaving, batch, seconds, deep_s, seconds + rest_s):
@@ -766,7 +767,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         level += 1
     skipped = float(rep.depth - w.exit_layers[model, level])
     leavers = w.padded[model, leaving]
-    seconds = seconds + cost.told_seconds(c, leavers)
+    seconds = seconds + cost.told_seconds(c, float(leaving))
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
     for k in range(rep.num_ready):

@@ -188,7 +188,9 @@ def candidate_card(room: Room, name: str) -> Candidate:
     for depth in model.exit_layers:
         residual = float(profile.residual(reference, depth)[reference])
         seconds, _ = cost.decode_seconds(
-            c, rows, context, padded_context, float(depth), 0.0, 1.0, 0.0, rows, residual
+            *(c, rows, context, padded_context, float(depth), 0.0, 1.0, 0.0, rows),
+            float(reference),
+            residual,
         )
         decode_s.append(float(seconds))
         joules = cost.decode_joules(

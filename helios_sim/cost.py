@@ -240,17 +240,19 @@ def decode_seconds(
     num_heads: float,
     filled_layers: float,
     fill_rows: float,
+    asked_rows: float,
     residual: float,
 ) -> tuple[float, int]:
     """Seconds of a decode iteration and its regime.
 
-    `rows` carry the layers (with tokens fed again, where KV is recomputed), `fill_rows` the fixed
-    part, the exit checks, the head and the KV filling.
+    `rows` carry the layers (with tokens fed again, where KV is recomputed) and `fill_rows` the KV
+    filling, both as computed. `asked_rows` carry the fixed part, the exit checks and the head: a
+    graph pads what its device computes, and what a row adds there is its host's.
     """
     layer_s, regime = layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)
-    seconds = c[14] + c[42] * fill_rows + layers * (layer_s * residual)
-    seconds = seconds + num_checks * check_seconds(c, fill_rows)
-    seconds = seconds + num_heads * head_seconds(c, fill_rows)
+    seconds = c[14] + c[42] * asked_rows + layers * (layer_s * residual)
+    seconds = seconds + num_checks * check_seconds(c, asked_rows)
+    seconds = seconds + num_heads * head_seconds(c, asked_rows)
     seconds = seconds + kv_fill_seconds(c, fill_rows, filled_layers)
     return seconds, regime
 

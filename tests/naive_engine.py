@@ -425,7 +425,7 @@ class NaiveReplica:
         context, padded_context = self.read_tokens(self.rows, padded)
         read = (padded + again, context, padded_context)
         passed = (layers, checks, heads, filled, padded)
-        seconds, _ = cost.decode_seconds(c, *read, *passed, residual)
+        seconds, _ = cost.decode_seconds(c, *read, *passed, batch, residual)
         joules = cost.decode_joules(c, *read, *passed, seconds)
         if again == 0:
             asked = range(deepest + 1) if self.exits_active else [deepest]
@@ -483,7 +483,7 @@ class NaiveReplica:
         own = {row: self.own_exit(row) for row in company}
         layer_s = cost.layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)[0] * residual
         layer_j = cost.layer_joules(c, rows, context, padded_context, 0.0, 0.0)
-        head_s, check_s = cost.head_seconds(c, rows), cost.check_seconds(c, rows)
+        head_s, check_s = cost.head_seconds(c, batch), cost.check_seconds(c, batch)
         overhead_s = c[cost.REBATCH_OVERHEAD_S]
         begin_s = cost.begin_seconds(c)
         seconds, joules = begin_s, 0.0
@@ -510,7 +510,7 @@ class NaiveReplica:
                 seconds += overhead_s
                 break
         beyond, padded = self.depth - exit_layers[level], self.model.padded_rows[len(leavers)]
-        seconds += cost.told_seconds(c, padded)
+        seconds += cost.told_seconds(c, len(leavers))
         seconds += cost.kv_fill_seconds(c, padded, beyond)
         joules += cost.kv_fill_joules(c, padded, beyond)
         joules = cost.iteration_joules(c, seconds, joules)

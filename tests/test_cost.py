@@ -44,7 +44,7 @@ def test_without_its_coefficients_padding_changes_no_bit(
         assert cost.layer_seconds(plain, rows, context, padded, *prefill) == cost.layer_seconds(
             plain, rows, context, context, *prefill
         )
-    work = (4.0, 1.0, 1.0, 2.0, rows, 1.25)
+    work = (4.0, 1.0, 1.0, 2.0, rows, rows, 1.25)
     assert cost.decode_seconds(plain, rows, context, padded, *work) == cost.decode_seconds(
         plain, rows, context, context, *work
     )
@@ -103,7 +103,20 @@ def test_the_fixed_part_grows_with_rows_or_with_prompts_whichever_takes_longer()
 
 def test_a_decode_pays_its_fixed_part_by_the_rows_that_emit_not_by_those_fed_again() -> None:
     c = coefficients(decode_fixed_s=1.0, decode_fixed_s_per_row=0.5)
-    assert cost.decode_seconds(c, 40.0, 9.0, 9.0, 4.0, 0.0, 1.0, 0.0, 2.0, 1.0)[0] == 2.0
+    assert cost.decode_seconds(c, 40.0, 9.0, 9.0, 4.0, 0.0, 1.0, 0.0, 2.0, 2.0, 1.0)[0] == 2.0
+
+
+def test_rows_that_a_graph_adds_are_computed_and_asked_nothing() -> None:
+    c = coefficients(
+        decode_fixed_s_per_row=0.5,
+        decode_memory_s_per_row=1.0,
+        check_s_per_row=2.0,
+        head_s_per_row=4.0,
+        kv_fill_s_per_row_layer=8.0,
+    )
+    # Three rows in a graph of four: one layer, one check, one head, one layer filled.
+    found, _ = cost.decode_seconds(c, 4.0, 9.0, 9.0, 1.0, 1.0, 1.0, 1.0, 4.0, 3.0, 1.0)
+    assert found == 3 * 0.5 + 4 * 1.0 + 3 * 2.0 + 3 * 4.0 + 4 * 8.0
 
 
 def test_a_prefill_pays_its_fixed_part_by_the_prompts_in_it() -> None:

@@ -138,7 +138,7 @@ def iterations_on(profile: Profile, seed: int = 3) -> pl.DataFrame:
                 for context in rng.integers(40, 500, 5) * batch:
                     seconds, _ = cost.decode_seconds(
                         c, padded[batch], float(context), float(context), float(layers), 0.0, 1.0,
-                        0.0, padded[batch], residual[batch],
+                        0.0, padded[batch], float(batch), residual[batch],
                     )  # fmt: skip
                     rows.append(
                         {

@@ -68,7 +68,7 @@ def _beside(name: str, model: ModelProfile, anchor: EnergyAnchor) -> Beside:
     passed = (layers, 0.0, 1.0, 0.0, rows)
     c = model.coefficient_array()
     factor = float(model.residual(batch, model.model.shape.layers)[batch])
-    seconds, _ = cost.decode_seconds(c, *read, *passed, factor)
+    seconds, _ = cost.decode_seconds(c, *read, *passed, float(batch), factor)
     joules = cost.decode_joules(c, *read, *passed, seconds)
     beyond = model.beyond_hull(batch, REFERENCE_CONTEXT_TOKENS) is not None
     return Beside(name, anchor, float(joules) / batch, batch / float(seconds), beyond)

@@ -74,14 +74,14 @@ def fit_leaving(points: pl.DataFrame, mode: str, predicting: Predicting) -> Leav
 def _within(points: pl.DataFrame, predictor: Predictor) -> _Told:
     """Checks and filling by what iterations take beside their layers, start and head."""
     without = predictor.with_coefficients(dict.fromkeys((*_WITHIN, *_FLOORS), 0.0))
-    rows, work = [], []
+    work = []
     for row in points.iter_rows(named=True):
-        asked = predictor.leaving_work(row)
-        padded = predictor.rows(row["batch"], row["mode"])
-        rows.append(padded)
+        asked, batch = predictor.leaving_work(row), row["batch"]
         checks, filled = asked.checks, asked.filled_layers
-        work.append((checks, checks * padded, filled, filled * padded))
-    chosen = _chosen(points, without, np.array(work)) if len(set(rows)) >= _LEAST_BATCHES else None
+        padded = predictor.rows(batch, row["mode"])
+        work.append((checks, checks * batch, filled, filled * padded))
+    enough = points["batch"].n_unique() >= _LEAST_BATCHES
+    chosen = _chosen(points, without, np.array(work)) if enough else None
     errors, record, told = _judged(points, predictor, chosen, _WITHIN)
     if told:
         told |= dict.fromkeys(_FLOORS, (0.0, 0.0))

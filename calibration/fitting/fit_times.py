@@ -447,7 +447,7 @@ def _decode(
     rows = padded(batch, buckets)
     tells = bool(ragged.any())
     planes = _decode_planes(rows, batch * (mean + own), rows * (longest + own), tells)
-    readings = _readings(points, rows, head, planes)
+    readings = _readings(points, batch, head, planes)
     loads = Loads(readings, rows, _growth(hull, buckets, tells))
     found = joint.choose(loads, _DECODE_OPTIONS, _groups(points))
     chosen = _one_split(_ordered(found.chosen), readings, ragged)
@@ -751,7 +751,9 @@ def falling_time(model: ModelProfile) -> str | None:
     def seconds(batch: int, context: float, longest: float, layers: float, factor: float) -> float:
         rows = float(padded_rows[batch])
         found, _ = cost.decode_seconds(
-            c, rows, context, rows * longest, layers, 0.0, 1.0, 0.0, rows, factor
+            *(c, rows, context, rows * longest, layers, 0.0, 1.0, 0.0, rows),
+            float(batch),
+            factor,
         )
         return float(found)
 

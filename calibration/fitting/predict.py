@@ -142,6 +142,7 @@ class Predictor:
                 1.0,
                 0.0,
                 rows,
+                float(batch),
                 self.factor(row),
             )
             return float(seconds)
@@ -180,6 +181,7 @@ class Predictor:
             work.heads,
             work.filled_layers,
             rows,
+            float(row["batch"]),
             self.factor(row),
         )
         return float(seconds)
@@ -189,19 +191,18 @@ class Predictor:
         c, work = self.coefficients, self.leaving_work(row)
         leaving = row["batch"] // 2
         staying = {**row, "batch": row["batch"] - leaving}
-        left_rows = self.rows(leaving, row["mode"])
         seconds = self._pass_seconds(row, row["layers"], work.checks, 0.0)
-        seconds += float(c[cost.REBATCH_OVERHEAD_S] + cost.told_seconds(c, left_rows))
-        seconds += float(cost.kv_fill_seconds(c, left_rows, work.filled_layers))
-        exits = len(self.model.model.exit_layers)
-        seconds += self._pass_seconds(staying, work.filled_layers, exits - 1.0 - work.checks, 1.0)
-        return seconds + float(cost.told_seconds(c, self.rows(staying["batch"], row["mode"])))
+        seconds += float(c[cost.REBATCH_OVERHEAD_S] + cost.told_seconds(c, float(row["batch"])))
+        filled_rows = self.rows(leaving, row["mode"])
+        seconds += float(cost.kv_fill_seconds(c, filled_rows, work.filled_layers))
+        last = len(self.model.model.exit_layers) - 1.0
+        return seconds + self._pass_seconds(staying, work.filled_layers, last - work.checks, 1.0)
 
     def _pass_seconds(self, row: Row, layers: float, checks: float, heads: float) -> float:
         """Some of a decode's layers with the exits on the way, its start included."""
-        c, rows = self.coefficients, self.rows(row["batch"], row["mode"])
+        c, batch = self.coefficients, float(row["batch"])
         seconds = cost.begin_seconds(c) + layers * self.layer_seconds(row)[0]
-        seconds += checks * cost.check_seconds(c, rows) + heads * cost.head_seconds(c, rows)
+        seconds += checks * cost.check_seconds(c, batch) + heads * cost.head_seconds(c, batch)
         return float(seconds)
 
     def leaving_work(self, row: Row) -> LeavingWork:

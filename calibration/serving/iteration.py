@@ -145,7 +145,8 @@ def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_ba
         rows = float(padded_rows[batch])
         layer_s, _ = cost.layer_seconds(c, rows, float(context), rows * longest, 0.0, 0.0, 0.0)
         layer_s = layer_s * float(residuals[batch])
-        check_s, head_s = cost.check_seconds(c, rows), cost.head_seconds(c, rows)
+        asked = float(batch)
+        check_s, head_s = cost.check_seconds(c, asked), cost.head_seconds(c, asked)
         begin_s = cost.begin_seconds(c)
         shallow_s = begin_s
         before = layers_to[passed - 1] if passed else 0

@@ -108,10 +108,10 @@ def _decode(
     layer_s, _ = cost.layer_seconds(c, rows + pending, context, padded_context, 0.0, 0.0, 0.0)
     filled = float(padded[int(its.filled_rows[i])])
     # Of a batch that was split those who left were told their token, and KV was filled for them.
-    told = filled if its.overheads[i] > 0 else rows
+    told = float(its.filled_rows[i]) if its.overheads[i] > 0 else float(batch)
     rest = cost.begin_seconds(c) + cost.told_seconds(c, told)
-    rest += float(its.checks[i]) * cost.check_seconds(c, rows)
-    rest += float(its.heads[i]) * cost.head_seconds(c, rows)
+    rest += float(its.checks[i]) * cost.check_seconds(c, float(batch))
+    rest += float(its.heads[i]) * cost.head_seconds(c, float(batch))
     rest += cost.kv_fill_seconds(c, filled, float(its.filled_layers[i]))
     rest += float(its.overheads[i]) * float(c[cost.REBATCH_OVERHEAD_S])
     layers = float(its.layers[i] - its.first_layer[i])

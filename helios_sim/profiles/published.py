@@ -694,7 +694,7 @@ def decode(
             c[cost.COEFFICIENTS.index(name)] = 0.0
     context = rows * REFERENCE_CONTEXT_TOKENS
     charged = (layers, num_checks, num_heads, filled_layers, rows)
-    seconds, _ = cost.decode_seconds(c, rows, context, context, *charged, 1.0)
+    seconds, _ = cost.decode_seconds(c, rows, context, context, *charged, rows, 1.0)
     return seconds, cost.decode_joules(c, rows, context, context, *charged, seconds)
 
 

@@ -242,6 +242,7 @@ class ClockworkHost(Host):
                 float(outcome.heads),
                 float(outcome.filled_layers),
                 rows,
+                float(batch),
                 residual,
             )
             return float(seconds)
@@ -266,12 +267,14 @@ class ClockworkHost(Host):
             seconds += (self.stepper.exit_layers[level] - before) * (layer_s * residual)
             before = self.stepper.exit_layers[level]
             at_end = level == self.stepper.level
-            seconds += cost.head_seconds(c, rows) if at_end else cost.check_seconds(c, rows)
+            asked = float(len(plan.rows))
+            seconds += cost.head_seconds(c, asked) if at_end else cost.check_seconds(c, asked)
         if outcome.overheads:
             seconds += float(c[cost.REBATCH_OVERHEAD_S])
-        leavers = float(padded[len(outcome.emitted)])
-        seconds += cost.told_seconds(c, leavers)
-        return seconds + cost.kv_fill_seconds(c, leavers, float(outcome.filled_layers))
+        leaving = len(outcome.emitted)
+        seconds += cost.told_seconds(c, float(leaving))
+        filled_rows = float(padded[leaving])
+        return seconds + cost.kv_fill_seconds(c, filled_rows, float(outcome.filled_layers))
 
 
 def serve_by_clockwork(

@@ -152,7 +152,7 @@ def readings(plan: Plan) -> list[Reading]:
                 add("decode_layers", STACK_S + depth * (layer + slow), layers=depth, **values)
                 if longest or (context == 512 and depth == DEPTHS[-1]):
                     whole, _ = cost.decode_seconds(
-                        c, rows, held, read, depth, 0, 1, 0, rows, factor(batch, depth)
+                        c, rows, held, read, depth, 0, 1, 0, rows, batch, factor(batch, depth)
                     )
                     add("iteration", whole + depth * slow, layers=depth, **values)
 
@@ -175,21 +175,20 @@ def readings(plan: Plan) -> list[Reading]:
             rows = computed(batch)
             layer, _ = cost.layer_seconds(known, rows, batch * context, rows * context, 0, 0, 0)
             found = cost.begin_seconds(known) + layers * layer * factor(batch, DEPTHS[-1])
-            found += checks * cost.check_seconds(known, rows)
-            return found + heads * cost.head_seconds(known, rows)
+            found += checks * cost.check_seconds(known, batch)
+            return found + heads * cost.head_seconds(known, batch)
 
         for level, layers in enumerate(DEPTHS):
             is_last = layers == DEPTHS[-1]
             rows, filled = computed(batch), DEPTHS[-1] - layers
             whole = one_pass(batch, layers, level + (not is_last), is_last)
-            whole += cost.told_seconds(known, rows) + cost.kv_fill_seconds(known, rows, filled)
+            whole += cost.told_seconds(known, batch) + cost.kv_fill_seconds(known, rows, filled)
             add("exit_iteration", whole, layers=layers, **values)
             if is_last or batch == 1:
                 continue
             gone, left = batch // 2, batch - batch // 2
             split = one_pass(batch, layers, level + 1, 0) + one_pass(left, filled, 1 - level, 1)
-            split += cost.told_seconds(known, computed(gone))
-            split += cost.told_seconds(known, computed(left))
+            split += cost.told_seconds(known, batch)
             split += cost.kv_fill_seconds(known, computed(gone), filled)
             split += known[cost.REBATCH_OVERHEAD_S]
             add("split_iteration", split, layers=layers, **values)
@@ -297,7 +296,8 @@ def energy_readings(plan: Plan, c: np.ndarray, noisy: Any) -> list[Reading]:
                 work = depth * cost.layer_joules(c, batch, held, held, 0, 0)
                 load = {"layers": depth, "batch": batch, "context_tokens": context}
                 add("decode_energy", STACK_S + depth * seconds, work, **load)
-                whole_s, _ = cost.decode_seconds(c, batch, held, held, depth, 0, 1, 0, batch, 1)
+                read = (batch, held, held)
+                whole_s, _ = cost.decode_seconds(c, *read, depth, 0, 1, 0, batch, batch, 1)
                 add("iteration_energy", whole_s, work + cost.head_joules(c, batch), **load)
         for prompt in (64, 256, 1000):
             pairs = prompt * (prompt + 1) / 2

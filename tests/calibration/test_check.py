@@ -104,7 +104,7 @@ def test_energy_stands_beside_published_figures_of_the_same_model(
     # Rows of 512 tokens were measured up to a batch of 128.
     assert [one.beyond for one in found] == [False, False, False, True, True]
     c = planted.array(planted.GPU_LIKE)
-    seconds, _ = decode_seconds(c, 32, 32 * 512, 32 * 512, 12, 0, 1, 0, 32, 1.0)
+    seconds, _ = decode_seconds(c, 32, 32 * 512, 32 * 512, 12, 0, 1, 0, 32, 32, 1.0)
     joules = decode_joules(c, 32, 32 * 512, 32 * 512, 12, 0, 1, 0, 32, seconds)
     assert found[1].joules == pytest.approx(joules / 32, rel=0.02)
     assert found[1].tokens_per_s == pytest.approx(32 / seconds, rel=0.02)

@@ -140,7 +140,7 @@ def test_under_noise_the_planted_times_are_predicted_within_it(
     errors = []
     for batch in (1, 6, 20, 100):
         for context in (20, 300, 900):
-            work = (batch, batch * context, batch * context, 9, 0, 1, 0, batch, 1.0)
+            work = (batch, batch * context, batch * context, 9, 0, 1, 0, batch, batch, 1.0)
             right = decode_seconds(truth, *work)[0]
             errors.append(abs(decode_seconds(c, *work)[0] - right) / right)
     # Where two planes meet, noise may hide which of them bounds a load.
@@ -337,8 +337,8 @@ def test_graphs_stand_for_the_profile_where_measured_and_eager_is_a_choice(
     name = "decode.launch_s"
     assert graph.models["planted"].coefficients[name] == pytest.approx(3e-5, rel=1e-3)
     slow = eager.models["planted"].coefficient_array()
-    assert decode_seconds(slow, 1, 512, 512, 12, 0, 1, 0, 1, 1.0)[0] == pytest.approx(
-        decode_seconds(planted.array(GPU_LIKE), 1, 512, 512, 12, 0, 1, 0, 1, 1.0)[0] + 12 * 6e-5,
+    assert decode_seconds(slow, 1, 512, 512, 12, 0, 1, 0, 1, 1, 1.0)[0] == pytest.approx(
+        decode_seconds(planted.array(GPU_LIKE), 1, 512, 512, 12, 0, 1, 0, 1, 1, 1.0)[0] + 12 * 6e-5,
         rel=1e-2,
     )
     assert graph.models["planted"].batch_buckets == planted.BATCHES
