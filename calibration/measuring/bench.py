@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import numpy as np
 from torch import Tensor
 
 from calibration.measuring.floors import count_launches
@@ -386,7 +387,7 @@ class Bench:
     def _prefill(self, job: Job, depth: int) -> Work:
         count, tokens, cached = job.batch or 1, job.prompt_tokens or 1, job.context_tokens or 0
         rows, starts = list(range(count)), [cached] * count
-        ids = [self._ids(tokens, row) for row in rows]
+        ids = [np.asarray(self._ids(tokens, row)) for row in rows]
         decoder = self.decoders["eager"]
         return lambda: decoder.extend(rows, ids, starts, last=depth)
 

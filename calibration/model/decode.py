@@ -163,7 +163,7 @@ class Decoder:
             self._places[key] = found
         return found
 
-    def embed(self, place: Place, ids: Tensor | Sequence[int]) -> Tensor:
+    def embed(self, place: Place, ids: Tensor | Sequence[int] | Indices) -> Tensor:
         """Hidden states [N, hidden] before the first layer, of packed token ids.
 
         With graphs states are theirs: they are overwritten by what next embeds or runs.
@@ -221,7 +221,7 @@ class Decoder:
     def extend(
         self,
         rows: Sequence[int],
-        ids: Sequence[Sequence[int]],
+        ids: Sequence[Sequence[int] | Indices],
         starts: Sequence[int],
         last: int | None = None,
     ) -> Tensor:
@@ -231,7 +231,7 @@ class Decoder:
         depth unless given). Tokens attend to the row's first `starts` tokens and to each other.
         """
         place = self.place(rows, starts, [len(given) for given in ids])
-        packed = [token for given in ids for token in given]
+        packed = np.concatenate([np.asarray(given, dtype=np.int64) for given in ids])
         depth = self.model.depth if last is None else last
         hidden = self.run(place, self.embed(place, packed), 0, depth)
         return self.last(place, hidden)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from calibration.model.attention import Attend
-from calibration.model.kv import PagedPool, Pool
+from calibration.model.kv import Indices, PagedPool, Pool
 from helios_sim.garbage import uncollected
 
 if TYPE_CHECKING:
@@ -338,7 +338,7 @@ class DecodeGraphs:
         key = GraphKey(first, last, rows, context, gathers, kind)
         return key if key in self._keys else None
 
-    def embed(self, place: Place, ids: Sequence[int]) -> Tensor | None:
+    def embed(self, place: Place, ids: Sequence[int] | Indices) -> Tensor | None:
         """States [rows, hidden] before the first layer, or None where no graph serves.
 
         Like all that follow it raises CaptureError where a graph is to be captured now and cannot
@@ -485,7 +485,7 @@ class DecodeGraphs:
         if self.laid_out is not place:
             self._lay_out(place)
 
-    def _lay_out(self, place: Place, ids: Sequence[int] = ()) -> None:
+    def _lay_out(self, place: Place, ids: Sequence[int] | Indices = ()) -> None:
         """Copy a place's integers, and its tokens if they are given, to what all graphs read."""
         count = len(place.rows)
         host = self.host.copy()

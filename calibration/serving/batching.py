@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import HOT_RULES, hot_rules_of
 
@@ -44,7 +47,8 @@ class Life:
     """A request and what becomes of it.
 
     `text` holds the token ids of its prompt and of the true continuation; `emitted` the tokens it
-    was given.
+    was given. `ids` is the text as an array: making one of a long prompt takes longer than a GPU
+    takes for some of its layers.
     """
 
     request_id: int
@@ -63,6 +67,10 @@ class Life:
     depth: int | None = None
     evaluated: bool = False
     num_preemptions: int = 0
+    ids: NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.ids = np.asarray(self.text, dtype=np.int64)
 
     @property
     def generated(self) -> int:

@@ -8,6 +8,7 @@ from itertools import repeat
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.model.decode import Decoder, Place
@@ -63,8 +64,8 @@ class ModelMachine:
         """Take new rows in and run all their tokens through the loaded layers."""
         for row in rows:
             self._take_in(row)
-        ids = [self._tokens(row, 0, row.to_prefill) for row in rows]
-        self._start(rows, (), [0] * len(rows), ids)
+        prompts = [self._prompt(row) for row in rows]
+        self._start(rows, (), [0] * len(rows), list(map(len, prompts)), np.concatenate(prompts))
         self._run(self.depth)
 
     def begin(self, rows: Sequence[Row], passed: int, ghosts: Sequence[Row]) -> None:
@@ -76,8 +77,8 @@ class ModelMachine:
         order = sorted(fed, key=lambda row: row.slot)
         starts = [fed[row] for row in order]
         if passed == 0:
-            ids = [self._tokens(row, fed[row], fed[row] + 1) for row in order]
-            self._start(order, rows, starts, ids)
+            ids = [self._tokens(row, fed[row], fed[row] + 1)[0] for row in order]
+            self._start(order, rows, starts, [1] * len(order), ids)
             return
         self._arrange(order, rows)
         self._place = self._place_of(order, starts)
@@ -93,7 +94,8 @@ class ModelMachine:
             self._tokens(row, start, row.context + 1)
             for row, start in zip(order, starts, strict=True)
         ]
-        self._start(order, rows, starts, ids)
+        packed = [token for one in ids for token in one]
+        self._start(order, rows, starts, list(map(len, ids)), packed)
 
     def run_to(self, level: int) -> None:
         """Run the layers from where the rows stand to the exit, segment by segment."""
@@ -192,16 +194,23 @@ class ModelMachine:
             return life.emitted[start - prompt : stop - prompt]
         return (life.text[:prompt] + life.emitted)[start:stop]
 
+    def _prompt(self, row: Row) -> NDArray[np.int64]:
+        """The tokens that a new row is fed."""
+        if not self.free_running:
+            return row.life.ids[: row.to_prefill]
+        return np.asarray(self._tokens(row, 0, row.to_prefill), dtype=np.int64)
+
     def _start(
         self,
         order: Sequence[Row],
         wanted: Sequence[Row],
         starts: list[int],
-        ids: list[list[int]],
+        counts: list[int],
+        packed: list[int] | NDArray[np.int64],
     ) -> None:
         self._arrange(order, wanted or order)
-        self._place = self._place_of(order, starts, [len(one) for one in ids])
-        self._hidden = self.decoder.embed(self._place, [token for one in ids for token in one])
+        self._place = self._place_of(order, starts, counts)
+        self._hidden = self.decoder.embed(self._place, packed)
         self._layer = 0
 
     def _arrange(self, order: Sequence[Row], wanted: Sequence[Row]) -> None:
