@@ -759,7 +759,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
             break
         if leaving > 0:
             rest_s = remaining_seconds(w, rep, level + 1, float(batch), layer_s)
-            overhead_s = c[cost.REBATCH_OVERHEAD_S]
+            overhead_s = cost.split_seconds(c, float(batch - leaving))
             deep_s = begin_s + rest_s + overhead_s
             if rebatch_pays(leaving, batch, seconds, deep_s, seconds + rest_s):
                 seconds = seconds + overhead_s

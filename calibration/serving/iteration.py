@@ -139,7 +139,6 @@ def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_ba
     layers_to = profile.model.exit_layers
     padded_rows = profile.padded_rows(max_batch)
     residuals = profile.residual(max_batch, layers_to[loaded_level])
-    overhead_s = float(c[cost.REBATCH_OVERHEAD_S])
 
     def pays(leaving: int, batch: int, passed: int, level: int, context: int, longest: int) -> bool:
         rows = float(padded_rows[batch])
@@ -155,7 +154,7 @@ def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_ba
             before = layers_to[here]
         rest_s = (layers_to[loaded_level] - layers_to[level]) * layer_s + head_s
         rest_s = rest_s + (loaded_level - (level + 1)) * check_s
-        deep_s = begin_s + rest_s + overhead_s
+        deep_s = begin_s + rest_s + cost.split_seconds(c, float(batch - leaving))
         return bool(rules.rebatch_pays(leaving, batch, shallow_s, deep_s, shallow_s + rest_s))
 
     return pays

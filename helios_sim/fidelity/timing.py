@@ -113,7 +113,8 @@ def _decode(
     rest += float(its.checks[i]) * cost.check_seconds(c, float(batch))
     rest += float(its.heads[i]) * cost.head_seconds(c, float(batch))
     rest += cost.kv_fill_seconds(c, filled, float(its.filled_layers[i]))
-    rest += float(its.overheads[i]) * float(c[cost.REBATCH_OVERHEAD_S])
+    if its.overheads[i] > 0:
+        rest += cost.split_seconds(c, float(batch) - told)
     layers = float(its.layers[i] - its.first_layer[i])
     return layers * layer_s * float(residual[batch]), rest
 

@@ -269,9 +269,9 @@ class ClockworkHost(Host):
             at_end = level == self.stepper.level
             asked = float(len(plan.rows))
             seconds += cost.head_seconds(c, asked) if at_end else cost.check_seconds(c, asked)
-        if outcome.overheads:
-            seconds += float(c[cost.REBATCH_OVERHEAD_S])
         leaving = len(outcome.emitted)
+        if outcome.overheads:
+            seconds += float(cost.split_seconds(c, float(len(plan.rows) - leaving)))
         seconds += cost.told_seconds(c, float(leaving))
         filled_rows = float(padded[leaving])
         return seconds + cost.kv_fill_seconds(c, filled_rows, float(outcome.filled_layers))

@@ -523,6 +523,7 @@ WITHIN = {
     "kv_fill.base_s_per_layer": 4.0e-6,
     "kv_fill.s_per_row_layer": 5.0e-8,
     "rebatch.overhead_s": 2.0e-4,
+    "rebatch.overhead_s_per_row": 4.0e-6,
 }
 """As where the host hears an exit's word while the device waits, and fills while it works."""
 

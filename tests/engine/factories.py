@@ -64,6 +64,7 @@ PADDING = {
     "decode.memory_s_per_padded_token": 2e-5,
     "decode.compute_s_per_padded_token": 1e-5,
     "decode.fixed_s_per_row": 0.0007,
+    "rebatch.overhead_s_per_row": 0.0004,
     "prefill.fixed_s_per_prompt": 0.0013,
 }
 """Costs that grow with the longest row and with what the host does for each row and prompt."""
@@ -164,6 +165,8 @@ def graph_models() -> Profile:
             "capture.s_per_exit": 0.002,
             "capture.s_per_layer": 0.001,
             "capture.s_per_filled_layer": 0.0003,
+            "decode.fixed_s_per_row": 0.0007,
+            "rebatch.overhead_s_per_row": 0.0004,
         },
     }
     return profile_of(
