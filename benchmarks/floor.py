@@ -94,6 +94,7 @@ def decode_seconds(c: Any, exit_layers: Any, deepest: int, num_rows: int, contex
         1.0 if deepest == last else 0.0,
         float(exit_layers[last] - exit_layers[deepest]),
         rows,
+        rows,
         1.0,
     )
     return seconds

@@ -400,6 +400,8 @@ def _bench(device: torch.device) -> str:
         for job in (
             Job("decode_layers", model.name, mode, (1, 4), 3, 64, 64),
             Job("iteration", model.name, mode, (2,), 3, 64, 64),
+            Job("exit_iteration", model.name, mode, (2, 4), 3, 64, 64),
+            Job("split_iteration", model.name, mode, (2,), 3, 64, 64),
             Job("kv_fill", model.name, mode, (2,), 3),
         )
     ]
