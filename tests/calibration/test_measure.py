@@ -290,6 +290,11 @@ def test_loads_of_all_kinds_follow_each_other_on_one_pool(bench: Bench) -> None:
         bench.pool.check()
 
 
+def test_a_layer_launches_as_often_whenever_it_is_counted(bench: Bench) -> None:
+    """What is found once for all layers is no layer's."""
+    assert len({bench.launches_per_layer(3, 40) for _ in range(3)}) == 1
+
+
 def test_graph_readings_run_graphs_exit_by_exit(bench: Bench) -> None:
     recorder = FakeRecorder()
     captured = bench.capture_graphs(recorder)
