@@ -91,9 +91,11 @@ def _within(points: pl.DataFrame, predictor: Predictor) -> _Told:
 def _splitting(points: pl.DataFrame, predictor: Predictor) -> _Told:
     """What a split adds, as iterations have it."""
     batches = points["batch"].to_numpy().astype(np.float64)
-    staying = batches - batches // 2
-    chosen = _chosen(points, predictor, np.column_stack((np.ones(len(staying)), staying)))
-    return _judged(points, predictor, chosen, _SPLIT)
+    work = np.column_stack((np.ones(len(batches)), batches - batches // 2))
+    # Fewer batches cannot tell what a row adds from what any split does.
+    told = 2 if len(np.unique(batches)) >= _LEAST_BATCHES else 1
+    chosen = _chosen(points, predictor, work[:, :told])
+    return _judged(points, predictor, chosen, _SPLIT[:told])
 
 
 def _chosen(points: pl.DataFrame, without: Predictor, work: Floats) -> Chosen:

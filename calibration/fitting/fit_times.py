@@ -230,6 +230,9 @@ def fit_times(
             {name: value for name, (value, _) in leaving.values.items()}
         )
         kept = predictor.model
+    else:
+        # Those of another mode are nothing that this profile predicts.
+        modes |= dict.fromkeys(LEAVING, "")
     if capture is not None:
         for quantity in captures["quantity"].unique():
             mine = (captures["quantity"] == quantity).to_numpy()

@@ -114,7 +114,17 @@ class Bench:
             max(self.max_context, min(MAX_PREFILL_TOKENS, self.max_batch * self.max_context)),
             self.modes,
             self.depths[-1] == self.model.exit_layers[-1],
+            self._can_split,
         )
+
+    @property
+    def _can_split(self) -> bool:
+        """Whether graphs, where there are any, serve some of the rows too."""
+        graphed = self.decoders.get("graph")
+        if graphed is None or graphed.graphs is None:
+            return True
+        settings = graphed.graphs.settings
+        return settings.finds_rows or settings.subsets
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -145,7 +145,7 @@ class Bounds:
 
     `pool_tokens` are the KV tokens of the pool over all rows; `modes` in which decoding runs.
     `max_prefill_tokens` bounds the tokens of one prefill. `is_whole` says that no layer is missing
-    beyond the last depth.
+    beyond the last depth, `can_split` that some of the rows can go on by themselves in each mode.
     """
 
     model: str
@@ -156,6 +156,7 @@ class Bounds:
     max_prefill_tokens: int
     modes: tuple[str, ...] = ("eager",)
     is_whole: bool = True
+    can_split: bool = True
 
     @property
     def depth(self) -> int:
@@ -252,8 +253,8 @@ def in_turn(energy: Sequence[Job], latency: Sequence[Job], seed: int) -> tuple[J
     A fit of seconds bears that a few loads are missing where time runs out; one of joules needs
     most of its few windows.
     """
-    first = [job for job in energy if job.trial == 0]
-    others = [job for job in energy if job.trial > 0]
+    first = [job for job in energy if job.trial == 0 and job.purpose == "fit"]
+    others = [job for job in energy if job not in first]
     return (*shuffled_rounds(first, seed), *shuffled_rounds((*others, *latency), seed))
 
 
@@ -342,7 +343,10 @@ def _one_trial(bounds: Bounds, richness: Richness, mode: str, seed: int) -> Iter
             if len(depths) > 1:
                 yield Job("kv_fill", name, depths=_filled(depths), batch=batch)
             if batch * middle <= bounds.pool_tokens:
-                yield from _leaving(bounds, batch, middle)
+                yield from _leaving(bounds, batch, middle, splits=False)
+        for batch in _splitting_batches(batches):
+            if batch * middle <= bounds.pool_tokens:
+                yield from _splits(bounds, batch, middle)
         yield from _held_out_leaving(bounds, richness, seed)
     if mode == "graph":
         # What is not replayed from a graph costs the same whatever the layers run as.
@@ -351,7 +355,7 @@ def _one_trial(bounds: Bounds, richness: Richness, mode: str, seed: int) -> Iter
     yield from _held_out_prefills(bounds, richness, seed)
 
 
-def _leaving(bounds: Bounds, batch: int, context: int) -> Iterator[Job]:
+def _leaving(bounds: Bounds, batch: int, context: int, *, splits: bool = True) -> Iterator[Job]:
     """Decodes whose rows leave at each exit, all at once and half of them.
 
     Only of models that are loaded whole: readings name the exit, and not what is loaded.
@@ -359,9 +363,25 @@ def _leaving(bounds: Bounds, batch: int, context: int) -> Iterator[Job]:
     if len(bounds.depths) < 2 or not bounds.is_whole:
         return
     yield _decode("exit_iteration", bounds, batch, context, context)
-    if batch > 1:
-        split = _decode("split_iteration", bounds, batch, context, context)
-        yield replace(split, depths=bounds.depths[:-1])
+    if splits:
+        yield from _splits(bounds, batch, context)
+
+
+def _splits(bounds: Bounds, batch: int, context: int) -> Iterator[Job]:
+    """Decodes half of whose rows leave at each exit but the last."""
+    if len(bounds.depths) < 2 or not bounds.is_whole or not bounds.can_split or batch < 2:
+        return
+    split = _decode("split_iteration", bounds, batch, context, context)
+    yield replace(split, depths=bounds.depths[:-1])
+
+
+def _splitting_batches(batches: Sequence[int]) -> tuple[int, ...]:
+    """Batches that can be split, three where there are as many: they tell what a row adds."""
+    found = {batch for batch in batches if batch > 1}
+    for more in (2, 3, 4):
+        if len(found) < 3 and more <= max(batches):
+            found.add(more)
+    return tuple(sorted(found))
 
 
 def _decode_loads(
@@ -393,7 +413,7 @@ def _prefills(bounds: Bounds, richness: Richness) -> Iterator[Job]:
     loads += [("iteration", 4, middle)]
     # As many tokens as a prefill takes: where a GPU is bound by computing at last.
     for prompt in prompts[-3:]:
-        many = max(1, min(16, bounds.max_prefill_tokens // prompt))
+        many = max(1, min(16, bounds.max_batch, bounds.max_prefill_tokens // prompt))
         loads += [(quantity, many, prompt) for quantity in ("prefill_layers", "iteration")]
     for quantity, rows, prompt in dict.fromkeys(loads):
         if rows <= bounds.max_batch and rows * prompt <= bounds.max_prefill_tokens:
@@ -482,7 +502,9 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
     full, part = depths[-1:], depths[:1] if len(depths) == 1 else depths[len(depths) // 2 - 1 :][:1]
     long, most = bounds.max_context, bounds.max_batch
     short, middle = max(1, min(64, long // 4)), max(1, long // 4)
-    wide, few = max(1, min(most, bounds.pool_tokens // long)), max(1, most // 4)
+    wide = max(1, min(most, bounds.pool_tokens // long))
+    # A power of two, to which graphs pad nothing.
+    few = 1 << (max(1, most // 4).bit_length() - 1)
     prompt = min(long, bounds.max_prefill_tokens)
     eighth = max(1, prompt // 8)
 

@@ -111,7 +111,8 @@ class ServedLoad:
         """
         highest = min(max(lengths) + TURNS // 2, self.pool.max_tokens)
         back = TURNS - (highest - max(lengths))
-        starts = [max(0, length - back) for length in lengths]
+        # A row that holds nothing would be a prompt, which no graph serves.
+        starts = [max(1, length - back) for length in lengths]
         rows = self._rows(starts)
         self.replica.batch.rows = list(rows)
         turns = cycle(range(min(TURNS, self.pool.max_tokens - max(starts))))

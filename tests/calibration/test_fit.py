@@ -548,6 +548,22 @@ def test_iterations_have_the_last_word_on_what_leaving_costs(
     assert all(rows[quantity].within_bars for quantity in LEAVING)
 
 
+def test_two_batches_tell_what_a_split_adds_and_not_what_a_row_does() -> None:
+    points = planted.points(Plan(within={"rebatch.overhead_s": 4e-4}, energy=False))
+    some = (pl.col("quantity") != "split_iteration") | pl.col("batch").is_in((8, 64))
+    numbers = fit_times(points.filter(some), planted.model()).numbers
+    assert numbers["rebatch.overhead_s"].value == pytest.approx(4e-4, rel=0.05)
+    assert numbers["rebatch.overhead_s_per_row"].grade == "derived"
+
+
+def test_rows_that_left_in_graphs_are_nothing_of_an_eager_profile(tmp_path: Path) -> None:
+    plan = Plan(modes=("eager", "graph"), eager_slowdown_s=3e-5, energy=False)
+    folder = planted.folder(tmp_path / "points", plan)
+    profile = fit_profile(folder, tmp_path / "profile", FitSettings(mode="eager"))
+    assert not set(LEAVING) & {row.quantity for row in check_rows(profile)}
+    assert profile.document["measurement"]["models"]["planted"]["leaving"] == {}
+
+
 def test_parts_stand_where_iterations_are_made_of_them(tmp_path: Path) -> None:
     profile = fitted(tmp_path, Plan(noise=0.01, energy=False))
     kept = profile.document["measurement"]["models"]["planted"]["leaving"]

@@ -198,11 +198,25 @@ def test_energy_windows_come_before_timings() -> None:
     timings = latency(60.0)
     planned = in_turn(energy, timings, 0)
     assert sorted(map(str, planned)) == sorted(map(str, (*energy, *timings)))
-    first = sum(job.trial == 0 for job in energy)
+    first = sum(job.trial == 0 and job.purpose == "fit" for job in energy)
     assert all(job.quantity.endswith("_energy") for job in planned[:first])
     assert planned[first].trial == 0
     trials = [job.trial for job in planned[first:]]
     assert trials == sorted(trials)
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 4, 64])
+def test_splits_have_three_batches_where_there_are_as_many(max_batch: int) -> None:
+    bounds = replace(BOUNDS, max_batch=max_batch, pool_tokens=max_batch * 1024)
+    jobs = latency(0.01, bounds)
+    split = {job.batch for job in jobs if job.quantity == "split_iteration"} - {None}
+    fitted = {
+        job.batch for job in jobs if job.quantity == "split_iteration" and job.purpose == "fit"
+    }
+    assert len(fitted) == min(3, max_batch - 1)
+    assert all(1 < batch <= max_batch for batch in split)
+    without = latency(0.01, replace(bounds, can_split=False))
+    assert not any(job.quantity == "split_iteration" for job in without)
 
 
 def test_too_little_time_for_energy_is_said() -> None:

@@ -324,6 +324,21 @@ def test_graph_readings_run_graphs_exit_by_exit(bench: Bench) -> None:
     assert replays() == 11
 
 
+def test_every_turn_of_a_ragged_iteration_is_replayed(bench: Bench) -> None:
+    """Also the first after contexts are set back, where the shortest row holds one token."""
+    recorder = FakeRecorder()
+    bench.capture_graphs(recorder)
+    assert not bench.bounds.can_split
+    work = bench.work(Job("iteration", "tiny-4l", "graph", (4,), 4, 20, 39), 4)
+
+    def replayed() -> int:
+        before = sum(recording.replays for recording in recorder.recordings)
+        work()
+        return sum(recording.replays for recording in recorder.recordings) - before
+
+    assert {replayed() for _ in range(2 * TURNS + 1)} == {4}
+
+
 def test_capturing_is_timed_graph_by_graph_as_growing_batches_want_them(bench: Bench) -> None:
     recorder = FakeRecorder()
     found = list(bench.captures(recorder))
