@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -171,3 +172,19 @@ def test_whole_iterations_with_and_without_prompts_are_two_quantities() -> None:
     assert prompts.keys() == {"iteration_energy", "prefill_iteration_energy"}
     assert prompts["iteration_energy"] == 0
     assert prompts["prefill_iteration_energy"] > 0
+
+
+def main() -> None:
+    """Print medians and 95th percentiles of all kinds, in per cent."""
+    for shape, slowness, allowed_s in product((SMALL, LARGE), (0.5, 1.0, 2.0), (COARSE_S, FINE_S)):
+        gpu = MadeUpGpu(made_up_gpu.model_of(shape), slowness)
+        jobs = latency_jobs(gpu, allowed_s)
+        said = ", ".join(
+            f"{quantity} {100 * np.median(off):.1f} {100 * np.quantile(off, 0.95):.1f}"
+            for quantity, off in errors(gpu, predictor_of(gpu, jobs)).items()
+        )
+        print(f"{shape.layers} layers, host {slowness:g}, {len(jobs)} trials: {said}")
+
+
+if __name__ == "__main__":
+    main()
