@@ -17,7 +17,7 @@ _MARGIN_TICKS: Final = 3
 class RunEnergy:
     """What a meter says of a run that starts at `start_s` on the clock of `time.perf_counter`.
 
-    Without a meter every answer is NaN or None: unavailable is not zero.
+    Without a meter every answer is NaN: unavailable is not zero.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -48,10 +48,9 @@ class RunEnergy:
         self._joules = [joules for _, joules in curve]
         return self.outcome
 
-    def so_far_j(self) -> float | None:
-        """Joules since the reading began, while it is under way."""
-        if not self.measures or self._window is None:
-            return None
+    def so_far_j(self) -> float:
+        """Joules since the reading began, while a meter is read."""
+        assert self.measures and self._window is not None
         curve = self._window.curve()
         return curve[-1][1] if curve else 0.0
 

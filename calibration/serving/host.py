@@ -117,7 +117,7 @@ class _Mark:
 class Host(Replica):
     """One replica serving a workload under a policy until no work is left.
 
-    `read_j` reads a meter: joules since some origin, or None where no meter is.
+    `read_j` reads a meter while the host plays: joules since some origin. None: no meter.
     """
 
     def __init__(
@@ -132,22 +132,9 @@ class Host(Replica):
         max_batch: int,
         timeline_interval_s: float,
         on_progress: Callable[[float], None] | None = None,
-        read_j: Callable[[], float | None] | None = None,
+        read_j: Callable[[], float] | None = None,
     ) -> None:
-        if policy.sees_future:
-            raise InputError(
-                f"Policy {policy.name!r} knows the exits of tokens to come, and a real backend "
-                "does not; serve a policy that sees telemetry only, and bound it by simulating "
-                "this one.",
-                f"policy {policy.name}",
-            )
-        settings = getattr(policy, "settings", policy)
-        if getattr(settings, "objective", None) == "energy" and (read_j or _unmetered)() is None:
-            raise InputError(
-                f"Policy {policy.name!r} chooses by energy, and there is no energy meter here; "
-                "give it another objective, or serve where a meter can be read.",
-                f"policy {policy.name}, objective",
-            )
+        check_policy(policy, read_j is not None, policy.name)
         super().__init__(
             serving=room.serving,
             policy=policy,
@@ -161,7 +148,7 @@ class Host(Replica):
         self.lives = list(lives)
         self.weights = weights
         self.on_progress = on_progress
-        self.read_j = read_j or _unmetered
+        self.read_j: Callable[[], float | None] = read_j or _unmetered
         self.cards = tuple(candidate_card(room, name) for name in room.candidates)
         self.card_of = {card.name: card for card in self.cards}
         chosen = policy.confidence_threshold
@@ -562,6 +549,26 @@ class Host(Replica):
                 depth=self.assignment.depth if self.assignment else 0,
                 state=state,
             )
+        )
+
+
+def check_policy(policy: Policy, metered: bool, name: str) -> None:
+    """Refuse a policy that needs what a real backend, or this one without a meter, does not know.
+
+    `name` is what the scenario calls it.
+    """
+    if policy.sees_future:
+        raise InputError(
+            f"Policy {name!r} knows the exits of tokens to come, and a real backend does not; "
+            "serve a policy that sees telemetry only, and bound it by simulating this one.",
+            f"policy {name}",
+        )
+    settings = getattr(policy, "settings", policy)
+    if getattr(settings, "objective", None) == "energy" and not metered:
+        raise InputError(
+            f"Policy {name!r} chooses by energy, and there is no energy meter here; give it "
+            "another objective, or serve where a meter can be read.",
+            f"policy {name}, objective",
         )
 
 

@@ -21,13 +21,13 @@ from typing import Any, Final, cast, get_args
 import torch
 
 from calibration.measuring.board import board_of
-from calibration.measuring.meters import Absence, Meter, best_meter
+from calibration.measuring.meters import Absence, Meter, NoMeter, best_meter
 from calibration.measuring.timing import measure_pace
 from calibration.model.checkpoint import Checkpoint, open_checkpoint
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.family import shape_of
 from calibration.serving.energy import RunEnergy
-from calibration.serving.host import Host, lives_of
+from calibration.serving.host import Host, check_policy, lives_of
 from calibration.serving.judge import Reread, judge, reread, served_traces
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.record import run_data, write_extras
@@ -165,8 +165,9 @@ def serve(
     """
     bench = prepare(scenario_path, settings, changes)
     chosen = _choose(bench.scenario, settings.policies)
+    meter = best_meter(bench.device.type, board_of(bench.device))
     for policy in chosen:
-        check_servable(bench, policy)
+        check_policy(bench.policy(policy), not isinstance(meter, NoMeter), policy.name)
     places = _places(out, [policy.name for policy in chosen], settings.repeat)
     if places != [out] and (out / TOTALS_FILE).exists():
         raise InputError(
@@ -183,7 +184,6 @@ def serve(
         torch.set_num_threads(threads)
     served = []
     try:
-        meter = best_meter(bench.device.type, board_of(bench.device))
         turns = [policy for policy in chosen for _ in range(settings.repeat)]
         for policy, place in zip(turns, places, strict=True):
             one = serve_once(bench, policy, place, meter, progress)
@@ -355,7 +355,7 @@ def serve_once(
         max_batch=bench.scenario.serving.max_batch,
         timeline_interval_s=bench.scenario.measure.timeline_interval_s,
         on_progress=lambda share: say(f"{chosen.name}: serving", share),
-        read_j=energy.so_far_j,
+        read_j=energy.so_far_j if energy.measures else None,
     )
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     pace_before = measure_pace(bench.device)
@@ -524,7 +524,13 @@ def cut_workload(
     keep = len(requests)
     if settings.limit is not None:
         keep = min(keep, settings.limit)
-    if settings.duration_s is not None and requests.user is None:
+    if settings.duration_s is not None:
+        if requests.user is not None:
+            raise InputError(
+                "When a closed loop's requests arrive is not known before it is served, so "
+                "seconds cannot cut it; give --limit instead.",
+                "--duration",
+            )
         keep = min(keep, int((requests.arrival_s < settings.duration_s).sum()))
     if keep == len(requests):
         return scenario, requests
@@ -537,16 +543,6 @@ def cut_workload(
     workload = scenario.workload.model_copy(update={"num_requests": keep, "duration_s": None})
     cut = scenario.model_copy(update={"workload": workload})
     return cut, generate(workload, cut.seed, base_dir, domains)
-
-
-def check_servable(bench: Bench, chosen: PolicySettings) -> None:
-    """Refuse a policy that no real backend can serve before anything is loaded."""
-    if bench.policy(chosen).sees_future:
-        raise InputError(
-            f"Policy {chosen.name!r} knows the exits of tokens to come, and a real backend does "
-            "not; simulate it instead.",
-            f"{bench.where}, policy {chosen.name}",
-        )
 
 
 def _longest_context(room: Room) -> int:

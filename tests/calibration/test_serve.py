@@ -397,6 +397,8 @@ def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
         (["--set", "policy.0.use=clairvoyant", "--set", "policy.0.label=c"], "exits of tokens to"),
         (["--set", "workload.prompt={kind='constant',tokens=250}",
           "--set", "workload.over_context=error"], "more than the 256 positions"),
+        (["--set", "workload.arrivals={kind='closed',num_users=2,think_s=1}", "--duration", "1"],
+         "seconds cannot cut it; give --limit"),
     ],
     ids=lambda one: str(one)[:30],
 )  # fmt: skip
@@ -555,6 +557,29 @@ def test_a_meter_around_the_run_gives_its_energy_interval_by_interval(
     assert one.summary["average_gpu_power"] == pytest.approx(200.0, rel=0.15)
 
 
+def test_a_policy_may_choose_by_energy_where_a_meter_is(place, monkeypatch) -> None:
+    board = open_board(nvml=FakeNvml(watts=200.0, tick_s=0.02))
+    assert isinstance(board, Board)
+    monkeypatch.setattr("calibration.serving.serve.best_meter", lambda *_: NvmlPower(board))
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=8)
+    by_energy = ['policy.0.objective="energy"']
+    (one,) = serve(place / "tiny.toml", place / "by-energy", settings, by_energy)
+    log = read_run(one.folder).decisions
+    snapshots = read_snapshots(log["replica"], log["snapshot"])
+    told = [snapshot.telemetry for snapshot in snapshots if snapshot.telemetry]
+    assert sum(telemetry.energy_j for telemetry in told) > 0.0
+
+
+def test_a_choice_by_energy_is_refused_without_a_meter_before_anything_is_loaded(
+    place, monkeypatch
+) -> None:
+    monkeypatch.setattr("calibration.serving.serve.best_meter", lambda *_: NoMeter("none here"))
+    monkeypatch.delattr("calibration.serving.weights.CheckpointWeights.prepare")
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu")
+    with pytest.raises(InputError, match="no energy meter here; give it another objective"):
+        serve(place / "tiny.toml", place / "unmetered", settings, ['policy.0.objective="energy"'])
+
+
 def test_energy_is_read_at_any_time_of_the_run_between_two_readings() -> None:
     energy = RunEnergy(Steady())
     energy.open()
@@ -565,4 +590,3 @@ def test_energy_is_read_at_any_time_of_the_run_between_two_readings() -> None:
     without.open()
     assert isinstance(without.close(1.0), Absence)
     assert math.isnan(without.at(0.5))
-    assert without.so_far_j() is None
