@@ -41,10 +41,10 @@ def environment() -> None:
 @app.command()
 def doctor(device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto") -> None:
     """Run small models in every way this machine can, within seconds; they must agree."""
+    from calibration.device import device_of
     from calibration.doctor import command
-    from calibration.training.small_family import choose_device
 
-    if not command(choose_device(device), typer.echo):
+    if not command(device_of(device), typer.echo):
         raise typer.Exit(1)
 
 

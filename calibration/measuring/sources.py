@@ -11,7 +11,12 @@ from pathlib import Path
 
 import torch
 
-from calibration.model.checkpoint import check_exits, default_exits, open_checkpoint
+from calibration.model.checkpoint import (
+    check_exits,
+    checkpoint_folders,
+    default_exits,
+    open_checkpoint,
+)
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.family import shape_of
 from calibration.model.shapes import SHAPES, random_model
@@ -61,7 +66,7 @@ def find_sources(models: Sequence[str], exits: Sequence[int] | None = None) -> t
     for model in models:
         path = Path(model)
         if path.is_dir():
-            found += [_checkpoint(folder, exits) for folder in _checkpoint_folders(path)]
+            found += [_checkpoint(folder, exits) for folder in checkpoint_folders(path)]
         elif model in SHAPES:
             found.append(_shape(model, exits))
         else:
@@ -102,26 +107,13 @@ def sample_tokens(vocab: int, count: int = 65536) -> list[int]:
     return [ids[place % len(ids)] for place in range(count)]
 
 
-def _checkpoint_folders(path: Path) -> list[Path]:
-    if (path / "config.json").is_file():
-        return [path]
-    inside = sorted(entry for entry in path.iterdir() if (entry / "config.json").is_file())
-    if not inside:
-        raise InputError(
-            "The folder holds no config.json, nor does a folder in it; give a checkpoint folder "
-            "or one that holds such folders.",
-            str(path),
-        )
-    return inside
-
-
 def _checkpoint(folder: Path, exits: Sequence[int] | None) -> Source:
     opened = open_checkpoint(folder)
     shape = shape_of(opened.config)
     settings = opened.settings
     standing = settings.exit_layers if settings else default_exits(shape.layers)
     return Source(
-        name=settings.name if settings else folder.resolve().name,
+        name=opened.name,
         folder=folder,
         shape=shape,
         exit_layers=check_exits(exits, shape.layers, str(folder)) if exits else standing,

@@ -287,6 +287,11 @@ class Checkpoint:
     settings: EarlyExitSettings | None
 
     @property
+    def name(self) -> str:
+        """What its settings call it, or else its folder."""
+        return self.folder.resolve().name if self.settings is None else self.settings.name
+
+    @property
     def where(self) -> str:
         """The folder's name in messages."""
         return str(self.folder)
@@ -372,6 +377,44 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     if settings is not None and settings.heads == "auxiliary":
         heads = read_header(path / HEADS_FILE)
     return Checkpoint(path, config, _stock_names(entries, config), heads, settings)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """A checkpoint's folder itself, or the checkpoints' folders in one that is none.
+
+    Raises `InputError` where neither holds a config.json.
+    """
+    if not folder.is_dir():
+        raise InputError("There is no such folder; give local checkpoint folders.", str(folder))
+    if (folder / "config.json").is_file():
+        return [folder]
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    if not inside:
+        raise InputError(
+            "Neither this folder nor one within it holds a config.json; give the folder of a "
+            "checkpoint or of a family of them.",
+            str(folder),
+        )
+    return inside
+
+
+def find_checkpoints(folders: Sequence[Path]) -> dict[str, Checkpoint]:
+    """The checkpoints of these folders by name, each folder one or a folder of several.
+
+    Raises `InputError` where there is none, and for two of one name.
+    """
+    found: dict[str, Checkpoint] = {}
+    for folder in folders:
+        for path in checkpoint_folders(folder):
+            opened = open_checkpoint(path)
+            if opened.name in found:
+                raise InputError(
+                    f"Two checkpoints are called {opened.name!r}; the other is "
+                    f"{found[opened.name].folder}. Give one of them.",
+                    str(path),
+                )
+            found[opened.name] = opened
+    return found
 
 
 def _weights(path: Path) -> dict[str, Entry]:

@@ -458,9 +458,7 @@ def load(
     settings = opened.settings
     if settings is None:
         chosen = files.default_exits(layers) if exits is None else tuple(exits)
-        settings = EarlyExitSettings(
-            opened.folder.resolve().name, files.check_exits(chosen, layers)
-        )
+        settings = EarlyExitSettings(opened.name, files.check_exits(chosen, layers))
         opened = replace(opened, settings=settings)
     exit_layers = settings.exit_layers if exits is None else files.check_exits(exits, layers)
     if settings.heads == "auxiliary" and not set(exit_layers) <= set(settings.exit_layers):

@@ -20,10 +20,11 @@ from typing import Any, Final, cast, get_args
 
 import torch
 
+from calibration.device import device_name, device_of
 from calibration.measuring.board import board_of
 from calibration.measuring.meters import Absence, Meter, NoMeter, best_meter
 from calibration.measuring.timing import measure_pace
-from calibration.model.checkpoint import Checkpoint, open_checkpoint
+from calibration.model.checkpoint import Checkpoint, find_checkpoints
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.family import shape_of
 from calibration.serving.energy import RunEnergy
@@ -261,7 +262,7 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     room = room_of(scenario, base_dir, where)
     check_room(room, where)
     _check_serving(scenario, where)
-    device = _device(settings.device)
+    device = device_of(settings.device)
     folders = find_checkpoints(settings.checkpoints)
     chosen = {name: _folder_of(name, folders) for name in room.candidates}
     for name, found in chosen.items():
@@ -429,7 +430,7 @@ def environment(
         "profile_grades": profile.grade_counts(),
         "exit_traces": "served",
         "confidence_thresholds": dict(host.thresholds),
-        "device": _device_name(bench.device),
+        "device": device_name(bench.device),
         "threads": torch.get_num_threads(),
         "dtype": str(bench.dtype).removeprefix("torch."),
         "checkpoints": {name: folder.name for name, folder in bench.folders.items()},
@@ -444,34 +445,6 @@ def environment(
         "meter": meter.source,
         "meter_explanation": meter.explanation,
     }
-
-
-def find_checkpoints(folders: Sequence[Path]) -> dict[str, Checkpoint]:
-    """Checkpoints by name: of each folder, or of the folders within one that is none itself."""
-    found: dict[str, Checkpoint] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise InputError("There is no such folder; give local checkpoint folders.", str(folder))
-        inside = [folder]
-        if not (folder / "config.json").is_file():
-            inside = sorted(path.parent for path in folder.glob("*/config.json"))
-        if not inside:
-            raise InputError(
-                "Neither this folder nor one within it holds a config.json; give the folder of a "
-                "checkpoint or of a family of them.",
-                str(folder),
-            )
-        for path in inside:
-            opened = open_checkpoint(path)
-            name = path.resolve().name if opened.settings is None else opened.settings.name
-            if name in found:
-                raise InputError(
-                    f"Two checkpoints are called {name!r}; the other is {found[name].folder}. "
-                    "Give one of them.",
-                    str(path),
-                )
-            found[name] = opened
-    return found
 
 
 def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
@@ -615,18 +588,6 @@ def _places(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
     return [folder / f"repeat-{k}" for folder in folders for k in range(1, repeat + 1)]
 
 
-def _device(asked: str) -> torch.device:
-    if asked == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "torch finds no CUDA GPU here; serve with --device cpu, or where one is.", "--device"
-        )
-    if asked not in ("cpu", "cuda"):
-        raise InputError(f"{asked!r} was given; allowed are auto, cpu and cuda.", "--device")
-    return torch.device(asked)
-
-
 def _dtype(room: Room) -> torch.dtype:
     """The precision the profile counts bytes in."""
     sizes = {room.profile.model(name).model.bytes_per_param for name in room.candidates}
@@ -650,12 +611,6 @@ def _weight_settings(bench: Bench) -> WeightSettings:
         graphs=bench.settings.graphs and bench.device.type == "cuda",
         free_running=bench.settings.free_running,
     )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"cpu ({platform.machine()})"
 
 
 def _said(outcome: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Final, TextIO
 
 import torch
 
+from calibration.device import device_of
 from calibration.model.checkpoint import write_json
 from calibration.training.presets import ModelPlan, Preset
 from calibration.training.thresholds import TARGET_AGREEMENT, FittingOptions, kind_of, settle
@@ -71,19 +72,6 @@ class FamilyOptions:
             raise InputError(f"The seed {self.seed} was given; it is 0 or more.", "--seed")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU where there is one."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(
-            f"The device {name!r} was given; allowed are auto, cpu and cuda.", "--device"
-        )
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("CUDA is not available to torch here; use the device cpu.", "--device")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def train_family(
     preset: Preset, out: Path, options: FamilyOptions, on_reading: OnReading | None = None
 ) -> dict[str, Any]:
@@ -93,7 +81,7 @@ def train_family(
     made again; readings are appended to `out/readings/<name>.jsonl` as they are taken. Returns
     what `out/training.json` says.
     """
-    device = choose_device(options.device)
+    device = device_of(options.device)
     _check_target(out)
     began_s = time.perf_counter()
     usual = 1 if device.type == "cuda" else min(os.cpu_count() or 1, len(preset.models))

@@ -9,12 +9,13 @@ from typing import Final
 
 import typer
 
-from calibration.measuring.measure import parse_budget
-from calibration.serving.serve import find_checkpoints
+from calibration.device import device_of
+from calibration.model.checkpoint import find_checkpoints
+from calibration.options import parse_budget
 from calibration.training.heads import HeadOptions, train_heads
 from calibration.training.presets import preset_of
 from calibration.training.small_family import PAGE_FILE as FAMILY_PAGE
-from calibration.training.small_family import FamilyOptions, choose_device, train_family
+from calibration.training.small_family import FamilyOptions, train_family
 from calibration.training.text import DOMAINS
 from calibration.training.thresholds import settle
 from calibration.training.trace import PAGE_FILE as TRACE_PAGE
@@ -84,7 +85,7 @@ def heads(
             f"The exits {exits!r} were given; write layers like 6,12.", "--exits"
         ) from None
     options = HeadOptions(domains=tuple(domains) or DOMAINS, seed=seed, iterations=iterations)
-    report = train_heads(checkpoint, layers, options, out=out, device=choose_device(device))
+    report = train_heads(checkpoint, layers, options, out=out, device=device_of(device))
     for domain, losses in report["held_out_nll_nats"].items():
         shared = report["held_out_nll_nats_shared_head"][domain]
         told = ", ".join(
@@ -109,7 +110,7 @@ def confidence(
         kind=kind,
         threshold=threshold,
         target_agreement=target_agreement,
-        device=choose_device(device),
+        device=device_of(device),
     )
     typer.echo(f"Confidence: {chosen['kind']}, threshold {chosen['threshold']:g}")
     for name, share in chosen["early_share"].items():
@@ -129,7 +130,7 @@ def trace(
 ) -> None:
     """Trace checkpoints and say what the traces show."""
     options = TraceOptions(positions, window, tuple(domains) or DOMAINS)
-    report = trace_checkpoints(_folders(folders), out, options, choose_device(device))
+    report = trace_checkpoints(_folders(folders), out, options, device_of(device))
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return

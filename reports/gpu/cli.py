@@ -88,7 +88,7 @@ def campaign(
 
 def _budget(text: str, wanted: Sequence[Step], packs: bool) -> tuple[float, float]:
     """Seconds of the budget and those kept free at its end."""
-    from calibration.measuring.measure import parse_budget
+    from calibration.options import parse_budget
 
     budget_s = parse_budget(text)
     margin_s = CLOSING_S + (PACKING_S if packs else 0.0)

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from calibration.cli import main
+from calibration.device import device_of
 from calibration.model.early_exit import load
 from calibration.training.optimiser import Optimiser, orthogonalised
 from calibration.training.presets import PRESETS, ModelPlan, preset_of
-from calibration.training.small_family import FamilyOptions, choose_device, train_family
+from calibration.training.small_family import FamilyOptions, train_family
 from calibration.training.train import Reading, train_model
 from helios_sim.errors import InputError
 from tests.calibration.small import FAMILY
@@ -180,7 +181,7 @@ def test_bad_input_is_told_with_what_is_allowed(capsys: pytest.CaptureFixture[st
         (lambda: FamilyOptions(budget_s=0.0), "1 to 1,000,000"),
         (lambda: FamilyOptions(confidence="sure"), "allowed are max-softmax"),
         (lambda: FamilyOptions(threshold=1.5), "0 to 1"),
-        (lambda: choose_device("tpu"), "auto, cpu and cuda"),
+        (lambda: device_of("tpu"), "auto, cpu and cuda"),
         (lambda: ModelPlan("x", {"poems": 1.0}, 1, 8, 1, 8, (1,), 1.0), "there are 'code'"),
     ):
         with pytest.raises(InputError, match=said):
