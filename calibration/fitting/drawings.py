@@ -167,7 +167,6 @@ def layer_figure(
     largest = int(decode["batch"].max() or 1)  # type: ignore[arg-type]
     batches = np.unique(np.round(np.geomspace(1, largest, 60)).astype(int))
     data: list[Figure] = []
-    own = 0 if predictor.counts_new_token else 1
     for place, context in enumerate(contexts):
         colour = policy_colour(place)
         mine = decode.filter(pl.col("context_tokens").fill_null(0) == context).sort("batch")
@@ -204,7 +203,7 @@ def layer_figure(
         ]
         if copy_bytes_per_s and context in (contexts[0], contexts[-1]):
             floor = [
-                (model.layer_weight_bytes() + b * (context + own) * model.kv_bytes_per_token(1))
+                (model.layer_weight_bytes() + b * context * model.kv_bytes_per_token(1))
                 / copy_bytes_per_s
                 for b in batches
             ]

@@ -28,7 +28,7 @@ from calibration.fitting.points import (
     read_points,
 )
 from calibration.fitting.regression import Readings
-from calibration.measuring.readings import ENVIRONMENT_FILE, POINTS_FILE
+from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -118,15 +118,12 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
         if name not in measured:
             known = ", ".join(_object(environment, "models", where))
             raise InputError(f"Model {name!r} was not measured; there are {known}.", where)
-    points = gather(_sound(readings))
-    busy = neighbours(readings)
-    document = _document(points, environment, measured, settings, folder, out.name, busy)
-    with_exits = _with_exits(document, measured, settings, folder)
-    report = _trace_report(with_exits[1])
+    document = _document(readings, environment, measured, settings, folder, out.name)
+    document, traces = _with_exits(document, measured, settings, folder)
+    report = _trace_report(traces)
     if report is not None:
-        with_exits[0]["measurement"]["exit_traces"] = report
-    profile = _save(with_exits[0], out, folder, with_exits[1], settings.overwrite)
-    return profile
+        document["measurement"]["exit_traces"] = report
+    return _save(document, out, folder, traces, settings.overwrite)
 
 
 def _save(
@@ -205,20 +202,19 @@ def _measured_model(name: str, node: Any, where: str) -> _Measured:
 
 
 def _document(
-    points: pl.DataFrame,
+    readings: pl.DataFrame,
     environment: Mapping[str, Any],
     measured: Mapping[str, _Measured],
     settings: FitSettings,
     folder: Path,
     name: str,
-    busy: str | None,
 ) -> dict[str, Any]:
     """The content of profile.json without its exits."""
+    points = gather(_sound(readings))
     where = str(folder / POINTS_FILE)
-    counts = bool(environment.get("context_counts_new_token", True))
     device = _object(environment, "device", str(folder / ENVIRONMENT_FILE))
     why_not = _why_no_energy(environment)
-    idle = _idle(points, why_not)
+    idle = _idle(readings, why_not)
     limit = _limit(device)
     times: dict[str, TimesFit] = {}
     energy: dict[str, EnergyFit] = {}
@@ -229,11 +225,10 @@ def _document(
             found.model,
             mode=settings.mode,
             buckets=found.buckets,
-            counts_new_token=counts,
             where=where,
         )
         energy[one] = fit_energy(
-            mine, found.model, idle.value, limit, why_not, counts, times[one].padded_share
+            mine, found.model, idle.value, limit, why_not, times[one].padded_share
         )
     if not all(fit.record["available"] for fit in energy.values()):
         missing = [one for one, fit in energy.items() if not fit.record["available"]]
@@ -258,11 +253,10 @@ def _document(
         "provenance": {
             "origin": "measured",
             "sources": [origin],
-            "notes": _notes(times, energy, busy),
+            "notes": _notes(times, energy, neighbours(readings)),
             "environment": _plain(environment),
         },
         "measurement": {
-            "context_counts_new_token": counts,
             "floors": floors,
             "loading": link_record,
             "memory": _memory_record(points, measured),
@@ -272,9 +266,7 @@ def _document(
                 one: {
                     **times[one].record,
                     "energy": energy[one].record,
-                    "against_floor": _against_floor(
-                        points, found.model, times[one], floors, counts
-                    ),
+                    "against_floor": _against_floor(points, found.model, times[one], floors),
                 }
                 for one, found in measured.items()
             },
@@ -317,17 +309,14 @@ def _why_no_energy(environment: Mapping[str, Any]) -> str:
     return str(said).rstrip(".")
 
 
-def _idle(points: pl.DataFrame, why_not: str) -> Number:
-    watts = points.filter(pl.col("quantity") == "idle_power")["watts"].drop_nulls()
+def _idle(readings: pl.DataFrame, why_not: str) -> Number:
+    """Watts with nothing to do, by the windows at the start and at the end of each measurement."""
+    watts = readings.filter(pl.col("quantity") == "idle_power")["watts"].drop_nulls().to_numpy()
     if not len(watts):
         return unavailable(why_not)
-    error = float(watts.std() or 0.0) / math.sqrt(len(watts))  # type: ignore[arg-type]
-    return Number(
-        float(watts.median()),  # type: ignore[arg-type]
-        "measured",
-        f"median of {len(watts)} idle windows, the model loaded",
-        error,
-    )
+    error = float(np.std(watts, ddof=1)) / math.sqrt(len(watts)) if len(watts) > 1 else None
+    source = f"median of {len(watts)} idle windows, no model loaded"
+    return Number(float(np.median(watts)), "measured", source, error)
 
 
 def _limit(device: Mapping[str, Any]) -> Number:
@@ -346,12 +335,12 @@ def _device_node(
     known = [fit.numbers["power.active_w"] for fit in energy.values()]
     if all(number.value is not None for number in known):
         active = min(known, key=lambda number: number.value or 0.0)
-        loads = points.filter(pl.col("quantity").str.starts_with("load_"))["watts"].drop_nulls()
+        loads = points.filter(pl.col("quantity") == "load_energy")["watts"].drop_nulls()
         load = (
             Number(
                 float(loads.median()),  # type: ignore[arg-type]
                 "measured",
-                f"median over {len(loads)} loads",
+                "a window of copies from page-locked memory",
             )
             if len(loads)
             else Number(
@@ -576,8 +565,7 @@ def device_floors(
     rates = floors.get("copy_bytes_per_s", {})
     launches = floors.get("launch_s_per_layer", {})
     own = launches.get(model, launches.get("", {}))
-    rate = rates.get("device", rates.get("", max(rates.values(), default=None)))
-    return rate, own.get(mode, own.get(""))
+    return rates.get(""), own.get(mode, own.get(""))
 
 
 def _against_floor(
@@ -585,7 +573,6 @@ def _against_floor(
     model: EarlyExitModel,
     times: TimesFit,
     floors: Mapping[str, Any],
-    counts_new_token: bool,
 ) -> list[list[float]]:
     """By decode point at full depth: batch, context, seconds a layer, floor, their ratio.
 
@@ -597,10 +584,9 @@ def _against_floor(
     if not rate:
         return []
     rows = []
-    own = 0 if counts_new_token else 1
     decode = of_quantity(points.filter(pl.col("model") == model.name), "decode_layers", mode)
     for row in decode.filter(pl.col("layers") == pl.col("layers").max()).iter_rows(named=True):
-        tokens = row["batch"] * ((row["context_tokens"] or 0) + own)
+        tokens = row["batch"] * (row["context_tokens"] or 0)
         read = model.layer_weight_bytes() + tokens * model.kv_bytes_per_token(1)
         floor_s = max(launch_s or 0.0, read / rate)
         layer_s = (row["seconds"] - times.overheads["decode"]) / row["layers"]
@@ -613,7 +599,7 @@ def _memory_record(
 ) -> dict[str, list[list[Any]]]:
     """By kind of memory: model, layers, batch, context, bytes measured and predicted."""
     record: dict[str, list[list[Any]]] = {}
-    for kind in ("memory_weights", "memory_kv", "memory_workspace", "memory_reserve"):
+    for kind in MEMORY_KINDS:
         found = points.filter(
             (pl.col("quantity") == kind)
             & pl.col("bytes").is_not_null()

@@ -72,7 +72,6 @@ def fit_energy(
     idle_w: float | None,
     limit: Number,
     why_not: str,
-    counts_new_token: bool = True,
     padded_share: float = 0.0,
 ) -> EnergyFit:
     """Fit the energy of one model from its gathered points.
@@ -96,7 +95,7 @@ def fit_energy(
             limit,
         )
     head_layers = None if HEAD_WINDOW in set(fitted["quantity"]) else head_share(model)
-    features = _features(fitted, counts_new_token, head_layers)
+    features = _features(fitted, head_layers)
     joules = fitted["joules"].to_numpy()
     above_idle = joules - idle_w * fitted["seconds"].to_numpy()
     solved = relative_nnls(features, above_idle, joules)
@@ -125,7 +124,7 @@ def fit_energy(
                 "held_out": spread(
                     _errors(
                         held_out,
-                        _features(held_out, counts_new_token, head_layers) @ solved,
+                        _features(held_out, head_layers) @ solved,
                         idle_w,
                     )
                 ),
@@ -150,20 +149,19 @@ def head_share(model: EarlyExitModel) -> float:
     return shape.vocab * shape.hidden / shape.layer_params()
 
 
-def _features(windows: pl.DataFrame, counts_new_token: bool, head_layers: float | None) -> Floats:
+def _features(windows: pl.DataFrame, head_layers: float | None) -> Floats:
     """What each window carried, in the order of `_COLUMNS`.
 
     Where no window is of the head, `head_layers` says how many layers the one in an iteration
     counts as.
     """
-    own = 0.0 if counts_new_token else 1.0
     rows = np.zeros((windows.height, len(_COLUMNS)))
     for at, row in enumerate(windows.iter_rows(named=True)):
         quantity = row["quantity"]
         layers, batch = float(row["layers"] or 0), float(row["batch"] or 0)
         rows[at, 0] = row["seconds"]
         if quantity in DECODE_WINDOWS:
-            context = batch * ((row["context_tokens"] or 0) + own)
+            context = batch * (row["context_tokens"] or 0)
             rows[at, 1:4] = layers, layers * batch, layers * context
         elif quantity in PREFILL_WINDOWS:
             tokens, _, pairs = prefill_load(row)

@@ -159,7 +159,6 @@ def fit_times(
     *,
     mode: str = "auto",
     buckets: Sequence[int] = (),
-    counts_new_token: bool = True,
     where: str = "points.parquet",
 ) -> TimesFit:
     """Fit the times of one model from its gathered points.
@@ -197,7 +196,7 @@ def fit_times(
     numbers = _head_numbers(lines, said, fitted)
     head = lines["head"]
     hull = _hull(points, modes["decode_layers"])
-    decode = _decode(fitted, head, counts_new_token, buckets, hull)
+    decode = _decode(fitted, head, buckets, hull)
     prefill = _prefill(fitted, head)
     numbers |= _decode_numbers(decode, said)
     numbers |= _prefill_numbers(prefill, decode, said)
@@ -218,7 +217,7 @@ def fit_times(
     batch_residual = _stairs(decode.knots.get(BATCH, ()), buckets)
     depth_residual = decode.knots.get(DEPTH, ())
     kept = model_profile(model, numbers, tuple(buckets), batch_residual, hull, depth_residual)
-    predictor = Predictor(kept, stack_overhead_s=overheads, counts_new_token=counts_new_token)
+    predictor = Predictor(kept, stack_overhead_s=overheads)
     by_quantity = {name: line.left_out.errors for name, line in lines.items()}
     leaving = None
     if modes[EXIT_ITERATION] == modes["decode_layers"]:
@@ -439,20 +438,18 @@ def _captured_buckets(largest: int) -> tuple[int, ...]:
 def _decode(
     fitted: Mapping[str, pl.DataFrame],
     head: Chosen,
-    counts_new_token: bool,
     buckets: Sequence[int],
     hull: Hull,
 ) -> _Layers:
     """Decode stacks and whole decode iterations together, at the rows computed."""
     points = pl.concat([fitted["decode_layers"], fitted["iteration"]])
-    own = 0.0 if counts_new_token else 1.0
     batch = _column(points, "batch")
     mean = _column(points, "context_tokens")
     longest = np.maximum(mean, _column(points, "longest_context_tokens"))
     ragged = (longest > mean) & (batch > 1.0)
     rows = padded(batch, buckets)
     tells = bool(ragged.any())
-    planes = _decode_planes(rows, batch * (mean + own), rows * (longest + own), tells)
+    planes = _decode_planes(rows, batch * mean, rows * longest, tells)
     readings = _readings(points, batch, head, planes)
     loads = Loads(readings, rows, _growth(hull, buckets, tells))
     found = joint.choose(loads, _DECODE_OPTIONS, _groups(points))

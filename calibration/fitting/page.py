@@ -36,7 +36,7 @@ from calibration.fitting.points import (
     read_points,
 )
 from calibration.fitting.predict import Predictor, predictor_of
-from calibration.measuring.readings import LINK
+from calibration.measuring.readings import LINK, MEMORY_KINDS
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
@@ -410,7 +410,7 @@ def _watts(value: float | None) -> str:
 def _memory(profile: Profile) -> str:
     record = _measurement(profile).get("memory", {})
     rows = []
-    for kind in ("memory_weights", "memory_kv", "memory_workspace", "memory_reserve"):
+    for kind in MEMORY_KINDS:
         for model, layers, batch, context, found, predicted in record.get(kind, []):
             where = [
                 f"{value} {word}"

@@ -14,32 +14,15 @@ import polars as pl
 
 from calibration.measuring import readings as raw
 from calibration.measuring.readings import (
+    CONFIGURATION,
     ENVIRONMENT_FILE,
     MOST_LOST_SHARE,
+    MOVED,
     POINTS_FILE,
     busy_machine,
 )
 from helios_sim.errors import InputError
 
-_CONFIGURATION: Final = (
-    "quantity",
-    "model",
-    "mode",
-    "layers",
-    "batch",
-    "context_tokens",
-    "longest_context_tokens",
-    "prompt_tokens",
-)
-_MOVED: Final = (
-    "copy_bandwidth",
-    "load_open",
-    "load_disk",
-    "load_host",
-    "load_host_pinned",
-    "unload",
-)
-"""Quantities whose bytes are chosen rather than measured, so that they name the point."""
 CAPTURES: Final = ("capture_embed", "capture_run", "capture_tell", "capture_fill")
 PREFILL_ITERATION: Final = "prefill_iteration"
 """A whole iteration that carries prompts: another cost than a whole decode iteration."""
@@ -121,11 +104,11 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
     single one. A configuration measured for both purposes counts as held out nowhere: it was
     fitted.
     """
-    moved = pl.col("quantity").is_in(_MOVED)
+    moved = pl.col("quantity").is_in(MOVED)
     deviation = (pl.col("seconds") - pl.col("seconds").median()).abs().median()
     metered = pl.col("joules").is_not_null() | pl.col("watts").is_not_null()
     disturbed = (pl.col("idle_share") > MOST_LOST_SHARE).fill_null(False) & ~metered
-    same = [*_CONFIGURATION, "bytes"]
+    same = [*CONFIGURATION, "bytes"]
     quiet = readings.filter(~disturbed).select(*same).unique()
     kept = pl.concat(
         [
@@ -148,7 +131,7 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
             .then(pl.concat_str(pl.lit("prefill_"), pl.col("quantity")))
             .otherwise(pl.col("quantity")),
         )
-        .group_by(*_CONFIGURATION, "moved_bytes", maintain_order=True)
+        .group_by(*CONFIGURATION, "moved_bytes", maintain_order=True)
         .agg(
             purpose=pl.when((pl.col("purpose") == FIT).any())
             .then(pl.lit(FIT))

@@ -48,7 +48,6 @@ class Predictor:
     loading: Loading | None = None
     idle_w: float | None = None
     stack_overhead_s: Mapping[str, float] = field(default_factory=dict)
-    counts_new_token: bool = True
 
     @cached_property
     def coefficients(self) -> NDArray[np.float64]:
@@ -67,17 +66,15 @@ class Predictor:
 
     def read_tokens(self, row: Row) -> float:
         """KV tokens read by a decode of these rows, their own new ones included."""
-        own = 0 if self.counts_new_token else 1
-        return float(row["batch"] * ((row["context_tokens"] or 0) + own))
+        return float(row["batch"] * (row["context_tokens"] or 0))
 
     def padded_tokens(self, row: Row) -> float:
         """KV tokens read where every computed row is read to the longest one's end.
 
         Rows of which no longest is named are equally long.
         """
-        own = 0 if self.counts_new_token else 1
         longest = max(row["context_tokens"] or 0, row.get("longest_context_tokens") or 0)
-        return self.rows(row["batch"], row["mode"]) * float(longest + own)
+        return self.rows(row["batch"], row["mode"]) * float(longest)
 
     def without_depth(self) -> Predictor:
         """The same without the factor by loaded depth."""
@@ -252,5 +249,4 @@ def predictor_of(profile: Profile, name: str) -> Predictor:
         loading=profile.loading,
         idle_w=profile.quantities["device.idle_w"].value,
         stack_overhead_s=kept.get("stack_overhead_s", {}),
-        counts_new_token=bool(measurement.get("context_counts_new_token", True)),
     )

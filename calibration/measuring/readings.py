@@ -37,6 +37,7 @@ QUANTITIES: Final = (
     "load_disk",
     "load_host",
     "load_host_pinned",
+    "load_energy",
     "unload",
     "graph_capture",
     "capture_embed",
@@ -64,10 +65,31 @@ LINK: Final = "link"
 
 Purpose = Literal["fit", "held-out"]
 
-_BYTES_IDENTIFY: Final = frozenset(
-    ("copy_bandwidth", "load_open", "load_disk", "load_host", "load_host_pinned", "unload")
+MOVED: Final = (
+    "copy_bandwidth",
+    "load_open",
+    "load_disk",
+    "load_host",
+    "load_host_pinned",
+    "load_energy",
+    "unload",
 )
-"""Quantities measured at a size of our choosing: there the bytes belong to the key."""
+"""Quantities whose bytes are chosen rather than measured, so that they belong to the key."""
+
+CONFIGURATION: Final = (
+    "quantity",
+    "model",
+    "mode",
+    "layers",
+    "batch",
+    "context_tokens",
+    "longest_context_tokens",
+    "prompt_tokens",
+)
+"""Columns that say what was measured, whatever was read; where bytes are moved, they too."""
+
+MEMORY_KINDS: Final = ("memory_weights", "memory_kv", "memory_workspace", "memory_reserve")
+"""What memory is taken by; each is measured beside what the model arithmetic says."""
 
 Key = tuple[object, ...]
 
@@ -132,15 +154,8 @@ class Reading:
     def key(self) -> Key:
         """What makes it the reading it is, whatever was read."""
         return (
-            self.quantity,
-            self.model,
-            self.mode,
-            self.layers,
-            self.batch,
-            self.context_tokens,
-            self.longest_context_tokens,
-            self.prompt_tokens,
-            self.bytes if self.quantity in _BYTES_IDENTIFY else None,
+            *(getattr(self, name) for name in CONFIGURATION),
+            self.bytes if self.quantity in MOVED else None,
             self.trial,
             self.purpose,
         )

@@ -74,6 +74,7 @@ CAPTURED = (("embed", 0), ("run", 3), ("run", 6), ("tell", 0), ("fill", 3), ("fi
 """Kinds of graphs and the layers in them."""
 
 CAPTURES_HELD_OUT = (2, 16, 128)
+LOAD_W = 95.0
 IDLE_W = 70.0
 STACK_S = 2.0e-5
 DISK = (4.0e-3, 2.0e9)
@@ -252,7 +253,7 @@ def readings(plan: Plan) -> list[Reading]:
     for size in (2**20, 2**22, 2**24, 2**26):
         add("load_disk", DISK[0] + size / DISK[1], bytes=size)
         add("load_host_pinned", HOST[0] + size / HOST[1], bytes=size)
-        add("copy_bandwidth", size / 4.0e10, bytes=size, model="", mode="device")
+        add("copy_bandwidth", size / 4.0e10, bytes=size, model="")
         add("copy_bandwidth", size / 2.0 / HOST[1], bytes=size, model="", mode="link")
     add("launch_floor", 2.5e-5, layers=1, model="", mode="eager")
     weights = model().weight_bytes(12)
@@ -273,6 +274,10 @@ def energy_readings(plan: Plan, c: np.ndarray, noisy: Any) -> list[Reading]:
         Reading("idle_power", seconds=5.0, joules=5 * IDLE_W, watts=IDLE_W, trial=trial)
         for trial in range(3)
     ]
+    # Copies alone take less than loads, and say nothing of how long these take.
+    found.append(
+        Reading("load_energy", bytes=2**24, seconds=0.5 * 2**24 / HOST[1], joules=1.0, watts=LOAD_W)
+    )
 
     def add(quantity: str, seconds: float, work: float, **values: Any) -> None:
         joules = noisy(cost.iteration_joules(c, seconds, work))

@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from calibration.fitting.fit import FitSettings, fit_profile
 from calibration.fitting.fit_energy import fit_energy
 from calibration.fitting.fit_times import Number, falling_time, fit_times, model_profile
 from calibration.fitting.points import CAPTURES, LEAVING
+from calibration.measuring.readings import POINTS_FILE, Reading
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -68,6 +69,7 @@ def test_without_noise_every_planted_joule_and_watt_is_found(exact: Profile) -> 
     assert exact.has_energy
     assert exact.device.idle_w == planted.IDLE_W
     assert exact.device.active_w == pytest.approx(140.0)
+    assert exact.device.load_w == planted.LOAD_W
 
 
 def test_loading_is_a_start_and_a_rate(exact: Profile) -> None:
@@ -401,6 +403,23 @@ def test_without_a_meter_energy_is_unavailable_and_says_why(tmp_path: Path) -> N
     assert profile.models["planted"].coefficients["decode.launch_s"] == pytest.approx(3e-5)
 
 
+@pytest.mark.parametrize(("watts", "error"), [((60.0, 70.0), 5.0), ((66.0,), None)])
+def test_idle_power_is_as_sure_as_its_windows_agree(
+    tmp_path: Path, watts: tuple[float, ...], error: float | None
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan())
+    points = pl.read_parquet(folder / POINTS_FILE).filter(pl.col("quantity") != "idle_power")
+    windows = [
+        asdict(Reading("idle_power", seconds=5.0, joules=5.0 * each, watts=each, trial=trial))
+        for trial, each in enumerate(watts)
+    ]
+    idle = pl.DataFrame(windows, schema=points.schema)
+    pl.concat([points, idle]).write_parquet(folder / POINTS_FILE)
+    found = fit_profile(folder, tmp_path / "profile").quantities["device.idle_w"]
+    assert found.error == error
+    assert f"median of {len(watts)} idle windows" in found.source
+
+
 def test_workspace_is_the_most_that_was_measured(exact: Profile) -> None:
     assert exact.models["planted"].workspace_bytes == 3_000_000
     assert exact.quantities["models.planted.workspace_bytes"].grade == "measured"
@@ -588,7 +607,7 @@ def test_joules_of_context_are_padded_as_the_times_say() -> None:
     assert times.padded_share == pytest.approx(beyond / (own + beyond), rel=1e-3)
     limit = Number(None, "unavailable", "no board")
     known = (points, planted.model(), planted.IDLE_W, limit, "")
-    plain, found = (fit_energy(*known, True, share) for share in (0.0, times.padded_share))
+    plain, found = (fit_energy(*known, share) for share in (0.0, times.padded_share))
     each = plain.numbers["decode.j_per_context_token_layer"].value
     parts = [found.numbers[f"decode.j_per_{kind}_token_layer"] for kind in ("context", "padded")]
     assert sum(part.value for part in parts) == pytest.approx(each)
