@@ -6,18 +6,13 @@ budget that runs out loses nothing; `resume` goes on with the same plan.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import random
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +22,15 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from calibration.device import device_name, device_of
 from calibration.measuring.bench import Bench, power_columns
-from calibration.measuring.board import BoardError, BoardState, NoBoard, board_of
+from calibration.measuring.board import BoardState, board_of
+from calibration.measuring.describe import (
+    describe_device,
+    describe_meter,
+    describe_model,
+    describe_system,
+)
 from calibration.measuring.floors import time_copy, time_launches
 from calibration.measuring.grid import (
     ENERGY_SHARE,
@@ -38,25 +40,25 @@ from calibration.measuring.grid import (
     Job,
     Probe,
     in_turn,
-    job_from,
     plan_energy,
     plan_latency,
 )
-from calibration.measuring.loading import (
-    PartsFile,
-    StageTime,
-    load_sizes,
-    parts_file,
-    pinned_copies,
-    time_checkpoint,
-)
+from calibration.measuring.load_trials import Loading, checkpoint_loads, stand_in_loads
+from calibration.measuring.loading import StageTime, load_sizes, pinned_copies
 from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.measuring.occupancy import reserve_bytes
+from calibration.measuring.plan_file import (
+    PLAN_FILE,
+    Grid,
+    ModelPlan,
+    Plan,
+    check_same,
+    earlier_plan,
+)
 from calibration.measuring.readings import (
     ENVIRONMENT_FILE,
     LINK,
     POINTS_FILE,
-    Purpose,
     Reading,
     Readings,
     busy_machine,
@@ -66,22 +68,20 @@ from calibration.measuring.timing import Pace, measure_pace, synchronise, timed,
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError
 from calibration.model.memory import available_bytes, require
+from calibration.options import parse_budget, parse_exits
 from calibration.training.trace import trace_checkpoints
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
 
-PLAN_FILE: Final = "plan.json"
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_DURATION: Final = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?")
 _LEAST_BUDGET_S: Final = 5.0
 _COPY_TRIALS: Final = 3
 _COPY_BYTES: Final = {"cpu": 2**27, "cuda": 2**30}
 """Far more than caches hold."""
 
 _LINK_BYTES: Final = 2**28
-_LOAD_TRIALS: Final = 3
 _LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
 """Least and largest size of a stand-in file, where no checkpoint is loaded."""
 
@@ -145,28 +145,6 @@ class MeasureSettings:
                 raise InputError(f"A largest {name} of {bound} was given; 1 is the least.")
 
 
-def parse_budget(text: str) -> float:
-    """Seconds of a duration such as 90s, 10m, 1h30m or 45; raises `InputError` otherwise."""
-    found = _DURATION.fullmatch(text.strip())
-    parts = found.groups() if found else ()
-    if not any(parts):
-        raise InputError(
-            f"The budget {text!r} is no duration; write it like 90s, 10m or 1h30m.", "--budget"
-        )
-    hours, minutes, seconds = (float(part or 0) for part in parts)
-    return 3600 * hours + 60 * minutes + seconds
-
-
-def parse_exits(text: str) -> tuple[int, ...]:
-    """Exit layers of a text such as 8,16,32; raises `InputError` otherwise."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(
-            f"The exits {text!r} are no layers; write them like 8,16,32.", "--exits"
-        ) from None
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a measurement amounts to; `left_out` trials of the plan were not taken in time."""
@@ -212,8 +190,7 @@ def command(
     traces: bool,
 ) -> None:
     """`helios-calibrate measure`: measure, tell what came of it, and keep all if interrupted."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(device).type
     settings = MeasureSettings(
         models=tuple(models),
         out=out,
@@ -256,7 +233,7 @@ class _Session:
         self.console = console
         self.began_s = time.monotonic()
         self.began_at = _now()
-        self.device = _device(settings.device)
+        self.device = device_of(settings.device)
         self.dtype = DTYPES[settings.dtype or _default_dtype(settings.device)]
         self.sources = find_sources(settings.models, settings.exits)
         for source in self.sources:
@@ -275,7 +252,7 @@ class _Session:
                 "--resume to go on with them.",
                 str(settings.out),
             )
-        self.plans = self._earlier_plans()
+        self.plan = self._earlier_plan()
         self.environment = self._earlier_environment()
         self.board = board_of(self.device)
         self.meter: Meter = best_meter(self.device.type, self.board)
@@ -287,9 +264,11 @@ class _Session:
     def run(self) -> None:
         """The device first, then model after model, each with its share of what is left."""
         names = ", ".join(source.name for source in self.sources)
-        self._say(f"Budget {_clock(self.settings.budget_s)} on {self._device_name()} for {names}.")
+        self._say(
+            f"Budget {_clock(self.settings.budget_s)} on {device_name(self.device)} for {names}."
+        )
         self._say(f"{self.meter.explanation}.")
-        self._describe_device()
+        self._describe()
         self._device_readings()
         self._look_at_pace()
         for number, source in enumerate(self.sources):
@@ -365,21 +344,32 @@ class _Session:
     def _loading(self) -> None:
         """Every stage of loading at several sizes, some of them held out, in random order."""
         until_s = self._now_s() + LOADING_SHARE * self.settings.budget_s
-        with ExitStack() as files:
-            loads = self._checkpoint_loads() or self._stand_in_loads(files)
-            for trial in range(_LOAD_TRIALS):
-                order = list(loads)
-                random.Random(f"{self.settings.seed}-load-{trial}").shuffle(order)
-                for load in order:
-                    if trial > 0 and self._now_s() > until_s:
-                        break
-                    self._load_stages(load, trial)
+        loads = checkpoint_loads(self.sources) or stand_in_loads(self._load_sizes())
+        with Loading(self.device, self.dtype, self.settings.out) as loading:
+            for load, trial in loading.missing(loads, self.readings.all, self.settings.seed):
+                if trial > 0 and self._now_s() > until_s:
+                    break
+                try:
+                    loading.prepare(load)
+                except OSError as error:
+                    raise self.readings.explained(error) from error
+                for found in self._possible(loading.stages(load)):
+                    self._keep(load.reading(found, trial))
         self._loading_power()
+
+    def _load_sizes(self) -> tuple[int, ...]:
+        """Bytes of stand-in files: as large as the disk allows, and the same when resumed."""
+        if not self.plan.load_sizes:
+            low, high = _LOAD_BYTES[self.device.type]
+            free = shutil.disk_usage(self.settings.out).free
+            self.plan.load_sizes = load_sizes(max(low, min(high, free // 4)))
+            self._write_plan()
+        return self.plan.load_sizes
 
     def _loading_power(self) -> None:
         """Watts while weights go from host memory to a GPU, over and over."""
-        quantity, num_bytes = "load_host_pinned", _LOAD_BYTES["cuda"][0]
-        reading = Reading(quantity, bytes=num_bytes, trial=_LOAD_TRIALS, note="energy window")
+        num_bytes = _LOAD_BYTES["cuda"][0]
+        reading = Reading("load_energy", bytes=num_bytes)
         metered = self.device.type == "cuda" and not isinstance(self.meter, NoMeter)
         if not metered or reading.key in self.readings:
             return
@@ -406,63 +396,6 @@ class _Session:
                 )
             )
 
-    def _checkpoint_loads(self) -> list[_Load]:
-        """Each checkpoint to each of its exits; the middle one of every model is held out."""
-        loads = []
-        for source in self.sources:
-            if source.folder is None:
-                continue
-            middle = source.exit_layers[len(source.exit_layers) // 2]
-            for depth in source.exit_layers:
-                held_out = len(source.exit_layers) > 2 and depth == middle
-                loads.append(_Load("held-out" if held_out else "fit", source, depth))
-        return loads
-
-    def _stand_in_loads(self, files: ExitStack) -> list[_Load]:
-        """Files of several sizes, and of one between them that is held out."""
-        low, high = _LOAD_BYTES[self.device.type]
-        free = shutil.disk_usage(self.settings.out).free
-        sizes = load_sizes(max(low, min(high, free // 4)))
-        between = round((sizes[0] * sizes[1]) ** 0.5)
-        sized: list[tuple[Purpose, int]] = [("fit", size) for size in sizes]
-        try:
-            return [
-                _Load(
-                    purpose,
-                    file=files.enter_context(parts_file(self.settings.out, size, self.dtype)),
-                    num_bytes=size,
-                )
-                for purpose, size in [*sized, ("held-out", between)]
-            ]
-        except OSError as error:
-            raise self.readings.explained(error) from error
-
-    def _load_stages(self, load: _Load, trial: int) -> None:
-        name = load.source.name if load.source else ""
-        known = Reading(
-            "load_open", name, layers=load.depth, trial=trial, purpose=load.purpose, note="done"
-        )
-        if any(
-            (reading.model, reading.layers, reading.trial, reading.purpose)
-            == (name, load.depth, trial, load.purpose)
-            and reading.quantity == "load_host"
-            and (load.source or reading.predicted_bytes == load.num_bytes)
-            for reading in self.readings.all
-        ):
-            return
-        for found in self._possible(load.stages(self)):
-            self._keep(
-                replace(
-                    known,
-                    quantity=found.quantity,
-                    bytes=found.num_bytes,
-                    predicted_bytes=load.num_bytes,
-                    seconds=found.seconds,
-                    repetitions=1,
-                    note=found.note,
-                )
-            )
-
     def _possible(self, stages: Iterator[StageTime]) -> Iterator[StageTime]:
         """Stages up to one that cannot be had: a machine may lack memory for a copy alone."""
         try:
@@ -473,24 +406,28 @@ class _Session:
     def _model_readings(self, source: Source, share_s: float) -> None:
         """Everything of one model, within its share of the time."""
         until_s = self._now_s() + share_s
-        planned = self.plans.get(source.name)
-        if planned is not None and all(self._is_done(job) for job in planned):
+        planned = self.plan.models.get(source.name)
+        if planned is not None and all(self._is_done(job) for job in planned.jobs):
             self._say(f"{source.name}: every trial of the plan is taken.")
             return
         model, depth = self._load(source)
         try:
-            batch, context = self._pool_of(source, model, depth)
+            grid = self._grid_of(source, model, depth)
             tokens = sample_tokens(source.shape.vocab)
-            bench = Bench(model, tokens, max_batch=batch, max_context=context)
+            bench = Bench(model, tokens, max_batch=grid.max_batch, max_context=grid.max_context)
             self._graphs(bench)
             # After the graphs, whose buckets are part of the description.
-            self._describe_model(source, bench)
+            self.environment["models"][bench.name] = describe_model(source, bench)
+            self.readings.write_environment(self.environment)
             self._floors(bench)
             self._memory(bench)
             probe = bench.probe()
             if planned is None:
-                planned = self._plan(bench, probe, until_s - self._now_s())
-            self._run_jobs(bench, probe, planned, until_s)
+                jobs = self._jobs(bench, probe, until_s - self._now_s())
+                planned = ModelPlan(source.exit_layers, self._asked(source), grid, jobs)
+                self.plan.models[source.name] = planned
+                self._write_plan()
+            self._run_jobs(bench, probe, planned.jobs, until_s)
             bench.close()
         finally:
             model.unload()
@@ -523,14 +460,31 @@ class _Session:
         assert model is not None
         return model, depth
 
-    def _pool_of(self, source: Source, model: EarlyExitLM, depth: int) -> tuple[int, int]:
-        """Rows and tokens of the pool: what was asked for, halved until it fits."""
+    def _asked(self, source: Source) -> Grid:
+        """Rows and tokens that are asked for, or usual, as far as the model has positions."""
         batch, context = _GRID[self.device.type]
-        batch = self.settings.max_batch or batch
         context = min(self.settings.max_context or context, source.shape.max_positions)
-        asked = batch, context
-        per_token = model.spec.kv_bytes_per_token(depth)
+        return Grid(self.settings.max_batch or batch, context)
+
+    def _grid_of(self, source: Source, model: EarlyExitLM, depth: int) -> Grid:
+        """Rows and tokens of the pool: what is asked for, halved until it fits.
+
+        What was planned stands. Raises `InputError` where memory lacks for it, or for the least.
+        """
+        asked = self._asked(source)
+        batch, context = asked.max_batch, asked.max_context
         available = available_bytes(self.device)
+        per_token = model.spec.kv_bytes_per_token(depth)
+        planned = self.plan.models.get(source.name)
+        if planned is not None:
+            tokens = planned.grid.max_batch * planned.grid.max_context
+            lacks = available is not None and tokens * per_token > available
+            if lacks or depth < planned.deepest:
+                raise InputError(
+                    f"{source.name} was planned with {planned.grid} in {planned.deepest} layers, "
+                    "for which memory lacks now. Free some of it, or measure into another folder."
+                )
+            return planned.grid
         allowed = None if available is None else int(_POOL_SHARE * available) // per_token
         while allowed is not None and batch * context > allowed:
             if context > _LEAST_CONTEXT and (batch == 1 or context >= 8 * batch):
@@ -542,12 +496,13 @@ class _Session:
                     f"{source.name} leaves room for {allowed} KV tokens on {self.device}; "
                     f"{_LEAST_CONTEXT} are the least. Choose a smaller model, or earlier exits."
                 )
-        if (batch, context) != asked:
+        grid = Grid(batch, context)
+        if grid != asked:
             self._note(
-                f"{source.name}: the grid is shrunk from {asked[0]} rows of {asked[1]} tokens to "
-                f"{batch} of {context}, which is what memory or the model's positions allow"
+                f"{source.name}: the grid is shrunk from {asked} to {grid}, which is what memory "
+                "allows"
             )
-        return batch, context
+        return grid
 
     def _graphs(self, bench: Bench) -> None:
         """Capture graphs on a GPU; without them everything runs eager, and the reason is noted."""
@@ -582,8 +537,8 @@ class _Session:
         for reading in bench.memory():
             self._keep(reading)
 
-    def _plan(self, bench: Bench, probe: Probe, allowed_s: float) -> list[Job]:
-        """Plan a model's trials, tell the plan, and keep it for `resume`."""
+    def _jobs(self, bench: Bench, probe: Probe, allowed_s: float) -> tuple[Job, ...]:
+        """Plan a model's trials for the time there is, and tell the plan."""
 
         def estimate_s(job: Job) -> float:
             return bench.estimate_s(job, probe)
@@ -603,7 +558,7 @@ class _Session:
         timings_s = (usable_s - energy_s) / again
         latency = plan_latency(bounds, estimate_s, timings_s, allowed_s, seed)
         self._note(*latency.notes)
-        planned = list(in_turn(windows, latency.jobs, seed))
+        planned = tuple(in_turn(windows, latency.jobs, seed))
         trials = 1 + max(job.trial for job in planned)
         planned_s = latency.seconds * again + energy_s
         metered = f", {len(windows)} energy windows" if windows else ""
@@ -612,16 +567,6 @@ class _Session:
             f"{bounds.max_batch}, contexts up to {bounds.max_context}, layers "
             f"{', '.join(map(str, bounds.depths))}; about "
             f"{_clock(min(planned_s, allowed_s))}."
-        )
-        self.plans[bench.name] = planned
-        self.readings.write_json(
-            PLAN_FILE,
-            {
-                "settings": self._identity(),
-                "models": {
-                    name: [job.as_dict() for job in kept] for name, kept in self.plans.items()
-                },
-            },
         )
         return planned
 
@@ -719,44 +664,26 @@ class _Session:
         closing_s = 0.0 if isinstance(self.meter, NoMeter) else self._window_s()
         return max(0.0, self.settings.budget_s - self._now_s() - closing_s)
 
-    def _identity(self) -> dict[str, Any]:
-        """What two runs must share to be one measurement."""
-        return {
-            "device": self._device_name(),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "models": {source.name: list(source.exit_layers) for source in self.sources},
+    def _earlier_plan(self) -> Plan:
+        """The plan to go on with; raises `InputError` where it was another measurement's."""
+        identity = {
+            "device": device_name(self.device),
+            "dtype": _dtype_name(self.dtype),
             "seed": self.settings.seed,
         }
+        if self.device.type == "cpu":
+            identity["threads"] = torch.get_num_threads()
+        if not self.settings.resume:
+            return Plan(identity)
+        plan = earlier_plan(self.settings.out, identity)
+        for source in self.sources:
+            if source.name in plan.models:
+                planned = plan.models[source.name]
+                check_same(planned, source.name, source.exit_layers, self._asked(source))
+        return plan
 
-    def _earlier_plans(self) -> dict[str, list[Job]]:
-        """The plans of the run that is resumed; raises `InputError` where it was another one."""
-        file = self.settings.out / PLAN_FILE
-        if not self.settings.resume or not file.is_file():
-            return {}
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            plans = {
-                name: [job_from(job) for job in jobs] for name, jobs in found["models"].items()
-            }
-            earlier = dict(found["settings"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"The plan cannot be read ({error}).", str(file)) from error
-        now = self._identity()
-        for name in sorted(set(now["models"]) & set(earlier.get("models", {}))):
-            if now["models"][name] != earlier["models"][name]:
-                raise InputError(
-                    f"{name} was measured with exits {earlier['models'][name]} and now has "
-                    f"{now['models'][name]}; measure into another folder.",
-                    str(file),
-                )
-        for key in ("device", "dtype", "seed"):
-            if earlier.get(key) != now[key]:
-                raise InputError(
-                    f"The readings are of {key} {earlier.get(key)!r} and now {now[key]!r} is "
-                    "asked for; measure into another folder.",
-                    str(file),
-                )
-        return plans
+    def _write_plan(self) -> None:
+        self.readings.write_json(PLAN_FILE, self.plan.to_json())
 
     def _earlier_environment(self) -> dict[str, Any]:
         file = self.settings.out / ENVIRONMENT_FILE
@@ -781,38 +708,15 @@ class _Session:
         self.pace = found if self.pace is None else self.pace.quickest(found)
         self.pace_seen_s = self._now_s()
 
-    def _describe_device(self) -> None:
+    def _describe(self) -> None:
         """Write down where readings come from, before the first is taken."""
         state = self.board.state()
-        memory = available_bytes(self.device)
-        if self.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(self.device).total_memory
-        commands = [*self.environment.get("commands", []), " ".join(sys.argv)]
         self.environment |= {
-            "device": {
-                "name": self._device_name(),
-                "kind": self.device.type,
-                "num_gpus": 1,
-                "memory_bytes": memory,
-                "power_limit_w": state.power_limit_w,
-            },
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "meter": {
-                "source": self.meter.source,
-                "explanation": self.meter.explanation,
-                "tick_s": self.meter.tick_s,
-                "min_window_s": self.meter.min_window_s,
-                "window_s": self._window_s(),
-            },
-            "context_counts_new_token": True,
-            "torch": torch.__version__,
-            "transformers": importlib.metadata.version("transformers"),
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "cuda": torch.version.cuda,
-            "driver": self._driver(),
-            "threads": torch.get_num_threads(),
-            "commands": commands,
+            "device": describe_device(self.device, state),
+            "dtype": _dtype_name(self.dtype),
+            "meter": describe_meter(self.meter, self._window_s()),
+            **describe_system(self.board),
+            "commands": [*self.environment.get("commands", []), " ".join(sys.argv)],
             "budget_s": self.settings.budget_s,
             "seed": self.settings.seed,
             "state_at_start": asdict(state),
@@ -821,42 +725,11 @@ class _Session:
         self.environment.setdefault("models", {})
         self.readings.write_environment(self.environment)
 
-    def _describe_model(self, source: Source, bench: Bench) -> None:
-        model = bench.model
-        self.environment["models"][bench.name] = {
-            **asdict(model.spec),
-            "confidence": {
-                "kind": model.confidence.kind,
-                "threshold": model.confidence.threshold,
-                "calibrated": model.confidence.is_calibrated,
-            },
-            "weights": "random" if source.folder is None else "checkpoint",
-            "loaded_layers": model.depth,
-            "heads": model.heads_kind,
-            "max_batch": bench.max_batch,
-            "max_context_tokens": bench.max_context,
-            **bench.buckets,
-        }
-        self.readings.write_environment(self.environment)
-
-    def _device_name(self) -> str:
-        if self.device.type == "cuda":
-            return str(torch.cuda.get_device_name(self.device))
-        return _processor_name()
-
-    def _driver(self) -> str | None:
-        if isinstance(self.board, NoBoard):
-            return None
-        try:
-            return self.board.driver()
-        except BoardError:
-            return None
-
     def _say(self, sentence: str) -> None:
         self.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     def _note(self, *sentences: str) -> None:
-        for sentence in sentences:
+        for sentence in (given.rstrip(".") for given in sentences):
             self.notes.append(sentence)
             self._say(f"Note: {sentence}.")
 
@@ -873,60 +746,13 @@ class _Session:
             yield lambda: progress.advance(task)
 
 
-@dataclass(frozen=True)
-class _Load:
-    """Something to load: a checkpoint to a depth, or a stand-in file of some bytes."""
-
-    purpose: Purpose
-    source: Source | None = None
-    depth: int | None = None
-    file: PartsFile | None = None
-    num_bytes: int | None = None
-
-    def stages(self, session: _Session) -> Iterator[StageTime]:
-        """Load it and let it go."""
-        if self.source is not None and self.source.folder is not None and self.depth is not None:
-            yield from time_checkpoint(
-                self.source.folder,
-                self.depth,
-                exits=self.source.exit_layers,
-                device=session.device,
-                dtype=session.dtype,
-            )
-        elif self.file is not None:
-            yield from self.file.stages(session.device)
-
-
-def _device(asked: str) -> torch.device:
-    if asked == "cuda":
-        if not torch.cuda.is_available():
-            built = (
-                "this torch is built without CUDA"
-                if torch.version.cuda is None
-                else (f"torch is built for CUDA {torch.version.cuda} and finds no device")
-            )
-            raise InputError(
-                f"CUDA was asked for and cannot be had: {built}. Give --device cpu, or install a "
-                "torch that fits the machine's driver.",
-                "--device",
-            )
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
 def _default_dtype(device: str) -> str:
     """bfloat16 on a GPU; float32 on a processor, where 16 bits are many times slower."""
     return "bfloat16" if device == "cuda" else "float32"
 
 
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _now() -> str:

@@ -10,8 +10,16 @@ import torch
 
 from calibration.measuring.board import NoBoard, open_board
 from calibration.measuring.floors import count_launches, launch_chain, time_copy, time_launches
+from calibration.measuring.load_trials import (
+    LOAD_TRIALS,
+    Loading,
+    checkpoint_loads,
+    stand_in_loads,
+)
 from calibration.measuring.loading import load_sizes, parts_file, time_checkpoint
 from calibration.measuring.occupancy import peak_bytes, reserve_bytes, reserved_bytes
+from calibration.measuring.readings import Reading
+from calibration.measuring.sources import find_sources
 from calibration.measuring.timing import WallTimer
 from calibration.model.early_exit import from_stock, save
 from tests.calibration.fake_nvml import FakeNvml
@@ -28,6 +36,42 @@ def test_a_stand_in_file_goes_through_every_stage_and_is_gone_afterwards(tmp_pat
     assert all(stage.seconds > 0.0 for stage in found.values())
     assert all(stage.num_bytes == 2**20 for stage in found.values())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_load_is_taken_again_until_every_stage_of_it_is_read(tmp_path: Path) -> None:
+    loads = stand_in_loads((2**14, 2**12))
+    assert [(load.purpose, load.num_bytes) for load in loads] == [
+        ("fit", 2**14),
+        ("fit", 2**12),
+        ("held-out", 2**13),
+    ]
+    taken: list[Reading] = []
+    with Loading(CPU, torch.float32, tmp_path) as loading:
+        asked = list(loading.missing(loads, taken, seed=0))
+        assert len(asked) == 3 * LOAD_TRIALS
+        assert [trial for _, trial in asked] == sorted(trial for _, trial in asked)
+        assert list(tmp_path.iterdir()) == []
+        for load, trial in asked:
+            taken += [load.reading(found, trial) for found in loading.stages(load)]
+        assert len(list(tmp_path.iterdir())) == 3
+        assert list(loading.missing(loads, taken, seed=0)) == []
+        last = taken.pop()
+        assert last.quantity == "unload"
+        assert list(loading.missing(loads, taken, seed=0)) == asked[-1:]
+    assert list(tmp_path.iterdir()) == []
+    assert len({reading.key for reading in taken}) == len(taken)
+    with_a_gpu = Loading(torch.device("cuda"), torch.float32, tmp_path)
+    assert len(list(with_a_gpu.missing(loads, [*taken, last], seed=0))) == len(asked)
+
+
+def test_the_middle_exit_of_a_checkpoint_is_held_out(tmp_path: Path) -> None:
+    save(from_stock(stock_model("opt"), (1, 2, 4), name="tiny"), tmp_path / "tiny")
+    loads = checkpoint_loads(find_sources([str(tmp_path / "tiny"), "opt-1.3b"]))
+    assert [(load.depth, load.purpose) for load in loads] == [
+        (1, "fit"),
+        (2, "held-out"),
+        (4, "fit"),
+    ]
 
 
 def test_a_checkpoint_is_loaded_by_the_real_loader(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import pytest
 import torch
 
 from calibration.cli import main
+from calibration.measuring import load_trials
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
 from calibration.measuring.grid import RICHNESS, Job
-from calibration.measuring.measure import MeasureSettings, measure, parse_budget, parse_exits
+from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
+from calibration.measuring.plan_file import PLAN_FILE, check_same, earlier_plan
 from calibration.measuring.readings import (
     ENVIRONMENT_FILE,
     READINGS_FILE,
@@ -28,6 +32,7 @@ from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
 from calibration.measuring.timing import Pace
 from calibration.model.early_exit import from_stock, save
+from calibration.options import parse_budget, parse_exits
 from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import ExitMode
@@ -46,7 +51,7 @@ def quick() -> Iterator[None]:
         patch.setattr("calibration.measuring.timing.CPU_SAMPLE_S", 2e-4)
         patch.setattr("calibration.measuring.timing.DISTURBED_SHARE", 1.0)
         patch.setitem(measuring._COPY_BYTES, "cpu", 2**20)
-        patch.setattr(measuring, "_LOAD_TRIALS", 1)
+        patch.setattr(load_trials, "LOAD_TRIALS", 1)
         yield
 
 
@@ -156,7 +161,6 @@ def test_the_environment_says_where_readings_come_from(measured: Path) -> None:
     assert found["device"]["memory_bytes"] > 0
     assert found["dtype"] == "float32"
     assert "No energy meter" in found["meter"]["explanation"]
-    assert found["context_counts_new_token"] is True
     pace = Pace(**found["pace"])
     assert 0.0 < pace.core_s < 0.1
     assert 0.0 < pace.memory_s < 0.1
@@ -425,11 +429,57 @@ def test_a_folder_of_readings_is_not_overwritten(checkpoint: Path, measured: Pat
         measure(settings(checkpoint, measured))
 
 
-def test_resuming_another_measurement_is_refused(checkpoint: Path, measured: Path) -> None:
-    with pytest.raises(InputError, match="was measured with exits"):
-        measure(settings(checkpoint, measured, resume=True, exits=(2, 4)))
-    with pytest.raises(InputError, match="seed"):
-        measure(settings(checkpoint, measured, resume=True, seed=3))
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"exits": (2, 4)}, r"was measured with exits \[1, 2, 4\] and now has \[2, 4\]"),
+        ({"max_batch": 8}, "at most 4 rows of 64 tokens and now has 8 rows of 64 tokens"),
+        ({"seed": 3}, "readings are of seed 0 and now 3 is asked for"),
+    ],
+    ids=lambda one: str(one)[:20],
+)
+def test_resuming_another_measurement_is_refused(
+    checkpoint: Path, measured: Path, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        measure(settings(checkpoint, measured, resume=True, **asked))
+
+
+def test_resuming_with_other_threads_is_refused(checkpoint: Path, measured: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(InputError, match=f"threads {before} and now {before + 1} is asked"):
+            measure(settings(checkpoint, measured, resume=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_s_plan_outlasts_the_measuring_of_another(measured: Path) -> None:
+    identity = json.loads((measured / PLAN_FILE).read_text())["identity"]
+    plan = earlier_plan(measured, identity)
+    (mine,) = plan.models.values()
+    assert mine.exit_layers == (1, 2, 4)
+    assert mine.deepest == 4
+    plan.models["another"] = replace(mine, exit_layers=(3, 4))
+    assert earlier_plan(measured, identity).models == {"tiny-4l": mine}
+    (measured / "both").mkdir()
+    (measured / "both" / PLAN_FILE).write_text(json.dumps(plan.to_json()))
+    assert earlier_plan(measured / "both", identity) == plan
+    with pytest.raises(InputError, match=r"another was measured with exits \[3, 4\]"):
+        check_same(plan.models["another"], "another", (1, 4), mine.asked)
+
+
+def test_a_plan_that_memory_lacks_for_now_is_refused_with_the_remedy(
+    checkpoint: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(measured, out)
+    lines = (out / READINGS_FILE).read_text().splitlines(keepends=True)
+    (out / READINGS_FILE).write_text("".join(line for line in lines if '"check"' not in line))
+    monkeypatch.setattr(measuring, "available_bytes", lambda _: 400_000)
+    with pytest.raises(InputError, match=r"planned with 4 rows of 64 tokens .* Free some of it"):
+        measure(settings(checkpoint, out, resume=True))
 
 
 def test_an_interruption_keeps_the_readings_and_says_where(
@@ -509,7 +559,7 @@ def test_a_shape_beyond_all_memory_is_refused_before_anything_is_measured(
 def test_what_is_no_model_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'llama3-8b'"):
         find_sources(["llama3-8"])
-    with pytest.raises(InputError, match=r"no config\.json"):
+    with pytest.raises(InputError, match=r"holds a config\.json"):
         find_sources([str(tmp_path)])
     with pytest.raises(InputError, match="No model was named"):
         find_sources([])

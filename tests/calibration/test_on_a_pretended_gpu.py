@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from calibration import doctor
-from calibration.measuring import grid
+from calibration.measuring import grid, load_trials
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
 from calibration.measuring.measure import MeasureSettings, measure
@@ -283,7 +283,7 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
 ) -> None:
     monkeypatch.setattr(grid, "RICHNESS", grid.RICHNESS[-1:])
     monkeypatch.setattr("calibration.measuring.timing.CUDA_SAMPLE_S", 1e-4)
-    monkeypatch.setattr(measuring, "_LOAD_TRIALS", 1)
+    monkeypatch.setattr(load_trials, "LOAD_TRIALS", 1)
     monkeypatch.setattr(measuring, "_COOL_DOWN_S", 0.0)
     monkeypatch.setitem(measuring._COPY_BYTES, "cuda", 2**20)
     monkeypatch.setattr(measuring, "_LINK_BYTES", 2**18)
