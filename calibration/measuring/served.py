@@ -14,7 +14,7 @@ from typing import Final
 
 from calibration.measuring.timing import Work
 from calibration.serving.batching import NEVER, Life, Row
-from calibration.serving.iteration import EXITS_ACTIVE, Reading, Stepper
+from calibration.serving.iteration import EXITS_ACTIVE, Answer, Stepper
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Replica
 from helios_sim.policy.contract import Assignment, ExitMode
@@ -36,9 +36,9 @@ class ScriptedStepper(Stepper):
     script: Iterator[bool] = repeat(False)
     """Whether the next row that is asked leaves."""
 
-    def leaves(self, reading: Reading) -> bool:
+    def leaves(self, answer: Answer) -> bool:
         """What the script says; the rule's own word is heard and forgotten."""
-        super().leaves(reading)
+        super().leaves(answer)
         return next(self.script)
 
 

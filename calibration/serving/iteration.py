@@ -18,7 +18,7 @@ from helios_sim.profile import ModelProfile
 EXITS_ACTIVE = (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
 
 
-class Reading(NamedTuple):
+class Answer(NamedTuple):
     """What an exit head says of one row: its token, its confidence, the true token's likelihood.
 
     `nll_nats` is the negative log-likelihood of the true token where the text is known, and of
@@ -38,7 +38,7 @@ class Emitted(NamedTuple):
 
     row: Row
     level: int
-    reading: Reading
+    answer: Answer
     carried: bool = False
 
 
@@ -113,7 +113,7 @@ class Machine(Protocol):
     def run_to(self, level: int) -> None:
         """Run the layers from where the rows stand to the exit."""
 
-    def read(self, level: int) -> list[Reading]:
+    def read(self, level: int) -> list[Answer]:
         """What the exit's head says of each row."""
 
     def fill(self, rows: Sequence[Row], level: int) -> None:
@@ -207,28 +207,28 @@ class Stepper:
         `leaving` holds those who do, also at exits before.
         """
         at_loaded_level = level == self.level
-        for row, reading in zip(rows, self.machine.read(level), strict=True):
-            if row not in leaving and (at_loaded_level or self.leaves(reading)):
-                leaving[row] = Emitted(row, level, reading)
+        for row, answer in zip(rows, self.machine.read(level), strict=True):
+            if row not in leaving and (at_loaded_level or self.leaves(answer)):
+                leaving[row] = Emitted(row, level, answer)
 
-    def leaves(self, reading: Reading) -> bool:
+    def leaves(self, answer: Answer) -> bool:
         """Whether a token is confident enough to leave."""
-        return bool(self.rules.leaves_here(reading.confidence, self.threshold))
+        return bool(self.rules.leaves_here(answer.confidence, self.threshold))
 
     def breaches(self, token: Emitted) -> bool:
         """Whether an emitted token is a confidence breach."""
         if token.level != self.level or token.carried:
             return False
         full = self.level == len(self.exit_layers) - 1
-        return bool(self.rules.is_breach(token.reading.confidence, self.threshold, full))
+        return bool(self.rules.is_breach(token.answer.confidence, self.threshold, full))
 
     def _prefill(self, plan: Prefill) -> Outcome:
         self.machine.prefill(plan.rows)
-        readings = self.machine.read(self.level)
+        answers = self.machine.read(self.level)
         return Outcome(
             emitted=tuple(
-                Emitted(row, self.level, reading)
-                for row, reading in zip(plan.rows, readings, strict=True)
+                Emitted(row, self.level, answer)
+                for row, answer in zip(plan.rows, answers, strict=True)
             ),
             rows=len(plan.rows),
             first_layer=0,
@@ -289,14 +289,14 @@ class Stepper:
         level = passed
         while True:
             machine.run_to(level)
-            readings = machine.read(level)
+            answers = machine.read(level)
             if level == self.level:
                 heads, leaving = 1, list(rows)
                 earlier = set(confident)
                 break
             checks += 1
             earlier = set(confident)
-            confident |= {row for row, one in zip(rows, readings, strict=True) if self.leaves(one)}
+            confident |= {row for row, one in zip(rows, answers, strict=True) if self.leaves(one)}
             leaving = [row for row in rows if row in confident]
             if len(leaving) == batch:
                 break
@@ -311,7 +311,7 @@ class Stepper:
         machine.hold(staying)
         for row in staying:
             row.held = level + 1
-        said = dict(zip(rows, readings, strict=True))
+        said = dict(zip(rows, answers, strict=True))
         return Outcome(
             emitted=tuple(Emitted(row, level, said[row], row in earlier) for row in leaving),
             rows=batch,

@@ -15,7 +15,7 @@ from calibration.model.decode import Decoder, Place
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.kv import Pool, to_device
 from calibration.serving.batching import Row
-from calibration.serving.iteration import NOTHING_CAPTURED, Captures, Reading
+from calibration.serving.iteration import NOTHING_CAPTURED, Answer, Captures
 
 
 class ModelMachine:
@@ -101,13 +101,13 @@ class ModelMachine:
         """Run the layers from where the rows stand to the exit, segment by segment."""
         self._run(self.exit_layers[level])
 
-    def read(self, level: int) -> list[Reading]:
+    def read(self, level: int) -> list[Answer]:
         """What the exit's head says of each row, fetched from the device at once."""
         assert self._place is not None and self._hidden is not None
         said = self.decoder.tell(self._place, self._hidden, level)
         tokens, confidences, nlls = said.cpu().tolist()
         shares = map(min, repeat(1.0), map(max, repeat(0.0), confidences))
-        found = list(map(Reading, map(int, tokens), shares, map(max, repeat(0.0), nlls)))
+        found = list(map(Answer, map(int, tokens), shares, map(max, repeat(0.0), nlls)))
         if self._wanted == list(range(len(found))):
             return found
         return [found[place] for place in self._wanted]

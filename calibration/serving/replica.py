@@ -149,7 +149,7 @@ class Replica:
             life = row.life
             if not life.emitted:
                 life.first_token_s = now_s
-            life.emitted.append(one.reading.token)
+            life.emitted.append(one.answer.token)
             if len(life.emitted) == life.output_tokens:
                 self.finish(row, now_s)
 

@@ -123,7 +123,7 @@ class WallClock:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Prepared:
     """A scenario with everything it needs, checked and ready to be served.
 
     `versions` are those of the packages at work, for the run's record.
@@ -164,11 +164,11 @@ def serve(
     One policy served once is written to `out` itself. Otherwise `out` gets a folder a policy, and
     with `repeat` above 1 folders repeat-1, repeat-2, ... within. A run is whole or absent.
     """
-    bench = prepare(scenario_path, settings, changes)
-    chosen = _choose(bench.scenario, settings.policies)
-    meter = best_meter(bench.device.type, board_of(bench.device))
+    prepared = prepare(scenario_path, settings, changes)
+    chosen = _choose(prepared.scenario, settings.policies)
+    meter = best_meter(prepared.device.type, board_of(prepared.device))
     for policy in chosen:
-        check_policy(bench.policy(policy), not isinstance(meter, NoMeter), policy.name)
+        check_policy(prepared.policy(policy), not isinstance(meter, NoMeter), policy.name)
     places = _places(out, [policy.name for policy in chosen], settings.repeat)
     if places != [out] and (out / TOTALS_FILE).exists():
         raise InputError(
@@ -179,7 +179,7 @@ def serve(
     for place in places:
         check_target(place)
     threads_before = torch.get_num_threads()
-    threads, why = threads_of(settings, bench.room.profile, bench.device)
+    threads, why = threads_of(settings, prepared.room.profile, prepared.device)
     (tell or _unheard)(why)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -187,7 +187,7 @@ def serve(
     try:
         turns = [policy for policy in chosen for _ in range(settings.repeat)]
         for policy, place in zip(turns, places, strict=True):
-            one = serve_once(bench, policy, place, meter, progress)
+            one = serve_once(prepared, policy, place, meter, progress)
             served.append(one)
             if on_served is not None:
                 on_served(one)
@@ -255,7 +255,7 @@ def progress_line() -> Progress:
     return show
 
 
-def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str] = ()) -> Bench:
+def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str] = ()) -> Prepared:
     """Read a scenario and all it names; whatever cannot be served says so here."""
     scenario = load_scenario(scenario_path, changes)
     base_dir, where = scenario_path.parent, str(scenario_path)
@@ -276,7 +276,7 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     first = next(iter(chosen.values()))
     tokenizer = tokenizer_of(room.profile.model(room.candidates[0]).model.tokenizer, first.folder)
     prompts = read_prompts(requests.domains, tokenizer)
-    return Bench(
+    return Prepared(
         scenario=scenario,
         base_dir=base_dir,
         where=where,
@@ -330,7 +330,7 @@ def versions_here() -> dict[str, str]:
 
 
 def serve_once(
-    bench: Bench,
+    prepared: Prepared,
     chosen: PolicySettings,
     out: Path,
     meter: Meter,
@@ -338,28 +338,67 @@ def serve_once(
 ) -> Served:
     """Serve one policy once and write its run."""
     say = progress or _silence
-    scenario = bench.scenario
+    scenario = prepared.scenario
     alone = {"policy": (chosen,), "plan": None, "search": None}
     asked = resolved(scenario.model_copy(update=alone)) | {"seed": scenario.seed}
     clock = WallClock()
-    weights = CheckpointWeights(bench.folders, bench.room, _weight_settings(bench), clock)
+    weights = CheckpointWeights(prepared.folders, prepared.room, _weight_settings(prepared), clock)
     say(f"{chosen.name}: preparing", 0.0)
     weights.prepare()
     energy = RunEnergy(meter)
     host = Host(
-        room=bench.room,
-        policy=bench.policy(chosen),
-        slo=policy_slo(bench.scenario.slo_spec),
-        lives=lives_of(bench.requests, bench.texts),
+        room=prepared.room,
+        policy=prepared.policy(chosen),
+        slo=policy_slo(prepared.scenario.slo_spec),
+        lives=lives_of(prepared.requests, prepared.texts),
         weights=weights,
         clock=clock,
-        max_batch=bench.scenario.serving.max_batch,
-        timeline_interval_s=bench.scenario.measure.timeline_interval_s,
+        max_batch=prepared.scenario.serving.max_batch,
+        timeline_interval_s=prepared.scenario.measure.timeline_interval_s,
         on_progress=lambda share: say(f"{chosen.name}: serving", share),
         read_j=energy.so_far_j if energy.measures else None,
     )
+    facts = _play(prepared, host, energy, clock)
+    say(f"{chosen.name}: reading the served text again", 0.0)
+    weights.drop()
+    judged = _reread_all(prepared, host, weights)
+    domains = prepared.requests.domain.tolist()
+    judgement = judge(judged, host.lives, host.tally.tokens, host.thresholds, domains)
+    run = run_data(
+        host,
+        prepared.requests,
+        judgement,
+        energy.at,
+        label=chosen.name,
+        policy=chosen.use,
+        seed=scenario.seed,
+        scenario=asked,
+        environment=environment(prepared, host, weights, meter) | facts,
+    )
+    check_run(run)
+    measure = scenario.measure
+    summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
+    summary["num_shortened"] = prepared.num_shortened
+    traces = served_traces(
+        judged,
+        {card.name: card.exit_layers for card in host.cards},
+        host.lives,
+        domains,
+        prepared.requests.domains,
+    )
+
+    def finish(folder: Path) -> None:
+        write_extras(host, judgement, folder)
+        write_traces(traces, folder / TRACES_FILE)
+        (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
+
+    return Served(write_run(run, summary, out, finish), summary, facts.get("slowdown"))
+
+
+def _play(prepared: Prepared, host: Host, energy: RunEnergy, clock: WallClock) -> dict[str, Any]:
+    """Serve while the clock runs; what the meter and the machine were seen to do meanwhile."""
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    pace_before = measure_pace(bench.device)
+    pace_before = measure_pace(prepared.device)
     gc.collect()
     with uncollected():
         energy.open()
@@ -371,72 +410,37 @@ def serve_once(
         outcome = energy.close(host.tally.spent_s["busy"])
     spent_s = host.tally.spent_s
     machine = slowdown_facts(
-        bench.room.profile,
+        prepared.room.profile,
         pace_before,
-        measure_pace(bench.device),
+        measure_pace(prepared.device),
         None
         if waited_before_s is None or waited_after_s is None
         else waited_after_s - waited_before_s,
         spent_s["busy"] + spent_s["load"],
     )
-    say(f"{chosen.name}: reading the served text again", 0.0)
-    weights.drop()
-    judged = _reread_all(bench, host, weights)
-    domains = bench.requests.domain.tolist()
-    judgement = judge(judged, host.lives, host.tally.tokens, host.thresholds, domains)
-    run = run_data(
-        host,
-        bench.requests,
-        judgement,
-        energy.at,
-        label=chosen.name,
-        policy=chosen.use,
-        seed=scenario.seed,
-        scenario=asked,
-        environment=environment(bench, host, weights, meter)
-        | {"started_at": started_at, "energy": _said(outcome)}
-        | machine,
-    )
-    check_run(run)
-    measure = scenario.measure
-    summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
-    summary["num_shortened"] = bench.num_shortened
-    traces = served_traces(
-        judged,
-        {card.name: card.exit_layers for card in host.cards},
-        host.lives,
-        domains,
-        bench.requests.domains,
-    )
-
-    def finish(folder: Path) -> None:
-        write_extras(host, judgement, folder)
-        write_traces(traces, folder / TRACES_FILE)
-        (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
-
-    return Served(write_run(run, summary, out, finish), summary, machine.get("slowdown"))
+    return {"started_at": started_at, "energy": _said(outcome)} | machine
 
 
 def environment(
-    bench: Bench, host: Host, weights: CheckpointWeights, meter: Meter
+    prepared: Prepared, host: Host, weights: CheckpointWeights, meter: Meter
 ) -> dict[str, Any]:
     """Versions, device, checkpoints and how the run was served."""
-    profile, settings = bench.room.profile, bench.settings
+    profile, settings = prepared.room.profile, prepared.settings
     return {
-        "versions": dict(bench.versions),
+        "versions": dict(prepared.versions),
         "profile": profile.name,
         "profile_hash": profile.hash,
         "profile_origin": profile.provenance.origin,
         "profile_grades": profile.grade_counts(),
         "exit_traces": "served",
         "confidence_thresholds": dict(host.thresholds),
-        "device": device_name(bench.device),
+        "device": device_name(prepared.device),
         "threads": torch.get_num_threads(),
-        "dtype": str(bench.dtype).removeprefix("torch."),
-        "checkpoints": {name: folder.name for name, folder in bench.folders.items()},
+        "dtype": str(prepared.dtype).removeprefix("torch."),
+        "checkpoints": {name: folder.name for name, folder in prepared.folders.items()},
         "tokens": "free-running" if settings.free_running else "teacher-forced",
-        "tokenizer": bench.prompts.tokenizer,
-        "text_sha256": dict(bench.prompts.hashes),
+        "tokenizer": prepared.prompts.tokenizer,
+        "text_sha256": dict(prepared.prompts.hashes),
         "kv": settings.kv,
         "kv_pools": dict(weights.notes),
         "host_copies": list(weights.copies),
@@ -550,12 +554,12 @@ def _folder_of(name: str, folders: Mapping[str, Checkpoint]) -> Checkpoint:
     return folders[name]
 
 
-def _reread_all(bench: Bench, host: Host, weights: CheckpointWeights) -> dict[str, Reread]:
+def _reread_all(prepared: Prepared, host: Host, weights: CheckpointWeights) -> dict[str, Reread]:
     """Every candidate's word on the served text, one candidate in memory at a time."""
     found = {}
-    for name in bench.room.candidates:
+    for name in prepared.room.candidates:
         model = weights.whole(name)
-        found[name] = reread(model, host.lives, bench.settings.free_running)
+        found[name] = reread(model, host.lives, prepared.settings.free_running)
         model.unload()
     return found
 
@@ -601,15 +605,15 @@ def _dtype(room: Room) -> torch.dtype:
     return _DTYPES[sizes.pop()]
 
 
-def _weight_settings(bench: Bench) -> WeightSettings:
-    lengths = [len(text) - 1 for text in bench.texts if text]
+def _weight_settings(prepared: Prepared) -> WeightSettings:
+    lengths = [len(text) - 1 for text in prepared.texts if text]
     return WeightSettings(
-        device=bench.device,
-        dtype=bench.dtype,
-        kv=bench.settings.kv,
+        device=prepared.device,
+        dtype=prepared.dtype,
+        kv=prepared.settings.kv,
         max_tokens=max(lengths, default=1),
-        graphs=bench.settings.graphs and bench.device.type == "cuda",
-        free_running=bench.settings.free_running,
+        graphs=prepared.settings.graphs and prepared.device.type == "cuda",
+        free_running=prepared.settings.free_running,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from calibration.serving.batching import Life
-from calibration.serving.iteration import Outcome, Reading
+from calibration.serving.iteration import Answer, Outcome
 from helios_sim.policy.contract import Assignment
 from helios_sim.state import (
     ITL_BINS_PER_OCTAVE,
@@ -152,7 +152,7 @@ class Tally:
         self.iterations.append(entry)
         self.num_tokens += len(emitted)
         self.num_breaches += sum(entry.breached)
-        self.nll_units += sum([nll_units(one.reading) for one in emitted])
+        self.nll_units += sum([nll_units(one.answer) for one in emitted])
         if entry.is_prefill:
             return
         self.num_decode_iterations += 1
@@ -171,7 +171,7 @@ class Tally:
         for entry in self.iterations:
             served = entry.assignment
             for one, breached in zip(entry.outcome.emitted, entry.breached, strict=True):
-                request, reading = one.row.life.request_id, one.reading
+                request, answer = one.row.life.request_id, one.answer
                 place = told.get(request, 0)
                 told[request] = place + 1
                 entries.append(
@@ -183,9 +183,9 @@ class Tally:
                         served.depth,
                         one.level,
                         entry.is_prefill,
-                        reading.token,
-                        reading.confidence,
-                        reading.nll_nats,
+                        answer.token,
+                        answer.confidence,
+                        answer.nll_nats,
                         breached,
                     )
                 )
@@ -210,7 +210,7 @@ class Tally:
         for entry in self.iterations:
             for one, breached in zip(entry.outcome.emitted, entry.breached, strict=True):
                 request = one.row.life.request_id
-                sums.nll_units[request] += nll_units(one.reading)
+                sums.nll_units[request] += nll_units(one.answer)
                 sums.breaches[request] += breached
                 if not entry.is_prefill:
                     sums.decoded[request] += 1
@@ -242,9 +242,9 @@ class Tally:
         self.next_sample_s = (ticks + 1.0) * self.timeline_interval_s
 
 
-def nll_units(reading: Reading) -> int:
+def nll_units(answer: Answer) -> int:
     """A token's negative log-likelihood in steps of 1/1024 nat."""
-    return round(reading.nll_nats * NLL_UNITS_PER_NAT)
+    return round(answer.nll_nats * NLL_UNITS_PER_NAT)
 
 
 def gap_edges() -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from calibration.serving.batching import Decode, Life, Prefill, Row
 from calibration.serving.host import Host, lives_of
-from calibration.serving.iteration import Captures, Outcome, Reading
+from calibration.serving.iteration import Answer, Captures, Outcome
 from helios_sim import cost
 from helios_sim.cards import Room, candidate_card
 from helios_sim.exits import ExitTraces
@@ -92,7 +92,7 @@ class ClockworkMachine:
             self.want("run", stage, self.batch)
         self.level = level
 
-    def read(self, level: int) -> list[Reading]:
+    def read(self, level: int) -> list[Answer]:
         self.want("tell", level, self.batch)
         return [self._reading(row.life, level) for row in self.rows]
 
@@ -109,13 +109,13 @@ class ClockworkMachine:
     def release(self, row: Row) -> None:
         self.slots.remove(row.slot)
 
-    def _reading(self, life: Life, level: int) -> Reading:
+    def _reading(self, life: Life, level: int) -> Answer:
         requests, traces = self.requests, self.traces
         domain = traces.domains.index(requests.domains[requests.domain[life.request_id]])
         start = int(requests.trace_start[life.request_id])
         place = (start % traces.num_positions + life.generated) % traces.num_positions
         at = (domain, place, level)
-        return Reading(
+        return Answer(
             token=0,
             confidence=float(traces.confidence[self.name][at]),
             nll_nats=float(traces.nll_nats[self.name][at]),
