@@ -32,12 +32,11 @@ from calibration.model import fused
 from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.kv import PagedPool
-from calibration.model.shapes import SHAPES as SHAPES_OF_REAL_SIZE
 from calibration.model.shapes import config_of, random_model
 from calibration.model.varlen import BLOCK_GRANULE_TOKENS, choose
 from calibration.training.presets import ModelPlan, Preset
 from calibration.training.train import train_model
-from helios_sim.model import ModelShape
+from helios_sim.model import PUBLIC_SHAPES, ModelShape
 
 Verdict = Literal["pass", "fail", "skip"]
 
@@ -58,7 +57,7 @@ ALLOWED: Final = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 _WINDOW_S: Final = 1.0
 
 LAYERS: Final = {
-    name: replace(SHAPES_OF_REAL_SIZE[name], layers=4, vocab=512, max_positions=2048)
+    name: replace(PUBLIC_SHAPES[name], layers=4, vocab=512, max_positions=2048)
     for name in ("llama3-8b", "opt-1.3b")
 }
 """Layers of real size, without their vocabularies."""

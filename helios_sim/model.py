@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 Family = Literal["opt", "llama"]
 
@@ -135,3 +135,16 @@ def kv_pool_blocks(
     """
     free = usable_bytes - weight_bytes - workspace_bytes
     return max(0, free // block_bytes)
+
+
+PUBLIC_SHAPES: Final = {
+    "opt-1.3b": ModelShape("opt", 24, 2048, 32, 32, 64, 8192, 50272, 2048, True),
+    "opt-6.7b": ModelShape("opt", 32, 4096, 32, 32, 128, 16384, 50272, 2048, True),
+    "llama2-7b": ModelShape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 4096, False),
+    "llama2-13b": ModelShape("llama", 40, 5120, 40, 40, 128, 13824, 32000, 4096, False),
+    "llama2-70b": ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 32000, 4096, False),
+    "llama3-8b": ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, False),
+    "llama3.2-1b": ModelShape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, True),
+    "codellama-34b": ModelShape("llama", 48, 8192, 64, 8, 128, 22016, 32000, 16384, False),
+}
+"""Dimensions of public models, from their published configurations."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from helios_sim import cost
+from helios_sim.model import PUBLIC_SHAPES
 from helios_sim.profile import ModelProfile, Profile
 from helios_sim.profiles.published import (
     ENERGY_ANCHORS,
     REFERENCE_CONTEXT_TOKENS,
-    SHAPES,
     EnergyAnchor,
 )
 
@@ -53,7 +53,7 @@ def beside_anchors(profile: Profile) -> list[Beside]:
 
 def _is_anchored(model: ModelProfile) -> bool:
     """Whether it has the layers and the vocabulary of the model in the literature."""
-    known, shape = SHAPES[ANCHORED], model.model.shape
+    known, shape = PUBLIC_SHAPES[ANCHORED], model.model.shape
     return (shape.layers, shape.layer_params(), shape.vocab) == (
         known.layers,
         known.layer_params(),

@@ -19,9 +19,9 @@ from calibration.model.checkpoint import (
 )
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.family import shape_of
-from calibration.model.shapes import SHAPES, random_model
+from calibration.model.shapes import random_model
 from helios_sim.errors import InputError
-from helios_sim.model import EarlyExitModel, ModelShape
+from helios_sim.model import PUBLIC_SHAPES, EarlyExitModel, ModelShape
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def find_sources(models: Sequence[str], exits: Sequence[int] | None = None) -> t
         path = Path(model)
         if path.is_dir():
             found += [_checkpoint(folder, exits) for folder in checkpoint_folders(path)]
-        elif model in SHAPES:
+        elif model in PUBLIC_SHAPES:
             found.append(_shape(model, exits))
         else:
-            near = difflib.get_close_matches(model, list(SHAPES), n=1)
+            near = difflib.get_close_matches(model, list(PUBLIC_SHAPES), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise InputError(
                 f"{model!r} is neither a folder nor a public shape{hint} Shapes are "
-                f"{', '.join(SHAPES)}.",
+                f"{', '.join(PUBLIC_SHAPES)}.",
                 "--models",
             )
     if not found:
@@ -122,7 +122,7 @@ def _checkpoint(folder: Path, exits: Sequence[int] | None) -> Source:
 
 
 def _shape(name: str, exits: Sequence[int] | None) -> Source:
-    shape = SHAPES[name]
+    shape = PUBLIC_SHAPES[name]
     return Source(
         name=name,
         folder=None,

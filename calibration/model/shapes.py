@@ -19,21 +19,10 @@ from transformers import LlamaConfig, OPTConfig
 from calibration.model.early_exit import EarlyExitLM, empty_model
 from calibration.model.loading import Origin
 from helios_sim.errors import InputError
-from helios_sim.model import ModelShape
+from helios_sim.model import PUBLIC_SHAPES, ModelShape
 
 INITIALISER_STD: Final = 0.02
 """Standard deviation of matrices, the `initializer_range` of the published configurations."""
-
-SHAPES: Final = {
-    "opt-1.3b": ModelShape("opt", 24, 2048, 32, 32, 64, 8192, 50272, 2048, True),
-    "opt-6.7b": ModelShape("opt", 32, 4096, 32, 32, 128, 16384, 50272, 2048, True),
-    "llama2-7b": ModelShape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 4096, False),
-    "llama2-13b": ModelShape("llama", 40, 5120, 40, 40, 128, 13824, 32000, 4096, False),
-    "llama2-70b": ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 32000, 4096, False),
-    "llama3-8b": ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, False),
-    "llama3.2-1b": ModelShape("llama", 16, 2048, 32, 8, 64, 8192, 128256, 131072, True),
-    "codellama-34b": ModelShape("llama", 48, 8192, 64, 8, 128, 22016, 32000, 16384, False),
-}
 
 ROPE_THETA: Final = {"llama3-8b": 500000.0, "llama3.2-1b": 500000.0, "codellama-34b": 1000000.0}
 """Bases of the rotary embedding other than 10,000."""
@@ -63,9 +52,11 @@ class RandomSource:
 
 def shape_named(name: str) -> ModelShape:
     """The shape of a public model, or an InputError that lists them."""
-    if name not in SHAPES:
-        raise InputError(f"The shape {name!r} is unknown; allowed are {', '.join(sorted(SHAPES))}.")
-    return SHAPES[name]
+    if name not in PUBLIC_SHAPES:
+        raise InputError(
+            f"The shape {name!r} is unknown; allowed are {', '.join(sorted(PUBLIC_SHAPES))}."
+        )
+    return PUBLIC_SHAPES[name]
 
 
 def config_of(shape: ModelShape, rope_theta: float = 10000.0) -> LlamaConfig | OPTConfig:

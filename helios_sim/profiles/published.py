@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 from helios_sim import cost
-from helios_sim.model import EarlyExitModel, ModelShape
+from helios_sim.model import PUBLIC_SHAPES, EarlyExitModel
 from helios_sim.profile import (
     PROFILE_FILE,
     SCHEMA_VERSION,
@@ -53,14 +53,6 @@ NUM_POSITIONS: Final = 32768
 SEED: Final = 2504
 REFERENCE_CONTEXT_TOKENS: Final = 512
 """KV tokens of a request in the comparisons with published figures, which do not print theirs."""
-
-SHAPES: Final = {
-    "opt-1.3b": ModelShape("opt", 24, 2048, 32, 32, 64, 8192, 50272, 2048, True),
-    "opt-6.7b": ModelShape("opt", 32, 4096, 32, 32, 128, 16384, 50272, 2048, True),
-    "llama2-7b": ModelShape("llama", 32, 4096, 32, 32, 128, 11008, 32000, 4096, False),
-    "llama2-13b": ModelShape("llama", 40, 5120, 40, 40, 128, 13824, 32000, 4096, False),
-    "llama3-8b": ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 8192, False),
-}
 
 HELIOS_TABLE_4: Final = {
     "opt-1.3b": (0.730, 0.047, 0.223),
@@ -286,18 +278,18 @@ def recipes() -> tuple[Recipe, ...]:
     opt = tuple(
         EarlyExitModel(
             name=name,
-            shape=SHAPES[name],
+            shape=PUBLIC_SHAPES[name],
             exit_layers=exits,
             tokenizer="opt",
-            exit_head_params=2 * SHAPES[name].hidden,
+            exit_head_params=2 * PUBLIC_SHAPES[name].hidden,
         )
         for name, exits in (("opt-1.3b", (6, 12, 24)), ("opt-6.7b", (9, 17, 32)))
     )
     layerskip = tuple(
         EarlyExitModel(
             name=name,
-            shape=SHAPES[name],
-            exit_layers=tuple(range(first, SHAPES[name].layers + 1, 4)),
+            shape=PUBLIC_SHAPES[name],
+            exit_layers=tuple(range(first, PUBLIC_SHAPES[name].layers + 1, 4)),
             tokenizer=name.split("-")[0],
         )
         for name, first in (("llama2-7b", 8), ("llama2-13b", 16), ("llama3-8b", 8))

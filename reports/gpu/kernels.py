@@ -31,9 +31,9 @@ from calibration.model.early_exit import EarlyExitLM
 from calibration.model.fused import FusedAttend, Fusion
 from calibration.model.kv import KvDims, SlotPool
 from calibration.model.launches import splits_for
-from calibration.model.shapes import SHAPES, random_model
+from calibration.model.shapes import random_model
 from calibration.training.presets import preset_of
-from helios_sim.model import ModelShape
+from helios_sim.model import PUBLIC_SHAPES, ModelShape
 
 LAYERS: Final = 4
 LOADS: Final = ((1, 128), (1, 2048), (16, 512), (64, 128), (64, 1024))
@@ -59,7 +59,7 @@ def shapes() -> dict[str, ModelShape]:
     return {
         plan.name: ModelShape("llama", LAYERS, *small, 512, 2048, True),
         **{
-            name: replace(SHAPES[name], layers=LAYERS, vocab=512, max_positions=2048)
+            name: replace(PUBLIC_SHAPES[name], layers=LAYERS, vocab=512, max_positions=2048)
             for name in ("opt-1.3b", "llama3-8b")
         },
     }

@@ -98,7 +98,7 @@ def test_energy_stands_beside_published_figures_of_the_same_model(
 ) -> None:
     assert "published" not in check_text(profile)
     assert beside_anchors(profile) == []
-    monkeypatch.setitem(anchors.SHAPES, anchors.ANCHORED, planted.SHAPE)
+    monkeypatch.setitem(anchors.PUBLIC_SHAPES, anchors.ANCHORED, planted.SHAPE)
     found = beside_anchors(profile)
     assert [one.anchor.batch for one in found] == [8, 32, 128, 256, 512]
     # Rows of 512 tokens were measured up to a batch of 128.
