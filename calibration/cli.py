@@ -1,4 +1,4 @@
-"""The command `helios-calibrate`: what a measurement could use here, and what a profile holds."""
+"""The command `helios-calibrate`: early-exit models made, measured, fitted and served."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from helios_sim.command import run_app
 
 app = typer.Typer(
     name="helios-calibrate",
-    help="Prepare the measuring of early-exit models on real hardware.",
+    help="Make, measure, fit and serve real early-exit models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -79,7 +79,6 @@ class CheckRow:
     worst: float
     where: str
     left_out_median: float | None
-    left_out_p95: float | None
     noise: float | None
 
     @property
@@ -163,7 +162,6 @@ def check_rows(profile: Profile, compared: pl.DataFrame | None = None) -> list[C
                 worst=float(judged["error"][at]),
                 where=place_of(judged.row(at, named=True)),
                 left_out_median=left_out.get("median"),
-                left_out_p95=left_out.get("p95"),
                 noise=float(noise.median()) if len(noise) else None,  # type: ignore[arg-type]
             )
         )

@@ -172,7 +172,7 @@ def layer_figure(
         mine = decode.filter(pl.col("context_tokens").fill_null(0) == context).sort("batch")
         seconds = (mine["seconds"] - overhead) / mine["layers"]
         curve = [
-            predictor.layer_seconds({"batch": int(b), "context_tokens": context, "mode": mode})[0]
+            predictor.layer_seconds({"batch": int(b), "context_tokens": context, "mode": mode})
             for b in batches
         ]
         label = f"{number(context)} tokens a row"
@@ -257,7 +257,7 @@ def depth_figure(models: Sequence[tuple[str, pl.DataFrame, Predictor, str]]) -> 
         shares: dict[int, list[float]] = {}
         for row in decode.iter_rows(named=True):
             seen = (row["seconds"] - overhead) / row["layers"]
-            shares.setdefault(row["layers"], []).append(seen / bare.layer_seconds(row)[0])
+            shares.setdefault(row["layers"], []).append(seen / bare.layer_seconds(row))
         depths = sorted(shares)
         deepest = max(deepest, *depths)
         low, middle, high = (

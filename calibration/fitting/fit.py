@@ -27,7 +27,7 @@ from calibration.fitting.points import (
     read_environment,
     read_points,
 )
-from calibration.fitting.regression import Readings
+from calibration.fitting.regression import Equations
 from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError
@@ -498,7 +498,7 @@ def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
     size = fitted["bytes"].cast(pl.Float64).to_numpy()
     ones = np.ones(len(size))
     line = np.column_stack((ones, size))
-    readings = Readings(
+    readings = Equations(
         fitted["seconds"].to_numpy(), ones, 0.0 * ones, np.zeros((len(size), 0)), (line,)
     )
     groups = np.unique(size, return_inverse=True)[1].astype(np.int64)

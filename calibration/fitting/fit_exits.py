@@ -18,7 +18,7 @@ import polars as pl
 from calibration.fitting import regression
 from calibration.fitting.points import EXIT_ITERATION, FIT, SPLIT_ITERATION, of_quantity
 from calibration.fitting.predict import Predictor
-from calibration.fitting.regression import Chosen, Floats, Readings
+from calibration.fitting.regression import Chosen, Equations, Floats
 
 _WITHIN: Final = (
     "check.base_s",
@@ -102,7 +102,7 @@ def _chosen(points: pl.DataFrame, without: Predictor, work: Floats) -> Chosen:
     """Seconds beyond what is known, by the work that they are for; batches are left out whole."""
     seconds = points["seconds"].to_numpy()
     ones = np.ones(points.height)
-    readings = Readings(
+    readings = Equations(
         seconds, ones, _predicted(points, without), np.zeros((points.height, 0)), (work,)
     )
     batches = np.unique(points["batch"].to_numpy(), return_inverse=True)[1].astype(np.int64)
@@ -114,12 +114,14 @@ def _judged(
 ) -> _Told:
     """The coefficients where they clearly better the parts', whose errors stand otherwise."""
     parts = regression.relative_errors(_predicted(points, predictor), points["seconds"].to_numpy())
-    scores = {"left_out_mean_of_parts": regression.score(parts)}
+    parts_score = regression.score(parts)
+    scores = {"left_out_mean_of_parts": parts_score}
     if chosen is None or not np.isfinite(chosen.left_out.errors).any():
         return parts, scores | {"kept": False, "why": "too few batches were timed"}, {}
     within = chosen.left_out.errors
-    scores["left_out_mean_within"] = regression.score(within)
-    if not regression.clearly_better(*reversed(scores.values())):
+    within_score = regression.score(within)
+    scores["left_out_mean_within"] = within_score
+    if not regression.clearly_better(within_score, parts_score):
         why = "it does not clearly lower the left-out error"
         return parts, scores | {"kept": False, "why": why}, {}
     found = chosen.plane(0)

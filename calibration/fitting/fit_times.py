@@ -31,7 +31,7 @@ from calibration.fitting.points import (
     standing_mode,
 )
 from calibration.fitting.predict import Predictor, prefill_load
-from calibration.fitting.regression import Chosen, Floats, MaxFit, Readings
+from calibration.fitting.regression import Chosen, Equations, Floats, MaxFit
 from helios_sim import cost
 from helios_sim.errors import InputError
 from helios_sim.model import EarlyExitModel
@@ -127,7 +127,7 @@ class _Layers:
     """Decode or prefill layers fitted: the choice of planes, and the fixed parts."""
 
     chosen: Chosen
-    readings: Readings
+    readings: Equations
     points: pl.DataFrame
     knots: Mapping[str, Knots] = field(default_factory=dict)
     scores: Mapping[joint.Factors, float] = field(default_factory=dict)
@@ -169,20 +169,7 @@ def fit_times(
     """
     modes = {quantity: standing_mode(points, quantity, mode) for quantity in TIMES}
     fitted = {quantity: of_quantity(points, quantity, modes[quantity], FIT) for quantity in TIMES}
-    for quantity, least in _LEAST_POINTS.items():
-        if fitted[quantity].height < least:
-            raise InputError(
-                f"Model {model.name!r} has {fitted[quantity].height} points of {quantity}; at "
-                f"least {least} are needed. Measure again with a larger budget.",
-                where=where,
-            )
-    exits = pl.concat([fitted[quantity] for quantity in LEAVING])["layers"].unique().to_list()
-    if strange := sorted(set(exits) - set(model.exit_layers)):
-        raise InputError(
-            f"Rows of model {model.name!r} left at layer {strange[0]}, which is none of its exits "
-            f"{list(model.exit_layers)}; measure again with these exits.",
-            where=where,
-        )
+    _check_points(fitted, model, where)
     if modes["decode_layers"] != "graph":
         buckets = ()
     elif not buckets:
@@ -218,13 +205,17 @@ def fit_times(
     depth_residual = decode.knots.get(DEPTH, ())
     kept = model_profile(model, numbers, tuple(buckets), batch_residual, hull, depth_residual)
     predictor = Predictor(kept, stack_overhead_s=overheads)
-    by_quantity = {name: line.left_out.errors for name, line in lines.items()}
+    left_out = {name: line.left_out.errors for name, line in lines.items()}
+    left_out |= _errors_by_quantity(decode.points, decode.chosen)
+    left_out |= _errors_by_quantity(prefill.points, prefill.chosen)
+    if capture is not None:
+        left_out |= _errors_by_quantity(captures, capture)
     leaving = None
     if modes[EXIT_ITERATION] == modes["decode_layers"]:
         leaving = fit_leaving(points, modes[EXIT_ITERATION], predictor.with_coefficients)
         numbers |= _leaving_numbers(leaving, said, fitted)
         modes |= dict.fromkeys(leaving.replaced, _WITHIN_ITERATIONS)
-        by_quantity |= leaving.left_out
+        left_out |= leaving.left_out
         predictor = predictor.with_coefficients(
             {name: value for name, (value, _) in leaving.values.items()}
         )
@@ -232,14 +223,6 @@ def fit_times(
     else:
         # Those of another mode are nothing that this profile predicts.
         modes |= dict.fromkeys(LEAVING, "")
-    if capture is not None:
-        for quantity in captures["quantity"].unique():
-            mine = (captures["quantity"] == quantity).to_numpy()
-            by_quantity[quantity] = capture.left_out.errors[mine]
-    for layers in (decode, prefill):
-        for quantity in layers.points["quantity"].unique():
-            mine = (layers.points["quantity"] == quantity).to_numpy()
-            by_quantity[quantity] = layers.chosen.left_out.errors[mine]
     record = {
         "modes": modes,
         "stack_overhead_s": overheads,
@@ -248,7 +231,7 @@ def fit_times(
         "depth_residual": _factor_said(decode, DEPTH),
         "errors": {
             quantity: {
-                "left_out": spread(by_quantity.get(quantity, np.zeros(0))),
+                "left_out": spread(left_out.get(quantity, np.zeros(0))),
                 "held_out": spread(
                     errors_of(predictor, of_quantity(points, quantity, modes[quantity], HELD_OUT))
                 ),
@@ -265,6 +248,30 @@ def fit_times(
     return TimesFit(
         numbers, batch_residual, depth_residual, tuple(buckets), hull, overheads, modes, record
     )
+
+
+def _check_points(fitted: Mapping[str, pl.DataFrame], model: EarlyExitModel, where: str) -> None:
+    """Refuse too few points, and rows that left where the model has no exit."""
+    for quantity, least in _LEAST_POINTS.items():
+        if fitted[quantity].height < least:
+            raise InputError(
+                f"Model {model.name!r} has {fitted[quantity].height} points of {quantity}; at "
+                f"least {least} are needed. Measure again with a larger budget.",
+                where=where,
+            )
+    exits = pl.concat([fitted[quantity] for quantity in LEAVING])["layers"].unique().to_list()
+    if strange := sorted(set(exits) - set(model.exit_layers)):
+        raise InputError(
+            f"Rows of model {model.name!r} left at layer {strange[0]}, which is none of its exits "
+            f"{list(model.exit_layers)}; measure again with these exits.",
+            where=where,
+        )
+
+
+def _errors_by_quantity(points: pl.DataFrame, chosen: Chosen) -> dict[str, Floats]:
+    """Left-out errors of points that were fitted together, by what they are points of."""
+    of = points["quantity"].to_numpy()
+    return {quantity: chosen.left_out.errors[of == quantity] for quantity in np.unique(of)}
 
 
 def model_profile(
@@ -395,7 +402,7 @@ def _capture(points: pl.DataFrame) -> Chosen:
     ones = np.ones(points.height)
     plane = np.column_stack((~tells, tells, layers * runs, layers * fills)).astype(np.float64)
     seconds = _column(points, "seconds")
-    readings = Readings(seconds, ones, 0.0 * ones, np.zeros((len(ones), 0)), (plane,))
+    readings = Equations(seconds, ones, 0.0 * ones, np.zeros((len(ones), 0)), (plane,))
     batches = np.unique(_column(points, "batch"), return_inverse=True)[1].astype(np.int64)
     return regression.choose_planes(readings, ((0,),), batches)
 
@@ -510,7 +517,7 @@ def _prefill(fitted: Mapping[str, pl.DataFrame], head: Chosen) -> _Layers:
 
 def _readings(
     points: pl.DataFrame, rows: Floats, head: Chosen, planes: tuple[Floats, ...]
-) -> Readings:
+) -> Equations:
     """Stacks and whole iterations of `rows` rows or prompts, each with its fixed parts.
 
     What a row or prompt adds to an iteration's start has a column where enough counts were timed.
@@ -521,7 +528,7 @@ def _readings(
     kinds = set(points["quantity"]) & set(_LEAST_COUNTS)
     if kinds and len(np.unique(rows[iterations])) >= min(_LEAST_COUNTS[kind] for kind in kinds):
         columns.append(whole * rows)
-    return Readings(
+    return Equations(
         seconds=_column(points, "seconds"),
         layers=_column(points, "layers"),
         known=whole * _line_seconds(head, rows),
@@ -530,7 +537,7 @@ def _readings(
     )
 
 
-def _one_split(chosen: Chosen, readings: Readings, ragged: NDArray[np.bool_]) -> Chosen:
+def _one_split(chosen: Chosen, readings: Equations, ragged: NDArray[np.bool_]) -> Chosen:
     """A plane that bounds no ragged reading takes its padded share of context from the other.
 
     Context and padded context are the same on it, so that only their sum was fitted.

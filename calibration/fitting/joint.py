@@ -20,11 +20,11 @@ from scipy.interpolate import PchipInterpolator
 from calibration.fitting import regression
 from calibration.fitting.regression import (
     Chosen,
+    Equations,
     Floats,
     Groups,
     LeftOut,
     MaxFit,
-    Readings,
     relative_errors,
 )
 
@@ -106,7 +106,7 @@ class Loads:
     The first of the overheads is what a timed stack takes beside its layers.
     """
 
-    readings: Readings
+    readings: Equations
     rows: Floats
     growth: Growth
 
@@ -250,7 +250,7 @@ class _Stride:
 
 
 def _ratios(
-    readings: Readings, fit: MaxFit, at: NDArray[np.int64], count: int, trust: Floats
+    readings: Equations, fit: MaxFit, at: NDArray[np.int64], count: int, trust: Floats
 ) -> tuple[Floats, Floats]:
     """By place the factor on the layers that fits best in relative error, and its weight."""
     share = trust / readings.seconds
@@ -301,10 +301,6 @@ class ChosenJoint:
     chosen: Chosen
     knots: Mapping[str, Knots]
     scores: Mapping[Factors, float]
-
-    def kept(self, factor: str) -> Knots:
-        """The knots of a factor; none where it was not kept."""
-        return self.knots.get(factor, ())
 
 
 def choose(loads: Loads, options: Sequence[tuple[int, ...]], groups: Groups) -> ChosenJoint:

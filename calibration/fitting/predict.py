@@ -46,7 +46,6 @@ class Predictor:
 
     model: ModelProfile
     loading: Loading | None = None
-    idle_w: float | None = None
     stack_overhead_s: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
@@ -85,10 +84,10 @@ class Predictor:
         coefficients = {**self.model.coefficients, **values}
         return replace(self, model=replace(self.model, coefficients=coefficients))
 
-    def layer_seconds(self, row: Row) -> tuple[float, int]:
-        """Seconds of one decode layer with the residual, and the regime."""
+    def layer_seconds(self, row: Row) -> float:
+        """Seconds of one decode layer with the residual."""
         rows = self.rows(row["batch"], row["mode"])
-        seconds, regime = cost.layer_seconds(
+        seconds, _ = cost.layer_seconds(
             self.coefficients,
             rows,
             self.read_tokens(row),
@@ -97,7 +96,7 @@ class Predictor:
             0.0,
             0.0,
         )
-        return float(seconds) * self.factor(row), int(regime)
+        return float(seconds) * self.factor(row)
 
     def seconds(self, row: Row) -> float | None:
         """Predicted seconds of a reading; None where the profile predicts no such thing."""
@@ -105,7 +104,7 @@ class Predictor:
         quantity = row["quantity"]
         layers, batch = float(row["layers"] or 0), int(row["batch"] or 0)
         if quantity == "decode_layers":
-            return self.stack_overhead_s.get("decode", 0.0) + layers * self.layer_seconds(row)[0]
+            return self.stack_overhead_s.get("decode", 0.0) + layers * self.layer_seconds(row)
         if quantity == "prefill_layers":
             tokens, cached, pairs = prefill_load(row)
             seconds, _ = cost.layer_seconds(c, 0.0, 0.0, 0.0, tokens, cached, pairs)
@@ -199,7 +198,7 @@ class Predictor:
     def _pass_seconds(self, row: Row, layers: float, checks: float, heads: float) -> float:
         """Some of a decode's layers with the exits on the way, its start included."""
         c, batch = self.coefficients, float(row["batch"])
-        seconds = cost.begin_seconds(c) + layers * self.layer_seconds(row)[0]
+        seconds = cost.begin_seconds(c) + layers * self.layer_seconds(row)
         seconds += checks * cost.check_seconds(c, batch) + heads * cost.head_seconds(c, batch)
         return float(seconds)
 
@@ -247,6 +246,5 @@ def predictor_of(profile: Profile, name: str) -> Predictor:
     return Predictor(
         model=profile.models[name],
         loading=profile.loading,
-        idle_w=profile.quantities["device.idle_w"].value,
         stack_overhead_s=kept.get("stack_overhead_s", {}),
     )

@@ -33,7 +33,7 @@ REAL_GAIN_ABSOLUTE: Final = 0.002
 
 
 @dataclass(frozen=True)
-class Readings:
+class Equations:
     """What is fitted: seconds explained by overheads and by k layers of the largest plane.
 
     `planes` holds for every plane its features, shape (readings, features of that plane);
@@ -50,9 +50,9 @@ class Readings:
     def __len__(self) -> int:
         return len(self.seconds)
 
-    def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> Readings:
+    def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> Equations:
         """Some of the readings."""
-        return Readings(
+        return Equations(
             self.seconds[places],
             self.layers[places],
             self.known[places],
@@ -60,11 +60,11 @@ class Readings:
             tuple(plane[places] for plane in self.planes),
         )
 
-    def with_planes(self, chosen: Sequence[int]) -> Readings:
+    def with_planes(self, chosen: Sequence[int]) -> Equations:
         """The same readings with some of the planes."""
         return replace(self, planes=tuple(self.planes[i] for i in chosen))
 
-    def scaled(self, factors: Floats) -> Readings:
+    def scaled(self, factors: Floats) -> Equations:
         """The same readings, each as if it were of so many times its layers."""
         return replace(self, layers=self.layers * factors)
 
@@ -76,7 +76,7 @@ class MaxFit:
     overheads: Floats
     planes: tuple[Floats, ...]
 
-    def layer_values(self, readings: Readings) -> Floats:
+    def layer_values(self, readings: Equations) -> Floats:
         """Seconds of one layer by (plane, reading), before the maximum."""
         return np.stack(
             [
@@ -85,11 +85,11 @@ class MaxFit:
             ]
         )
 
-    def layer_seconds(self, readings: Readings) -> Floats:
+    def layer_seconds(self, readings: Equations) -> Floats:
         """Seconds of one layer of each reading."""
         return np.asarray(self.layer_values(readings).max(axis=0), dtype=np.float64)
 
-    def seconds(self, readings: Readings) -> Floats:
+    def seconds(self, readings: Equations) -> Floats:
         """Predicted seconds of each reading."""
         layers_s = readings.layers * self.layer_seconds(readings)
         return readings.known + readings.overheads @ self.overheads + layers_s
@@ -127,7 +127,7 @@ def relative_errors(predicted: Floats, measured: Floats) -> Floats:
     return np.asarray((predicted - measured) / measured, dtype=np.float64)
 
 
-def fit_max(readings: Readings) -> MaxFit:
+def fit_max(readings: Equations) -> MaxFit:
     """The max of the readings' planes that comes nearest in relative error.
 
     Assignment starts from splits of the readings by size of the layer, in all orders of the
@@ -144,7 +144,7 @@ def fit_max(readings: Readings) -> MaxFit:
     return best
 
 
-def _starts(readings: Readings) -> list[Assignment]:
+def _starts(readings: Equations) -> list[Assignment]:
     """Assignments to begin with: planes in their order along growing seconds per layer."""
     count, num_planes = len(readings), len(readings.planes)
     if num_planes == 1:
@@ -165,7 +165,7 @@ def _starts(readings: Readings) -> list[Assignment]:
     return starts
 
 
-def _alternate(readings: Readings, start: Assignment) -> tuple[MaxFit, float]:
+def _alternate(readings: Equations, start: Assignment) -> tuple[MaxFit, float]:
     assigned = start
     trust = np.ones(len(readings))
     best: MaxFit | None = None
@@ -202,12 +202,12 @@ def trust_in(errors: Floats) -> Floats:
     return np.asarray(np.minimum(1.0, np.sqrt(edge / np.maximum(np.abs(errors), edge))))
 
 
-def _loss(readings: Readings, fit: MaxFit) -> float:
+def _loss(readings: Equations, fit: MaxFit) -> float:
     """Mean size of the relative errors: what alternatives are judged by, outliers included."""
     return score(relative_errors(fit.seconds(readings), readings.seconds))
 
 
-def solve(readings: Readings, assigned: Assignment, trust: Floats) -> MaxFit:
+def solve(readings: Equations, assigned: Assignment, trust: Floats) -> MaxFit:
     """Coefficients for a given assignment of readings to planes."""
     columns = [readings.overheads]
     for place, plane in enumerate(readings.planes):
@@ -220,12 +220,12 @@ def solve(readings: Readings, assigned: Assignment, trust: Floats) -> MaxFit:
     return MaxFit(overheads, tuple(planes))
 
 
-def assignment(readings: Readings, fit: MaxFit) -> Assignment:
+def assignment(readings: Equations, fit: MaxFit) -> Assignment:
     """The plane that bounds each reading."""
     return np.asarray(np.argmax(fit.layer_values(readings), axis=0), dtype=np.int64)
 
 
-def refit(readings: Readings, start: Assignment) -> MaxFit:
+def refit(readings: Equations, start: Assignment) -> MaxFit:
     """The fit reached from one assignment: quick, where a good one is known already."""
     return _alternate(readings, start)[0]
 
@@ -242,7 +242,7 @@ class LeftOut:
     standard_errors: Floats
 
 
-def leave_out(readings: Readings, fit: MaxFit, groups: Groups | None = None) -> LeftOut:
+def leave_out(readings: Equations, fit: MaxFit, groups: Groups | None = None) -> LeftOut:
     """Leave out reading by reading, or group by group, starting from the whole fit's assignment.
 
     A group's readings are left out together, so that repeated trials of one point do not vouch
@@ -303,7 +303,7 @@ class Chosen:
 
 
 def choose_planes(
-    readings: Readings, options: Sequence[tuple[int, ...]], groups: Groups | None = None
+    readings: Equations, options: Sequence[tuple[int, ...]], groups: Groups | None = None
 ) -> Chosen:
     """The simplest set of planes, unless a richer one clearly lowers the left-out error.
 
@@ -322,7 +322,7 @@ def choose_planes(
 
 
 def tryable(
-    readings: Readings, options: Sequence[tuple[int, ...]], groups: Groups
+    readings: Equations, options: Sequence[tuple[int, ...]], groups: Groups
 ) -> list[tuple[int, ...]]:
     """The options with clearly fewer coefficients than there are groups, and always the first."""
     most = len(np.unique(groups)) - 2
@@ -354,7 +354,7 @@ def fit_floor_line(rows: Floats, seconds: Floats) -> Chosen:
     """
     ones = np.ones(len(rows))
     planes = (ones[:, None], np.column_stack((ones, rows)))
-    readings = Readings(seconds, ones, 0.0 * ones, np.zeros((len(rows), 0)), planes)
+    readings = Equations(seconds, ones, 0.0 * ones, np.zeros((len(rows), 0)), planes)
     groups = np.unique(rows, return_inverse=True)[1].astype(np.int64)
     return choose_planes(readings, ((LINE,), (FLOOR, LINE)), groups)
 

@@ -85,7 +85,6 @@ class Bench:
         *,
         max_batch: int,
         max_context: int,
-        seed: int = 0,
     ) -> None:
         self.model = model
         self.name = model.spec.name
@@ -93,7 +92,6 @@ class Bench:
         self.depths = tuple(layer for layer in model.exit_layers if layer <= model.depth)
         self.max_batch = max_batch
         self.max_context = max_context
-        self._seed = seed
         self._tokens = tokens
         self.pool = slot_pool(model, max_batch, max_context)
         self.decoders = {"eager": Decoder(model, self.pool)}
@@ -287,7 +285,6 @@ class Bench:
             decode_s_per_context_token=_slope(many, far, wide * (long - short)),
             prefill_s=few,
             prefill_s_per_token=_slope(few, whole, prompt - short),
-            prefill_s_per_pair=0.0,
             head_s=head,
             head_s_per_row=_slope(head, heads, wide - 1),
             samples_per_quiet_one=min(MAX_TRIES, 1.0 / quiet_share(self.timer, short_work)),
@@ -443,7 +440,7 @@ class Bench:
         """KV tokens that each row reads, its new one included."""
         context = job.context_tokens or min(32, self.max_context)
         longest = job.longest_tokens or context
-        return ragged_lengths(job.batch or 1, context, longest, seed=self._seed)
+        return ragged_lengths(job.batch or 1, context, longest, seed=0)
 
     def _ids(self, count: int, place: int) -> list[int]:
         """Token ids from somewhere in the text."""

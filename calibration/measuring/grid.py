@@ -92,7 +92,7 @@ def job_from(found: Mapping[str, Any]) -> Job:
 class Probe:
     """Rough seconds of one pass at full depth, from a few looks before planning.
 
-    decode: base + per row + per context token; prefill: base + per token + per pair of tokens.
+    decode: base + per row + per context token; prefill: base + per token.
     """
 
     decode_s: float
@@ -100,7 +100,6 @@ class Probe:
     decode_s_per_context_token: float
     prefill_s: float
     prefill_s_per_token: float
-    prefill_s_per_pair: float
     head_s: float
     head_s_per_row: float
     samples_per_quiet_one: float = 1.0
@@ -122,13 +121,7 @@ class Probe:
         elif job.quantity == "split_iteration":
             share, beside_s = 1.0, 2.0 * (asked_s + self.host_s + batch * self.host_s_per_row)
         if job.prompt_tokens:
-            tokens, cached = job.prompt_tokens, job.context_tokens or 0
-            pairs = batch * tokens * (cached + tokens / 2)
-            layers_s = (
-                self.prefill_s
-                + batch * tokens * self.prefill_s_per_token
-                + pairs * self.prefill_s_per_pair
-            )
+            layers_s = self.prefill_s + batch * job.prompt_tokens * self.prefill_s_per_token
         else:
             context = job.longest_tokens or job.context_tokens or 0
             layers_s = (
@@ -585,8 +578,3 @@ def _left_out(job: Job) -> str:
     if job.context_tokens:
         load += f", context {job.context_tokens}"
     return f"{job.model}: {job.quantity} at {load} would take too much of the budget"
-
-
-def replanned(jobs: Sequence[Mapping[str, Any]]) -> tuple[Job, ...]:
-    """Jobs as plan.json holds them."""
-    return tuple(job_from(job) for job in jobs)

@@ -25,7 +25,7 @@ from calibration.measuring.grid import (
 from calibration.measuring.readings import LEAST_DECODE_WINDOWS
 
 BOUNDS = Bounds("tiny", (3, 6, 12), 64, 1024, 64 * 1024, 2048, ("eager", "graph"))
-PROBE = Probe(1e-3, 1e-5, 1e-8, 1e-3, 1e-6, 1e-9, 1e-4, 1e-6)
+PROBE = Probe(1e-3, 1e-5, 1e-8, 1e-3, 1e-6, 1e-4, 1e-6)
 
 
 def estimate_s(job: Job) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.fitting.joint import BATCH, DEPTH, Growth, Loads, choose, curve, fit_joint
-from calibration.fitting.regression import Floats, Readings
+from calibration.fitting.regression import Equations, Floats
 from helios_sim.profile import load_profile
 
 BATCHES = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
@@ -37,7 +37,7 @@ def loads(
     seconds = intercept_s + layers * factor * (planes[0] @ np.array([2e-4, 1e-5, 1e-7]))
     seconds = seconds * np.exp(noise * np.random.default_rng(1).standard_normal(len(seconds)))
     ones = np.ones(len(rows))
-    readings = Readings(seconds, layers, 0.0 * ones, ones[:, None], planes)
+    readings = Equations(seconds, layers, 0.0 * ones, ones[:, None], planes)
     counts = np.arange(1.0, 18.0)
     held = CONTEXTS[:, None] * counts[:-1]
     few, many = (np.broadcast_to(part, held.shape) for part in (counts[:-1], counts[1:]))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from calibration.fitting.regression import (
     FLOOR,
     LINE,
-    Readings,
+    Equations,
     choose_planes,
     fit_floor_line,
     fit_max,
@@ -22,14 +22,14 @@ from calibration.fitting.regression import (
 SMALL = st.floats(1e-7, 1e-3)
 
 
-def two_planes(floor: float, base: float, slope: float) -> Readings:
+def two_planes(floor: float, base: float, slope: float) -> Equations:
     """Stacks of 1, 3 and 9 layers of max(floor, base + slope x rows), and 0.1 ms beside them."""
     rows = np.repeat([1.0, 2, 4, 8, 16, 32, 64, 128], 3)
     layers = np.tile([1.0, 3, 9], 8)
     ones = np.ones(len(rows))
     seconds = 1e-4 + layers * np.maximum(floor, base + slope * rows)
     planes = (ones[:, None], np.column_stack((ones, rows)))
-    return Readings(seconds, layers, 0 * ones, ones[:, None], planes)
+    return Equations(seconds, layers, 0 * ones, ones[:, None], planes)
 
 
 @given(st.lists(SMALL, min_size=3, max_size=3))
@@ -60,7 +60,7 @@ def test_a_knee_is_kept_only_where_it_clearly_lowers_the_left_out_error() -> Non
     options = ((1,), (0, 1))
     assert choose_planes(two_planes(5e-5, 1e-5, 3e-6), options).planes == (0, 1)
     plain = two_planes(0.0, 1e-5, 3e-6)
-    noisy = Readings(
+    noisy = Equations(
         plain.seconds * np.exp(0.01 * np.random.default_rng(3).standard_normal(24)),
         plain.layers,
         plain.known,
@@ -74,7 +74,7 @@ def test_left_out_errors_are_of_points_the_fit_did_not_see() -> None:
     readings = two_planes(0.0, 1e-5, 3e-6).with_planes((1,))
     spoilt = readings.seconds.copy()
     spoilt[5] *= 1.5
-    wrong = Readings(spoilt, readings.layers, readings.known, readings.overheads, readings.planes)
+    wrong = Equations(spoilt, readings.layers, readings.known, readings.overheads, readings.planes)
     errors = leave_out(wrong, fit_max(wrong)).errors
     assert int(np.argmax(np.abs(errors))) == 5
     assert errors[5] == pytest.approx(1 / 1.5 - 1, abs=0.01)
@@ -85,7 +85,7 @@ def test_the_jackknife_widens_with_the_noise() -> None:
     for noise in (0.01, 0.05):
         plain = two_planes(0.0, 1e-5, 3e-6).with_planes((1,))
         factor = np.exp(noise * np.random.default_rng(1).standard_normal(24))
-        noisy = Readings(
+        noisy = Equations(
             plain.seconds * factor, plain.layers, plain.known, plain.overheads, plain.planes
         )
         widths.append(leave_out(noisy, fit_max(noisy)).standard_errors[-1])
@@ -120,7 +120,7 @@ def test_a_few_interrupted_readings_hardly_move_the_fit() -> None:
     plain = two_planes(0.0, 1e-5, 3e-6).with_planes((1,))
     factor = np.exp(0.01 * np.random.default_rng(2).standard_normal(24))
     factor[[4, 11, 17]] *= 1.8
-    noisy = Readings(
+    noisy = Equations(
         plain.seconds * factor, plain.layers, plain.known, plain.overheads, plain.planes
     )
     assert fit_max(noisy).planes[0] == pytest.approx([1e-5, 3e-6], rel=0.05)
