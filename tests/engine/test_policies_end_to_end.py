@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import polars as pl
 import pytest
 
-from helios_sim import engine
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.policy.registry import make_policy, policy_names
@@ -173,15 +171,6 @@ class Patient:
         if snapshot.event is not Event.START and now is not None and now.depth == depth:
             return Keep("The queue is as long as before.")
         return Serve(model.name, depth, mode, f"{snapshot.num_waiting} requests wait.")
-
-
-def may_join(num_running, max_batch, needed_blocks, free_blocks, watermark_blocks):
-    """Never more than two at once."""
-    return num_running < min(max_batch, 2) and needed_blocks <= free_blocks
-
-
-class Small(Patient):
-    hot_rules = {"may_join": may_join}
 '''
 
 SCENARIO = """
@@ -239,17 +228,3 @@ def test_a_policy_whose_decision_cannot_be_carried_out_is_told_so() -> None:
 
     with pytest.raises(InputError, match=r"depth 3; it must name one of its exit layers \[2, 4\]"):
         play_policy(drifting_setup(), drifting_requests(10), Deep)
-
-
-@pytest.mark.skipif(
-    "hot_rules" not in inspect.getsource(engine),
-    reason="the engine does not compile replaced hot rules",
-)
-def test_a_hot_rule_that_a_policy_replaces_is_the_one_that_is_asked(tmp_path: Path) -> None:
-    path = scenario_beside_a_policy(tmp_path)
-    most = {}
-    for name in ("Patient", "Small"):
-        scenario = load_scenario(path, [f'policy.0.use="my_policy:{name}"'])
-        result = run_policy(prepare(scenario, tmp_path), scenario.policy[0])
-        most[name] = result.run.totals.max_running
-    assert most == {"Patient": 4, "Small": 2}
