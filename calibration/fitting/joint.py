@@ -40,7 +40,9 @@ _LEAST_PLACES: Final = {BATCH: 3, DEPTH: 2}
 """Batches or depths below which a factor by them says nothing."""
 _MAX_TURNS: Final = 200
 _STILL: Final = 1e-7
-"""Turns end where no factor moves by more than this share of itself."""
+_STILL_WITHOUT: Final = 1e-5
+"""Turns end where no factor moves by more than this share of itself; without a group of readings,
+whose error is wanted to a thousandth of itself, they end sooner."""
 _BOUNDS: Final = (0.2, 5.0)
 _CIRCLE: Final = 8
 """Turns without a smaller step after which they are taken to go in circles."""
@@ -155,25 +157,28 @@ class JointFit:
         return self.fit.seconds(loads.readings.scaled(self.factors(loads)))
 
 
-def fit_joint(loads: Loads, factors: Factors, start: JointFit | None = None) -> JointFit:
+def fit_joint(
+    loads: Loads, factors: Factors, start: JointFit | None = None, still: float = _STILL
+) -> JointFit:
     """Planes and the factors asked for, fitted together.
 
     A layer never gets shorter as a row joins, nor as more layers are loaded. Where the planes
     leave the batches' factors room to fall they may, unless the curve between the knots
-    then falls too fast; they only rise in that case.
+    then falls too fast; they only rise in that case. Turns end where no factor moves by more than
+    the share `still` of itself.
     """
     readings = loads.readings
     if start is None:
         start = JointFit(regression.fit_max(readings))
     if not factors:
         return JointFit(regression.refit(readings, regression.assignment(readings, start.fit)))
-    found = _turns(loads, factors, start, rising=False)
+    found = _turns(loads, factors, start, still, rising=False)
     if BATCH in factors and loads.growth.falls(found.fit, found.knots[BATCH]):
-        found = _turns(loads, factors, found, rising=True)
+        found = _turns(loads, factors, found, still, rising=True)
     return found
 
 
-def _turns(loads: Loads, factors: Factors, start: JointFit, rising: bool) -> JointFit:
+def _turns(loads: Loads, factors: Factors, start: JointFit, still: float, rising: bool) -> JointFit:
     readings = loads.readings
     fit = start.fit
     places = {name: np.unique(loads.places(name)) for name in factors}
@@ -184,7 +189,7 @@ def _turns(loads: Loads, factors: Factors, start: JointFit, rising: bool) -> Joi
         parts = [known[name][at[name]] for name in factors if name != but]
         return np.prod(parts, axis=0) if parts else np.ones(len(readings))
 
-    stride = _Stride()
+    stride = _Stride(still)
     for _ in range(_MAX_TURNS):
         before = np.concatenate(list(known.values()))
         scaled = readings.scaled(product())
@@ -223,7 +228,8 @@ class _Stride:
     steps shrink by the same share every time, the rest of them is known (Aitken's extrapolation).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, still: float) -> None:
+        self.still = still
         self.ended = False
         """Whether nothing moves any more, or turns go in circles."""
         self._last: Floats | None = None
@@ -239,7 +245,7 @@ class _Stride:
         length = float(np.abs(step).max())
         if length < 0.9 * self._smallest:
             self._smallest, self._since_smallest = length, 0
-        self.ended = length < _STILL or self._since_smallest >= _CIRCLE
+        self.ended = length < self.still or self._since_smallest >= _CIRCLE
         if last is None or self._count % _EXTRAPOLATE_EVERY:
             return None
         share = float(last @ step) / max(float(last @ last), 1e-300)
@@ -284,7 +290,7 @@ def leave_out(loads: Loads, whole: JointFit, factors: Factors, groups: Groups) -
         if out.all():
             unknown = np.full(len(loads), np.nan)
             return LeftOut(unknown, np.full(len(whole.fit.flat()), np.nan))
-        found = fit_joint(loads.take(~out), factors, whole)
+        found = fit_joint(loads.take(~out), factors, whole, _STILL_WITHOUT)
         rest = loads.take(out)
         errors[out] = relative_errors(found.seconds(rest), rest.readings.seconds)
         moved.append(found.fit.flat())
