@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, OPTForCausalLM
 
 from calibration.measuring.bench import Bench
 from calibration.measuring.board import board_of
-from calibration.measuring.floors import time_copy, time_launches
+from calibration.measuring.floors import COPY_BYTES, time_copy, time_launches
 from calibration.measuring.grid import Job
 from calibration.measuring.meters import Absence, NoMeter, best_meter
 from calibration.measuring.sources import sample_tokens
@@ -434,7 +434,7 @@ def _time_per_layer(device: torch.device) -> str:
     launch = time_launches(200, device, timer, "graph", 3)
     if isinstance(launch, str):
         raise Disagreement(launch)
-    copy, moved = time_copy(2**30, device, timer, 3)
+    copy, moved = time_copy(COPY_BYTES[device.type], device, timer, 3)
     said = [f"{moved / copy.seconds / 1e12:.2f} TB/s, {launch.seconds / 200 * 1e6:.2f} us a launch"]
     for name, shape in LAYERS.items():
         model = random_model(shape, 4, (2, 4), device=device)

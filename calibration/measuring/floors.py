@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from calibration.measuring.timing import Captured, Timer, Timing, Work, capture, timed
 from calibration.model import launches
 
+COPY_BYTES: Final = {"cpu": 2**27, "cuda": 2**30}
+"""What is copied to read a device's memory bandwidth: far more than caches hold."""
+
 _LAUNCH_NOTHING: Final = frozenset(
     (
         "_pin_memory",

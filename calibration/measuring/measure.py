@@ -31,7 +31,7 @@ from calibration.measuring.describe import (
     describe_model,
     describe_system,
 )
-from calibration.measuring.floors import time_copy, time_launches
+from calibration.measuring.floors import COPY_BYTES, time_copy, time_launches
 from calibration.measuring.grid import (
     ENERGY_SHARE,
     LOADING_SHARE,
@@ -78,9 +78,6 @@ DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16"
 
 _LEAST_BUDGET_S: Final = 5.0
 _COPY_TRIALS: Final = 3
-_COPY_BYTES: Final = {"cpu": 2**27, "cuda": 2**30}
-"""Far more than caches hold."""
-
 _LINK_BYTES: Final = 2**28
 _LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
 """Least and largest size of a stand-in file, where no checkpoint is loaded."""
@@ -321,7 +318,7 @@ class _Session:
 
     def _copies(self) -> None:
         """Copies within the device's memory, and to a GPU from page-locked memory."""
-        num_bytes = _COPY_BYTES[self.device.type]
+        num_bytes = COPY_BYTES[self.device.type]
         for trial in range(_COPY_TRIALS):
             reading = Reading("copy_bandwidth", bytes=2 * num_bytes, trial=trial)
             if reading.key not in self.readings:

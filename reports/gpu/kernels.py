@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from calibration.measuring.floors import count_launches, time_copy, time_launches
+from calibration.measuring.floors import COPY_BYTES, count_launches, time_copy, time_launches
 from calibration.measuring.timing import Captured, capture, timed, timer_for
 from calibration.model import launches
 from calibration.model.attention import DecodeAttend
@@ -74,7 +74,7 @@ class Bench:
         empty = time_launches(200, self.device, self.timer, "graph", SAMPLES)
         if isinstance(empty, str):
             raise RuntimeError(empty)
-        copy, moved = time_copy(2**30, self.device, self.timer, SAMPLES)
+        copy, moved = time_copy(COPY_BYTES[self.device.type], self.device, self.timer, SAMPLES)
         self.launch_s = empty.seconds / 200
         self.bytes_per_s = moved / copy.seconds
 

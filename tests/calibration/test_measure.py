@@ -50,7 +50,8 @@ def quick() -> Iterator[None]:
         patch.setattr("calibration.measuring.grid.RICHNESS", RICHNESS[-1:])
         patch.setattr("calibration.measuring.timing.CPU_SAMPLE_S", 2e-4)
         patch.setattr("calibration.measuring.timing.DISTURBED_SHARE", 1.0)
-        patch.setitem(measuring._COPY_BYTES, "cpu", 2**20)
+        patch.setattr("calibration.measuring.timing._MOST_SETTLING", 1)
+        patch.setitem(measuring.COPY_BYTES, "cpu", 2**20)
         patch.setattr(load_trials, "LOAD_TRIALS", 1)
         yield
 

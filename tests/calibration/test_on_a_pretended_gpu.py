@@ -20,6 +20,7 @@ from calibration import doctor
 from calibration.measuring import grid, load_trials
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
+from calibration.measuring.floors import COPY_BYTES
 from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.readings import read_points
 from calibration.measuring.sources import sample_tokens
@@ -99,6 +100,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
         monkeypatch.setattr(f"calibration.{module}.measure_pace", lambda device: Pace(1e-3, 1e-3))
     # Triton's interpreter writes where a pretended capture does not look.
     monkeypatch.setattr(launches, "triton", None)
+    monkeypatch.setitem(COPY_BYTES, "cuda", 2**20)
+    monkeypatch.setattr("calibration.measuring.timing.CUDA_SAMPLE_S", 1e-4)
     with pretending() as made:
         yield made
 
@@ -282,10 +285,8 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
     gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(grid, "RICHNESS", grid.RICHNESS[-1:])
-    monkeypatch.setattr("calibration.measuring.timing.CUDA_SAMPLE_S", 1e-4)
     monkeypatch.setattr(load_trials, "LOAD_TRIALS", 1)
     monkeypatch.setattr(measuring, "_COOL_DOWN_S", 0.0)
-    monkeypatch.setitem(measuring._COPY_BYTES, "cuda", 2**20)
     monkeypatch.setattr(measuring, "_LINK_BYTES", 2**18)
     monkeypatch.setitem(measuring._LOAD_BYTES, "cuda", (2**14, 2**18))
     save(from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4), name="tiny"), tmp_path / "tiny")
