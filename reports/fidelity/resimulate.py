@@ -24,7 +24,7 @@ from helios_sim.fidelity.figures import figure_row, scaled
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.terminal import FittedTable
-from reports.fidelity.cases import CASES, Ground, StudySettings, read_ground, scenario_of
+from reports.fidelity.cases import Ground, StudySettings, case_named, read_ground, scenario_of
 from reports.fidelity.page import render
 from reports.fidelity.results import TARGETS, Data, read_results, results_of, write_results
 from reports.fidelity.summary import NAMES, percent
@@ -98,7 +98,8 @@ def _case(case: Data, ground: Ground, profile: Path, folder: Path) -> Data:
 
     What changed errors come from is unknown: that takes the runs themselves.
     """
-    wanted = next(one for one in CASES if one.name == case["name"])
+    wanted = case_named(case["name"])
+    assert wanted is not None, "Results of other cases are not read."
     where = str(profile.resolve())
     served = (case["rate_per_s"], case["num_requests"], where, case["options"])
     path = folder / f"{wanted.name}.toml"

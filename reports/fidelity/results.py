@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from helios_sim.errors import InputError
 from helios_sim.metrics import rounded_figures
-from reports.fidelity.cases import CASES
+from reports.fidelity.cases import case_named
 from reports.fidelity.summary import WITHIN_BAR
 
 SCHEMA_VERSION: Final = 3
@@ -253,7 +253,7 @@ def read_results(path: Path) -> dict[str, Any]:
             "Make the study's page anew from its runs.",
             str(path),
         )
-    unknown = sorted(known - {case.name for case in CASES})
+    unknown = sorted(name for name in known if case_named(name) is None)
     if unknown:
         raise InputError(f"The study has no case {unknown[0]!r} any more.", str(path))
     return dict(found)
