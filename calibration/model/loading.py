@@ -8,8 +8,10 @@ in host memory where one is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal, Protocol
 
 import torch
@@ -232,3 +234,22 @@ def assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, nn.Parameter(weight, requires_grad=False))
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A GPU stream of its own that has done its work at the end; nothing on a processor."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = loading_stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+@lru_cache(maxsize=8)
+def loading_stream(device: torch.device) -> Any:
+    """One for all loads: libraries keep a workspace for every stream they have met."""
+    new_stream: Any = torch.cuda.Stream
+    return new_stream(device)

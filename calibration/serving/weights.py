@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 
@@ -24,6 +23,7 @@ from calibration.model.kv import (
     SlotPool,
     round_up,
 )
+from calibration.model.loading import side_stream
 from calibration.model.memory import available_bytes
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Clock
@@ -234,7 +234,7 @@ class CheckpointWeights:
     def load_beside(self, name: str, depth: int) -> None:
         """What the thread does: read, copy, and wait until the copy is there."""
         self._read_ahead(name)
-        with _side_stream(self.settings.device):
+        with side_stream(self.settings.device):
             self._load(name, depth)
             self._arriving = name
 
@@ -400,25 +400,6 @@ class SideLoad:
         """Wait until they have arrived, or until a time."""
         while not self._done.is_set() and self._clock.now_s() < until_s:
             self._done.wait(_POLL_S)
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """A GPU stream of its own that has done its work at the end; nothing on a processor."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = loading_stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
-
-
-@lru_cache(maxsize=8)
-def loading_stream(device: torch.device) -> Any:
-    """One for all loads: libraries keep a workspace for every stream they have met."""
-    new_stream: Any = torch.cuda.Stream
-    return new_stream(device)
 
 
 def _read_through(file: Path) -> None:
