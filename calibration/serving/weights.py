@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +13,7 @@ import torch
 
 from calibration.model.decode import Decoder, generate
 from calibration.model.early_exit import EarlyExitLM, load
+from calibration.model.file_cache import forget, read_through
 from calibration.model.graphs import CaptureError
 from calibration.model.kv import (
     CONTEXT_GRANULE_TOKENS,
@@ -31,7 +31,6 @@ from helios_sim.cards import Room
 
 KvKind = Literal["slots", "pages"]
 
-_READ_BYTES: Final = 1 << 23
 _POLL_S: Final = 0.0002
 _SLOT_SHARE: Final = 0.8
 """Share of the memory that is really free which slots may take."""
@@ -137,8 +136,7 @@ class CheckpointWeights:
             self.known.clear()
         self.read = set() if from_disk else set(self.folders)
         for folder in self.folders.values():
-            for file in sorted(folder.glob("*.safetensors")):
-                (_forget if from_disk else _read_through)(file)
+            (forget if from_disk else read_through)(sorted(folder.glob("*.safetensors")))
 
     def _run_once(self, model: EarlyExitLM) -> None:
         """Decode a little over the kind of pool that serves, and ask every exit."""
@@ -360,8 +358,7 @@ class CheckpointWeights:
     def _read_ahead(self, name: str) -> None:
         if name in self.read:
             return
-        for file in sorted(self.folders[name].glob("*.safetensors")):
-            _read_through(file)
+        read_through(sorted(self.folders[name].glob("*.safetensors")))
         self.read.add(name)
 
     def _wait_for_device(self) -> None:
@@ -400,19 +397,3 @@ class SideLoad:
         """Wait until they have arrived, or until a time."""
         while not self._done.is_set() and self._clock.now_s() < until_s:
             self._done.wait(_POLL_S)
-
-
-def _read_through(file: Path) -> None:
-    """Read a file to its end, so that the system holds it in memory."""
-    with file.open("rb", buffering=0) as stream:
-        while stream.read(_READ_BYTES):
-            pass
-
-
-def _forget(file: Path) -> None:
-    """Ask the system to drop a file from its memory, so that the next read meets the disk."""
-    advise = getattr(os, "posix_fadvise", None)
-    if advise is None:
-        return
-    with file.open("rb") as stream:
-        advise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
