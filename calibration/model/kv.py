@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -481,8 +481,3 @@ class PagedPool(Pool):
 def round_up(count: int, granule: int) -> int:
     """The next multiple of `granule`."""
     return -(-count // granule) * granule
-
-
-def dims_of(shape: Any, dtype: torch.dtype, device: torch.device) -> KvDims:
-    """KV dimensions of a `ModelShape`."""
-    return KvDims(shape.kv_heads, shape.head_dim, dtype, device)

@@ -121,9 +121,9 @@ class Plan:
 class LoadReport:
     """What a load moved and how long its stages took.
 
-    `read_s` is disk (or maker) to host, `copy_s` host to device, `guard_s` the check of the
-    logits, which is not part of `seconds`. With staging the first two overlap and `copy_s` is
-    what was still waited for. `source` says where the layers came from.
+    `read_s` is disk (or maker) to host, `copy_s` host to device. With staging the two overlap and
+    `copy_s` is what was still waited for. The check of the logits is not part of `seconds`.
+    `source` says where the layers came from.
     """
 
     first_layer: int
@@ -132,7 +132,6 @@ class LoadReport:
     seconds: float
     read_s: float
     copy_s: float
-    guard_s: float
     source: Origin
 
 
