@@ -170,7 +170,6 @@ class EarlyExitLM:
             resident_bytes=self._backbone_layout.num_elements * size,
             exit_head_bytes=self._heads_layout.num_elements * size,
             layer_bytes=self._layer_layout.num_elements * size,
-            host_bytes=0 if self._host is None else self._host.bytes,
         )
 
     def grow(self, depth: int) -> LoadReport:
@@ -227,8 +226,6 @@ class EarlyExitLM:
                 self.unload()
             raise
         return LoadReport(
-            first_layer=before,
-            last_layer=depth,
             bytes=needed,
             seconds=seconds,
             read_s=loader.read_s,

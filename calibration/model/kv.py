@@ -397,11 +397,6 @@ class PagedPool(Pool):
         """Blocks nobody holds; the last one goes out first."""
         super().__init__(dims, num_layers, memory)
 
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks nobody holds."""
-        return len(self.free)
-
     def swap(self, row: int, other: int) -> None:
         """Exchange two rows' entries in the table; no token is copied."""
         self._known(row)

@@ -101,15 +101,13 @@ class MemorySource:
 class Plan:
     """Bytes of the weights at a depth, before any of them is touched.
 
-    `resident_bytes` holds embedding, final norm and head, `exit_head_bytes` the auxiliary heads,
-    `host_bytes` a copy in host memory where one is kept.
+    `resident_bytes` holds embedding, final norm and head, `exit_head_bytes` the auxiliary heads.
     """
 
     depth: int
     resident_bytes: int
     exit_head_bytes: int
     layer_bytes: int
-    host_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -126,8 +124,6 @@ class LoadReport:
     `source` says where the layers came from.
     """
 
-    first_layer: int
-    last_layer: int
     bytes: int
     seconds: float
     read_s: float
