@@ -32,6 +32,7 @@ from calibration.model import fused
 from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.kv import PagedPool
+from calibration.model.loading import side_stream
 from calibration.model.shapes import config_of, random_model
 from calibration.model.varlen import BLOCK_GRANULE_TOKENS, choose
 from calibration.training.presets import ModelPlan, Preset
@@ -313,7 +314,7 @@ def _loading_beside(device: torch.device) -> str:
 
         def bring_in() -> None:
             try:
-                with _side_stream(device):
+                with side_stream(device):
                     arriving.grow(4)
             except BaseException as error:
                 failures.append(error)
@@ -566,19 +567,6 @@ def _folder(family: str, dtype: torch.dtype, device: torch.device) -> Iterator[t
         expected = _said(Decoder(model, slot_pool(model, 3, 512)))
         save(model, name)
         yield Path(name), expected
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """A stream of its own on a GPU, done at the end."""
-    if device.type != "cuda":
-        yield
-        return
-    new_stream: Any = torch.cuda.Stream
-    stream = new_stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

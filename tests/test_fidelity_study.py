@@ -33,9 +33,11 @@ from reports.fidelity.cases import (
     StudySettings,
     planned,
     read_ground,
+    without_drift,
 )
 from reports.fidelity.page import render
 from reports.fidelity.quality import BOUND, THRESHOLDS, choose
+from reports.fidelity.resimulate import changes, simulated_anew
 from reports.fidelity.summary import summary_text
 from tests.test_fidelity import changed_profile, iterations_on
 from tests.test_report import Open, in_chromium, open_page, text_of
@@ -86,6 +88,7 @@ def test_the_cases_cross_policies_loads_arrivals_and_texts() -> None:
     assert {case.texts for case in CASES} == {"stable", "drifting"}
     assert {case.policy for case in plain if case.group == "gain"} == set(POLICIES)
     assert len({case.name for case in CASES}) == len(CASES)
+    assert len({without_drift(case).name for case in CASES}) == len(CASES)
 
 
 def test_rates_are_shares_of_simulated_capacity(ground: Ground) -> None:
@@ -192,6 +195,23 @@ def test_a_profile_of_one_text_serves_stable_texts(ground: Ground, tmp_path: Pat
     drifting = Case("static-depth", "light", "steady", "drifting")
     study.run_study(one_text, tmp_path, note, cases=(drifting,), say=lambda text: None)
     assert served == ["static-depth-light-steady-stable"]
+
+
+def test_a_study_of_one_text_is_read_back_and_simulated_anew(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its cases are named after texts that no case of the list has."""
+    one_text = replace(ground, domains=ground.domains[:1])
+    drifting = next(case for case in CASES if case.name == "static-depth-70-steady-drifting")
+    done = study.run_study(one_text, tmp_path, serve, cases=(drifting,), say=lambda text: None)
+    recorded = results_of(done, one_text)
+    judging.write_results(recorded, render(recorded), tmp_path / "out")
+    found = judging.read_results(tmp_path / "out" / "results.json")
+    assert [case["name"] for case in found["cases"]] == ["static-depth-70-steady-stable"]
+    monkeypatch.setattr("reports.fidelity.resimulate.read_ground", lambda settings: one_text)
+    anew = simulated_anew(found, one_text.profile.folder)
+    assert changes(found, anew) == []
+    assert anew["simulated_anew"]["changed"] == []
 
 
 def results_of(done: study.Study, ground: Ground, command: str = "") -> dict[str, Any]:

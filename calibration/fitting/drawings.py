@@ -53,96 +53,113 @@ def error_figure(compared: pl.DataFrame) -> Figure:
         margin={"l": 60, "r": 16, "t": 62, "b": 4},
     )
     data: list[Figure] = []
-    named: set[str] = set()
     for at, quantity in enumerate(quantities):
         suffix = "" if at == 0 else str(at + 1)
         part = compared.filter(pl.col("quantity") == quantity)
-        unit, scale = _UNITS[_kind(quantity)]
-        column, row = at % _COLUMNS, at // _COLUMNS
-        left = column / _COLUMNS + (0.045 if column else 0.0)
-        high = 1.0 - row / rows
-        low = high - 0.64 / rows
-        high -= 0.04 / rows
-        values = part["measured"].to_numpy() * scale
-        largest = max(0.1, 1.15 * float(part["error"].abs().max() or 0.0))  # type: ignore[arg-type]
-        ticks = log_ticks(float(values.min()) * 0.8, float(values.max()) * 1.25)
-        layout[f"xaxis{suffix}"] = plain_axis(
+        layout |= _error_axes(part, quantity, suffix, at, rows)
+        layout["annotations"].append(_panel_title(quantity, suffix))
+        if _kind(quantity) == "time":
+            layout["shapes"] += _bands(suffix)
+        data += _error_points(part, quantity, suffix)
+    # The legend names each kind of point once, by the first panel that has any.
+    for first in {trace["name"]: trace for trace in reversed(data)}.values():
+        first["showlegend"] = True
+    return {"data": data, "layout": layout}
+
+
+def _error_axes(part: pl.DataFrame, quantity: str, suffix: str, at: int, rows: int) -> Figure:
+    """The axes of the panel at a place of so many rows."""
+    unit, scale = _UNITS[_kind(quantity)]
+    column, row = at % _COLUMNS, at // _COLUMNS
+    left = column / _COLUMNS + (0.045 if column else 0.0)
+    high = 1.0 - row / rows
+    low = high - 0.64 / rows
+    high -= 0.04 / rows
+    values = part["measured"].to_numpy() * scale
+    largest = max(0.1, 1.15 * float(part["error"].abs().max() or 0.0))  # type: ignore[arg-type]
+    ticks = log_ticks(float(values.min()) * 0.8, float(values.max()) * 1.25)
+    shown = ticks[:: max(1, math.ceil(len(ticks) / 6))]
+    return {
+        f"xaxis{suffix}": plain_axis(
             unit,
             type="log",
             domain=[left, (column + 1) / _COLUMNS],
             anchor=f"y{suffix}",
-            tickvals=ticks[:: max(1, math.ceil(len(ticks) / 6))],
-            ticktext=[number(tick) for tick in ticks[:: max(1, math.ceil(len(ticks) / 6))]],
-        )
-        layout[f"yaxis{suffix}"] = plain_axis(
+            tickvals=shown,
+            ticktext=[number(tick) for tick in shown],
+        ),
+        f"yaxis{suffix}": plain_axis(
             None,
             domain=[low, high],
             anchor=f"x{suffix}",
             range=[-largest, largest],
             tickformat=".0%",
             nticks=5,
-        )
-        layout["annotations"].append(
-            {
-                "xref": f"x{suffix} domain",
-                "yref": f"y{suffix} domain",
-                "x": 0,
-                "y": 1.02,
-                "text": escape(NAMES[quantity]),
-                "showarrow": False,
-                "xanchor": "left",
-                "yanchor": "bottom",
-                "font": {"size": 12.5, "color": "@ink"},
-            }
-        )
-        if _kind(quantity) == "time":
-            for bar, shade in ((P95_BAR, 0.10), (MEDIAN_BAR, 0.16)):
-                layout["shapes"].append(
-                    {
-                        "type": "rect",
-                        "xref": f"x{suffix} domain",
-                        "yref": f"y{suffix}",
-                        "x0": 0,
-                        "x1": 1,
-                        "y0": -bar,
-                        "y1": bar,
-                        "line": {"width": 0},
-                        "fillcolor": f"@c3/{shade}",
-                        "layer": "below",
-                    }
-                )
+        ),
+    }
+
+
+def _panel_title(quantity: str, suffix: str) -> Figure:
+    """A quantity's name above its panel."""
+    return {
+        "xref": f"x{suffix} domain",
+        "yref": f"y{suffix} domain",
+        "x": 0,
+        "y": 1.02,
+        "text": escape(NAMES[quantity]),
+        "showarrow": False,
+        "xanchor": "left",
+        "yanchor": "bottom",
+        "font": {"size": 12.5, "color": "@ink"},
+    }
+
+
+def _bands(suffix: str) -> list[Figure]:
+    """Bands across a panel: the bars that the median and 95th percentile of times are held to."""
+    return [
+        {
+            "type": "rect",
+            "xref": f"x{suffix} domain",
+            "yref": f"y{suffix}",
+            "x0": 0,
+            "x1": 1,
+            "y0": -bar,
+            "y1": bar,
+            "line": {"width": 0},
+            "fillcolor": f"@c3/{shade}",
+            "layer": "below",
+        }
+        for bar, shade in ((P95_BAR, 0.10), (MEDIAN_BAR, 0.16))
+    ]
+
+
+def _error_points(part: pl.DataFrame, quantity: str, suffix: str) -> list[Figure]:
+    """A panel's points, those of the fit and those held out of it, as far as there are any."""
+    unit, scale = _UNITS[_kind(quantity)]
+    held_out = pl.col("purpose") == HELD_OUT
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": label,
+            "legendgroup": label,
+            "showlegend": False,
+            "x": rounded(chosen["measured"].to_numpy() * scale),
+            "y": rounded(chosen["error"], 4),
+            "text": [
+                escape(f"{row['model']} {place_of(row)}") for row in chosen.iter_rows(named=True)
+            ],
+            "xaxis": f"x{suffix}",
+            "yaxis": f"y{suffix}",
+            "marker": {"color": f"{colour}/0.75", "size": 6.5, "symbol": symbol},
+            "hovertemplate": f"%{{text}}<br>%{{x:.4~g}} {unit}, %{{y:+.1%}}<extra></extra>",
+        }
         for label, colour, symbol, chosen in (
-            ("fitted points", _FIT_COLOUR, "circle", part.filter(pl.col("purpose") != HELD_OUT)),
-            (
-                "held-out points",
-                _HELD_OUT_COLOUR,
-                "diamond",
-                part.filter(pl.col("purpose") == HELD_OUT),
-            ),
-        ):
-            if not chosen.height:
-                continue
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": label,
-                    "legendgroup": label,
-                    "showlegend": label not in named,
-                    "x": rounded(chosen["measured"].to_numpy() * scale),
-                    "y": rounded(chosen["error"], 4),
-                    "text": [
-                        escape(f"{row['model']} {place_of(row)}")
-                        for row in chosen.iter_rows(named=True)
-                    ],
-                    "xaxis": f"x{suffix}",
-                    "yaxis": f"y{suffix}",
-                    "marker": {"color": f"{colour}/0.75", "size": 6.5, "symbol": symbol},
-                    "hovertemplate": f"%{{text}}<br>%{{x:.4~g}} {unit}, %{{y:+.1%}}<extra></extra>",
-                }
-            )
-            named.add(label)
-    return {"data": data, "layout": layout}
+            ("fitted points", _FIT_COLOUR, "circle", part.filter(~held_out)),
+            ("held-out points", _HELD_OUT_COLOUR, "diamond", part.filter(held_out)),
+        )
+        if chosen.height
+    ]
 
 
 def layer_figure(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +38,13 @@ from calibration.fitting.points import (
 )
 from calibration.fitting.predict import Predictor, predictor_of
 from calibration.measuring.readings import LINK, MEMORY_KINDS
+from calibration.training.exit_quality import (
+    NUM_BINS,
+    deep_and_early,
+    early_of_deep,
+    expected_calibration_error,
+    reliability,
+)
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
@@ -46,7 +54,6 @@ from helios_sim.report.document import add_figure, document, section
 from helios_sim.report.figures import Figure
 from helios_sim.report.words import listed, number, size, span
 
-NUM_BINS: Final = 10
 MAX_MEMORY_ROWS: Final = 24
 
 
@@ -511,7 +518,7 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
                         number(float(np.exp(traces.nll_nats[name][at, :, level].mean())), 4),
                         percent(float(agrees.mean())),
                         percent(float(shares[level])),
-                        percent(calibration_error(confidence, agrees)),
+                        percent(expected_calibration_error(confidence, agrees)),
                     )
                 )
         first = traces.exit_layers[name][0]
@@ -521,8 +528,8 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
                 reliability(traces.confidence[name][..., 0], traces.agrees[name][..., 0]),
             )
         )
-    report = _measurement(profile).get("exit_traces", {}).get("candidates", {})
-    table = _reported_exits(report) or _table(
+    report = _measurement(profile).get("exit_traces", {})
+    table = _reported_exits(report.get("candidates", {})) or _table(
         ("Model", "Domain", "Exit after", "Perplexity", "Agrees", "Leave here", "Calibration"),
         rows,
         "By exit on held-out text, teacher-forced: perplexity of the text, share of tokens equal "
@@ -535,7 +542,7 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
         "reliability",
         drawings.reliability_figure(curves),
         "Agreement with the full model against confidence at the first exit",
-        "Over all domains, in ten bins of confidence. Below the diagonal the model is "
+        f"Over all domains, in {NUM_BINS} bins of confidence. Below the diagonal the model is "
         "over-confident.",
     )
     return section(
@@ -544,7 +551,7 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
         "candidates on the same positions.",
         table,
         figure,
-        _complementarity(profile, traces),
+        _complementarity(profile, traces, report.get("complementarity", {})),
     )
 
 
@@ -590,61 +597,56 @@ def _reported_exits(report: Mapping[str, Any]) -> str:
     )
 
 
-def _complementarity(profile: Profile, traces: ExitTraces) -> str:
-    """Of the tokens that go to the last exit in one model, how many leave another early."""
-    names = traces.candidates
-    if len(names) < 2:
+def _complementarity(profile: Profile, traces: ExitTraces, report: Mapping[str, Any]) -> str:
+    """How many of the tokens that go deep in one model leave another at its first exit."""
+    return _reported_complementarity(report) or _counted_complementarity(profile, traces)
+
+
+def _reported_complementarity(report: Mapping[str, Any]) -> str:
+    """Each pair of models as the tracing reported it, by raw and by calibrated confidence."""
+    cells: dict[tuple[str, str, str], list[str]] = {}
+    thresholds = []
+    for variant, found in report.items():
+        thresholds.append(f"{number(found['threshold'])} ({variant})")
+        for pair in found["pairs"]:
+            key = (pair["deep_in"], pair["early_in"], pair["domain"])
+            values = (pair["deep_share"], pair["early_of_deep"], pair["right_of_early"])
+            cells.setdefault(key, []).extend(percent(value) for value in values)
+    if not cells:
         return ""
-    levels = {
-        name: traces.exit_level_at(name, profile.models[name].confidence.default_threshold)
-        for name in names
-    }
-    rows = []
-    for name in names:
-        deep = levels[name] == len(traces.exit_layers[name]) - 1
-        cells = []
-        for other in names:
-            last = len(traces.exit_layers[other]) - 1
-            early = levels[other] < last
-            cells.append(
-                "\N{EN DASH}"
-                if other == name or not deep.any()
-                else f"{percent(float(early[deep].mean()))} ({percent(float(early.mean()))} of all)"
-            )
-        rows.append((f"{name} ({percent(float(deep.mean()))} go deep)", *cells))
+    titles = [f"{what}, {variant}" for variant in report for what in ("Deep", "Early", "Right")]
     return _table(
-        ("Deep in", *(f"early in {name}" for name in names)),
-        rows,
-        "Complementarity: of the tokens that reach the last exit of one model, the share that "
-        "leaves another before its own last, beside that share among all tokens.",
+        ("Deep in", "Early in", "Domain", *titles),
+        [(*key, *values) for key, values in cells.items()],
+        "Complementarity. Deep: share of tokens that leave the one model at its last exit. Early: "
+        "of these, the share that leaves the other at its first. Right: of those, the share whose "
+        f"token there is the text's own. The threshold is {listed(thresholds)}.",
+        texts=3,
     )
 
 
-def reliability(confidence: Any, agrees: Any) -> list[tuple[float, float, int]]:
-    """(Mean confidence, agreement, tokens) in ten equal bins of confidence; empty ones left out."""
-    bins = np.minimum((np.asarray(confidence).ravel() * NUM_BINS).astype(int), NUM_BINS - 1)
-    found = []
-    for place in range(NUM_BINS):
-        mine = bins == place
-        if mine.any():
-            found.append(
-                (
-                    float(np.asarray(confidence).ravel()[mine].mean()),
-                    float(np.asarray(agrees).ravel()[mine].mean()),
-                    int(mine.sum()),
-                )
-            )
-    return found
-
-
-def calibration_error(confidence: Any, agrees: Any) -> float:
-    """Expected calibration error: mean gap between confidence and agreement over ten bins.
-
-    Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 2.
-    """
-    bins = reliability(confidence, agrees)
-    total = sum(count for _, _, count in bins)
-    return sum(count * abs(mean - share) for mean, share, count in bins) / total if total else 0.0
+def _counted_complementarity(profile: Profile, traces: ExitTraces) -> str:
+    """The same from the traces at each model's threshold; they do not say which token is right."""
+    rows = []
+    for name, other in permutations(traces.candidates, 2):
+        levels, others = (
+            traces.exit_level_at(one, profile.models[one].confidence.default_threshold)
+            for one in (name, other)
+        )
+        for at, domain in enumerate(traces.domains):
+            num_exits = len(traces.exit_layers[name])
+            deep, early = deep_and_early(levels[at], num_exits, others[at])
+            shares = (float(deep.mean()), early_of_deep(deep, early))
+            rows.append((name, other, domain, *(percent(share) for share in shares)))
+    if not rows:
+        return ""
+    return _table(
+        ("Deep in", "Early in", "Domain", "Deep", "Early"),
+        rows,
+        "Complementarity at the default thresholds. Deep: share of tokens that leave the one model "
+        "at its last exit. Early: of these, the share that leaves the other at its first.",
+        texts=3,
+    )
 
 
 def _provenance(profile: Profile, points: Path | None) -> str:

@@ -49,11 +49,6 @@ class Board:
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml = nvml
         self._handle = handle
-        self._reads_instant_power: bool | None = None
-
-    def name(self) -> str:
-        """The board's product name."""
-        return str(self._ask("nvmlDeviceGetName"))
 
     def driver(self) -> str:
         """The driver's version."""

@@ -39,9 +39,9 @@ class Job:
     """One trial: which quantity, of which model, at which load.
 
     `depths` are stacks of layers timed in turns, one reading each: a stack that runs over and over
-    is what a model loaded to that depth runs. `context_tokens` is the mean
-    per row; where `longest_tokens` differs the rows are ragged. `prompt_tokens` are the new
-    tokens of each row of a prefill. `size_bytes` is what a load or copy moves.
+    is what a model loaded to that depth runs. `context_tokens` is the mean per row; where
+    `longest_tokens` differs the rows are ragged. `prompt_tokens` are the new tokens of each row of
+    a prefill.
     """
 
     quantity: str
@@ -52,7 +52,6 @@ class Job:
     context_tokens: int | None = None
     longest_tokens: int | None = None
     prompt_tokens: int | None = None
-    size_bytes: int | None = None
     trial: int = 0
     purpose: Purpose = "fit"
 
@@ -67,7 +66,6 @@ class Job:
             "context_tokens": self.context_tokens,
             "longest_context_tokens": self.longest_tokens,
             "prompt_tokens": self.prompt_tokens,
-            "bytes": self.size_bytes,
             "trial": self.trial,
             "purpose": self.purpose,
         }

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +24,7 @@ from torch import Tensor
 from calibration.measuring.timing import Work, synchronise
 from calibration.model.checkpoint import open_checkpoint, read_header, read_into
 from calibration.model.early_exit import EarlyExitLM, load
+from calibration.model.file_cache import forget
 from calibration.model.host_copy import HostCopy
 
 PART_BYTES: Final = 128 * 2**20
@@ -165,17 +166,6 @@ def parts_file(folder: Path, num_bytes: int, dtype: torch.dtype) -> Iterator[Par
         yield PartsFile(path, num_bytes, dtype)
     finally:
         path.unlink(missing_ok=True)
-
-
-def forget(files: Iterable[Path]) -> bool:
-    """Ask the system to drop files from its cache; False where it cannot be asked."""
-    advise: Any = getattr(os, "posix_fadvise", None)
-    if advise is None:
-        return False
-    for file in files:
-        with file.open("rb") as stream:
-            advise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return True
 
 
 def load_sizes(largest_bytes: int, count: int = 4) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 Absence is an object: a window that cannot count yields an `Absence` with its reason. What is
 known of the NVIDIA counters is measured in "Part-time Power Measurements" (arXiv 2312.02741) and
 by Zeus (github.com/ml-energy/zeus): ticks of 20 to 100 ms, so windows run from tick to tick, and
-a sensor that sees part of the time, so two sources are read and their ratio is kept.
+a sensor that sees part of the time, so two sources are read and both words are kept.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class Measurement:
     from the first tick of the counter to the last where `aligned`. `watts` is their quotient and
     is what steady work is judged by. `idle_share` is the part of the wall time in which no work
     ran, None where the caller did not say. `short` marks a window below the source's minimum.
-    `cross_watts` and `cross_source` are a second source's word on the same window, `cross_ratio`
-    the second over the first.
+    `cross_watts` and `cross_source` are a second source's word on the same window.
     """
 
     source: str
@@ -51,7 +50,6 @@ class Measurement:
     idle_share: float | None = None
     cross_source: str | None = None
     cross_watts: float | None = None
-    cross_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -469,12 +467,7 @@ class _CrossWindow:
             return second
         if isinstance(second, Absence):
             return first
-        return replace(
-            first,
-            cross_source=second.source,
-            cross_watts=second.watts,
-            cross_ratio=second.watts / first.watts if first.watts > 0.0 else None,
-        )
+        return replace(first, cross_source=second.source, cross_watts=second.watts)
 
 
 class Replayed:

@@ -294,8 +294,7 @@ class WallTimer:
 class CudaTimer:
     """CUDA events around the work on the current stream: what the device sees."""
 
-    def __init__(self, min_sample_s: float = CUDA_SAMPLE_S) -> None:
-        self.min_sample_s = min_sample_s
+    min_sample_s = CUDA_SAMPLE_S
 
     def sample_s(self, pass_s: float) -> float:
         """Seconds that a sample of repetitions this long takes."""
@@ -314,11 +313,9 @@ class CudaTimer:
         return Sample(float(begin.elapsed_time(end)) / 1e3)
 
 
-def timer_for(device: torch.device, min_sample_s: float | None = None) -> Timer:
+def timer_for(device: torch.device) -> Timer:
     """CUDA events on a GPU, the wall clock elsewhere."""
-    if device.type == "cuda":
-        return CudaTimer(min_sample_s or CUDA_SAMPLE_S)
-    return WallTimer(device, min_sample_s)
+    return CudaTimer() if device.type == "cuda" else WallTimer(device)
 
 
 def synchronise(device: torch.device) -> None:
@@ -410,7 +407,6 @@ class Captured:
 
     graph: Any
     work: Work
-    seconds: float
 
     def replay(self) -> None:
         """Launch the graph on the current stream."""
@@ -427,8 +423,7 @@ class NotCaptured:
 def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
     """Capture work in a CUDA graph after a warm-up on a side stream; never raises for failure.
 
-    The work must keep to static tensors and not wait for the device. `seconds` is what the
-    capture itself took.
+    The work must keep to static tensors and not wait for the device.
     """
     if device.type != "cuda":
         return NotCaptured("CUDA graphs need a CUDA device")
@@ -443,11 +438,10 @@ def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
                 work()
         current.wait_stream(side)
         torch.cuda.synchronize(device)
-        begin_s = time.perf_counter()
         with torch.cuda.graph(graph, pool=pool):
             work()
         torch.cuda.synchronize(device)
-        return Captured(graph, work, time.perf_counter() - begin_s)
+        return Captured(graph, work)
     except RuntimeError as error:
         # A capture that fails leaves its own stream the current one.
         torch.cuda.set_stream(current)

@@ -484,20 +484,14 @@ def decode_writer(
     return PoolWriter(pool, addresses)
 
 
-def slot_pool(
-    model: EarlyExitLM, num_slots: int, max_tokens: int, num_layers: int | None = None
-) -> SlotPool:
+def slot_pool(model: EarlyExitLM, num_slots: int, max_tokens: int) -> SlotPool:
     """A slot pool for a model's loaded layers."""
-    layers = model.depth if num_layers is None else num_layers
-    return SlotPool(model.kv_dims, layers, num_slots, max_tokens)
+    return SlotPool(model.kv_dims, model.depth, num_slots, max_tokens)
 
 
-def paged_pool(
-    model: EarlyExitLM, num_blocks: int, block_tokens: int, num_layers: int | None = None
-) -> PagedPool:
+def paged_pool(model: EarlyExitLM, num_blocks: int, block_tokens: int) -> PagedPool:
     """A paged pool for a model's loaded layers."""
-    layers = model.depth if num_layers is None else num_layers
-    return PagedPool(model.kv_dims, layers, num_blocks, block_tokens)
+    return PagedPool(model.kv_dims, model.depth, num_blocks, block_tokens)
 
 
 def generate(

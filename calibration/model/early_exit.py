@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calibration.model import checkpoint as files
 from calibration.model import fused, launches
 from calibration.model.checkpoint import Checkpoint, EarlyExitSettings, Guard, Heads
-from calibration.model.confidence import ALL_DOMAINS, Confidence
+from calibration.model.confidence import Confidence
 from calibration.model.exit_heads import ExitHead, head_shapes, head_weights, one_head_shapes
 from calibration.model.family import Backbone, LlamaBackbone, backbone_of, empty_backbone, shape_of
 from calibration.model.host_copy import HostCopy
@@ -170,7 +170,6 @@ class EarlyExitLM:
             resident_bytes=self._backbone_layout.num_elements * size,
             exit_head_bytes=self._heads_layout.num_elements * size,
             layer_bytes=self._layer_layout.num_elements * size,
-            host_bytes=0 if self._host is None else self._host.bytes,
         )
 
     def grow(self, depth: int) -> LoadReport:
@@ -227,13 +226,10 @@ class EarlyExitLM:
                 self.unload()
             raise
         return LoadReport(
-            first_layer=before,
-            last_layer=depth,
             bytes=needed,
             seconds=seconds,
             read_s=loader.read_s,
             copy_s=loader.copy_s,
-            guard_s=time.perf_counter() - began_s - seconds,
             source=loader.origin,
         )
 
@@ -274,16 +270,14 @@ class EarlyExitLM:
                 return answer
             return self.backbone.head(self.backbone.final_norm(hidden))
 
-    def decide(
-        self, logits: Tensor, level: int | None = None, domain: str = ALL_DOMAINS
-    ) -> Decision:
+    def decide(self, logits: Tensor, level: int | None = None) -> Decision:
         """Token and confidence of logits [N, vocab]; everything stays on the device.
 
         With a `level` the confidence is calibrated where the model holds a map for that exit,
         without one it is raw.
         """
         layer = 0 if level is None else self.exit_layers[level]
-        return Decision(logits.argmax(-1), self.confidence.of(logits, layer, domain), logits)
+        return Decision(logits.argmax(-1), self.confidence.of(logits, layer), logits)
 
     @property
     def tells_at_once(self) -> bool:

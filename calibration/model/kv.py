@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -397,11 +397,6 @@ class PagedPool(Pool):
         """Blocks nobody holds; the last one goes out first."""
         super().__init__(dims, num_layers, memory)
 
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks nobody holds."""
-        return len(self.free)
-
     def swap(self, row: int, other: int) -> None:
         """Exchange two rows' entries in the table; no token is copied."""
         self._known(row)
@@ -481,8 +476,3 @@ class PagedPool(Pool):
 def round_up(count: int, granule: int) -> int:
     """The next multiple of `granule`."""
     return -(-count // granule) * granule
-
-
-def dims_of(shape: Any, dtype: torch.dtype, device: torch.device) -> KvDims:
-    """KV dimensions of a `ModelShape`."""
-    return KvDims(shape.kv_heads, shape.head_dim, dtype, device)

@@ -8,8 +8,10 @@ in host memory where one is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Literal, Protocol
 
 import torch
@@ -99,15 +101,13 @@ class MemorySource:
 class Plan:
     """Bytes of the weights at a depth, before any of them is touched.
 
-    `resident_bytes` holds embedding, final norm and head, `exit_head_bytes` the auxiliary heads,
-    `host_bytes` a copy in host memory where one is kept.
+    `resident_bytes` holds embedding, final norm and head, `exit_head_bytes` the auxiliary heads.
     """
 
     depth: int
     resident_bytes: int
     exit_head_bytes: int
     layer_bytes: int
-    host_bytes: int
 
     @property
     def total_bytes(self) -> int:
@@ -119,18 +119,15 @@ class Plan:
 class LoadReport:
     """What a load moved and how long its stages took.
 
-    `read_s` is disk (or maker) to host, `copy_s` host to device, `guard_s` the check of the
-    logits, which is not part of `seconds`. With staging the first two overlap and `copy_s` is
-    what was still waited for. `source` says where the layers came from.
+    `read_s` is disk (or maker) to host, `copy_s` host to device. With staging the two overlap and
+    `copy_s` is what was still waited for. The check of the logits is not part of `seconds`.
+    `source` says where the layers came from.
     """
 
-    first_layer: int
-    last_layer: int
     bytes: int
     seconds: float
     read_s: float
     copy_s: float
-    guard_s: float
     source: Origin
 
 
@@ -232,3 +229,22 @@ def assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, nn.Parameter(weight, requires_grad=False))
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A GPU stream of its own that has done its work at the end; nothing on a processor."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = loading_stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+@lru_cache(maxsize=8)
+def loading_stream(device: torch.device) -> Any:
+    """One for all loads: libraries keep a workspace for every stream they have met."""
+    new_stream: Any = torch.cuda.Stream
+    return new_stream(device)

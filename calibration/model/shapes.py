@@ -89,7 +89,6 @@ def random_model(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     host_copy: bool = False,
-    pinned: bool = False,
 ) -> EarlyExitLM:
     """A model of a public shape (or any other) with its first `depth` layers made.
 
@@ -108,7 +107,6 @@ def random_model(
         device=where,
         dtype=dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16),
         host_copy=host_copy,
-        pinned=pinned,
     )
     model.grow(depth)
     return model

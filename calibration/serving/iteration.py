@@ -82,7 +82,6 @@ class Outcome:
     prompt_tokens: int = 0
     prompt_pairs: float = 0.0
     ghosts: int = 0
-    held_level: int = 0
     overheads: int = 0
     captured: Captures = NOTHING_CAPTURED
 
@@ -323,6 +322,5 @@ class Stepper:
             filled_rows=len(leaving) if filled else 0,
             context_tokens=context,
             longest_context_tokens=longest,
-            held_level=level + 1 if staying else 0,
             overheads=overheads,
         )

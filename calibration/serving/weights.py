@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 
 from calibration.model.decode import Decoder, generate
 from calibration.model.early_exit import EarlyExitLM, load
+from calibration.model.file_cache import forget, read_through
 from calibration.model.graphs import CaptureError
 from calibration.model.kv import (
     CONTEXT_GRANULE_TOKENS,
@@ -24,6 +23,7 @@ from calibration.model.kv import (
     SlotPool,
     round_up,
 )
+from calibration.model.loading import side_stream
 from calibration.model.memory import available_bytes
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Clock
@@ -31,7 +31,6 @@ from helios_sim.cards import Room
 
 KvKind = Literal["slots", "pages"]
 
-_READ_BYTES: Final = 1 << 23
 _POLL_S: Final = 0.0002
 _SLOT_SHARE: Final = 0.8
 """Share of the memory that is really free which slots may take."""
@@ -137,8 +136,7 @@ class CheckpointWeights:
             self.known.clear()
         self.read = set() if from_disk else set(self.folders)
         for folder in self.folders.values():
-            for file in sorted(folder.glob("*.safetensors")):
-                (_forget if from_disk else _read_through)(file)
+            (forget if from_disk else read_through)(sorted(folder.glob("*.safetensors")))
 
     def _run_once(self, model: EarlyExitLM) -> None:
         """Decode a little over the kind of pool that serves, and ask every exit."""
@@ -234,7 +232,7 @@ class CheckpointWeights:
     def load_beside(self, name: str, depth: int) -> None:
         """What the thread does: read, copy, and wait until the copy is there."""
         self._read_ahead(name)
-        with _side_stream(self.settings.device):
+        with side_stream(self.settings.device):
             self._load(name, depth)
             self._arriving = name
 
@@ -360,8 +358,7 @@ class CheckpointWeights:
     def _read_ahead(self, name: str) -> None:
         if name in self.read:
             return
-        for file in sorted(self.folders[name].glob("*.safetensors")):
-            _read_through(file)
+        read_through(sorted(self.folders[name].glob("*.safetensors")))
         self.read.add(name)
 
     def _wait_for_device(self) -> None:
@@ -400,38 +397,3 @@ class SideLoad:
         """Wait until they have arrived, or until a time."""
         while not self._done.is_set() and self._clock.now_s() < until_s:
             self._done.wait(_POLL_S)
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """A GPU stream of its own that has done its work at the end; nothing on a processor."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = loading_stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
-
-
-@lru_cache(maxsize=8)
-def loading_stream(device: torch.device) -> Any:
-    """One for all loads: libraries keep a workspace for every stream they have met."""
-    new_stream: Any = torch.cuda.Stream
-    return new_stream(device)
-
-
-def _read_through(file: Path) -> None:
-    """Read a file to its end, so that the system holds it in memory."""
-    with file.open("rb", buffering=0) as stream:
-        while stream.read(_READ_BYTES):
-            pass
-
-
-def _forget(file: Path) -> None:
-    """Ask the system to drop a file from its memory, so that the next read meets the disk."""
-    advise = getattr(os, "posix_fadvise", None)
-    if advise is None:
-        return
-    with file.open("rb") as stream:
-        advise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

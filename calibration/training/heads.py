@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -82,7 +82,6 @@ def train_heads(
     *,
     out: Path | None = None,
     device: torch.device | None = None,
-    on_iteration: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Train a head for every exit before the full depth and write them beside the weights.
 
@@ -116,7 +115,7 @@ def train_heads(
     shared = _held_out(model, tokenizer, options)
     text = {name: corpus(name, "train", max_bytes=options.text_bytes) for name in options.domains}
     tokens = [text[name].tokens(tokenizer) for name in options.domains]
-    _train(model, heads, tokens, options, on_iteration or (lambda iteration, loss: None))
+    _train(model, heads, tokens, options)
     model.exit_heads = {layer: head.requires_grad_(False) for layer, head in heads.items()}
     model.heads_kind = "auxiliary"
     report: dict[str, Any] = {
@@ -165,7 +164,6 @@ def _train(
     heads: Mapping[int, ExitHead],
     tokens: Sequence[NDArray[np.int64]],
     options: HeadOptions,
-    on_iteration: Callable[[int, float], None],
 ) -> None:
     window = min(options.window_tokens, model.spec.shape.max_positions)
     if min(len(part) for part in tokens) <= window:
@@ -193,8 +191,6 @@ def _train(
             group["lr"] = options.learning_rate * (1.0 - iteration / options.iterations)
         optimiser.step()
         optimiser.zero_grad()
-        if iteration % 10 == 0 or iteration == options.iterations - 1:
-            on_iteration(iteration + 1, loss.item() / len(losses))
 
 
 def _draw(

@@ -29,7 +29,6 @@ TARGET_AGREEMENT: Final = 0.9
 _MAX_KNOTS: Final = 64
 _MIN_TOKENS_PER_KNOT: Final = 32
 _THRESHOLDS: Final = np.round(np.arange(0.0, 1.0, 0.01), 2)
-_NUM_BINS: Final = 15
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -124,14 +123,6 @@ def choose_threshold(
         if all(share >= target_agreement for share in found):
             return float(threshold)
     return 1.0
-
-
-def expected_calibration_error(confidence: Floats, right: Flags) -> float:
-    """Mean distance of confidence and share right over 15 bins of equal width (Guo et al. 2017)."""
-    place = np.minimum((confidence * _NUM_BINS).astype(np.int64), _NUM_BINS - 1)
-    sure = np.bincount(place, weights=confidence, minlength=_NUM_BINS)
-    hits = np.bincount(place, weights=right, minlength=_NUM_BINS)
-    return float(np.abs(sure - hits).sum() / len(confidence))
 
 
 def joined(parts: Sequence[Scores]) -> Scores:

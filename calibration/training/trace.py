@@ -21,6 +21,12 @@ from calibration.model.checkpoint import open_checkpoint, write_json
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.early_exit import load
 from calibration.serving.prompts import tokenizer_of
+from calibration.training.exit_quality import (
+    NUM_BINS,
+    deep_and_early,
+    early_of_deep,
+    expected_calibration_error,
+)
 from calibration.training.scoring import Scores, Windows, score
 from calibration.training.text import DOMAINS, corpus
 from calibration.training.thresholds import (
@@ -29,7 +35,6 @@ from calibration.training.thresholds import (
     choose_threshold,
     confidence_at_exits,
     exit_levels,
-    expected_calibration_error,
     fit_maps,
     fitting_scores,
     joined,
@@ -49,8 +54,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "perplexity": "exp of the mean negative log-likelihood of the text's own tokens, in nats",
     "share": "tokens that leave at the exit at the threshold: the first whose confidence reaches "
     "it, else the last",
-    "calibration error": "mean distance between confidence and share right over 15 bins of equal "
-    "width, weighted by tokens (Guo et al. 2017)",
+    "calibration error": f"mean distance between confidence and share right over {NUM_BINS} bins "
+    "of equal width, weighted by tokens (Guo et al. 2017)",
     "complementarity of B for A": "of the tokens that leave A at its last exit, the share that "
     "leaves B at its first one; right: of these, the share where B's exit is right",
 }
@@ -313,14 +318,14 @@ def _pair(
         one.name: exit_levels(confidence_at_exits(one.traced[domain], views[one.name]), threshold)
         for one in (a, b)
     }
-    deep = levels[a.name] == len(a.traced[domain].exit_layers) - 1
-    both = deep & (levels[b.name] == 0)
+    num_exits = len(a.traced[domain].exit_layers)
+    deep, both = deep_and_early(levels[a.name], num_exits, levels[b.name])
     return {
         "deep_in": a.name,
         "early_in": b.name,
         "domain": domain,
         "deep_share": round(float(deep.mean()), 4),
-        "early_of_deep": round(float(both.sum() / max(1, deep.sum())), 4),
+        "early_of_deep": round(early_of_deep(deep, both), 4),
         "right_of_early": (
             round(float(b.traced[domain].right[both, 0].mean()), 4) if both.any() else None
         ),

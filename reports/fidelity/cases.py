@@ -76,6 +76,17 @@ that gives way to another. Cases of equal quality whose policy cannot keep it ar
 """
 
 
+def without_drift(case: Case) -> Case:
+    """The case as it is run on a profile of one kind of text, where nothing drifts."""
+    return replace(case, texts="stable")
+
+
+def case_named(name: str) -> Case | None:
+    """The case that a study recorded under a name, whatever texts its profile had."""
+    every = (*CASES, *map(without_drift, CASES))
+    return next((case for case in every if case.name == name), None)
+
+
 @dataclass(frozen=True)
 class StudySettings:
     """What the study runs on and how long.

@@ -11,9 +11,9 @@ from helios_sim.records import flat_items
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.figures import base_layout, plain_axis, rounded, top_legend
 from helios_sim.report.words import listed, number, times
+from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.quality import BOUND
 from reports.fidelity.summary import (
-    NAMES,
     TITLES,
     WITHIN_BAR,
     equal_quality_said,
@@ -22,24 +22,7 @@ from reports.fidelity.summary import (
     summary_rows,
 )
 
-_SAID: Final = {
-    "output_throughput": "throughput",
-    "mean_tpot_ms": "mean TPOT",
-    "p50_e2el_ms": "median E2E",
-    "p90_ttft_ms": "p90 TTFT",
-    "total_gpu_energy": "energy",
-    "mean_batch_size": "batch size",
-}
 _BEYOND: Final = ("above", "below", "differs")
-_BESIDE: Final = (
-    ("output_throughput", "Throughput, tokens/s", 1.0),
-    ("mean_e2el_ms", "Mean E2E, s", 1e-3),
-    ("p50_ttft_ms", "Median TTFT, s", 1e-3),
-    ("mean_batch_size", "Batch", 1.0),
-    ("perplexity", "Perplexity", 1.0),
-)
-"""Figures of policies beside each other, with the factor to the unit that is shown."""
-_OVER_VANILLA: Final = ("output_throughput", "mean_e2el_ms", "perplexity")
 
 
 def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
@@ -65,7 +48,7 @@ def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
 
 def _opening(results: Mapping[str, Any], title: str) -> str:
     known = [one for one in results["targets"] if one["num_cases"]]
-    said = [f"{_SAID[one['key']]} {number(100 * one['median_error'])} %" for one in known]
+    said = [f"{JUDGED[one['key']].said} {number(100 * one['median_error'])} %" for one in known]
     num = len(results["cases"])
     remarks = [
         f"The verdict on saturation is the same on both sides in {results['same_saturation']} of "
@@ -73,7 +56,7 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
         f"Every case was served {results['num_repeats']} times; errors are against the median.",
     ]
     remarks += [*_anew_remarks(results), *_pace_remarks(results)]
-    missing = [_SAID[one["key"]] for one in results["targets"] if not one["num_cases"]]
+    missing = [JUDGED[one["key"]].said for one in results["targets"] if not one["num_cases"]]
     if missing:
         remarks.append(f"Not measured here: {listed(missing)}.")
     items = "".join(f"<li>{escape(text)}</li>" for text in remarks)
@@ -143,7 +126,7 @@ def _beyond(results: Mapping[str, Any]) -> str:
     rows = [
         (
             case["case"],
-            NAMES[one["key"]],
+            JUDGED[one["key"]].name,
             signed_percent(case["error"]),
             f"\N{PLUS-MINUS SIGN}{percent(case['half_width'])}",
             number(case["error_in_spreads"]),
@@ -166,7 +149,7 @@ def _beyond(results: Mapping[str, Any]) -> str:
 
 def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
     rows = []
-    names = {one["key"]: NAMES[one["key"]] for one in results["targets"] if one["num_cases"]}
+    names = {one["key"]: JUDGED[one["key"]].name for one in results["targets"] if one["num_cases"]}
     for case in results["cases"]:
         figures = {row["key"]: row for row in case["figures"]}
         saturation = figures.get("saturation", {})
@@ -219,7 +202,7 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
     cases = [case["name"] for case in results["cases"]]
     shown = [
         key
-        for key in NAMES
+        for key in JUDGED
         if any(
             row["key"] == key and row["error"] is not None
             for case in results["cases"]
@@ -277,11 +260,11 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
                     ],
                 },
                 "cliponaxis": False,
-                "hovertemplate": f"<b>%{{y}}</b><br>{NAMES[key]}: %{{text}}<extra></extra>",
+                "hovertemplate": f"<b>%{{y}}</b><br>{JUDGED[key].name}: %{{text}}<extra></extra>",
             },
         ]
         layout[f"xaxis{suffix}"] = plain_axis(
-            NAMES[key],
+            JUDGED[key].name,
             domain=[at * width + 0.02, (at + 1) * width - 0.02],
             range=[-reach, reach],
             ticksuffix=" %",
@@ -309,12 +292,12 @@ def _causes(results: Mapping[str, Any]) -> str:
         if attribution is None:
             continue
         for cause in attribution["causes"]:
-            if cause["key"] not in NAMES or not cause["error"] or abs(cause["error"]) < 0.01:
+            if cause["key"] not in JUDGED or not cause["error"] or abs(cause["error"]) < 0.01:
                 continue
             rows.append(
                 (
                     case["name"],
-                    NAMES[cause["key"]],
+                    JUDGED[cause["key"]].name,
                     signed_percent(cause["error"]),
                     signed_percent(cause["error_without"]),
                     signed_percent(cause["remainder"]),
@@ -373,15 +356,15 @@ def _equal_quality(results: Mapping[str, Any]) -> str:
         for one in group["policies"]:
             for side in ("real", "simulated"):
                 cells = []
-                for key, _, factor in _BESIDE:
-                    found = one["figures"].get(key, {})
+                for figure in BESIDE:
+                    found = one["figures"].get(figure.key, {})
                     value = found.get(side)
-                    cell = number(None if value is None else factor * value)
+                    cell = number(None if value is None else figure.factor * value)
                     over = times(found.get(f"{side}_over_vanilla"))
-                    shown = key in _OVER_VANILLA and over and one["policy"] != "vanilla"
+                    shown = figure.over_vanilla and over and one["policy"] != "vanilla"
                     cells.append(f"{cell} ({over})" if shown else cell)
                 rows.append((f"{one['policy']}, {side}", *cells))
-        titles = ("Policy", *(title for _, title, _ in _BESIDE))
+        titles = ("Policy", *(figure.title for figure in BESIDE))
         tables.append(
             f"<h3>{escape(group['arrivals'].capitalize())} arrivals, "
             f"{escape(group['texts'])} texts</h3>{_table(titles, rows)}"

@@ -24,10 +24,11 @@ from helios_sim.fidelity.figures import figure_row, scaled
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.terminal import FittedTable
-from reports.fidelity.cases import CASES, Ground, StudySettings, read_ground, scenario_of
+from reports.fidelity.cases import Ground, StudySettings, case_named, read_ground, scenario_of
+from reports.fidelity.figures import JUDGED
 from reports.fidelity.page import render
-from reports.fidelity.results import TARGETS, Data, read_results, results_of, write_results
-from reports.fidelity.summary import NAMES, percent
+from reports.fidelity.results import Data, read_results, results_of, write_results
+from reports.fidelity.summary import percent
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -98,7 +99,8 @@ def _case(case: Data, ground: Ground, profile: Path, folder: Path) -> Data:
 
     What changed errors come from is unknown: that takes the runs themselves.
     """
-    wanted = next(one for one in CASES if one.name == case["name"])
+    wanted = case_named(case["name"])
+    assert wanted is not None, "Results of other cases are not read."
     where = str(profile.resolve())
     served = (case["rate_per_s"], case["num_requests"], where, case["options"])
     path = folder / f"{wanted.name}.toml"
@@ -130,7 +132,7 @@ def summary(before: Data, now: Data) -> list[list[Text]]:
         errors = [side[key] for key in ("median_error", "worst_error") for side in (one, then)]
         told = [percent(error) for error in errors]
         told += [f"{one[key]} of {one['num_judged']}" for key in ("within", "within_twice")]
-        rows.append([Text(word) for word in (NAMES[one["key"]], *told)])
+        rows.append([Text(word) for word in (JUDGED[one["key"]].name, *told)])
     return rows
 
 
@@ -139,11 +141,17 @@ def changes(before: Data, now: Data) -> list[list[Text]]:
     rows = []
     for then, case in zip(before["cases"], now["cases"], strict=True):
         for old, row in zip(then["figures"], case["figures"], strict=True):
-            if row["key"] in TARGETS and row["simulated"] != old["simulated"]:
+            if row["key"] in JUDGED and row["simulated"] != old["simulated"]:
                 values = [_told(one) for one in (row["median"], old["simulated"], row["simulated"])]
                 error = "" if row["error"] is None else f"{row['error']:+.1%}"
                 spreads = row["error_in_spreads"]
-                words = (case["name"], NAMES[row["key"]], *values, error, _told(spreads, ".2f"))
+                words = (
+                    case["name"],
+                    JUDGED[row["key"]].name,
+                    *values,
+                    error,
+                    _told(spreads, ".2f"),
+                )
                 rows.append([Text(word) for word in words])
     return rows
 

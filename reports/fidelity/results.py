@@ -15,23 +15,14 @@ from typing import Any, Final, TypeAlias
 
 from helios_sim.errors import InputError
 from helios_sim.metrics import rounded_figures
-from reports.fidelity.cases import CASES
+from reports.fidelity.cases import case_named
+from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.summary import WITHIN_BAR
 
 SCHEMA_VERSION: Final = 3
 
 Data: TypeAlias = Mapping[str, Any]
 """A study, a case or a figure as `results.json` has it."""
-
-TARGETS: Final = {
-    "output_throughput": 0.03,
-    "mean_tpot_ms": 0.03,
-    "p50_e2el_ms": 0.05,
-    "p90_ttft_ms": 0.10,
-    "total_gpu_energy": 0.05,
-    "mean_batch_size": 0.03,
-}
-"""Median absolute errors that a GPU is held to."""
 
 GAINS: Final = (
     ("output_throughput", "throughput", True),
@@ -44,16 +35,8 @@ GAINS: Final = (
 )
 """Figures in which HELIOS is set against the baselines, and whether more is better."""
 
-BESIDE: Final = (
-    "output_throughput",
-    "mean_e2el_ms",
-    "p50_ttft_ms",
-    "mean_batch_size",
-    "perplexity",
-)
-"""Figures of every policy of a group, laid beside vanilla's."""
-
-_JUDGED: Final = ("within", "above", "below")
+_AGAINST_SPREAD: Final = ("within", "above", "below")
+"""Verdicts of a figure whose run-to-run spread is known."""
 
 
 def results_of(facts: Data, cases: Sequence[Data]) -> dict[str, Any]:
@@ -85,14 +68,15 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
     the real figure.
     """
     found = []
-    for key, target in TARGETS.items():
+    for key, figure in JUDGED.items():
+        target = figure.target
         rows = [(case, row) for case in cases if (row := _found(case, key)) is not None]
         errors = sorted(abs(row["error"]) for _, row in rows if row["error"] is not None)
         if not errors:
             found.append({"key": key, "target": target, "num_cases": 0})
             continue
         median = statistics.median(errors)
-        judged = [(case, row) for case, row in rows if row["verdict"] in _JUDGED]
+        judged = [(case, row) for case, row in rows if row["verdict"] in _AGAINST_SPREAD]
         spreads = [row["error_in_spreads"] for _, row in judged]
         widths = [width for _, row in judged if (width := _half_width(row)) is not None]
         found.append(
@@ -211,13 +195,13 @@ def _groups(cases: Sequence[Data]) -> list[tuple[str, list[Data]]]:
 def _beside(case: Data, vanilla: Data | None) -> dict[str, Any]:
     """A policy's figures, and as multiples of vanilla's."""
     figures = {}
-    for key in BESIDE:
-        own = _found(case, key)
-        base = None if vanilla is None else _found(vanilla, key)
+    for figure in BESIDE:
+        own = _found(case, figure.key)
+        base = None if vanilla is None else _found(vanilla, figure.key)
         if own is None:
             continue
         real, ours = own["median"], own["simulated"]
-        figures[key] = {
+        figures[figure.key] = {
             "real": real,
             "simulated": ours,
             "real_over_vanilla": None if base is None else _gain(real, base["median"], True),
@@ -253,7 +237,7 @@ def read_results(path: Path) -> dict[str, Any]:
             "Make the study's page anew from its runs.",
             str(path),
         )
-    unknown = sorted(known - {case.name for case in CASES})
+    unknown = sorted(name for name in known if case_named(name) is None)
     if unknown:
         raise InputError(f"The study has no case {unknown[0]!r} any more.", str(path))
     return dict(found)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,15 @@ from helios_sim.fidelity import Fidelity, assess, read_sides, run_folders
 from helios_sim.fidelity.publish import write_fidelity
 from helios_sim.records import TOTALS_FILE, toml_text, write_run
 from helios_sim.scenario import load_scenario
-from reports.fidelity.cases import CASES, Case, Ground, Planned, planned, scenario_of
+from reports.fidelity.cases import (
+    CASES,
+    Case,
+    Ground,
+    Planned,
+    planned,
+    scenario_of,
+    without_drift,
+)
 from reports.fidelity.quality import BOUND
 
 Server = Callable[[Path, Path, int], None]
@@ -102,7 +110,7 @@ def run_study(
     """
     if not ground.can_drift:
         # Nothing drifts with one kind of text; the case is run all the same and says so.
-        cases = tuple(replace(case, texts="stable") for case in cases)
+        cases = tuple(map(without_drift, cases))
     plans = planned(cases, ground)
     profile = os.path.relpath(ground.profile.folder.resolve(), (work / "scenarios").resolve())
     outcomes: list[Outcome] = []

@@ -7,15 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from helios_sim.report.words import listed, number, times
+from reports.fidelity.figures import JUDGED
 
-NAMES: Final = {
-    "output_throughput": "Throughput",
-    "mean_tpot_ms": "TPOT, mean",
-    "p50_e2el_ms": "E2E, p50",
-    "p90_ttft_ms": "TTFT, p90",
-    "total_gpu_energy": "Energy",
-    "mean_batch_size": "Batch size",
-}
 TITLES: Final = (
     *("Figure", "Bar of a GPU", "Median error", "Worst", "Median spread"),
     *("In spread", "In twice", "Beyond twice, likely from"),
@@ -31,7 +24,7 @@ def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
-    name, bar = NAMES[one["key"]], f"{100 * one['target']:g} %"
+    name, bar = JUDGED[one["key"]].name, f"{100 * one['target']:g} %"
     if not one["num_cases"]:
         return (name, bar, "not measured", *[_DASH] * 5)
     judged = one["num_judged"]

@@ -39,7 +39,7 @@ import pytest
 import torch
 
 from calibration.model.graphs import capture_stream, warm_loads
-from calibration.serving.weights import loading_stream
+from calibration.model.loading import loading_stream
 
 TORCH = "2.13."
 """The release whose inside this reaches into; another may lay it out anew."""

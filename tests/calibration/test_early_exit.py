@@ -36,7 +36,8 @@ def test_a_grown_model_equals_one_loaded_whole(folder, device):
     first = grown.backbone.layers[0].self_attn.q_proj.weight
     assert grown.depth == 1
     report = grown.grow(2)
-    assert (report.first_layer, report.last_layer, report.source) == (1, 2, "disk")
+    assert (grown.depth, report.bytes) == (2, grown.plan(2).layer_bytes)
+    assert report.source == "disk"
     grown.grow(4)
     assert grown.backbone.layers[0].self_attn.q_proj.weight is first
     assert tokens(grown) == tokens(whole)
@@ -93,7 +94,7 @@ def test_evicted_layers_come_back_from_host_memory(folder, device, pinned):
     assert tokens(model) == before
     copy = model.host_copy
     assert copy is not None
-    assert copy.bytes == model.plan(4).host_bytes == model.plan(4).total_bytes
+    assert copy.bytes == model.plan(4).total_bytes
     assert copy.is_pinned == (pinned and device == "cuda")
     if pinned and device == "cpu":
         assert copy.note == "memory is page-locked for a CUDA GPU only, not for cpu"

@@ -109,16 +109,16 @@ def test_rows_keep_their_tokens_through_any_coming_and_going(make, data):
 def test_blocks_go_out_and_come_back():
     pool = PagedPool(DIMS, 1, 5, 4)
     pool.admit(9)
-    assert pool.num_free_blocks == 2
+    assert len(pool.free) == 2
     with pytest.raises(PoolExhausted, match="needs 3 more blocks and 2 of 5 are free"):
         pool.admit(9)
     assert pool.num_rows == 1
     pool.admit(8)
     pool.release(0)
-    assert pool.num_free_blocks == 3
+    assert len(pool.free) == 3
     pool.check()
     pool.clear()
-    assert pool.num_free_blocks == 5
+    assert len(pool.free) == 5
 
 
 @pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
@@ -147,7 +147,7 @@ def test_a_vacated_rows_blocks_are_free_at_once():
     pool.admit(9)
     pool.admit(4)
     pool.vacate(0)
-    assert pool.num_free_blocks == 4
+    assert len(pool.free) == 4
 
 
 def test_all_rows_in_use_is_said():

@@ -96,7 +96,7 @@ def test_power_falls_back_to_the_boards_mean_and_says_it_is_a_mean() -> None:
     assert "one second" in meter.explanation
 
 
-def test_both_sources_are_kept_with_their_ratio() -> None:
+def test_what_both_sources_say_is_kept() -> None:
     meter = best_meter("cuda", board(watts=200.0), min_window_s=0.1)
     assert isinstance(meter, CrossChecked)
     window = meter.open()
@@ -104,7 +104,7 @@ def test_both_sources_are_kept_with_their_ratio() -> None:
     found = measured(window.close())
     assert found.source == "nvml-counter"
     assert found.cross_source == "nvml-power-instant"
-    assert found.cross_ratio == pytest.approx(1.1, rel=0.1)
+    assert found.cross_watts == pytest.approx(1.1 * found.watts, rel=0.1)
 
 
 def test_without_a_counter_the_power_is_the_meter() -> None:

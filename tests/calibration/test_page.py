@@ -9,16 +9,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from calibration.cli import main
 from calibration.fitting.fit import fit_profile
-from calibration.fitting.page import calibration_error, page_path, reliability, render, write_page
+from calibration.fitting.page import page_path, render, write_page
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
 from tests.calibration import planted
 from tests.calibration.planted import Plan
+from tests.test_report import text_of
 
 
 @pytest.fixture(scope="module")
@@ -119,15 +119,6 @@ def test_the_check_draws_the_page_where_asked(profile: Profile, tmp_path: Path) 
     assert (tmp_path / "page.html").stat().st_size > 100_000
 
 
-def test_a_calibrated_confidence_has_no_calibration_error() -> None:
-    rng = np.random.default_rng(0)
-    confidence = rng.uniform(0, 1, 40_000)
-    agrees = rng.uniform(0, 1, 40_000) < confidence
-    assert calibration_error(confidence, agrees) < 0.02
-    assert calibration_error(np.full(1000, 0.9), np.zeros(1000, bool)) == pytest.approx(0.9)
-    assert sum(count for _, _, count in reliability(confidence, agrees)) == 40_000
-
-
 @pytest.mark.browser
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium on the PATH")
 def test_a_browser_draws_every_figure_without_an_error(profile: Profile, tmp_path: Path) -> None:
@@ -176,3 +167,42 @@ def test_qualities_come_from_the_tracing_where_it_left_its_report(tmp_path: Path
     assert "code (own)" in page
     assert "Off, calibrated" in page
     assert "5.125" in page
+
+
+def test_complementarity_is_what_the_tracing_reported(tmp_path: Path) -> None:
+    """At each kind's threshold; the traces themselves do not say which token is right."""
+    folder = planted.folder(tmp_path / "points", Plan(energy=False))
+    pair = {"deep_in": "planted", "early_in": "other", "domain": "code", "deep_share": 0.4}
+    report = {
+        "complementarity": {
+            "raw": {
+                "threshold": 0.48,
+                "pairs": [pair | {"early_of_deep": 0.25, "right_of_early": None}],
+            },
+            "calibrated": {
+                "threshold": 0.57,
+                "pairs": [pair | {"early_of_deep": 0.125, "right_of_early": 0.75}],
+            },
+        }
+    }
+    (folder / "trace.json").write_text(json.dumps(report))
+    text = text_of(render(fit_profile(folder, tmp_path / "profile")))
+    assert "The threshold is 0.48 (raw) and 0.57 (calibrated)." in text
+    assert "planted other code 40 % 25 % - 40 % 12.5 % 75 %" in text
+
+
+def test_complementarity_is_counted_alike_where_nothing_was_reported(tmp_path: Path) -> None:
+    """In the shipped profile the tracing chose the default threshold for raw confidence."""
+    shipped = load_profile("small-family-cpu")
+    folder = shutil.copytree(shipped.folder, tmp_path / "profile")
+    document = json.loads((folder / "profile.json").read_text())
+    reported = document["measurement"].pop("exit_traces")["complementarity"]["raw"]
+    (folder / "profile.json").write_text(json.dumps(document))
+    text = text_of(render(load_profile(folder)))
+    assert "Complementarity at the default thresholds" in text
+    for pair in reported["pairs"]:
+        names = " ".join(pair[key] for key in ("deep_in", "early_in", "domain"))
+        found = re.search(rf"{names} ([\d.]+) % ([\d.]+) %", text)
+        assert found is not None
+        shares = [100.0 * pair[key] for key in ("deep_share", "early_of_deep")]
+        assert [float(word) for word in found.groups()] == pytest.approx(shares, abs=0.06)

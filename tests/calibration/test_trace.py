@@ -15,6 +15,7 @@ from calibration.cli import main
 from calibration.model.confidence import Confidence, confidence_of
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
+from calibration.training.exit_quality import expected_calibration_error
 from calibration.training.scoring import Windows, score
 from calibration.training.small_family import FamilyOptions, train_family
 from calibration.training.text import corpus
@@ -23,7 +24,6 @@ from calibration.training.thresholds import (
     choose_threshold,
     early_agreement,
     exit_levels,
-    expected_calibration_error,
     fit_map,
     kind_of,
     settle,
@@ -172,11 +172,6 @@ def test_a_map_of_one_value_is_one_knot() -> None:
     found = fit_map(np.full(100, 0.7, dtype=np.float32), np.arange(100) % 4 == 0)
     assert found.x == pytest.approx((0.7,))
     assert found.y == pytest.approx((0.25,))
-
-
-def test_calibration_error_of_perfect_confidence_is_zero() -> None:
-    confidence = np.array([1.0, 1.0, 0.0], dtype=np.float32)
-    assert expected_calibration_error(confidence, np.array([True, True, False])) == 0.0
 
 
 def test_the_threshold_is_the_lowest_that_every_candidate_can_bear() -> None:
