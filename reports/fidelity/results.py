@@ -148,7 +148,9 @@ def gains(cases: Sequence[Data]) -> list[dict[str, Any]]:
     for group, members in _groups(cases):
         plain = [case for case in members if not case["equal_quality"]]
         ours = next((case for case in plain if case["policy"] == "helios"), None)
-        for other in plain if ours is not None else ():
+        if ours is None:
+            continue
+        for other in plain:
             if other is ours:
                 continue
             for key, name, more in GAINS:

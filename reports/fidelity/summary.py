@@ -103,7 +103,9 @@ def _served(one: Mapping[str, Any], results: Mapping[str, Any]) -> Mapping[str, 
     group = next((each for each in results["groups"] if each["group"] == one["group"]), None)
     label = f"{one['policy']} at equal quality"
     members = [] if group is None else group["policies"]
-    found = next((each["figures"] for each in members if each["policy"] == label), {})
+    found: Mapping[str, Any] = next(
+        (each["figures"] for each in members if each["policy"] == label), {}
+    )
     known = [
         found.get(key, {}).get("real_over_vanilla") for key in ("output_throughput", "perplexity")
     ]
