@@ -307,43 +307,61 @@ def ragged_lengths(batch: int, mean: int, longest: int, seed: int) -> list[int]:
 
 
 def _latency_jobs(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
-    """All latency trials of a grid."""
+    """All latency trials of a grid.
+
+    Where decodes are replayed from graphs, they are served so: eager ones are timed once and last,
+    on the coarsest grid.
+    """
+    *others, served = bounds.modes
+    for mode in others:
+        for job in _decodes(bounds, RICHNESS[-1], ragged=False):
+            yield replace(job, mode=mode, trial=richness.trials - 1)
     for trial in range(richness.trials):
-        for mode in bounds.modes:
-            for job in _one_trial(bounds, richness, mode, seed):
-                yield replace(job, mode=mode, trial=trial)
+        for job in _one_trial(bounds, richness, seed):
+            # What is not replayed from a graph costs the same whatever the layers run as.
+            mode = bounds.modes[0] if job.prompt_tokens else served
+            yield replace(job, mode=mode, trial=trial)
 
 
-def _one_trial(bounds: Bounds, richness: Richness, mode: str, seed: int) -> Iterator[Job]:
+def _one_trial(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
     name, depths = bounds.model, bounds.depths
-    batches = powers_of_two(bounds.max_batch, richness.batches)
-    contexts = geometric(min(32, bounds.max_context), bounds.max_context, richness.contexts)
-    middle = _middle(contexts)
-    for batch in batches:
-        for context, longest in _decode_loads(batch, contexts, middle, bounds):
-            yield _decode("decode_layers", bounds, batch, context, longest)
-        for longest in sorted({middle, _ragged_longest(middle, batch, bounds)}):
-            if batch * longest <= bounds.pool_tokens:
-                yield _decode("iteration", bounds, batch, middle, longest)
+    batches, middle = _batches(bounds, richness), _middle(_contexts(bounds, richness))
+    yield from _decodes(bounds, richness, ragged=True)
     yield from _held_out(bounds, richness, seed)
-    if mode == bounds.modes[-1]:
-        # As they are when serving: from graphs where there are any.
-        for batch in batches:
-            for quantity in ("head", "check"):
-                yield Job(quantity, name, batch=batch)
-            if len(depths) > 1:
-                yield Job("kv_fill", name, depths=_filled(depths), batch=batch)
-            if batch * middle <= bounds.pool_tokens:
-                yield from _leaving(bounds, batch, middle, splits=False)
-        for batch in _splitting_batches(batches):
-            if batch * middle <= bounds.pool_tokens:
-                yield from _splits(bounds, batch, middle)
-        yield from _held_out_leaving(bounds, richness, seed)
-    if mode == "graph":
-        # What is not replayed from a graph costs the same whatever the layers run as.
-        return
+    for batch in batches:
+        for quantity in ("head", "check"):
+            yield Job(quantity, name, batch=batch)
+        if len(depths) > 1:
+            yield Job("kv_fill", name, depths=_filled(depths), batch=batch)
+        if batch * middle <= bounds.pool_tokens:
+            yield from _leaving(bounds, batch, middle, splits=False)
+    for batch in _splitting_batches(batches):
+        if batch * middle <= bounds.pool_tokens:
+            yield from _splits(bounds, batch, middle)
+    yield from _held_out_leaving(bounds, richness, seed)
     yield from _prefills(bounds, richness)
     yield from _held_out_prefills(bounds, richness, seed)
+
+
+def _batches(bounds: Bounds, richness: Richness) -> tuple[int, ...]:
+    return powers_of_two(bounds.max_batch, richness.batches)
+
+
+def _contexts(bounds: Bounds, richness: Richness) -> tuple[int, ...]:
+    return geometric(min(32, bounds.max_context), bounds.max_context, richness.contexts)
+
+
+def _decodes(bounds: Bounds, richness: Richness, *, ragged: bool) -> Iterator[Job]:
+    """Stacks of layers over rows and contexts, and whole iterations at a middle context."""
+    contexts = _contexts(bounds, richness)
+    middle = _middle(contexts)
+    for batch in _batches(bounds, richness):
+        for context, longest in _decode_loads(batch, contexts, middle, bounds):
+            if ragged or context == longest:
+                yield _decode("decode_layers", bounds, batch, context, longest)
+        for longest in sorted({middle, _ragged_longest(middle, batch, bounds)}):
+            if batch * longest <= bounds.pool_tokens and (ragged or longest == middle):
+                yield _decode("iteration", bounds, batch, middle, longest)
 
 
 def _leaving(bounds: Bounds, batch: int, context: int, *, splits: bool = True) -> Iterator[Job]:

@@ -39,6 +39,10 @@ def latency(allowed_s: float, bounds: Bounds = BOUNDS) -> tuple[Job, ...]:
     return plan_latency(bounds, estimate_s, allowed_s, 2 * allowed_s, seed=0).jobs
 
 
+def decodes_eagerly(job: Job) -> bool:
+    return job.mode == "eager" and not job.prompt_tokens
+
+
 def test_a_longer_budget_gives_a_finer_grid_and_both_fit() -> None:
     short, long = latency(20.0), latency(300.0)
     assert len(short) < len(long)
@@ -52,9 +56,25 @@ def test_every_round_covers_the_whole_grid_once() -> None:
     for job in jobs:
         rounds.setdefault(job.trial, set()).add(job_from({**job.as_dict(), "trial": 0}))
     assert len(rounds) > 1
-    assert len({frozenset(found) for found in rounds.values()}) == 1
+    eager = {job for found in rounds.values() for job in found if decodes_eagerly(job)}
+    assert eager < rounds[len(rounds) - 1]
+    assert len({frozenset(found - eager) for found in rounds.values()}) == 1
     trials = [job.trial for job in jobs]
     assert trials == sorted(trials)
+
+
+@pytest.mark.parametrize("allowed_s", [0.01, 300.0])
+def test_where_graphs_serve_eager_decodes_are_few_and_can_be_fitted(allowed_s: float) -> None:
+    eager = [job for job in latency(allowed_s) if decodes_eagerly(job)]
+    assert {job.quantity for job in eager} == {"decode_layers", "iteration"}
+    assert {job.purpose for job in eager} == {"fit"}
+    assert all(job.context_tokens == job.longest_tokens for job in eager)
+    assert len({job.batch for job in eager}) == 3
+    assert len({job.context_tokens for job in eager}) >= 2
+    assert len(eager) < 16
+    alone = [job for job in latency(allowed_s, replace(BOUNDS, modes=("eager",)))]
+    replayed = {replace(job, mode="eager") for job in latency(allowed_s) if job not in eager}
+    assert allowed_s > 1.0 or set(alone) == replayed
 
 
 def test_trials_are_in_random_order_and_the_same_for_one_seed() -> None:
@@ -127,7 +147,7 @@ def test_several_prompts_are_fitted_shallow_and_deep_beside_their_layers(allowed
 @pytest.mark.parametrize("allowed_s", [0.01, 300.0])
 def test_even_the_coarsest_grid_holds_out_enough(allowed_s: float) -> None:
     jobs = [job for job in latency(allowed_s) if job.purpose == "held-out" and job.trial == 0]
-    decodes = [job for job in jobs if not job.prompt_tokens and job.mode == "eager"]
+    decodes = [job for job in jobs if not job.prompt_tokens and job.mode == "graph"]
     assert len(decodes) >= 12
     assert sum(job.longest_tokens != job.context_tokens for job in decodes) >= 4
     assert len([job for job in jobs if job.prompt_tokens]) >= 6

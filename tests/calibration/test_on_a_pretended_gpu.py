@@ -294,12 +294,13 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
         (str(tmp_path / "tiny"),),
         tmp_path / "points",
         device="cuda",
-        budget_s=30.0,
+        budget_s=90.0,
         max_batch=2,
         max_context=32,
         traces=False,
     )
-    measure(settings)
+    done = measure(settings)
+    assert done.left_out == 0, done.notes
     points = read_points(tmp_path / "points")
     decode = points.filter(pl.col("quantity") == "decode_layers")
     assert set(decode["mode"]) == {"eager", "graph"}
