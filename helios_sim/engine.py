@@ -23,6 +23,7 @@ from helios_sim.garbage import uncollected
 from helios_sim.hot_rules import loop_with
 from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
 from helios_sim.policy.contract import (
+    USUAL_REASSESS_REQUESTS,
     Assignment,
     Candidate,
     Decision,
@@ -47,6 +48,8 @@ from helios_sim.state import (
     LOADING_STATE,
     NLL_UNITS_PER_NAT,
     OUT_OF_WORK,
+    UNSENT,
+    WAITING,
     World,
     live_record,
 )
@@ -448,7 +451,8 @@ class Replica:
             per_request = float(rep.num_tokens / rep.num_finished)
         else:
             per_request = float(self.run.setup.serving.expected_output_tokens)
-        return (self.until_reassessment or 0) * per_request
+        requests = self.until_reassessment
+        return (USUAL_REASSESS_REQUESTS if requests is None else requests) * per_request
 
     def marked(self) -> _Mark:
         """The running sums as they stand, to take differences from."""
@@ -691,7 +695,7 @@ class Run:
 
     def foresight(self, replica: Replica) -> dict[str, tuple[float, ...]]:
         """True exit shares of the requests to come, for policies that bound the others."""
-        coming = self.requests.arrival_s > replica.record.now_s
+        coming = np.isin(self.world.requests["status"], (UNSENT, WAITING))
         horizon = self.policy.watching.reassess_requests or len(self.requests)
         upcoming = np.flatnonzero(coming)[: horizon * len(self.replicas)]
         if not len(upcoming):

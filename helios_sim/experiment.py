@@ -18,12 +18,12 @@ from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
-from helios_sim.metrics import DEFINITIONS, aggregate, summarise
+from helios_sim.metrics import aggregate, summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile
-from helios_sim.records import RunData, check_run
+from helios_sim.records import SUMMARY_KINDS, RunData, check_run
 from helios_sim.scenario import PolicySettings, Scenario, resolved
 from helios_sim.workload import Requests, fit_context, generate
 
@@ -112,16 +112,16 @@ def forget_traces() -> None:
 
 
 def _check_published(scenario: Scenario, where: str) -> None:
-    """Published figures stand beside keys of a summary, so they must be some."""
-    statistics = ("mean_", "median_", "std_", "p50_", "p90_", "p95_", "p99_")
+    """Published figures stand beside numbers of a summary, so they must be some."""
     for index, entry in enumerate(scenario.published):
-        key = entry.figure.split(".")[0]
-        plain = [key, *(key.removeprefix(part) for part in statistics)]
-        if not any(name in DEFINITIONS for name in plain):
-            near = get_close_matches(key, DEFINITIONS, n=1)
+        key, dot, _ = entry.figure.partition(".")
+        kind, _ = SUMMARY_KINDS.get(key, ("text", False))
+        if kind not in (("numbers", "tables") if dot else ("whole", "number")):
+            numbers = [name for name, (kind, _) in SUMMARY_KINDS.items() if kind == "number"]
+            near = get_close_matches(key, numbers, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(
-                f"{entry.figure!r} is no figure of a summary.{hint}",
+                f"{entry.figure!r} is no number of a summary.{hint}",
                 f"{where}, published.{index}.figure",
             )
 

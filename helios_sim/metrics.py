@@ -784,6 +784,38 @@ COMPARED: Final[tuple[tuple[str, str, str, str, Better | None], ...]] = (
 )
 """Figures that a comparison shows: key, title, unit, group, and which direction is better."""
 
+_LESS_IS_BETTER: Final = frozenset(
+    (
+        *("failed", "duration", "max_concurrent_requests", "mean_running", "weight_bytes_peak"),
+        *("total_gpu_energy", "energy_per_request", "energy_idle_j", "energy_load_j"),
+        *("breach_rate", "breach_rate_observed", "num_breach_events", "num_switches", "num_loads"),
+        *("num_evaluations", "switch_time_s", "backlog_growth_per_s", "drain_after_arrivals_s"),
+    )
+)
+"""Of figures that are not compared; where neither is better, more counts as the gain."""
+
+
+def gain(key: str, own: float, other: float) -> float | None:
+    """How many times better a figure is than another one's; None over nothing."""
+    better = next((one[4] for one in COMPARED if one[0] == key), None)
+    lower = better == "lower" or key.endswith("_ms") or key in _LESS_IS_BETTER
+    below, above = (own, other) if lower else (other, own)
+    return above / below if below else None
+
+
+def figure_at(node: Any, path: str) -> float | None:
+    """The number of a summary at keys joined by dots, which may be in keys too; None elsewhere."""
+    if not isinstance(node, Mapping):
+        return None
+    if path in node:
+        value = node[path]
+        return float(value) if isinstance(value, int | float) else None
+    found = (
+        figure_at(node[key], path[len(key) + 1 :]) for key in node if path.startswith(f"{key}.")
+    )
+    return next((value for value in found if value is not None), None)
+
+
 SCALE: Final = {
     "slo_attainment": 100.0,
     "agreement": 100.0,

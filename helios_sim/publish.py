@@ -11,7 +11,7 @@ from typing import Any
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import Result, folder_names
-from helios_sim.records import RUN_FILES, RunData, move_into_place, write_run
+from helios_sim.records import RUN_FILES, TOTALS_FILE, RunData, move_into_place, write_run
 from helios_sim.report import render
 
 PAGE = "report.html"
@@ -31,7 +31,7 @@ def check_results_target(out_dir: Path) -> None:
         raise InputError("It is a file; allowed is a new folder.", str(out_dir))
     for entry in out_dir.iterdir():
         names = {file.name for file in entry.iterdir()} if entry.is_dir() else set()
-        is_run = bool(names) and names <= {*RUN_FILES, PAGE}
+        is_run = TOTALS_FILE in names and names <= {*RUN_FILES, PAGE}
         if not is_run and entry.name != PAGE:
             raise InputError(
                 f"The folder holds {entry.name!r}, which is no run of ours; allowed is a new "

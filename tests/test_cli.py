@@ -158,6 +158,12 @@ def test_results_are_replaced_but_a_strangers_folder_is_not(
     assert run("simulate", scenario, "--out", tmp_path / "letters") == 2
     assert "dear.txt" in capsys.readouterr().err
     assert (tmp_path / "letters" / "dear.txt").read_text(encoding="utf-8") == "kept"
+    # A scenario kept in a folder bears the name of one of a run's files.
+    (tmp_path / "mine" / "first").mkdir(parents=True)
+    (tmp_path / "mine" / "first" / "scenario.toml").write_text("kept", encoding="utf-8")
+    assert run("simulate", scenario, "--out", tmp_path / "mine") == 2
+    assert "'first', which is no run of ours" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "first" / "scenario.toml").read_text(encoding="utf-8") == "kept"
 
 
 @pytest.mark.parametrize(
@@ -276,7 +282,18 @@ def test_a_page_replaces_no_other_file(
         ("fleet.memory_bytes=1", "memory_bytes of at least"),
         ("policy.0.model=opt-13b", "opt-13b"),
         ("measure.warmup_requests=40", "warm-up"),
-        ('published=[{figure="zz",policy="vanilla",published=1.0,source="x"}]', "no figure"),
+        (
+            'published=[{figure="zz",policy="vanilla",published=1.0,source="x"}]',
+            "no number of a summary",
+        ),
+        (
+            'published=[{figure="mean_agreement",policy="vanilla",published=1.0,source="x"}]',
+            "'mean_agreement' is no number of a summary. Did you mean",
+        ),
+        (
+            'published=[{figure="exit_histogram",policy="vanilla",published=1.0,source="x"}]',
+            "'exit_histogram' is no number of a summary",
+        ),
     ],
 )
 def test_what_cannot_start_is_found_before_anything_runs(

@@ -21,6 +21,8 @@ from helios_sim.metrics import (
     columns_of,
     compare,
     distinct_labels,
+    figure_at,
+    gain,
     gap_percentile_s,
     meets_all,
     rounded_figures,
@@ -488,3 +490,30 @@ def test_closed_loops_are_compared_though_arrivals_differ() -> None:
     """In a closed loop arrivals follow finishes, so only the requests have to be the same."""
     rows = compare([make_run(closed_loop=True), make_run(closed_loop=True, rate_per_s=5.0)])
     assert {row.key for row in rows} >= {"output_throughput", "mean_ttft_ms"}
+
+
+@pytest.mark.parametrize(
+    ("key", "better"),
+    [
+        ("output_throughput", 4.0),
+        ("mean_batch_size", 4.0),
+        ("output_tokens_per_joule", 4.0),
+        ("p95_ttft_ms", 0.25),
+        ("mean_wait_ms", 0.25),
+        ("energy_per_request", 0.25),
+        ("perplexity", 0.25),
+        ("breach_rate_observed", 0.25),
+    ],
+)
+def test_a_gain_above_one_is_better_whatever_the_figure(key: str, better: float) -> None:
+    assert gain(key, 8.0, 2.0) == better
+    assert gain(key, 0.0, 0.0) is None
+
+
+def test_a_figure_is_found_below_keys_that_hold_dots_themselves() -> None:
+    summary = {"agreement": 0.5, "exit_histogram": {"opt-1.3b": {"6": 0.75}}, "label": "a"}
+    assert figure_at(summary, "agreement") == 0.5
+    assert figure_at(summary, "exit_histogram.opt-1.3b.6") == 0.75
+    assert figure_at(summary, "exit_histogram.opt-1.3b") is None
+    assert figure_at(summary, "exit_histogram.opt-1.3b.7") is None
+    assert figure_at(summary, "label") is None

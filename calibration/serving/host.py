@@ -21,6 +21,7 @@ from calibration.serving.tally import NLL_UNITS_PER_NAT, Sample
 from helios_sim.cards import Room, candidate_card
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import (
+    USUAL_REASSESS_REQUESTS,
     Assignment,
     Decision,
     Evaluate,
@@ -471,7 +472,8 @@ class Host(Replica):
             per_request = tally.num_tokens / tally.num_finished
         else:
             per_request = float(self.room.serving.expected_output_tokens)
-        return (self.until_reassessment or 0) * per_request
+        requests = self.until_reassessment
+        return (USUAL_REASSESS_REQUESTS if requests is None else requests) * per_request
 
     def marked(self) -> _Mark:
         """The running sums as they stand, to take differences from."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import (
+    USUAL_REASSESS_REQUESTS,
     Candidate,
     Decision,
     Event,
@@ -187,7 +188,8 @@ class Always:
     """Switches to the next candidate, partially loaded, at every reassessment."""
 
     reassess_requests: int = field(
-        default=150, metadata=about("Requests finished between two switches.", "ours")
+        default=USUAL_REASSESS_REQUESTS,
+        metadata=about("Requests finished between two switches.", "ours"),
     )
     confidence_threshold: float | None = field(default=None, metadata=about(THRESHOLD, "open"))
 
@@ -230,7 +232,8 @@ class Clairvoyant:
         default="throughput", metadata=about("What the best candidate is best at.", "ours")
     )
     reassess_requests: int = field(
-        default=150, metadata=about("Requests finished between two choices.", "ours")
+        default=USUAL_REASSESS_REQUESTS,
+        metadata=about("Requests finished between two choices.", "ours"),
     )
     depth_rule: DepthRule = field(
         default="dominant",

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
+
+USUAL_REASSESS_REQUESTS: Final = 150
+"""The paper's interval; as far as expectations reach where nobody reassesses."""
 
 Objective = Literal["throughput", "response-time", "energy", "quality", "memory"]
 
@@ -133,8 +136,9 @@ class Snapshot:
     `round_evaluated` names the candidates evaluated since the last reassessment began.
     `load_s` estimates, for each candidate and exit level, the seconds to bring it in from what
     is loaded now. `expected_tokens` is the number of tokens the replica expects to emit until
-    the next reassessment. `foresight` is filled for a policy that declares `sees_future` and for
-    no other: the true exit shares of the coming tokens by candidate.
+    the next reassessment, in `USUAL_REASSESS_REQUESTS` requests where there is none. `foresight` is
+    filled for a policy that declares `sees_future` and for no other: the true exit shares of the
+    coming tokens by candidate.
     """
 
     now_s: float

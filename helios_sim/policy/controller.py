@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import (
+    USUAL_REASSESS_REQUESTS,
     Assignment,
     Candidate,
     Decision,
@@ -257,5 +258,6 @@ class Controller:
         if not math.isfinite(expected_tokens) or expected_tokens < 0:
             raise ValueError(
                 f"The host gave expected_tokens = {expected_tokens!r}; it must be finite and at "
-                "least 0. Without reassessments it is the tokens expected until the run ends."
+                "least 0. Without reassessments it is the tokens expected in the next "
+                f"{USUAL_REASSESS_REQUESTS} requests."
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from helios_sim.policy.contract import (
+    USUAL_REASSESS_REQUESTS,
     Candidate,
     Decision,
     Evaluate,
@@ -56,7 +57,7 @@ class HeliosSettings:
         default=5, metadata=about("Requests a candidate serves when evaluated.", "paper")
     )
     reassess_requests: int | None = field(
-        default=150,
+        default=USUAL_REASSESS_REQUESTS,
         metadata=about(
             'Requests finished after an evaluation until the next round; "off" never reassesses.',
             "paper",

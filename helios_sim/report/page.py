@@ -22,6 +22,8 @@ from helios_sim.metrics import (
     columns_of,
     comparison_rows,
     distinct_labels,
+    figure_at,
+    gain,
     paired_differences,
 )
 from helios_sim.records import REPORT_FILE, RunData, flat_items, toml_text
@@ -380,7 +382,8 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         rows.append(f"<tr>{cells}</tr>")
     if not rows:
         return ""
-    titles = ("Figure", "Published", "Simulated", "Ratio", "Source", "Why it differs")
+    ours = runs[0].origin.capitalize()
+    titles = ("Figure", "Published", ours, "Ratio", "Source", "Why it differs")
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     return section(
         "Beside the published figures",
@@ -396,20 +399,11 @@ def _own_figure(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> fl
     for label in (entry["policy"], entry.get("against")):
         if label is None:
             continue
-        node: Any = by_label.get(label)
-        for key in entry["figure"].split("."):
-            node = node.get(key) if isinstance(node, Mapping) else None
-        if not isinstance(node, (int, float)):
+        value = figure_at(by_label.get(label), entry["figure"])
+        if value is None:
             return None
-        values.append(float(node) * float(entry.get("scale", 1.0)))
-    if len(values) == 1:
-        return values[0]
-    own, other = values
-    lower_is_better = any(
-        key == entry["figure"] and better == "lower" for key, _, _, _, better in COMPARED
-    )
-    below, above = (own, other) if lower_is_better else (other, own)
-    return above / below if below else None
+        values.append(value * float(entry.get("scale", 1.0)))
+    return values[0] if len(values) == 1 else gain(entry["figure"], *values)
 
 
 def _latencies(

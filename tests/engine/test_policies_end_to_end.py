@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
+from helios_sim.policy.contract import USUAL_REASSESS_REQUESTS, Event
 from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.records import RunData, check_run
 from helios_sim.scenario import load_scenario
 from tests.engine.factories import (
+    DOMAINS,
     both_models,
     drifting_requests,
     drifting_setup,
@@ -200,6 +204,34 @@ def scenario_beside_a_policy(folder: Path) -> Path:
     path = folder / "mine.toml"
     path.write_text(SCENARIO, encoding="utf-8")
     return path
+
+
+def test_expectations_reach_as_far_as_usual_where_nobody_reassesses() -> None:
+    never = {"reassess_requests": None, "breach_window_tokens": 20, "breach_limit": 8}
+    run, _ = play(drifting_setup(), drifting_requests(), "helios", **never)
+    first, *others = snapshots_of(run.decisions)
+    usual = drifting_setup().serving.expected_output_tokens
+    assert first.expected_tokens == USUAL_REASSESS_REQUESTS * usual
+    breached = [snapshot for snapshot in others if snapshot.event is Event.BREACHED]
+    assert breached
+    assert all(1.0 <= seen.expected_tokens / USUAL_REASSESS_REQUESTS <= 20.0 for seen in breached)
+
+
+@pytest.mark.parametrize("num_users", [0, 12])
+def test_foresight_is_of_the_requests_that_nobody_has_begun(num_users: int) -> None:
+    """Waiting ones among them, and in a closed loop those whose users still think."""
+    easy_first = np.repeat([0, 1], 60).astype(np.int16)
+    requests = replace(drifting_requests(120, num_users=num_users), domain=easy_first)
+    if not num_users:
+        requests = replace(requests, arrival_s=np.zeros(120))
+    run, _ = play(drifting_setup(), requests, "clairvoyant", reassess_requests=30)
+    seen = [snapshot.foresight["small"][0] for snapshot in snapshots_of(run.decisions)]
+    easy, hard = (
+        drifting_setup().traces.share_by_exit("small", 0.5, domain)[0] for domain in DOMAINS
+    )
+    assert easy > hard
+    assert seen[0] == pytest.approx(easy)
+    assert seen[-1] == pytest.approx(hard)
 
 
 def test_a_policy_in_a_file_beside_the_scenario_is_played(tmp_path: Path) -> None:
