@@ -91,10 +91,11 @@ DEFINITIONS: Final[dict[str, str]] = {
     "weight_bytes_peak": "most bytes of weights loaded on a replica at once",
     "mean_kv_use": "share of the KV blocks in use, averaged over time",
     "num_switches": "times another model was brought in to serve",
-    "num_loads": "times more layers of the serving model were loaded",
+    "num_loads": "decisions `load-layers` that were carried out",
     "num_evaluations": "evaluations of candidates on real requests",
     "switch_time_s": "seconds from each decision to load, switch or serve until it was carried "
-    "out, summed over replicas; a replica may serve or drain in the meantime",
+    "out, summed over replicas; a replica may serve or drain in the meantime. Evaluations are not in "
+    "it",
     "depth_share": "share of serving time by model and loaded layers",
     "regime": "share of busy time whose layer time is bound by launch, memory or compute",
     "time_shares": "seconds busy, idle and loading over all replicas' time; draining and "

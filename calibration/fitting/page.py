@@ -149,18 +149,26 @@ def _opening(profile: Profile, rows: Sequence[CheckRow]) -> str:
 
 
 def _table(
-    titles: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", texts: int = 1
+    titles: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caption: str = "",
+    texts: int = 1,
+    ends_in_words: bool = False,
 ) -> str:
-    """A table whose first `texts` columns are text and whose others are figures."""
+    """A table whose first `texts` columns are text and whose others are figures.
+
+    Titles take several lines where they are long, and so does a last column of words.
+    """
+    words = len(titles) - 1 if ends_in_words else len(titles)
     head = "".join(
-        f'<th scope="col"{_aligned(at, texts)}>{escape(title)}</th>'
+        f'<th scope="col"{_TITLE if texts <= at < words else ""}>{escape(title)}</th>'
         for at, title in enumerate(titles)
     )
     body = "".join(
         "<tr>"
         + "".join(
             (f'<th scope="row">{escape(cell)}</th>' if not at else "")
-            or f"<td{_aligned(at, texts)}>{escape(cell)}</td>"
+            or f"<td{_aligned(at, texts) if at < words else _WORDS}>{escape(cell)}</td>"
             for at, cell in enumerate(row)
         )
         + "</tr>"
@@ -171,6 +179,10 @@ def _table(
         f'<div class="panel scroll"><table style="font-size:.86rem">{named}'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+_TITLE: Final = ' style="text-align:right"'
+_WORDS: Final = ' style="min-width:12em"'
 
 
 def _aligned(column: int, texts: int) -> str:
@@ -206,6 +218,7 @@ def _errors(
         "Sizes of relative errors. Left out: median error of fits that did not see the point. "
         "Noise: median deviation among the trials of one point, which no fit goes below.",
         texts=3,
+        ends_in_words=True,
     )
     figure = add_figure(
         drawn,

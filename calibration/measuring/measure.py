@@ -73,6 +73,7 @@ from calibration.training.trace import trace_checkpoints
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
+from helios_sim.report.words import counted
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -560,10 +561,10 @@ class _Session:
         planned_s = latency.seconds * again + energy_s
         metered = f", {len(windows)} energy windows" if windows else ""
         self._say(
-            f"{bench.name}: {len(latency.jobs)} timings in {trials} rounds{metered}; rows up to "
-            f"{bounds.max_batch}, contexts up to {bounds.max_context}, layers "
+            f"{bench.name}: {len(latency.jobs)} timings in {counted(trials, 'round')}{metered}; "
+            f"rows up to {bounds.max_batch}, contexts up to {bounds.max_context}, layers "
             f"{', '.join(map(str, bounds.depths))}; about "
-            f"{_clock(min(planned_s, allowed_s))}."
+            f"{_clock(max(0.0, min(planned_s, allowed_s)))} left for them."
         )
         return planned
 

@@ -75,14 +75,14 @@ def find_sources(models: Sequence[str], exits: Sequence[int] | None = None) -> t
             raise InputError(
                 f"{model!r} is neither a folder nor a public shape{hint} Shapes are "
                 f"{', '.join(PUBLIC_SHAPES)}.",
-                "--models",
+                "MODEL",
             )
     if not found:
-        raise InputError("No model was named; give checkpoint folders or shapes.", "--models")
+        raise InputError("No model was named; give checkpoint folders or shapes.", "MODEL")
     names = [source.name for source in found]
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"Two models are called {name!r}; measure them apart.", "--models")
+            raise InputError(f"Two models are called {name!r}; measure them apart.", "MODEL")
     return tuple(found)
 
 

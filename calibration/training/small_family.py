@@ -63,7 +63,7 @@ class FamilyOptions:
                 f"{self.num_processes} processes were asked for; at least 1 is needed.",
                 "--processes",
             )
-        kind_of(self.confidence)
+        kind_of(self.confidence, "--confidence")
         if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
             raise InputError(
                 f"The threshold {self.threshold} was given; it lies in 0 to 1.", "--threshold"

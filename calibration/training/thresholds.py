@@ -34,15 +34,15 @@ Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 
-def kind_of(name: str) -> tuple[Kind, bool]:
-    """A profile's confidence kind as (raw kind, calibrated)."""
+def kind_of(name: str, option: str = "--kind") -> tuple[Kind, bool]:
+    """A profile's confidence kind as (raw kind, calibrated); `option` is where it was given."""
     raw = name.removeprefix(CALIBRATED)
     for kind in KINDS:
         if kind == raw and name in CONFIDENCE_KINDS:
             return kind, name != raw
     raise InputError(
         f"The confidence kind {name!r} is unknown; allowed are {', '.join(CONFIDENCE_KINDS)}.",
-        "--confidence",
+        option,
     )
 
 

@@ -54,6 +54,11 @@ def train(
     report = train_family(preset_of(preset), out, options, _teller())
     for name, model in report["models"].items():
         exits = model["settings"]["plan"]["exit_layers"]
+        if model["ended_by"] == "budget":
+            typer.echo(
+                f"{name} was ended by its budget after {model['iterations']:,} iterations; a "
+                "larger --budget trains it to its end."
+            )
         for domain in model["text"]:
             losses = ", ".join(
                 f"L{layer} {nll:.3f}"
@@ -160,7 +165,7 @@ def _teller() -> Callable[[Reading], None]:
             return
         told[reading.model] = reading.seconds
         typer.echo(
-            f"{reading.model}: {reading.progress:.0%}, {reading.tokens:,} bytes, loss "
+            f"{reading.model}: {min(1.0, reading.progress):.0%}, {reading.tokens:,} bytes, loss "
             f"{reading.loss:.3f} nats, {reading.seconds:.0f} s"
         )
 

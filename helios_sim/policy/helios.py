@@ -24,7 +24,7 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.depth import DepthRule, check_depth_options, greedy_level
 from helios_sim.policy.history import exit_shares, latest
-from helios_sim.policy.objective import OBJECTIVES, describe, meets_slo, score
+from helios_sim.policy.objective import OBJECTIVES, brief, describe, meets_slo, score
 from helios_sim.policy.options import (
     about,
     as_exit_mode,
@@ -257,8 +257,9 @@ class Helios:
         # max takes the first of equals: the one that ranks higher on the shortlist.
         keeps_slo, _, best, level = max(choices, key=lambda choice: choice[:2])
         depth = best.exit_layers[level]
-        compared = ", ".join(
-            f"{candidate.name} at {candidate.exit_layers[at]} {describe(s.objective, value)}"
+        compared = "; ".join(
+            f"{candidate.name} at {candidate.exit_layers[at]} layers: "
+            f"{describe(s.objective, value)}"
             for _, value, candidate, at in choices
         )
         warning = "" if keeps_slo else " No evaluated candidate keeps the SLO at its depth."
@@ -280,10 +281,12 @@ class Helios:
         if not possible:
             return Keep(self._why_nothing(snapshot))
         chosen, _ = min(possible, key=lambda pair: pair[1].total_s(rule))
-        costs = ", ".join(
-            f"{_short(decision)} {cost.total_s(rule):.3g} s" for decision, cost in possible
+        costs = "; ".join(
+            f"{_short(decision)} {brief(cost.total_s(rule))} s"
+            f"{' (chosen)' if decision is chosen else ''}"
+            for decision, cost in possible
         )
-        return replace(chosen, reason=f"Too many breaches; smallest {rule} overhead of: {costs}.")
+        return replace(chosen, reason=f"Too many breaches. {rule.capitalize()} overhead: {costs}.")
 
     def _load_option(self, snapshot: Snapshot) -> list[tuple[LoadLayers | Switch, Overhead]]:
         now = snapshot.assignment
@@ -333,5 +336,5 @@ def _evaluation_order(snapshot: Snapshot, shortlist: Shortlist) -> list[Candidat
 def _short(decision: LoadLayers | Switch) -> str:
     """A reaction in a few words."""
     if isinstance(decision, LoadLayers):
-        return f"load to {decision.depth}"
-    return f"switch to {decision.model} at {decision.depth}"
+        return f"loading to {decision.depth} layers"
+    return f"switching to {decision.model} at {decision.depth} layers"

@@ -107,17 +107,25 @@ def score(
     return -evaluation.nll_nats / evaluation.num_tokens
 
 
+def brief(value: float) -> str:
+    """A number to three digits as people write it: 36,300 or 0.0456, never with an exponent."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    places = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, places):,.{max(0, places)}f}"
+
+
 def describe(objective: Objective, value: float) -> str:
     """A score as a person reads it, with its unit."""
     if objective == "throughput":
-        return f"{value:.3g} tokens/s"
+        return f"{brief(value)} tokens/s"
     if objective == "response-time":
-        return f"{-value:.3g} s to the first token"
+        return f"{brief(-value)} s to the first token"
     if objective == "energy":
-        return f"{-value:.3g} J per token"
+        return f"{brief(-value)} J per token"
     if objective == "memory":
-        return f"{-value / 1e9:.3g} GB"
-    return f"{-value:.3g} nats per token"
+        return f"{brief(-value / 1e9)} GB"
+    return f"{brief(-value)} nats per token"
 
 
 def meets_slo(candidate: Candidate, level: int, evaluation: Telemetry | None, slo: Slo) -> bool:

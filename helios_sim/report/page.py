@@ -427,7 +427,7 @@ def _latencies(
             "Cumulative distributions of TTFT, TPOT and E2E",
             "Cumulative share of finished requests by TTFT, TPOT (requests of two or more tokens) "
             "and E2E, on logarithmic scales."
-            + (" Dotted lines are the limits of the SLO." if text else ""),
+            + (" The thin vertical lines are the limits of the SLO." if text else ""),
         ),
     )
 

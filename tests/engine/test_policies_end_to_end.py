@@ -173,7 +173,7 @@ class Patient:
         mode = ExitMode.LOADED_DEPTH if crowded else ExitMode.WAIT
         now = snapshot.assignment
         if snapshot.event is not Event.START and now is not None and now.depth == depth:
-            return Keep("The queue is as long as before.")
+            return Keep("This depth suits the queue still.")
         return Serve(model.name, depth, mode, f"{snapshot.num_waiting} requests wait.")
 '''
 
