@@ -94,8 +94,8 @@ DEFINITIONS: Final[dict[str, str]] = {
     "num_loads": "decisions `load-layers` that were carried out",
     "num_evaluations": "evaluations of candidates on real requests",
     "switch_time_s": "seconds from each decision to load, switch or serve until it was carried "
-    "out, summed over replicas; a replica may serve or drain in the meantime. Evaluations are not in "
-    "it",
+    "out, summed over replicas; a replica may serve or drain in the meantime, and evaluations are "
+    "not in it",
     "depth_share": "share of serving time by model and loaded layers",
     "regime": "share of busy time whose layer time is bound by launch, memory or compute",
     "time_shares": "seconds busy, idle and loading over all replicas' time; draining and "
