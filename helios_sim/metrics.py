@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from helios_sim.errors import InputError
 from helios_sim.records import SCHEMA_VERSION, RunData
-from helios_sim.slo import SloLimit, SloSpec, parse_slo
+from helios_sim.slo import SloLimit, SloSpec, parse_slo, reaches
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -462,7 +462,7 @@ def _slo_figures(run: RunData, columns: Columns, slo: SloSpec | None) -> dict[st
         passed: bool | None = None
         if limit.percentile is not None:
             share = gap_share_within(run, limit.limit_s) if limit.metric == "itl" else attained
-            passed = share is not None and share >= limit.percentile / 100.0
+            passed = share is not None and reaches(share, limit.percentile / 100.0)
         limits.append(
             {
                 "limit": str(limit),

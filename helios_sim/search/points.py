@@ -19,7 +19,7 @@ from helios_sim.metrics import columns_of, gap_percentile_s, gap_share_within, m
 from helios_sim.profile import load_profile
 from helios_sim.records import SCHEMA_VERSION, RunData
 from helios_sim.scenario import Scenario, resolved
-from helios_sim.slo import SloLimit, parse_slo
+from helios_sim.slo import SloLimit, needed, parse_slo
 
 POINT_SCHEMA: Final = 1
 """Version of a point's file."""
@@ -102,7 +102,7 @@ def _judged(run: RunData, point: Point) -> list[dict[str, Any]]:
             share = gap_share_within(run, limit.limit_s) if has_gaps else 1.0
         else:
             sent_s = np.sort(_sent_s(columns, limit)[measured])
-            place = max(0, math.ceil(percentile / 100.0 * len(sent_s)) - 1)
+            place = max(0, needed(percentile, len(sent_s)) - 1)
             value_s = float(sent_s[place])
             share = float(meets(columns, limit)[measured].mean())
         found.append(

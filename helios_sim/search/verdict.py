@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 from helios_sim.report.words import limits
-from helios_sim.slo import SloSpec
+from helios_sim.slo import SloSpec, reaches
 
 BACKLOG: Final = "backlog"
 """The criterion that no backlog grows: a short run may meet an SLO while it drowns.
@@ -50,7 +50,7 @@ class Criterion:
     @property
     def holds(self) -> bool:
         """Whether the share reaches the target on average."""
-        return self.mean >= self.target
+        return reaches(self.mean, self.target)
 
     @property
     def shortfall(self) -> float:
@@ -74,12 +74,12 @@ class Verdict:
     @property
     def surely_carried(self) -> bool:
         """Whether every criterion holds at its lower bound."""
-        return all(one.low >= one.target for one in self.criteria)
+        return all(reaches(one.low, one.target) for one in self.criteria)
 
     @property
     def surely_missed(self) -> bool:
         """Whether some criterion fails even at its upper bound."""
-        return any(one.high < one.target for one in self.criteria)
+        return any(not reaches(one.high, one.target) for one in self.criteria)
 
     @property
     def is_sure(self) -> bool:
