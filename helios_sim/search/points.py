@@ -15,13 +15,20 @@ import numpy as np
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
-from helios_sim.metrics import columns_of, gap_percentile_s, gap_share_within, meets
+from helios_sim.metrics import (
+    Columns,
+    columns_of,
+    gap_percentile_s,
+    gap_share_within,
+    meets,
+    meets_all,
+)
 from helios_sim.profile import load_profile
 from helios_sim.records import SCHEMA_VERSION, RunData
 from helios_sim.scenario import Scenario, resolved
-from helios_sim.slo import SloLimit, needed, parse_slo
+from helios_sim.slo import SloLimit, SloSpec, needed, parse_slo
 
-POINT_SCHEMA: Final = 1
+POINT_SCHEMA: Final = 2
 """Version of a point's file."""
 
 _PACKAGE: Final = Path(__file__).parent.parent
@@ -31,7 +38,10 @@ _NO_PART: Final = (
 """Sources that change no figure of a run: what proposes points, and what shows results."""
 
 Figures = dict[str, Any]
-"""What a point gave: `summary`, and for each judged limit its share and its percentile."""
+"""What a point gave: `summary`, for each judged limit its share and its percentile in `judged`, and
+in `together` the share of the requests that meets all limits without a percentile; None without
+any.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,16 +95,21 @@ def run_point(point: Point) -> Figures:
     """Play a point; what it gives is plain data."""
     experiment = prepare(point.scenario, point.base_dir, "scenario")
     result = run_policy(experiment, point.scenario.policy[0])
-    judged = [] if not point.limits else _judged(result.run, point)
-    return {"summary": result.summary, "judged": judged}
+    figures = {"summary": result.summary, "judged": [], "together": None}
+    if point.limits:
+        measure, slo = point.scenario.measure, parse_slo(point.limits)
+        columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)
+        figures["judged"] = _judged(result.run, columns, slo)
+        plain = SloSpec(tuple(limit for limit in slo.limits if limit.percentile is None))
+        if plain.limits:
+            figures["together"] = float(meets_all(columns, plain)[columns.measured].mean())
+    return figures
 
 
-def _judged(run: RunData, point: Point) -> list[dict[str, Any]]:
-    measure = point.scenario.measure
-    columns = columns_of(run, measure.warmup_s, measure.warmup_requests)
+def _judged(run: RunData, columns: Columns, slo: SloSpec) -> list[dict[str, Any]]:
     measured = columns.measured
     found = []
-    for limit in parse_slo(point.limits).limits:
+    for limit in slo.limits:
         percentile = 100.0 if limit.percentile is None else limit.percentile
         if limit.metric == "itl" and limit.percentile is not None:
             has_gaps = sum(run.totals.itl_counts) > 0
@@ -115,7 +130,7 @@ def _judged(run: RunData, point: Point) -> list[dict[str, Any]]:
     return found
 
 
-def _sent_s(columns: Any, limit: SloLimit) -> Any:
+def _sent_s(columns: Columns, limit: SloLimit) -> Any:
     """A latency of every request sent; infinite where it did not finish."""
     if limit.metric == "ttft":
         value = columns.ttft_s

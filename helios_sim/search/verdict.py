@@ -134,9 +134,12 @@ def judge(
     """
     summaries = [one["summary"] for one in figures]
     criteria = []
+    plain: list[tuple[float, str]] = []
     for place, limit in enumerate(spec.limits):
         judged = [one["judged"][place] for one in figures]
-        if limit.percentile is not None:
+        if limit.percentile is None:
+            plain.append((fmean(one["share"] for one in judged), str(limit)))
+        else:
             criteria.append(
                 criterion(
                     str(limit),
@@ -148,22 +151,15 @@ def judge(
                     str(limit),
                 )
             )
-    plain = [limit for limit in spec.limits if limit.percentile is None]
     if plain:
-        shares = {
-            limit.metric: fmean(
-                summary["slo_attainment_by_metric"][limit.metric] for summary in summaries
-            )
-            for limit in plain
-        }
-        worst = min(plain, key=lambda limit: shares[limit.metric])
+        _, worst = min(plain)
         criteria.append(
             criterion(
                 "every limit",
-                [summary["slo_attainment"] for summary in summaries],
+                [one["together"] for one in figures],
                 attainment,
                 confidence,
-                limit=str(worst),
+                limit=worst,
             )
         )
     drowned = [summary["saturation"] == "overloaded" for summary in summaries]

@@ -188,6 +188,9 @@ def test_limits_are_judged_over_the_requests_sent(tmp_path: Path) -> None:
     assert p99["share"] == pytest.approx(1 - refused / 50)
     assert 0 < p50["value_ms"] < 60_000
     assert gaps["share"] == 1.0
+    assert found["together"] is None
+    plain = run_point(point_of(mixed, tmp_path, "ttft:p50<1us;ttft:60s;e2e:60s"))
+    assert plain["together"] == pytest.approx(1 - refused / 50)
 
 
 def test_processes_give_the_same_bytes_as_this_one(tmp_path: Path) -> None:
