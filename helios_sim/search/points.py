@@ -95,7 +95,7 @@ def run_point(point: Point) -> Figures:
     """Play a point; what it gives is plain data."""
     experiment = prepare(point.scenario, point.base_dir, "scenario")
     result = run_policy(experiment, point.scenario.policy[0])
-    figures = {"summary": result.summary, "judged": [], "together": None}
+    figures: Figures = {"summary": result.summary, "judged": [], "together": None}
     if point.limits:
         measure, slo = point.scenario.measure, parse_slo(point.limits)
         columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)

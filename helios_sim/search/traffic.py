@@ -14,8 +14,8 @@ from helios_sim.arrivals import ClosedArrivals, DailyArrivals, ScheduleArrivals
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.scenario import Scenario
-from helios_sim.traces import read_trace
-from helios_sim.workload import MAX_SPAN_S
+from helios_sim.traces import TraceSettings, read_trace
+from helios_sim.workload import MAX_SPAN_S, first_of
 
 MIN_WINDOW_REQUESTS = 40
 
@@ -86,14 +86,19 @@ class Traffic:
 
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
-        """The windows of a replayed trace, one after another, equal in requests."""
+        """The windows of a replayed trace, one after another, equal in requests.
+
+        They end where a run of the scenario does: with the window of the trace, or with the last
+        request that `max_requests`, `num_requests` or `duration_s` leave.
+        """
         settings = self.scenario.workload.trace
         assert settings is not None
-        plain = settings.model_copy(
-            update={"rate_scale": 1.0, "repeat": 1, "max_requests": settings.max_requests}
-        )
-        trace = read_trace(plain, self.base_dir, self.scenario.seed)
-        num = len(trace)
+        plain = settings.model_copy(update={"rate_scale": 1.0, "repeat": 1, "max_requests": None})
+        times = read_trace(plain, self.base_dir, self.scenario.seed).arrival_s
+        num = min(len(times), self._num_replayed(settings))
+        end_s = float(times[num - 1]) + 1e-6
+        if num == len(times) and settings.end_s is not None:
+            end_s = settings.end_s - settings.start_s
         if num < self.num_windows * MIN_WINDOW_REQUESTS:
             raise InputError(
                 f"The trace holds {num:,} requests, too few for {self.num_windows} windows of at "
@@ -101,10 +106,7 @@ class Traffic:
                 f"{self.where}, {self.table}.windows",
             )
         places = [num * i // self.num_windows for i in range(self.num_windows + 1)]
-        times = trace.arrival_s
-        edges = [float(times[place]) for place in places[:-1]]
-        last_s = float(times[-1])
-        edges.append(settings.end_s - settings.start_s if settings.end_s else last_s + 1e-6)
+        edges = [*(float(times[place]) for place in places[:-1]), end_s]
         found = []
         for start_s, end_s in pairwise(edges):
             inside = int(np.searchsorted(times, end_s) - np.searchsorted(times, start_s))
@@ -116,6 +118,14 @@ class Traffic:
                 )
             found.append(Stretch(settings.start_s + start_s, settings.start_s + end_s, inside))
         return tuple(found)
+
+    def _num_replayed(self, settings: TraceSettings) -> int:
+        """How many requests a run of the scenario replays, its repetitions included."""
+        trace = read_trace(settings, self.base_dir, self.scenario.seed)
+        try:
+            return len(first_of(trace, self.scenario.workload))
+        except InputError as error:
+            raise InputError(error.message, f"{self.where}, {error.where}") from error
 
     @cached_property
     def rate_per_s(self) -> float:

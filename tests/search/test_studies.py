@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import helios_sim.search.points
 from helios_sim.errors import InputError
+from helios_sim.experiment import prepare
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.executors import InlineExecutor, Workers, open_workers
 from helios_sim.search.points import Point, point_of, run_point
@@ -219,7 +219,7 @@ def test_samples_of_a_replayed_trace_are_stretches_at_the_rate_asked_for(tmp_pat
     for index in range(4):
         for rate in (1.0, 20.0):
             sample = traffic.sample(replay, index, rate, 2)
-            experiment = helios_sim.search.points.prepare(sample, tmp_path)
+            experiment = prepare(sample, tmp_path)
             requests, _ = experiment.requests(sample.seed)
             assert len(requests) == 200
             assert len(requests) / requests.span_s == pytest.approx(rate, rel=0.02)
@@ -231,12 +231,54 @@ def test_samples_of_a_replayed_trace_are_stretches_at_the_rate_asked_for(tmp_pat
     assert whole.workload.trace.rate_scale == pytest.approx(2.0)
 
 
+def replayed(folder: Path, num: int, **more: Any) -> Scenario:
+    """So many requests, one every 100 ms from 0 s on."""
+    lines = [f'{{"timestamp":{100 * i},"input_length":9,"output_length":5}}\n' for i in range(num)]
+    (folder / "t.jsonl").write_text("".join(lines))
+    workload = {"trace": {"file": "t.jsonl", **more.pop("trace", {})}, **more}
+    return scenario(folder, workload=workload)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"trace": {"max_requests": 200}},
+        {"trace": {"max_requests": 200, "end_s": 10_000.0}},
+        {"num_requests": 200},
+        {"num_requests": 200, "trace": {"end_s": 10_000.0, "repeat": 2}},
+        {"duration_s": 20.0},
+        {"duration_s": 10.0, "trace": {"rate_scale": 2.0}},
+    ],
+)
+def test_windows_end_with_the_last_request_that_a_run_replays(
+    tmp_path: Path, cut: dict[str, Any]
+) -> None:
+    """200 of 400 requests at 10 a second are four windows of 50, at the trace's own rate."""
+    replay = replayed(tmp_path, 400, **cut)
+    traffic = Traffic(replay, tmp_path, "x.toml", 100, 4, 0.1)
+    assert [part.num_requests for part in traffic.stretches] == [50] * 4
+    assert traffic.stretches[-1].end_s == pytest.approx(19.9, abs=1e-3)
+    assert replay.workload.trace is not None
+    own = 10.0 * replay.workload.trace.rate_scale
+    assert traffic.rate_per_s == pytest.approx(own, rel=0.01)
+    sample = traffic.sample(replay, 3)
+    requests, _ = prepare(sample, tmp_path).requests(sample.seed)
+    assert len(requests) == 50
+    assert requests.span_s == pytest.approx(49 / own)
+
+
+def test_a_trace_of_fewer_requests_than_a_run_asks_for_is_refused(tmp_path: Path) -> None:
+    traffic = Traffic(replayed(tmp_path, 300, num_requests=400), tmp_path, "x.toml", 100, 2, 0.1)
+    with pytest.raises(InputError, match=r"x\.toml, workload\.num_requests: num_requests is 400"):
+        traffic.check()
+
+
 def test_samples_of_drawn_traffic_are_seeds_at_the_rate_asked_for(tmp_path: Path) -> None:
     base = scenario(tmp_path)
     traffic = Traffic(base, tmp_path, "x.toml", 3000, 4, 0.1)
     one, other = (traffic.sample(base, index, 7.0) for index in (0, 1))
     assert (one.seed, other.seed) == (1, 2)
-    requests, _ = helios_sim.search.points.prepare(one, tmp_path).requests(one.seed)
+    requests, _ = prepare(one, tmp_path).requests(one.seed)
     assert len(requests) / requests.span_s == pytest.approx(7.0, rel=0.1)
     day = {
         "duration_s": 400.0,
