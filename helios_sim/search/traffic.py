@@ -15,7 +15,7 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.scenario import Scenario
 from helios_sim.traces import TraceSettings, read_trace
-from helios_sim.workload import MAX_SPAN_S, first_of
+from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
 
 MIN_WINDOW_REQUESTS = 40
 
@@ -39,10 +39,10 @@ class Traffic:
     """The workload of a scenario as samples: sample i has the scenario's seed + i.
 
     A replayed trace brings the same arrivals whatever the seed, so its samples are stretches of
-    equally many requests instead, `num_windows` of them. Where the rate or the domains change with
-    time, a sample is the whole workload under another seed. Anything else is `num_requests`
-    requests a replica. The first `warmup_share` of the requests are not measured. `table` is the
-    scenario's table that asks for the windows.
+    equally many requests instead, `num_windows` of them, with the domains of that time. Where
+    other arrivals or domains change with time, a sample is the whole workload under another seed.
+    Anything else is `num_requests` requests a replica. The first `warmup_share` of the requests
+    are not measured. `table` is the scenario's table that asks for the windows.
     """
 
     scenario: Scenario
@@ -190,8 +190,15 @@ class Traffic:
                 "max_requests": None,
             }
         )
+        own = trace.rate_scale
+        begin_s, span_s = (part.start_s - trace.start_s) / own, (part.end_s - part.start_s) / own
+        domains = tuple(
+            _again(domain, begin_s, span_s, scale / own, num_replicas)
+            for domain in base.workload.domains
+        )
         num = part.num_requests * num_replicas
-        return {"trace": changed, "num_requests": None, "duration_s": None}, num
+        update = {"trace": changed, "domains": domains, "num_requests": None, "duration_s": None}
+        return update, num
 
     def _drawn(
         self, base: Scenario, rate_per_s: float | None, num_replicas: int
@@ -216,10 +223,40 @@ def at_rate(scenario: Scenario, traffic: Traffic, rate_per_s: float) -> Scenario
     if traffic.replays:
         assert workload.trace is not None
         scale = workload.trace.rate_scale * factor
-        update: dict[str, Any] = {"trace": workload.trace.model_copy(update={"rate_scale": scale})}
+        update: dict[str, Any] = {
+            "trace": workload.trace.model_copy(update={"rate_scale": scale}),
+            "domains": tuple(_paced(domain, factor) for domain in workload.domains),
+        }
     else:
         update = {"arrivals": _faster(workload.arrivals, factor)}
     return scenario.model_copy(update={"workload": workload.model_copy(update=update)})
+
+
+def _again(
+    domain: DomainSettings, begin_s: float, span_s: float, pace: float, num_times: int
+) -> DomainSettings:
+    """A domain over a stretch of a run alone, `pace` times as fast and so many times over."""
+    if domain.shares is None:
+        return domain
+    # The next repetition begins where this one ends, and times of points ascend strictly.
+    last_s = (1.0 - 1e-9) * span_s
+    inside = [at_s - begin_s for at_s, _ in domain.shares if 0.0 < at_s - begin_s < last_s]
+    times_s = np.array([0.0, *inside, last_s])
+    shares = domain.share_at(begin_s + times_s)
+    points = [
+        (float(number * span_s + at_s), float(share))
+        for number in range(num_times)
+        for at_s, share in zip(times_s, shares, strict=True)
+    ]
+    return _paced(domain.model_copy(update={"shares": tuple(points)}), pace)
+
+
+def _paced(domain: DomainSettings, pace: float) -> DomainSettings:
+    """A domain that drifts `pace` times as fast."""
+    if domain.shares is None or pace == 1.0:
+        return domain
+    points = tuple((at_s / pace, share) for at_s, share in domain.shares)
+    return domain.model_copy(update={"shares": points})
 
 
 def _faster(arrivals: Any, factor: float) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from helios_sim.errors import InputError
@@ -271,6 +273,25 @@ def test_a_trace_of_fewer_requests_than_a_run_asks_for_is_refused(tmp_path: Path
     traffic = Traffic(replayed(tmp_path, 300, num_requests=400), tmp_path, "x.toml", 100, 2, 0.1)
     with pytest.raises(InputError, match=r"x\.toml, workload\.num_requests: num_requests is 400"):
         traffic.check()
+
+
+def test_windows_of_a_replayed_trace_drift_as_the_run_does_there(tmp_path: Path) -> None:
+    """40 s at 10 a second; code comes at 20 s. Its window is the second, at whatever pace."""
+    domains = [{"name": "text", "shares": [[0, 1], [19, 1], [21, 0]]}]
+    domains.append({"name": "code", "shares": [[0, 0], [19, 0], [21, 1]]})
+    replay = replayed(tmp_path, 400, domains=domains, trace={"end_s": 40.0})
+    traffic = Traffic(replay, tmp_path, "x.toml", 100, 2, 0.1)
+    text, code = replay.workload.domains
+    for rate, pace in ((None, 1.0), (40.0, 4.0)):
+        for index, times in itertools.product((0, 1), (1, 2)):
+            sample = traffic.sample(replay, index, rate, times)
+            for own, played in zip((text, code), sample.workload.domains, strict=True):
+                at_s = np.arange(0.05, 19.9, 0.1)
+                expected = np.tile(own.share_at(20.0 * index + at_s), times)
+                at_s = np.concatenate([20.0 * number + at_s for number in range(times)])
+                assert played.share_at(at_s / pace) == pytest.approx(expected, abs=1e-3)
+    whole = at_rate(replay, traffic, 2.0 * traffic.rate_per_s)
+    assert whole.workload.domains[1].shares == ((0.0, 0.0), (9.5, 0.0), (10.5, 1.0))
 
 
 def test_samples_of_drawn_traffic_are_seeds_at_the_rate_asked_for(tmp_path: Path) -> None:
