@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
@@ -16,6 +15,7 @@ from helios_sim.search.goals import in_words
 from helios_sim.search.plan import FleetAnswer, Plan
 from helios_sim.search.prices import words_of
 from helios_sim.search.tables import Cells, fleet_rows, setting_rows, whatif_rows
+from helios_sim.search.traffic import Traffic
 from helios_sim.search.tune import Tuned
 from helios_sim.search.verdict import Verdict
 from helios_sim.search.whatif import Cell
@@ -355,11 +355,14 @@ def _notes(scenario: Scenario, skipped: Sequence[str] = ()) -> str:
     return section("Notes", "", f'<ul class="notes">{said}</ul>')
 
 
-def _samples(traffic: Any) -> str:
+def _samples(traffic: Traffic) -> str:
     if traffic.replays:
+        pace = "at its own pace, times the factor where one is named"
+        if traffic.table == "plan":
+            pace = "at the rate asked for"
         return (
             f"Replications are stretches of the trace, {traffic.num_windows} of equally many "
-            "requests, each played at the rate asked for"
+            f"requests, each played {pace}"
         )
     if traffic.is_shaped:
         return "Replications are the whole workload under other seeds"

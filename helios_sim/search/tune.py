@@ -22,7 +22,7 @@ from helios_sim.search.prices import load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
 from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
-from helios_sim.search.traffic import Traffic
+from helios_sim.search.traffic import Traffic, at_rate
 from helios_sim.search.verdict import t_quantile
 
 State = Literal["full", "stopped", "impossible"]
@@ -225,16 +225,20 @@ def known_points(question: TuneQuestion) -> list[Point]:
             scenario = question.space.scenario(values)
         except InputError:
             continue
-        points += _points(question, scenario, range(settings.replications))
+        points += samples_of(question, scenario, range(settings.replications))
     return points
 
 
-def _points(
+def samples_of(
     question: TuneQuestion, scenario: Scenario, samples: Sequence[int], scale: float = 1.0
 ) -> list[Point]:
+    """A scenario on samples of the traffic, at its own rate times `scale`."""
     traffic = question.traffic
     # The scenario's own rate is left as it is, to the last bit.
     rate = None if scale == 1.0 else traffic.rate_per_s * scale
+    if rate is not None and traffic.replays:
+        # Stretches keep their own paces: all at one rate would differ from them in more than scale.
+        scenario, rate = at_rate(scenario, traffic, rate), None
     return [
         point_of(
             traffic.sample(scenario, index, rate, 1),
@@ -251,7 +255,9 @@ Asked = Generator[Sequence[Point], list[Outcome], list[Figures]]
 def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> Steps[Tuned]:
     settings = question.settings
     judge = question.judge
-    own = figures_of((yield _points(question, question.space.base, range(settings.replications))))
+    own = figures_of(
+        (yield samples_of(question, question.space.base, range(settings.replications)))
+    )
     base = _full_trial(judge, -1, {}, own)
     trials: list[Trial] = []
     while len(trials) < num_trials:
@@ -302,7 +308,7 @@ def _judge_batch(
         except InputError as error:
             found[place] = Trial(number, values, "impossible", why=str(error))
     places = list(scenarios)
-    asked = [_points(question, scenarios[place], range(1))[0] for place in places]
+    asked = [samples_of(question, scenarios[place], range(1))[0] for place in places]
     outcomes = (yield asked) if asked else []
     first: dict[int, Figures] = {}
     for place, outcome in zip(places, outcomes, strict=True):
@@ -323,7 +329,7 @@ def _judge_batch(
     else:
         chosen = _promising(judge, found, before, settings.go_on_share)
     rest = range(1, settings.replications)
-    asked = [point for place in chosen for point in _points(question, scenarios[place], rest)]
+    asked = [point for place in chosen for point in samples_of(question, scenarios[place], rest)]
     outcomes = (yield asked) if asked else []
     for at, place in enumerate(chosen):
         mine = outcomes[at * len(rest) : (at + 1) * len(rest)]
@@ -394,8 +400,8 @@ def _hold_out(
     """The winner and the scenario as it stands, on samples that come after the tuned ones."""
     settings, judge = question.settings, question.judge
     samples = range(settings.replications, settings.replications + settings.held_out)
-    base = _points(question, question.space.base, samples, scale)
-    tuned = _points(question, question.space.scenario(winner.values), samples, scale)
+    base = samples_of(question, question.space.base, samples, scale)
+    tuned = samples_of(question, question.space.scenario(winner.values), samples, scale)
     figures = figures_of((yield [*base, *tuned]))
     own, won = figures[: len(base)], figures[len(base) :]
     gains = []
@@ -446,7 +452,7 @@ def _vary(
                 plan.append((one.key, value, None))
                 continue
             plan.append((one.key, value, len(asked)))
-            asked += _points(question, scenario, samples)
+            asked += samples_of(question, scenario, samples)
     outcomes = (yield asked) if asked else []
     found: dict[str, list[tuple[Any, float | None]]] = {}
     for key, value, at in plan:

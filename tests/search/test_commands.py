@@ -23,6 +23,7 @@ from helios_sim.errors import InputError
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
+from helios_sim.search.tune import read_tune, samples_of
 
 RANGES = {
     "policy.breach_limit": {"low": 10, "high": 90},
@@ -292,6 +293,20 @@ def test_every_sampler_searches_and_tries_the_winner_on_other_traffic(
         assert f"<h2>{title}</h2>" in page
     front = pl.read_csv(tmp_path / "out" / "pareto.csv")
     assert set(front["trial"]) <= set(frame.filter(pl.col("feasible"))["trial"])
+
+
+def test_held_out_rates_multiply_the_pace_of_each_stretch_of_a_trace(tmp_path: Path) -> None:
+    """The second half of the trace is four times as slow, so one rate for all would speed it up."""
+    at_ms = [100 * i for i in range(100)] + [10_000 + 400 * i for i in range(100)]
+    lines = [f'{{"timestamp":{at},"input_length":9,"output_length":5}}\n' for at in at_ms]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    changes = ['workload={trace={file="t.jsonl"}}', "search.windows=4"]
+    path = write(tmp_path)
+    question = read_tune(load_scenario(path, changes), tmp_path, "x.toml")
+    for scale in (0.5, 1.0, 1.2):
+        points = samples_of(question, question.space.base, range(4), scale)
+        scales = [point.scenario.workload.trace.rate_scale for point in points]  # type: ignore[union-attr]
+        assert scales == pytest.approx([scale] * 4)
 
 
 def test_the_number_of_workers_changes_no_byte_of_a_search(tmp_path: Path) -> None:
