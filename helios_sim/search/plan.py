@@ -31,9 +31,6 @@ from helios_sim.search.traffic import Traffic, at_rate
 from helios_sim.search.verdict import Verdict, judge
 from helios_sim.slo import SloSpec
 
-MAX_RUN_REQUESTS: Final = 200_000
-"""Requests of one run of a large fleet; beyond, each replica sees fewer."""
-
 Means = dict[str, float | None]
 
 
@@ -326,9 +323,7 @@ class _Bench:
         return load
 
     def _point(self, scenario: Scenario, index: int, rate: float, num_replicas: int) -> Point:
-        traffic = self.question.traffic
-        longest = max(1, MAX_RUN_REQUESTS // self.question.settings.num_requests)
-        sample = traffic.sample(scenario, index, rate, min(num_replicas, longest))
+        sample = self.question.traffic.sample(scenario, index, rate, num_replicas)
         return point_of(sample, self.question.base_dir, str(self.question.slo))
 
     def capacity(

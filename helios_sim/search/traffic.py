@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from helios_sim.traces import TraceSettings, read_trace
 from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
 
 MIN_WINDOW_REQUESTS = 40
+MAX_RUN_REQUESTS: Final = 200_000
+"""Requests of one run of a large fleet; beyond, each replica sees fewer."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,10 @@ class Traffic:
     ) -> Scenario:
         """`base` under sample `index` of this traffic, at a rate or at the scenario's own.
 
-        `num_replicas` lengthens the sample, so that each replica sees as many requests.
+        `num_replicas` lengthens the sample, so that each replica sees as many requests; a longer
+        sample begins like the shorter one.
         """
+        num_replicas = min(num_replicas, max(1, MAX_RUN_REQUESTS // self.num_requests))
         if self.num_samples is not None and index >= self.num_samples:
             raise InputError(
                 f"Sample {index + 1} of the traffic was asked for; the trace has "

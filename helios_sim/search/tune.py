@@ -239,9 +239,11 @@ def samples_of(
     if rate is not None and traffic.replays:
         # Stretches keep their own paces: all at one rate would differ from them in more than scale.
         scenario, rate = at_rate(scenario, traffic, rate), None
+    # Lengthened windows are repeated ones, which say nothing new.
+    num_replicas = 1 if traffic.replays else scenario.fleet.num_replicas
     return [
         point_of(
-            traffic.sample(scenario, index, rate, 1),
+            traffic.sample(scenario, index, rate, num_replicas),
             question.base_dir,
             question.judge.constraints.limits,
         )

@@ -20,6 +20,7 @@ import pytest
 
 from helios_sim.cli import main
 from helios_sim.errors import InputError
+from helios_sim.experiment import prepare
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
@@ -293,6 +294,21 @@ def test_every_sampler_searches_and_tries_the_winner_on_other_traffic(
         assert f"<h2>{title}</h2>" in page
     front = pl.read_csv(tmp_path / "out" / "pareto.csv")
     assert set(front["trial"]) <= set(frame.filter(pl.col("feasible"))["trial"])
+
+
+def test_each_replica_of_a_trial_sees_as_many_requests(tmp_path: Path) -> None:
+    """Three replicas meet 180 requests, of which the first 60 are those that one would meet."""
+    path = write(tmp_path, search={"ranges": {"fleet.num_replicas": [1, 3]}})
+    question = read_tune(load_scenario(path), tmp_path, "x.toml")
+    met = []
+    for num in (1, 3):
+        scenario = question.space.scenario({"fleet.num_replicas": num})
+        (point,) = samples_of(question, scenario, [0])
+        requests, _ = prepare(point.scenario, tmp_path).requests(point.scenario.seed)
+        met.append(requests)
+    assert [len(one) for one in met] == [60, 180]
+    for column in ("arrival_s", "prompt_tokens", "output_tokens"):
+        assert (getattr(met[0], column) == getattr(met[1], column)[:60]).all()
 
 
 def test_held_out_rates_multiply_the_pace_of_each_stretch_of_a_trace(tmp_path: Path) -> None:
