@@ -183,7 +183,6 @@ class Judge:
     goals: tuple[Goal, ...]
     constraints: Constraints
     prices: Prices | None
-    device: str
     where: str
 
     def value(self, goal: Goal, figures: Sequence[Figures]) -> float | None:
@@ -202,7 +201,7 @@ class Judge:
             assert self.prices is not None
             return cost_of(
                 self.prices,
-                self.device,
+                figures["device"],
                 summary["num_gpus"],
                 summary["average_gpu_power"],
                 summary["output_throughput"],

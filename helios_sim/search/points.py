@@ -38,9 +38,9 @@ _NO_PART: Final = (
 """Sources that change no figure of a run: what proposes points, and what shows results."""
 
 Figures = dict[str, Any]
-"""What a point gave: `summary`, for each judged limit its share and its percentile in `judged`, and
-in `together` the share of the requests that meets all limits without a percentile; None without
-any.
+"""What a point gave: `summary` and the `device` it is of, for each judged limit its share and its
+percentile in `judged`, and in `together` the share of the requests that meets all limits without a
+percentile; None without any.
 """
 
 
@@ -95,7 +95,8 @@ def run_point(point: Point) -> Figures:
     """Play a point; what it gives is plain data."""
     experiment = prepare(point.scenario, point.base_dir, "scenario")
     result = run_policy(experiment, point.scenario.policy[0])
-    figures: Figures = {"summary": result.summary, "judged": [], "together": None}
+    device = result.run.environment["device"]
+    figures: Figures = {"summary": result.summary, "device": device, "judged": [], "together": None}
     if point.limits:
         measure, slo = point.scenario.measure, parse_slo(point.limits)
         columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
 from helios_sim.errors import InputError
-from helios_sim.profile import load_profile
+from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import SearchSettings
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario
@@ -18,7 +18,7 @@ from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, 
 from helios_sim.search.pareto import front, knee, ranks
 from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
-from helios_sim.search.prices import load_prices
+from helios_sim.search.prices import cost_of, load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
 from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
@@ -92,7 +92,7 @@ class TuneQuestion:
     traffic: Traffic
     judge: Judge
     device: str
-    """What the fleet stands on: GPU or processor."""
+    """What the fleets stand on: GPU, processor, or device where they differ."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,10 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
                 f"{place}.prices",
             )
         prices = load_prices(settings.prices, base_dir, f"{place}.prices")
-    profile = load_profile(scenario.fleet.profile, base_dir)
+    profiles = _profiles(space, place)
+    if prices is not None:
+        for profile in profiles:
+            cost_of(prices, profile.device.name, 1, None, None, f"{place}.prices")
     traffic = Traffic(
         space.base,
         base_dir,
@@ -176,9 +179,22 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
             f"{place}.windows",
         )
     traffic.check()
-    judge = Judge(goals, constraints, prices, profile.device.name, f"{place}.prices")
-    device = device_of_all([profile.is_of_processor])
+    judge = Judge(goals, constraints, prices, f"{place}.prices")
+    device = device_of_all(profile.is_of_processor for profile in profiles)
     return TuneQuestion(scenario, settings, base_dir, where, space, traffic, judge, device)
+
+
+def _profiles(space: Space, place: str) -> list[Profile]:
+    """The profiles that trials may stand on, the scenario's own first."""
+    found = [load_profile(space.base.fleet.profile, space.base_dir)]
+    for one in space.ranges:
+        if one.key == "fleet.profile":
+            for name in one.choices:
+                try:
+                    found.append(load_profile(str(name), space.base_dir))
+                except InputError as error:
+                    raise InputError(error.message, f"{place}.ranges.fleet.profile") from error
+    return found
 
 
 def tune_study(question: TuneQuestion, journal: Path | None = None) -> Study[Tuned]:

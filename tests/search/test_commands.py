@@ -296,6 +296,58 @@ def test_every_sampler_searches_and_tries_the_winner_on_other_traffic(
     assert set(front["trial"]) <= set(frame.filter(pl.col("feasible"))["trial"])
 
 
+def priced(folder: Path, devices: dict[str, float]) -> Path:
+    """A scenario whose device is searched for the least cost, at so much an hour of each."""
+    (folder / "prices.toml").write_text(
+        "".join(
+            f'[gpu."{name}"]\nper_gpu_hour = {price}\ngrade = "assumed"\n'
+            for name, price in devices.items()
+        )
+    )
+    search = {
+        "objectives": ["cost"],
+        "constraints": "",
+        "prices": "prices.toml",
+        "sampler": "grid",
+        "replications": 1,
+        "held_out": 1,
+        "ranges": {"fleet.profile": ["layerskip-a100-40gb", "layerskip-h100-80gb"]},
+    }
+    fleet = {"profile": "layerskip-a100-40gb", "candidates": ["llama2-7b"]}
+    return write(folder, policy=[{"use": "never"}], fleet=fleet, search=search)
+
+
+A100, H100 = "NVIDIA A100-SXM4-40GB", "NVIDIA H100-SXM5-80GB"
+
+
+def test_a_trial_on_another_device_costs_what_that_device_does(tmp_path: Path) -> None:
+    """An hour of either costs 3,600, so a token costs 1 / throughput, here 2 on the other one."""
+    tune(priced(tmp_path, {A100: 3600.0, H100: 7200.0}), [], inline(tmp_path / "out"))
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet").filter(pl.col("trial") >= 0)
+    costs = dict(zip(frame["setting fleet.profile"], frame["cost"] / 1e6, strict=True))
+    rates = dict(zip(frame["setting fleet.profile"], frame["output_throughput"], strict=True))
+    assert costs["layerskip-a100-40gb"] == pytest.approx(1 / rates["layerskip-a100-40gb"])
+    assert costs["layerskip-h100-80gb"] == pytest.approx(2 / rates["layerskip-h100-80gb"])
+
+
+def test_every_device_that_is_searched_needs_a_price_before_anything_runs(tmp_path: Path) -> None:
+    path = priced(tmp_path, {A100: 1.0})
+    with pytest.raises(InputError, match=rf"search\.prices: The prices file has no.*{H100}"):
+        tune(path, [], inline(tmp_path / "out"))
+    change = 'search.ranges={"fleet.profile"=["layerskip-a100-40gb","layerskip-h100-80g"]}'
+    with pytest.raises(InputError, match=r"ranges\.fleet\.profile: .*layerskip-h100-80gb"):
+        tune(path, [change], inline(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_over_gpus_and_processors_speaks_of_devices(tmp_path: Path) -> None:
+    change = 'search.ranges={"fleet.profile"=["layerskip-a100-40gb","small-family-cpu"]}'
+    path = priced(tmp_path, {A100: 1.0})
+    changes = [change, 'search.objectives=["goodput"]']
+    question = read_tune(load_scenario(path, changes), tmp_path, "x.toml")
+    assert question.device == "device"
+
+
 def test_each_replica_of_a_trial_sees_as_many_requests(tmp_path: Path) -> None:
     """Three replicas meet 180 requests, of which the first 60 are those that one would meet."""
     path = write(tmp_path, search={"ranges": {"fleet.num_replicas": [1, 3]}})
