@@ -321,14 +321,13 @@ def _held_out(tuned: Tuned) -> str:
     for held in tuned.held_out:
         row = [f"held out, rate \N{MULTIPLICATION SIGN} {held.rate_scale:g}"]
         for place, goal in enumerate(judge.goals):
-            gain, low, high = held.gains[place]
             sign = 1.0 if goal.better == "higher" else -1.0
-            ends = sorted((sign * low, sign * high))
-            row += [
-                number(held.base[place], 4),
-                number(held.tuned[place], 4),
-                f"{sign * gain:+.3g} [{ends[0]:+.3g}, {ends[1]:+.3g}]",
-            ]
+            difference = number(None)
+            if (known := held.gains[place]) is not None:
+                gain, low, high = known
+                ends = sorted((sign * low, sign * high))
+                difference = f"{sign * gain:+.3g} [{ends[0]:+.3g}, {ends[1]:+.3g}]"
+            row += [number(held.base[place], 4), number(held.tuned[place], 4), difference]
         broken = [in_words(one) for one in held.tuned_broken]
         row.append("breaks " + ", ".join(broken) if broken else "kept")
         rows.append(row)

@@ -57,17 +57,25 @@ class Trial:
         return self.state == "full" and not self.broken
 
 
+Interval = tuple[float, float, float]
+"""A mean and its bounds."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
-    """The winner and the scenario as it stands, on traffic that nothing was tuned on."""
+    """The winner and the scenario as it stands, on traffic that nothing was tuned on.
+
+    An objective is None where a sample leaves it undefined: nothing was served, say.
+    """
 
     rate_scale: float
-    base: tuple[float, ...]
-    tuned: tuple[float, ...]
+    base: tuple[float | None, ...]
+    tuned: tuple[float | None, ...]
     base_broken: tuple[Broken, ...]
     tuned_broken: tuple[Broken, ...]
-    gains: tuple[tuple[float, float, float], ...]
-    """For each objective the mean paired gain with its 95 % interval; positive is better."""
+    gains: tuple[Interval | None, ...]
+    """For each objective the mean paired gain with its 95 % interval; positive is better, and None
+    is where either has no value."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +125,19 @@ class Tuned:
     def is_better(self) -> bool:
         """Whether the winner is to be recommended: better on held-out traffic, within bounds.
 
-        A scenario that breaks its constraints as it stands is worse than one that keeps them.
+        A scenario that breaks its constraints as it stands is worse than one that keeps them, and
+        one without a value of an objective is worse than one with.
         """
         held = self.own_rate
-        if held is None or held.tuned_broken:
+        if held is None or held.tuned_broken or None in held.tuned:
             return False
-        if held.base_broken:
+        if held.base_broken or None in held.base:
             return True
-        relative = [
-            gain / abs(base) if base else gain
-            for (gain, _, _), base in zip(held.gains, held.base, strict=True)
-        ]
-        return sum(relative) > 0.0
+        relative = 0.0
+        for gain, base in zip(held.gains, held.base, strict=True):
+            assert gain is not None
+            relative += gain[0] / abs(base) if base else gain[0]
+        return relative > 0.0
 
 
 def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
@@ -427,19 +436,20 @@ def _hold_out(
         paired = []
         for before, after in zip(own, won, strict=True):
             a, b = judge.value(goal, [before]), judge.value(goal, [after])
-            paired.append(math.nan if a is None or b is None else goal.cost(a) - goal.cost(b))
-        gains.append(_interval(paired))
+            if a is not None and b is not None:
+                paired.append(goal.cost(a) - goal.cost(b))
+        gains.append(_interval(paired) if len(paired) == len(own) else None)
     return HeldOut(
         scale,
-        tuple(math.nan if one is None else one for one in judge.scores(own)),
-        tuple(math.nan if one is None else one for one in judge.scores(won)),
+        judge.scores(own),
+        judge.scores(won),
         judge.broken(own),
         judge.broken(won),
         tuple(gains),
     )
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+def _interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % interval; no width is known of one value alone."""
     mean = fmean(values)
     if len(values) < 2:

@@ -348,6 +348,31 @@ def test_a_search_over_gpus_and_processors_speaks_of_devices(tmp_path: Path) -> 
     assert question.device == "device"
 
 
+@pytest.mark.parametrize("own", ["refuse", "truncate"])
+def test_a_scenario_without_a_value_of_the_objective_is_worse_than_one_with(
+    tmp_path: Path, own: str
+) -> None:
+    """Every prompt is longer than the context: refused, no request has a TTFT."""
+    search = {
+        "objectives": ["ttft:p99"],
+        "constraints": "",
+        "sampler": "grid",
+        "replications": 1,
+        "ranges": {"workload.over_context": ["refuse", "truncate"]},
+    }
+    workload = {"prompt": {"kind": "constant", "tokens": 4000}, "over_context": own}
+    path = write(tmp_path, workload=workload, policy=[{"use": "never"}], search=search)
+    said = tune(path, [], inline(tmp_path / "out"))
+    found = load_scenario(tmp_path / "out" / "scenario.toml")
+    assert found.workload.over_context == "truncate"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "nan" not in " ".join(said.sentences)
+    assert ">nan" not in page
+    if own == "refuse":
+        assert "Trial 1 takes ttft:p99 from no value to" in said.sentences[0]
+        assert any("the scenario as it stands gave no value" in one for one in said.sentences)
+
+
 def test_each_replica_of_a_trial_sees_as_many_requests(tmp_path: Path) -> None:
     """Three replicas meet 180 requests, of which the first 60 are those that one would meet."""
     path = write(tmp_path, search={"ranges": {"fleet.num_replicas": [1, 3]}})
