@@ -23,6 +23,7 @@ from helios_sim.metrics import (
     meets,
     meets_all,
 )
+from helios_sim.policy.registry import policy_source
 from helios_sim.profile import load_profile
 from helios_sim.records import SCHEMA_VERSION, RunData
 from helios_sim.scenario import Scenario, resolved
@@ -35,7 +36,9 @@ _PACKAGE: Final = Path(__file__).parent.parent
 _NO_PART: Final = (
     *("search", "report", "__main__.py", "cli.py", "command.py", "publish.py", "terminal.py"),
 )
-"""Sources that change no figure of a run: what proposes points, and what shows results."""
+"""Sources that change no figure of a point: what proposes points, and what shows results."""
+_JUDGES: Final = "search/points.py"
+"""The one source among them that makes figures: it judges a point's limits."""
 
 Figures = dict[str, Any]
 """What a point gave: `summary` and the `device` it is of, for each judged limit its share and its
@@ -147,11 +150,19 @@ def _files_of(data: Mapping[str, Any], base_dir: Path) -> Iterator[tuple[str, st
     yield "profile", _profile_hash(data["fleet"]["profile"], base_dir)
     for name in sorted(set(_named_files(data["workload"]))):
         yield name, content_hash(base_dir / name)
+        beside = name.removesuffix("_trace.parquet")
+        if beside != name:
+            # ServeGen's lengths stand in a file of their own.
+            beside += "_dataset.parquet"
+            yield beside, content_hash(base_dir / beside)
     for policy in data["policy"]:
-        module, colon, _ = str(policy["use"]).partition(":")
-        source = base_dir.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
-        if colon and source.is_file():
-            yield module, content_hash(source)
+        use = str(policy["use"])
+        module, colon, _ = use.partition(":")
+        if colon:
+            beside_it = base_dir.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
+            source = beside_it if beside_it.is_file() else policy_source(use)
+            if source is not None:
+                yield module, content_hash(source)
 
 
 @cache
@@ -191,12 +202,20 @@ def _hash_of(stamps: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
+def code_files() -> list[str]:
+    """Every source of the package that takes part in a point's figures."""
+    inside = [path.relative_to(_PACKAGE) for path in sorted(_PACKAGE.rglob("*.py"))]
+    return [
+        path.as_posix()
+        for path in inside
+        if path.parts[0] not in _NO_PART or path.as_posix() == _JUDGES
+    ]
+
+
 @cache
 def code_hash() -> str:
-    """Hash of every source that takes part in a run's figures."""
+    """Hash of those sources."""
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        inside = path.relative_to(_PACKAGE)
-        if inside.parts[0] not in _NO_PART:
-            digest.update(inside.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for name in code_files():
+        digest.update(name.encode() + b"\0" + (_PACKAGE / name).read_bytes() + b"\0")
     return digest.hexdigest()

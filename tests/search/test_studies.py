@@ -17,7 +17,7 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.executors import InlineExecutor, Workers, open_workers
-from helios_sim.search.points import Point, point_of, run_point
+from helios_sim.search.points import Point, code_files, point_of, run_point
 from helios_sim.search.store import Store
 from helios_sim.search.studies import Outcome, Standing, Study, carry_out
 from helios_sim.search.traffic import Traffic, at_rate
@@ -81,6 +81,41 @@ def test_another_content_of_a_named_file_is_another_point(tmp_path: Path) -> Non
     before = point_of(replay, tmp_path).key
     trace.write_text("".join(lines[:-1]))
     assert point_of(replay, tmp_path).key != before
+
+
+def test_another_content_of_servegen_s_lengths_is_another_point(tmp_path: Path) -> None:
+    (tmp_path / "m_trace.parquet").write_bytes(b"rates")
+    (tmp_path / "m_dataset.parquet").write_bytes(b"lengths")
+    replay = scenario(tmp_path, workload={"trace": {"file": "m_trace.parquet"}})
+    before = point_of(replay, tmp_path).key
+    (tmp_path / "m_dataset.parquet").write_bytes(b"other lengths")
+    assert point_of(replay, tmp_path).key != before
+
+
+def test_another_source_of_an_imported_policy_is_another_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class comes from a module on the Python path, by way of a module that only names it."""
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "named_here.py").write_text("from made_there import Mine\n")
+    (library / "made_there.py").write_text(
+        "from helios_sim.policy.baselines import Never\nclass Mine(Never):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(library))
+    base = scenario(tmp_path)
+    policy = base.policy[0].model_copy(update={"use": "named_here:Mine"})
+    own = base.model_copy(update={"policy": (policy,)})
+    before = point_of(own, tmp_path).key
+    with (library / "made_there.py").open("a") as file:
+        file.write("    name = 'another'\n")
+    assert point_of(own, tmp_path).key != before
+
+
+def test_what_judges_a_point_is_part_of_its_code_and_what_shows_it_is_not() -> None:
+    files = set(code_files())
+    assert {"search/points.py", "metrics.py", "slo.py", "policy/helios.py"} <= files
+    assert not {"search/page.py", "search/tune.py", "report/page.py"} & files
 
 
 def test_outcomes_come_in_the_order_of_asking_and_errors_among_them(tmp_path: Path) -> None:
