@@ -88,17 +88,18 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 if question.prices is not None
                 else []
             ),
-            _scenario(scenario),
+            _scenario("The recommended scenario", scenario),
         ),
     ]
     return document(f"{question.scenario.name}: plan", sections, drawn)
 
 
 def tune_page(tuned: Tuned, scenario: Scenario) -> str:
-    """The page of a search; `scenario` is the recommended one."""
+    """The page of a search; `scenario` is the recommended one, or as it stands."""
     question = tuned.question
     goal = question.judge.goals[0]
     drawn: dict[str, Figure] = {}
+    name = "The recommended scenario" if tuned.is_better else "The scenario as it stands"
     sections = [
         _opening(question.scenario, tune_headline(tuned), tune_remarks(tuned)),
         section(
@@ -157,7 +158,9 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
         )
     sections += [
         _notes(question.scenario),
-        section("How it was found", "", f"<p>{escape(_search(tuned))}</p>", _scenario(scenario)),
+        section(
+            "How it was found", "", f"<p>{escape(_search(tuned))}</p>", _scenario(name, scenario)
+        ),
     ]
     return document(f"{question.scenario.name}: tune", sections, drawn)
 
@@ -181,7 +184,7 @@ def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int, de
             ),
         ),
         _notes(scenario),
-        section("The scenario", "", _scenario(scenario)),
+        section("The scenario", "", _scenario("As it stands, in full", scenario)),
     ]
     return document(f"{scenario.name}: what if", sections, drawn)
 
@@ -395,8 +398,8 @@ def _search(tuned: Tuned) -> str:
     )
 
 
-def _scenario(scenario: Scenario) -> str:
+def _scenario(name: str, scenario: Scenario) -> str:
     return (
-        "<details><summary>The recommended scenario</summary>"
+        f"<details><summary>{escape(name)}</summary>"
         f"<pre>{escape(toml_text(resolved(scenario)))}</pre></details>"
     )

@@ -558,6 +558,23 @@ def test_whatif_shows_every_cell_of_the_grid_once(tmp_path: Path) -> None:
     assert all(len(row) == len(titles) for row in rows)
 
 
+def test_only_what_is_recommended_is_called_so(tmp_path: Path) -> None:
+    """A grid recommends nothing, and neither does a search that found nothing better."""
+    path = write(tmp_path, search={"ranges": {"serving.max_batch": [256]}, "sampler": "grid"})
+    whatif(path, [], ["serving.max_batch=8,64"], [], 1, inline(tmp_path / "whatif"))
+    tune(path, [], inline(tmp_path / "tune"))
+    plan(path, [], inline(tmp_path / "plan"))
+    named = {
+        name: re.findall(r"<summary>(.*?)</summary>", (tmp_path / name / "report.html").read_text())
+        for name in ("whatif", "tune", "plan")
+    }
+    assert named == {
+        "whatif": ["As it stands, in full"],
+        "tune": ["The scenario as it stands"],
+        "plan": ["The recommended scenario"],
+    }
+
+
 def test_whatif_names_the_nearest_of_an_option_nobody_has(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Did you mean 'breach_limit'"):
         whatif(write(tmp_path), [], ["policy.breach_limt=1,2"], [], 1, inline(tmp_path / "out"))
