@@ -160,7 +160,6 @@ class PairedDifference:
     mean: float
     low: float
     high: float
-    num_pairs: int
 
 
 @dataclass(frozen=True)
@@ -947,7 +946,7 @@ def _paired_difference(key: str, pairs: Floats) -> PairedDifference | None:
     low = max(least - most, interval["low"])
     high = min(most - least, interval["high"])
     scale = SCALE.get(key, 1.0)
-    return PairedDifference(interval["mean"] * scale, low * scale, high * scale, len(pairs))
+    return PairedDifference(interval["mean"] * scale, low * scale, high * scale)
 
 
 def _per_request(run: RunData, summary: Mapping[str, Any]) -> pl.DataFrame:
