@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from helios_sim.errors import InputError
 from helios_sim.records import SCHEMA_VERSION, RunData
-from helios_sim.slo import SloLimit, SloSpec, parse_slo
+from helios_sim.slo import SloLimit, SloSpec, parse_slo, reaches
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
@@ -161,7 +161,6 @@ class PairedDifference:
     mean: float
     low: float
     high: float
-    num_pairs: int
 
 
 @dataclass(frozen=True)
@@ -463,7 +462,7 @@ def _slo_figures(run: RunData, columns: Columns, slo: SloSpec | None) -> dict[st
         passed: bool | None = None
         if limit.percentile is not None:
             share = gap_share_within(run, limit.limit_s) if limit.metric == "itl" else attained
-            passed = share is not None and share >= limit.percentile / 100.0
+            passed = share is not None and reaches(share, limit.percentile / 100.0)
         limits.append(
             {
                 "limit": str(limit),
@@ -980,7 +979,7 @@ def _paired_difference(key: str, pairs: Floats) -> PairedDifference | None:
     low = max(least - most, interval["low"])
     high = min(most - least, interval["high"])
     scale = SCALE.get(key, 1.0)
-    return PairedDifference(interval["mean"] * scale, low * scale, high * scale, len(pairs))
+    return PairedDifference(interval["mean"] * scale, low * scale, high * scale)
 
 
 def _per_request(run: RunData, summary: Mapping[str, Any]) -> pl.DataFrame:

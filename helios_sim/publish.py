@@ -11,10 +11,15 @@ from typing import Any
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import Result, folder_names
-from helios_sim.records import RUN_FILES, TOTALS_FILE, RunData, move_into_place, write_run
+from helios_sim.records import (
+    REPORT_FILE,
+    RUN_FILES,
+    TOTALS_FILE,
+    RunData,
+    move_into_place,
+    write_run,
+)
 from helios_sim.report import render
-
-PAGE = "report.html"
 
 
 def check_results_target(out_dir: Path) -> None:
@@ -31,8 +36,8 @@ def check_results_target(out_dir: Path) -> None:
         raise InputError("It is a file; allowed is a new folder.", str(out_dir))
     for entry in out_dir.iterdir():
         names = {file.name for file in entry.iterdir()} if entry.is_dir() else set()
-        is_run = TOTALS_FILE in names and names <= {*RUN_FILES, PAGE}
-        if not is_run and entry.name != PAGE:
+        is_run = TOTALS_FILE in names and names <= {*RUN_FILES, REPORT_FILE}
+        if not is_run and entry.name != REPORT_FILE:
             raise InputError(
                 f"The folder holds {entry.name!r}, which is no run of ours; allowed is a new "
                 "folder, an empty one, or earlier results to replace.",
@@ -67,7 +72,7 @@ def write_results(results: Sequence[Result], out_dir: Path) -> None:
         write_page(
             [result.run for result in results],
             [result.summary for result in results],
-            partial / PAGE,
+            partial / REPORT_FILE,
         )
         partial.chmod(0o755)
         move_into_place(partial, target)
@@ -112,4 +117,4 @@ def check_page_target(target: Path) -> None:
 
 def _page_of(result: Result) -> Callable[[Path], None]:
     """What adds a run's own page to its folder."""
-    return lambda folder: write_page([result.run], [result.summary], folder / PAGE)
+    return lambda folder: write_page([result.run], [result.summary], folder / REPORT_FILE)

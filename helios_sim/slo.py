@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,6 +69,20 @@ class SloSpec:
     def limit_s(self, metric: str) -> float | None:
         """The tightest limit on a metric; None where it has none."""
         return min((one.limit_s for one in self.limits if one.metric == metric), default=None)
+
+
+_ROUNDING: Final = 1e-12
+"""More than a share is off by rounding (99.9 / 100 is above 0.999), less than any request is."""
+
+
+def reaches(share: float, target: float) -> bool:
+    """Whether a share is as large as asked for, but for rounding."""
+    return share >= target - _ROUNDING
+
+
+def needed(percentile: float, num: int) -> int:
+    """The fewest of so many requests that are a percentile's share of them."""
+    return math.ceil((percentile / 100.0 - _ROUNDING) * num)
 
 
 def _preset(ttft_ms: int, tpot_ms: int) -> SloSpec:

@@ -430,7 +430,7 @@ def generate(
     user: NDArray[np.int32] | None = None
     arrivals = settings.arrivals
     if trace is not None and settings.replays_arrivals:
-        trace = _first_of(trace, settings)
+        trace = first_of(trace, settings)
         arrival_s = trace.arrival_s
     elif isinstance(arrivals, ClosedArrivals):
         arrival_s, user = closed_arrivals(arrivals, seed, settings.num_requests or 0)
@@ -544,7 +544,7 @@ def _cdf_fault(points: tuple[tuple[float, float], ...]) -> str | None:
     return None
 
 
-def _first_of(trace: Trace, settings: WorkloadSettings) -> Trace:
+def first_of(trace: Trace, settings: WorkloadSettings) -> Trace:
     """The part of a replayed trace within `num_requests` and `duration_s`."""
     if settings.num_requests is not None and settings.num_requests > len(trace):
         raise InputError(

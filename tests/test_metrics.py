@@ -194,6 +194,13 @@ def test_percentile_limits_are_judged_over_the_requests_sent() -> None:
     assert passes["slo_limits"][0]["attainment"] == 0.5
 
 
+def test_one_request_in_a_thousand_may_miss_a_limit_at_the_999th_permille() -> None:
+    """999 of 1,000 requests sent finish, which is a share of 0.999; 99.9 / 100 rounds above it."""
+    for num_refused, passed in ((1, True), (2, False)):
+        run = make_run(num_requests=1000, num_refused=num_refused)
+        assert summarise(run, parse_slo("e2e:p99.9<10000s"))["slo_passed"] is passed
+
+
 def test_itl_percentile_limits_are_judged_on_pooled_gaps() -> None:
     """Four gaps of six lie within 200 ms, so p66 passes and p67 fails."""
     assert summarise(pencil_run(), parse_slo("itl:p66<200ms"))["slo_passed"] is True

@@ -12,8 +12,10 @@ from helios_sim.slo import (
     PRESETS,
     SloLimit,
     SloSpec,
+    needed,
     parse_slo,
     preset_slo,
+    reaches,
     slo_from_table,
 )
 
@@ -130,3 +132,16 @@ def test_tightest_limit_of_a_metric() -> None:
     assert spec.limit_s("ttft") == 0.2
     assert spec.limit_s("tpot") is None
     assert spec.metrics == ("ttft",)
+
+
+@pytest.mark.parametrize(
+    ("percentile", "num", "fewest"),
+    [(99.9, 1000, 999), (99.9, 1001, 1000), (99.9, 10_000_000, 9_990_000), (50.0, 3, 2)],
+)
+def test_a_percentile_needs_its_share_of_the_requests_and_not_one_more(
+    percentile: float, num: int, fewest: int
+) -> None:
+    assert needed(percentile, num) == fewest
+    assert reaches(fewest / num, percentile / 100.0)
+    assert not reaches((fewest - 1) / num, percentile / 100.0)
+    assert needed(100.0, num) == num

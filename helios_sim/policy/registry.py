@@ -81,6 +81,15 @@ def make_policy(
     return policy
 
 
+def policy_source(use: str, *, search_path: str | Path | None = None) -> Path | None:
+    """The file that holds a policy's class; None where it is no Python source."""
+    try:
+        file = inspect.getsourcefile(_find_class(use, search_path))
+    except TypeError:
+        return None
+    return None if file is None else Path(file)
+
+
 def policy_options(
     use: str, *, search_path: str | Path | None = None
 ) -> dict[str, tuple[Any, str]]:

@@ -51,11 +51,6 @@ class Capacity:
             key=lambda one: one.rate_per_s,
         )
 
-    @property
-    def last_carried(self) -> Probe:
-        """The probe at the capacity."""
-        return next(one for one in self.probes if one.rate_per_s == self.rate_per_s)
-
 
 def find_capacity(start_per_s: float, precision: float) -> Generator[float, Verdict, Capacity]:
     """Double or halve from a start until a rate is carried and its double is not, then bisect.

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies, folder_name
+from helios_sim.records import REPORT_FILE
 from helios_sim.report.words import span
 from helios_sim.scenario import load_scenario
 from helios_sim.search.executors import Workers, open_workers
@@ -27,7 +28,6 @@ from helios_sim.search.plan import recommended as planned_scenario
 from helios_sim.search.points import Point
 from helios_sim.search.results import (
     JOURNAL,
-    PAGE,
     PARETO,
     RESULTS,
     SCENARIO,
@@ -132,7 +132,7 @@ def plan(path: Path, changes: Sequence[str], running: Running) -> Said:
                 SCENARIO: scenario_bytes(
                     scenario, path.parent, out, ["Recommended by helios plan."]
                 ),
-                PAGE: plan_page(found, scenario).encode(),
+                REPORT_FILE: plan_page(found, scenario).encode(),
             },
         )
     sentences = [plan_headline(found), *plan_remarks(found)]
@@ -173,7 +173,7 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Said:
                 RESULTS: parquet_bytes(trial_records(found)),
                 PARETO: csv_bytes(tune_front(found)),
                 SCENARIO: scenario_bytes(scenario, path.parent, out, [header]),
-                PAGE: tune_page(found, scenario).encode(),
+                REPORT_FILE: tune_page(found, scenario).encode(),
             },
         )
     if found.winner is None:
@@ -214,7 +214,7 @@ def whatif(
             store,
             {
                 RESULTS: parquet_bytes(cell_records(cells)),
-                PAGE: whatif_page(scenario, cells, num, device).encode(),
+                REPORT_FILE: whatif_page(scenario, cells, num, device).encode(),
             },
         )
     cannot = [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Final
 
 from helios_sim.errors import InputError
-from helios_sim.metrics import PERCENTILES, Better
+from helios_sim.metrics import LATENCIES, PERCENTILES, Better
 from helios_sim.search.points import Figures
 from helios_sim.search.prices import Prices, cost_of
 from helios_sim.slo import SloSpec, parse_slo
@@ -44,9 +44,8 @@ _PLAIN: Final = {
         Goal("cost", "", "lower", "per million tokens"),
     )
 }
-_LATENCIES: Final = {"ttft": "ttft", "tpot": "tpot", "itl": "itl", "e2e": "e2el"}
 _STATISTICS: Final = ("mean", "median", *(f"p{one}" for one in PERCENTILES))
-NAMES: Final = (*_PLAIN, *_LATENCIES)
+NAMES: Final = (*_PLAIN, *LATENCIES)
 
 _CLAUSE: Final = re.compile(
     r"(?P<name>[a-z]+)(?P<sign>>=|<=|>|<)(?P<number>[-+0-9.e]+)(?P<percent>%?)"
@@ -96,14 +95,14 @@ def parse_goal(text: str, where: str) -> Goal:
     name = {"e2el": "e2e", "j/token": "energy"}.get(name, name)
     if name in _PLAIN and not statistic:
         return _PLAIN[name]
-    if name in _LATENCIES:
+    if name in LATENCIES:
         chosen = statistic or "p99"
         if chosen not in _STATISTICS:
             raise InputError(
                 f"{text!r} names no statistic of a latency; allowed are {', '.join(_STATISTICS)}.",
                 where,
             )
-        return Goal(f"{name}:{chosen}", f"{chosen}_{_LATENCIES[name]}_ms", "lower", "ms")
+        return Goal(f"{name}:{chosen}", f"{chosen}_{LATENCIES[name]}_ms", "lower", "ms")
     near = difflib.get_close_matches(name, NAMES, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise InputError(f"{text!r} is no objective.{hint} Allowed are {', '.join(NAMES)}.", where)
@@ -129,7 +128,7 @@ def parse_constraints(text: str, where: str) -> Constraints:
                 where,
             )
         if re.fullmatch(r"(p[0-9.]+_|median_)?[a-z0-9]+(_(us|ms|s))?", word) is None or (
-            _metric(word) not in (*_LATENCIES, "e2el")
+            _metric(word) not in (*LATENCIES, "e2el")
         ):
             near = difflib.get_close_matches(word, NAMES, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -183,7 +182,6 @@ class Judge:
     goals: tuple[Goal, ...]
     constraints: Constraints
     prices: Prices | None
-    device: str
     where: str
 
     def value(self, goal: Goal, figures: Sequence[Figures]) -> float | None:
@@ -202,7 +200,7 @@ class Judge:
             assert self.prices is not None
             return cost_of(
                 self.prices,
-                self.device,
+                figures["device"],
                 summary["num_gpus"],
                 summary["average_gpu_power"],
                 summary["output_throughput"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
@@ -16,6 +15,7 @@ from helios_sim.search.goals import in_words
 from helios_sim.search.plan import FleetAnswer, Plan
 from helios_sim.search.prices import words_of
 from helios_sim.search.tables import Cells, fleet_rows, setting_rows, whatif_rows
+from helios_sim.search.traffic import Traffic
 from helios_sim.search.tune import Tuned
 from helios_sim.search.verdict import Verdict
 from helios_sim.search.whatif import Cell
@@ -88,17 +88,18 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 if question.prices is not None
                 else []
             ),
-            _scenario(scenario),
+            _scenario("The recommended scenario", scenario),
         ),
     ]
     return document(f"{question.scenario.name}: plan", sections, drawn)
 
 
 def tune_page(tuned: Tuned, scenario: Scenario) -> str:
-    """The page of a search; `scenario` is the recommended one."""
+    """The page of a search; `scenario` is the recommended one, or as it stands."""
     question = tuned.question
     goal = question.judge.goals[0]
     drawn: dict[str, Figure] = {}
+    name = "The recommended scenario" if tuned.is_better else "The scenario as it stands"
     sections = [
         _opening(question.scenario, tune_headline(tuned), tune_remarks(tuned)),
         section(
@@ -157,7 +158,9 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
         )
     sections += [
         _notes(question.scenario),
-        section("How it was found", "", f"<p>{escape(_search(tuned))}</p>", _scenario(scenario)),
+        section(
+            "How it was found", "", f"<p>{escape(_search(tuned))}</p>", _scenario(name, scenario)
+        ),
     ]
     return document(f"{question.scenario.name}: tune", sections, drawn)
 
@@ -181,7 +184,7 @@ def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int, de
             ),
         ),
         _notes(scenario),
-        section("The scenario", "", _scenario(scenario)),
+        section("The scenario", "", _scenario("As it stands, in full", scenario)),
     ]
     return document(f"{scenario.name}: what if", sections, drawn)
 
@@ -321,14 +324,13 @@ def _held_out(tuned: Tuned) -> str:
     for held in tuned.held_out:
         row = [f"held out, rate \N{MULTIPLICATION SIGN} {held.rate_scale:g}"]
         for place, goal in enumerate(judge.goals):
-            gain, low, high = held.gains[place]
             sign = 1.0 if goal.better == "higher" else -1.0
-            ends = sorted((sign * low, sign * high))
-            row += [
-                number(held.base[place], 4),
-                number(held.tuned[place], 4),
-                f"{sign * gain:+.3g} [{ends[0]:+.3g}, {ends[1]:+.3g}]",
-            ]
+            difference = number(None)
+            if (known := held.gains[place]) is not None:
+                gain, low, high = known
+                ends = sorted((sign * low, sign * high))
+                difference = f"{sign * gain:+.3g} [{ends[0]:+.3g}, {ends[1]:+.3g}]"
+            row += [number(held.base[place], 4), number(held.tuned[place], 4), difference]
         broken = [in_words(one) for one in held.tuned_broken]
         row.append("breaks " + ", ".join(broken) if broken else "kept")
         rows.append(row)
@@ -355,11 +357,14 @@ def _notes(scenario: Scenario, skipped: Sequence[str] = ()) -> str:
     return section("Notes", "", f'<ul class="notes">{said}</ul>')
 
 
-def _samples(traffic: Any) -> str:
+def _samples(traffic: Traffic) -> str:
     if traffic.replays:
+        pace = "at its own pace, times the factor where one is named"
+        if traffic.table == "plan":
+            pace = "at the rate asked for"
         return (
             f"Replications are stretches of the trace, {traffic.num_windows} of equally many "
-            "requests, each played at the rate asked for"
+            f"requests, each played {pace}"
         )
     if traffic.is_shaped:
         return "Replications are the whole workload under other seeds"
@@ -393,8 +398,8 @@ def _search(tuned: Tuned) -> str:
     )
 
 
-def _scenario(scenario: Scenario) -> str:
+def _scenario(name: str, scenario: Scenario) -> str:
     return (
-        "<details><summary>The recommended scenario</summary>"
+        f"<details><summary>{escape(name)}</summary>"
         f"<pre>{escape(toml_text(resolved(scenario)))}</pre></details>"
     )

@@ -9,14 +9,14 @@ from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Any, get_args
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies
 from helios_sim.profile import load_profile
 from helios_sim.questions import PlanSettings
 from helios_sim.report.words import device_of_all
-from helios_sim.scenario import PolicySettings, Scenario
+from helios_sim.scenario import PolicySettings, Router, Scenario
 from helios_sim.search.bottleneck import Bottleneck, find_bottleneck
 from helios_sim.search.capacity import (
     Capacity,
@@ -30,9 +30,6 @@ from helios_sim.search.studies import Outcome, Steps, Study, figures_of
 from helios_sim.search.traffic import Traffic, at_rate
 from helios_sim.search.verdict import Verdict, judge
 from helios_sim.slo import SloSpec
-
-MAX_RUN_REQUESTS: Final = 200_000
-"""Requests of one run of a large fleet; beyond, each replica sees fewer."""
 
 Means = dict[str, float | None]
 
@@ -199,7 +196,7 @@ def _fleets(
     """Every combination of what the lists name; model sets that a profile lacks are left out."""
     routers = settings.routers or (scenario.fleet.router,)
     for router in routers:
-        check_word(router, _ROUTERS, f"{place}.routers", "router")
+        check_word(router, get_args(Router), f"{place}.routers", "router")
     try:
         policies = choose_policies(scenario, settings.policies)
     except InputError as error:
@@ -248,9 +245,6 @@ def _named(fleets: Sequence[Fleet]) -> list[Fleet]:
         )
         for fleet, mine in zip(fleets, parts, strict=True)
     ]
-
-
-_ROUTERS: Final = ("round-robin", "random", "least-outstanding", "least-kv")
 
 
 def check_word(word: str, allowed: Sequence[str], where: str, what: str) -> None:
@@ -326,9 +320,7 @@ class _Bench:
         return load
 
     def _point(self, scenario: Scenario, index: int, rate: float, num_replicas: int) -> Point:
-        traffic = self.question.traffic
-        longest = max(1, MAX_RUN_REQUESTS // self.question.settings.num_requests)
-        sample = traffic.sample(scenario, index, rate, min(num_replicas, longest))
+        sample = self.question.traffic.sample(scenario, index, rate, num_replicas)
         return point_of(sample, self.question.base_dir, str(self.question.slo))
 
     def capacity(

@@ -15,23 +15,36 @@ import numpy as np
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
-from helios_sim.metrics import columns_of, gap_percentile_s, gap_share_within, meets
+from helios_sim.metrics import (
+    Columns,
+    columns_of,
+    gap_percentile_s,
+    gap_share_within,
+    meets,
+    meets_all,
+)
+from helios_sim.policy.registry import policy_source
 from helios_sim.profile import load_profile
 from helios_sim.records import SCHEMA_VERSION, RunData
 from helios_sim.scenario import Scenario, resolved
-from helios_sim.slo import SloLimit, parse_slo
+from helios_sim.slo import SloLimit, SloSpec, needed, parse_slo
 
-POINT_SCHEMA: Final = 1
+POINT_SCHEMA: Final = 2
 """Version of a point's file."""
 
 _PACKAGE: Final = Path(__file__).parent.parent
 _NO_PART: Final = (
     *("search", "report", "__main__.py", "cli.py", "command.py", "publish.py", "terminal.py"),
 )
-"""Sources that change no figure of a run: what proposes points, and what shows results."""
+"""Sources that change no figure of a point: what proposes points, and what shows results."""
+_JUDGES: Final = "search/points.py"
+"""The one source among them that makes figures: it judges a point's limits."""
 
 Figures = dict[str, Any]
-"""What a point gave: `summary`, and for each judged limit its share and its percentile."""
+"""What a point gave: `summary` and the `device` it is of, for each judged limit its share and its
+percentile in `judged`, and in `together` the share of the requests that meets all limits without a
+percentile; None without any.
+"""
 
 
 @dataclass(frozen=True)
@@ -85,16 +98,22 @@ def run_point(point: Point) -> Figures:
     """Play a point; what it gives is plain data."""
     experiment = prepare(point.scenario, point.base_dir, "scenario")
     result = run_policy(experiment, point.scenario.policy[0])
-    judged = [] if not point.limits else _judged(result.run, point)
-    return {"summary": result.summary, "judged": judged}
+    device = result.run.environment["device"]
+    figures: Figures = {"summary": result.summary, "device": device, "judged": [], "together": None}
+    if point.limits:
+        measure, slo = point.scenario.measure, parse_slo(point.limits)
+        columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)
+        figures["judged"] = _judged(result.run, columns, slo)
+        plain = SloSpec(tuple(limit for limit in slo.limits if limit.percentile is None))
+        if plain.limits:
+            figures["together"] = float(meets_all(columns, plain)[columns.measured].mean())
+    return figures
 
 
-def _judged(run: RunData, point: Point) -> list[dict[str, Any]]:
-    measure = point.scenario.measure
-    columns = columns_of(run, measure.warmup_s, measure.warmup_requests)
+def _judged(run: RunData, columns: Columns, slo: SloSpec) -> list[dict[str, Any]]:
     measured = columns.measured
     found = []
-    for limit in parse_slo(point.limits).limits:
+    for limit in slo.limits:
         percentile = 100.0 if limit.percentile is None else limit.percentile
         if limit.metric == "itl" and limit.percentile is not None:
             has_gaps = sum(run.totals.itl_counts) > 0
@@ -102,7 +121,7 @@ def _judged(run: RunData, point: Point) -> list[dict[str, Any]]:
             share = gap_share_within(run, limit.limit_s) if has_gaps else 1.0
         else:
             sent_s = np.sort(_sent_s(columns, limit)[measured])
-            place = max(0, math.ceil(percentile / 100.0 * len(sent_s)) - 1)
+            place = max(0, needed(percentile, len(sent_s)) - 1)
             value_s = float(sent_s[place])
             share = float(meets(columns, limit)[measured].mean())
         found.append(
@@ -115,7 +134,7 @@ def _judged(run: RunData, point: Point) -> list[dict[str, Any]]:
     return found
 
 
-def _sent_s(columns: Any, limit: SloLimit) -> Any:
+def _sent_s(columns: Columns, limit: SloLimit) -> Any:
     """A latency of every request sent; infinite where it did not finish."""
     if limit.metric == "ttft":
         value = columns.ttft_s
@@ -131,11 +150,19 @@ def _files_of(data: Mapping[str, Any], base_dir: Path) -> Iterator[tuple[str, st
     yield "profile", _profile_hash(data["fleet"]["profile"], base_dir)
     for name in sorted(set(_named_files(data["workload"]))):
         yield name, content_hash(base_dir / name)
+        beside = name.removesuffix("_trace.parquet")
+        if beside != name:
+            # ServeGen's lengths stand in a file of their own.
+            beside += "_dataset.parquet"
+            yield beside, content_hash(base_dir / beside)
     for policy in data["policy"]:
-        module, colon, _ = str(policy["use"]).partition(":")
-        source = base_dir.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
-        if colon and source.is_file():
-            yield module, content_hash(source)
+        use = str(policy["use"])
+        module, colon, _ = use.partition(":")
+        if colon:
+            beside_it = base_dir.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
+            source = beside_it if beside_it.is_file() else policy_source(use)
+            if source is not None:
+                yield module, content_hash(source)
 
 
 @cache
@@ -175,12 +202,20 @@ def _hash_of(stamps: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
+def code_files() -> list[str]:
+    """Every source of the package that takes part in a point's figures."""
+    inside = [path.relative_to(_PACKAGE) for path in sorted(_PACKAGE.rglob("*.py"))]
+    return [
+        path.as_posix()
+        for path in inside
+        if path.parts[0] not in _NO_PART or path.as_posix() == _JUDGES
+    ]
+
+
 @cache
 def code_hash() -> str:
-    """Hash of every source that takes part in a run's figures."""
+    """Hash of those sources."""
     digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        inside = path.relative_to(_PACKAGE)
-        if inside.parts[0] not in _NO_PART:
-            digest.update(inside.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for name in code_files():
+        digest.update(name.encode() + b"\0" + (_PACKAGE / name).read_bytes() + b"\0")
     return digest.hexdigest()

@@ -15,16 +15,15 @@ import polars as pl
 from helios_sim.errors import InputError
 from helios_sim.metrics import rounded_figures
 from helios_sim.profile import shipped_names
-from helios_sim.records import toml_text
+from helios_sim.records import REPORT_FILE, toml_text
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search.store import POINTS, Store
 
 RESULTS: Final = "results.parquet"
 PARETO: Final = "pareto.csv"
 SCENARIO: Final = "scenario.toml"
-PAGE: Final = "report.html"
 JOURNAL: Final = "study.journal"
-_OURS: Final = (RESULTS, PARETO, SCENARIO, PAGE, JOURNAL, f"{JOURNAL}.lock", POINTS)
+_OURS: Final = (RESULTS, PARETO, SCENARIO, REPORT_FILE, JOURNAL, f"{JOURNAL}.lock", POINTS)
 
 
 def open_folder(out: Path, resume: bool) -> Store:

@@ -20,8 +20,6 @@ class Store:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._known: dict[str, Figures] = {}
-        self.num_written = 0
-        self.num_found = 0
         if folder is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +35,6 @@ class Store:
         figures = None if self.folder is None else _read(self.folder / f"{key}.json", key)
         if figures is not None:
             self._known[key] = figures
-            self.num_found += 1
         return figures
 
     def put(self, key: str, figures: Figures) -> Figures:
@@ -51,7 +48,6 @@ class Store:
             self._write(self.folder / f"{key}.json", text)
         kept: Figures = json.loads(text)
         self._known[key] = kept
-        self.num_written += 1
         return kept
 
     def _write(self, path: Path, text: str) -> None:

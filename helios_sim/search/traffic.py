@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -14,10 +14,12 @@ from helios_sim.arrivals import ClosedArrivals, DailyArrivals, ScheduleArrivals
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.scenario import Scenario
-from helios_sim.traces import read_trace
-from helios_sim.workload import MAX_SPAN_S
+from helios_sim.traces import TraceSettings, read_trace
+from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
 
 MIN_WINDOW_REQUESTS = 40
+MAX_RUN_REQUESTS: Final = 200_000
+"""Requests of one run of a large fleet; beyond, each replica sees fewer."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class Traffic:
     """The workload of a scenario as samples: sample i has the scenario's seed + i.
 
     A replayed trace brings the same arrivals whatever the seed, so its samples are stretches of
-    equally many requests instead, `num_windows` of them. Where the rate or the domains change with
-    time, a sample is the whole workload under another seed. Anything else is `num_requests`
-    requests a replica. The first `warmup_share` of the requests are not measured. `table` is the
-    scenario's table that asks for the windows.
+    equally many requests instead, `num_windows` of them, with the domains of that time. Where
+    other arrivals or domains change with time, a sample is the whole workload under another seed.
+    Anything else is `num_requests` requests a replica. The first `warmup_share` of the requests
+    are not measured. `table` is the scenario's table that asks for the windows.
     """
 
     scenario: Scenario
@@ -86,14 +88,19 @@ class Traffic:
 
     @cached_property
     def stretches(self) -> tuple[Stretch, ...]:
-        """The windows of a replayed trace, one after another, equal in requests."""
+        """The windows of a replayed trace, one after another, equal in requests.
+
+        They end where a run of the scenario does: with the window of the trace, or with the last
+        request that `max_requests`, `num_requests` or `duration_s` leave.
+        """
         settings = self.scenario.workload.trace
         assert settings is not None
-        plain = settings.model_copy(
-            update={"rate_scale": 1.0, "repeat": 1, "max_requests": settings.max_requests}
-        )
-        trace = read_trace(plain, self.base_dir, self.scenario.seed)
-        num = len(trace)
+        plain = settings.model_copy(update={"rate_scale": 1.0, "repeat": 1, "max_requests": None})
+        times = read_trace(plain, self.base_dir, self.scenario.seed).arrival_s
+        num = min(len(times), self._num_replayed(settings))
+        end_s = float(times[num - 1]) + 1e-6
+        if num == len(times) and settings.end_s is not None:
+            end_s = settings.end_s - settings.start_s
         if num < self.num_windows * MIN_WINDOW_REQUESTS:
             raise InputError(
                 f"The trace holds {num:,} requests, too few for {self.num_windows} windows of at "
@@ -101,10 +108,7 @@ class Traffic:
                 f"{self.where}, {self.table}.windows",
             )
         places = [num * i // self.num_windows for i in range(self.num_windows + 1)]
-        times = trace.arrival_s
-        edges = [float(times[place]) for place in places[:-1]]
-        last_s = float(times[-1])
-        edges.append(settings.end_s - settings.start_s if settings.end_s else last_s + 1e-6)
+        edges = [*(float(times[place]) for place in places[:-1]), end_s]
         found = []
         for start_s, end_s in pairwise(edges):
             inside = int(np.searchsorted(times, end_s) - np.searchsorted(times, start_s))
@@ -116,6 +120,14 @@ class Traffic:
                 )
             found.append(Stretch(settings.start_s + start_s, settings.start_s + end_s, inside))
         return tuple(found)
+
+    def _num_replayed(self, settings: TraceSettings) -> int:
+        """How many requests a run of the scenario replays, its repetitions included."""
+        trace = read_trace(settings, self.base_dir, self.scenario.seed)
+        try:
+            return len(first_of(trace, self.scenario.workload))
+        except InputError as error:
+            raise InputError(error.message, f"{self.where}, {error.where}") from error
 
     @cached_property
     def rate_per_s(self) -> float:
@@ -139,8 +151,10 @@ class Traffic:
     ) -> Scenario:
         """`base` under sample `index` of this traffic, at a rate or at the scenario's own.
 
-        `num_replicas` lengthens the sample, so that each replica sees as many requests.
+        `num_replicas` lengthens the sample, so that each replica sees as many requests; a longer
+        sample begins like the shorter one.
         """
+        num_replicas = min(num_replicas, max(1, MAX_RUN_REQUESTS // self.num_requests))
         if self.num_samples is not None and index >= self.num_samples:
             raise InputError(
                 f"Sample {index + 1} of the traffic was asked for; the trace has "
@@ -180,8 +194,15 @@ class Traffic:
                 "max_requests": None,
             }
         )
+        own = trace.rate_scale
+        begin_s, span_s = (part.start_s - trace.start_s) / own, (part.end_s - part.start_s) / own
+        domains = tuple(
+            _again(domain, begin_s, span_s, scale / own, num_replicas)
+            for domain in base.workload.domains
+        )
         num = part.num_requests * num_replicas
-        return {"trace": changed, "num_requests": None, "duration_s": None}, num
+        update = {"trace": changed, "domains": domains, "num_requests": None, "duration_s": None}
+        return update, num
 
     def _drawn(
         self, base: Scenario, rate_per_s: float | None, num_replicas: int
@@ -206,10 +227,40 @@ def at_rate(scenario: Scenario, traffic: Traffic, rate_per_s: float) -> Scenario
     if traffic.replays:
         assert workload.trace is not None
         scale = workload.trace.rate_scale * factor
-        update: dict[str, Any] = {"trace": workload.trace.model_copy(update={"rate_scale": scale})}
+        update: dict[str, Any] = {
+            "trace": workload.trace.model_copy(update={"rate_scale": scale}),
+            "domains": tuple(_paced(domain, factor) for domain in workload.domains),
+        }
     else:
         update = {"arrivals": _faster(workload.arrivals, factor)}
     return scenario.model_copy(update={"workload": workload.model_copy(update=update)})
+
+
+def _again(
+    domain: DomainSettings, begin_s: float, span_s: float, pace: float, num_times: int
+) -> DomainSettings:
+    """A domain over a stretch of a run alone, `pace` times as fast and so many times over."""
+    if domain.shares is None:
+        return domain
+    # The next repetition begins where this one ends, and times of points ascend strictly.
+    last_s = (1.0 - 1e-9) * span_s
+    inside = [at_s - begin_s for at_s, _ in domain.shares if 0.0 < at_s - begin_s < last_s]
+    times_s = np.array([0.0, *inside, last_s])
+    shares = domain.share_at(begin_s + times_s)
+    points = [
+        (float(number * span_s + at_s), float(share))
+        for number in range(num_times)
+        for at_s, share in zip(times_s, shares, strict=True)
+    ]
+    return _paced(domain.model_copy(update={"shares": tuple(points)}), pace)
+
+
+def _paced(domain: DomainSettings, pace: float) -> DomainSettings:
+    """A domain that drifts `pace` times as fast."""
+    if domain.shares is None or pace == 1.0:
+        return domain
+    points = tuple((at_s / pace, share) for at_s, share in domain.shares)
+    return domain.model_copy(update={"shares": points})
 
 
 def _faster(arrivals: Any, factor: float) -> Any:

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
 from helios_sim.errors import InputError
-from helios_sim.profile import load_profile
+from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import SearchSettings
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario
@@ -18,11 +18,11 @@ from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, 
 from helios_sim.search.pareto import front, knee, ranks
 from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
-from helios_sim.search.prices import load_prices
+from helios_sim.search.prices import cost_of, load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
 from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
-from helios_sim.search.traffic import Traffic
+from helios_sim.search.traffic import Traffic, at_rate
 from helios_sim.search.verdict import t_quantile
 
 State = Literal["full", "stopped", "impossible"]
@@ -57,17 +57,25 @@ class Trial:
         return self.state == "full" and not self.broken
 
 
+Interval = tuple[float, float, float]
+"""A mean and its bounds."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
-    """The winner and the scenario as it stands, on traffic that nothing was tuned on."""
+    """The winner and the scenario as it stands, on traffic that nothing was tuned on.
+
+    An objective is None where a sample leaves it undefined: nothing was served, say.
+    """
 
     rate_scale: float
-    base: tuple[float, ...]
-    tuned: tuple[float, ...]
+    base: tuple[float | None, ...]
+    tuned: tuple[float | None, ...]
     base_broken: tuple[Broken, ...]
     tuned_broken: tuple[Broken, ...]
-    gains: tuple[tuple[float, float, float], ...]
-    """For each objective the mean paired gain with its 95 % interval; positive is better."""
+    gains: tuple[Interval | None, ...]
+    """For each objective the mean paired gain with its 95 % interval; positive is better, and None
+    is where either has no value."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class TuneQuestion:
     traffic: Traffic
     judge: Judge
     device: str
-    """What the fleet stands on: GPU or processor."""
+    """What the fleets stand on: GPU, processor, or device where they differ."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +125,19 @@ class Tuned:
     def is_better(self) -> bool:
         """Whether the winner is to be recommended: better on held-out traffic, within bounds.
 
-        A scenario that breaks its constraints as it stands is worse than one that keeps them.
+        A scenario that breaks its constraints as it stands is worse than one that keeps them, and
+        one without a value of an objective is worse than one with.
         """
         held = self.own_rate
-        if held is None or held.tuned_broken:
+        if held is None or held.tuned_broken or None in held.tuned:
             return False
-        if held.base_broken:
+        if held.base_broken or None in held.base:
             return True
-        relative = [
-            gain / abs(base) if base else gain
-            for (gain, _, _), base in zip(held.gains, held.base, strict=True)
-        ]
-        return sum(relative) > 0.0
+        relative = 0.0
+        for gain, base in zip(held.gains, held.base, strict=True):
+            assert gain is not None
+            relative += gain[0] / abs(base) if base else gain[0]
+        return relative > 0.0
 
 
 def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
@@ -157,7 +166,10 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
                 f"{place}.prices",
             )
         prices = load_prices(settings.prices, base_dir, f"{place}.prices")
-    profile = load_profile(scenario.fleet.profile, base_dir)
+    profiles = _profiles(space, place)
+    if prices is not None:
+        for profile in profiles:
+            cost_of(prices, profile.device.name, 1, None, None, f"{place}.prices")
     traffic = Traffic(
         space.base,
         base_dir,
@@ -176,9 +188,22 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
             f"{place}.windows",
         )
     traffic.check()
-    judge = Judge(goals, constraints, prices, profile.device.name, f"{place}.prices")
-    device = device_of_all([profile.is_of_processor])
+    judge = Judge(goals, constraints, prices, f"{place}.prices")
+    device = device_of_all(profile.is_of_processor for profile in profiles)
     return TuneQuestion(scenario, settings, base_dir, where, space, traffic, judge, device)
+
+
+def _profiles(space: Space, place: str) -> list[Profile]:
+    """The profiles that trials may stand on, the scenario's own first."""
+    found = [load_profile(space.base.fleet.profile, space.base_dir)]
+    for one in space.ranges:
+        if one.key == "fleet.profile":
+            for name in one.choices:
+                try:
+                    found.append(load_profile(str(name), space.base_dir))
+                except InputError as error:
+                    raise InputError(error.message, f"{place}.ranges.fleet.profile") from error
+    return found
 
 
 def tune_study(question: TuneQuestion, journal: Path | None = None) -> Study[Tuned]:
@@ -225,19 +250,25 @@ def known_points(question: TuneQuestion) -> list[Point]:
             scenario = question.space.scenario(values)
         except InputError:
             continue
-        points += _points(question, scenario, range(settings.replications))
+        points += samples_of(question, scenario, range(settings.replications))
     return points
 
 
-def _points(
+def samples_of(
     question: TuneQuestion, scenario: Scenario, samples: Sequence[int], scale: float = 1.0
 ) -> list[Point]:
+    """A scenario on samples of the traffic, at its own rate times `scale`."""
     traffic = question.traffic
     # The scenario's own rate is left as it is, to the last bit.
     rate = None if scale == 1.0 else traffic.rate_per_s * scale
+    if rate is not None and traffic.replays:
+        # Stretches keep their own paces: all at one rate would differ from them in more than scale.
+        scenario, rate = at_rate(scenario, traffic, rate), None
+    # Lengthened windows are repeated ones, which say nothing new.
+    num_replicas = 1 if traffic.replays else scenario.fleet.num_replicas
     return [
         point_of(
-            traffic.sample(scenario, index, rate, 1),
+            traffic.sample(scenario, index, rate, num_replicas),
             question.base_dir,
             question.judge.constraints.limits,
         )
@@ -251,7 +282,9 @@ Asked = Generator[Sequence[Point], list[Outcome], list[Figures]]
 def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> Steps[Tuned]:
     settings = question.settings
     judge = question.judge
-    own = figures_of((yield _points(question, question.space.base, range(settings.replications))))
+    own = figures_of(
+        (yield samples_of(question, question.space.base, range(settings.replications)))
+    )
     base = _full_trial(judge, -1, {}, own)
     trials: list[Trial] = []
     while len(trials) < num_trials:
@@ -302,7 +335,7 @@ def _judge_batch(
         except InputError as error:
             found[place] = Trial(number, values, "impossible", why=str(error))
     places = list(scenarios)
-    asked = [_points(question, scenarios[place], range(1))[0] for place in places]
+    asked = [samples_of(question, scenarios[place], range(1))[0] for place in places]
     outcomes = (yield asked) if asked else []
     first: dict[int, Figures] = {}
     for place, outcome in zip(places, outcomes, strict=True):
@@ -323,7 +356,7 @@ def _judge_batch(
     else:
         chosen = _promising(judge, found, before, settings.go_on_share)
     rest = range(1, settings.replications)
-    asked = [point for place in chosen for point in _points(question, scenarios[place], rest)]
+    asked = [point for place in chosen for point in samples_of(question, scenarios[place], rest)]
     outcomes = (yield asked) if asked else []
     for at, place in enumerate(chosen):
         mine = outcomes[at * len(rest) : (at + 1) * len(rest)]
@@ -394,8 +427,8 @@ def _hold_out(
     """The winner and the scenario as it stands, on samples that come after the tuned ones."""
     settings, judge = question.settings, question.judge
     samples = range(settings.replications, settings.replications + settings.held_out)
-    base = _points(question, question.space.base, samples, scale)
-    tuned = _points(question, question.space.scenario(winner.values), samples, scale)
+    base = samples_of(question, question.space.base, samples, scale)
+    tuned = samples_of(question, question.space.scenario(winner.values), samples, scale)
     figures = figures_of((yield [*base, *tuned]))
     own, won = figures[: len(base)], figures[len(base) :]
     gains = []
@@ -403,19 +436,20 @@ def _hold_out(
         paired = []
         for before, after in zip(own, won, strict=True):
             a, b = judge.value(goal, [before]), judge.value(goal, [after])
-            paired.append(math.nan if a is None or b is None else goal.cost(a) - goal.cost(b))
-        gains.append(_interval(paired))
+            if a is not None and b is not None:
+                paired.append(goal.cost(a) - goal.cost(b))
+        gains.append(_interval(paired) if len(paired) == len(own) else None)
     return HeldOut(
         scale,
-        tuple(math.nan if one is None else one for one in judge.scores(own)),
-        tuple(math.nan if one is None else one for one in judge.scores(won)),
+        judge.scores(own),
+        judge.scores(won),
         judge.broken(own),
         judge.broken(won),
         tuple(gains),
     )
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float, float]:
+def _interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % interval; no width is known of one value alone."""
     mean = fmean(values)
     if len(values) < 2:
@@ -446,7 +480,7 @@ def _vary(
                 plan.append((one.key, value, None))
                 continue
             plan.append((one.key, value, len(asked)))
-            asked += _points(question, scenario, samples)
+            asked += samples_of(question, scenario, samples)
     outcomes = (yield asked) if asked else []
     found: dict[str, list[tuple[Any, float | None]]] = {}
     for key, value, at in plan:

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 from helios_sim.report.words import limits
-from helios_sim.slo import SloSpec
+from helios_sim.slo import SloSpec, reaches
 
 BACKLOG: Final = "backlog"
 """The criterion that no backlog grows: a short run may meet an SLO while it drowns.
@@ -50,7 +50,7 @@ class Criterion:
     @property
     def holds(self) -> bool:
         """Whether the share reaches the target on average."""
-        return self.mean >= self.target
+        return reaches(self.mean, self.target)
 
     @property
     def shortfall(self) -> float:
@@ -74,12 +74,12 @@ class Verdict:
     @property
     def surely_carried(self) -> bool:
         """Whether every criterion holds at its lower bound."""
-        return all(one.low >= one.target for one in self.criteria)
+        return all(reaches(one.low, one.target) for one in self.criteria)
 
     @property
     def surely_missed(self) -> bool:
         """Whether some criterion fails even at its upper bound."""
-        return any(one.high < one.target for one in self.criteria)
+        return any(not reaches(one.high, one.target) for one in self.criteria)
 
     @property
     def is_sure(self) -> bool:
@@ -134,9 +134,12 @@ def judge(
     """
     summaries = [one["summary"] for one in figures]
     criteria = []
+    plain: list[tuple[float, str]] = []
     for place, limit in enumerate(spec.limits):
         judged = [one["judged"][place] for one in figures]
-        if limit.percentile is not None:
+        if limit.percentile is None:
+            plain.append((fmean(one["share"] for one in judged), str(limit)))
+        else:
             criteria.append(
                 criterion(
                     str(limit),
@@ -148,22 +151,15 @@ def judge(
                     str(limit),
                 )
             )
-    plain = [limit for limit in spec.limits if limit.percentile is None]
     if plain:
-        shares = {
-            limit.metric: fmean(
-                summary["slo_attainment_by_metric"][limit.metric] for summary in summaries
-            )
-            for limit in plain
-        }
-        worst = min(plain, key=lambda limit: shares[limit.metric])
+        _, worst = min(plain)
         criteria.append(
             criterion(
                 "every limit",
-                [summary["slo_attainment"] for summary in summaries],
+                [one["together"] for one in figures],
                 attainment,
                 confidence,
-                limit=str(worst),
+                limit=worst,
             )
         )
     drowned = [summary["saturation"] == "overloaded" for summary in summaries]

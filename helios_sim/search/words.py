@@ -122,11 +122,16 @@ def tune_headline(tuned: Tuned) -> str:
     held = tuned.own_rate
     assert held is not None
     goal = judge.goals[0]
-    change = f"{number(held.base[0], 4)} to {number(held.tuned[0], 4)} {goal.unit}".strip()
+    was, now = (
+        "no value" if one is None else number(one, 4) for one in (held.base[0], held.tuned[0])
+    )
+    change = f"{was} to {now} {goal.unit}".strip()
     if not tuned.is_better:
         why = (
             f"breaks {listed([in_words(one) for one in held.tuned_broken])}"
             if held.tuned_broken
+            else f"gives no value of {goal.name}"
+            if held.tuned[0] is None
             else f"takes {goal.name} from {change}"
         )
         return (
@@ -160,7 +165,19 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     if tuned.winner is None or held is None:
         return found
     for place, goal in enumerate(judge.goals):
-        gain, low, high = held.gains[place]
+        known = held.gains[place]
+        if known is None:
+            lacking = [
+                name
+                for name, scores in (
+                    ("the scenario as it stands", held.base),
+                    (f"trial {tuned.winner.number}", held.tuned),
+                )
+                if scores[place] is None
+            ]
+            found.append(f"{goal.name} on held-out traffic: {listed(lacking)} gave no value.")
+            continue
+        gain, low, high = known
         sure = low > 0.0 or high < 0.0
         sign = 1.0 if goal.better == "higher" else -1.0
         ends = sorted((sign * low, sign * high))
@@ -181,9 +198,10 @@ def _loss(tuned: Tuned, place: int) -> str:
     """What is left of a gain off the tuning traffic."""
     assert tuned.winner is not None and tuned.own_rate is not None
     base, best, held = tuned.base.scores, tuned.winner.scores, tuned.own_rate
-    if base is None or best is None or not base[place] or not held.base[place]:
+    was, now = held.base[place], held.tuned[place]
+    if base is None or best is None or not base[place] or not was or now is None:
         return "nothing to compare it with on the tuning traffic"
-    on, off = best[place] / base[place], held.tuned[place] / held.base[place]
+    on, off = best[place] / base[place], now / was
     return (
         f"the ratio to it is {off:.3g} there and {on:.3g} on the tuning traffic "
         f"({100 * (off / on - 1):+.0f} %)"

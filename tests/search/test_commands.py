@@ -20,9 +20,11 @@ import pytest
 
 from helios_sim.cli import main
 from helios_sim.errors import InputError
+from helios_sim.experiment import prepare
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
+from helios_sim.search.tune import read_tune, samples_of
 
 RANGES = {
     "policy.breach_limit": {"low": 10, "high": 90},
@@ -294,6 +296,112 @@ def test_every_sampler_searches_and_tries_the_winner_on_other_traffic(
     assert set(front["trial"]) <= set(frame.filter(pl.col("feasible"))["trial"])
 
 
+def priced(folder: Path, devices: dict[str, float]) -> Path:
+    """A scenario whose device is searched for the least cost, at so much an hour of each."""
+    (folder / "prices.toml").write_text(
+        "".join(
+            f'[gpu."{name}"]\nper_gpu_hour = {price}\ngrade = "assumed"\n'
+            for name, price in devices.items()
+        )
+    )
+    search = {
+        "objectives": ["cost"],
+        "constraints": "",
+        "prices": "prices.toml",
+        "sampler": "grid",
+        "replications": 1,
+        "held_out": 1,
+        "ranges": {"fleet.profile": ["layerskip-a100-40gb", "layerskip-h100-80gb"]},
+    }
+    fleet = {"profile": "layerskip-a100-40gb", "candidates": ["llama2-7b"]}
+    return write(folder, policy=[{"use": "never"}], fleet=fleet, search=search)
+
+
+A100, H100 = "NVIDIA A100-SXM4-40GB", "NVIDIA H100-SXM5-80GB"
+
+
+def test_a_trial_on_another_device_costs_what_that_device_does(tmp_path: Path) -> None:
+    """An hour of either costs 3,600, so a token costs 1 / throughput, here 2 on the other one."""
+    tune(priced(tmp_path, {A100: 3600.0, H100: 7200.0}), [], inline(tmp_path / "out"))
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet").filter(pl.col("trial") >= 0)
+    costs = dict(zip(frame["setting fleet.profile"], frame["cost"] / 1e6, strict=True))
+    rates = dict(zip(frame["setting fleet.profile"], frame["output_throughput"], strict=True))
+    assert costs["layerskip-a100-40gb"] == pytest.approx(1 / rates["layerskip-a100-40gb"])
+    assert costs["layerskip-h100-80gb"] == pytest.approx(2 / rates["layerskip-h100-80gb"])
+
+
+def test_every_device_that_is_searched_needs_a_price_before_anything_runs(tmp_path: Path) -> None:
+    path = priced(tmp_path, {A100: 1.0})
+    with pytest.raises(InputError, match=rf"search\.prices: The prices file has no.*{H100}"):
+        tune(path, [], inline(tmp_path / "out"))
+    change = 'search.ranges={"fleet.profile"=["layerskip-a100-40gb","layerskip-h100-80g"]}'
+    with pytest.raises(InputError, match=r"ranges\.fleet\.profile: .*layerskip-h100-80gb"):
+        tune(path, [change], inline(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_over_gpus_and_processors_speaks_of_devices(tmp_path: Path) -> None:
+    change = 'search.ranges={"fleet.profile"=["layerskip-a100-40gb","small-family-cpu"]}'
+    path = priced(tmp_path, {A100: 1.0})
+    changes = [change, 'search.objectives=["goodput"]']
+    question = read_tune(load_scenario(path, changes), tmp_path, "x.toml")
+    assert question.device == "device"
+
+
+@pytest.mark.parametrize("own", ["refuse", "truncate"])
+def test_a_scenario_without_a_value_of_the_objective_is_worse_than_one_with(
+    tmp_path: Path, own: str
+) -> None:
+    """Every prompt is longer than the context: refused, no request has a TTFT."""
+    search = {
+        "objectives": ["ttft:p99"],
+        "constraints": "",
+        "sampler": "grid",
+        "replications": 1,
+        "ranges": {"workload.over_context": ["refuse", "truncate"]},
+    }
+    workload = {"prompt": {"kind": "constant", "tokens": 4000}, "over_context": own}
+    path = write(tmp_path, workload=workload, policy=[{"use": "never"}], search=search)
+    said = tune(path, [], inline(tmp_path / "out"))
+    found = load_scenario(tmp_path / "out" / "scenario.toml")
+    assert found.workload.over_context == "truncate"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "nan" not in " ".join(said.sentences)
+    assert ">nan" not in page
+    if own == "refuse":
+        assert "Trial 1 takes ttft:p99 from no value to" in said.sentences[0]
+        assert any("the scenario as it stands gave no value" in one for one in said.sentences)
+
+
+def test_each_replica_of_a_trial_sees_as_many_requests(tmp_path: Path) -> None:
+    """Three replicas meet 180 requests, of which the first 60 are those that one would meet."""
+    path = write(tmp_path, search={"ranges": {"fleet.num_replicas": [1, 3]}})
+    question = read_tune(load_scenario(path), tmp_path, "x.toml")
+    met = []
+    for num in (1, 3):
+        scenario = question.space.scenario({"fleet.num_replicas": num})
+        (point,) = samples_of(question, scenario, [0])
+        requests, _ = prepare(point.scenario, tmp_path).requests(point.scenario.seed)
+        met.append(requests)
+    assert [len(one) for one in met] == [60, 180]
+    for column in ("arrival_s", "prompt_tokens", "output_tokens"):
+        assert (getattr(met[0], column) == getattr(met[1], column)[:60]).all()
+
+
+def test_held_out_rates_multiply_the_pace_of_each_stretch_of_a_trace(tmp_path: Path) -> None:
+    """The second half of the trace is four times as slow, so one rate for all would speed it up."""
+    at_ms = [100 * i for i in range(100)] + [10_000 + 400 * i for i in range(100)]
+    lines = [f'{{"timestamp":{at},"input_length":9,"output_length":5}}\n' for at in at_ms]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    changes = ['workload={trace={file="t.jsonl"}}', "search.windows=4"]
+    path = write(tmp_path)
+    question = read_tune(load_scenario(path, changes), tmp_path, "x.toml")
+    for scale in (0.5, 1.0, 1.2):
+        points = samples_of(question, question.space.base, range(4), scale)
+        scales = [point.scenario.workload.trace.rate_scale for point in points]  # type: ignore[union-attr]
+        assert scales == pytest.approx([scale] * 4)
+
+
 def test_the_number_of_workers_changes_no_byte_of_a_search(tmp_path: Path) -> None:
     path = write(tmp_path, search={"num_trials": 8})
     tune(path, [], inline(tmp_path / "one"))
@@ -448,6 +556,23 @@ def test_whatif_shows_every_cell_of_the_grid_once(tmp_path: Path) -> None:
     titles, rows = said.tables[0][0]
     assert len(rows) == 6
     assert all(len(row) == len(titles) for row in rows)
+
+
+def test_only_what_is_recommended_is_called_so(tmp_path: Path) -> None:
+    """A grid recommends nothing, and neither does a search that found nothing better."""
+    path = write(tmp_path, search={"ranges": {"serving.max_batch": [256]}, "sampler": "grid"})
+    whatif(path, [], ["serving.max_batch=8,64"], [], 1, inline(tmp_path / "whatif"))
+    tune(path, [], inline(tmp_path / "tune"))
+    plan(path, [], inline(tmp_path / "plan"))
+    named = {
+        name: re.findall(r"<summary>(.*?)</summary>", (tmp_path / name / "report.html").read_text())
+        for name in ("whatif", "tune", "plan")
+    }
+    assert named == {
+        "whatif": ["As it stands, in full"],
+        "tune": ["The scenario as it stands"],
+        "plan": ["The recommended scenario"],
+    }
 
 
 def test_whatif_names_the_nearest_of_an_option_nobody_has(tmp_path: Path) -> None:

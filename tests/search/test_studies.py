@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-import helios_sim.search.points
 from helios_sim.errors import InputError
+from helios_sim.experiment import prepare
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.executors import InlineExecutor, Workers, open_workers
-from helios_sim.search.points import Point, point_of, run_point
+from helios_sim.search.points import Point, code_files, point_of, run_point
 from helios_sim.search.store import Store
 from helios_sim.search.studies import Outcome, Standing, Study, carry_out
 from helios_sim.search.traffic import Traffic, at_rate
@@ -81,6 +83,41 @@ def test_another_content_of_a_named_file_is_another_point(tmp_path: Path) -> Non
     assert point_of(replay, tmp_path).key != before
 
 
+def test_another_content_of_servegen_s_lengths_is_another_point(tmp_path: Path) -> None:
+    (tmp_path / "m_trace.parquet").write_bytes(b"rates")
+    (tmp_path / "m_dataset.parquet").write_bytes(b"lengths")
+    replay = scenario(tmp_path, workload={"trace": {"file": "m_trace.parquet"}})
+    before = point_of(replay, tmp_path).key
+    (tmp_path / "m_dataset.parquet").write_bytes(b"other lengths")
+    assert point_of(replay, tmp_path).key != before
+
+
+def test_another_source_of_an_imported_policy_is_another_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class comes from a module on the Python path, by way of a module that only names it."""
+    library = tmp_path / "library"
+    library.mkdir()
+    (library / "named_here.py").write_text("from made_there import Mine\n")
+    (library / "made_there.py").write_text(
+        "from helios_sim.policy.baselines import Never\nclass Mine(Never):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(library))
+    base = scenario(tmp_path)
+    policy = base.policy[0].model_copy(update={"use": "named_here:Mine"})
+    own = base.model_copy(update={"policy": (policy,)})
+    before = point_of(own, tmp_path).key
+    with (library / "made_there.py").open("a") as file:
+        file.write("    name = 'another'\n")
+    assert point_of(own, tmp_path).key != before
+
+
+def test_what_judges_a_point_is_part_of_its_code_and_what_shows_it_is_not() -> None:
+    files = set(code_files())
+    assert {"search/points.py", "metrics.py", "slo.py", "policy/helios.py"} <= files
+    assert not {"search/page.py", "search/tune.py", "report/page.py"} & files
+
+
 def test_outcomes_come_in_the_order_of_asking_and_errors_among_them(tmp_path: Path) -> None:
     wrong = scenario(tmp_path, fleet={"profile": "opt-a100-40g"})
     good, other = (
@@ -98,11 +135,10 @@ def test_studies_share_points_and_a_second_look_runs_none(tmp_path: Path) -> Non
     points = points_of(tmp_path, [1.0, 2.0])
     store = Store(tmp_path / "points")
     first = carry_out([asking(points, 1), asking(points[::-1], 2)], INLINE, store)
-    assert store.num_written == 2
+    assert len(list((tmp_path / "points").iterdir())) == 2
     assert first[0] == first[1][::-1]
     again = Store(tmp_path / "points")
-    assert carry_out([asking(points, 2)], INLINE, again) == [first[0]]
-    assert (again.num_written, again.num_found) == (0, 2)
+    assert carry_out([asking(points, 2)], Workers(Dying(0), 1), again) == [first[0]]
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"key": "x"}', "[]", "\x00" * 100])
@@ -132,10 +168,11 @@ def test_a_full_disk_ends_clearly_and_keeps_what_is_finished(
 ) -> None:
     points = points_of(tmp_path, [1.0, 2.0, 3.0])
     written = Path.write_text
-    store = Store(tmp_path / "points")
+    folder = tmp_path / "points"
+    store = Store(folder)
 
     def full(self: Path, *args: Any, **kwargs: Any) -> int:
-        if store.num_written == 2:
+        if len(list(folder.iterdir())) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return written(self, *args, **kwargs)
 
@@ -144,9 +181,8 @@ def test_a_full_disk_ends_clearly_and_keeps_what_is_finished(
         carry_out([asking(points, 1)], INLINE, store)
     monkeypatch.undo()
     assert len(list((tmp_path / "points").iterdir())) == 2
-    again = Store(tmp_path / "points")
-    carry_out([asking(points, 1)], INLINE, again)
-    assert (again.num_found, again.num_written) == (2, 1)
+    carry_out([asking(points, 1)], Workers(Dying(1), 1), Store(tmp_path / "points"))
+    assert len(list((tmp_path / "points").iterdir())) == 3
 
 
 class Dying(Executor):
@@ -188,6 +224,9 @@ def test_limits_are_judged_over_the_requests_sent(tmp_path: Path) -> None:
     assert p99["share"] == pytest.approx(1 - refused / 50)
     assert 0 < p50["value_ms"] < 60_000
     assert gaps["share"] == 1.0
+    assert found["together"] is None
+    plain = run_point(point_of(mixed, tmp_path, "ttft:p50<1us;ttft:60s;e2e:60s"))
+    assert plain["together"] == pytest.approx(1 - refused / 50)
 
 
 def test_processes_give_the_same_bytes_as_this_one(tmp_path: Path) -> None:
@@ -216,7 +255,7 @@ def test_samples_of_a_replayed_trace_are_stretches_at_the_rate_asked_for(tmp_pat
     for index in range(4):
         for rate in (1.0, 20.0):
             sample = traffic.sample(replay, index, rate, 2)
-            experiment = helios_sim.search.points.prepare(sample, tmp_path)
+            experiment = prepare(sample, tmp_path)
             requests, _ = experiment.requests(sample.seed)
             assert len(requests) == 200
             assert len(requests) / requests.span_s == pytest.approx(rate, rel=0.02)
@@ -228,12 +267,73 @@ def test_samples_of_a_replayed_trace_are_stretches_at_the_rate_asked_for(tmp_pat
     assert whole.workload.trace.rate_scale == pytest.approx(2.0)
 
 
+def replayed(folder: Path, num: int, **more: Any) -> Scenario:
+    """So many requests, one every 100 ms from 0 s on."""
+    lines = [f'{{"timestamp":{100 * i},"input_length":9,"output_length":5}}\n' for i in range(num)]
+    (folder / "t.jsonl").write_text("".join(lines))
+    workload = {"trace": {"file": "t.jsonl", **more.pop("trace", {})}, **more}
+    return scenario(folder, workload=workload)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"trace": {"max_requests": 200}},
+        {"trace": {"max_requests": 200, "end_s": 10_000.0}},
+        {"num_requests": 200},
+        {"num_requests": 200, "trace": {"end_s": 10_000.0, "repeat": 2}},
+        {"duration_s": 20.0},
+        {"duration_s": 10.0, "trace": {"rate_scale": 2.0}},
+    ],
+)
+def test_windows_end_with_the_last_request_that_a_run_replays(
+    tmp_path: Path, cut: dict[str, Any]
+) -> None:
+    """200 of 400 requests at 10 a second are four windows of 50, at the trace's own rate."""
+    replay = replayed(tmp_path, 400, **cut)
+    traffic = Traffic(replay, tmp_path, "x.toml", 100, 4, 0.1)
+    assert [part.num_requests for part in traffic.stretches] == [50] * 4
+    assert traffic.stretches[-1].end_s == pytest.approx(19.9, abs=1e-3)
+    assert replay.workload.trace is not None
+    own = 10.0 * replay.workload.trace.rate_scale
+    assert traffic.rate_per_s == pytest.approx(own, rel=0.01)
+    sample = traffic.sample(replay, 3)
+    requests, _ = prepare(sample, tmp_path).requests(sample.seed)
+    assert len(requests) == 50
+    assert requests.span_s == pytest.approx(49 / own)
+
+
+def test_a_trace_of_fewer_requests_than_a_run_asks_for_is_refused(tmp_path: Path) -> None:
+    traffic = Traffic(replayed(tmp_path, 300, num_requests=400), tmp_path, "x.toml", 100, 2, 0.1)
+    with pytest.raises(InputError, match=r"x\.toml, workload\.num_requests: num_requests is 400"):
+        traffic.check()
+
+
+def test_windows_of_a_replayed_trace_drift_as_the_run_does_there(tmp_path: Path) -> None:
+    """40 s at 10 a second; code comes at 20 s. Its window is the second, at whatever pace."""
+    domains = [{"name": "text", "shares": [[0, 1], [19, 1], [21, 0]]}]
+    domains.append({"name": "code", "shares": [[0, 0], [19, 0], [21, 1]]})
+    replay = replayed(tmp_path, 400, domains=domains, trace={"end_s": 40.0})
+    traffic = Traffic(replay, tmp_path, "x.toml", 100, 2, 0.1)
+    text, code = replay.workload.domains
+    for rate, pace in ((None, 1.0), (40.0, 4.0)):
+        for index, times in itertools.product((0, 1), (1, 2)):
+            sample = traffic.sample(replay, index, rate, times)
+            for own, played in zip((text, code), sample.workload.domains, strict=True):
+                at_s = np.arange(0.05, 19.9, 0.1)
+                expected = np.tile(own.share_at(20.0 * index + at_s), times)
+                at_s = np.concatenate([20.0 * number + at_s for number in range(times)])
+                assert played.share_at(at_s / pace) == pytest.approx(expected, abs=1e-3)
+    whole = at_rate(replay, traffic, 2.0 * traffic.rate_per_s)
+    assert whole.workload.domains[1].shares == ((0.0, 0.0), (9.5, 0.0), (10.5, 1.0))
+
+
 def test_samples_of_drawn_traffic_are_seeds_at_the_rate_asked_for(tmp_path: Path) -> None:
     base = scenario(tmp_path)
     traffic = Traffic(base, tmp_path, "x.toml", 3000, 4, 0.1)
     one, other = (traffic.sample(base, index, 7.0) for index in (0, 1))
     assert (one.seed, other.seed) == (1, 2)
-    requests, _ = helios_sim.search.points.prepare(one, tmp_path).requests(one.seed)
+    requests, _ = prepare(one, tmp_path).requests(one.seed)
     assert len(requests) / requests.span_s == pytest.approx(7.0, rel=0.1)
     day = {
         "duration_s": 400.0,
