@@ -20,7 +20,6 @@ from helios_sim.search.tune import Tuned
 from helios_sim.search.verdict import Verdict
 from helios_sim.search.whatif import Cell
 from helios_sim.search.words import (
-    fleet_words,
     plan_headline,
     plan_remarks,
     tune_headline,
@@ -34,6 +33,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
     question = plan.question
     drawn: dict[str, Figure] = {}
     settings = question.settings
+    sized = question.target_per_s is not None
     compared = [one for one in plan.answers if one.loads]
     sections = [
         _opening(question.scenario, plan_headline(plan), plan_remarks(plan)),
@@ -50,7 +50,8 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
         ),
         section(
             "Attainment against rate",
-            "Where each fleet stops carrying its load.",
+            "Where each fleet stops carrying its load"
+            + (": the recommended one whole, one replica of the others." if sized else "."),
             add_figure(
                 drawn,
                 "attainment",
@@ -58,8 +59,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 "Share of requests that meet the limit, against requests per second",
                 "The limit that is met least, averaged over replications, with its "
                 f"{100 * settings.confidence:g} % bounds on either side. Dotted: the share that "
-                "is needed"
-                + (", and the target rate." if question.target_per_s is not None else "."),
+                "is needed" + (", and the target rate." if sized else "."),
             ),
         ),
         section(
@@ -284,10 +284,11 @@ def _evidence(best: FleetAnswer) -> str:
     titles += ["TTFT p99 ms", "TPOT p99 ms", "saturation", "verdict"]
     return section(
         "Evidence",
-        f"Every load at which {fleet_words(best, 1)} was measured: the share of requests within "
-        "the limits with its bounds, the saturation, and why a load is missed. Saturation asks "
-        "only whether the backlog grows for good (overloaded) or requests wait longer than their "
-        "answers take (backlogged): a stable load can still be too late for its limits.",
+        f"Every load at which {best.fleet.name} was measured, with so many replicas as each row "
+        "says: the share of requests within the limits with its bounds, the saturation, and why a "
+        "load is missed. Saturation asks only whether the backlog grows for good (overloaded) or "
+        "requests wait longer than their answers take (backlogged): a stable load can still be too "
+        "late for its limits.",
         _table((titles, rows)),
     )
 
