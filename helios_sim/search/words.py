@@ -175,14 +175,14 @@ def tune_remarks(tuned: Tuned) -> list[str]:
                 )
                 if scores[place] is None
             ]
-            found.append(f"{goal.name} on held-out traffic: {listed(lacking)} gave no value.")
+            found.append(f"On held-out traffic {listed(lacking)} gave no value of {goal.name}.")
             continue
         gain, low, high = known
         sure = low > 0.0 or high < 0.0
         sign = 1.0 if goal.better == "higher" else -1.0
         ends = sorted((sign * low, sign * high))
         found.append(
-            f"{goal.name} on held-out traffic: {_signed(sign * gain)} {goal.unit} "
+            f"On held-out traffic {goal.name} changes by {_signed(sign * gain)} {goal.unit} "
             f"[{_signed(ends[0])}, {_signed(ends[1])}] against the scenario as it stands"
             f"{'' if sure else ', which shows no difference'}; {_loss(tuned, place)}."
         )
@@ -203,7 +203,7 @@ def _loss(tuned: Tuned, place: int) -> str:
         return "nothing to compare it with on the tuning traffic"
     on, off = best[place] / base[place], now / was
     return (
-        f"the ratio to it is {off:.3g} there and {on:.3g} on the tuning traffic "
+        f"it is {off:.3g} times that, where the tuning traffic promised {on:.3g} times "
         f"({100 * (off / on - 1):+.0f} %)"
     )
 
