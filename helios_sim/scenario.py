@@ -258,7 +258,7 @@ def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not _is_index(part, len(node)):
                 raise InputError(
                     f"{key!r} needs an index from 0 to {len(node) - 1} in place of {part!r}.",
                     where,
@@ -276,6 +276,12 @@ def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -
             raise InputError(
                 f"{key!r} goes into {'.'.join(path[:depth])!r}, which is a plain value.", where
             )
+
+
+def _is_index(text: str, length: int) -> bool:
+    """Whether a part of a path is a place in an array of this length."""
+    # No array has a place of ten digits, and Python reads no number of some thousand.
+    return text.isdecimal() and len(text) < 10 and int(text) < length
 
 
 def resolved(scenario: Scenario) -> dict[str, Any]:

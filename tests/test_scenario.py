@@ -390,6 +390,7 @@ def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
         ("fleet..x=3", "'fleet..x=3' cannot be read; write dotted.key=value"),
         ("policy.1.use='x'", "'policy.1.use' needs an index from 0 to 0 in place of '1'"),
         ("policy.x.use='x'", "'policy.x.use' needs an index from 0 to 0 in place of 'x'"),
+        ("policy.².use='x'", "'policy.².use' needs an index from 0 to 0 in place of '²'"),
         ("name.x=1", "'name.x' goes into 'name', which is a plain value"),
     ],
 )

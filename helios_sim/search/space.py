@@ -139,7 +139,7 @@ def with_settings(
 def _path(key: str) -> list[str]:
     """A key's path; `policy.option` means the one policy that is there."""
     parts = key.split(".")
-    if parts[0] == "policy" and len(parts) > 1 and not parts[1].isdigit():
+    if parts[0] == "policy" and len(parts) > 1 and not parts[1].isdecimal():
         return ["policy", "0", *parts[1:]]
     return parts
 
