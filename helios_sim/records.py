@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from helios_sim.errors import InputError
+from helios_sim.toml import read_toml
 
 SCHEMA_VERSION = 1
 
@@ -722,17 +722,12 @@ def read_run(path: Path) -> RunData:
     requests = _read_table(path / "requests.parquet", REQUEST_SCHEMA)
     if requests.height == 0:
         raise InputError("The run is empty: it holds no request.", str(path / "requests.parquet"))
-    scenario_path = path / SCENARIO_FILE
-    try:
-        scenario = tomllib.loads(scenario_path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"The file is not TOML: {error}", str(scenario_path)) from None
     itl = _read_table(path / "itl.parquet", ITL_SCHEMA)
     decisions = _read_table(path / "decisions.parquet", DECISION_SCHEMA)
     _check_snapshots(decisions, str(path / "decisions.parquet"))
     run = RunData(
         **{name: facts[name] for name in _IDENTITY},
-        scenario=scenario,
+        scenario=read_toml(path / SCENARIO_FILE),
         environment=facts["environment"],
         requests=requests,
         decisions=decisions,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
@@ -16,6 +15,7 @@ from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, SearchSettings
 from helios_sim.slo import SloSpec, slo_from_table
+from helios_sim.toml import read_toml, toml_value
 from helios_sim.workload import WorkloadSettings
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -162,20 +162,16 @@ class Scenario(StrictSettings):
 
 def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
     """Read a scenario file, with `dotted.key=value` changes applied (values in TOML syntax)."""
-    if path.is_dir():
-        raise InputError("This is a folder; a scenario is a TOML file.", str(path))
-    if not path.is_file():
-        near = _near_scenario(path)
-        hint = f"; did you mean {near!r}?" if near else "."
-        raise InputError(f"There is no scenario file{hint}", str(path))
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"This is not valid TOML: {error}.", str(path)) from error
-    except UnicodeDecodeError as error:
-        raise InputError("This is not UTF-8 text.", str(path)) from error
-    except RecursionError as error:
-        raise InputError("The values are nested too deeply.", str(path)) from error
+        if path.is_dir():
+            raise InputError("This is a folder; a scenario is a TOML file.", str(path))
+        if not path.is_file():
+            near = _near_scenario(path)
+            hint = f"; did you mean {near!r}?" if near else "."
+            raise InputError(f"There is no scenario file{hint}", str(path))
+    except OSError as error:
+        raise InputError(f"The file cannot be looked for: {error.strerror}.", str(path)) from error
+    data = read_toml(path)
     for change in changes:
         apply_change(data, change)
     return parse_scenario(data, str(path), path.parent)
@@ -195,8 +191,8 @@ def _near_scenario(path: Path) -> str | None:
 def _looks_like_scenario(path: Path) -> bool:
     """Whether a TOML file has the tables that every scenario has."""
     try:
-        return {"workload", "fleet"} <= set(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return {"workload", "fleet"} <= set(read_toml(path))
+    except InputError:
         return False
 
 
@@ -244,11 +240,7 @@ def apply_change(data: dict[str, Any], change: str) -> None:
             f"{change!r} cannot be read; write dotted.key=value, such as fleet.num_replicas=2.",
             "--set",
         )
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    apply_value(data, path, value, "--set")
+    apply_value(data, path, toml_value(text.strip()), "--set")
 
 
 def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -> None:
@@ -366,7 +358,10 @@ def _shown(given: Any) -> str:
     """A value as an error names it."""
     if isinstance(given, Mapping):
         return "a table"
-    return "an array" if isinstance(given, (list, tuple)) else repr(given)
+    if isinstance(given, (list, tuple)):
+        return "an array"
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:

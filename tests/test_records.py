@@ -201,7 +201,7 @@ def _back_in_time(folder: Path) -> None:
         (lambda f: _edit_totals(f, schema_version=99), "schema version 99"),
         (lambda f: _edit_totals(f, totals={"end_s": 1.0}), "lack"),
         (lambda f: _put(f / "totals.json", "{"), "not JSON"),
-        (lambda f: _put(f / "scenario.toml", "a = ="), "not TOML"),
+        (lambda f: _put(f / "scenario.toml", "a = ="), "not valid TOML"),
         (lambda f: _put(f / "requests.parquet", "x"), "not a Parquet table"),
         (_drop_column, "columns status are missing"),
         (_empty, "run is empty"),

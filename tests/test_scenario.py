@@ -169,6 +169,18 @@ def test_a_value_of_the_wrong_type_or_size_is_told_what_is_allowed(
     assert message.endswith(f"{rule}.")
 
 
+def test_a_number_too_long_or_brackets_too_deep_to_read_are_text_and_told_in_short(
+    file: Path,
+) -> None:
+    for given in ("9" * 5000, "0x" + "f" * 5000, "[" * 3000):
+        where, message = told(file, f"seed={given}")
+        assert where == f"{file}, seed"
+        assert message == f"seed was given '{given[:56]}...; input should be a valid integer."
+    where, message = told(file, f"policy.{'9' * 5000}.use='x'")
+    assert where == "--set"
+    assert "needs an index from 0 to 0 in place of '999" in message
+
+
 @pytest.mark.parametrize(
     ("change", "allowed"),
     [
@@ -371,6 +383,9 @@ def test_a_missing_file_is_told_the_nearest_one(file: Path) -> None:
         load_scenario(file.parent)
     with pytest.raises(InputError, match="There is no scenario file"):
         load_scenario(file.parent / "nowhere" / "base.toml")
+    for long in (file.parent / ("x" * 300), file.parent / ("x" * 300) / "base.toml"):
+        with pytest.raises(InputError, match=r"The file cannot be looked for: File name too long"):
+            load_scenario(long)
 
 
 def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
@@ -380,6 +395,11 @@ def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
     assert "line 10" in message
     file.write_bytes(b"\xff\xfe\x00")
     assert told(file) == (str(file), "This is not UTF-8 text.")
+    assert told_of(file, "x = " + "[" * 3000) == (str(file), "The values are nested too deeply.")
+    for long in ("9" * 5000, "0x" + "f" * 5000):
+        where, message = told_of(file, f"seed = {long}")
+        assert where == str(file)
+        assert message.startswith("The file cannot be read (Exceeds the limit (4300 digits)")
 
 
 @pytest.mark.parametrize(

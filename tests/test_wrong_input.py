@@ -157,7 +157,7 @@ def test_a_profile_that_is_wrong(
         (lambda folder: (folder / "summary.json").unlink(), "summary.json is missing"),
         (lambda folder: (folder / "summary.json").write_text("[]"), "no JSON object"),
         (lambda folder: (folder / "totals.json").write_text("{"), "not JSON"),
-        (lambda folder: (folder / "scenario.toml").write_text("x"), "not TOML"),
+        (lambda folder: (folder / "scenario.toml").write_text("x"), "not valid TOML"),
         (shutil.rmtree, "no such folder"),
     ],
 )
@@ -200,6 +200,8 @@ def test_a_run_that_is_wrong(
         (("tune", "--set", 'search.ranges={"serving.max_bat"=[1,2]}'), "Did you mean 'max_batch'?"),
         (("whatif", "--vary", "x"), "write key=a,b,c"),
         (("whatif", "--vary", "policy.nothing=1,2"), "has the option 'nothing'"),
+        (("whatif", "--vary", "policy.².x=1,2"), "has the option '².x'"),
+        (("whatif", "--vary", f"seed=1,{'[' * 3000}"), "was given '[[["),
         (("whatif", "--vary", "serving.max_batch=4,-2"), "was given -2"),
     ],
 )
