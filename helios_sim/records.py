@@ -842,7 +842,7 @@ def _check_snapshots(decisions: pl.DataFrame, where: str) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"The file is not JSON: {error}", str(path)) from None
     if not isinstance(data, dict):
         raise InputError("The file holds no JSON object.", str(path))

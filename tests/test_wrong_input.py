@@ -106,6 +106,26 @@ def test_a_scenario_that_is_not_there_or_a_folder(
         assert "This is a folder" in refusal(capsys, "helios", command, tmp_path)
 
 
+def test_a_name_too_long_for_the_system(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run_folder: Path
+) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(SCENARIO, encoding="utf-8")
+    long = "x" * 300
+    for words in (
+        ("scenario", "check", long),
+        ("scenario", "check", path, "--set", f"fleet.profile={long}"),
+        ("scenario", "check", path, "--set", f'workload={{trace={{file="{long}"}}}}'),
+        ("whatif", path, "--vary", "seed=1,2", "--out", long),
+        ("report", long),
+        ("report", run_folder, "--out", f"{long}.html"),
+        ("compare", run_folder, long),
+    ):
+        said = refusal(capsys, "helios", *words)
+        assert long in said
+        assert "File name too long" in said
+
+
 def test_a_file_that_is_no_scenario_is_not_suggested(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
