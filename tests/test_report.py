@@ -86,6 +86,26 @@ def test_the_page_answers_with_numbers() -> None:
     assert "leave out the first 20 requests" in text
 
 
+@pytest.mark.parametrize(
+    ("published", "ratio"),
+    [(2.0, r"[\d.]+"), (0.0, "\N{EN DASH}"), (-0.0, "\N{EN DASH}"), (5e-324, "\N{EN DASH}")],
+)
+def test_a_published_figure_has_a_ratio_unless_no_number_says_it(
+    published: float, ratio: str
+) -> None:
+    run = make_run()
+    entry = {
+        "figure": "request_throughput",
+        "policy": run.label,
+        "published": published,
+        "source": "a paper",
+    }
+    run = replace(run, scenario={**run.scenario, "published": [entry]})
+    cells = re.search(r'<table class="published">.*?</table>', make_page([run]), re.DOTALL)
+    assert cells is not None
+    assert re.search(rf"<td>{ratio}</td><td>a paper</td>", cells[0])
+
+
 def test_a_processor_is_not_called_a_gpu() -> None:
     """The records say what the device is; those of a real run by its name."""
     run = make_run(num_replicas=2)

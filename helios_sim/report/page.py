@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -364,7 +365,7 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     rows = []
     for entry in runs[0].scenario.get("published", ()):
         own = _own_figure(entry, by_label)
-        if own is None:
+        if own is None or not math.isfinite(own):
             continue
         what = f"{entry['figure'].replace('_', ' ')} of {entry['policy']}"
         if entry.get("against"):
@@ -373,7 +374,8 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         cells = (
             f'<th scope="row">{escape(what)}</th>'
             f"<td>{number(entry['published'])} {escape(unit)}</td>"
-            f"<td>{number(own)} {escape(unit)}</td><td>{number(own / entry['published'])}</td>"
+            f"<td>{number(own)} {escape(unit)}</td>"
+            f"<td>{number(_ratio(own, entry['published']))}</td>"
             f"<td>{escape(entry['source'])}</td>"
             f"<td>{escape(entry.get('why', ''))}</td>"
         )
@@ -388,6 +390,12 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         f'<div class="panel scroll"><table class="published"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>",
     )
+
+
+def _ratio(own: float, published: float) -> float | None:
+    """Ours over the published figure; None where no number says it."""
+    ratio = own / published if published else math.inf
+    return ratio if math.isfinite(ratio) else None
 
 
 def _own_figure(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> float | None:
