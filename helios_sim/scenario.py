@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from helios_sim.arrivals import ClosedArrivals, StrictSettings, as_tuple
+from helios_sim.arrivals import StrictSettings, as_tuple
 from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, SearchSettings
@@ -411,8 +411,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     inner = getattr(annotation, "__value__", None)
     parts = get_args(annotation) if inner is None else (inner,)
     return [model for part in parts for model in _models_in(part)]
-
-
-def uses_closed_loop(scenario: Scenario) -> bool:
-    """Whether requests follow the end of earlier ones."""
-    return isinstance(scenario.workload.arrivals, ClosedArrivals)

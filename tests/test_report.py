@@ -19,8 +19,9 @@ import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.metrics import summarise
-from helios_sim.records import RunData, write_run
-from helios_sim.report import render, write_report
+from helios_sim.publish import write_page
+from helios_sim.records import REPORT_FILE, RunData, write_run
+from helios_sim.report import render
 from helios_sim.report.figures import (
     MAX_CURVE_POINTS,
     cumulative_curve,
@@ -333,9 +334,13 @@ def test_a_page_without_energy_slo_or_timeline_is_drawn() -> None:
 def test_the_page_is_written_with_its_run(tmp_path: Path) -> None:
     """The report moves into place together with the run's files."""
     run = make_run()
-    page = make_page([run])
-    folder = write_run(run, summarise(run), tmp_path / "run", lambda at: write_report(page, at))
-    assert (folder / "report.html").read_text(encoding="utf-8") == page
+    summary = summarise(run)
+    write_page([run], [summary], tmp_path / "alone.html")
+    folder = write_run(
+        run, summary, tmp_path / "run", lambda at: write_page([run], [summary], at / REPORT_FILE)
+    )
+    assert (folder / REPORT_FILE).read_bytes() == (tmp_path / "alone.html").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.html", "run"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from helios_sim.scenario import (
     parse_scenario,
     resolved,
     scenario_schema,
-    uses_closed_loop,
 )
 from helios_sim.slo import parse_slo
 
@@ -76,8 +75,9 @@ def test_a_scenario_without_a_flaw_is_read_with_every_default(file: Path) -> Non
     assert scenario.fleet.num_replicas == 1
     assert scenario.serving.batching == "continuous"
     assert scenario.policy[0].name == "helios"
-    assert not uses_closed_loop(scenario)
-    assert len(prepare(scenario, file.parent).requests(1)[0]) == 20
+    requests, _ = prepare(scenario, file.parent).requests(1)
+    assert len(requests) == 20
+    assert requests.user is None
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -25,7 +24,7 @@ from helios_sim.metrics import (
     distinct_labels,
     paired_differences,
 )
-from helios_sim.records import REPORT_FILE, RunData, flat_items, toml_text
+from helios_sim.records import RunData, flat_items, toml_text
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, section
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
@@ -110,11 +109,6 @@ def render(
         _provenance(runs),
     ]
     return document(title, sections, drawn)
-
-
-def write_report(page: str, folder: Path) -> None:
-    """Put a page into a run's folder; fits `write_run`'s `finish` once the page is bound."""
-    (folder / REPORT_FILE).write_text(page, encoding="utf-8", newline="\n")
 
 
 def _told_apart(
