@@ -132,7 +132,7 @@ class Scenario(StrictSettings):
     workload: WorkloadSettings
     fleet: FleetSettings
     serving: ServingSettings = ServingSettings()
-    slo: dict[str, Any] = Field(default_factory=dict)
+    slo: dict[str, Any] | None = None
     measure: MeasureSettings = MeasureSettings()
     policy: Annotated[tuple[PolicySettings, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     published: Annotated[tuple[PublishedFigure, ...], BeforeValidator(as_tuple)] = ()
@@ -156,7 +156,7 @@ class Scenario(StrictSettings):
 
     @property
     def slo_spec(self) -> SloSpec | None:
-        """The service level objectives, parsed; None without a table."""
+        """The service level objectives, parsed; None without a table, or with an empty one."""
         return slo_from_table(self.slo, "slo") if self.slo else None
 
 
@@ -203,7 +203,8 @@ def parse_scenario(data: Mapping[str, Any], where: str, base_dir: Path) -> Scena
     except ValidationError as error:
         raise _first_error(error, data, where) from error
     try:
-        scenario.slo_spec  # noqa: B018 - parsing is the check
+        if scenario.slo is not None:
+            slo_from_table(scenario.slo, "slo")
         for index, policy in enumerate(scenario.policy):
             make_policy(
                 policy.use,

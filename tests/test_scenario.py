@@ -347,6 +347,17 @@ def test_a_flawed_slo_is_told_what_is_allowed(file: Path, slo: str, place: str, 
     assert said in message
 
 
+def test_an_slo_table_without_a_key_is_refused_but_none_is_needed(file: Path) -> None:
+    where, message = told(file, "slo={}")
+    assert where == f"{file}, slo"
+    assert message.startswith("The SLO names no limit; allowed are text, preset, ttft_ms,")
+    file.write_text(BASE.replace('[slo]\ntext = "ttft:200 tpot:50"\n', ""), encoding="utf-8")
+    scenario = load_scenario(file)
+    assert scenario.slo_spec is None
+    assert "slo" not in resolved(scenario)
+    assert parse_scenario(resolved(scenario), "again", file.parent) == scenario
+
+
 def test_a_request_longer_than_the_context_is_an_error_where_asked(file: Path) -> None:
     where, message = told(file, "workload.prompt.tokens=3000", "workload.over_context='error'")
     assert where == f"{file}, workload"
