@@ -212,12 +212,13 @@ def run_policy(
         check_fits(len(requests), watching.reassess_requests, len(experiment.setup.candidates))
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
+        num_dropped = requests.num_dropped
         # The world is as large as the records made of it, and nobody needs it any more.
         played.disband()
         del played, requests
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
-        summary["num_shortened"] = num_shortened
+        summary |= {"num_dropped": num_dropped, "num_shortened": num_shortened}
         beyond = _beyond_measured(experiment.setup.profile, run)
         if beyond:
             summary["beyond_measured"] = beyond
