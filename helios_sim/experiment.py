@@ -209,7 +209,12 @@ def run_policy(
         report(0.0)
         _check_warmup(experiment, requests)
         watching = experiment.policy(policy).watching
-        check_fits(len(requests), watching.reassess_requests, len(experiment.setup.candidates))
+        check_fits(
+            len(requests),
+            watching.reassess_requests,
+            len(experiment.setup.candidates),
+            scenario.fleet.num_replicas,
+        )
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
         num_dropped = requests.num_dropped

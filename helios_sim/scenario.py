@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from helios_sim.arrivals import StrictSettings, as_tuple
 from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
-from helios_sim.questions import PlanSettings, SearchSettings
+from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.slo import SloSpec, slo_from_table
 from helios_sim.toml import read_toml, toml_value
 from helios_sim.workload import WorkloadSettings
@@ -35,7 +35,7 @@ class FleetSettings(StrictSettings):
 
     profile: str
     candidates: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
-    num_replicas: Count = 1
+    num_replicas: Replicas = 1
     replicas_per_host: Count = 8
     router: Router = "round-robin"
     memory_bytes: Annotated[int | None, Field(ge=1, le=10**15)] = None

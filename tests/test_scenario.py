@@ -125,7 +125,10 @@ def test_the_keys_allowed_are_those_of_the_kind_that_was_chosen(file: Path) -> N
         ("fleet.num_replicas=2.5", "was given 2.5; input should be a valid integer"),
         ("fleet.num_replicas=true", "was given True; input should be a valid integer"),
         ("fleet.num_replicas=0", "was given 0; input should be greater than or equal to 1"),
-        ("fleet.num_replicas=9999999", "input should be less than or equal to 1000000"),
+        (
+            "fleet.num_replicas=10001",
+            "was given 10001; input should be less than or equal to 10000",
+        ),
         ("fleet.memory_utilisation=1.5", "was given 1.5; input should be less than or equal to 1"),
         ("fleet.memory_utilisation=0", "was given 0; input should be greater than 0"),
         ("fleet.memory_utilisation=90", "was given 90; input should be less than or equal to 1"),
