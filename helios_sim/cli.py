@@ -299,6 +299,11 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
         read_tune(question, scenario.parent, str(scenario))
     policies = ", ".join(policy.name for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
+    if requests.num_dropped:
+        _say(
+            "Rows of the trace that are left out, since they are no requests: "
+            f"{requests.num_dropped:,}."
+        )
     if shortened:
         _say(f"{shortened:,} requests are shortened to {experiment.setup.context_tokens:,} tokens.")
     by_all, by_some = experiment.refusals(requests)

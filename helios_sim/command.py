@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import logging
 import sys
@@ -77,6 +78,12 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
         raise SystemExit(BAD_INPUT) from None
     except InputError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT) from None
+    except OSError as error:
+        # Any path that a user gives may be one that the system does not even look at.
+        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES) or error.filename is None:
+            raise
+        print(f"{name}: {error.filename}: It cannot be used: {error.strerror}.", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except SystemExit as end:
         # Typer ends an interrupted command with this code and without a word.

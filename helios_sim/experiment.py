@@ -209,15 +209,21 @@ def run_policy(
         report(0.0)
         _check_warmup(experiment, requests)
         watching = experiment.policy(policy).watching
-        check_fits(len(requests), watching.reassess_requests, len(experiment.setup.candidates))
+        check_fits(
+            len(requests),
+            watching.reassess_requests,
+            len(experiment.setup.candidates),
+            scenario.fleet.num_replicas,
+        )
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
+        num_dropped = requests.num_dropped
         # The world is as large as the records made of it, and nobody needs it any more.
         played.disband()
         del played, requests
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
-        summary["num_shortened"] = num_shortened
+        summary |= {"num_dropped": num_dropped, "num_shortened": num_shortened}
         beyond = _beyond_measured(experiment.setup.profile, run)
         if beyond:
             summary["beyond_measured"] = beyond

@@ -16,15 +16,25 @@ BYTES_PER_REQUEST = 250
 BYTES_PER_DECISION = 2_500
 """A logged decision with its snapshot's line, as objects and in the table."""
 
+BYTES_PER_REPLICA = 300_000
+"""A replica's state: above all the samples of its timeline that wait to become rows."""
 
-def estimated_bytes(num_requests: int, reassess_requests: int | None, num_candidates: int) -> int:
+
+def estimated_bytes(
+    num_requests: int, reassess_requests: int | None, num_candidates: int, num_replicas: int
+) -> int:
     """Peak memory of one policy's run.
 
     A round of reassessment decides once for each candidate, and once more at its end.
     """
     rounds = 0 if reassess_requests is None else num_requests // reassess_requests + 1
     decisions = rounds * (num_candidates + 1)
-    return BASE_BYTES + num_requests * BYTES_PER_REQUEST + decisions * BYTES_PER_DECISION
+    return (
+        BASE_BYTES
+        + num_requests * BYTES_PER_REQUEST
+        + decisions * BYTES_PER_DECISION
+        + num_replicas * BYTES_PER_REPLICA
+    )
 
 
 def available_bytes() -> int | None:
@@ -41,16 +51,19 @@ def available_bytes() -> int | None:
         return None
 
 
-def check_fits(num_requests: int, reassess_requests: int | None, num_candidates: int) -> None:
+def check_fits(
+    num_requests: int, reassess_requests: int | None, num_candidates: int, num_replicas: int
+) -> None:
     """Raise `InputError` with the estimate and the setting that helps, if memory is too small."""
-    needed = estimated_bytes(num_requests, reassess_requests, num_candidates)
+    needed = estimated_bytes(num_requests, reassess_requests, num_candidates, num_replicas)
     available = available_bytes()
     if available is None or needed <= available:
         return
     gib = 2**30
     raise InputError(
-        f"A run of {num_requests:,} requests takes about {needed / gib:.1f} GiB of memory and "
-        f"{available / gib:.1f} GiB are free; give fewer requests (num_requests, duration_s or "
-        "trace.max_requests), or reassess less often (reassess_requests).",
+        f"A run of {num_requests:,} requests with num_replicas = {num_replicas} takes about "
+        f"{needed / gib:.1f} GiB of memory and {available / gib:.1f} GiB are free; give fewer "
+        "requests (num_requests, duration_s or trace.max_requests), fewer replicas "
+        "(fleet.num_replicas), or reassess less often (reassess_requests).",
         "workload",
     )

@@ -552,7 +552,9 @@ def _read_json(path: Path) -> Any:
             f"This is not valid JSON: {error.msg}.",
             where=f"{path}, line {error.lineno}, column {error.colno}",
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"The file cannot be read: {error}.", where=str(path)) from error
 
 
@@ -632,7 +634,8 @@ class _Reader:
         """A finite number of at least `minimum`."""
         if isinstance(node, bool) or not isinstance(node, (int, float)):
             raise self.fail(place, f"A number was expected, {_shown(node)} was given.")
-        if not math.isfinite(node):
+        # The bound leaves out NaN, infinities and whole numbers that no float holds.
+        if not abs(node) <= sys.float_info.max:
             raise self.fail(place, f"The value {node} was given; it must be finite.")
         if node < minimum:
             raise self.fail(place, f"The value {node} was given; it must be at least {minimum:g}.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from helios_sim.arrivals import StrictSettings, as_tuple
+
+MAX_REPLICAS: Final = 10_000
+"""Replicas of a fleet, planned or run: a request's record holds its replica in 16 bits."""
 
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 ModelSets = Annotated[
@@ -15,6 +18,7 @@ ModelSets = Annotated[
 ]
 Weights = Annotated[tuple[Annotated[float, Field(ge=0, le=1e9)], ...], BeforeValidator(as_tuple)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Replicas = Annotated[int, Field(ge=1, le=MAX_REPLICAS)]
 Runs = Annotated[int, Field(ge=1, le=1000)]
 PerSecond = Annotated[float, Field(ge=1e-6, le=1e6)]
 RunLength = Annotated[int, Field(ge=40, le=1_000_000)]
@@ -40,7 +44,7 @@ class PlanSettings(StrictSettings):
     requests_per_user_per_min: Annotated[float | None, Field(gt=0, le=1e6)] = None
     peak_factor: Annotated[float, Field(ge=1, le=100)] = 1.0
     hourly_weights: Weights = ()
-    max_replicas: Annotated[int, Field(ge=1, le=10_000)] = 64
+    max_replicas: Replicas = 64
     prices: str | None = None
     attainment: Share = 0.95
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95

@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from helios_sim.errors import InputError
+from helios_sim.toml import read_toml
 
 SCHEMA_VERSION = 1
 
@@ -140,7 +140,7 @@ ITL_SCHEMA: Final[dict[str, pl.DataType]] = {
     "count": pl.Int64(),
 }
 
-Kind = Literal["text", "whole", "number", "flag", "list", "numbers", "tables"]
+Kind = Literal["text", "whole", "number", "flag", "list", "numbers", "tables", "wholes", "object"]
 
 _LATENCY_STATISTICS: Final = ("mean", "median", "std", "p50", "p90", "p95", "p99")
 SUMMARY_KINDS: Final[dict[str, tuple[Kind, bool]]] = {
@@ -194,6 +194,8 @@ _KIND_WORDS: Final[dict[Kind, str]] = {
     "and passed, which is true, false or null",
     "numbers": "an object of numbers",
     "tables": "an object of objects of numbers",
+    "wholes": "an object of lists of whole numbers",
+    "object": "an object",
 }
 
 SCENARIO_FILE: Final = "scenario.toml"
@@ -214,16 +216,27 @@ RUN_FILES: Final = (
 MEASURED_FILES: Final = ("iterations.parquet", "tokens.parquet", "exits.parquet")
 """Files that only a run on a real backend has beside them."""
 
-_IDENTITY: Final = (
-    "schema_version",
-    "label",
-    "policy",
-    "objective",
-    "seed",
-    "origin",
-    "closed_loop",
-)
+_IDENTITY: Final[dict[str, Kind]] = {
+    "schema_version": "whole",
+    "label": "text",
+    "policy": "text",
+    "objective": "text",
+    "seed": "whole",
+    "origin": "text",
+    "closed_loop": "flag",
+}
+"""What names a run, and the kind of each."""
 _ITL_COLUMNS_OF: Final = ("itl_bins_s", "itl_counts")
+_UNMETERED: Final = ("energy_j", "energy_idle_j", "energy_load_j")
+"""Totals that are null where no meter was there."""
+
+_TOTALS_KINDS: Final[dict[Any, Kind]] = {
+    float: "number",
+    int: "whole",
+    dict[str, float]: "numbers",
+    dict[str, tuple[int, ...]]: "wholes",
+}
+"""The kind of a total in JSON by its type here."""
 
 
 @dataclass(frozen=True)
@@ -710,34 +723,34 @@ def read_run(path: Path) -> RunData:
             str(path),
         )
     facts = _read_json(path / TOTALS_FILE)
+    where = str(path / TOTALS_FILE)
     version = facts.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise InputError(
-            f"The run has schema version {version!r}; this program reads {SCHEMA_VERSION}.",
-            str(path / TOTALS_FILE),
+            f"The run has schema version {json.dumps(version)}; this program reads "
+            f"{SCHEMA_VERSION}.",
+            where,
         )
-    absent = [name for name in (*_IDENTITY, "environment", "totals") if name not in facts]
+    kinds: dict[str, Kind] = {**_IDENTITY, "environment": "object", "totals": "object"}
+    absent = [name for name in kinds if name not in facts]
     if absent:
-        raise InputError(f"The keys {', '.join(absent)} are missing.", str(path / TOTALS_FILE))
+        raise InputError(f"The keys {', '.join(absent)} are missing.", where)
+    for name, kind in kinds.items():
+        _check_kind(name, facts[name], kind, False, where)
     requests = _read_table(path / "requests.parquet", REQUEST_SCHEMA)
     if requests.height == 0:
         raise InputError("The run is empty: it holds no request.", str(path / "requests.parquet"))
-    scenario_path = path / SCENARIO_FILE
-    try:
-        scenario = tomllib.loads(scenario_path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"The file is not TOML: {error}", str(scenario_path)) from None
     itl = _read_table(path / "itl.parquet", ITL_SCHEMA)
     decisions = _read_table(path / "decisions.parquet", DECISION_SCHEMA)
     _check_snapshots(decisions, str(path / "decisions.parquet"))
     run = RunData(
         **{name: facts[name] for name in _IDENTITY},
-        scenario=scenario,
+        scenario=read_toml(path / SCENARIO_FILE),
         environment=facts["environment"],
         requests=requests,
         decisions=decisions,
         timeline=_read_table(path / "timeline.parquet", TIMELINE_SCHEMA),
-        totals=_read_totals(facts["totals"], itl, str(path / TOTALS_FILE)),
+        totals=_read_totals(facts["totals"], itl, where),
     )
     violations = run_violations(run)
     if violations:
@@ -771,13 +784,7 @@ def read_summary(path: Path) -> dict[str, Any]:
             where,
         )
     for name, (kind, optional) in SUMMARY_KINDS.items():
-        value = summary[name]
-        if not (optional if value is None else _is_of_kind(value, kind)):
-            raise InputError(
-                f"The value of {name} is {_shortened(value)}; allowed is {_KIND_WORDS[kind]}"
-                f"{', or null' if optional else ''}.",
-                where,
-            )
+        _check_kind(name, summary[name], kind, optional, where)
     if (summary["slo"] is None) != (summary["slo_limits"] is None):
         raise InputError(
             "One of slo and slo_limits is null; allowed are both null or neither.", where
@@ -790,6 +797,16 @@ def _check_folder(path: Path) -> None:
         return
     said = "It is a file" if path.exists() else "There is no such folder"
     raise InputError(f"{said}; allowed is the folder of a run.", str(path))
+
+
+def _check_kind(name: str, value: Any, kind: Kind, optional: bool, where: str) -> None:
+    """Raise `InputError` unless a value out of JSON is of a kind, or null where that may be."""
+    if not (optional if value is None else _is_of_kind(value, kind)):
+        raise InputError(
+            f"The value of {name} is {_shortened(value)}; allowed is {_KIND_WORDS[kind]}"
+            f"{', or null' if optional else ''}.",
+            where,
+        )
 
 
 def _is_of_kind(value: Any, kind: Kind) -> bool:
@@ -807,6 +824,13 @@ def _is_of_kind(value: Any, kind: Kind) -> bool:
         return isinstance(value, list) and all(_is_limit(one) for one in value)
     if not isinstance(value, dict):
         return False
+    if kind == "object":
+        return True
+    if kind == "wholes":
+        return all(
+            isinstance(one, list) and all(_is_of_kind(each, "whole") for each in one)
+            for one in value.values()
+        )
     if kind == "numbers":
         return all(_is_of_kind(one, "number") for one in value.values())
     return all(one is None or _is_of_kind(one, "numbers") for one in value.values())
@@ -847,7 +871,7 @@ def _check_snapshots(decisions: pl.DataFrame, where: str) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"The file is not JSON: {error}", str(path)) from None
     if not isinstance(data, dict):
         raise InputError("The file holds no JSON object.", str(path))
@@ -881,11 +905,20 @@ def _read_totals(data: dict[str, Any], itl: pl.DataFrame, where: str) -> RunTota
     types = get_type_hints(RunTotals)
     for name in names:
         value = data[name]
-        if types[name] is float:
+        kind = _TOTALS_KINDS[types[name]]
+        _check_kind(name, value, kind, name in _UNMETERED, where)
+        if kind == "number":
             value = math.nan if value is None else float(value)
-        elif types[name] == dict[str, tuple[int, ...]]:
+        elif kind == "wholes":
             value = {key: tuple(one) for key, one in value.items()}
         values[name] = value
+    for model, counts in values["exit_counts"].items():
+        if len(values["exit_layers"].get(model, ())) != len(counts):
+            raise InputError(
+                f"The exit_counts of {model!r} are {len(counts)}; needed is one for each of its "
+                "exit_layers.",
+                where,
+            )
     upper = itl["upper_s"].to_numpy()
     lower = itl["lower_s"].to_numpy()
     if not np.array_equal(lower[1:], upper[:-1]):

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from helios_sim.arrivals import ClosedArrivals, StrictSettings, as_tuple
+from helios_sim.arrivals import StrictSettings, as_tuple
 from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
-from helios_sim.questions import PlanSettings, SearchSettings
+from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.slo import SloSpec, slo_from_table
+from helios_sim.toml import read_toml, toml_value
 from helios_sim.workload import WorkloadSettings
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -35,7 +35,7 @@ class FleetSettings(StrictSettings):
 
     profile: str
     candidates: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
-    num_replicas: Count = 1
+    num_replicas: Replicas = 1
     replicas_per_host: Count = 8
     router: Router = "round-robin"
     memory_bytes: Annotated[int | None, Field(ge=1, le=10**15)] = None
@@ -132,7 +132,7 @@ class Scenario(StrictSettings):
     workload: WorkloadSettings
     fleet: FleetSettings
     serving: ServingSettings = ServingSettings()
-    slo: dict[str, Any] = Field(default_factory=dict)
+    slo: dict[str, Any] | None = None
     measure: MeasureSettings = MeasureSettings()
     policy: Annotated[tuple[PolicySettings, ...], BeforeValidator(as_tuple), Field(min_length=1)]
     published: Annotated[tuple[PublishedFigure, ...], BeforeValidator(as_tuple)] = ()
@@ -156,26 +156,22 @@ class Scenario(StrictSettings):
 
     @property
     def slo_spec(self) -> SloSpec | None:
-        """The service level objectives, parsed; None without a table."""
+        """The service level objectives, parsed; None without a table, or with an empty one."""
         return slo_from_table(self.slo, "slo") if self.slo else None
 
 
 def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
     """Read a scenario file, with `dotted.key=value` changes applied (values in TOML syntax)."""
-    if path.is_dir():
-        raise InputError("This is a folder; a scenario is a TOML file.", str(path))
-    if not path.is_file():
-        near = _near_scenario(path)
-        hint = f"; did you mean {near!r}?" if near else "."
-        raise InputError(f"There is no scenario file{hint}", str(path))
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"This is not valid TOML: {error}.", str(path)) from error
-    except UnicodeDecodeError as error:
-        raise InputError("This is not UTF-8 text.", str(path)) from error
-    except RecursionError as error:
-        raise InputError("The values are nested too deeply.", str(path)) from error
+        if path.is_dir():
+            raise InputError("This is a folder; a scenario is a TOML file.", str(path))
+        if not path.is_file():
+            near = _near_scenario(path)
+            hint = f"; did you mean {near!r}?" if near else "."
+            raise InputError(f"There is no scenario file{hint}", str(path))
+    except OSError as error:
+        raise InputError(f"The file cannot be looked for: {error.strerror}.", str(path)) from error
+    data = read_toml(path)
     for change in changes:
         apply_change(data, change)
     return parse_scenario(data, str(path), path.parent)
@@ -195,8 +191,8 @@ def _near_scenario(path: Path) -> str | None:
 def _looks_like_scenario(path: Path) -> bool:
     """Whether a TOML file has the tables that every scenario has."""
     try:
-        return {"workload", "fleet"} <= set(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return {"workload", "fleet"} <= set(read_toml(path))
+    except InputError:
         return False
 
 
@@ -207,7 +203,8 @@ def parse_scenario(data: Mapping[str, Any], where: str, base_dir: Path) -> Scena
     except ValidationError as error:
         raise _first_error(error, data, where) from error
     try:
-        scenario.slo_spec  # noqa: B018 - parsing is the check
+        if scenario.slo is not None:
+            slo_from_table(scenario.slo, "slo")
         for index, policy in enumerate(scenario.policy):
             make_policy(
                 policy.use,
@@ -244,11 +241,7 @@ def apply_change(data: dict[str, Any], change: str) -> None:
             f"{change!r} cannot be read; write dotted.key=value, such as fleet.num_replicas=2.",
             "--set",
         )
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    apply_value(data, path, value, "--set")
+    apply_value(data, path, toml_value(text.strip()), "--set")
 
 
 def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -> None:
@@ -258,7 +251,7 @@ def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -
     for depth, part in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not _is_index(part, len(node)):
                 raise InputError(
                     f"{key!r} needs an index from 0 to {len(node) - 1} in place of {part!r}.",
                     where,
@@ -276,6 +269,12 @@ def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -
             raise InputError(
                 f"{key!r} goes into {'.'.join(path[:depth])!r}, which is a plain value.", where
             )
+
+
+def _is_index(text: str, length: int) -> bool:
+    """Whether a part of a path is a place in an array of this length."""
+    # No array has a place of ten digits, and Python reads no number of some thousand.
+    return text.isdecimal() and len(text) < 10 and int(text) < length
 
 
 def resolved(scenario: Scenario) -> dict[str, Any]:
@@ -360,7 +359,10 @@ def _shown(given: Any) -> str:
     """A value as an error names it."""
     if isinstance(given, Mapping):
         return "a table"
-    return "an array" if isinstance(given, (list, tuple)) else repr(given)
+    if isinstance(given, (list, tuple)):
+        return "an array"
+    text = repr(given)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
@@ -410,8 +412,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     inner = getattr(annotation, "__value__", None)
     parts = get_args(annotation) if inner is None else (inner,)
     return [model for part in parts for model in _models_in(part)]
-
-
-def uses_closed_loop(scenario: Scenario) -> bool:
-    """Whether requests follow the end of earlier ones."""
-    return isinstance(scenario.workload.arrivals, ClosedArrivals)

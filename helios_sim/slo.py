@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, InvalidOperation, Overflow
 from typing import Any, Final
 
 from helios_sim.errors import InputError
@@ -218,6 +218,8 @@ def _percentile(text: str, clause: str, where: str | None) -> float:
 def _seconds(number: str, unit: str, given: str, where: str | None) -> float:
     try:
         value = Decimal(number) * _UNIT_S[unit]
+    except Overflow:
+        value = Decimal("inf")
     except InvalidOperation:
         raise InputError(f"{given!r} holds no number; allowed are {_FORMS}.", where) from None
     if not value.is_finite() or float(value) <= 0.0 or float(value) == float("inf"):

@@ -212,8 +212,7 @@ def _recognise(path: Path, asked: str) -> tuple[str, bytes]:
         else:
             found = ""
     else:
-        head = raw.lstrip()[:4096].decode("utf-8", errors="replace").splitlines()[0]
-        names = {name.strip().strip('"') for name in head.split(",")}
+        head, names = _header(raw[:4096])
         if head.startswith("{"):
             found = "mooncake"
         elif "ContextTokens" in names:
@@ -240,31 +239,47 @@ def _at(path: Path, line: int) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _header(raw: bytes) -> tuple[str, list[str]]:
+    """The first line that is not blank, and the names it gives to columns."""
+    head = raw.lstrip().decode("utf-8", errors="replace").splitlines()[0]
+    return head, [name.strip().strip('"') for name in head.split(",")]
 
 
 def _csv(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     """The named columns as text with a column "line"; blank lines are left out."""
     try:
-        frame = pl.read_csv(io.BytesIO(raw), infer_schema=False, row_index_name="line")
+        frame = pl.read_csv(io.BytesIO(raw), infer_schema=False)
     except (pl.exceptions.PolarsError, ValueError) as error:
         raise _ragged(raw, path, error) from error
-    frame = frame.rename({name: name.strip() for name in frame.columns})
-    missing = [name for name in columns if name not in frame.columns]
+    names = [name.strip() for name in frame.columns]
+    missing = [name for name in columns if name not in names]
     if missing:
         raise InputError(
             f"The header lacks {', '.join(missing)}; it must name {', '.join(columns)}.",
             where=_at(path, 1),
         )
-    # The header is line 1, so row 0 is line 2; polars keeps a blank line as a row of nulls.
-    frame = frame.with_columns(pl.col("line").cast(pl.Int64) + 2)
-    blank = frame.select(pl.all_horizontal(pl.exclude("line").is_null())).to_series()
+    # Polars gives the second of two columns of one name another name.
+    _, given = _header(raw)
+    twice = [name for name in columns if given.count(name) > 1]
+    if twice:
+        raise InputError(
+            f"The header names {', '.join(twice)} twice; it must name each of "
+            f"{', '.join(columns)} once.",
+            where=_at(path, 1),
+        )
+    blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series()
     if blank.any():
         # A line of commas alone is such a row too, but no blank line.
         for number, text in enumerate(raw.splitlines(), 1):
             if b"," in text and not text.strip(b', \t"'):
-                raise _malformed(text.decode(), len(frame.columns) - 1, path, number)
-    return frame.filter(~blank).select("line", *columns)
+                raise _malformed(text.decode(), len(frame.columns), path, number)
+    # The header is line 1, so row 0 is line 2; polars keeps a blank line as a row of nulls.
+    wanted = pl.DataFrame([frame.to_series(names.index(name)).alias(name) for name in columns])
+    wanted = wanted.with_row_index("line", offset=2).with_columns(pl.col("line").cast(pl.Int64))
+    return wanted.filter(~blank)
 
 
 def _malformed(line: str, width: int, path: Path, number: int) -> InputError:
@@ -346,7 +361,7 @@ def _mooncake(raw: bytes, path: Path) -> _Rows:
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"The line {text[:80].decode('utf-8', errors='replace')!r} is no JSON object; "
                 f"expected are {FORMATS['mooncake']}.",

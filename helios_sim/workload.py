@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import pairwise
@@ -505,12 +506,13 @@ def read_cdf(path: Path) -> tuple[tuple[float, float], ...]:
             "scenario's folder.",
             where=str(path),
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"The cdf file is not readable as JSON ({error}).", str(path)) from error
     if not isinstance(given, list) or not all(
         isinstance(point, list)
         and len(point) == 2
-        and all(type(number) in (int, float) and math.isfinite(number) for number in point)
+        # The bound leaves out NaN, infinities and whole numbers that no float holds.
+        and all(type(one) in (int, float) and abs(one) <= sys.float_info.max for one in point)
         for point in given
     ):
         raise InputError(

@@ -362,6 +362,22 @@ def test_check_says_how_many_requests_will_be_refused(
     assert re.search(said.format(told[-1]), lines[-1])
 
 
+def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type"
+    rows = ["5,ChatGPT,472,18,490,c", "45,ChatGPT,1087,0,1087,c", "118,GPT-4,417,276,693,c"]
+    (tmp_path / "b.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
+    change = ("--set", 'workload={trace={file="b.csv"}}')
+    assert run("scenario", "check", scenario, *change) == 0
+    assert "left out, since they are no requests: 1.\n" in capsys.readouterr().out
+    assert run("simulate", scenario, "--json", "--policy", "vanilla", *change) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["num_dropped"], summary["completed"]) == (1, 2)
+    assert run("scenario", "check", scenario) == 0
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_profiles_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("profiles", "--json") == 0
     names = {profile["name"] for profile in json.loads(capsys.readouterr().out)}

@@ -293,6 +293,13 @@ def test_broken_json_is_told_its_line_and_column(tmp_path: Path) -> None:
         load_profile(folder)
 
 
+def test_json_that_python_cannot_hold_is_told_the_file(tmp_path: Path) -> None:
+    for number, content in enumerate(("[" * 200_000, "9" * 5000)):
+        folder = write(tmp_path / f"mine-{number}", content)
+        with pytest.raises(InputError, match=r"profile\.json: The file cannot be read"):
+            load_profile(folder)
+
+
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "mine", '{"schema_version": 1, "name": "a", "name": "b"}')
     with pytest.raises(InputError, match="'name' is given twice"):
@@ -309,6 +316,7 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ("a wrong unit", f"{COEFFICIENT}/unit", "ms", "unit 'ms' was given; 's' is needed"),
     ("a negative value", f"{COEFFICIENT}/value", -1e-3, "must be at least 0"),
     ("an infinite value", f"{COEFFICIENT}/value", math.inf, "must be finite"),
+    ("a whole number that no float holds", f"{COEFFICIENT}/value", 10**400, "must be finite"),
     ("a value that is not a number", f"{COEFFICIENT}/value", math.nan, "must be finite"),
     ("a text for a number", f"{COEFFICIENT}/value", "fast", "number was expected"),
     ("truth for a number", f"{COEFFICIENT}/value", True, "number was expected"),

@@ -161,6 +161,11 @@ def _edit_totals(folder: Path, **changes: Any) -> None:
     _put(path, json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def _edit_total(folder: Path, **changes: Any) -> None:
+    totals = json.loads((folder / "totals.json").read_text())["totals"]
+    _edit_totals(folder, totals={**totals, **changes})
+
+
 def _drop_column(folder: Path) -> None:
     path = folder / "requests.parquet"
     pl.read_parquet(path).drop("status").write_parquet(path)
@@ -199,9 +204,22 @@ def _back_in_time(folder: Path) -> None:
     [
         (lambda f: (f / "timeline.parquet").unlink(), "timeline.parquet is missing"),
         (lambda f: _edit_totals(f, schema_version=99), "schema version 99"),
+        (lambda f: _edit_totals(f, schema_version=True), "schema version true"),
+        (lambda f: _edit_totals(f, label=3), "label is 3; allowed is text."),
+        (lambda f: _edit_totals(f, seed=1.5), "seed is 1.5; allowed is a whole number."),
+        (lambda f: _edit_totals(f, closed_loop=0), "closed_loop is 0; allowed is true or false."),
+        (lambda f: _edit_totals(f, environment=[1]), "environment is [1]; allowed is an object."),
+        (lambda f: _edit_totals(f, totals=3), "totals is 3; allowed is an object."),
         (lambda f: _edit_totals(f, totals={"end_s": 1.0}), "lack"),
+        (lambda f: _edit_total(f, end_s=None), "end_s is null; allowed is a finite number."),
+        (lambda f: _edit_total(f, energy_j="abc"), "allowed is a finite number, or null."),
+        (lambda f: _edit_total(f, num_replicas="x"), 'num_replicas is "x"; allowed is a whole'),
+        (lambda f: _edit_total(f, depth_seconds=3), "depth_seconds is 3; allowed is an object of"),
+        (lambda f: _edit_total(f, exit_counts=[1]), "is [1]; allowed is an object of lists of who"),
+        (lambda f: _edit_total(f, exit_counts={"a": ["x"]}), 'exit_counts is {"a": ["x"]}'),
+        (lambda f: _edit_total(f, exit_layers={}), "needed is one for each of its exit_layers"),
         (lambda f: _put(f / "totals.json", "{"), "not JSON"),
-        (lambda f: _put(f / "scenario.toml", "a = ="), "not TOML"),
+        (lambda f: _put(f / "scenario.toml", "a = ="), "not valid TOML"),
         (lambda f: _put(f / "requests.parquet", "x"), "not a Parquet table"),
         (_drop_column, "columns status are missing"),
         (_empty, "run is empty"),

@@ -19,8 +19,9 @@ import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.metrics import summarise
-from helios_sim.records import RunData, write_run
-from helios_sim.report import render, write_report
+from helios_sim.publish import write_page
+from helios_sim.records import REPORT_FILE, RunData, write_run
+from helios_sim.report import render
 from helios_sim.report.figures import (
     MAX_CURVE_POINTS,
     cumulative_curve,
@@ -84,6 +85,26 @@ def test_the_page_answers_with_numbers() -> None:
     assert "31 published" in text
     assert "rate_per_s = 8.0" in text
     assert "leave out the first 20 requests" in text
+
+
+@pytest.mark.parametrize(
+    ("published", "ratio"),
+    [(2.0, r"[\d.]+"), (0.0, "\N{EN DASH}"), (-0.0, "\N{EN DASH}"), (5e-324, "\N{EN DASH}")],
+)
+def test_a_published_figure_has_a_ratio_unless_no_number_says_it(
+    published: float, ratio: str
+) -> None:
+    run = make_run()
+    entry = {
+        "figure": "request_throughput",
+        "policy": run.label,
+        "published": published,
+        "source": "a paper",
+    }
+    run = replace(run, scenario={**run.scenario, "published": [entry]})
+    cells = re.search(r'<table class="published">.*?</table>', make_page([run]), re.DOTALL)
+    assert cells is not None
+    assert re.search(rf"<td>{ratio}</td><td>a paper</td>", cells[0])
 
 
 def test_a_processor_is_not_called_a_gpu() -> None:
@@ -313,9 +334,13 @@ def test_a_page_without_energy_slo_or_timeline_is_drawn() -> None:
 def test_the_page_is_written_with_its_run(tmp_path: Path) -> None:
     """The report moves into place together with the run's files."""
     run = make_run()
-    page = make_page([run])
-    folder = write_run(run, summarise(run), tmp_path / "run", lambda at: write_report(page, at))
-    assert (folder / "report.html").read_text(encoding="utf-8") == page
+    summary = summarise(run)
+    write_page([run], [summary], tmp_path / "alone.html")
+    folder = write_run(
+        run, summary, tmp_path / "run", lambda at: write_page([run], [summary], at / REPORT_FILE)
+    )
+    assert (folder / REPORT_FILE).read_bytes() == (tmp_path / "alone.html").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.html", "run"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from helios_sim.scenario import (
     parse_scenario,
     resolved,
     scenario_schema,
-    uses_closed_loop,
 )
 from helios_sim.slo import parse_slo
 
@@ -76,8 +75,9 @@ def test_a_scenario_without_a_flaw_is_read_with_every_default(file: Path) -> Non
     assert scenario.fleet.num_replicas == 1
     assert scenario.serving.batching == "continuous"
     assert scenario.policy[0].name == "helios"
-    assert not uses_closed_loop(scenario)
-    assert len(prepare(scenario, file.parent).requests(1)[0]) == 20
+    requests, _ = prepare(scenario, file.parent).requests(1)
+    assert len(requests) == 20
+    assert requests.user is None
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -125,7 +125,10 @@ def test_the_keys_allowed_are_those_of_the_kind_that_was_chosen(file: Path) -> N
         ("fleet.num_replicas=2.5", "was given 2.5; input should be a valid integer"),
         ("fleet.num_replicas=true", "was given True; input should be a valid integer"),
         ("fleet.num_replicas=0", "was given 0; input should be greater than or equal to 1"),
-        ("fleet.num_replicas=9999999", "input should be less than or equal to 1000000"),
+        (
+            "fleet.num_replicas=10001",
+            "was given 10001; input should be less than or equal to 10000",
+        ),
         ("fleet.memory_utilisation=1.5", "was given 1.5; input should be less than or equal to 1"),
         ("fleet.memory_utilisation=0", "was given 0; input should be greater than 0"),
         ("fleet.memory_utilisation=90", "was given 90; input should be less than or equal to 1"),
@@ -167,6 +170,18 @@ def test_a_value_of_the_wrong_type_or_size_is_told_what_is_allowed(
     assert where == f"{file}, {place}"
     assert message.startswith(place)
     assert message.endswith(f"{rule}.")
+
+
+def test_a_number_too_long_or_brackets_too_deep_to_read_are_text_and_told_in_short(
+    file: Path,
+) -> None:
+    for given in ("9" * 5000, "0x" + "f" * 5000, "[" * 3000):
+        where, message = told(file, f"seed={given}")
+        assert where == f"{file}, seed"
+        assert message == f"seed was given '{given[:56]}...; input should be a valid integer."
+    where, message = told(file, f"policy.{'9' * 5000}.use='x'")
+    assert where == "--set"
+    assert "needs an index from 0 to 0 in place of '999" in message
 
 
 @pytest.mark.parametrize(
@@ -335,6 +350,17 @@ def test_a_flawed_slo_is_told_what_is_allowed(file: Path, slo: str, place: str, 
     assert said in message
 
 
+def test_an_slo_table_without_a_key_is_refused_but_none_is_needed(file: Path) -> None:
+    where, message = told(file, "slo={}")
+    assert where == f"{file}, slo"
+    assert message.startswith("The SLO names no limit; allowed are text, preset, ttft_ms,")
+    file.write_text(BASE.replace('[slo]\ntext = "ttft:200 tpot:50"\n', ""), encoding="utf-8")
+    scenario = load_scenario(file)
+    assert scenario.slo_spec is None
+    assert "slo" not in resolved(scenario)
+    assert parse_scenario(resolved(scenario), "again", file.parent) == scenario
+
+
 def test_a_request_longer_than_the_context_is_an_error_where_asked(file: Path) -> None:
     where, message = told(file, "workload.prompt.tokens=3000", "workload.over_context='error'")
     assert where == f"{file}, workload"
@@ -371,6 +397,9 @@ def test_a_missing_file_is_told_the_nearest_one(file: Path) -> None:
         load_scenario(file.parent)
     with pytest.raises(InputError, match="There is no scenario file"):
         load_scenario(file.parent / "nowhere" / "base.toml")
+    for long in (file.parent / ("x" * 300), file.parent / ("x" * 300) / "base.toml"):
+        with pytest.raises(InputError, match=r"The file cannot be looked for: File name too long"):
+            load_scenario(long)
 
 
 def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
@@ -380,6 +409,11 @@ def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
     assert "line 10" in message
     file.write_bytes(b"\xff\xfe\x00")
     assert told(file) == (str(file), "This is not UTF-8 text.")
+    assert told_of(file, "x = " + "[" * 3000) == (str(file), "The values are nested too deeply.")
+    for long in ("9" * 5000, "0x" + "f" * 5000):
+        where, message = told_of(file, f"seed = {long}")
+        assert where == str(file)
+        assert message.startswith("The file cannot be read (Exceeds the limit (4300 digits)")
 
 
 @pytest.mark.parametrize(
@@ -390,6 +424,7 @@ def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
         ("fleet..x=3", "'fleet..x=3' cannot be read; write dotted.key=value"),
         ("policy.1.use='x'", "'policy.1.use' needs an index from 0 to 0 in place of '1'"),
         ("policy.x.use='x'", "'policy.x.use' needs an index from 0 to 0 in place of 'x'"),
+        ("policy.².use='x'", "'policy.².use' needs an index from 0 to 0 in place of '²'"),
         ("name.x=1", "'name.x' goes into 'name', which is a plain value"),
     ],
 )

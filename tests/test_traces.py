@@ -111,6 +111,13 @@ def test_line_ends_blank_lines_a_mark_and_gzip_do_not_matter(tmp_path: Path, end
         assert read(tmp_path / name, data).prompt_tokens.tolist() == [374, 396, 879]
 
 
+@pytest.mark.parametrize("name", ["line", "", "TIMESTAMP_duplicated_0", "^.*$"])
+def test_further_columns_do_not_matter_whatever_they_are_called(tmp_path: Path, name: str) -> None:
+    """Nor do two further columns of one name."""
+    for text in (wider(AZURE_TEXT, name), wider(wider(AZURE_TEXT, name), f" {name}")):
+        assert read(tmp_path / "a.csv", text).prompt_tokens.tolist() == [374, 396, 879]
+
+
 def test_azure_times_with_a_utc_offset_are_read(tmp_path: Path) -> None:
     """The later data set writes +00:00 behind its times."""
     text = AZURE_TEXT.replace("00,374", "00+00:00,374").replace("51,879", "51+00:00,879")
@@ -241,6 +248,12 @@ def test_an_unsorted_trace_is_refused_with_its_line_or_sorted(tmp_path: Path) ->
     assert ordered.prompt_tokens.tolist() == [1, 3, 4, 2]
 
 
+def wider(text: str, name: str) -> str:
+    """CSV text with one column more."""
+    head, *rows = text.splitlines()
+    return "\n".join([f"{head},{name}", *(f"{row},more" for row in rows)])
+
+
 BAD_FILES = [
     ("empty.csv", "", "trace file is empty", None),
     ("blank.csv", "\n\n", "trace file is empty", None),
@@ -267,6 +280,8 @@ BAD_FILES = [
     ("past.csv", BURSTGPT_TEXT.replace("\n5,", "\n-5,"), "Timestamp is '-5'; .*at least 0", 2),
     ("far.csv", BURSTGPT_TEXT.replace("118.5", "1e308"), "lies 1e.308 s after .*up to 1e.09 s", 4),
     ("column.csv", AZURE_TEXT.replace("GeneratedTokens", "Out"), "header lacks GeneratedTokens", 1),
+    ("again.csv", wider(AZURE_TEXT, "TIMESTAMP"), "header names TIMESTAMP twice", 1),
+    ("spaced.csv", wider(AZURE_TEXT, " TIMESTAMP"), "header names TIMESTAMP twice", 1),
     ("inf.csv", BURSTGPT_TEXT.replace("118.5", "inf"), "Timestamp is 'inf'; expected is a", 4),
     ("cut.jsonl", MOONCAKE_TEXT.replace("316,", ""), "is no JSON object", 5),
     (
@@ -279,6 +294,7 @@ BAD_FILES = [
     ("bool.jsonl", MOONCAKE_TEXT.replace("316", "true"), "output_length is True", 5),
     ("nan.jsonl", MOONCAKE_TEXT.replace("3000", "NaN"), "timestamp is nan; expected is a fin", 5),
     ("huge.jsonl", MOONCAKE_TEXT.replace("316", "9" * 400), "expected is a whole number", 5),
+    ("deep.jsonl", MOONCAKE_TEXT + '{"a":' + "[" * 100_000, "is no JSON object", 7),
     ("list.jsonl", MOONCAKE_TEXT + "[1]\n", "timestamp is None", 7),
     ("torn.csv.gz", gzip.compress(AZURE_TEXT.encode())[:-9], "not whole gzip data", None),
     ("torn.parquet", b"PAR1 and no more", "not whole Parquet data", None),

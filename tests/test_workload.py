@@ -506,6 +506,8 @@ def test_bad_workloads_are_refused_by_name(change: dict[str, Any], message: str)
         ("[[64, 0.5", "not readable as JSON"),
         ('{"64": 1.0}', "must be a list of pairs"),
         ("[[64, true]]", "must be a list of pairs"),
+        (f"[[64, 1{'0' * 400}]]", "must be a list of pairs"),
+        pytest.param("[" * 200_000, "not readable as JSON", id="brackets too deep"),
         ("[[64, 0.5], [32, 1.0]]", "Point 2 of the cdf is at 32 tokens"),
     ],
 )

@@ -106,6 +106,26 @@ def test_a_scenario_that_is_not_there_or_a_folder(
         assert "This is a folder" in refusal(capsys, "helios", command, tmp_path)
 
 
+def test_a_name_too_long_for_the_system(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], run_folder: Path
+) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text(SCENARIO, encoding="utf-8")
+    long = "x" * 300
+    for words in (
+        ("scenario", "check", long),
+        ("scenario", "check", path, "--set", f"fleet.profile={long}"),
+        ("scenario", "check", path, "--set", f'workload={{trace={{file="{long}"}}}}'),
+        ("whatif", path, "--vary", "seed=1,2", "--out", long),
+        ("report", long),
+        ("report", run_folder, "--out", f"{long}.html"),
+        ("compare", run_folder, long),
+    ):
+        said = refusal(capsys, "helios", *words)
+        assert long in said
+        assert "File name too long" in said
+
+
 def test_a_file_that_is_no_scenario_is_not_suggested(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +177,7 @@ def test_a_profile_that_is_wrong(
         (lambda folder: (folder / "summary.json").unlink(), "summary.json is missing"),
         (lambda folder: (folder / "summary.json").write_text("[]"), "no JSON object"),
         (lambda folder: (folder / "totals.json").write_text("{"), "not JSON"),
-        (lambda folder: (folder / "scenario.toml").write_text("x"), "not TOML"),
+        (lambda folder: (folder / "scenario.toml").write_text("x"), "not valid TOML"),
         (shutil.rmtree, "no such folder"),
     ],
 )
@@ -200,6 +220,8 @@ def test_a_run_that_is_wrong(
         (("tune", "--set", 'search.ranges={"serving.max_bat"=[1,2]}'), "Did you mean 'max_batch'?"),
         (("whatif", "--vary", "x"), "write key=a,b,c"),
         (("whatif", "--vary", "policy.nothing=1,2"), "has the option 'nothing'"),
+        (("whatif", "--vary", "policy.².x=1,2"), "has the option '².x'"),
+        (("whatif", "--vary", f"seed=1,{'[' * 3000}"), "was given '[[["),
         (("whatif", "--vary", "serving.max_batch=4,-2"), "was given -2"),
     ],
 )

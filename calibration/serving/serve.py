@@ -378,7 +378,10 @@ def serve_once(
     check_run(run)
     measure = scenario.measure
     summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
-    summary["num_shortened"] = prepared.num_shortened
+    summary |= {
+        "num_dropped": prepared.requests.num_dropped,
+        "num_shortened": prepared.num_shortened,
+    }
     traces = served_traces(
         judged,
         {card.name: card.exit_layers for card in host.cards},

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from helios_sim.report.page import render, write_report
+from helios_sim.report.page import render
 
-__all__ = ["render", "write_report"]
+__all__ = ["render"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -26,7 +26,7 @@ from helios_sim.metrics import (
     gain,
     paired_differences,
 )
-from helios_sim.records import REPORT_FILE, RunData, flat_items, toml_text
+from helios_sim.records import RunData, flat_items, toml_text
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, section
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
@@ -111,11 +111,6 @@ def render(
         _provenance(runs),
     ]
     return document(title, sections, drawn)
-
-
-def write_report(page: str, folder: Path) -> None:
-    """Put a page into a run's folder; fits `write_run`'s `finish` once the page is bound."""
-    (folder / REPORT_FILE).write_text(page, encoding="utf-8", newline="\n")
 
 
 def _told_apart(
@@ -366,7 +361,7 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     rows = []
     for entry in runs[0].scenario.get("published", ()):
         own = _own_figure(entry, by_label)
-        if own is None:
+        if own is None or not math.isfinite(own):
             continue
         what = f"{entry['figure'].replace('_', ' ')} of {entry['policy']}"
         if entry.get("against"):
@@ -375,7 +370,8 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         cells = (
             f'<th scope="row">{escape(what)}</th>'
             f"<td>{number(entry['published'])} {escape(unit)}</td>"
-            f"<td>{number(own)} {escape(unit)}</td><td>{number(own / entry['published'])}</td>"
+            f"<td>{number(own)} {escape(unit)}</td>"
+            f"<td>{number(_ratio(own, entry['published']))}</td>"
             f"<td>{escape(entry['source'])}</td>"
             f"<td>{escape(entry.get('why', ''))}</td>"
         )
@@ -391,6 +387,12 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         f'<div class="panel scroll"><table class="published"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>",
     )
+
+
+def _ratio(own: float, published: float) -> float | None:
+    """Ours over the published figure; None where no number says it."""
+    ratio = own / published if published else math.inf
+    return ratio if math.isfinite(ratio) else None
 
 
 def _own_figure(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,13 +87,14 @@ class Running:
         """The shard as (place from 0, how many)."""
         if self.shard is None:
             return None
-        place, slash, num = self.shard.partition("/")
-        if not (slash and place.isdigit() and num.isdigit() and 1 <= int(place) <= int(num)):
+        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", self.shard)
+        place, num = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= place <= num:
             raise InputError(
                 f"It was given {self.shard!r}; write i/n, such as 1/4, with i from 1 to n.",
                 "--shard",
             )
-        return int(place) - 1, int(num)
+        return place - 1, num
 
 
 @dataclass(frozen=True)

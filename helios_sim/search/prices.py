@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from helios_sim.arrivals import StrictSettings
 from helios_sim.errors import InputError
+from helios_sim.toml import read_toml
 
 Grade = Literal["assumed", "quoted", "paid"]
 
@@ -56,13 +56,9 @@ def load_prices(name: str, base_dir: Path, where: str) -> Prices:
     """Read a prices file, strictly; `where` names the key that asked for it."""
     path = base_dir / name
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"The prices file {name!r} cannot be read: {error.strerror}.", where
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"The prices file is not TOML: {error}.", str(path)) from error
+        data = read_toml(path)
+    except InputError as error:
+        raise InputError(error.message, f"{where}, {error.where}") from error
     try:
         return Prices.model_validate(data)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -139,7 +140,7 @@ def with_settings(
 def _path(key: str) -> list[str]:
     """A key's path; `policy.option` means the one policy that is there."""
     parts = key.split(".")
-    if parts[0] == "policy" and len(parts) > 1 and not parts[1].isdigit():
+    if parts[0] == "policy" and len(parts) > 1 and not parts[1].isdecimal():
         return ["policy", "0", *parts[1:]]
     return parts
 
@@ -174,7 +175,10 @@ def read_space(scenario: Scenario, base_dir: Path, where: str) -> Space:
         )
     place = f"{where}, search"
     base = alone(scenario, settings.policy, place)
-    ranges = tuple(_ranges(settings.ranges, f"{place}.ranges"))
+    try:
+        ranges = tuple(_ranges(settings.ranges, f"{place}.ranges"))
+    except RecursionError as error:
+        raise InputError("The values are nested too deeply.", f"{place}.ranges") from error
     if not ranges:
         raise InputError(
             'It names no setting that may vary; give some, such as "policy.breach_limit" = '
@@ -260,7 +264,10 @@ def _range(key: str, given: Any, where: str) -> Range:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # The bound leaves out NaN, infinities and whole numbers that no float holds.
+    return abs(value) <= sys.float_info.max
 
 
 def _frozen(value: Any) -> Any:

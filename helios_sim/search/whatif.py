@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,6 +18,7 @@ from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Point, point_of
 from helios_sim.search.space import with_settings
 from helios_sim.search.studies import Outcome, Study, figures_of
+from helios_sim.toml import toml_value
 
 MAX_CELLS: Final = 1000
 
@@ -58,7 +58,7 @@ def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
             )
         if key in found:
             raise InputError(f"{key!r} is varied twice.", "--vary")
-        found[key] = [_value(part) for part in parts]
+        found[key] = [toml_value(part) for part in parts]
     return found
 
 
@@ -72,13 +72,6 @@ def _parts(text: str) -> list[str]:
         else:
             part += letter
     return [*parts, part.strip()]
-
-
-def _value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def whatif_studies(

@@ -533,7 +533,7 @@ def test_shards_together_are_the_whole_search(tmp_path: Path) -> None:
         assert (parts / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b"])
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "²/3", "1/9999999999"])
 def test_a_shard_that_cannot_be_says_how_it_is_written(tmp_path: Path, shard: str) -> None:
     with pytest.raises(InputError, match="write i/n"):
         plan(write(tmp_path), [], inline(tmp_path / "out", shard=shard))

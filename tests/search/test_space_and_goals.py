@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def test_an_unknown_setting_names_the_nearest() -> None:
         ({"low": 0, "high": 9, "log": True}, "a logarithmic range is above 0"),
         ({"low": 1, "high": 9, "step": 0}, "it must be positive"),
         ("many", "allowed is a list of choices"),
+        ({"low": 1, "high": 10**400}, "allowed is a number"),
+        (reduce(lambda inner, _: {"a": inner}, range(3000), {"low": 1}), "nested too deeply"),
     ],
 )
 def test_a_range_that_cannot_be_says_why(given: Any, said: str) -> None:
@@ -216,16 +219,30 @@ def test_a_prices_file_is_read_strictly(tmp_path: Path) -> None:
     file.write_text('[gpu.X]\nper_gpu_hour = 1.0\ngrade = "rumour"\n')
     with pytest.raises(InputError, match="rumour"):
         load_prices("p.toml", tmp_path, "here")
-    with pytest.raises(InputError, match="cannot be read"):
-        load_prices("q.toml", tmp_path, "here")
+    for missing in ("q.toml", "x" * 300, "a\0b"):
+        with pytest.raises(InputError, match=r"^here, .*: The file cannot be read"):
+            load_prices(missing, tmp_path, "here")
+    for content, says in (
+        ("a = [", "not valid TOML"),
+        ("a = " + "[" * 3000, "nested too deeply"),
+        ("a = " + "9" * 5000, "4300 digits"),
+    ):
+        (tmp_path / "p.toml").write_text(content)
+        with pytest.raises(InputError, match=says):
+            load_prices("p.toml", tmp_path, "here")
     (tmp_path / "p.toml").write_text("")
     with pytest.raises(InputError, match="gpu: The key 'gpu' is required"):
         load_prices("p.toml", tmp_path, "here")
 
 
 def test_vary_reads_values_as_toml_and_keeps_lists_whole() -> None:
-    found = parse_vary(["a.b=1,2.5,text", 'c=["x","y"],[]'])
-    assert found == {"a.b": [1, 2.5, "text"], "c": [["x", "y"], []]}
+    found = parse_vary(["a.b=1,2.5,text", 'c=["x","y"],[]', "d=" + "9" * 5000, "e=" + "[" * 3000])
+    assert found == {
+        "a.b": [1, 2.5, "text"],
+        "c": [["x", "y"], []],
+        "d": ["9" * 5000],
+        "e": ["[" * 3000],
+    }
     for wrong in ("a.b", "=1,2", "a="):
         with pytest.raises(InputError, match="write key=a,b,c"):
             parse_vary([wrong])
