@@ -69,7 +69,10 @@ def measure(
             help="float32, bfloat16 or float16.", show_default="float32 on cpu, bfloat16 on cuda"
         ),
     ] = None,
-    budget: Annotated[str, typer.Option(help="Time to spend, such as 90s, 10m or 1h30m.")] = "10m",
+    budget: Annotated[
+        str,
+        typer.Option(help="Time to spend, such as 90s, 10m or 1h30m; a plain number is seconds."),
+    ] = "10m",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the plan and readings of the folder.")
     ] = False,
@@ -302,7 +305,9 @@ def serve(
     out: Annotated[Path, typer.Option(help="The run folder to write.")],
     policy: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Serve only these policies of the scenario."),
+        typer.Option(
+            metavar="NAME", help="Serve only this policy of the scenario; may be repeated."
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Serve only the first so many requests.")

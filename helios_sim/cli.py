@@ -37,12 +37,20 @@ ScenarioFile = Annotated[Path, typer.Argument(help="A scenario file (TOML).", sh
 Changes = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting, such as fleet.num_replicas=2."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a setting, such as fleet.num_replicas=2 or policy.0.breach_limit=30 (lists "
+        "count from 0); may be repeated.",
     ),
 ]
 Policies = Annotated[
     list[str] | None,
-    typer.Option("--policy", metavar="NAME", help="Run only these policies of the scenario."),
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help="Run only this policy, by its label or name; may be repeated. A shipped one that the "
+        "scenario lacks runs with its defaults.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")]
 
@@ -58,11 +66,17 @@ Scheduler = Annotated[
     typer.Option(metavar="ADDRESS", help="Run on the dask cluster of this scheduler instead."),
 ]
 Shard = Annotated[
-    str | None, typer.Option(metavar="I/N", help="Run only this part of the points, and stop.")
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Run only this part of the points, and stop; tune takes it with grid or sobol.",
+    ),
 ]
 SearchFolder = Annotated[
     Path | None,
-    typer.Option(help="Folder for points and results.", show_default="runs/NAME-COMMAND"),
+    typer.Option(
+        help="Folder for points and results.", show_default="runs/NAME-plan, -tune, -whatif"
+    ),
 ]
 
 
@@ -297,7 +311,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
         from helios_sim.search.tune import read_tune
 
         read_tune(question, scenario.parent, str(scenario))
-    policies = ", ".join(policy.name for policy in question.policy)
+    policies = ", ".join(f"{policy.name!r}" for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
     if requests.num_dropped:
         _say(
@@ -305,7 +319,10 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
             f"{requests.num_dropped:,}."
         )
     if shortened:
-        _say(f"{shortened:,} requests are shortened to {experiment.setup.context_tokens:,} tokens.")
+        _say(
+            f"{shortened:,} of {len(requests):,} requests are shortened to "
+            f"{experiment.setup.context_tokens:,} tokens."
+        )
     by_all, by_some = experiment.refusals(requests)
     least, most = experiment.setup.longest_requests
     if by_all:

@@ -90,6 +90,9 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
         if end.code == INTERRUPTED:
             kept = end.kept if isinstance(end, Interrupted) else "nothing was written"
             print(f"{name}: interrupted; {kept}.", file=sys.stderr)
+            if arguments is None:
+                # What was half made complains as it goes, which tells the user nothing.
+                sys.unraisablehook = lambda _: None
         raise
 
 

@@ -717,6 +717,14 @@ def read_run(path: Path) -> RunData:
     """Read a run's folder back; whatever is missing, foreign or broken is an `InputError`."""
     _check_folder(path)
     missing = [name for name in RUN_FILES if not (path / name).is_file()]
+    if len(missing) == len(RUN_FILES):
+        runs = sorted(one.parent.name for one in path.glob(f"*/{TOTALS_FILE}"))
+        if runs:
+            raise InputError(
+                f"The folder holds runs and is none itself: {', '.join(runs)}. Name one of them, "
+                f"such as {path / runs[0]}.",
+                str(path),
+            )
     if missing:
         raise InputError(
             f"The folder is not a whole run: {', '.join(missing)} is missing.",

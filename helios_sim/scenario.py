@@ -210,7 +210,7 @@ def parse_scenario(data: Mapping[str, Any], where: str, base_dir: Path) -> Scena
                 policy.use,
                 policy.options,
                 search_path=base_dir,
-                where=f"policy {index + 1} ({policy.name})",
+                where=f"policy.{index} ({policy.name})",
             )
     except InputError as error:
         raise InputError(error.message, f"{where}, {error.where}") from error

@@ -402,3 +402,10 @@ def test_types_toml_does_not_have_are_refused(data: dict[str, Any]) -> None:
     """None, objects and keys that are no text are a TypeError that names the place."""
     with pytest.raises(TypeError, match="a"):
         toml_text(data)
+
+
+def test_a_folder_of_runs_says_which_run_could_be_meant(tmp_path: Path) -> None:
+    (tmp_path / "helios").mkdir()
+    (tmp_path / "helios" / "totals.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"holds runs and is none itself: helios\. Name one of"):
+        read_run(tmp_path)

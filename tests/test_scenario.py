@@ -271,11 +271,11 @@ def test_a_scenario_without_any_policy_is_refused(file: Path) -> None:
 
 def test_an_unknown_policy_is_told_the_nearest_and_all(file: Path) -> None:
     where, message = told(file, "policy.0.use='heliso'")
-    assert where == f"{file}, policy 1 (heliso)"
+    assert where == f"{file}, policy.0 (heliso)"
     assert message.startswith("Policy 'heliso' is not known; it must be one of 'helios', 'vanilla'")
     assert message.endswith("or a class of your own as 'module:Class'. Did you mean 'helios'?")
     where, message = told(file, "policy.0.use='nowhere:Thing'")
-    assert where == f"{file}, policy 1 (nowhere:Thing)"
+    assert where == f"{file}, policy.0 (nowhere:Thing)"
     assert message.endswith(
         f"no such module on the Python path and no file nowhere.py in {file.parent}."
     )
@@ -283,7 +283,7 @@ def test_an_unknown_policy_is_told_the_nearest_and_all(file: Path) -> None:
 
 def test_an_unknown_or_impossible_option_of_a_policy_is_refused(file: Path) -> None:
     where, message = told(file, "policy.0.reases_requests=3")
-    assert where == f"{file}, policy 1 (helios)"
+    assert where == f"{file}, policy.0 (helios)"
     assert "unknown option 'reases_requests'; its options are 'top_k'," in message
     assert message.endswith("Did you mean 'reassess_requests'?")
     _, message = told(file, "policy.0.reassess_requests=-1")
