@@ -127,8 +127,12 @@ def _check_published(scenario: Scenario, where: str) -> None:
 
 
 def rehearse(experiment: Experiment, policy: PolicySettings) -> None:
-    """Let a policy serve the first request alone: what cannot start at all says so here."""
+    """Let a policy serve the first request alone: what cannot start at all says so here.
+
+    So does a run that memory is too small for.
+    """
     requests, _ = experiment.requests(experiment.scenario.seed)
+    _check_fits(experiment, policy, requests)
     first = replace(
         requests,
         **{
@@ -138,6 +142,16 @@ def rehearse(experiment: Experiment, policy: PolicySettings) -> None:
         user=None if requests.user is None else requests.user[:1],
     )
     _play(experiment, policy, experiment.scenario.seed, first, None)
+
+
+def _check_fits(experiment: Experiment, policy: PolicySettings, requests: Requests) -> None:
+    """Refuse a run of a policy that memory is too small for."""
+    check_fits(
+        len(requests),
+        experiment.policy(policy).watching.reassess_requests,
+        len(experiment.setup.candidates),
+        experiment.scenario.fleet.num_replicas,
+    )
 
 
 def _play(
@@ -208,13 +222,7 @@ def run_policy(
 
         report(0.0)
         _check_warmup(experiment, requests)
-        watching = experiment.policy(policy).watching
-        check_fits(
-            len(requests),
-            watching.reassess_requests,
-            len(experiment.setup.candidates),
-            scenario.fleet.num_replicas,
-        )
+        _check_fits(experiment, policy, requests)
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
         num_dropped = requests.num_dropped

@@ -32,12 +32,15 @@ def test_the_state_of_a_replica_is_no_larger_than_the_estimate() -> None:
     assert 0.8 * footprint.BYTES_PER_REPLICA < state < footprint.BYTES_PER_REPLICA
 
 
+@pytest.mark.parametrize(
+    "command", [("simulate", "--json", "--policy", "vanilla"), ("scenario", "check")]
+)
 def test_a_run_beyond_memory_is_refused_with_the_estimate_and_the_setting_that_helps(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(footprint, "available_bytes", lambda: 200_000_000)
     with pytest.raises(SystemExit) as end:
-        main(["simulate", str(SCENARIO), "--json", "--policy", "vanilla"])
+        main([*command, str(SCENARIO)])
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert "19,366 requests" in error
