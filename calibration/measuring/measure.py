@@ -560,11 +560,12 @@ class _Session:
         trials = 1 + max(job.trial for job in planned)
         planned_s = latency.seconds * again + energy_s
         metered = f", {len(windows)} energy windows" if windows else ""
+        takes = f"about {_clock(min(planned_s, allowed_s))}"
         self._say(
             f"{bench.name}: {len(latency.jobs)} timings in {counted(trials, 'round')}{metered}; "
             f"rows up to {bounds.max_batch}, contexts up to {bounds.max_context}, layers "
-            f"{', '.join(map(str, bounds.depths))}; about "
-            f"{_clock(max(0.0, min(planned_s, allowed_s)))} left for them."
+            f"{', '.join(map(str, bounds.depths))}; "
+            f"{takes if allowed_s > 0.0 else 'the budget is spent before they begin'}."
         )
         return planned
 

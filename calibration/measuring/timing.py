@@ -294,7 +294,8 @@ class WallTimer:
 class CudaTimer:
     """CUDA events around the work on the current stream: what the device sees."""
 
-    min_sample_s = CUDA_SAMPLE_S
+    def __init__(self) -> None:
+        self.min_sample_s = CUDA_SAMPLE_S
 
     def sample_s(self, pass_s: float) -> float:
         """Seconds that a sample of repetitions this long takes."""
