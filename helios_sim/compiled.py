@@ -66,14 +66,21 @@ _is_announced = False
 
 
 @contextmanager
-def compiling(mode: Mode) -> Iterator[None]:
-    """Let `compiled` work otherwise for a while: without the cache, or not at all."""
+def compiling(mode: Mode, folder: str = "") -> Iterator[None]:
+    """Let `compiled` work otherwise for a while: not at all, uncached, or in a cache of its own.
+
+    `folder` lies within the usual cache; what is compiled from other functions under the same
+    names has to lie elsewhere.
+    """
     global _mode
     before, _mode = _mode, mode
+    usual = numba.config.CACHE_DIR  # type: ignore[attr-defined]
+    numba.config.CACHE_DIR = str(Path(usual) / folder)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         _mode = before
+        numba.config.CACHE_DIR = usual  # type: ignore[attr-defined]
 
 
 def compiled(function: F) -> F:

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from helios_sim import hot_rules
 from helios_sim.experiment import Result, prepare, run_policy
-from helios_sim.hot_rules import InterpretedRuleWarning, loop_with
+from helios_sim.hot_rules import InterpretedRuleWarning, fingerprint, loop_with
 from helios_sim.policy import rules
 from helios_sim.scenario import parse_scenario
+
+POLICIES = Path(__file__).parent / "policies"
+
+Rule = Callable[[float, float], bool]
 
 POLICY = """
 from helios_sim.policy.helios import Helios
 
-LIMITS = {{"batch": {limit}}}
+LIMITS = {"batch": 1000}
 
 def may_join(num_running, max_batch, needed_blocks, free_blocks, watermark_blocks):
-    {body}
-
-class Own(Helios):
-    hot_rules = {{"may_join": may_join}}
-"""
-AS_OURS = """if num_running >= max_batch:
+    max_batch = min(max_batch, LIMITS.get("batch", 1))
+    if num_running >= max_batch:
         return False
     if num_running == 0:
         return needed_blocks <= free_blocks
-    return needed_blocks + watermark_blocks <= free_blocks"""
-FEWER = "max_batch = min(max_batch, 2)\n    " + AS_OURS
-UNCOMPILABLE = 'max_batch = min(max_batch, LIMITS.get("batch", 1))\n    ' + AS_OURS
+    return needed_blocks + watermark_blocks <= free_blocks
+
+class Own(Helios):
+    hot_rules = {"may_join": may_join}
+"""
 
 
 def run(folder: Path, use: str, max_batch: int = 8) -> Result:
@@ -50,13 +54,6 @@ def run(folder: Path, use: str, max_batch: int = 8) -> Result:
     return run_policy(prepare(scenario, folder), scenario.policy[0])
 
 
-def own_policy(folder: Path, body: str, limit: int = 1000) -> str:
-    """A policy file with a rule of its own."""
-    name = f"own_{abs(hash((body, limit)))}"
-    (folder / f"{name}.py").write_text(POLICY.format(body=body, limit=limit), encoding="utf-8")
-    return f"{name}:Own"
-
-
 def test_a_compiled_rule_that_admits_fewer_is_obeyed_and_changes_nothing_else(
     tmp_path: Path,
 ) -> None:
@@ -64,17 +61,81 @@ def test_a_compiled_rule_that_admits_fewer_is_obeyed_and_changes_nothing_else(
     ours = run(tmp_path, "helios", max_batch=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", InterpretedRuleWarning)
-        theirs = run(tmp_path, own_policy(tmp_path, FEWER))
+        theirs = run(POLICIES, "at_most_two:AtMostTwo")
     assert theirs.run.totals.max_running == 2
     assert theirs.run.requests.equals(ours.run.requests)
 
 
+def test_a_loop_with_own_rules_is_found_on_disk_by_the_next_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process that has not met the rules yet takes the loop from the cache, compiling nothing."""
+    first = run(POLICIES, "at_most_two:AtMostTwo")
+    monkeypatch.setattr(hot_rules, "_loops", {})
+    second = run(POLICIES, "at_most_two:AtMostTwo")
+    (loop,) = hot_rules._loops.values()
+    assert sum(loop.advance.stats.cache_hits.values()) > 0
+    assert not loop.advance.stats.cache_misses
+    assert second.run.requests.equals(first.run.requests)
+
+
 def test_a_rule_numba_cannot_compile_runs_interpreted_with_equal_results(tmp_path: Path) -> None:
     ours = run(tmp_path, "helios")
+    (tmp_path / "uncompilable.py").write_text(POLICY, encoding="utf-8")
     with pytest.warns(InterpretedRuleWarning, match="may_join"):
-        theirs = run(tmp_path, own_policy(tmp_path, UNCOMPILABLE))
+        theirs = run(tmp_path, "uncompilable:Own")
     assert theirs.run.requests.equals(ours.run.requests)
     assert theirs.run.timeline.equals(ours.run.timeline)
+
+
+LIMIT = 3
+SCALES = {"half": 0.5}
+
+
+def below_limit(confidence: float, threshold: float) -> bool:
+    """Refers to a number and to a built-in function."""
+    return abs(confidence - threshold) < LIMIT
+
+
+def through_another(confidence: float, threshold: float) -> bool:
+    """Refers to a function that refers to a number."""
+    return below_limit(confidence, threshold)
+
+
+def by_table(confidence: float, threshold: float) -> bool:
+    """Refers to a table, whose contents its code does not tell."""
+    return confidence >= threshold * SCALES["half"]
+
+
+def closing_over(scale: float) -> Rule:
+    def leaves_here(confidence: float, threshold: float) -> bool:
+        return confidence >= threshold * scale
+
+    return leaves_here
+
+
+@pytest.mark.parametrize("rule", [below_limit, through_another])
+def test_a_number_that_a_rule_refers_to_is_part_of_what_it_means(
+    rule: Rule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint({"leaves_here": rule})
+    assert before is not None and before == fingerprint({"leaves_here": rule})
+    monkeypatch.setitem(globals(), "LIMIT", 4)
+    assert fingerprint({"leaves_here": rule}) not in (before, None)
+
+
+def test_rules_of_one_code_that_close_over_other_numbers_differ() -> None:
+    prints = {fingerprint({"leaves_here": closing_over(scale)}) for scale in (0.5, 0.5, 0.9)}
+    assert len(prints) == 2 and None not in prints
+
+
+def test_the_same_function_for_another_rule_is_another_loop() -> None:
+    names = ("leaves_here", "is_breach")
+    assert len({fingerprint({name: below_limit}) for name in names}) == 2
+
+
+def test_a_rule_that_refers_to_a_table_is_compiled_for_each_run() -> None:
+    assert fingerprint({"leaves_here": by_table}) is None
 
 
 def test_our_rules_are_back_in_place_afterwards() -> None:
