@@ -8,15 +8,19 @@ from typing import Annotated
 
 import typer
 
-from helios_sim.command import run_app
+from helios_sim.command import WithVersion, run_app
 
 app = typer.Typer(
     name="helios-calibrate",
-    help="Make, measure, fit and serve real early-exit models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(version: WithVersion = False) -> None:
+    """Make, measure, fit and serve real early-exit models."""
 
 
 @app.command()

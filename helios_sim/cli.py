@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from helios_sim.command import run_app
+from helios_sim.command import WithVersion, run_app
 from helios_sim.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,13 +25,18 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="helios",
-    help="Simulate how early-exit language models are served, and what HELIOS makes of it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 scenario_app = typer.Typer(help="Check scenario files; print their schema.", no_args_is_help=True)
 app.add_typer(scenario_app, name="scenario")
+
+
+@app.callback()
+def options(version: WithVersion = False) -> None:
+    """Simulate how early-exit language models are served, and what HELIOS makes of it."""
+
 
 ScenarioFile = Annotated[Path, typer.Argument(help="A scenario file (TOML).", show_default=False)]
 Changes = Annotated[

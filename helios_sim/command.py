@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import typer
 
+from helios_sim import __version__
 from helios_sim.errors import InputError
 
 BAD_INPUT = 2
@@ -26,6 +27,19 @@ _USAGE_ERROR: Any = next(
 """A command line that cannot be read. Typer has moved the class before, but not its heirs."""
 _NO_ARGUMENTS: Final = "NoArgsIsHelpError"
 """The one of them that is the help."""
+
+
+def print_version(is_asked: bool) -> None:
+    """Print the version and end, where `--version` was given."""
+    if is_asked:
+        typer.echo(f"helios-sim {__version__}")
+        raise typer.Exit
+
+
+WithVersion = Annotated[
+    bool,
+    typer.Option("--version", help="Say the version.", is_eager=True, callback=print_version),
+]
 
 
 class OnStandardError(logging.Handler):

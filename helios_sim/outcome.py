@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from helios_sim import __version__
 from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
 from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
@@ -81,9 +82,10 @@ def objective_of(run: Run) -> str:
 def environment(run: Run) -> dict[str, Any]:
     """Versions and the profile's identity: what a reader needs to get the same bytes again."""
     profile = run.setup.profile
-    packages = ("helios-sim", "simpy", "numpy", "scipy", "polars", "numba")
+    packages = ("simpy", "numpy", "scipy", "polars", "numba")
     return {
-        "versions": {name: version(name) for name in packages}
+        "versions": {"helios-sim": __version__}
+        | {name: version(name) for name in packages}
         | {"python": ".".join(platform.python_version_tuple()[:2])},
         "device": profile.device.name,
         "device_kind": "processor" if profile.is_of_processor else "GPU",

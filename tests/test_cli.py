@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from helios_sim import __version__
 from helios_sim.cli import main
 from helios_sim.errors import InputError
 
@@ -409,6 +410,39 @@ def test_help_answers_without_the_heavy_modules() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_both_commands_say_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from calibration.cli import main as calibrate
+
+    assert run("--version") == 0
+    with pytest.raises(SystemExit) as end:
+        calibrate(["--version"])
+    assert not end.value.code
+    assert capsys.readouterr().out == f"helios-sim {__version__}\n" * 2
+
+
+def test_a_clone_that_is_not_installed_simulates(scenario: Path, tmp_path: Path) -> None:
+    """A machine without a package index runs the clone as it is, with the packages it carries."""
+    code = (
+        "import importlib.metadata as metadata, sys\n"
+        "version = metadata.version\n"
+        "def without_ours(name):\n"
+        "    if name == 'helios-sim':\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "metadata.version = without_ours\n"
+        "from helios_sim.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = ["simulate", str(scenario), "--policy", "vanilla", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (run_file,) = (tmp_path / "out").rglob("totals.json")
+    recorded = json.loads(run_file.read_text(encoding="utf-8"))
+    assert recorded["environment"]["versions"]["helios-sim"] == __version__
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")

@@ -34,6 +34,7 @@ from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.record import run_data, write_extras
 from calibration.serving.slowdown import slowdown_facts, waited_s
 from calibration.serving.weights import CheckpointWeights, KvKind, WeightSettings
+from helios_sim import __version__
 from helios_sim.cards import Room, check_room, policy_slo, room_of
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
@@ -55,7 +56,7 @@ from helios_sim.report import render
 from helios_sim.scenario import PolicySettings, Scenario, load_scenario, resolved
 from helios_sim.workload import Requests, fit_context, generate
 
-_PACKAGES: Final = ("helios-sim", "torch", "transformers", "safetensors", "numpy", "polars")
+_PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "polars")
 _SPIN_S: Final = 0.0005
 """The last stretch of a wait is spent looking at the clock: sleeping overshoots by as much."""
 
@@ -326,7 +327,8 @@ def versions_here() -> dict[str, str]:
                 "version served it; install this project with its extra 'calibration'.",
                 "serve",
             ) from None
-    return found | {"python": ".".join(platform.python_version_tuple()[:2])}
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"helios-sim": __version__, **found, "python": python}
 
 
 def serve_once(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ RESULTS: Final = "results.parquet"
 PARETO: Final = "pareto.csv"
 SCENARIO: Final = "scenario.toml"
 JOURNAL: Final = "study.journal"
+_log = logging.getLogger(__name__)
 _OURS: Final = (RESULTS, PARETO, SCENARIO, REPORT_FILE, JOURNAL, f"{JOURNAL}.lock", POINTS)
 
 
@@ -55,6 +57,10 @@ def open_folder(out: Path, resume: bool) -> Store:
                     "ended; go on with --resume, or give another --out.",
                     str(out),
                 )
+            _log.info(
+                "The results of an earlier search in %s are replaced; --resume uses its points.",
+                out,
+            )
             shutil.rmtree(points)
             (out / RESULTS).unlink()
     return Store(out / POINTS)

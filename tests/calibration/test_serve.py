@@ -361,7 +361,7 @@ def test_a_package_without_a_version_is_missed_before_anything_is_served(
 
     monkeypatch.setattr("calibration.serving.serve.version", missing)
     settings = ServeSettings((place / "family",), ("helios",), device="cpu")
-    with pytest.raises(InputError, match="helios-sim is not installed here"):
+    with pytest.raises(InputError, match="torch is not installed here"):
         prepare(place / "tiny.toml", settings)
 
 
