@@ -22,6 +22,7 @@ from calibration.measuring.grid import (
     ragged_lengths,
     timing_s,
 )
+from calibration.measuring.plan_file import Grid, ModelPlan
 from calibration.measuring.readings import LEAST_DECODE_WINDOWS
 
 BOUNDS = Bounds("tiny", (3, 6, 12), 64, 1024, 64 * 1024, 2048, ("eager", "graph"))
@@ -294,3 +295,9 @@ def test_a_pass_takes_its_share_of_the_layers_and_what_an_iteration_has_beside()
         assert probe.pass_s(Job(quantity, **load), 0.25) == pytest.approx(expected_s), quantity
     prompts = Job("prefill_layers", batch=2, context_tokens=0, prompt_tokens=100)
     assert probe.pass_s(prompts, 0.5) == pytest.approx(0.5 * (2.0 + 0.2))
+
+
+def test_a_plan_needs_as_many_layers_as_its_deepest_trial() -> None:
+    jobs = (Job("decode_layers", depths=(3, 12)), Job("kv_fill", depths=(6,)), Job("head"))
+    assert ModelPlan((3, 6, 12), Grid(4, 64), Grid(4, 64), jobs).deepest == 12
+    assert ModelPlan((3, 6, 12), Grid(4, 64), Grid(4, 64), jobs[2:]).deepest == 0
