@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from helios_sim.engine import Run
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.experiment import Experiment, prepare, run_policy
-from helios_sim.fidelity import assess, read_sides, run_folders
+from helios_sim.fidelity import assess, read_sides, run_folders, swaps
 from helios_sim.fidelity.figures import per_request
 from helios_sim.fidelity.page import render
 from helios_sim.fidelity.recordings import (
@@ -29,12 +30,14 @@ from helios_sim.fidelity.recordings import (
     Iterations,
     read_iterations,
 )
+from helios_sim.fidelity.replayed import replayed_run
 from helios_sim.fidelity.sides import Side
 from helios_sim.fidelity.swaps import Attribution
 from helios_sim.fidelity.timing import factors, loads, pauses, predict, reloaded, retimed
 from helios_sim.fidelity.words import name_of, remarks, signed_percent
 from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
+from helios_sim.policy.contract import Event
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import ModelProfile, Profile
 from helios_sim.records import RunData, read_run, write_run
@@ -658,7 +661,8 @@ def test_an_iteration_that_captures_graphs_is_predicted_to_take_their_time() -> 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
 def test_a_retimed_profile_takes_the_recorded_time(factor: float) -> None:
     """By batch for decodes and in sum for prefills, whatever the shares of layers and the rest."""
-    costs = {"costs": PADDING, "depth_residual": ((2.0, 0.5), (4.0, 1.5))}
+    residuals = {"residual": ((1.0, 0.8), (8.0, 1.4)), "depth_residual": ((2.0, 0.5), (4.0, 1.5))}
+    costs = {"costs": PADDING, **residuals}
     profile = profile_of(thumbnail(buckets=(1, 2, 4, 8), **costs), thumbnail("large", (2, 4, 8)))
     batches = np.array([1.0, 1.0, 3.0, 3.0, 6.0, 6.0, 0.0, 0.0])
     found = recorded(
@@ -759,6 +763,54 @@ def test_requests_of_the_warm_up_are_not_compared_one_by_one(base: Path) -> None
         for skipped in (0, 100)
     ]
     assert numbers == [240, 140]
+
+
+def test_a_decision_that_takes_longer_puts_the_next_one_off_by_as_much() -> None:
+    """Loads take thirty times as long, and what was served between two decisions is served."""
+    experiment, real = experiment_for("waiting"), simulated_data("waiting")
+    setup = replace(
+        experiment.setup,
+        seed=real.seed,
+        profile=reloaded(experiment.setup.profile, 30.0),
+    )
+    requests, _ = experiment.requests(real.seed)
+    run = replayed_run(
+        lambda maker: Run(setup, requests, maker),
+        lambda: experiment.policy(experiment.scenario.policy[0]),
+        real,
+    )
+    run.play()
+    told = list(real.decisions.sort("time_s", maintain_order=True).iter_rows(named=True))
+    gaps = [
+        (later.time_s - before.ready_s, there["time_s"] - then["ready_s"])
+        for (before, later), (then, there) in zip(
+            pairwise(run.decisions), pairwise(told), strict=False
+        )
+        if before.ready_s is not None and later.event is not Event.EVALUATED
+    ]
+    assert sum(recorded_s > 1.0 for _, recorded_s in gaps) >= 2
+    assert all(ours_s >= recorded_s - 1e-6 for ours_s, recorded_s in gaps)
+
+
+def test_a_policy_knows_the_profile_as_it_is_whatever_is_swapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[Run] = []
+
+    def kept(run: Run, *more: Any) -> RunData:
+        played.append(run)
+        return run_data(run, *more)
+
+    real = perturbed(tmp_path / "real", "static-depth", "times")
+    simulated = simulate(tmp_path / "simulated", "static-depth")
+    monkeypatch.setattr(swaps, "run_data", kept)
+    attribution_of(real, simulated)
+    first, *others = played
+    assert any(run.setup.profile is not first.setup.profile for run in others)
+    for run in others:
+        assert run.candidates == first.candidates
+        for replica in run.replicas:
+            assert tuple(replica.controller.candidates) == first.candidates
 
 
 def run_cli(*words: str) -> int:
