@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from calibration.cli import main
+from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.early_exit import from_stock, load, save
+from calibration.model.exit_heads import new_exit_heads
+from calibration.training import heads
 from calibration.training.heads import HeadOptions, train_heads
+from calibration.training.text import Corpus, corpus
 from helios_sim.errors import InputError
 from tests.calibration.tiny import stock_model
 
@@ -116,3 +122,37 @@ def test_the_command_says_what_heads_gain(
         assert (end.value.code or 0) == code
         captured = capsys.readouterr()
         assert said in captured.out + captured.err
+
+
+def test_heads_learn_from_other_text_than_they_are_judged_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def told(domain: str, split: Any, **bounds: Any) -> Corpus:
+        asked.append((domain, split))
+        return corpus(domain, split, **bounds)
+
+    monkeypatch.setattr(heads, "corpus", told)
+    train_heads(checkpoint(tmp_path / "model"), (2,), replace(OPTIONS, iterations=1))
+    code = [split for domain, split in asked if domain == "code"]
+    assert code == ["calibration", "train", "calibration"]
+
+
+def test_a_map_that_was_fitted_to_other_exits_goes_when_heads_are_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = from_stock(stock_model("llama"), (2, 4), name="stock", tokenizer="bytes")
+    maps = {"all": {2: PiecewiseLinear((0.0, 1.0), (0.0, 0.5))}}
+    model.confidence = Confidence("max-softmax", 0.3, maps)
+    save(model, folder)
+    train_heads(folder, (2,), replace(OPTIONS, iterations=1))
+    assert load(folder).confidence == Confidence("max-softmax", 0.3)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_heads_begin_by_saying_what_the_models_own_norm_and_head_say(family: str) -> None:
+    model = from_stock(stock_model(family), (1, 2, 4))
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    for layer, head in new_exit_heads(model.backbone, (1, 2, 4)).items():
+        level = model.exit_layers.index(layer)
+        torch.testing.assert_close(head(hidden), model.logits(hidden, level))

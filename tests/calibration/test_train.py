@@ -14,13 +14,16 @@ from torch import nn
 
 from calibration.cli import main
 from calibration.device import device_of
-from calibration.model.early_exit import load
+from calibration.model.early_exit import from_stock, load
+from calibration.training import train
 from calibration.training.optimiser import Optimiser, orthogonalised
 from calibration.training.presets import PRESETS, ModelPlan, preset_of
 from calibration.training.small_family import FamilyOptions, train_family
+from calibration.training.text import Corpus, corpus
 from calibration.training.train import Reading, train_model
 from helios_sim.errors import InputError
 from tests.calibration.small import FAMILY
+from tests.calibration.tiny import stock_model
 
 ONE = replace(FAMILY, models=FAMILY.models[:1], iterations=12)
 
@@ -197,3 +200,17 @@ def test_a_file_where_the_family_should_go_is_refused(tmp_path: Path) -> None:
     target.write_text("")
     with pytest.raises(InputError, match="It is a file"):
         train_family(ONE, target, FamilyOptions(device="cpu", num_processes=1))
+
+
+def test_a_model_is_judged_on_text_that_is_neither_trained_on_nor_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: set[str] = set()
+
+    def told(domain: str, split: Any, **bounds: Any) -> Corpus:
+        asked.add(split)
+        return corpus(domain, split, **bounds)
+
+    monkeypatch.setattr(train, "corpus", told)
+    train.held_out(from_stock(stock_model("llama"), (2, 4)), FAMILY)
+    assert asked == {"calibration"}
