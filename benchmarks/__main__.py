@@ -88,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} was given; at least 1 repetition is needed.")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given; a whole number of at least 1 is needed."
+        )
+    return int(text)
 
 
 def _silent(_words: str) -> None:

@@ -334,6 +334,15 @@ def test_a_choice_of_nothing_is_said_in_words(capsys: pytest.CaptureFixture[str]
     assert "No case holds 'nothing like this'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["x", "0", "-1", "1.5"])
+def test_repetitions_that_none_can_make_are_said_in_words(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main([f"--repetitions={given}"])
+    assert "a whole number of at least 1 is needed" in capsys.readouterr().err
+
+
 def test_a_baseline_that_is_not_there_is_said_in_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
