@@ -492,8 +492,8 @@ def _config(path: Path) -> Config:
     named = document.get("architectures") if isinstance(document, dict) else None
     kind = document.get("model_type") if isinstance(document, dict) else None
     by_kind = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
-    is_listed = isinstance(named, list) and bool(named)
-    architecture = str(named[0] if is_listed else named or by_kind.get(str(kind), kind))
+    first = named[0] if isinstance(named, list) and named else named
+    architecture = str(first or by_kind.get(str(kind), kind))
     classes: dict[str, Any] = {"LlamaForCausalLM": LlamaConfig, "OPTForCausalLM": OPTConfig}
     if architecture not in classes:
         raise unsupported(architecture, str(file))
