@@ -862,6 +862,14 @@ def test_the_command_refuses_what_it_cannot_take(
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert run_cli("compare", real, simulated, "--out", str(tmp_path / "mine")) == 2
     assert "no comparison of ours" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run_cli("compare", real, simulated, "--out", str(tmp_path / "file" / "found")) == 2
+    said = capsys.readouterr()
+    assert "No results can be written there" in said.err and not said.out
+    (tmp_path / ".page.html.partial").mkdir()
+    page = ("--no-attribution", "--out", str(tmp_path / "page.html"))
+    assert run_cli("compare", real, simulated, *page) == 2
+    assert "The page cannot be written" in capsys.readouterr().err
     assert run_cli("compare", real) == 2
     assert "needs at least two" in capsys.readouterr().err
 

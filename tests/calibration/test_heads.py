@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from calibration.cli import main
 from calibration.model.confidence import Confidence, PiecewiseLinear
@@ -92,6 +93,8 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(tmp_path: Path) -> No
         train_heads(folder, (4,), OPTIONS)
     with pytest.raises(InputError, match="there already"):
         train_heads(folder, (2,), OPTIONS, out=tmp_path)
+    with pytest.raises(InputError, match="lies within the checkpoint"):
+        train_heads(folder, (2,), OPTIONS, out=folder / "heads")
     large = from_stock(stock_model("opt", vocab_size=300), (2, 4), name="large")
     save(large, tmp_path / "large")
     with pytest.raises(InputError, match="tokenizer"):
@@ -107,6 +110,21 @@ def test_a_checkpoint_with_heads_is_not_trained_again(tmp_path: Path) -> None:
         train_heads(folder, (1,), OPTIONS)
 
 
+def test_a_disk_that_fills_is_said_and_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"part")
+        raise SafetensorError("No space left on device")
+
+    folder = checkpoint(tmp_path / "model")
+    monkeypatch.setattr("calibration.model.early_exit.save_file", full)
+    with pytest.raises(InputError, match="The heads cannot be written: No space left"):
+        train_heads(folder, (2,), HeadOptions(("code",), iterations=1, text_bytes=20_000))
+    assert not [entry for entry in folder.iterdir() if entry.name.endswith("partial")]
+    assert not (folder / "exit_heads.safetensors").exists()
+
+
 def test_the_command_says_what_heads_gain(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,7 +133,8 @@ def test_the_command_says_what_heads_gain(
     for more, code, said in (
         (["--exits", "2", "--iterations", "2"], 0, "L2"),
         ([], 2, "--exits 6,12"),
-        (["--exits", "two"], 2, "write layers like 6,12"),
+        (["--exits", "2", "--budget", "9m"], 2, "--budget: It is of a family"),
+        (["--exits", "two"], 2, "write them like 8,16,32"),
     ):
         with pytest.raises(SystemExit) as end:
             main([*common, *more])

@@ -196,6 +196,11 @@ def test_candidates_of_several_tokenizers_or_one_name_are_refused(
     save(other, tmp_path / "other")
     with pytest.raises(InputError, match=r"several tokenizers: 'bytes' .* 'pieces'"):
         trace_checkpoints([folders[0], tmp_path / "other"], tmp_path / "out", OPTIONS)
+    for name in ("one", "two"):
+        save(from_stock(stock_model("llama"), (2, 4), name=name), tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(name)
+    with pytest.raises(InputError, match=r"two/tokenizer\.json: It differs from .*one"):
+        trace_checkpoints([tmp_path / "one", tmp_path / "two"], tmp_path / "out", OPTIONS)
     with pytest.raises(InputError, match="Two checkpoints are named 'code-2l'"):
         trace_checkpoints([folders[0], folders[0]], tmp_path / "out", OPTIONS)
     with pytest.raises(InputError, match=r"tokenizer\.json"):
