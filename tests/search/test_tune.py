@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helios_sim.scenario import load_scenario
 from helios_sim.search.goals import Broken, Judge, parse_constraints, parse_goal
 from helios_sim.search.tune import (
     HeldOut,
     Trial,
     Tuned,
+    _hold_out,
     _promising,
     nearest_miss,
+    read_tune,
 )
+from tests.search.test_commands import write
 
 OBJECTIVES = (parse_goal("throughput", "here"), parse_goal("ttft:p95", "here"))
 
@@ -123,6 +128,34 @@ def test_who_keeps_the_constraints_is_better_than_who_does_not() -> None:
     assert tuned(held_out(-10.0, -1.0, base_broken=broken)).is_better
     assert not tuned(held_out(10.0, 1.0, tuned_broken=broken, base_broken=broken)).is_better
     assert not tuned(None).is_better
+
+
+def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_path: Path) -> None:
+    """Tokens gain 10 and 20 a second; the TTFT rises by 2 and 4 ms: mean gains of 15 and -3.
+
+    Two pairs have a quantile of 12.706, so that the bounds are 12.706 x 5 and 12.706 x 1 away. The
+    traffic comes after the two samples of the tuning.
+    """
+    changes = {"objectives": ["throughput", "ttft:p95"], "constraints": "agreement>=0.5"}
+    path = write(tmp_path, search=changes)
+    question = read_tune(load_scenario(path), tmp_path, "small.toml")
+    winner = replace(trial(0, (1.0, 1.0)), values={"serving.max_batch": 8})
+    steps = _hold_out(question, winner, 1.0)
+    scenarios = [point.scenario for point in next(steps)]
+    seed = question.space.base.seed
+    assert [one.seed for one in scenarios] == [seed + 2, seed + 3] * 2
+    own = question.space.base.serving.max_batch
+    assert [one.serving.max_batch for one in scenarios] == [own, own, 8, 8]
+    base = [figures(100.0, 10.0), figures(110.0, 12.0, 0.4)]
+    won = [figures(110.0, 12.0, 0.4), figures(130.0, 16.0, 0.5)]
+    with pytest.raises(StopIteration) as end:
+        steps.send([*base, *won])
+    held: HeldOut = end.value.value
+    assert (held.base, held.tuned) == ((105.0, 11.0), (120.0, 14.0))
+    assert held.gains[0] == pytest.approx((15.0, 15.0 - 63.531, 15.0 + 63.531), abs=1e-3)
+    assert held.gains[1] == pytest.approx((-3.0, -3.0 - 12.706, -3.0 + 12.706), abs=1e-3)
+    assert held.base_broken == ()
+    assert [one.constraint for one in held.tuned_broken] == ["agreement>=0.5"]
 
 
 def test_the_nearest_miss_is_the_trial_whose_violations_add_up_to_least() -> None:
