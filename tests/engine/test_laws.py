@@ -367,6 +367,18 @@ def test_least_outstanding_sends_each_request_where_the_fewest_are(use: str) -> 
         assert replica[i] == loads.index(min(loads))
 
 
+def test_least_kv_sends_each_request_where_the_least_of_the_pool_is_used_or_needed() -> None:
+    """Ten blocks run on replica 0 and one on replica 1, which is sent the next, of fifteen.
+
+    These are needed though they wait, so replica 0 is sent the two after it, against their number.
+    """
+    fleet = {"num_replicas": 2, "router": "least-kv"}
+    arrival_s, prompts = [1.0, 1.0, 1.001, 1.001, 1.001], [40, 4, 60, 4, 4]
+    requests = requests_of(arrival_s, prompts, [5] * 5, domains=DOMAINS)
+    _, data = play(drifting_setup(fleet=fleet), requests, "vanilla")
+    assert data.requests["replica"].to_list() == [0, 1, 1, 0, 0]
+
+
 def test_two_arrivals_at_one_instant_see_each_other() -> None:
     """The second of two goes elsewhere, although the first has not been touched yet."""
     fleet = {"num_replicas": 2, "router": "least-outstanding"}
