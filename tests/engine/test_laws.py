@@ -611,6 +611,27 @@ def test_fewer_layers_never_raise_weights_and_never_lower_the_pool() -> None:
         assert pools == sorted(pools, reverse=True)
 
 
+def test_a_card_counts_the_whole_typical_requests_that_fit() -> None:
+    """Twenty-two tokens take six blocks; what is left of a pool after them serves nobody."""
+    rests = set()
+    for memory_bytes in range(12_000, 20_000, 500):
+        setup = drifting_setup(profile=both_models(memory_bytes=memory_bytes))
+        (limit, _) = candidate_card(setup, "small").batch_limit
+        rests.add(setup.pool_blocks("small", 2) - 6 * limit)
+    assert {0, 5} <= rests <= set(range(6))
+
+
+def test_the_longest_request_that_is_taken_is_the_one_that_is_told() -> None:
+    """Its last token needs no place in the pool; one token more can never fit."""
+    profile = both_models(memory_bytes=17_000)
+    setup = drifting_setup(profile=profile, candidates=["small"])
+    longest = setup.longest_request("small", 4)
+    assert longest < profile.model("small").model.shape.max_positions
+    requests = requests_of([0.0, 0.0], [longest - 2, longest - 1], [2, 2], domains=DOMAINS)
+    _, data = play(setup, requests, "vanilla")
+    assert data.requests["status"].to_list() == ["finished", "refused"]
+
+
 def test_a_candidate_s_card_pads_typical_rows_and_takes_the_factor_of_each_loaded_depth() -> None:
     profile = padding_models()
     model = profile.models["large"]
