@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from helios_sim.scenario import load_scenario
+from helios_sim.search.studies import Outcome
 from helios_sim.search.whatif import Cell, whatif_studies
 from tests.search.test_commands import write
 
@@ -28,7 +28,7 @@ def test_a_cell_is_as_saturated_as_the_worst_of_its_seeds(
     (study,) = whatif_studies(base, tmp_path, "x.toml", base.policy, {}, 3)
     points = next(study.steps)
     assert [point.scenario.seed for point in points] == [base.seed, base.seed + 1, base.seed + 2]
-    figures: list[dict[str, Any]] = [
+    figures: list[Outcome] = [
         {"summary": {"saturation": one, "mean_ttft_ms": 10.0 * place}}
         for place, one in enumerate(saturations)
     ]
