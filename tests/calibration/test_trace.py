@@ -313,12 +313,12 @@ def test_pairs_are_those_that_the_scores_of_the_traced_text_tell(
         raw = Confidence(model.confidence.kind)
         own = confidence_at_exits(scores[model.name], raw)
         levels[model.name] = exit_levels(own, found["threshold"])
-        served = exit_levels(
-            confidence_at_exits(scores[model.name], model.confidence), model.confidence.threshold
+        told = report["candidates"][model.name]
+        assert told["confidence"] == model.confidence.kind
+        nll = scores[model.name].nll_nats[np.arange(512), exit_levels(own, told["threshold"])]
+        assert told["domains"]["code"]["perplexity_at_own_exit"] == pytest.approx(
+            np.exp(nll.mean()), rel=1e-3
         )
-        nll = scores[model.name].nll_nats[np.arange(512), served]
-        told = report["candidates"][model.name]["domains"]["code"]
-        assert told["perplexity_at_own_exit"] == pytest.approx(np.exp(nll.mean()), rel=1e-3)
     for pair in found["pairs"]:
         if pair["domain"] != "code":
             continue
