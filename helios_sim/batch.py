@@ -206,6 +206,15 @@ def admit(w: World, r: int, rep: Any, i: int) -> None:
 
 
 @compiled
+def num_making_room(w: World, r: int, rep: Any) -> int:
+    """Rows held by `rebatch` whose places in the batch others may take, all but one at most."""
+    if rep.max_held == 0 or rep.exit_mode != REBATCH:
+        return 0
+    num_held = rep.num_ready - company_size(w, r, rep, 0)
+    return max(0, min(num_held, rep.max_held, rep.num_rows - 1))
+
+
+@compiled
 def next_may_join(w: World, r: int, rep: Any) -> bool:
     """Whether the head of the queue may join now; refuses heads that can never fit."""
     if rep.draining or rep.quota <= 0:
@@ -217,7 +226,7 @@ def next_may_join(w: World, r: int, rep: Any) -> bool:
         return False
     req = w.requests[rep.waiting_head]
     return may_join(
-        rep.num_rows,
+        rep.num_rows - num_making_room(w, r, rep),
         rep.batch_limit,
         blocks_for(req.prompt + req.generated, rep.block_tokens),
         rep.free_blocks,
@@ -679,8 +688,11 @@ def start_decode(w: World, r: int, rep: Any) -> None:
 
 @compiled
 def held_level(w: World, r: int, rep: Any) -> int:
-    """The exits passed by the rows that run next: the deepest company as large as the fresh one."""
-    fresh = company_size(w, r, rep, 0)
+    """The exits passed by the rows that run next: the deepest company as large as the fresh one.
+
+    No company is larger than a pass.
+    """
+    fresh = min(company_size(w, r, rep, 0), rep.batch_limit)
     for passed in range(rep.level, 0, -1):
         company = company_size(w, r, rep, passed)
         if company > 0 and company >= fresh:
@@ -696,6 +708,38 @@ def company_size(w: World, r: int, rep: Any, passed: int) -> int:
         if w.rows[r, w.order[r, k]].held == passed:
             size += 1
     return size
+
+
+@compiled
+def choose_company(w: World, r: int, rep: Any, passed: int) -> tuple[int, int, int]:
+    """Choose the rows of the next pass; returns how many, their summed context and the longest.
+
+    Of more fresh rows than a pass has, each has its turn, in order of admission.
+    """
+    batch = 0
+    context = 0
+    longest = 0
+    growing = 0
+    count = rep.num_ready
+    k = rep.next_row if passed == 0 and rep.next_row < count else 0
+    for _ in range(count):
+        row = w.rows[r, w.order[r, k]]
+        row.leaves_at = 0
+        row.runs = 0
+        if row.held == passed and batch < rep.batch_limit:
+            row.runs = 1
+            batch += 1
+            own = row_context(rep, row)
+            context += own + 1
+            longest = max(longest, own + 1)
+            if own % rep.block_tokens == 0:
+                growing += 1
+            if passed == 0:
+                rep.next_row = k + 1
+        k = k + 1 if k + 1 < count else 0
+    if passed == 0:
+        take_blocks(rep, growing)
+    return batch, context, longest
 
 
 @compiled
@@ -715,18 +759,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     do, and the others are held after that exit until their company is large enough to go on.
     """
     model = rep.model
-    if passed == 0:
-        take_blocks(rep, full_rows(w, r, rep))
-    batch = 0
-    context = 0
-    longest = 0
-    for k in range(rep.num_ready):
-        row = w.rows[r, w.order[r, k]]
-        row.leaves_at = 0
-        if row.held == passed:
-            batch += 1
-            context += row_context(rep, row) + 1
-            longest = max(longest, row_context(rep, row) + 1)
+    batch, context, longest = choose_company(w, r, rep, passed)
     c = w.coefficients[model]
     padded = w.padded[model, batch]
     layer_s, regime = cost.layer_seconds(c, padded, float(context), padded * longest, 0.0, 0.0, 0.0)
@@ -753,7 +786,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
             leaving = 0
             for k in range(rep.num_ready):
                 own = levels[w.lanes[r, k] + rep.ticks]
-                if w.rows[r, w.order[r, k]].held == passed and own <= level:
+                if w.rows[r, w.order[r, k]].runs and own <= level:
                     leaving += 1
         if leaving == batch:
             break
@@ -772,7 +805,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
     for k in range(rep.num_ready):
         row = w.rows[r, w.order[r, k]]
-        if row.held == passed:
+        if row.runs:
             if leaving == batch or levels[w.lanes[r, k] + rep.ticks] <= level:
                 row.leaves_at = level + 1
                 w.exit_counts[r, model, level] += 1

@@ -232,7 +232,7 @@ def run_policy(
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary |= {"num_dropped": num_dropped, "num_shortened": num_shortened}
-        beyond = _beyond_measured(experiment.setup.profile, run)
+        beyond = _beyond_measured(experiment.setup.profile, run, scenario.serving.max_batch)
         if beyond:
             summary["beyond_measured"] = beyond
         results.append(Result(run, summary))
@@ -243,8 +243,11 @@ def run_policy(
     return first
 
 
-def _beyond_measured(profile: Profile, run: RunData) -> list[str]:
-    """What of a run a measured profile can only extrapolate, a clause for each model served."""
+def _beyond_measured(profile: Profile, run: RunData, max_batch: int) -> list[str]:
+    """What of a run a measured profile can only extrapolate, a clause for each model served.
+
+    A pass has at most `max_batch` of the rows that ran.
+    """
     lengths = (
         run.requests.filter(pl.col("model").is_not_null())
         .group_by("model")
@@ -252,7 +255,7 @@ def _beyond_measured(profile: Profile, run: RunData) -> list[str]:
         .sort(pl.col("model").cast(pl.String))
     )
     clauses = [
-        profile.models[name].beyond_hull(run.totals.max_running, tokens)
+        profile.models[name].beyond_hull(min(run.totals.max_running, max_batch), tokens)
         for name, tokens in lengths.iter_rows()
     ]
     return [clause for clause in clauses if clause]

@@ -47,6 +47,8 @@ class FleetSettings(StrictSettings):
 class ServingSettings(StrictSettings):
     """The `[serving]` table: how a replica batches, caches and changes its assignment.
 
+    A pass has at most `max_batch` rows; rows that `rebatch` holds leave their places in it to
+    others, up to `max_held` of them.
     `on_change` says what becomes of running requests when the model or its depth changes:
     `drain` finishes them first, `recompute` sends them back and prefills them again. The
     expected lengths size the batch limits that a policy is told; a policy never sees the true
@@ -55,6 +57,7 @@ class ServingSettings(StrictSettings):
 
     batching: Literal["static", "continuous", "chunked"] = "continuous"
     max_batch: Annotated[int, Field(ge=1, le=4096)] = 256
+    max_held: Annotated[int, Field(ge=0, le=4096)] = 0
     block_tokens: Annotated[int, Field(ge=1, le=4096)] = 16
     max_prefill_tokens: Count = 8192
     chunk_tokens: Count = 512
@@ -71,6 +74,11 @@ class ServingSettings(StrictSettings):
             raise ValueError(
                 f"chunk_tokens is {self.chunk_tokens} but max_batch is {self.max_batch}; the token "
                 "budget of chunked batching must be at least max_batch, or prompts would starve."
+            )
+        if self.max_held and self.batching != "continuous":
+            raise ValueError(
+                f"max_held is {self.max_held} with {self.batching} batching; places of held rows "
+                "are given to others in continuous batches alone, otherwise max_held must be 0."
             )
         return self
 

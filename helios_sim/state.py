@@ -127,6 +127,7 @@ ROW = np.dtype(
         ("chunk", "i4"),
         ("held", "i2"),
         ("leaves_at", "i2"),
+        ("runs", "i2"),
     ],
     align=True,
 )
@@ -138,7 +139,7 @@ began to decode, `to_prefill` counts prompt tokens still to be prefilled and `ch
 iteration under way; `last_token_s` is when it emitted the last token that came alone (a prefill's,
 or any of `rebatch`); `held` counts the exits it has passed while it waits for company (0: it starts
 a new token); `leaves_at` is the exit level at which it leaves the iteration under way, plus 1 (0:
-it does not leave)."""
+it does not leave); `runs` says that `rebatch` has it in the pass under way."""
 
 REPLICA = np.dtype(
     [
@@ -173,6 +174,8 @@ REPLICA = np.dtype(
         ("batching", "i8"),
         ("max_batch", "i8"),
         ("batch_limit", "i8"),
+        ("max_held", "i8"),
+        ("next_row", "i8"),
         ("max_prefill_tokens", "i8"),
         ("chunk_tokens", "i8"),
         ("recompute_kv", "i8"),
@@ -234,7 +237,8 @@ row ends or reaches the end of its domain's trace; `context_sum` adds up the tok
 cache of decoding rows, and `longest_lead` is the most that one of them has, less the ticks, or
 UNKNOWN. Where skipped KV is recomputed, `partial_ticks` counts ticks since the
 last full pass and `pending_sum` the tokens to be fed again; `draining` admits nobody, `pausing`
-stops at the next boundary; `column` selects the trace tables for its exit mode and loaded level.
+stops at the next boundary; where `rebatch` has more fresh rows than a pass, the next one begins
+with the row at `next_row`; `column` selects the trace tables for its exit mode and loaded level.
 Sums run over the whole run; the host takes differences where it needs a period, except
 `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which the host clears at each
 decision."""

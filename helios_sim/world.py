@@ -184,12 +184,13 @@ def build_world(
     models = [profile.model(name) for name in names]
     num_levels = max(model.model.num_exits for model in models)
     window = max(1, watching.breach_window_tokens or 1)
+    num_rows = serving.max_batch + serving.max_held
     padded = np.array([model.padded_rows(serving.max_batch) for model in models])
     world = World(
         replicas=records(num_replicas, REPLICA),
-        rows=records((num_replicas, serving.max_batch), ROW),
-        order=np.tile(np.arange(serving.max_batch, dtype=np.int32), (num_replicas, 1)),
-        lanes=np.zeros((num_replicas, serving.max_batch), np.int64),
+        rows=records((num_replicas, num_rows), ROW),
+        order=np.tile(np.arange(num_rows, dtype=np.int32), (num_replicas, 1)),
+        lanes=np.zeros((num_replicas, num_rows), np.int64),
         block_phases=np.zeros((num_replicas, serving.block_tokens), np.int64),
         requests=request_records(requests, tables),
         coefficients=np.array([model.coefficient_array() for model in models]).reshape(
@@ -222,6 +223,7 @@ def build_world(
         rep.batching = BATCHING[serving.batching]
         rep.max_batch = serving.max_batch
         rep.batch_limit = serving.max_batch
+        rep.max_held = serving.max_held
         rep.max_prefill_tokens = serving.max_prefill_tokens
         rep.chunk_tokens = serving.chunk_tokens
         rep.watermark = serving.watermark

@@ -98,6 +98,7 @@ class NaiveReplica:
         self.clock_s = 0.0
         self.draining = self.pausing = self.tripped = False
         self.static_size = 0
+        self.next_row = 0
         self.free_blocks = 0
         self.energy_j = self.idle_energy_j = self.idle_s = self.busy_s = 0.0
         self.num_iterations = self.num_breaches = self.num_emitted = 0
@@ -249,12 +250,19 @@ class NaiveReplica:
             self.refuse(self.queue.popleft())
             self.enter_arrivals()
         return bool(self.queue) and rules.may_join(
-            len(self.rows),
+            len(self.rows) - self.making_room(),
             1 if self.assignment.exit_mode == "solo" else self.scenario.max_batch,
             self.blocks_for(self.queue[0].num_tokens),
             self.free_blocks,
             int(self.scenario.watermark * self.pool_blocks),
         )
+
+    def making_room(self) -> int:
+        """Rows held by `rebatch` whose places in the batch others may take."""
+        if self.assignment.exit_mode != "rebatch":
+            return 0
+        num_held = sum(row.held > 0 for row in self.rows)
+        return max(0, min(num_held, self.scenario.max_held, len(self.rows) - 1))
 
     def never_fits(self, life: Life) -> bool:
         whole = life.sent.prompt + life.sent.output
@@ -464,16 +472,26 @@ class NaiveReplica:
         """How many exits those rows have passed that run next."""
         if self.assignment.exit_mode != "rebatch":
             return 0
-        num_fresh = sum(row.fresh for row in self.rows)
+        num_fresh = min(sum(row.fresh for row in self.rows), self.scenario.max_batch)
         for passed in range(self.assignment.level, 0, -1):
             num_held = sum(row.held == passed for row in self.rows)
             if num_held >= max(1, num_fresh):
                 return passed
         return 0
 
+    def next_company(self, passed: int) -> list[Row]:
+        """As many rows as a pass has; of more fresh ones each has its turn."""
+        rows = [row for row in self.rows if row.decoding]
+        first = self.next_row if passed == 0 and self.next_row < len(rows) else 0
+        places = [*range(first, len(rows)), *range(first)]
+        chosen = [k for k in places if rows[k].held == passed][: self.scenario.max_batch]
+        if passed == 0:
+            self.next_row = chosen[-1] + 1
+        return [rows[k] for k in sorted(chosen)]
+
     def decode_rebatched(self, passed: int) -> Iteration:
         """A company runs from the exit it has passed to the first that lets anybody leave."""
-        company = [row for row in self.rows if row.decoding and row.held == passed]
+        company = self.next_company(passed)
         if passed == 0:
             self.give_room(company)
         c, exit_layers = self.model.coefficients, self.model.exit_layers

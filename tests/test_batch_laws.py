@@ -146,7 +146,7 @@ class BlockReplica(SteppedReplica):
         assert record.free_blocks >= 0
         assert record.staged_blocks >= 0
         assert record.free_blocks + record.staged_blocks + held_blocks == record.pool_blocks
-        assert record.num_rows <= record.max_batch
+        assert record.num_rows <= record.max_batch + record.max_held
 
 
 class LongestReplica(SteppedReplica):

@@ -254,6 +254,17 @@ def test_a_token_budget_below_the_batch_is_refused_for_chunked_batching(file: Pa
     assert load_scenario(file, [*changes, "serving.batching='static'"]).serving.max_batch == 65
 
 
+@pytest.mark.parametrize("batching", ["static", "chunked"])
+def test_places_of_held_rows_are_given_away_in_continuous_batches_alone(
+    file: Path, batching: str
+) -> None:
+    where, message = told(file, "serving.max_held=4", f"serving.batching='{batching}'")
+    assert where == f"{file}, serving"
+    assert message.startswith(f"max_held is 4 with {batching} batching;")
+    assert "otherwise max_held must be 0" in message
+    assert load_scenario(file, ["serving.max_held=4"]).serving.max_held == 4
+
+
 def test_two_policies_of_one_name_need_labels(file: Path) -> None:
     twice = BASE + '\n[[policy]]\nuse = "helios"\ntop_k = 2\n'
     where, message = told_of(file, twice)

@@ -132,6 +132,7 @@ class Scenario:
     models: tuple[Model, ...]
     batching: str
     max_batch: int
+    max_held: int
     max_prefill_tokens: int
     chunk_tokens: int
     recompute_kv: bool
@@ -303,13 +304,13 @@ def world_bytes(world: state.World) -> bytes:
 def build_world(scenario: Scenario) -> state.World:
     """The compiled loop's state of a scenario, before anything has happened."""
     num_models = len(scenario.models)
-    num_rows = scenario.max_batch
+    num_rows = scenario.max_batch + scenario.max_held
     num_levels = max(len(model.exit_layers) for model in scenario.models)
     num_domains = len(scenario.models[0].traces)
     trace_length = len(scenario.models[0].traces[0])
     num_positions = num_domains * trace_length
     exit_layers = np.zeros((num_models, num_levels), np.int64)
-    residual = np.ones((num_models, num_levels, num_rows + 1))
+    residual = np.ones((num_models, num_levels, scenario.max_batch + 1))
     leaving = np.zeros((num_models, 2 * num_levels, num_positions), np.uint8)
     breach = np.zeros_like(leaving)
     prefix = np.zeros((num_models, 2 * num_levels, num_positions + num_domains, 4), np.int32)
@@ -357,6 +358,7 @@ def build_world(scenario: Scenario) -> state.World:
     record.inbox_head = record.inbox_tail = state.NOBODY
     record.batching = state.BATCHING[scenario.batching]
     record.max_batch = scenario.max_batch
+    record.max_held = scenario.max_held
     record.max_prefill_tokens = scenario.max_prefill_tokens
     record.chunk_tokens = scenario.chunk_tokens
     record.recompute_kv = int(scenario.recompute_kv)
@@ -453,6 +455,7 @@ def scenarios(draw: st.DrawFn, with_steps: bool = True, splitting: bool = False)
         models=models,
         batching=batching,
         max_batch=max_batch,
+        max_held=rng.choice((0, 1, 3, 8)) if batching == "continuous" else 0,
         max_prefill_tokens=rng.choice((1, 8, 32, 128)),
         chunk_tokens=max_batch + rng.choice((0, 1, 5, 40)),
         recompute_kv=recompute_kv,

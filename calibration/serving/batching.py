@@ -137,6 +137,7 @@ class Batch:
         *,
         batching: Literal["static", "continuous"],
         max_batch: int,
+        max_held: int,
         block_tokens: int,
         max_prefill_tokens: int,
         watermark: float,
@@ -146,6 +147,7 @@ class Batch:
     ) -> None:
         self.batching = batching
         self.max_batch = max_batch
+        self.max_held = max_held
         self.block_tokens = block_tokens
         self.max_prefill_tokens = max_prefill_tokens
         self.watermark = watermark
@@ -158,6 +160,8 @@ class Batch:
         self.pool_blocks = self.free_blocks = self.staged_blocks = 0
         self.max_positions = 0
         self.batch_limit = max_batch
+        self.held_limit = max_held
+        self.next_row = 0
         self.levels = 1
         self.rebatches = False
         self.draining = False
@@ -183,6 +187,7 @@ class Batch:
         self.staged_blocks = 0
         self.max_positions = max_positions
         self.batch_limit = 1 if solo else min(self.max_batch, max_rows)
+        self.held_limit = min(self.max_held, max_rows - self.batch_limit)
         self.rebatches = rebatches
         self.levels = levels
 
@@ -266,13 +271,20 @@ class Batch:
             self.on_refused(refused)
         return bool(self.queue) and bool(
             self.rules.may_join(
-                len(self.rows),
+                len(self.rows) - self._num_making_room(),
                 self.batch_limit,
                 self.blocks_for(self.queue[0].num_tokens),
                 self.free_blocks,
                 int(self.watermark * self.pool_blocks),
             )
         )
+
+    def _num_making_room(self) -> int:
+        """Held rows whose places in the batch others may take, all but one at most."""
+        if not self.rebatches or not self.rows:
+            return 0
+        num_held = sum(row.held > 0 for row in self.rows)
+        return min(num_held, self.held_limit, len(self.rows) - 1)
 
     def _never_fits(self, life: Life) -> bool:
         whole = life.prompt_tokens + life.output_tokens
@@ -310,18 +322,32 @@ class Batch:
 
     def _decode(self) -> Decode:
         passed = self._company() if self.rebatches else 0
-        rows = tuple(row for row in self.rows if row.held == passed)
+        rows = self._chosen(passed) if self.rebatches else tuple(self.rows)
         if passed == 0:
             for row in self._in_need(rows):
                 row.blocks += 1
                 self.free_blocks -= 1
         return Decode(rows, passed, tuple(self.ghosts))
 
+    def _chosen(self, passed: int) -> tuple[Row, ...]:
+        """As many rows as a pass has; of more fresh ones each has its turn."""
+        count = len(self.rows)
+        first = self.next_row if passed == 0 and self.next_row < count else 0
+        turns = (*range(first, count), *range(first))
+        chosen = [at for at in turns if self.rows[at].held == passed][: self.batch_limit]
+        if passed == 0:
+            self.next_row = chosen[-1] + 1
+        return tuple(self.rows[at] for at in sorted(chosen))
+
     def _company(self) -> int:
-        """The exits passed by those who run next: the deepest company as large as the fresh one."""
+        """The exits passed by those who run next: the deepest company as large as the fresh one.
+
+        No company is larger than a pass.
+        """
         sizes = [0] * self.levels
         for row in self.rows:
             sizes[row.held] += 1
+        sizes[0] = min(sizes[0], self.batch_limit)
         for passed in range(self.levels - 1, 0, -1):
             if sizes[passed] > 0 and sizes[passed] >= sizes[0]:
                 return passed

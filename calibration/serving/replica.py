@@ -85,6 +85,7 @@ class Replica:
         self.batch = Batch(
             batching=serving.batching,
             max_batch=max_batch,
+            max_held=serving.max_held,
             block_tokens=serving.block_tokens,
             max_prefill_tokens=serving.max_prefill_tokens,
             watermark=serving.watermark,

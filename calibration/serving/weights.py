@@ -331,6 +331,7 @@ class CheckpointWeights:
     def _new_pool(self, model: EarlyExitLM, depth: int, pool_blocks: int) -> Pool:
         """Room for what admission by blocks may let in, and no more than that."""
         settings, serving = self.settings, self.room.serving
+        max_rows = serving.max_batch + serving.max_held
         longest = min(settings.max_tokens, pool_blocks * serving.block_tokens)
         if settings.kv == "pages":
             blocks_a_row = -(-longest // serving.block_tokens)
@@ -339,15 +340,15 @@ class CheckpointWeights:
             return PagedPool(
                 model.kv_dims,
                 depth,
-                min(most, serving.max_batch * blocks_a_row),
+                min(most, max_rows * blocks_a_row),
                 serving.block_tokens,
-                max_rows=serving.max_batch,
+                max_rows=max_rows,
                 max_tokens=longest,
                 memory=self._memory,
             )
         # Attention reads contexts in granules, and a slot of another length would cut the last one.
         longest = round_up(longest, CONTEXT_GRANULE_TOKENS)
-        slots = min(serving.max_batch, max(1, pool_blocks * serving.block_tokens // longest))
+        slots = min(max_rows, max(1, pool_blocks * serving.block_tokens // longest))
         free_bytes = available_bytes(settings.device)
         if free_bytes is not None:
             free_bytes += 0 if self._memory is None else self._memory.bytes

@@ -26,6 +26,8 @@ MODES = [
     ("ee-single", {"exit_mode": "wait"}),
     ("ee-single", {"exit_mode": "rebatch"}),
 ]
+CROWDED = {"max_batch": 2, "max_held": 2}
+"""More requests in flight than a pass has rows."""
 WAYS = [
     {"kv": "slots"},
     {"kv": "pages"},
@@ -121,12 +123,12 @@ def test_every_mode_lets_the_same_tokens_off_at_the_first_exit(model, kv) -> Non
     """
     threshold = first_exit_threshold(model)
     hosts = [
-        serve_kept([model], "ee-single", {"exit_mode": mode}, threshold=threshold, kv=kv)
-        for mode in ("solo", "wait", "rebatch")
+        serve_kept([model], "ee-single", {"exit_mode": mode}, threshold=threshold, kv=kv, **rows)
+        for mode, rows in (("solo", {}), ("wait", {}), ("rebatch", {}), ("rebatch", CROWDED))
     ]
     firsts = [{at for at, level in exits(host).items() if level == 0} for host in hosts]
     assert 0 < len(firsts[0]) < len(exits(hosts[0]))
-    assert firsts[0] == firsts[1] == firsts[2]
+    assert firsts[0] == firsts[1] == firsts[2] == firsts[3]
     confident = [
         {
             (one.request_id, one.place): (one.token, round(one.confidence, 4))
@@ -135,7 +137,10 @@ def test_every_mode_lets_the_same_tokens_off_at_the_first_exit(model, kv) -> Non
         }
         for host in hosts
     ]
-    assert confident[0] == confident[1] == confident[2]
+    assert confident[0] == confident[1] == confident[2] == confident[3]
+    crowded = hosts[3]
+    assert max(entry.outcome.rows for entry in crowded.tally.iterations) == CROWDED["max_batch"]
+    assert crowded.batch.max_running > CROWDED["max_batch"]
 
 
 @pytest.mark.parametrize("mode", ["solo", "wait"])

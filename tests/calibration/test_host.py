@@ -48,6 +48,7 @@ SERVING = [
     {"batching": "static"},
     {"on_change": "recompute"},
     {"skipped_kv": "recomputed"},
+    {"max_batch": 3, "max_held": 4},
     {"overlap_loads": False, "max_prefill_tokens": 20, "watermark": 0.1},
 ]
 
