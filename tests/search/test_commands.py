@@ -393,7 +393,7 @@ def test_held_out_rates_multiply_the_pace_of_each_stretch_of_a_trace(tmp_path: P
     at_ms = [100 * i for i in range(100)] + [10_000 + 400 * i for i in range(100)]
     lines = [f'{{"timestamp":{at},"input_length":9,"output_length":5}}\n' for at in at_ms]
     (tmp_path / "t.jsonl").write_text("".join(lines))
-    changes = ['workload={trace={file="t.jsonl"}}', "search.windows=4"]
+    changes = ['workload={trace={file="t.jsonl"}}', "search.windows=4", "search.finalists=1"]
     path = write(tmp_path)
     question = read_tune(load_scenario(path, changes), tmp_path, "x.toml")
     for scale in (0.5, 1.0, 1.2):

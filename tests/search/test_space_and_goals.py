@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helios_sim.errors import InputError
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.goals import parse_constraints, parse_goal
-from helios_sim.search.pareto import dominates, front, knee, ranks
+from helios_sim.search.pareto import best_first, dominates, front, ranks
 from helios_sim.search.prices import Prices, cost_of, load_prices
 from helios_sim.search.samplers import sobol_shares
 from helios_sim.search.space import Range, read_space
@@ -191,8 +191,10 @@ def test_a_front_is_what_nobody_dominates_and_ranks_peel_it(points: list[tuple[i
     for a, first in zip(points, found, strict=True):
         for b, second in zip(points, found, strict=True):
             assert not dominates(a, b) or first < second
-    best = [points[place] for place in sorted(on)]
-    assert points[sorted(on)[knee(best)]] in best
+    ordered = best_first(points, len(points))
+    assert sorted(ordered) == list(range(len(points)))
+    assert [found[place] for place in ordered] == sorted(found)
+    assert best_first(points, 3) == ordered[:3]
 
 
 def test_costs_by_pencil() -> None:
