@@ -24,6 +24,7 @@ from helios_sim.records import REPORT_FILE, RunData, write_run
 from helios_sim.report import render
 from helios_sim.report.figures import (
     MAX_CURVE_POINTS,
+    attainment_figure,
     cumulative_curve,
     log_ticks,
     model_colours,
@@ -353,7 +354,8 @@ def test_the_page_is_written_with_its_run(tmp_path: Path) -> None:
         (number(10.104, 4), "10.10"),
         (number(3.0), "3"),
         (times(1.3249), "1.32\N{MULTIPLICATION SIGN}"),
-        (times(0.0004), "<0.001\N{MULTIPLICATION SIGN}"),
+        (times(9.997), "10.0\N{MULTIPLICATION SIGN}"),
+        (times(0.0004), "<.01\N{MULTIPLICATION SIGN}"),
         (times(None), ""),
         (span(0.05), "50 ms"),
         (span(90.0), "90 s"),
@@ -580,6 +582,19 @@ def test_remarks_name_the_price() -> None:
     assert "92 % of the tokens of helios" in said
     assert "Overloaded: vanilla." in said
     assert "helios 3" in said
+
+
+def test_one_limit_is_drawn_once_and_of_several_their_meeting_too() -> None:
+    runs = make_runs()
+    for text, rows in (
+        ("ttft:500", ["TTFT"]),
+        ("ttft:500 tpot:24", ["every limit", "TTFT", "TPOT"]),
+    ):
+        summaries = [summarise(run, parse_slo(text)) for run in runs]
+        for summary, bars in zip(summaries, attainment_figure(summaries)["data"], strict=True):
+            assert bars["y"] == rows
+            assert bars["x"][0] == summary["slo_attainment"]
+            assert len(bars["x"]) == len(bars["text"]) == len(rows)
 
 
 def test_log_ticks_are_round_and_few() -> None:
