@@ -384,6 +384,7 @@ def importance_figure(tuned: Tuned) -> Figure:
         "layout": base_layout(
             70 + 27 * max(1, len(found)),
             bargap=0.35,
+            margin={"l": 60, "r": 56, "t": 28, "b": 44},
             xaxis=plain_axis("share of what told good trials from the rest", tickformat=".0%"),
             yaxis=plain_axis(
                 autorange="reversed",
