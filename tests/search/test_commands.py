@@ -224,8 +224,11 @@ def test_a_limit_nothing_can_meet_is_told_with_by_how_much_at_the_lowest_rate(
 
 def test_constraints_that_no_trial_keeps_are_told_with_the_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, search={"constraints": "tpot:p99<1ms", "num_trials": 4})
-    with pytest.raises(InputError, match=r"nearest and breaks tpot:p99<=1ms \(reached"):
+    with pytest.raises(InputError, match=r"nearest and breaks tpot:p99<=1ms \(reached") as error:
         tune(path, [], inline(tmp_path / "out"))
+    assert str(error.value).endswith(f"\nPage: {tmp_path / 'out' / 'report.html'}")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The trials that break the constraints least, and the scenario as it stands" in page
     assert pl.read_parquet(tmp_path / "out" / "results.parquet").height == 5
 
 
