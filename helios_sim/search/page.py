@@ -85,7 +85,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 f"Goodput against energy, and tokens per second per user against per "
                 f"{question.device}",
                 "Every rate that was measured; open marks miss the SLO. Up and to the left is "
-                "better on the left, up and to the right on the right.",
+                "better in the first, up and to the right in the second.",
             ),
         ),
         _day(plan, drawn),

@@ -185,10 +185,10 @@ def _finals(tuned: Tuned) -> list[str]:
         return [f"{said}, where none keeps the constraints."]
     if not str(tuned.question.judge.constraints):
         return [f"{said}; trial {tuned.winner.number} is the best of them there."]
-    return [
-        f"{said}, where {kept} of them keep{'s' if kept == 1 else ''} the constraints; trial "
-        f"{tuned.winner.number} is the best of those there."
-    ]
+    keep = f"{kept} of them keep{'s' if kept == 1 else ''}"
+    if kept == len(tuned.finalists):
+        keep = "all keep"
+    return [f"{said}, where {keep} the constraints; trial {tuned.winner.number} is the best there."]
 
 
 def tune_remarks(tuned: Tuned) -> list[str]:
