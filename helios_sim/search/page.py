@@ -445,6 +445,8 @@ def _search(tuned: Tuned) -> str:
 def _last_samples(tuned: Tuned) -> str:
     """Who meets the samples that come after those tuned on."""
     settings = tuned.question.settings
+    if tuned.winner is None:
+        return "None keeps the constraints, so none met others."
     last = f"{counted(settings.held_out, 'sample')} that nothing was tuned on"
     if not tuned.finalists:
         return f"The winner meets {last}."

@@ -139,14 +139,14 @@ def trial_rows(tuned: Tuned, most: int = 10, with_settings: bool = False) -> Cel
             [
                 f"{trial.number}" if trial.number >= 0 else "as it stands",
                 *(figure(trial) for _, figure in columns),
+                *("default" if one is None else _setting(one) for one in own),
                 "; ".join(in_words(one) for one in trial.broken) or "nothing",
-                *("default" if one is None else number_or_word(one) for one in own),
             ]
         )
-    return ["Trial", *(title for title, _ in columns), "breaks", *keys], rows
+    return ["Trial", *(title for title, _ in columns), *keys, "breaks"], rows
 
 
-def number_or_word(value: Any) -> str:
+def _setting(value: Any) -> str:
     """A setting's value, not longer than it has to be."""
     return number(value, 4) if isinstance(value, float) else str(value)
 
