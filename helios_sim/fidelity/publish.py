@@ -10,7 +10,7 @@ from typing import Final
 from helios_sim.errors import InputError
 from helios_sim.fidelity.assessment import FIDELITY_FILE, Fidelity, json_text
 from helios_sim.fidelity.page import render
-from helios_sim.publish import check_page_target
+from helios_sim.publish import check_page_target, check_writable, write_page_text
 from helios_sim.records import REPORT_FILE, move_into_place
 
 PAGES: Final = (".html", ".htm")
@@ -25,6 +25,7 @@ def check_fidelity_target(target: Path) -> None:
     if target.suffix.lower() in PAGES:
         check_page_target(target)
         return
+    check_writable(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -46,12 +47,7 @@ def write_fidelity(fidelity: Fidelity, target: Path) -> Path:
     """
     check_fidelity_target(target)
     if target.suffix.lower() in PAGES:
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            partial.write_text(render(fidelity), encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_page_text(render(fidelity), target)
         return target
     folder = target.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
