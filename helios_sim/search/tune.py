@@ -139,10 +139,10 @@ class Tuned:
     trials: tuple[Trial, ...]
     front: tuple[Trial, ...]
     winner: Trial | None
-    finalists: tuple[Finalist, ...]
     held_out: tuple[HeldOut, ...]
     sensitivity: tuple[Sensitivity, ...]
     importance: Mapping[str, float]
+    finalists: tuple[Finalist, ...] = ()
 
     @property
     def own_rate(self) -> HeldOut | None:
@@ -373,10 +373,10 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         tuple(trials),
         on_front,
         winner,
-        finalists,
         tuple(held_out),
         tuple(sensitivity),
         importance,
+        finalists,
     )
 
 

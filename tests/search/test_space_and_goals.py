@@ -211,9 +211,9 @@ def test_the_knee_is_nearest_to_the_best_of_each_objective_as_the_crow_flies() -
     By the sum of both the second would be nearer than the third. Of equals the first is taken.
     """
     points = [(0.0, 100.0), (2.0, 75.0), (5.0, 50.0), (10.0, 0.0)]
-    assert knee(points) == 2
-    assert knee([points[0], points[3]]) == 0
-    assert knee([(1.0, 7.0), (1.0, 7.0)]) == 0
+    assert best_first(points, 1) == [2]
+    assert best_first([points[0], points[3]], 1) == [0]
+    assert best_first([(1.0, 7.0), (1.0, 7.0)], 1) == [0]
 
 
 def test_costs_by_pencil() -> None:
