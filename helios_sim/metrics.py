@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -826,18 +826,31 @@ SCALE: Final = {
 """Factors from a summary's unit to the unit a comparison shows."""
 
 
+def shown_in(key: str, unit: str, values: Iterable[Any]) -> tuple[str, float]:
+    """The unit in which a row shows these values of a summary, and the factor to it.
+
+    Weights are shown in GiB, in MiB where none of the row fills one.
+    """
+    if key == "weight_bytes_loaded":
+        most = max((one for one in values if one is not None), default=0.0)
+        if 0.0 < most < 2.0**30:
+            return "MiB", 2.0**-20
+    return unit, SCALE.get(key, 1.0)
+
+
 def comparison_rows(
     summaries: Sequence[Mapping[str, Any]],
     differences: Mapping[str, tuple[PairedDifference | None, ...]] | None = None,
 ) -> list[ComparisonRow]:
     """The figures of several runs side by side, the first being the one ratios refer to."""
     rows = []
-    for key, title, unit, group, better in COMPARED:
+    for key, title, usual, group, better in COMPARED:
+        unit, scale = shown_in(key, usual, [summary.get(key) for summary in summaries])
         values: list[float | str | None] = []
         for summary in summaries:
             value = summary.get(key)
             number = isinstance(value, int | float)
-            values.append(value * SCALE.get(key, 1.0) if number and value is not None else value)
+            values.append(value * scale if number and value is not None else value)
         if all(value is None for value in values):
             continue
         numbers = [value if isinstance(value, int | float) else None for value in values]

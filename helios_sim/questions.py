@@ -97,7 +97,8 @@ class SearchSettings(StrictSettings):
 
     `batch` trials are proposed at a time and answered together, so that the number of workers
     changes nothing. `go_on_share` is the share of trials that are run on further traffic after
-    the first sample of it.
+    the first sample of it. Of the best `finalists` trials the one that does best on `finals`
+    samples of their own is tried on the `held_out` ones.
     """
 
     policy: str | None = None
@@ -112,6 +113,8 @@ class SearchSettings(StrictSettings):
     prices: str | None = None
     replications: Runs = 3
     go_on_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    finalists: Annotated[int, Field(ge=1, le=100)] = 5
+    finals: Runs = 2
     held_out: Runs = 3
     held_out_rates: Annotated[
         tuple[Annotated[float, Field(gt=0, le=100)], ...],

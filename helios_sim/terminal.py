@@ -13,7 +13,7 @@ from rich.text import Text
 
 from helios_sim.metrics import ComparisonRow, comparison_rows
 from helios_sim.profile import ProfileSummary
-from helios_sim.report.words import number
+from helios_sim.report.words import number, times
 
 _SHORT: Final[Mapping[str, str]] = {
     "output_throughput": "Tokens/s",
@@ -37,7 +37,7 @@ _SHORT: Final[Mapping[str, str]] = {
     "average_gpu_power": "Power W",
     "mean_batch_size": "Batch mean",
     "max_batch_size_supported": "Batch fits",
-    "weight_bytes_loaded": "Weights GiB",
+    "weight_bytes_loaded": "Weights",
     "num_preemptions": "Preemptions",
     "mean_executed_layers": "Layers/token",
     "agreement": "Agreement %",
@@ -48,7 +48,10 @@ _SHORT: Final[Mapping[str, str]] = {
     "num_loads": "Layer loads",
     "switch_time_s": "Switching s",
 }
-"""Titles of a comparison, with their units, for a terminal that the whole ones do not fit."""
+"""Titles of a comparison, with their units, for a terminal that the whole ones do not fit.
+
+That of weights depends on how many there are.
+"""
 
 _GAPS_AND_LINES: Final = ((2, 1), (2, 2), (2, 3), (1, 1), (1, 2), (1, 3), (1, 4))
 """Spaces between columns and lines that headings may take, from the airiest to the tightest."""
@@ -220,14 +223,14 @@ def comparison_table(rows: Sequence[ComparisonRow], labels: Sequence[str]) -> Fi
             short.append(group)
         title = f"  {row.title}" + (f" ({row.unit})" if row.unit else "")
         shown.append([Text(title), *(column[at] for column in columns)])
-        short.append(f"  {_SHORT[row.key]}")
+        short.append(f"  {_SHORT[row.key]}" + (f" {row.unit}" if row.unit[1:] == "iB" else ""))
     return FittedTable(["", *labels], shown, short)
 
 
 def _compared(rows: Sequence[ComparisonRow], place: int) -> list[Text]:
     """The values of one run, each with its ratio to the first one, in columns of their own."""
     values = [row.values[place] for row in rows]
-    ratios = [ratio(row.ratios[place]) if place else "" for row in rows]
+    ratios = [times(row.ratios[place]) if place else "" for row in rows]
     numbers = [number(value) for value in values]
     whole = max(
         (
@@ -239,23 +242,12 @@ def _compared(rows: Sequence[ComparisonRow], place: int) -> list[Text]:
     )
     beside = max(map(len, ratios), default=0)
     cells = []
-    for row, value, text, times in zip(rows, values, numbers, ratios, strict=True):
+    for row, value, text, ratio in zip(rows, values, numbers, ratios, strict=True):
         if beside and not isinstance(value, str):
-            text = f"{text:>{whole}} {times:>{beside}}".replace(" ", _KEPT_SPACE)
+            text = f"{text:>{whole}} {ratio:>{beside}}".replace(" ", _KEPT_SPACE)
         is_best = place in row.best and len(row.values) > 1
         cells.append(Text(text, "bold green" if is_best else ""))
     return cells
-
-
-def ratio(value: float | None) -> str:
-    """A ratio in five places, such as 1.07x, 0.05x or 4e-5x; empty where it is undefined."""
-    if value is None:
-        return ""
-    if 0.0 < value < 0.00995:
-        text = f"{value:.0e}".replace("e-0", "e-")
-    else:
-        text = f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
-    return f"{text}\N{MULTIPLICATION SIGN}"
 
 
 def profiles_table(profiles: Sequence[ProfileSummary]) -> FittedTable:

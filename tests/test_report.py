@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -18,13 +19,16 @@ import polars as pl
 import pytest
 
 from helios_sim.errors import InputError
-from helios_sim.metrics import summarise
+from helios_sim.metrics import columns_of, summarise
 from helios_sim.publish import write_page
 from helios_sim.records import REPORT_FILE, RunData, write_run
 from helios_sim.report import render
+from helios_sim.report.document import document, plot_place
 from helios_sim.report.figures import (
     MAX_CURVE_POINTS,
+    attainment_figure,
     cumulative_curve,
+    latency_figure,
     log_ticks,
     model_colours,
     segments,
@@ -40,6 +44,8 @@ from helios_sim.report.words import (
     span,
     times,
 )
+from helios_sim.search.drawings import sensitivity_figure
+from helios_sim.search.tune import Sensitivity
 from helios_sim.slo import parse_slo
 from tests.factories import make_run
 
@@ -353,7 +359,8 @@ def test_the_page_is_written_with_its_run(tmp_path: Path) -> None:
         (number(10.104, 4), "10.10"),
         (number(3.0), "3"),
         (times(1.3249), "1.32\N{MULTIPLICATION SIGN}"),
-        (times(0.0004), "<0.001\N{MULTIPLICATION SIGN}"),
+        (times(9.997), "10.0\N{MULTIPLICATION SIGN}"),
+        (times(0.0004), "<.01\N{MULTIPLICATION SIGN}"),
         (times(None), ""),
         (span(0.05), "50 ms"),
         (span(90.0), "90 s"),
@@ -582,6 +589,19 @@ def test_remarks_name_the_price() -> None:
     assert "helios 3" in said
 
 
+def test_one_limit_is_drawn_once_and_of_several_their_meeting_too() -> None:
+    runs = make_runs()
+    for text, rows in (
+        ("ttft:500", ["TTFT"]),
+        ("ttft:500 tpot:24", ["every limit", "TTFT", "TPOT"]),
+    ):
+        summaries = [summarise(run, parse_slo(text)) for run in runs]
+        for summary, bars in zip(summaries, attainment_figure(summaries)["data"], strict=True):
+            assert bars["y"] == rows
+            assert bars["x"][0] == summary["slo_attainment"]
+            assert len(bars["x"]) == len(bars["text"]) == len(rows)
+
+
 def test_log_ticks_are_round_and_few() -> None:
     """A logarithmic axis has round ticks, fewer a decade the wider it is."""
     assert log_ticks(7.0, 10.0) == [5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0]
@@ -609,7 +629,7 @@ Open = Callable[..., tuple[str, str]]
 def open_page(tmp_path: Path) -> Open:
     """Opens a page in a headless browser; gives the document after its scripts, and the log."""
 
-    def opened(page: str, dark: bool = False) -> tuple[str, str]:
+    def opened(page: str, dark: bool = False, width: int = 1280) -> tuple[str, str]:
         path = tmp_path / "page.html"
         path.write_text(page, encoding="utf-8")
         assert CHROMIUM is not None
@@ -622,7 +642,7 @@ def open_page(tmp_path: Path) -> Open:
                 "--disable-background-networking",
                 "--no-first-run",
                 f"--user-data-dir={tmp_path / 'browser'}",
-                "--window-size=1280,900",
+                f"--window-size={width},900",
                 "--enable-logging=stderr",
                 "--v=0",
                 f"--blink-settings=preferredColorScheme={0 if dark else 1}",
@@ -705,6 +725,43 @@ def test_seven_policies_fit_the_page_and_more_cast_a_shadow(
     assert beyond is not None
     assert (int(beyond[1]) == 0) is fits
     assert 'data-back="local, local, scroll, scroll' in document[:2000]
+
+
+@pytest.mark.browser
+@in_chromium
+@pytest.mark.parametrize(("width", "columns"), [(1280, 3), (500, 1)])
+def test_panels_beside_one_another_come_in_one_column_where_the_page_is_narrow(
+    width: int, columns: int, open_page: Open
+) -> None:
+    """Of three latencies, which share a y axis, and of four settings, which do not."""
+    varied = [Sensitivity(name, 2, (1, 2), (0.5, 0.7)) for name in ("a", "b", "c", "d")]
+    columns_each = [columns_of(run, 0.0, 20) for run in make_runs()[:2]]
+    drawn = {
+        "shared": latency_figure(columns_each, ["one", "two"], SLO),
+        "own": sensitivity_figure(varied, "energy", "J"),
+    }
+    places = "".join(plot_place(name, 300, name, name) for name in drawn)
+    tell = (
+        "<script>const waiting = setInterval(() => {"
+        "if (!document.documentElement.dataset.ready) return; clearInterval(waiting);"
+        "const told = [...document.querySelectorAll('.plot')].map((plot) => {"
+        "const layout = plot._fullLayout; return layout._subplots.cartesian.map((name) => {"
+        "const { xaxis, yaxis } = layout._plots[name];"
+        "return [xaxis._offset, yaxis._offset, xaxis._length, yaxis._length].map(Math.round); });"
+        "}); document.documentElement.dataset.told = JSON.stringify(told);}, 50);</script>"
+    )
+    page = document("narrow", [places], drawn).replace("</body>", f"{tell}</body>")
+    shown, console = open_page(page, width=width)
+    assert "data-errors" not in shown[:2000]
+    assert console == ""
+    told = re.search(r'data-told="([^"]*)"', shown[:3000])
+    assert told is not None
+    for panels, num in zip(json.loads(told[1]), (3, 4), strict=True):
+        assert len(panels) == num
+        assert len({left for left, *_ in panels}) == columns
+        assert all(height > 80 for *_, height in panels)
+        for (left, top, across, down), (left_2, top_2, *_) in itertools.pairwise(sorted(panels)):
+            assert left + across < left_2 or top + down < top_2
 
 
 @pytest.mark.browser

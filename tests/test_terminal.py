@@ -13,7 +13,7 @@ from helios_sim.metrics import COMPARED
 from helios_sim.profile import list_profiles
 from helios_sim.report.words import number
 from helios_sim.search.tables import terminal_table
-from helios_sim.terminal import FittedTable, profiles_table, ratio, summary_table
+from helios_sim.terminal import FittedTable, profiles_table, summary_table
 
 LABELS = ("vanilla", "ee-single wait", "static-depth", "helios", "helios, RI 3000")
 
@@ -129,13 +129,28 @@ def test_styles_and_headings_between_rows_are_kept() -> None:
     assert [str(span.style) for span in lines[2].spans] == ["bold green"]
 
 
+def test_a_ratio_reads_as_on_the_page() -> None:
+    """The first switches a million times as often as the second."""
+    shown = summaries(("one", "two"))
+    shown[1]["num_switches"] = 1.0
+    (row,) = [line for line in printed(summary_table(shown), 80).splitlines() if "Switches" in line]
+    assert row.split() == ["Switches", "1,234,567", "1", "<.01\N{MULTIPLICATION SIGN}"]
+
+
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("sizes", "words"),
     [
-        *((0.0, "0.00"), (4.24e-5, "4e-5"), (0.0099, "1e-2"), (0.018, "0.02"), (0.5, "0.50")),
-        *((1.0, "1.00"), (16.16, "16.2"), (213.4, "213"), (3475.9, "3476")),
+        ((9.76e6, 4.88e6), ["Weights", "loaded,", "mean", "(MiB)", "9.31", "4.65", "0.50"]),
+        ((9.76e9, 4.88e6), ["Weights", "loaded,", "mean", "(GiB)", "9.09", "0.00454", "<.01"]),
     ],
 )
-def test_a_ratio_takes_five_places(value: float, text: str) -> None:
-    assert ratio(value) == times(text)
-    assert ratio(None) == ""
+def test_weights_are_shown_in_mib_where_no_run_fills_a_gib(
+    sizes: tuple[float, float], words: list[str]
+) -> None:
+    shown = summaries(("one", "two"))
+    for summary, size in zip(shown, sizes, strict=True):
+        summary["weight_bytes_loaded"] = size
+    (row,) = [line for line in printed(summary_table(shown), 99).splitlines() if "Weights" in line]
+    assert row.split() == [*words[:-1], times(words[-1])]
+    narrow = printed(summary_table(shown), 50)
+    assert f"Weights {words[3][1:-1]}" in narrow

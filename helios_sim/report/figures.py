@@ -560,31 +560,28 @@ def _rows_layout(num_rows: int, title: str, **more: Any) -> Figure:
 
 
 def attainment_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
-    """Shares of the requests sent that met each limit, and all of them."""
+    """Shares of the requests sent that met each limit, and all of them where there are several."""
     named = list(
         dict.fromkeys(
             metric for one in summaries for metric in one["slo_attainment_by_metric"] or {}
         )
     )
+    shares = [
+        [summary["slo_attainment"], *(_met(summary, name) for name in named)]
+        for summary in summaries
+    ]
     rows = ["every limit", *(name.upper() for name in named)]
+    if len(named) == 1 and all(every == alone for every, alone in shares):
+        rows, shares = rows[1:], [one[1:] for one in shares]
     data = [
         {
             "type": "bar",
             "orientation": "h",
             "name": escape(summary["label"]),
             "y": rows,
-            "x": [
-                summary["slo_attainment"],
-                *((summary["slo_attainment_by_metric"] or {}).get(name) for name in named),
-            ],
+            "x": shares[place],
             "marker": {"color": policy_colour(place)},
-            "text": [
-                "" if share is None else f"{100 * share:.1f} %"
-                for share in (
-                    summary["slo_attainment"],
-                    *((summary["slo_attainment_by_metric"] or {}).get(name) for name in named),
-                )
-            ],
+            "text": ["" if one is None else f"{100 * one:.1f} %" for one in shares[place]],
             "textposition": "outside",
             "textfont": {"size": 11, "color": "@ink"},
             "cliponaxis": False,
@@ -598,6 +595,11 @@ def attainment_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
     layout["bargap"] = 0.2
     layout["xaxis"]["range"] = [0, 1.07]
     return {"data": data, "layout": layout}
+
+
+def _met(summary: Mapping[str, Any], metric: str) -> float | None:
+    found: float | None = (summary["slo_attainment_by_metric"] or {}).get(metric)
+    return found
 
 
 def time_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:

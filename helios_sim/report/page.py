@@ -16,7 +16,6 @@ from helios_sim.errors import InputError
 from helios_sim.metrics import (
     COMPARED,
     DEFINITIONS,
-    SCALE,
     ComparisonRow,
     check_comparable,
     columns_of,
@@ -25,6 +24,7 @@ from helios_sim.metrics import (
     figure_at,
     gain,
     paired_differences,
+    shown_in,
 )
 from helios_sim.records import RunData, flat_items, toml_text
 from helios_sim.report import figures
@@ -295,11 +295,13 @@ def _replications(summaries: Sequence[Summary]) -> str:
         return ""
     replicated = [summary["replications"] for summary in summaries]
     body = []
-    for key, title, unit, _, _ in COMPARED:
+    for key, title, usual, _, _ in COMPARED:
         found = [one["figures"].get(key) for one in replicated]
         if not any(found):
             continue
-        cells = "".join(f"<td>{_over_seeds(key, one, len(seeds))}</td>" for one in found)
+        unit, scale = shown_in(key, usual, [one["mean"] for one in found if one])
+        digits = _digits(key)
+        cells = "".join(f"<td>{_over_seeds(scale, digits, one, len(seeds))}</td>" for one in found)
         shown = f' <span class="unit">{escape(unit)}</span>' if unit else ""
         body.append(f'<tr><th scope="row">{escape(title)}{shown}</th>{cells}</tr>')
     words = [one.get("saturation") or () for one in replicated]
@@ -320,11 +322,10 @@ def _replications(summaries: Sequence[Summary]) -> str:
     )
 
 
-def _over_seeds(key: str, figure: Mapping[str, Any] | None, num_seeds: int) -> str:
+def _over_seeds(scale: float, digits: int, figure: Mapping[str, Any] | None, num_seeds: int) -> str:
     """A mean over those seeds in which the figure is defined, with its interval."""
     if figure is None:
         return "\N{EN DASH}"
-    scale, digits = SCALE.get(key, 1.0), _digits(key)
     said = number(scale * figure["mean"], digits)
     notes = []
     if figure["low"] != figure["high"]:
@@ -451,6 +452,7 @@ def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) 
         if summary["slo_passed"] is not None
     ]
     extra = "".join(f"<li>{escape(text)}</li>" for text in verdicts)
+    several = len(parse_slo(judged[0]["slo"]).limits) > 1
     return section(
         "SLO attainment",
         f"{limits(judged[0]['slo'])}.",
@@ -459,8 +461,9 @@ def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) 
             "attainment",
             figures.attainment_figure(summaries),
             "Share of the requests sent that met each limit",
-            "Share of the requests sent (after the warm-up) that finished within each limit, and "
-            "within all of them. Refused and unfinished requests count as missed.",
+            "Share of the requests sent (after the warm-up) that finished within "
+            f"{'each limit, and within all of them' if several else 'the limit'}. Refused and "
+            "unfinished requests count as missed.",
         ),
         f'<ul class="notes small">{extra}</ul>' if extra else "",
     )

@@ -1,4 +1,4 @@
-"""The page's own script: draws the figures in the theme's colours and redraws on a change."""
+"""The page's own script: draws the figures in the theme's colours and the room there is."""
 
 from __future__ import annotations
 
@@ -45,9 +45,58 @@ SCRIPT: Final = """
     return value;
   }
 
+  // Panels beside one another come one below the other, each as high as before. A panel is what
+  // an x axis has; panels that share a y axis get one each, and one without a title their row's.
+  function stacked(figure) {
+    const { data, layout } = structuredClone(figure);
+    const named = (ref) => ref[0] + "axis" + ref.slice(1);
+    const panels = Object.keys(layout).filter((key) => /^xaxis[0-9]*$/.test(key)).map((key) => {
+      const x = "x" + key.slice(5);
+      const trace = data.find((one) => (one.xaxis || "x") === x);
+      const y = (trace && trace.yaxis) || layout[key].anchor || "y";
+      const [low, high] = (layout[named(y)] || {}).domain || [0, 1];
+      return { x, y, low, high, left: (layout[key].domain || [0, 1])[0] };
+    });
+    if (new Set(panels.map((one) => one.left)).size < 2) return figure;
+    panels.sort((a, b) => b.high - a.high || a.left - b.left);
+    const isOf = (ref, axis) => String(ref).split(" ")[0] === axis;
+    const marks = [...(layout.annotations || []), ...(layout.shapes || [])];
+    const hasTitles = (layout.annotations || []).some((one) => /domain/.test(one.yref));
+    const margin = layout.margin;
+    const before = layout.height - margin.t - margin.b;
+    const gap = (layout.xaxis.title ? 58 : 36) + (hasTitles ? 22 : 0);
+    const heights = panels.map((one) => (one.high - one.low) * before);
+    const whole = heights.reduce((sum, one) => sum + one, gap * (panels.length - 1));
+    let top = whole, free = 100;
+    const taken = new Set();
+    panels.forEach((panel, at) => {
+      const shared = layout[named(panel.y)];
+      const first = layout[named(panels.find((one) => one.high === panel.high).y)];
+      const y = taken.has(panel.y) ? "y" + free++ : panel.y;
+      taken.add(y);
+      const domain = [Math.max(0, top - heights[at]) / whole, top / whole];
+      layout[named(y)] = { ...shared, title: shared.title || first.title, anchor: panel.x, domain };
+      Object.assign(layout[named(panel.x)], { anchor: y, domain: [0, 1] });
+      for (const one of data) if ((one.xaxis || "x") === panel.x) one.yaxis = y;
+      for (const one of marks) {
+        if (isOf(one.xref, panel.x) && isOf(one.yref, panel.y)) {
+          one.yref = one.yref.replace(panel.y, y);
+        }
+      }
+      top -= heights[at] + gap;
+    });
+    if (layout.legend) layout.legend.y = 1 + (layout.legend.y - 1) * before / whole;
+    margin.b = Math.max(margin.b, gap);
+    layout.height = whole + margin.t + margin.b;
+    return { data, layout };
+  }
+
+  const narrow = matchMedia("(max-width: 700px)");
+
   function draw(id) {
     const place = document.getElementById(id);
-    const { data, layout } = figures[id];
+    const { data, layout } = narrow.matches ? stacked(figures[id]) : figures[id];
+    place.style.height = layout.height + "px";
     drawn.add(id);
     return Plotly.react(place, themed(data), themed(layout), config);
   }
@@ -58,9 +107,11 @@ SCRIPT: Final = """
     document.documentElement.dataset.ready = String(drawn.size);
   });
 
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    for (const id of drawn) draw(id);
-  });
+  for (const one of [matchMedia("(prefers-color-scheme: dark)"), narrow]) {
+    one.addEventListener("change", () => {
+      for (const id of drawn) draw(id);
+    });
+  }
 
   for (const choice of document.querySelectorAll(".tabs input")) {
     choice.addEventListener("change", () => {

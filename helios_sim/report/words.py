@@ -36,16 +36,12 @@ def number(value: float | str | None, digits: int = 3) -> str:
 
 
 def times(ratio: float | None) -> str:
-    """A ratio as '1.32x', with the multiplication sign; empty where it is undefined."""
+    """A ratio in five places, such as 1.32x or <.01x; empty where it is undefined."""
     if ratio is None:
         return ""
-    if 0 < ratio < 0.1:
-        return (
-            f"{ratio:.1g}\N{MULTIPLICATION SIGN}"
-            if ratio >= 1e-3
-            else "<0.001\N{MULTIPLICATION SIGN}"
-        )
-    digits = 0 if ratio >= 100 else 1 if ratio >= 10 else 2
+    if 0 < ratio < 0.00995:
+        return "<.01\N{MULTIPLICATION SIGN}"
+    digits = 0 if ratio >= 99.95 else 1 if ratio >= 9.995 else 2
     return f"{ratio:.{digits}f}\N{MULTIPLICATION SIGN}"
 
 

@@ -181,7 +181,8 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Said:
     if found.winner is None:
         raise InputError(
             f"None of {len(found.trials)} trials keeps the constraints "
-            f"{question.judge.constraints}: {nearest_miss(found)}. All trials are in {out}.",
+            f"{question.judge.constraints}: {nearest_miss(found)}. All trials are in {out}.\n"
+            f"Page: {out / REPORT_FILE}",
             f"{path}, search.constraints",
         )
     sentences = [tune_headline(found), *tune_remarks(found)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any, Final
 
@@ -19,6 +21,7 @@ from helios_sim.report.words import number
 from helios_sim.search.plan import FleetAnswer, Hour, Load
 from helios_sim.search.tune import Sensitivity, Trial, Tuned
 from helios_sim.search.whatif import Cell
+from helios_sim.slo import SloLimit
 
 MAX_FLEETS: Final = 8
 """Fleets that a figure shows: as many as there are colours."""
@@ -126,6 +129,26 @@ def _line(x: float | None = None, y: float | None = None) -> Figure:
     return across | {"xref": "paper", "yref": "y", "x0": 0, "x1": 1, "y0": y, "y1": y}
 
 
+def limit_words(limit: SloLimit) -> str:
+    """A latency limit's figure: 'TPOT p90', and of one that holds for each request the worst."""
+    at = "max" if limit.percentile is None else f"p{limit.percentile:g}"
+    return f"{limit.metric.upper()} {at}"
+
+
+def _logarithmic(values: Sequence[float | None]) -> Figure:
+    """What makes an axis logarithmic where its values span more than a decade."""
+    known = [one for one in values if one is not None and math.isfinite(one)]
+    if not known or min(known) <= 0.0 or max(known) <= 10.0 * min(known):
+        return {}
+    ticks = log_ticks(min(known), max(known))
+    return {
+        "type": "log",
+        "rangemode": "normal",
+        "tickvals": ticks,
+        "ticktext": [number(one) for one in ticks],
+    }
+
+
 def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
     """Goodput against energy and tokens per user against tokens per device, a line a fleet."""
     data: list[Figure] = []
@@ -160,6 +183,7 @@ def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
         ("energy per output token (J)", f"goodput (requests/s and {device})"),
         ("tokens/s per user", f"tokens/s per {device}"),
     )
+    layout["xaxis"] |= _logarithmic([x for one in data if one["xaxis"] == "x" for x in one["x"]])
     layout["margin"]["t"] = 34 + 10 * min(len(answers), MAX_FLEETS)
     layout["height"] = 370 + 10 * min(len(answers), MAX_FLEETS)
     return {"data": data, "layout": layout}
@@ -231,9 +255,43 @@ def day_figure(hours: Sequence[Hour]) -> Figure:
     }
 
 
+@dataclass(frozen=True)
+class Against:
+    """What stands against energy: a name, its unit, a trial's value, and the bound it has."""
+
+    name: str
+    unit: str
+    value: Callable[[Trial], float | None]
+    bound: float | None = None
+
+
+def against_energy(tuned: Tuned) -> Against:
+    """The first objective; where that is energy, the next, or what the first constraint bounds."""
+    judge = tuned.question.judge
+    for place, goal in enumerate(judge.goals):
+        if goal.name != "energy":
+            return Against(goal.name, goal.unit, _score(place))
+    limits = judge.constraints.slo.limits if judge.constraints.slo else ()
+    if limits:
+        bound = 1e3 * limits[0].limit_s
+        return Against(limit_words(limits[0]), "ms", _reached(0), bound)
+    for place, one in enumerate(judge.constraints.bounds):
+        if one.goal.name != "energy":
+            return Against(one.goal.name, one.goal.unit, _reached(place), one.limit)
+    return Against("throughput", "tokens/s", lambda one: (one.means or {}).get("output_throughput"))
+
+
+def _score(place: int) -> Callable[[Trial], float | None]:
+    return lambda trial: None if trial.scores is None else trial.scores[place]
+
+
+def _reached(place: int) -> Callable[[Trial], float | None]:
+    return lambda trial: trial.reached[place] if place < len(trial.reached) else None
+
+
 def tune_frontiers(tuned: Tuned) -> Figure:
-    """All trials by first objective and energy, and by tokens per user and per device."""
-    goal = tuned.question.judge.goals[0]
+    """All trials by energy and what stands against it, and by tokens per user and per device."""
+    against = against_energy(tuned)
     groups: list[tuple[str, str, str, float, list[Trial]]] = [
         (
             "stopped early",
@@ -265,7 +323,7 @@ def tune_frontiers(tuned: Tuned) -> Figure:
         known = [one for one in trials if one.means is not None and one.scores is not None]
         for axis in ("", "2"):
             pairs = [
-                (joules(one.means), one.scores[0])  # type: ignore[index]
+                (joules(one.means), against.value(one))
                 if axis == ""
                 else (user_rate(one.means), gpu_rate(one.means))
                 for one in known
@@ -286,13 +344,15 @@ def tune_frontiers(tuned: Tuned) -> Figure:
                     "hovertemplate": "%{text}<br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
                 }
             )
-    unit = f" ({goal.unit})" if goal.unit else ""
+    unit = f" ({against.unit})" if against.unit else ""
     layout = _two_panels(
-        ("energy per output token (J)", f"{goal.name}{unit}"),
+        ("energy per output token (J)", f"{against.name}{unit}"),
         ("tokens/s per user", f"tokens/s per {tuned.question.device}"),
     )
-    if goal.name == "energy":
-        layout["yaxis"] = plain_axis("energy per output token (J)", rangemode="tozero")
+    if against.bound is not None:
+        layout["shapes"] = [_line(y=against.bound) | {"xref": "x domain"}]
+        values = [y for one in data if one["yaxis"] == "y" for y in one["y"]]
+        layout["yaxis"] |= _logarithmic([*values, against.bound])
     return {"data": data, "layout": layout}
 
 
@@ -324,6 +384,7 @@ def importance_figure(tuned: Tuned) -> Figure:
         "layout": base_layout(
             70 + 27 * max(1, len(found)),
             bargap=0.35,
+            margin={"l": 60, "r": 56, "t": 28, "b": 44},
             xaxis=plain_axis("share of what told good trials from the rest", tickformat=".0%"),
             yaxis=plain_axis(
                 autorange="reversed",

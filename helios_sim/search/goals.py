@@ -12,6 +12,7 @@ from typing import Final
 
 from helios_sim.errors import InputError
 from helios_sim.metrics import LATENCIES, PERCENTILES, Better
+from helios_sim.report.words import number
 from helios_sim.search.points import Figures
 from helios_sim.search.prices import Prices, cost_of
 from helios_sim.slo import SloSpec, parse_slo
@@ -248,4 +249,5 @@ def in_words(broken: Broken) -> str:
     """A broken constraint and by how much, as a clause."""
     if math.isinf(broken.reached):
         return f"{broken.constraint} (requests did not finish)"
-    return f"{broken.constraint} (reached {broken.reached:.4g}, {100 * broken.violation:.2g} % off)"
+    off = number(100 * broken.violation, 2)
+    return f"{broken.constraint} (reached {number(broken.reached, 4)}, {off} % off)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import Final
 
 from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
@@ -14,7 +15,15 @@ from helios_sim.search import drawings
 from helios_sim.search.goals import in_words
 from helios_sim.search.plan import FleetAnswer, Plan
 from helios_sim.search.prices import words_of
-from helios_sim.search.tables import Cells, fleet_rows, setting_rows, whatif_rows
+from helios_sim.search.results import RESULTS
+from helios_sim.search.tables import (
+    Cells,
+    finalist_rows,
+    fleet_rows,
+    setting_rows,
+    trial_rows,
+    whatif_rows,
+)
 from helios_sim.search.traffic import Traffic
 from helios_sim.search.tune import Tuned
 from helios_sim.search.verdict import Verdict
@@ -26,6 +35,9 @@ from helios_sim.search.words import (
     tune_remarks,
     whatif_remarks,
 )
+
+MAX_TRIALS: Final = 20
+"""Trials in the table of a page."""
 
 
 def plan_page(plan: Plan, scenario: Scenario) -> str:
@@ -73,7 +85,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 f"Goodput against energy, and tokens per second per user against per "
                 f"{question.device}",
                 "Every rate that was measured; open marks miss the SLO. Up and to the left is "
-                "better on the left, up and to the right on the right.",
+                "better in the first, up and to the right in the second.",
             ),
         ),
         _day(plan, drawn),
@@ -109,7 +121,9 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
         )
         if tuned.winner is not None
         else "",
+        _finals(tuned),
         _held_out(tuned),
+        _trials(tuned),
         section(
             "Frontier",
             "Every trial, on the tuning traffic.",
@@ -117,8 +131,8 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
                 drawn,
                 "frontier",
                 drawings.tune_frontiers(tuned),
-                f"{goal.name} against energy, and tokens per second per user against per "
-                f"{question.device}",
+                f"{drawings.against_energy(tuned).name} against energy, and tokens per second per "
+                f"user against per {question.device}",
                 "Hover for the settings. Trials that were stopped early show their first sample "
                 "of traffic alone.",
             ),
@@ -312,6 +326,33 @@ def _verdict(verdict: Verdict) -> str:
     return f"missed{doubt}: {', '.join(why)}"
 
 
+def _finals(tuned: Tuned) -> str:
+    if not tuned.finalists:
+        return ""
+    num = counted(tuned.question.settings.finals, "sample")
+    return section(
+        "Finalists",
+        f"The best trials on {num} that no trial was tuned on. The best of those that keep the "
+        "constraints there is the winner.",
+        _table(finalist_rows(tuned)),
+    )
+
+
+def _trials(tuned: Tuned) -> str:
+    kept = sum(one.is_feasible for one in tuned.trials)
+    said = "The trials that break the constraints least"
+    if kept:
+        said = f"The best of the {kept:,} trials that keep the constraints, the winner first"
+        if kept <= MAX_TRIALS:
+            said = "The trials that keep the constraints, the winner first"
+    return section(
+        "Trials",
+        f"{said}, and the scenario as it stands, on the tuning traffic. All trials are in "
+        f"{RESULTS}.",
+        _table(trial_rows(tuned, MAX_TRIALS, with_settings=True)),
+    )
+
+
 def _held_out(tuned: Tuned) -> str:
     if not tuned.held_out:
         return ""
@@ -344,8 +385,9 @@ def _held_out(tuned: Tuned) -> str:
     settings = tuned.question.settings
     return section(
         "On traffic it was not tuned on",
-        f"The winner beside the scenario as it stands, on {settings.held_out} samples that no "
-        "trial saw, paired sample by sample.",
+        f"The winner beside the scenario as it stands, on {counted(settings.held_out, 'sample')} "
+        f"that no trial was tuned{' or chosen' if tuned.finalists else ''} on, paired sample by "
+        "sample.",
         _table((titles, rows)),
     )
 
@@ -393,9 +435,24 @@ def _search(tuned: Tuned) -> str:
         "is proposed and answered together, so the number of workers changes nothing. "
         f"{_samples(tuned.question.traffic)}. Every trial meets the first sample; those that rank "
         f"within the best {100 * settings.go_on_share:g} % so far meet "
-        f"{settings.replications - 1} more. The first {100 * settings.warmup_share:g} % of the "
+        f"{settings.replications - 1} more. {_last_samples(tuned)} The first "
+        f"{100 * settings.warmup_share:g} % of the "
         "requests of each are not measured. Constraints are judged on the mean over samples; a "
         "latency's percentile is over the requests sent."
+    )
+
+
+def _last_samples(tuned: Tuned) -> str:
+    """Who meets the samples that come after those tuned on."""
+    settings = tuned.question.settings
+    if tuned.winner is None:
+        return "None keeps the constraints, so none met others."
+    last = f"{counted(settings.held_out, 'sample')} that nothing was tuned on"
+    if not tuned.finalists:
+        return f"The winner meets {last}."
+    return (
+        f"The best {len(tuned.finalists)} meet {settings.finals} others, on which the winner is "
+        f"chosen; the winner meets {last} or chosen on."
     )
 
 

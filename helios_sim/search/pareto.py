@@ -1,4 +1,4 @@
-"""What is not beaten in every respect: fronts, and the point of one that gives up least."""
+"""What is not beaten in every respect: fronts, and the points that give up least."""
 
 from __future__ import annotations
 
@@ -38,8 +38,21 @@ def ranks(points: Sequence[Costs]) -> list[int]:
     return found
 
 
-def knee(points: Sequence[Costs]) -> int:
-    """The place of the point nearest to the best of every objective, each scaled to its spread."""
+def best_first(points: Sequence[Costs], most: int) -> list[int]:
+    """Places of so many points: front by front, on one from where it gives up least on."""
+    if points and len(points[0]) == 1:
+        return sorted(range(len(points)), key=lambda place: (points[place][0], place))[:most]
+    found: list[int] = []
+    left = list(range(len(points)))
+    while left and len(found) < most:
+        on = [left[place] for place in front([points[place] for place in left])]
+        left = [place for place in left if place not in on]
+        found += [on[place] for place in _from_knee([points[place] for place in on])]
+    return found[:most]
+
+
+def _from_knee(points: Sequence[Costs]) -> list[int]:
+    """Places, the nearest to the best of every objective first, each scaled to its spread."""
     low = [min(column) for column in zip(*points, strict=True)]
     high = [max(column) for column in zip(*points, strict=True)]
 
@@ -49,4 +62,4 @@ def knee(points: Sequence[Costs]) -> int:
             for x, least, most in zip(point, low, high, strict=True)
         )
 
-    return min(range(len(points)), key=lambda place: (distance(points[place]), place))
+    return sorted(range(len(points)), key=lambda place: (distance(points[place]), place))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 from rich.text import Text
 
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.report.words import number
-from helios_sim.search.drawings import gpu_rate, joules, user_rate
+from helios_sim.search.drawings import gpu_rate, joules, limit_words, user_rate
 from helios_sim.search.goals import in_words
 from helios_sim.search.pareto import front
 from helios_sim.search.plan import FleetAnswer, Load, Means, Plan
@@ -117,31 +117,106 @@ def _default(tuned: Tuned, key: str) -> Any:
     return "default" if default is None else default
 
 
-def trial_rows(tuned: Tuned, most: int = 10) -> Cells:
-    """The best trials that keep the constraints, after the scenario as it stands."""
-    goals = tuned.question.judge.goals
-    titles = ["Trial", *(f"{goal.name} {goal.unit}".strip() for goal in goals)]
-    titles += ["J/tok", "agree %", "TTFT p99 ms", "TPOT p99 ms", "breaks"]
-    feasible = [one for one in tuned.trials if one.is_feasible]
-    feasible.sort(key=lambda one: (goals[0].cost((one.scores or (0.0,))[0]), one.number))
+def trial_rows(tuned: Tuned, most: int = 10, with_settings: bool = False) -> Cells:
+    """The winner, other good trials, and the scenario as it stands.
+
+    Where no trial keeps the constraints, those that break them least stand there.
+    """
+    goal = tuned.question.judge.goals[0]
+    shown = [one for one in tuned.trials if one.is_feasible]
+    shown.sort(key=lambda one: (goal.cost((one.scores or (0.0,))[0]), one.number))
+    if not shown:
+        shown = [one for one in tuned.trials if one.broken]
+        shown.sort(key=lambda one: (sum(part.violation for part in one.broken), one.number))
     if tuned.winner is not None:
-        feasible = [tuned.winner, *(one for one in feasible if one is not tuned.winner)]
+        shown = [tuned.winner, *(one for one in shown if one is not tuned.winner)]
+    columns = _figure_columns(tuned)
+    keys = [one.key for one in tuned.question.space.ranges] if with_settings else []
     rows = []
-    for trial in [*feasible[:most], tuned.base]:
-        means: Means = trial.means or {}
-        agreement = means.get("agreement")
+    for trial in [*shown[:most], tuned.base]:
+        own = [trial.values.get(key, tuned.question.space.own(key)) for key in keys]
         rows.append(
             [
                 f"{trial.number}" if trial.number >= 0 else "as it stands",
-                *(number(score, 4) for score in trial.scores or (None,) * len(goals)),
-                number(joules(means)),
-                number(None if agreement is None else 100 * agreement),
-                number(means.get("p99_ttft_ms")),
-                number(means.get("p99_tpot_ms")),
+                *(figure(trial) for _, figure in columns),
+                *("default" if one is None else _setting(one) for one in own),
                 "; ".join(in_words(one) for one in trial.broken) or "nothing",
             ]
         )
-    return titles, rows
+    return ["Trial", *(title for title, _ in columns), *keys, "breaks"], rows
+
+
+def _setting(value: Any) -> str:
+    """A setting's value, not longer than it has to be."""
+    return number(value, 4) if isinstance(value, float) else str(value)
+
+
+Column: TypeAlias = tuple[str, Callable[[Trial], str]]
+
+
+def _figure_columns(tuned: Tuned) -> list[Column]:
+    """Objectives, what the constraints bound, and the main figures that neither has named."""
+    judge = tuned.question.judge
+    found: list[Column] = []
+
+    def score(place: int) -> Callable[[Trial], str]:
+        return lambda trial: number(None if trial.scores is None else trial.scores[place], 4)
+
+    def bounded(place: int, scale: float) -> Callable[[Trial], str]:
+        def shown(trial: Trial) -> str:
+            value = trial.reached[place] if place < len(trial.reached) else None
+            return number(None if value is None else scale * value)
+
+        return shown
+
+    def mean(key: str, scale: float) -> Callable[[Trial], str]:
+        def shown(trial: Trial) -> str:
+            value = (trial.means or {}).get(key)
+            return number(None if value is None else scale * value)
+
+        return shown
+
+    for place, goal in enumerate(judge.goals):
+        found.append((f"{goal.name} {goal.unit}".strip(), score(place)))
+    limits = judge.constraints.slo.limits if judge.constraints.slo else ()
+    for place, limit in enumerate(limits):
+        found.append((f"{limit_words(limit)} ms", bounded(place, 1.0)))
+    for place, bound in enumerate(judge.constraints.bounds, len(limits)):
+        if bound.goal in judge.goals:
+            continue
+        if bound.goal.name == "agreement":
+            found.append(("agree %", bounded(place, 100.0)))
+        else:
+            found.append((f"{bound.goal.name} {bound.goal.unit}".strip(), bounded(place, 1.0)))
+    named = {goal.name.partition(":")[0] for goal in judge.goals}
+    named |= {limit.metric for limit in limits}
+    named |= {bound.goal.name for bound in judge.constraints.bounds}
+    others = (
+        ("energy", "J/tok", "energy_per_output_token", 1e-3),
+        ("agreement", "agree %", "agreement", 100.0),
+        ("ttft", "TTFT p99 ms", "p99_ttft_ms", 1.0),
+        ("tpot", "TPOT p99 ms", "p99_tpot_ms", 1.0),
+    )
+    found += [(title, mean(key, scale)) for name, title, key, scale in others if name not in named]
+    return found
+
+
+def finalist_rows(tuned: Tuned) -> Cells:
+    """The finalists where they were tuned and where one of them was chosen."""
+    goals = tuned.question.judge.goals
+    titles = ["Trial"]
+    for goal in goals:
+        titles += [f"{goal.name} {goal.unit}".strip() + ", tuned on", "there"]
+    rows = []
+    for one in tuned.finalists:
+        mark = ", the winner" if one.trial is tuned.winner else ""
+        row = [f"{one.trial.number}{mark}"]
+        for place in range(len(goals)):
+            row.append(number((one.trial.scores or (None,) * len(goals))[place], 4))
+            row.append(number(None if one.scores is None else one.scores[place], 4))
+        broken = "; ".join(in_words(part) for part in one.broken)
+        rows.append([*row, broken or ("nothing" if one.keeps else "cannot be told")])
+    return [*titles, "breaks there"], rows
 
 
 def whatif_rows(cells: Sequence[Cell]) -> Cells:
@@ -262,12 +337,15 @@ def trial_records(tuned: Tuned) -> Rows:
 def _trial_record(tuned: Tuned, trial: Trial) -> dict[str, Any]:
     goals = tuned.question.judge.goals
     scores = trial.scores or (None,) * len(goals)
+    finalist = next((one for one in tuned.finalists if one.trial is trial), None)
     own = {one.key: tuned.question.space.own(one.key) for one in tuned.question.space.ranges}
     return {
         "trial": trial.number,
         "state": trial.state,
         "feasible": trial.is_feasible,
         "winner": tuned.winner is not None and trial.number == tuned.winner.number,
+        "finalist": finalist is not None,
+        "broken_in_finals": "" if finalist is None else "; ".join(map(in_words, finalist.broken)),
         **{goal.name: score for goal, score in zip(goals, scores, strict=True)},
         "violation": sum(one.violation for one in trial.broken),
         "broken": "; ".join(in_words(one) for one in trial.broken),

@@ -1,4 +1,4 @@
-"""Tuning: settings proposed in batches, judged on common traffic, the winner tried on other."""
+"""Tuning: settings proposed in batches, judged on common traffic, the best tried on other."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Final, Literal
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import SearchSettings
-from helios_sim.report.words import device_of_all
+from helios_sim.report.words import device_of_all, listed
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, parse_goal
-from helios_sim.search.pareto import front, knee, ranks
+from helios_sim.search.pareto import best_first, front, ranks
 from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import cost_of, load_prices
@@ -50,11 +50,35 @@ class Trial:
     means: Means | None = None
     why: str = ""
     beyond: tuple[str, ...] = ()
+    reached: tuple[float | None, ...] = ()
+    """What each constraint bounds, as it is judged: latency limits in ms, then other bounds."""
 
     @property
     def is_feasible(self) -> bool:
         """Whether it ran on all samples and no constraint is broken."""
         return self.state == "full" and not self.broken
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One of the best trials, on the samples on which one of them is chosen.
+
+    `scores` is None where it cannot run there or leaves an objective undefined.
+    """
+
+    trial: Trial
+    scores: tuple[float, ...] | None
+    broken: tuple[Broken, ...] = ()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it has a value of every objective there and breaks no constraint."""
+        return self.scores is not None and not self.broken
+
+    @property
+    def violation(self) -> float:
+        """By how much it breaks constraints in all."""
+        return math.inf if self.scores is None else sum(one.violation for one in self.broken)
 
 
 Interval = tuple[float, float, float]
@@ -63,7 +87,7 @@ Interval = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The winner and the scenario as it stands, on traffic that nothing was tuned on.
+    """The winner and the scenario as it stands, on traffic that nothing was tuned or chosen on.
 
     An objective is None where a sample leaves it undefined: nothing was served, say.
     """
@@ -105,7 +129,10 @@ class TuneQuestion:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a search found. `winner` is None where no trial keeps the constraints."""
+    """What a search found. `winner` is None where no trial keeps the constraints.
+
+    `finalists` are empty where there was nothing to choose: one trial or none.
+    """
 
     question: TuneQuestion
     base: Trial
@@ -115,6 +142,7 @@ class Tuned:
     held_out: tuple[HeldOut, ...]
     sensitivity: tuple[Sensitivity, ...]
     importance: Mapping[str, float]
+    finalists: tuple[Finalist, ...] = ()
 
     @property
     def own_rate(self) -> HeldOut | None:
@@ -122,14 +150,21 @@ class Tuned:
         return next((one for one in self.held_out if one.rate_scale == 1.0), None)
 
     @property
+    def lost(self) -> Finalist | None:
+        """The winner among the finalists where even the best of them breaks the constraints."""
+        found = next((one for one in self.finalists if one.trial is self.winner), None)
+        return None if found is None or found.keeps else found
+
+    @property
     def is_better(self) -> bool:
         """Whether the winner is to be recommended: better on held-out traffic, within bounds.
 
-        A scenario that breaks its constraints as it stands is worse than one that keeps them, and
-        one without a value of an objective is worse than one with.
+        It keeps the constraints on the traffic that it was chosen on too. A scenario that breaks
+        its constraints as it stands is worse than one that keeps them, and one without a value of
+        an objective is worse than one with.
         """
         held = self.own_rate
-        if held is None or held.tuned_broken or None in held.tuned:
+        if held is None or self.lost is not None or held.tuned_broken or None in held.tuned:
             return False
         if held.base_broken or None in held.base:
             return True
@@ -179,18 +214,33 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
         settings.warmup_share,
         "search",
     )
-    needed = settings.replications + settings.held_out
+    needed = held_out_samples(settings).stop
     if traffic.num_samples is not None and needed > traffic.num_samples:
+        parts = [f"{settings.replications} replications"]
+        if finals_samples(settings):
+            parts.append(f"{settings.finals} finals")
+        parts.append(f"{settings.held_out} held out")
         raise InputError(
-            f"{settings.replications} replications and {settings.held_out} held out are "
-            f"{needed} samples, but the trace is cut into {settings.windows} windows; give at "
-            "least as many windows.",
+            f"{listed(parts)} are {needed} samples, but the trace is cut into {settings.windows} "
+            "windows; give at least as many windows, or fewer samples.",
             f"{place}.windows",
         )
     traffic.check()
     judge = Judge(goals, constraints, prices, f"{place}.prices")
     device = device_of_all(profile.is_of_processor for profile in profiles)
     return TuneQuestion(scenario, settings, base_dir, where, space, traffic, judge, device)
+
+
+def finals_samples(settings: SearchSettings) -> range:
+    """The samples on which the winner is chosen, after those tuned on; none for one finalist."""
+    num = settings.finals if settings.finalists > 1 else 0
+    return range(settings.replications, settings.replications + num)
+
+
+def held_out_samples(settings: SearchSettings) -> range:
+    """The samples that nothing was tuned or chosen on."""
+    start = finals_samples(settings).stop
+    return range(start, start + settings.held_out)
 
 
 def _profiles(space: Space, place: str) -> list[Profile]:
@@ -213,6 +263,7 @@ def tune_study(question: TuneQuestion, journal: Path | None = None) -> Study[Tun
     num_trials = _num_trials(question)
     more = (settings.replications - 1) * settings.go_on_share
     expected += int(num_trials * (1.0 + more))
+    expected += settings.finalists * len(finals_samples(settings))
     expected += 2 * settings.held_out * len(settings.held_out_rates)
     expected += len(question.space.ranges) * SENSITIVITY_POINTS * settings.replications
     sampler = make_sampler(
@@ -300,7 +351,14 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
     feasible = [trial for trial in trials if trial.is_feasible]
     costs = [_costs(judge, trial) for trial in feasible]
     on_front = tuple(feasible[place] for place in front(costs))
-    winner = on_front[knee([_costs(judge, one) for one in on_front])] if on_front else None
+    finalists: tuple[Finalist, ...] = ()
+    winner = None
+    if feasible:
+        best = _best(judge, feasible, settings.finalists)
+        winner = best[0]
+        if len(best) > 1:
+            finalists = yield from _finals(question, best)
+            winner = _chosen(judge, finalists).trial
     held_out: list[HeldOut] = []
     sensitivity: list[Sensitivity] = []
     if winner is not None:
@@ -318,6 +376,7 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         tuple(held_out),
         tuple(sensitivity),
         importance,
+        finalists,
     )
 
 
@@ -350,7 +409,16 @@ def _judge_batch(
         first[place] = outcome
         broken = judge.broken([outcome])
         means = mean_figures([outcome])
-        found[place] = Trial(number, values, "stopped", scores, scores, broken, means)
+        found[place] = Trial(
+            number,
+            values,
+            "stopped",
+            scores,
+            scores,
+            broken,
+            means,
+            reached=_reached(judge, [outcome]),
+        )
     if settings.replications == 1:
         chosen = list(first)
     else:
@@ -382,7 +450,17 @@ def _full_trial(judge: Judge, number: int, values: Values, figures: list[Figures
         judge.broken(figures),
         mean_figures(figures),
         beyond=clauses_beyond(figures),
+        reached=_reached(judge, figures),
     )
+
+
+def _reached(judge: Judge, figures: Sequence[Figures]) -> tuple[float | None, ...]:
+    """What each constraint bounds, on average; None where a sample gives it no value."""
+    found: list[float | None] = []
+    for place in range(len(judge.constraints.slo.limits) if judge.constraints.slo else 0):
+        values = [one["judged"][place]["value_ms"] for one in figures]
+        found.append(None if None in values else fmean(values))
+    return (*found, *(judge.value(bound.goal, figures) for bound in judge.constraints.bounds))
 
 
 def _known(scores: Sequence[float | None]) -> tuple[float, ...] | None:
@@ -421,12 +499,61 @@ def _promising(
     return sorted(place for at, (place, _) in enumerate(mine) if at in kept)
 
 
+def _best(judge: Judge, feasible: Sequence[Trial], most: int) -> list[Trial]:
+    """The best trials, front by front; of several with the same figures the first.
+
+    Settings that change nothing on the tuning traffic need not be tried twice on other.
+    """
+    different: list[Trial] = []
+    seen: set[tuple[Any, ...]] = set()
+    for trial in feasible:
+        figures = tuple(sorted((trial.means or {}).items()))
+        if figures not in seen:
+            seen.add(figures)
+            different.append(trial)
+    places = best_first([_costs(judge, one) for one in different], most)
+    return [different[place] for place in places]
+
+
+def _finals(
+    question: TuneQuestion, best: Sequence[Trial]
+) -> Generator[Sequence[Point], list[Outcome], tuple[Finalist, ...]]:
+    """The best trials on samples that come after the tuned ones."""
+    judge, samples = question.judge, finals_samples(question.settings)
+    asked = [
+        point
+        for trial in best
+        for point in samples_of(question, question.space.scenario(trial.values), samples)
+    ]
+    outcomes = yield asked
+    found = []
+    for at, trial in enumerate(best):
+        mine = outcomes[at * len(samples) : (at + 1) * len(samples)]
+        if any(isinstance(one, InputError) for one in mine):
+            found.append(Finalist(trial, None))
+            continue
+        figures = figures_of(mine)
+        found.append(Finalist(trial, _known(judge.scores(figures)), judge.broken(figures)))
+    return tuple(found)
+
+
+def _chosen(judge: Judge, finalists: Sequence[Finalist]) -> Finalist:
+    """The best of the finalists that keep the constraints, else the one that comes nearest."""
+    kept = [one for one in finalists if one.keeps]
+    if not kept:
+        return min(finalists, key=lambda one: one.violation)
+    costs = [
+        tuple(goal.cost(score) for goal, score in zip(judge.goals, one.scores or (), strict=True))
+        for one in kept
+    ]
+    return kept[best_first(costs, 1)[0]]
+
+
 def _hold_out(
     question: TuneQuestion, winner: Trial, scale: float
 ) -> Generator[Sequence[Point], list[Outcome], HeldOut]:
-    """The winner and the scenario as it stands, on samples that come after the tuned ones."""
-    settings, judge = question.settings, question.judge
-    samples = range(settings.replications, settings.replications + settings.held_out)
+    """The winner and the scenario as it stands, on samples that come after all others."""
+    judge, samples = question.judge, held_out_samples(question.settings)
     base = samples_of(question, question.space.base, samples, scale)
     tuned = samples_of(question, question.space.scenario(winner.values), samples, scale)
     figures = figures_of((yield [*base, *tuned]))

@@ -9,7 +9,7 @@ from helios_sim.report.words import counted, extrapolated, limits, listed, numbe
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
 from helios_sim.search.plan import FleetAnswer, Plan
-from helios_sim.search.tune import Tuned, nearest_miss
+from helios_sim.search.tune import Finalist, HeldOut, Tuned, nearest_miss
 from helios_sim.search.whatif import Cell
 
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -126,7 +126,17 @@ def tune_headline(tuned: Tuned) -> str:
         "no value" if one is None else number(one, 4) for one in (held.base[0], held.tuned[0])
     )
     change = f"{was} to {now} {goal.unit}".strip()
+    own = listed([in_words(one) for one in held.base_broken])
     if not tuned.is_better:
+        stays = "The scenario stays as it is."
+        if own:
+            stays = f"The scenario stays as it is and breaks {own} there."
+        if tuned.lost is not None:
+            return (
+                f"None of the best {len(tuned.finalists)} of {len(tuned.trials):,} trials keeps "
+                "the constraints on traffic it was not tuned on: trial "
+                f"{tuned.winner.number} comes nearest and {_failing(tuned.lost)} there. {stays}"
+            )
         why = (
             f"breaks {listed([in_words(one) for one in held.tuned_broken])}"
             if held.tuned_broken
@@ -135,10 +145,50 @@ def tune_headline(tuned: Tuned) -> str:
             else f"takes {goal.name} from {change}"
         )
         return (
-            f"No setting found is better on traffic it was not tuned on: the best of "
-            f"{len(tuned.trials):,} trials {why} there. The scenario stays as it is."
+            f"No setting found is better on traffic it was not tuned on: trial "
+            f"{tuned.winner.number}, the best of {len(tuned.trials):,}, {why} there. {stays}"
+            f"{_nearer(tuned.winner.number, held)}"
+        )
+    if own:
+        return (
+            f"Trial {tuned.winner.number} keeps the constraints on traffic not tuned on, where the "
+            f"scenario as it stands breaks {own}; {goal.name} goes from {change}."
         )
     return f"Trial {tuned.winner.number} takes {goal.name} from {change}, on traffic not tuned on."
+
+
+def _nearer(number_of: int, held: HeldOut) -> str:
+    """Which of two that break the constraints comes nearer to keeping them."""
+    ours, own = (
+        sum(one.violation for one in broken) for broken in (held.tuned_broken, held.base_broken)
+    )
+    return f" Trial {number_of} comes nearer to keeping the constraints." if 0 < ours < own else ""
+
+
+def _failing(finalist: Finalist) -> str:
+    """What is wrong with a finalist, as a verb and its object."""
+    if finalist.broken:
+        return f"breaks {listed([in_words(one) for one in finalist.broken])}"
+    return "leaves an objective undefined"
+
+
+def _finals(tuned: Tuned) -> list[str]:
+    """How the winner was chosen among the finalists."""
+    if not tuned.finalists or tuned.winner is None:
+        return []
+    said = (
+        f"The best {len(tuned.finalists)} trials met "
+        f"{counted(tuned.question.settings.finals, 'further sample')}"
+    )
+    kept = sum(one.keeps for one in tuned.finalists)
+    if not kept:
+        return [f"{said}, where none keeps the constraints."]
+    if not str(tuned.question.judge.constraints):
+        return [f"{said}; trial {tuned.winner.number} is the best of them there."]
+    keep = f"{kept} of them keep{'s' if kept == 1 else ''}"
+    if kept == len(tuned.finalists):
+        keep = "all keep"
+    return [f"{said}, where {keep} the constraints; trial {tuned.winner.number} is the best there."]
 
 
 def tune_remarks(tuned: Tuned) -> list[str]:
@@ -160,7 +210,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     tried = [("the scenario as it stands", tuned.base.beyond)]
     if tuned.winner is not None:
         tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
-    found += _beyond(tried)
+    found += _beyond(tried) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:
         return found

@@ -224,8 +224,11 @@ def test_a_limit_nothing_can_meet_is_told_with_by_how_much_at_the_lowest_rate(
 
 def test_constraints_that_no_trial_keeps_are_told_with_the_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, search={"constraints": "tpot:p99<1ms", "num_trials": 4})
-    with pytest.raises(InputError, match=r"nearest and breaks tpot:p99<=1ms \(reached"):
+    with pytest.raises(InputError, match=r"nearest and breaks tpot:p99<=1ms \(reached") as error:
         tune(path, [], inline(tmp_path / "out"))
+    assert str(error.value).endswith(f"\nPage: {tmp_path / 'out' / 'report.html'}")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The trials that break the constraints least, and the scenario as it stands" in page
     assert pl.read_parquet(tmp_path / "out" / "results.parquet").height == 5
 
 
@@ -393,7 +396,7 @@ def test_held_out_rates_multiply_the_pace_of_each_stretch_of_a_trace(tmp_path: P
     at_ms = [100 * i for i in range(100)] + [10_000 + 400 * i for i in range(100)]
     lines = [f'{{"timestamp":{at},"input_length":9,"output_length":5}}\n' for at in at_ms]
     (tmp_path / "t.jsonl").write_text("".join(lines))
-    changes = ['workload={trace={file="t.jsonl"}}', "search.windows=4"]
+    changes = ['workload={trace={file="t.jsonl"}}', "search.windows=4", "search.finalists=1"]
     path = write(tmp_path)
     question = read_tune(load_scenario(path, changes), tmp_path, "x.toml")
     for scale in (0.5, 1.0, 1.2):

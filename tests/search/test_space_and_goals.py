@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helios_sim.errors import InputError
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.goals import parse_constraints, parse_goal
-from helios_sim.search.pareto import dominates, front, knee, ranks
+from helios_sim.search.pareto import best_first, dominates, front, ranks
 from helios_sim.search.prices import Prices, cost_of, load_prices
 from helios_sim.search.samplers import sobol_shares
 from helios_sim.search.space import Range, read_space
@@ -192,8 +192,10 @@ def test_a_front_is_what_nobody_dominates_and_ranks_peel_it(points: list[tuple[i
     for a, first in zip(points, found, strict=True):
         for b, second in zip(points, found, strict=True):
             assert not dominates(a, b) or first < second
-    best = [points[place] for place in sorted(on)]
-    assert points[sorted(on)[knee(best)]] in best
+    ordered = best_first(points, len(points))
+    assert sorted(ordered) == list(range(len(points)))
+    assert [found[place] for place in ordered] == sorted(found)
+    assert best_first(points, 3) == ordered[:3]
 
 
 def test_a_point_is_beaten_by_one_that_is_nowhere_worse_and_somewhere_better() -> None:
@@ -209,9 +211,9 @@ def test_the_knee_is_nearest_to_the_best_of_each_objective_as_the_crow_flies() -
     By the sum of both the second would be nearer than the third. Of equals the first is taken.
     """
     points = [(0.0, 100.0), (2.0, 75.0), (5.0, 50.0), (10.0, 0.0)]
-    assert knee(points) == 2
-    assert knee([points[0], points[3]]) == 0
-    assert knee([(1.0, 7.0), (1.0, 7.0)]) == 0
+    assert best_first(points, 1) == [2]
+    assert best_first([points[0], points[3]], 1) == [0]
+    assert best_first([(1.0, 7.0), (1.0, 7.0)], 1) == [0]
 
 
 def test_costs_by_pencil() -> None:

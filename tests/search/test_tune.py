@@ -134,7 +134,7 @@ def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_p
     """Tokens gain 10 and 20 a second; the TTFT rises by 2 and 4 ms: mean gains of 15 and -3.
 
     Two pairs have a quantile of 12.706, so that the bounds are 12.706 x 5 and 12.706 x 1 away. The
-    traffic comes after the two samples of the tuning.
+    traffic comes after the two samples of the tuning and the two of the finals.
     """
     changes = {"objectives": ["throughput", "ttft:p95"], "constraints": "agreement>=0.5"}
     path = write(tmp_path, search=changes)
@@ -143,7 +143,7 @@ def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_p
     steps = _hold_out(question, winner, 1.0)
     scenarios = [point.scenario for point in next(steps)]
     seed = question.space.base.seed
-    assert [one.seed for one in scenarios] == [seed + 2, seed + 3] * 2
+    assert [one.seed for one in scenarios] == [seed + 4, seed + 5] * 2
     own = question.space.base.serving.max_batch
     assert [one.serving.max_batch for one in scenarios] == [own, own, 8, 8]
     base = [figures(100.0, 10.0), figures(110.0, 12.0, 0.4)]
