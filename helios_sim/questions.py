@@ -32,7 +32,8 @@ class PlanSettings(StrictSettings):
 
     Lists that are left empty take what the scenario says. The target is `target_rate_per_s`, or
     `users` who each send `requests_per_user_per_min`; `peak_factor` multiplies either, and the
-    busiest of `hourly_weights` stands for it.
+    busiest of `hourly_weights` stands for it. Without `num_requests` a sample is as long as the
+    service needs.
     """
 
     policies: Names = ()
@@ -51,7 +52,7 @@ class PlanSettings(StrictSettings):
     precision: Annotated[float, Field(ge=0.001, le=0.5)] = 0.03
     replications: Annotated[int, Field(ge=2, le=1000)] = 3
     max_replications: Annotated[int, Field(ge=2, le=1000)] = 6
-    num_requests: RunLength = 2000
+    num_requests: RunLength | None = None
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     windows: Windows = 8
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies
@@ -28,10 +28,25 @@ from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import Cost, Prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
 from helios_sim.search.traffic import Traffic, at_rate
-from helios_sim.search.verdict import Verdict, judge
+from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
 
 Means = dict[str, float | None]
+
+MIN_REQUESTS: Final = 2000
+"""Requests of a sample for each replica, at least, where no number is asked for."""
+SAMPLE_ANSWERS: Final = 30.0
+"""How many times as long as an answer (the 99th percentile) a sample has to last.
+
+A sample begins empty, and a fleet is full only once the first answers end: a shorter sample shows
+it on the way there. A tenth of the sample, three answers, is not measured.
+"""
+LONGER: Final = 4
+"""How many times as long a sample has to agree with an answer before it is given.
+
+Near the boundary a queue grows more slowly than answers end, and replications cannot see what all
+of them are too short for.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,8 @@ class Load:
     """A number of replicas at a rate: the verdict, and the figures' means over replications.
 
     `saturations` are those of the replications; `beyond` says what the profile can only
-    extrapolate.
+    extrapolate. Its samples are `lengthened` times as long as at first and last `sample_s`, in
+    which answers take up to `answer_s`; they are `longer` times as long as answers ask for.
     """
 
     num_replicas: int
@@ -65,6 +81,15 @@ class Load:
     means: Means
     saturations: tuple[str, ...] = ()
     beyond: tuple[str, ...] = ()
+    lengthened: int = 1
+    longer: int = 1
+    sample_s: float = math.inf
+    answer_s: float = 0.0
+
+    @property
+    def is_short(self) -> bool:
+        """Whether samples are shorter than answers ask for, so that they flatter the fleet."""
+        return self.sample_s < SAMPLE_ANSWERS * self.answer_s
 
 
 @dataclass(frozen=True)
@@ -96,16 +121,23 @@ class FleetAnswer:
     @property
     def beyond(self) -> tuple[str, ...]:
         """What the profile can only extrapolate of the planned load, or of that at the capacity."""
+        return next((load.beyond for load in self._shown if load.beyond), ())
+
+    @property
+    def short(self) -> Load | None:
+        """The planned load, or that at the capacity, where its samples are too short."""
+        return next((load for load in self._shown if load.is_short), None)
+
+    @property
+    def _shown(self) -> tuple[Load, ...]:
+        """The loads that the answer stands on."""
         rate = None if self.capacity is None else self.capacity.rate_per_s
         at_capacity = (
             one
             for one in self.loads
             if (one.num_replicas, one.rate_per_s) == (self.capacity_replicas, rate)
         )
-        for load in (self.planned, *at_capacity):
-            if load is not None and load.beyond:
-                return load.beyond
-        return ()
+        return tuple(load for load in (self.planned, *at_capacity) if load is not None)
 
 
 @dataclass(frozen=True)
@@ -175,10 +207,13 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
         scenario,
         base_dir,
         where,
-        settings.num_requests,
+        settings.num_requests or MIN_REQUESTS,
         settings.windows,
         settings.warmup_share,
     )
+    # A number of requests that is asked for is kept to; so is a workload that changes with time.
+    grows = traffic.replays or not (traffic.is_shaped or settings.num_requests)
+    traffic = replace(traffic, grows=grows)
     if traffic.num_samples is not None and settings.max_replications > traffic.num_samples:
         raise InputError(
             f"max_replications is {settings.max_replications} but the trace is cut into "
@@ -290,22 +325,34 @@ class _Bench:
         self.loads: dict[tuple[int, float], Load] = {}
         self.figures: dict[tuple[int, float], list[Figures]] = {}
 
-    def measure(self, num_replicas: int, rate_per_s: float) -> Measured:
-        """Replicated runs at a load, more of them where the first leave doubt."""
+    def measure(self, num_replicas: int, rate_per_s: float, longer: int = 1) -> Measured:
+        """Replicated runs at a load, more of them where the first leave doubt.
+
+        They are as long as answers at this load ask for, and `longer` times that.
+        """
         key = num_replicas, rate_per_s
-        if key in self.loads:
-            return self.loads[key]
+        known = self.loads.get(key)
+        if known is not None and known.longer >= longer:
+            return known
         settings = self.question.settings
         scenario = fleet_scenario(self.question, self.fleet, num_replicas)
-        figures: list[Figures] = []
+        figures: list[Figures] = [] if known is None else self.figures[key]
+        lengthened = 1 if known is None else known.lengthened
         for upto in (settings.replications, settings.max_replications):
-            points = [
-                self._point(scenario, index, rate_per_s, num_replicas)
-                for index in range(len(figures), upto)
-            ]
-            if points:
-                figures += figures_of((yield points))
-            verdict = judge(figures, self.question.slo, settings.attainment, settings.confidence)
+            while True:
+                points = [
+                    self._point(scenario, index, rate_per_s, num_replicas, lengthened)
+                    for index in range(len(figures), upto)
+                ]
+                if points:
+                    figures = figures + figures_of((yield points))
+                verdict = judge(
+                    figures, self.question.slo, settings.attainment, settings.confidence
+                )
+                wanted = self._lengthening(num_replicas, rate_per_s, figures, verdict, longer)
+                if wanted <= lengthened:
+                    break
+                lengthened, figures = wanted, []
             if verdict.is_sure:
                 break
         load = Load(
@@ -315,41 +362,113 @@ class _Bench:
             mean_figures(figures),
             tuple(one["summary"]["saturation"] for one in figures),
             clauses_beyond(figures),
+            lengthened,
+            longer,
+            lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas),
+            _answer_s(figures),
         )
         self.loads[key], self.figures[key] = load, figures
         return load
 
-    def _point(self, scenario: Scenario, index: int, rate: float, num_replicas: int) -> Point:
-        sample = self.question.traffic.sample(scenario, index, rate, num_replicas)
+    def _lengthening(
+        self,
+        num_replicas: int,
+        rate_per_s: float,
+        figures: Sequence[Figures],
+        verdict: Verdict,
+        longer: int,
+    ) -> int:
+        """How many times as long as at first the samples of a load have to be.
+
+        A load that is surely missed with a backlog that grows is left as it is: time would not
+        mend it.
+        """
+        if verdict.surely_missed and any(one.name == BACKLOG for one in verdict.broken):
+            return 1
+        traffic = self.question.traffic
+        sample_s = traffic.sample_s(rate_per_s, num_replicas)
+        wanted = math.ceil(longer * SAMPLE_ANSWERS * _answer_s(figures) / sample_s)
+        return min(max(1, wanted), traffic.most_lengthened(num_replicas))
+
+    def _point(
+        self, scenario: Scenario, index: int, rate: float, num_replicas: int, lengthened: int
+    ) -> Point:
+        sample = self.question.traffic.sample(scenario, index, rate, num_replicas, lengthened)
         return point_of(sample, self.question.base_dir, str(self.question.slo))
 
     def capacity(
         self, num_replicas: int, start_per_s: float
     ) -> Generator[Sequence[Point], list[Outcome], Capacity]:
-        """The capacity of so many replicas."""
-        search = find_capacity(start_per_s, self.question.settings.precision)
-        rate = next(search)
+        """The capacity of so many replicas, on which samples `LONGER` times as long agree.
+
+        Where they do not, the search begins anew at the rate they refute, with samples as long.
+        """
+        longer = 1
         while True:
-            load = yield from self.measure(num_replicas, rate)
-            try:
-                rate = search.send(load.verdict)
-            except StopIteration as end:
-                found: Capacity = end.value
-                return found
+            search = find_capacity(start_per_s, self.question.settings.precision)
+            rate = next(search)
+            while True:
+                load = yield from self.measure(num_replicas, rate, longer)
+                try:
+                    rate = search.send(load.verdict)
+                except StopIteration as end:
+                    found: Capacity = end.value
+                    break
+            longer *= LONGER
+            surely = yield from self._holds(num_replicas, found.low_per_s, longer, surely=True)
+            if surely:
+                start_per_s = found.rate_per_s
+                holds = yield from self._holds(num_replicas, start_per_s, longer, surely=False)
+                if holds:
+                    break
+            else:
+                start_per_s = found.low_per_s
+            for key in [key for key in self.loads if key[0] == num_replicas]:
+                self._forget(key, longer)
+        probes = tuple(
+            replace(one, verdict=self.loads[num_replicas, one.rate_per_s].verdict)
+            for one in found.probes
+        )
+        return replace(found, probes=probes)
+
+    def _holds(
+        self, num_replicas: int, rate_per_s: float, longer: int, *, surely: bool
+    ) -> Generator[Sequence[Point], list[Outcome], bool]:
+        """Whether longer samples say too that a rate is carried; no rate is none to doubt."""
+        if rate_per_s == 0.0:
+            return True
+        load = yield from self.measure(num_replicas, rate_per_s, longer)
+        return load.verdict.surely_carried if surely else load.verdict.carried
+
+    def _forget(self, key: tuple[int, float], longer: int) -> None:
+        """Drop a load whose samples are shorter than those that refuted an answer."""
+        if self.loads[key].longer < longer:
+            del self.loads[key], self.figures[key]
 
     def size(
         self, guess: int, rate_per_s: float
     ) -> Generator[Sequence[Point], list[Outcome], FleetSize]:
-        """The smallest number of replicas that carries a rate."""
-        search = find_fleet(guess, self.question.settings.max_replicas)
-        at = next(search)
+        """The smallest number of replicas that carries a rate, as longer samples say too."""
+        longer = 1
         while True:
-            load = yield from self.measure(at, rate_per_s)
-            try:
-                at = search.send(load.verdict)
-            except StopIteration as end:
-                found: FleetSize = end.value
+            search = find_fleet(guess, self.question.settings.max_replicas)
+            at = next(search)
+            while True:
+                load = yield from self.measure(at, rate_per_s, longer)
+                try:
+                    at = search.send(load.verdict)
+                except StopIteration as end:
+                    found: FleetSize = end.value
+                    break
+            if found.num_replicas is None:
                 return found
+            longer, guess = LONGER * longer, found.num_replicas
+            holds = yield from self._holds(guess, rate_per_s, longer, surely=True)
+            if holds:
+                verdicts = {num: self.loads[num, rate_per_s].verdict for num in found.verdicts}
+                return replace(found, verdicts=verdicts)
+            for key in [key for key in self.loads if key[1] == rate_per_s]:
+                self._forget(key, longer)
 
     def bottleneck(self, num_replicas: int, capacity: Capacity) -> Bottleneck | None:
         """What gives way at the first rate that is missed."""
@@ -362,6 +481,11 @@ class _Bench:
             "itl",
         )
         return find_bottleneck(summaries, self.question.scenario.serving, late)
+
+
+def _answer_s(figures: Sequence[Figures]) -> float:
+    """How long answers take in the slowest of some runs; 0 where none finished."""
+    return max((one["answer_s"] or 0.0 for one in figures), default=0.0)
 
 
 def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:

@@ -29,7 +29,7 @@ from helios_sim.records import SCHEMA_VERSION, RunData
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.slo import SloLimit, SloSpec, needed, parse_slo
 
-POINT_SCHEMA: Final = 2
+POINT_SCHEMA: Final = 3
 """Version of a point's file."""
 
 _PACKAGE: Final = Path(__file__).parent.parent
@@ -43,7 +43,8 @@ _JUDGES: Final = "search/points.py"
 Figures = dict[str, Any]
 """What a point gave: `summary` and the `device` it is of, for each judged limit its share and its
 percentile in `judged`, and in `together` the share of the requests that meets all limits without a
-percentile; None without any.
+percentile; None without any. `answer_s` is how long answers take from admission to their last
+token, the 99th percentile of those that finished; None where none did.
 """
 
 
@@ -99,10 +100,18 @@ def run_point(point: Point) -> Figures:
     experiment = prepare(point.scenario, point.base_dir, "scenario")
     result = run_policy(experiment, point.scenario.policy[0])
     device = result.run.environment["device"]
-    figures: Figures = {"summary": result.summary, "device": device, "judged": [], "together": None}
+    measure = point.scenario.measure
+    columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)
+    answers_s = (columns.finished_s - columns.admitted_s)[columns.measured & columns.finished]
+    figures: Figures = {
+        "summary": result.summary,
+        "device": device,
+        "judged": [],
+        "together": None,
+        "answer_s": float(np.quantile(answers_s, 0.99)) if answers_s.size else None,
+    }
     if point.limits:
-        measure, slo = point.scenario.measure, parse_slo(point.limits)
-        columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)
+        slo = parse_slo(point.limits)
         figures["judged"] = _judged(result.run, columns, slo)
         plain = SloSpec(tuple(limit for limit in slo.limits if limit.percentile is None))
         if plain.limits:

@@ -44,7 +44,8 @@ class Traffic:
     equally many requests instead, `num_windows` of them, with the domains of that time. Where
     other arrivals or domains change with time, a sample is the whole workload under another seed.
     Anything else is `num_requests` requests a replica. The first `warmup_share` of the requests
-    are not measured. `table` is the scenario's table that asks for the windows.
+    are not measured. `table` is the scenario's table that asks for the windows. `grows` says
+    whether samples may be made longer than that.
     """
 
     scenario: Scenario
@@ -54,6 +55,7 @@ class Traffic:
     num_windows: int
     warmup_share: float
     table: Literal["plan", "search"] = "plan"
+    grows: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.scenario.workload.arrivals, ClosedArrivals):
@@ -146,15 +148,48 @@ class Traffic:
         requests, _ = experiment.requests(self.scenario.seed)
         return len(requests) / (workload.duration_s or requests.span_s)
 
+    def sample_s(self, rate_per_s: float, num_replicas: int = 1) -> float:
+        """How long the shortest sample lasts at a rate, from its first arrival to its last."""
+        if self.is_shaped and not self.replays:
+            workload = self.scenario.workload
+            return workload.duration_s or (workload.num_requests or 0) / rate_per_s
+        times = min(num_replicas, self._most_times)
+        return self._num_at_once * times / rate_per_s
+
+    def most_lengthened(self, num_replicas: int) -> int:
+        """How many times as long as it is anyway a sample of so many replicas can be."""
+        if not self.grows:
+            return 1
+        return max(1, self._most_times // num_replicas)
+
+    @property
+    def _num_at_once(self) -> int:
+        """Requests of the smallest sample for one replica."""
+        if self.replays:
+            return min(part.num_requests for part in self.stretches)
+        return self.num_requests
+
+    @property
+    def _most_times(self) -> int:
+        """How many times over a sample for one replica fits into one run."""
+        return max(1, MAX_RUN_REQUESTS // self._num_at_once)
+
     def sample(
-        self, base: Scenario, index: int, rate_per_s: float | None = None, num_replicas: int = 1
+        self,
+        base: Scenario,
+        index: int,
+        rate_per_s: float | None = None,
+        num_replicas: int = 1,
+        lengthened: int = 1,
     ) -> Scenario:
         """`base` under sample `index` of this traffic, at a rate or at the scenario's own.
 
-        `num_replicas` lengthens the sample, so that each replica sees as many requests; a longer
-        sample begins like the shorter one.
+        `num_replicas` lengthens the sample, so that each replica sees as many requests, and
+        `lengthened` says how many times as long it is made beside that: with more requests drawn,
+        or with its stretch of the trace played again and again. A longer sample begins like the
+        shorter one.
         """
-        num_replicas = min(num_replicas, max(1, MAX_RUN_REQUESTS // self.num_requests))
+        num_replicas = min(num_replicas * lengthened, self._most_times)
         if self.num_samples is not None and index >= self.num_samples:
             raise InputError(
                 f"Sample {index + 1} of the traffic was asked for; the trace has "

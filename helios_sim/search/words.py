@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from helios_sim.report.words import counted, extrapolated, limits, listed, number
+from helios_sim.report.words import counted, extrapolated, limits, listed, number, span
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
-from helios_sim.search.plan import FleetAnswer, Plan
+from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan
+from helios_sim.search.traffic import Traffic
 from helios_sim.search.tune import Tuned, nearest_miss
 from helios_sim.search.whatif import Cell
 
@@ -72,6 +73,8 @@ def plan_remarks(plan: Plan) -> list[str]:
         found.append(f"First to break, at {number(capacity.first_missed.rate_per_s, 4)}: {what}.")
     if best.bottleneck is not None:
         found.append(f"Bottleneck: {best.bottleneck.cause}; {best.bottleneck.evidence}.")
+    if best.short is not None:
+        found.append(short_words(question.traffic, best.short))
     energy = planned.means.get("energy_per_output_token")
     if energy is not None:
         quality = planned.means.get("agreement")
@@ -95,6 +98,21 @@ def plan_remarks(plan: Plan) -> list[str]:
             f"with the fleet always on, {100 * saved:.0f} % less."
         )
     return found + _beyond([(one.fleet.name, one.beyond) for one in plan.answers])
+
+
+def short_words(traffic: Traffic, load: Load) -> str:
+    """That samples are too short for what is served, and what helps."""
+    if traffic.replays:
+        help_by = "a longer trace or fewer plan.windows"
+    elif traffic.is_shaped:
+        help_by = "a longer workload"
+    else:
+        help_by = "a larger plan.num_requests, or none"
+    return (
+        f"A sample lasts {span(load.sample_s)} and an answer up to {span(load.answer_s)}: samples "
+        f"begin empty and fill for too much of their time (at least {SAMPLE_ANSWERS:g} answers are "
+        f"asked for), so the capacity is optimistic. Give {help_by}."
+    )
 
 
 def whatif_remarks(cells: Sequence[Cell]) -> list[str]:

@@ -24,6 +24,7 @@ from helios_sim.experiment import prepare
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
+from helios_sim.search.points import point_of, run_point
 from helios_sim.search.tune import read_tune, samples_of
 
 RANGES = {
@@ -120,6 +121,54 @@ def test_words_of_a_search_follow_the_kind_of_the_device(tmp_path: Path) -> None
         shown = re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.DOTALL)
         assert "GPU" not in shown
         assert "tokens/s per processor" in shown
+
+
+SLOW = {
+    "workload": {
+        "num_requests": 60,
+        "arrivals": {"kind": "poisson", "rate_per_s": 10.0},
+        "prompt": {"kind": "constant", "tokens": 100},
+        "output": {"kind": "geometric", "mean_tokens": 500, "max_tokens": 1500},
+    },
+    "serving": {"max_batch": 64},
+    "slo": {"text": "ttft:p99<1s"},
+    "policy": [{"use": "vanilla", "model": "opt-1.3b"}],
+}
+"""Answers of half a minute, waited for by those who find the batch full."""
+
+
+def steady_share(path: Path, rate_per_s: float) -> float:
+    """The share within the first limit over four hours, after ten minutes that are not counted."""
+    changes = ["workload.num_requests=60000", f"workload.arrivals.rate_per_s={rate_per_s}"]
+    scenario = load_scenario(path, [*changes, "measure.warmup_s=600"])
+    figures = run_point(point_of(scenario, path.parent, "ttft:p99<1s"))
+    share: float = figures["judged"][0]["share"]
+    return share
+
+
+def test_what_is_surely_carried_is_carried_for_hours_however_long_the_answers(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, **SLOW)
+    path.write_text(path.read_text().replace("num_requests = 200\n", ""))
+    said = plan(path, [], inline(tmp_path / "out"))
+    low = max(row["rate_per_s"] for row in said.rows if row["worst_share_low"] >= 0.99)
+    assert steady_share(path, low) >= 0.99
+    assert not any("optimistic" in sentence for sentence in said.sentences)
+
+
+def test_a_number_of_requests_is_kept_to_and_said_to_be_too_short_for_the_answers(
+    tmp_path: Path,
+) -> None:
+    """200 requests fill no batch: every one of them meets a limit that is soon out of reach."""
+    path = write(tmp_path, **SLOW)
+    said = plan(path, [], inline(tmp_path / "out"))
+    assert {row["num_requests"] for row in said.rows} == {200.0}
+    low = max(row["rate_per_s"] for row in said.rows if row["worst_share_low"] >= 0.99)
+    assert steady_share(path, low) < 0.95
+    (told,) = [sentence for sentence in said.sentences if "optimistic" in sentence]
+    assert re.match(r"A sample lasts [\d.]+ s and an answer up to [\d.]+ s: samples begin", told)
+    assert told.endswith("Give a larger plan.num_requests, or none.")
 
 
 def evidence(folder: Path) -> str:
