@@ -46,6 +46,7 @@ class PlanSettings(StrictSettings):
     peak_factor: Annotated[float, Field(ge=1, le=100)] = 1.0
     hourly_weights: Weights = ()
     max_replicas: Replicas = 64
+    constraints: str = ""
     prices: str | None = None
     attainment: Share = 0.95
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95

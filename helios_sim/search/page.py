@@ -385,7 +385,18 @@ def _method(plan: Plan) -> str:
         f"{_samples(plan.question.traffic)}; {settings.replications} of them, "
         f"{settings.max_replications} where those leave doubt. {_length(plan.question)} The first "
         f"{100 * settings.warmup_share:g} % of the requests of each are not measured. All fleets "
-        "meet the same traffic."
+        f"meet the same traffic. {_figures_of(plan)}"
+    )
+
+
+def _figures_of(plan: Plan) -> str:
+    """Where the figures of the planned fleets come from."""
+    alike = "Energy, agreement and cost of a fleet are those of"
+    if all(one.is_one_run for one in plan.answers if one.planned is not None):
+        return f"{alike} one run of its whole scenario at the planned rate."
+    return (
+        f"{alike} one run of its whole scenario at the planned rate, or means over samples where "
+        "that run would be too short for its answers, or too large."
     )
 
 

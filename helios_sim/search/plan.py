@@ -24,10 +24,18 @@ from helios_sim.search.capacity import (
     find_capacity,
     find_fleet,
 )
+from helios_sim.search.goals import (
+    Broken,
+    Constraints,
+    Judge,
+    check_countable,
+    in_words,
+    parse_constraints,
+)
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import Cost, Prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
-from helios_sim.search.traffic import Traffic, at_rate
+from helios_sim.search.traffic import MAX_RUN_REQUESTS, Traffic, at_rate
 from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
 
@@ -98,7 +106,9 @@ class FleetAnswer:
 
     `capacity` is that of `capacity_replicas` replicas. With a target, `size` is the smallest
     number that carries it and `planned` what that number does at the target; without one
-    `planned` is the load at the capacity. `loads` are all that was measured.
+    `planned` is the load at the capacity. `loads` are all that was measured. `figures` are of a
+    run of the planned scenario, or means over samples where `is_one_run` is False; `broken` are
+    the constraints that they break.
     """
 
     fleet: Fleet
@@ -110,6 +120,14 @@ class FleetAnswer:
     loads: tuple[Load, ...] = ()
     refusal: InputError | None = None
     cost: Cost | None = None
+    figures: Means = field(default_factory=dict)
+    is_one_run: bool = False
+    broken: tuple[Broken, ...] = ()
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the planned load's tokens that equal the full model's."""
+        return self.figures.get("agreement")
 
     @property
     def num_gpus(self) -> int | None:
@@ -161,6 +179,7 @@ class PlanQuestion:
     slo: SloSpec
     traffic: Traffic
     prices: Prices | None
+    constraints: Constraints
     fleets: tuple[Fleet, ...]
     skipped: tuple[str, ...] = ()
 
@@ -173,6 +192,16 @@ class PlanQuestion:
     def target_per_s(self) -> float | None:
         """The rate to carry; None where the highest is asked."""
         return self.settings.target
+
+    @property
+    def judge(self) -> Judge:
+        """What says which constraints figures break."""
+        return Judge((), self.constraints, self.prices, f"{self.where}, plan.prices")
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether a constraint says how often tokens have to equal the full model's."""
+        return any(bound.goal.name == "agreement" for bound in self.constraints.bounds)
 
 
 @dataclass(frozen=True)
@@ -197,6 +226,9 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
             f"{where}, slo",
         )
     place = f"{where}, plan"
+    constraints = parse_constraints(settings.constraints, f"{place}.constraints")
+    goals = [bound.goal for bound in constraints.bounds]
+    check_countable(goals, True, settings.prices is not None, where, "plan")
     fleets, skipped = _fleets(scenario, settings, base_dir, place)
     prices = None
     if settings.prices is not None:
@@ -222,7 +254,9 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
             f"{place}.windows",
         )
     traffic.check()
-    return PlanQuestion(scenario, settings, base_dir, where, slo, traffic, prices, fleets, skipped)
+    return PlanQuestion(
+        *(scenario, settings, base_dir, where, slo, traffic, prices, constraints, fleets, skipped)
+    )
 
 
 def _fleets(
@@ -314,6 +348,12 @@ def fleet_scenario(question: PlanQuestion, fleet: Fleet, num_replicas: int) -> S
     )
 
 
+def planned_scenario(question: PlanQuestion, fleet: Fleet, planned: Load) -> Scenario:
+    """The whole scenario with a fleet in place of its own, at the rate it is planned for."""
+    scenario = fleet_scenario(question, fleet, planned.num_replicas)
+    return at_rate(scenario, question.traffic, planned.rate_per_s)
+
+
 Measured = Generator[Sequence[Point], list[Outcome], Load]
 
 
@@ -391,10 +431,16 @@ class _Bench:
         return min(max(1, wanted), traffic.most_lengthened(num_replicas))
 
     def _point(
-        self, scenario: Scenario, index: int, rate: float, num_replicas: int, lengthened: int
+        self,
+        scenario: Scenario,
+        index: int,
+        rate: float,
+        num_replicas: int,
+        lengthened: int,
+        limits: str | None = None,
     ) -> Point:
         sample = self.question.traffic.sample(scenario, index, rate, num_replicas, lengthened)
-        return point_of(sample, self.question.base_dir, str(self.question.slo))
+        return point_of(sample, self.question.base_dir, limits or str(self.question.slo))
 
     def capacity(
         self, num_replicas: int, start_per_s: float
@@ -470,6 +516,35 @@ class _Bench:
             for key in [key for key in self.loads if key[1] == rate_per_s]:
                 self._forget(key, longer)
 
+    def as_served(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], list[Figures]]:
+        """A run of the planned scenario as it stands, judged by the constraints.
+
+        Where other requests may be drawn, a run that is too short for its answers tells less than
+        samples do; so does one that would hold more requests than a sample may.
+        """
+        question, traffic = self.question, self.question.traffic
+        limits = question.constraints.limits or str(question.slo)
+        num = traffic.num_in_run(planned.rate_per_s)
+        enough_s = min(SAMPLE_ANSWERS * planned.answer_s, planned.sample_s)
+        is_long = traffic.replays or traffic.is_shaped or num / planned.rate_per_s >= enough_s
+        if num <= MAX_RUN_REQUESTS and is_long:
+            scenario = planned_scenario(question, self.fleet, planned)
+            points = [point_of(scenario, question.base_dir, limits)]
+        else:
+            scenario = fleet_scenario(question, self.fleet, planned.num_replicas)
+            points = [
+                self._point(
+                    scenario,
+                    index,
+                    planned.rate_per_s,
+                    planned.num_replicas,
+                    planned.lengthened,
+                    limits,
+                )
+                for index in range(question.settings.replications)
+            ]
+        return figures_of((yield points))
+
     def bottleneck(self, num_replicas: int, capacity: Capacity) -> Bottleneck | None:
         """What gives way at the first rate that is missed."""
         if capacity.outcome == "all carried":
@@ -508,21 +583,29 @@ def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
             if size.num_replicas is not None:
                 planned = bench.loads[size.num_replicas, target]
                 answer = replace(answer, planned=planned)
+        if answer.planned is not None:
+            served = yield from bench.as_served(answer.planned)
+            answer = replace(
+                answer,
+                figures=mean_figures(served),
+                is_one_run=len(served) == 1,
+                broken=question.judge.broken(served),
+            )
     except InputError as error:
         return replace(answer, refusal=error)
     return _priced(question, replace(answer, loads=tuple(bench.loads.values())))
 
 
 def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:
-    planned, gpus = answer.planned, answer.num_gpus
-    if question.prices is None or planned is None or gpus is None:
+    gpus = answer.num_gpus
+    if question.prices is None or gpus is None:
         return answer
     cost = cost_of(
         question.prices,
         answer.fleet.device,
         gpus,
-        planned.means.get("average_gpu_power"),
-        planned.means.get("output_throughput"),
+        answer.figures.get("average_gpu_power"),
+        answer.figures.get("output_throughput"),
         f"{question.where}, plan.prices",
     )
     return replace(answer, cost=cost)
@@ -551,20 +634,24 @@ def clauses_beyond(figures: Sequence[Figures]) -> tuple[str, ...]:
 
 
 def ranked(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> tuple[FleetAnswer, ...]:
-    """Answers in order of merit: those that plan something first, then the cheapest."""
+    """Answers in order of merit: those that plan something and keep the constraints first.
+
+    Among them the cheapest comes first.
+    """
 
     def merit(answer: FleetAnswer) -> tuple[Any, ...]:
         planned = answer.planned
         if planned is None or answer.num_gpus is None:
             near = answer.capacity.rate_per_s if answer.capacity else -1.0
-            return 1, -near, 0.0, 0.0
-        joules = planned.means.get("energy_per_output_token") or 0.0
+            return 2, -near, 0.0, 0.0
+        joules = answer.figures.get("energy_per_output_token") or 0.0
+        tier = 1 if answer.broken else 0
         if question.target_per_s is None:
             carried = planned.rate_per_s / answer.num_gpus
             price = answer.cost.per_million_tokens if answer.cost else None
-            return 0, -carried if price is None else price, joules, 0.0
+            return tier, -carried if price is None else price, joules, 0.0
         price = answer.cost.per_hour if answer.cost else float(answer.num_gpus)
-        return 0, price, answer.num_gpus, joules
+        return tier, price, answer.num_gpus, joules
 
     return tuple(sorted(answers, key=merit))
 
@@ -572,6 +659,16 @@ def ranked(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> tuple[Flee
 def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> FleetAnswer:
     """The best answer; if none plans anything, an `InputError` with the nearest miss."""
     best = ranked(question, answers)[0]
+    if best.broken:
+        able = [one for one in answers if one.planned is not None]
+        near = min(able, key=lambda one: sum(broken.violation for broken in one.broken))
+        raise InputError(
+            f"None of {len(able)} fleet{'s' if len(able) != 1 else ''} that meet the SLO keeps the "
+            f"constraints {question.constraints}. Nearest comes {near.fleet.name!r} and breaks "
+            f"{', '.join(in_words(one) for one in near.broken)}. Give a looser constraint, or "
+            "other policies.",
+            f"{question.where}, plan.constraints",
+        )
     if best.planned is not None:
         return best
     refusals = [answer.refusal for answer in answers if answer.refusal is not None]
@@ -695,9 +792,10 @@ def recommended(plan: Plan) -> Scenario:
     """The scenario that the plan recommends, at the rate it is planned for."""
     question, best = plan.question, plan.best
     assert best.planned is not None
-    scenario = fleet_scenario(question, best.fleet, best.planned.num_replicas)
-    if question.target_per_s is not None:
-        scenario = at_rate(scenario, question.traffic, question.target_per_s)
+    scenario = planned_scenario(question, best.fleet, best.planned)
+    # One replica gets every request whoever routes; more of them may be tried from here.
+    routed = scenario.fleet.model_copy(update={"router": best.fleet.router})
+    scenario = scenario.model_copy(update={"fleet": routed})
     models = "+".join(best.fleet.candidates)
     said = (
         f"Recommended by helios plan: {best.planned.num_replicas} x {best.fleet.policy.name}, "

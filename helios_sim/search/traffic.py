@@ -123,6 +123,26 @@ class Traffic:
             found.append(Stretch(settings.start_s + start_s, settings.start_s + end_s, inside))
         return tuple(found)
 
+    def num_in_run(self, rate_per_s: float) -> int:
+        """Requests of the whole scenario at another mean rate, roughly where time ends it."""
+        workload = self.scenario.workload
+        if self.replays:
+            assert workload.trace is not None
+            return self._num_replayed(workload.trace)
+        ends = [] if workload.num_requests is None else [workload.num_requests]
+        if workload.duration_s is not None:
+            ends.append(int(workload.duration_s * rate_per_s))
+        return min(ends)
+
+    def mean_lengths(self, num_samples: int | None = None) -> tuple[float, float]:
+        """Mean tokens of prompts and answers in the first windows of a trace, or in all."""
+        settings = self.scenario.workload.trace
+        assert settings is not None
+        plain = settings.model_copy(update={"rate_scale": 1.0, "repeat": 1, "max_requests": None})
+        trace = read_trace(plain, self.base_dir, self.scenario.seed)
+        last = sum(part.num_requests for part in self.stretches[:num_samples])
+        return float(trace.prompt_tokens[:last].mean()), float(trace.output_tokens[:last].mean())
+
     def _num_replayed(self, settings: TraceSettings) -> int:
         """How many requests a run of the scenario replays, its repetitions included."""
         trace = read_trace(settings, self.base_dir, self.scenario.seed)

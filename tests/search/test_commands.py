@@ -26,6 +26,7 @@ from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
 from helios_sim.search.points import point_of, run_point
 from helios_sim.search.tune import read_tune, samples_of
+from helios_sim.search.words import TIMES
 
 RANGES = {
     "policy.breach_limit": {"low": 10, "high": 90},
@@ -219,6 +220,101 @@ def test_a_plan_s_fleet_carries_its_target_and_one_replica_fewer_does_not(tmp_pa
     assert planned["cost_per_hour"] == pytest.approx(2.0 * num)
 
 
+TWO_QUALITIES = {
+    "workload": {
+        "num_requests": 400,
+        "arrivals": {"kind": "poisson", "rate_per_s": 4.0},
+        "prompt": {"kind": "constant", "tokens": 100},
+        "output": {"kind": "geometric", "mean_tokens": 40, "max_tokens": 200},
+    },
+    "slo": {"text": "ttft:1000"},
+    "fleet": {
+        "profile": "layerskip-a100-40gb",
+        "candidates": ["llama3-8b"],
+        "weights_start": "host",
+    },
+    "policy": [{"use": "static-depth", "depth": 24}, {"use": "vanilla"}],
+}
+"""A fleet that leaves every token early, and one that never does."""
+
+
+def test_without_a_floor_a_plan_says_what_its_quality_is_and_what_full_quality_takes(
+    tmp_path: Path,
+) -> None:
+    target = {"target_rate_per_s": 6.0, "constraints": ""}
+    said = plan(write(tmp_path, **TWO_QUALITIES, plan=target), [], inline(tmp_path / "out"))
+    planned = {row["policy"]: row for row in said.rows if row["planned"]}
+    shown = f"{100 * planned['static-depth']['agreement']:.3g} % agreement"
+    assert re.fullmatch(
+        rf"6 .* take \d GPUs?: . {TIMES} static-depth, at {shown}\.", said.sentences[0]
+    )
+    num = planned["vanilla"]["num_gpus"]
+    (told,) = [one for one in said.sentences if one.startswith("At 100 % agreement")]
+    assert told.startswith(f"At 100 % agreement they take {num} GPU")
+    assert told.endswith(f"{num} {TIMES} vanilla.")
+    titles, rows = said.tables[0][0]
+    assert [row[titles.index("agree %")] for row in rows] == [shown.split()[0], "100"]
+
+
+def test_a_fleet_that_breaks_a_constraint_is_shown_and_not_recommended(tmp_path: Path) -> None:
+    floor = {"target_rate_per_s": 6.0, "constraints": "agreement >= 95%"}
+    said = plan(write(tmp_path, **TWO_QUALITIES, plan=floor), [], inline(tmp_path / "out"))
+    assert said.sentences[0].endswith(f"{TIMES} vanilla.")
+    assert load_scenario(tmp_path / "out" / "scenario.toml").policy[0].use == "vanilla"
+    first, second = said.tables[0][0][1]
+    assert (first[0], second[0]) == ("vanilla", "static-depth, breaks agreement>=0.95")
+    assert any("which breaks agreement>=0.95 (reached 0." in one for one in said.sentences)
+    assert "breaks agreement" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_constraints_that_no_fleet_keeps_are_told_with_the_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"constraints": "tpot:p99<1ms"})
+    with pytest.raises(InputError, match=r"Nearest comes 'vanilla' and breaks tpot:p99<=1ms \(r"):
+        plan(path, [], inline(tmp_path / "out"))
+
+
+def test_figures_of_a_plan_are_those_of_its_recommended_scenario(tmp_path: Path) -> None:
+    (tmp_path / "prices.toml").write_text(
+        '[gpu."NVIDIA A100-SXM4-40GB"]\nper_gpu_hour = 3.6\ngrade = "assumed"\n'
+    )
+    said = plan(
+        write(tmp_path, **TWO_QUALITIES, plan={"prices": "prices.toml"}),
+        [],
+        inline(tmp_path / "out"),
+    )
+    scenario = load_scenario(tmp_path / "out" / "scenario.toml")
+    figures = run_point(point_of(scenario, tmp_path / "out"))["summary"]
+    (planned,) = [row for row in said.rows if row["planned"] and row["rank"] == 1]
+    for key in ("energy_per_output_token", "output_throughput", "request_goodput", "agreement"):
+        assert planned[key] == figures[key]
+    assert planned["cost_per_million_tokens"] == pytest.approx(1e3 / figures["output_throughput"])
+
+
+def test_windows_whose_lengths_are_not_the_trace_s_are_shown_beside_it(tmp_path: Path) -> None:
+    """Answers of 20 tokens and, from the seventh window of eight on, of 60: 30 on average."""
+    lines = [
+        f'{{"timestamp":{100 * i},"input_length":50,"output_length":{20 if i < 360 else 60}}}\n'
+        for i in range(480)
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.max_replications=4"]
+    said = plan(write(tmp_path, policy=[{"use": "vanilla"}]), changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if "whole trace" in one]
+    assert told.endswith(
+        "prompts of 50 and answers of 20 tokens on average; the whole trace 50 and 30."
+    )
+
+
+@pytest.mark.parametrize("router", ["least-outstanding", "round-robin"])
+def test_one_recommended_replica_keeps_the_router_that_was_asked_for(
+    tmp_path: Path, router: str
+) -> None:
+    path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"routers": [router]})
+    plan(path, [], inline(tmp_path / "out"))
+    found = load_scenario(tmp_path / "out" / "scenario.toml").fleet
+    assert (found.num_replicas, found.router) == (1, router)
+
+
 @pytest.mark.parametrize("command", ["plan", "tune"])
 def test_what_is_recommended_runs_as_it_is(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
@@ -287,6 +383,9 @@ def test_constraints_that_no_trial_keeps_are_told_with_the_nearest(tmp_path: Pat
         ({"plan": {"profiles": ["opt-a100-40g"]}}, "opt-a100-40gb"),
         ({"plan": {"candidates": [["opt-13b"]]}}, "has no opt-13b"),
         ({"plan": {"precison": 0.1}}, "Did you mean 'precision'"),
+        ({"plan": {"constraints": "agreement<=0.9"}}, "bounds agreement from the wrong side"),
+        ({"plan": {"constraints": "agreemnt>=0.9"}}, "Did you mean 'agreement'"),
+        ({"plan": {"constraints": "cost<=1"}}, "plan.prices: cost needs a prices file"),
     ],
 )
 def test_a_plan_that_cannot_be_says_why(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
