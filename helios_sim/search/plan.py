@@ -246,17 +246,29 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
     # A number of requests that is asked for is kept to; so is a workload that changes with time.
     grows = traffic.replays or not (traffic.is_shaped or settings.num_requests)
     traffic = replace(traffic, grows=grows)
+    if traffic.num_samples is not None:
+        settings = _within_windows(settings)
     if traffic.num_samples is not None and settings.max_replications > traffic.num_samples:
         raise InputError(
             f"max_replications is {settings.max_replications} but the trace is cut into "
             f"{settings.windows} windows, and a replication takes one; give at least as many "
-            "windows.",
+            "windows, or leave it out.",
             f"{place}.windows",
         )
     traffic.check()
     return PlanQuestion(
         *(scenario, settings, base_dir, where, slo, traffic, prices, constraints, fleets, skipped)
     )
+
+
+def _within_windows(settings: PlanSettings) -> PlanSettings:
+    """The settings with as many replications as there are windows, where defaults ask for more."""
+    lowered = {
+        name: min(getattr(settings, name), settings.windows)
+        for name in ("replications", "max_replications")
+        if name not in settings.model_fields_set
+    }
+    return settings.model_copy(update=lowered)
 
 
 def _fleets(

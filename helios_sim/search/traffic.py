@@ -123,6 +123,14 @@ class Traffic:
             found.append(Stretch(settings.start_s + start_s, settings.start_s + end_s, inside))
         return tuple(found)
 
+    @property
+    def peak_factor(self) -> float:
+        """How many times the mean rate of a trace its busiest window has."""
+        parts = self.stretches
+        span_s = parts[-1].end_s - parts[0].start_s
+        mean = sum(part.num_requests for part in parts) / span_s
+        return max(part.rate_per_s for part in parts) / mean
+
     def num_in_run(self, rate_per_s: float) -> int:
         """Requests of the whole scenario at another mean rate, roughly where time ends it."""
         workload = self.scenario.workload

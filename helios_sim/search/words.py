@@ -104,6 +104,7 @@ def plan_remarks(plan: Plan) -> list[str]:
     if best.short is not None:
         found.append(short_words(question.traffic, best.short))
     if question.traffic.replays:
+        found += _peak(plan)
         found += _unlike_the_trace(plan)
     if best.agreement is not None and best.agreement < FULL_AGREEMENT and not question.has_floor:
         found.append(_in_full(plan))
@@ -136,6 +137,20 @@ def plan_remarks(plan: Plan) -> list[str]:
             f"with the fleet always on, {100 * saved:.0f} % less."
         )
     return found + _beyond([(one.fleet.name, one.beyond) for one in plan.answers])
+
+
+def _peak(plan: Plan) -> list[str]:
+    """That every window is played at one rate, and which mean rate the busiest one allows."""
+    assert plan.best.capacity is not None
+    factor = plan.question.traffic.peak_factor
+    if factor < 1.0 + ALIKE:
+        return []
+    most = plan.best.capacity.rate_per_s / factor
+    return [
+        "Windows are each played at the rate asked for, but the busiest has "
+        f"{factor:.2f} times the mean rate of the trace: a mean of {number(most, 4)} keeps it "
+        "within what is carried."
+    ]
 
 
 def _unlike_the_trace(plan: Plan) -> list[str]:

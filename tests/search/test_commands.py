@@ -21,6 +21,7 @@ import pytest
 from helios_sim.cli import main
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
+from helios_sim.questions import PlanSettings
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
@@ -303,6 +304,50 @@ def test_windows_whose_lengths_are_not_the_trace_s_are_shown_beside_it(tmp_path:
     assert told.endswith(
         "prompts of 50 and answers of 20 tokens on average; the whole trace 50 and 30."
     )
+
+
+def bursty(folder: Path, num: int = 400) -> Path:
+    """A trace whose last quarter comes five times as fast as the rest."""
+    slow, fast = 3 * num // 4, num // 4
+    times_s = [i / 3 for i in range(slow)] + [slow / 3 + i / 15 for i in range(fast)]
+    lines = [
+        f'{{"timestamp":{1000 * at_s:.0f},"input_length":50,"output_length":20}}\n'
+        for at_s in times_s
+    ]
+    (folder / "t.jsonl").write_text("".join(lines))
+    return write(folder, policy=[{"use": "vanilla"}])
+
+
+def test_the_peak_of_a_trace_is_said_beside_a_capacity_of_even_windows(tmp_path: Path) -> None:
+    """300 requests in 100 s and 100 in 6.67 s: 3.75 a second on average, 15 in the last window."""
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4", "plan.max_replications=3"]
+    said = plan(bursty(tmp_path), changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if "busiest" in one]
+    found = re.search(
+        r"busiest has ([\d.]+) times the mean rate of the trace: a mean of (\S+)", told
+    )
+    assert found is not None
+    factor, mean = map(float, found.groups())
+    (carried,) = [row["rate_per_s"] for row in said.rows if row["planned"]]
+    assert factor == pytest.approx(4.0, rel=0.02)
+    assert factor * mean == pytest.approx(carried, rel=0.01)
+
+
+def test_replications_nobody_asked_for_give_way_to_the_windows(tmp_path: Path) -> None:
+    path = bursty(tmp_path)
+    path.write_text(path.read_text().replace("max_replications = 3\n", ""))
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=2"]
+    said = plan(path, changes, inline(tmp_path / "out"))
+    assert {row["num_replications"] for row in said.rows} == {2}
+    with pytest.raises(InputError, match="max_replications is 4 but the trace is cut into 2 win"):
+        plan(path, [*changes, "plan.max_replications=4"], inline(tmp_path / "more"))
+
+
+def test_one_number_of_replications_moves_the_default_of_the_other() -> None:
+    assert PlanSettings(replications=8).max_replications == 8
+    assert PlanSettings(max_replications=2).replications == 2
+    with pytest.raises(ValueError, match="max_replications is 5 but replications is 8"):
+        PlanSettings(replications=8, max_replications=5)
 
 
 @pytest.mark.parametrize("router", ["least-outstanding", "round-robin"])
