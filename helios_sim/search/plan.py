@@ -567,7 +567,14 @@ class _Bench:
             "tpot",
             "itl",
         )
-        return find_bottleneck(summaries, self.question.scenario.serving, late)
+        limits = [str(limit) for limit in self.question.slo.limits]
+        missed = capacity.first_missed.verdict.worst.limit
+        late_while = [
+            one["judged"][limits.index(missed)]["late_while"]
+            for one in self.figures[at]
+            if missed in limits
+        ]
+        return find_bottleneck(summaries, self.question.scenario.serving, late, late_while)
 
 
 def _answer_s(figures: Sequence[Figures]) -> float:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import polars as pl
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.metrics import (
     Columns,
+    Floats,
     columns_of,
     gap_percentile_s,
     gap_share_within,
@@ -138,8 +140,60 @@ def _judged(run: RunData, columns: Columns, slo: SloSpec) -> list[dict[str, Any]
                 "limit": str(limit),
                 "share": share,
                 "value_ms": 1e3 * value_s if math.isfinite(value_s) else None,
+                "late_while": late_while(run, columns, limit),
             }
         )
+    return found
+
+
+def late_while(run: RunData, columns: Columns, limit: SloLimit) -> dict[str, float]:
+    """What replicas did while requests that miss a limit waited, as shares of that time.
+
+    `evaluating` a candidate and `changing` to another assignment (draining and loading); they
+    serve, or idle, for the rest. Empty where no measured request is late.
+    """
+    late = columns.measured & ~columns.refused & ~meets(columns, limit)
+    begins_with_token = limit.metric in ("tpot", "itl")
+    begin_s = columns.first_token_s if begins_with_token else columns.arrival_s
+    end_s = columns.first_token_s if limit.metric == "ttft" else columns.finished_s
+    late &= ~np.isnan(begin_s)
+    if not late.any():
+        return {}
+    by_id = run.requests.select("request_id", "replica").sort("request_id")
+    rows = np.searchsorted(by_id["request_id"].to_numpy(), columns.request_id[late])
+    replicas = by_id["replica"].fill_null(-1).to_numpy()[rows]
+    begin_s = begin_s[late]
+    end_s = np.where(np.isnan(end_s[late]), run.totals.end_s, end_s[late])
+    spent_s = {"evaluating": 0.0, "changing": 0.0}
+    for replica in np.unique(replicas):
+        mine = replicas == replica
+        for name, (edges_s, covered_s) in _pauses(run, int(replica)).items():
+            if len(edges_s):
+                until_s = np.interp(end_s[mine], edges_s, covered_s)
+                since_s = np.interp(begin_s[mine], edges_s, covered_s)
+                spent_s[name] += float((until_s - since_s).sum())
+    whole_s = float((end_s - begin_s).sum())
+    return {name: value / whole_s for name, value in spent_s.items()} if whole_s > 0.0 else {}
+
+
+def _pauses(run: RunData, replica: int) -> dict[str, tuple[Floats, Floats]]:
+    """When a replica evaluated and changed: ends of the stretches, seconds covered by then."""
+    asked = run.decisions.filter(pl.col("replica") == replica).sort("time_s", maintain_order=True)
+    end_s = run.totals.end_s
+    times_s = [*asked["time_s"].to_list(), end_s]
+    stretches: dict[str, list[tuple[float, float]]] = {"evaluating": [], "changing": []}
+    for place, (ready_s, decision) in enumerate(asked.select("ready_s", "decision").iter_rows()):
+        next_s = times_s[place + 1]
+        ready_s = next_s if ready_s is None else min(ready_s, next_s)
+        if decision != "keep":
+            stretches["changing"].append((times_s[place], ready_s))
+        if decision == "evaluate":
+            stretches["evaluating"].append((ready_s, next_s))
+    found = {}
+    for name, parts in stretches.items():
+        edges_s = np.array(parts).reshape(-1)
+        lengths_s = np.array([[0.0, end - begin] for begin, end in parts]).reshape(-1)
+        found[name] = edges_s, np.cumsum(lengths_s)
     return found
 
 

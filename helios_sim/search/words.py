@@ -9,7 +9,7 @@ from typing import Final
 from helios_sim.report.words import counted, extrapolated, limits, listed, number, span
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
-from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan
+from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
 from helios_sim.search.traffic import Traffic
 from helios_sim.search.tune import Tuned, nearest_miss
 from helios_sim.search.whatif import Cell
@@ -136,7 +136,26 @@ def plan_remarks(plan: Plan) -> list[str]:
             f"Over the day: {number(day)} {question.prices.currency} instead of {number(always)} "
             f"with the fleet always on, {100 * saved:.0f} % less."
         )
+    found += [_failure(plan, one) for one in plan.answers if one.planned is None]
     return found + _beyond([(one.fleet.name, one.beyond) for one in plan.answers])
+
+
+def _failure(plan: Plan, answer: FleetAnswer) -> str:
+    """Why a fleet is not enough, in one line."""
+    name, capacity = answer.fleet.name, answer.capacity
+    if answer.refusal is not None or capacity is None:
+        return f"{name} cannot serve this: {answer.refusal}"
+    if capacity.outcome == "none carried":
+        why = miss_in_words(answer)
+        if answer.bottleneck is not None:
+            why += f"; {answer.bottleneck.cause}: {answer.bottleneck.evidence}"
+        return f"{name} meets the SLO at no rate that was tried: {why}."
+    most = plan.question.settings.max_replicas
+    why = "" if answer.bottleneck is None else f": {answer.bottleneck.evidence}"
+    return (
+        f"{name} does not surely carry it with {most} replicas; one carries "
+        f"{number(capacity.rate_per_s, 4)} requests/s{why}."
+    )
 
 
 def _peak(plan: Plan) -> list[str]:

@@ -274,6 +274,19 @@ def test_constraints_that_no_fleet_keeps_are_told_with_the_nearest(tmp_path: Pat
         plan(path, [], inline(tmp_path / "out"))
 
 
+def test_a_fleet_that_fails_since_it_evaluates_is_said_to_in_one_line(tmp_path: Path) -> None:
+    """Who arrives during an evaluation waits for its end: at no rate are 99 % on time."""
+    target = {"target_rate_per_s": 6.0, "max_replicas": 4}
+    policies = [{"use": "vanilla"}, {"use": "helios", "reassess_requests": 40}]
+    path = write(tmp_path, **TWO_QUALITIES, plan=target)
+    changes = [f"policy={json.dumps(policies).replace(': ', '=')}", 'slo.text="ttft:p99<1s"']
+    changes[0] = re.sub(r'"(\w+)"=', r"\1=", changes[0])
+    said = plan(path, changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if one.startswith("helios")]
+    assert "while late requests wait, a replica evaluates candidates for" in told
+    assert said.sentences[0].endswith(f"{TIMES} vanilla.")
+
+
 def test_figures_of_a_plan_are_those_of_its_recommended_scenario(tmp_path: Path) -> None:
     (tmp_path / "prices.toml").write_text(
         '[gpu."NVIDIA A100-SXM4-40GB"]\nper_gpu_hour = 3.6\ngrade = "assumed"\n'
