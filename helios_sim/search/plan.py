@@ -43,11 +43,11 @@ Means = dict[str, float | None]
 
 MIN_REQUESTS: Final = 2000
 """Requests of a sample for each replica, at least, where no number is asked for."""
-SAMPLE_ANSWERS: Final = 30.0
+SAMPLE_ANSWERS: Final = 20.0
 """How many times as long as an answer (the 99th percentile) a sample has to last.
 
 A sample begins empty, and a fleet is full only once the first answers end: a shorter sample shows
-it on the way there. A tenth of the sample, three answers, is not measured.
+it on the way there. A tenth of the sample, two answers, is not measured.
 """
 LONGER: Final = 4
 """How many times as long a sample has to agree with an answer before it is given.
@@ -380,11 +380,12 @@ class _Bench:
     def measure(self, num_replicas: int, rate_per_s: float, longer: int = 1) -> Measured:
         """Replicated runs at a load, more of them where the first leave doubt.
 
-        They are as long as answers at this load ask for, and `longer` times that.
+        They are as long as answers at this load ask for, and `longer` times that unless shorter
+        ones, which flatter, surely miss it already.
         """
         key = num_replicas, rate_per_s
         known = self.loads.get(key)
-        if known is not None and known.longer >= longer:
+        if known is not None and (known.longer >= longer or known.verdict.surely_missed):
             return known
         settings = self.question.settings
         scenario = fleet_scenario(self.question, self.fleet, num_replicas)
@@ -499,8 +500,8 @@ class _Bench:
         return load.verdict.surely_carried if surely else load.verdict.carried
 
     def _forget(self, key: tuple[int, float], longer: int) -> None:
-        """Drop a load whose samples are shorter than those that refuted an answer."""
-        if self.loads[key].longer < longer:
+        """Drop a load that is not surely missed by samples shorter than those that count."""
+        if self.loads[key].longer < longer and not self.loads[key].verdict.surely_missed:
             del self.loads[key], self.figures[key]
 
     def size(

@@ -24,6 +24,7 @@ from helios_sim.metrics import (
     gap_share_within,
     meets,
     meets_all,
+    rounded_figures,
 )
 from helios_sim.policy.registry import policy_source
 from helios_sim.profile import load_profile
@@ -110,7 +111,7 @@ def run_point(point: Point) -> Figures:
         "device": device,
         "judged": [],
         "together": None,
-        "answer_s": float(np.quantile(answers_s, 0.99)) if answers_s.size else None,
+        "answer_s": rounded_figures(np.quantile(answers_s, 0.99)) if answers_s.size else None,
     }
     if point.limits:
         slo = parse_slo(point.limits)
@@ -140,7 +141,7 @@ def _judged(run: RunData, columns: Columns, slo: SloSpec) -> list[dict[str, Any]
                 "limit": str(limit),
                 "share": share,
                 "value_ms": 1e3 * value_s if math.isfinite(value_s) else None,
-                "late_while": late_while(run, columns, limit),
+                "late_while": rounded_figures(late_while(run, columns, limit)),
             }
         )
     return found
