@@ -11,6 +11,10 @@ from helios_sim.arrivals import StrictSettings, as_tuple
 MAX_REPLICAS: Final = 10_000
 """Replicas of a fleet, planned or run: a request's record holds its replica in 16 bits."""
 
+DEFAULT_LEAST: Final = 3
+DEFAULT_MOST: Final = 6
+"""Replications of a plan's load, where it does not say: at first, and where those leave doubt."""
+
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 ModelSets = Annotated[
     tuple[Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)], ...],
@@ -32,7 +36,8 @@ class PlanSettings(StrictSettings):
 
     Lists that are left empty take what the scenario says. The target is `target_rate_per_s`, or
     `users` who each send `requests_per_user_per_min`; `peak_factor` multiplies either, and the
-    busiest of `hourly_weights` stands for it.
+    busiest of `hourly_weights` stands for it. Without `num_requests` a sample is as long as the
+    service needs.
     """
 
     policies: Names = ()
@@ -45,15 +50,28 @@ class PlanSettings(StrictSettings):
     peak_factor: Annotated[float, Field(ge=1, le=100)] = 1.0
     hourly_weights: Weights = ()
     max_replicas: Replicas = 64
+    constraints: str = ""
     prices: str | None = None
     attainment: Share = 0.95
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
     precision: Annotated[float, Field(ge=0.001, le=0.5)] = 0.03
-    replications: Annotated[int, Field(ge=2, le=1000)] = 3
-    max_replications: Annotated[int, Field(ge=2, le=1000)] = 6
-    num_requests: RunLength = 2000
+    replications: Annotated[int, Field(ge=2, le=1000)] = DEFAULT_LEAST
+    max_replications: Annotated[int, Field(ge=2, le=1000)] = DEFAULT_MOST
+    num_requests: RunLength | None = None
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     windows: Windows = 8
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_enough(cls, data: Any) -> Any:
+        """Either number of replications alone moves the other's default out of its way."""
+        if isinstance(data, dict):
+            least, most = data.get("replications"), data.get("max_replications")
+            if most is None and isinstance(least, int) and least > DEFAULT_MOST:
+                return {**data, "max_replications": least}
+            if least is None and isinstance(most, int) and most < DEFAULT_LEAST:
+                return {**data, "replications": most}
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -9,10 +9,12 @@ from typing import Any, Final, Literal
 
 from helios_sim.scenario import ServingSettings
 
-Cause = Literal["loading", "KV memory", "queueing", "compute", "memory bandwidth", "launch"]
+Cause = Literal[
+    "evaluating", "loading", "KV memory", "queueing", "compute", "memory bandwidth", "launch"
+]
 
-CHANGING_SHARE: Final = 0.25
-"""Share of the time spent loading, draining and evaluating from which that is the bottleneck."""
+PAUSED_SHARE: Final = 0.5
+"""Share of what late requests wait for from which evaluating and changing are the bottleneck."""
 FULL_SHARE: Final = 0.75
 """Share of the KV blocks (or of the batch's places) in use while busy that counts as full."""
 WAITING_SHARE: Final = 0.4
@@ -36,22 +38,38 @@ class Bottleneck:
 
 
 def find_bottleneck(
-    summaries: Sequence[Mapping[str, Any]], serving: ServingSettings, tokens_are_late: bool
+    summaries: Sequence[Mapping[str, Any]],
+    serving: ServingSettings,
+    tokens_are_late: bool,
+    late_while: Sequence[Mapping[str, float]] = (),
 ) -> Bottleneck:
     """Judge runs at a rate just above the capacity, from the rarest cause to the commonest.
 
-    With `tokens_are_late` a limit on the time between tokens broke first: then what requests wait
-    for before they are admitted is not the reason.
+    `late_while` says, for each run with late requests, what replicas did while those waited; where
+    no limit is behind the miss, what they did all along stands in. With `tokens_are_late` a limit
+    on the time between tokens broke first: then what requests wait for before they are admitted is
+    not the reason.
     """
 
     def mean_of(table: str, key: str) -> float:
         return fmean((one.get(table) or {}).get(key, 0.0) for one in summaries)
 
     busy = mean_of("time_shares", "busy")
-    changing = {key: mean_of("time_shares", key) for key in ("loading", "draining", "evaluating")}
-    if sum(changing.values()) > CHANGING_SHARE:
-        parts = ", ".join(f"{100 * value:.0f} % {key}" for key, value in changing.items())
-        return Bottleneck("loading", f"changing models and depths takes its time: {parts}")
+    known = [one for one in late_while if one]
+    if known:
+        whose = "while late requests wait, a replica"
+        evaluating = fmean(one["evaluating"] for one in known)
+        changing = fmean(one["changing"] for one in known)
+    else:
+        whose = "a replica"
+        evaluating = mean_of("time_shares", "evaluating")
+        changing = mean_of("time_shares", "loading") + mean_of("time_shares", "draining")
+    if evaluating + changing > PAUSED_SHARE:
+        return Bottleneck(
+            "evaluating" if evaluating >= changing else "loading",
+            f"{whose} evaluates candidates for {100 * evaluating:.0f} % of the time, and drains "
+            f"and loads for {100 * changing:.0f} %",
+        )
     kv_use = fmean(one["mean_kv_use"] or 0.0 for one in summaries)
     preempted = fmean(one["num_preemptions"] / one["num_requests"] for one in summaries)
     waits = 0.0 if tokens_are_late else fmean(_waiting_share(one) for one in summaries)

@@ -14,6 +14,8 @@ from typing import Final, Literal
 from helios_sim.search.verdict import Verdict
 
 MAX_DOUBLINGS: Final = 20
+MAX_OUTSIDE: Final = 6
+"""Doublings (or halvings) of a rate tried in search of one where a bound is sure."""
 BOUNDS_FACTOR: Final = 3.0
 """How much coarser than the capacity itself its bounds are closed in."""
 IDLE_RUNNING: Final = 0.02
@@ -57,7 +59,7 @@ def find_capacity(start_per_s: float, precision: float) -> Generator[float, Verd
 
     Three boundaries are closed in: where the mean verdict turns, to within `precision`, and up to
     where a rate is surely carried and from where it is surely missed, to within three times that,
-    since replications blur these anyway.
+    since replications blur these anyway. Where no rate tried is sure, rates beyond them are tried.
     """
     known: dict[float, Verdict] = {}
 
@@ -93,6 +95,14 @@ def find_capacity(start_per_s: float, precision: float) -> Generator[float, Verd
     )
     edges: list[tuple[float, float]] = []
     for test, within in tests:
+        for _ in range(MAX_OUTSIDE):
+            low, high = _edge(known, test)
+            if math.isinf(high):
+                yield from ask(_round(2.0 * max(known)))
+            elif low == 0.0 and known[min(known)].mean_running >= IDLE_RUNNING:
+                yield from ask(_round(0.5 * min(known)))
+            else:
+                break
         while True:
             low, high = _edge(known, test)
             if low == 0.0 or math.isinf(high) or high / low <= 1.0 + within:

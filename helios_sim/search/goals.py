@@ -142,6 +142,24 @@ def parse_constraints(text: str, where: str) -> Constraints:
     return Constraints(slo, tuple(bounds))
 
 
+def check_countable(
+    goals: Sequence[Goal], has_slo: bool, has_prices: bool, where: str, table: str
+) -> None:
+    """Refuse goals for which a scenario lacks an SLO, or its table the prices."""
+    needs_slo = [goal.name for goal in goals if goal.name in ("goodput", "attainment")]
+    if needs_slo and not has_slo:
+        raise InputError(
+            f"{needs_slo[0]} is counted under an SLO, and the scenario has none; give it a table "
+            "[slo], or another objective, such as throughput.",
+            f"{where}, slo",
+        )
+    if not has_prices and any(goal.name == "cost" for goal in goals):
+        raise InputError(
+            'cost needs a prices file; give its name, such as "prices.toml".',
+            f"{where}, {table}.prices",
+        )
+
+
 def _example(name: str) -> str:
     """A constraint on this figure as it may be written."""
     sign = ">=" if _PLAIN[name].better == "higher" else "<="

@@ -9,11 +9,11 @@ from typing import Final
 from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.figures import policy_colour
-from helios_sim.report.words import counted, limits, number
+from helios_sim.report.words import counted, limits, number, span
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
 from helios_sim.search.goals import in_words
-from helios_sim.search.plan import FleetAnswer, Plan
+from helios_sim.search.plan import LONGER, SAMPLE_ANSWERS, FleetAnswer, Plan, PlanQuestion
 from helios_sim.search.prices import words_of
 from helios_sim.search.results import RESULTS
 from helios_sim.search.tables import (
@@ -287,6 +287,7 @@ def _evidence(best: FleetAnswer) -> str:
             [
                 f"{load.num_replicas} at {number(load.rate_per_s, 4)}/s",
                 str(load.verdict.num_replications),
+                span(load.sample_s),
                 *shares,
                 number(load.means.get("p99_ttft_ms")),
                 number(load.means.get("p99_tpot_ms")),
@@ -294,12 +295,13 @@ def _evidence(best: FleetAnswer) -> str:
                 _verdict(load.verdict),
             ]
         )
-    titles = ["Replicas, rate", "runs", *(f"within {name}, %" for name in names)]
+    titles = ["Replicas, rate", "runs", "length", *(f"within {name}, %" for name in names)]
     titles += ["TTFT p99 ms", "TPOT p99 ms", "saturation", "verdict"]
     return section(
         "Evidence",
         f"Every load at which {best.fleet.name} was measured, with so many replicas as each row "
-        "says: the share of requests within the limits with its bounds, the saturation, and why a "
+        "says: how long the shortest run lasts, the share of requests within the limits with its "
+        "bounds, the saturation, and why a "
         "load is missed. Saturation asks only whether the backlog grows for good (overloaded) or "
         "requests wait longer than their answers take (backlogged): a stable load can still be too "
         "late for its limits.",
@@ -411,7 +413,8 @@ def _samples(traffic: Traffic) -> str:
         )
     if traffic.is_shaped:
         return "Replications are the whole workload under other seeds"
-    return f"Replications are {traffic.num_requests:,} requests a replica under other seeds"
+    least = "at least " if traffic.grows else ""
+    return f"Replications are {least}{traffic.num_requests:,} requests a replica under other seeds"
 
 
 def _method(plan: Plan) -> str:
@@ -422,9 +425,32 @@ def _method(plan: Plan) -> str:
         "average and most of its runs are not overloaded; it is surely carried or missed when "
         f"the one-sided {100 * settings.confidence:g} % bounds over replications say so too. "
         f"{_samples(plan.question.traffic)}; {settings.replications} of them, "
-        f"{settings.max_replications} where those leave doubt. The first "
+        f"{settings.max_replications} where those leave doubt. {_length(plan.question)} The first "
         f"{100 * settings.warmup_share:g} % of the requests of each are not measured. All fleets "
-        "meet the same traffic."
+        f"meet the same traffic. {_figures_of(plan)}"
+    )
+
+
+def _figures_of(plan: Plan) -> str:
+    """Where the figures of the planned fleets come from."""
+    alike = "Energy, agreement and cost of a fleet are those of"
+    if all(one.is_one_run for one in plan.answers if one.planned is not None):
+        return f"{alike} one run of its whole scenario at the planned rate."
+    return (
+        f"{alike} one run of its whole scenario at the planned rate, or means over samples where "
+        "that run would be too short for its answers, or too large."
+    )
+
+
+def _length(question: PlanQuestion) -> str:
+    """How long the samples are, and why."""
+    if not question.traffic.grows:
+        return "Samples are as long as was asked for, however long the answers."
+    again = ", a stretch by being played again" if question.traffic.replays else ""
+    return (
+        f"A sample lasts at least {SAMPLE_ANSWERS:g} times as long as an answer takes from "
+        f"admission to its end (99th percentile){again}, and what is recommended is carried by "
+        f"samples {LONGER} times as long too."
     )
 
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies
@@ -24,14 +24,37 @@ from helios_sim.search.capacity import (
     find_capacity,
     find_fleet,
 )
+from helios_sim.search.goals import (
+    Broken,
+    Constraints,
+    Judge,
+    check_countable,
+    in_words,
+    parse_constraints,
+)
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import Cost, Prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
-from helios_sim.search.traffic import Traffic, at_rate
-from helios_sim.search.verdict import Verdict, judge
+from helios_sim.search.traffic import MAX_RUN_REQUESTS, Traffic, at_rate
+from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
 
 Means = dict[str, float | None]
+
+MIN_REQUESTS: Final = 2000
+"""Requests of a sample for each replica, at least, where no number is asked for."""
+SAMPLE_ANSWERS: Final = 20.0
+"""How many times as long as an answer (the 99th percentile) a sample has to last.
+
+A sample begins empty, and a fleet is full only once the first answers end: a shorter sample shows
+it on the way there. A tenth of the sample, two answers, is not measured.
+"""
+LONGER: Final = 4
+"""How many times as long a sample has to agree with an answer before it is given.
+
+Near the boundary a queue grows more slowly than answers end, and replications cannot see what all
+of them are too short for.
+"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +79,8 @@ class Load:
     """A number of replicas at a rate: the verdict, and the figures' means over replications.
 
     `saturations` are those of the replications; `beyond` says what the profile can only
-    extrapolate.
+    extrapolate. Its samples are `lengthened` times as long as at first and last `sample_s`, in
+    which answers take up to `answer_s`; they are `longer` times as long as answers ask for.
     """
 
     num_replicas: int
@@ -65,6 +89,15 @@ class Load:
     means: Means
     saturations: tuple[str, ...] = ()
     beyond: tuple[str, ...] = ()
+    lengthened: int = 1
+    longer: int = 1
+    sample_s: float = math.inf
+    answer_s: float = 0.0
+
+    @property
+    def is_short(self) -> bool:
+        """Whether samples are shorter than answers ask for, so that they flatter the fleet."""
+        return self.sample_s < SAMPLE_ANSWERS * self.answer_s
 
 
 @dataclass(frozen=True)
@@ -73,7 +106,9 @@ class FleetAnswer:
 
     `capacity` is that of `capacity_replicas` replicas. With a target, `size` is the smallest
     number that carries it and `planned` what that number does at the target; without one
-    `planned` is the load at the capacity. `loads` are all that was measured.
+    `planned` is the load at the capacity. `loads` are all that was measured. `figures` are of a
+    run of the planned scenario, or means over samples where `is_one_run` is False; `broken` are
+    the constraints that they break.
     """
 
     fleet: Fleet
@@ -85,6 +120,14 @@ class FleetAnswer:
     loads: tuple[Load, ...] = ()
     refusal: InputError | None = None
     cost: Cost | None = None
+    figures: Means = field(default_factory=dict)
+    is_one_run: bool = False
+    broken: tuple[Broken, ...] = ()
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the planned load's tokens that equal the full model's."""
+        return self.figures.get("agreement")
 
     @property
     def num_gpus(self) -> int | None:
@@ -96,16 +139,23 @@ class FleetAnswer:
     @property
     def beyond(self) -> tuple[str, ...]:
         """What the profile can only extrapolate of the planned load, or of that at the capacity."""
+        return next((load.beyond for load in self._shown if load.beyond), ())
+
+    @property
+    def short(self) -> Load | None:
+        """The planned load, or that at the capacity, where its samples are too short."""
+        return next((load for load in self._shown if load.is_short), None)
+
+    @property
+    def _shown(self) -> tuple[Load, ...]:
+        """The loads that the answer stands on."""
         rate = None if self.capacity is None else self.capacity.rate_per_s
         at_capacity = (
             one
             for one in self.loads
             if (one.num_replicas, one.rate_per_s) == (self.capacity_replicas, rate)
         )
-        for load in (self.planned, *at_capacity):
-            if load is not None and load.beyond:
-                return load.beyond
-        return ()
+        return tuple(load for load in (self.planned, *at_capacity) if load is not None)
 
 
 @dataclass(frozen=True)
@@ -129,6 +179,7 @@ class PlanQuestion:
     slo: SloSpec
     traffic: Traffic
     prices: Prices | None
+    constraints: Constraints
     fleets: tuple[Fleet, ...]
     skipped: tuple[str, ...] = ()
 
@@ -141,6 +192,16 @@ class PlanQuestion:
     def target_per_s(self) -> float | None:
         """The rate to carry; None where the highest is asked."""
         return self.settings.target
+
+    @property
+    def judge(self) -> Judge:
+        """What says which constraints figures break."""
+        return Judge((), self.constraints, self.prices, f"{self.where}, plan.prices")
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether a constraint says how often tokens have to equal the full model's."""
+        return any(bound.goal.name == "agreement" for bound in self.constraints.bounds)
 
 
 @dataclass(frozen=True)
@@ -165,6 +226,9 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
             f"{where}, slo",
         )
     place = f"{where}, plan"
+    constraints = parse_constraints(settings.constraints, f"{place}.constraints")
+    goals = [bound.goal for bound in constraints.bounds]
+    check_countable(goals, True, settings.prices is not None, where, "plan")
     fleets, skipped = _fleets(scenario, settings, base_dir, place)
     prices = None
     if settings.prices is not None:
@@ -175,19 +239,36 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
         scenario,
         base_dir,
         where,
-        settings.num_requests,
+        settings.num_requests or MIN_REQUESTS,
         settings.windows,
         settings.warmup_share,
     )
+    # A number of requests that is asked for is kept to; so is a workload that changes with time.
+    grows = traffic.replays or not (traffic.is_shaped or settings.num_requests)
+    traffic = replace(traffic, grows=grows)
+    if traffic.num_samples is not None:
+        settings = _within_windows(settings)
     if traffic.num_samples is not None and settings.max_replications > traffic.num_samples:
         raise InputError(
             f"max_replications is {settings.max_replications} but the trace is cut into "
             f"{settings.windows} windows, and a replication takes one; give at least as many "
-            "windows.",
+            "windows, or leave it out.",
             f"{place}.windows",
         )
     traffic.check()
-    return PlanQuestion(scenario, settings, base_dir, where, slo, traffic, prices, fleets, skipped)
+    return PlanQuestion(
+        *(scenario, settings, base_dir, where, slo, traffic, prices, constraints, fleets, skipped)
+    )
+
+
+def _within_windows(settings: PlanSettings) -> PlanSettings:
+    """The settings with as many replications as there are windows, where defaults ask for more."""
+    lowered = {
+        name: min(getattr(settings, name), settings.windows)
+        for name in ("replications", "max_replications")
+        if name not in settings.model_fields_set
+    }
+    return settings.model_copy(update=lowered)
 
 
 def _fleets(
@@ -279,6 +360,12 @@ def fleet_scenario(question: PlanQuestion, fleet: Fleet, num_replicas: int) -> S
     )
 
 
+def planned_scenario(question: PlanQuestion, fleet: Fleet, planned: Load) -> Scenario:
+    """The whole scenario with a fleet in place of its own, at the rate it is planned for."""
+    scenario = fleet_scenario(question, fleet, planned.num_replicas)
+    return at_rate(scenario, question.traffic, planned.rate_per_s)
+
+
 Measured = Generator[Sequence[Point], list[Outcome], Load]
 
 
@@ -290,22 +377,35 @@ class _Bench:
         self.loads: dict[tuple[int, float], Load] = {}
         self.figures: dict[tuple[int, float], list[Figures]] = {}
 
-    def measure(self, num_replicas: int, rate_per_s: float) -> Measured:
-        """Replicated runs at a load, more of them where the first leave doubt."""
+    def measure(self, num_replicas: int, rate_per_s: float, longer: int = 1) -> Measured:
+        """Replicated runs at a load, more of them where the first leave doubt.
+
+        They are as long as answers at this load ask for, and `longer` times that unless shorter
+        ones, which flatter, surely miss it already.
+        """
         key = num_replicas, rate_per_s
-        if key in self.loads:
-            return self.loads[key]
+        known = self.loads.get(key)
+        if known is not None and (known.longer >= longer or known.verdict.surely_missed):
+            return known
         settings = self.question.settings
         scenario = fleet_scenario(self.question, self.fleet, num_replicas)
-        figures: list[Figures] = []
+        figures: list[Figures] = [] if known is None else self.figures[key]
+        lengthened = 1 if known is None else known.lengthened
         for upto in (settings.replications, settings.max_replications):
-            points = [
-                self._point(scenario, index, rate_per_s, num_replicas)
-                for index in range(len(figures), upto)
-            ]
-            if points:
-                figures += figures_of((yield points))
-            verdict = judge(figures, self.question.slo, settings.attainment, settings.confidence)
+            while True:
+                points = [
+                    self._point(scenario, index, rate_per_s, num_replicas, lengthened)
+                    for index in range(len(figures), upto)
+                ]
+                if points:
+                    figures = figures + figures_of((yield points))
+                verdict = judge(
+                    figures, self.question.slo, settings.attainment, settings.confidence
+                )
+                wanted = self._lengthening(num_replicas, rate_per_s, figures, verdict, longer)
+                if wanted <= lengthened:
+                    break
+                lengthened, figures = wanted, []
             if verdict.is_sure:
                 break
         load = Load(
@@ -315,41 +415,148 @@ class _Bench:
             mean_figures(figures),
             tuple(one["summary"]["saturation"] for one in figures),
             clauses_beyond(figures),
+            lengthened,
+            longer,
+            lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas),
+            _answer_s(figures),
         )
         self.loads[key], self.figures[key] = load, figures
         return load
 
-    def _point(self, scenario: Scenario, index: int, rate: float, num_replicas: int) -> Point:
-        sample = self.question.traffic.sample(scenario, index, rate, num_replicas)
-        return point_of(sample, self.question.base_dir, str(self.question.slo))
+    def _lengthening(
+        self,
+        num_replicas: int,
+        rate_per_s: float,
+        figures: Sequence[Figures],
+        verdict: Verdict,
+        longer: int,
+    ) -> int:
+        """How many times as long as at first the samples of a load have to be.
+
+        A load that is surely missed with a backlog that grows is left as it is: time would not
+        mend it.
+        """
+        if verdict.surely_missed and any(one.name == BACKLOG for one in verdict.broken):
+            return 1
+        traffic = self.question.traffic
+        sample_s = traffic.sample_s(rate_per_s, num_replicas)
+        wanted = math.ceil(longer * SAMPLE_ANSWERS * _answer_s(figures) / sample_s)
+        return min(max(1, wanted), traffic.most_lengthened(num_replicas))
+
+    def _point(
+        self,
+        scenario: Scenario,
+        index: int,
+        rate: float,
+        num_replicas: int,
+        lengthened: int,
+        limits: str | None = None,
+    ) -> Point:
+        sample = self.question.traffic.sample(scenario, index, rate, num_replicas, lengthened)
+        return point_of(sample, self.question.base_dir, limits or str(self.question.slo))
 
     def capacity(
         self, num_replicas: int, start_per_s: float
     ) -> Generator[Sequence[Point], list[Outcome], Capacity]:
-        """The capacity of so many replicas."""
-        search = find_capacity(start_per_s, self.question.settings.precision)
-        rate = next(search)
+        """The capacity of so many replicas, on which samples `LONGER` times as long agree.
+
+        Where they do not, the search begins anew at the rate they refute, with samples as long.
+        """
+        longer = 1
         while True:
-            load = yield from self.measure(num_replicas, rate)
-            try:
-                rate = search.send(load.verdict)
-            except StopIteration as end:
-                found: Capacity = end.value
-                return found
+            search = find_capacity(start_per_s, self.question.settings.precision)
+            rate = next(search)
+            while True:
+                load = yield from self.measure(num_replicas, rate, longer)
+                try:
+                    rate = search.send(load.verdict)
+                except StopIteration as end:
+                    found: Capacity = end.value
+                    break
+            longer *= LONGER
+            surely = yield from self._holds(num_replicas, found.low_per_s, longer, surely=True)
+            if surely:
+                start_per_s = found.rate_per_s
+                holds = yield from self._holds(num_replicas, start_per_s, longer, surely=False)
+                if holds:
+                    break
+            else:
+                start_per_s = found.low_per_s
+            for key in [key for key in self.loads if key[0] == num_replicas]:
+                self._forget(key, longer)
+        probes = tuple(
+            replace(one, verdict=self.loads[num_replicas, one.rate_per_s].verdict)
+            for one in found.probes
+        )
+        return replace(found, probes=probes)
+
+    def _holds(
+        self, num_replicas: int, rate_per_s: float, longer: int, *, surely: bool
+    ) -> Generator[Sequence[Point], list[Outcome], bool]:
+        """Whether longer samples say too that a rate is carried; no rate is none to doubt."""
+        if rate_per_s == 0.0:
+            return True
+        load = yield from self.measure(num_replicas, rate_per_s, longer)
+        return load.verdict.surely_carried if surely else load.verdict.carried
+
+    def _forget(self, key: tuple[int, float], longer: int) -> None:
+        """Drop a load that is not surely missed by samples shorter than those that count."""
+        if self.loads[key].longer < longer and not self.loads[key].verdict.surely_missed:
+            del self.loads[key], self.figures[key]
 
     def size(
         self, guess: int, rate_per_s: float
     ) -> Generator[Sequence[Point], list[Outcome], FleetSize]:
-        """The smallest number of replicas that carries a rate."""
-        search = find_fleet(guess, self.question.settings.max_replicas)
-        at = next(search)
+        """The smallest number of replicas that carries a rate, as longer samples say too."""
+        longer = 1
         while True:
-            load = yield from self.measure(at, rate_per_s)
-            try:
-                at = search.send(load.verdict)
-            except StopIteration as end:
-                found: FleetSize = end.value
+            search = find_fleet(guess, self.question.settings.max_replicas)
+            at = next(search)
+            while True:
+                load = yield from self.measure(at, rate_per_s, longer)
+                try:
+                    at = search.send(load.verdict)
+                except StopIteration as end:
+                    found: FleetSize = end.value
+                    break
+            if found.num_replicas is None:
                 return found
+            longer, guess = LONGER * longer, found.num_replicas
+            holds = yield from self._holds(guess, rate_per_s, longer, surely=True)
+            if holds:
+                verdicts = {num: self.loads[num, rate_per_s].verdict for num in found.verdicts}
+                return replace(found, verdicts=verdicts)
+            for key in [key for key in self.loads if key[1] == rate_per_s]:
+                self._forget(key, longer)
+
+    def as_served(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], list[Figures]]:
+        """A run of the planned scenario as it stands, judged by the constraints.
+
+        Where other requests may be drawn, a run that is too short for its answers tells less than
+        samples do; so does one that would hold more requests than a sample may.
+        """
+        question, traffic = self.question, self.question.traffic
+        limits = question.constraints.limits or str(question.slo)
+        num = traffic.num_in_run(planned.rate_per_s)
+        enough_s = min(SAMPLE_ANSWERS * planned.answer_s, planned.sample_s)
+        is_long = traffic.replays or traffic.is_shaped or num / planned.rate_per_s >= enough_s
+        if num <= MAX_RUN_REQUESTS and is_long:
+            scenario = planned_scenario(question, self.fleet, planned)
+            points = [point_of(scenario, question.base_dir, limits)]
+        else:
+            scenario = fleet_scenario(question, self.fleet, planned.num_replicas)
+            points = [
+                self._point(
+                    scenario,
+                    index,
+                    planned.rate_per_s,
+                    planned.num_replicas,
+                    planned.lengthened,
+                    limits,
+                )
+                for index in range(question.settings.replications)
+            ]
+        return figures_of((yield points))
 
     def bottleneck(self, num_replicas: int, capacity: Capacity) -> Bottleneck | None:
         """What gives way at the first rate that is missed."""
@@ -361,7 +568,19 @@ class _Bench:
             "tpot",
             "itl",
         )
-        return find_bottleneck(summaries, self.question.scenario.serving, late)
+        limits = [str(limit) for limit in self.question.slo.limits]
+        missed = capacity.first_missed.verdict.worst.limit
+        late_while = [
+            one["judged"][limits.index(missed)]["late_while"]
+            for one in self.figures[at]
+            if missed in limits
+        ]
+        return find_bottleneck(summaries, self.question.scenario.serving, late, late_while)
+
+
+def _answer_s(figures: Sequence[Figures]) -> float:
+    """How long answers take in the slowest of some runs; 0 where none finished."""
+    return max((one["answer_s"] or 0.0 for one in figures), default=0.0)
 
 
 def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
@@ -384,21 +603,29 @@ def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
             if size.num_replicas is not None:
                 planned = bench.loads[size.num_replicas, target]
                 answer = replace(answer, planned=planned)
+        if answer.planned is not None:
+            served = yield from bench.as_served(answer.planned)
+            answer = replace(
+                answer,
+                figures=mean_figures(served),
+                is_one_run=len(served) == 1,
+                broken=question.judge.broken(served),
+            )
     except InputError as error:
         return replace(answer, refusal=error)
     return _priced(question, replace(answer, loads=tuple(bench.loads.values())))
 
 
 def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:
-    planned, gpus = answer.planned, answer.num_gpus
-    if question.prices is None or planned is None or gpus is None:
+    gpus = answer.num_gpus
+    if question.prices is None or gpus is None:
         return answer
     cost = cost_of(
         question.prices,
         answer.fleet.device,
         gpus,
-        planned.means.get("average_gpu_power"),
-        planned.means.get("output_throughput"),
+        answer.figures.get("average_gpu_power"),
+        answer.figures.get("output_throughput"),
         f"{question.where}, plan.prices",
     )
     return replace(answer, cost=cost)
@@ -427,20 +654,24 @@ def clauses_beyond(figures: Sequence[Figures]) -> tuple[str, ...]:
 
 
 def ranked(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> tuple[FleetAnswer, ...]:
-    """Answers in order of merit: those that plan something first, then the cheapest."""
+    """Answers in order of merit: those that plan something and keep the constraints first.
+
+    Among them the cheapest comes first.
+    """
 
     def merit(answer: FleetAnswer) -> tuple[Any, ...]:
         planned = answer.planned
         if planned is None or answer.num_gpus is None:
             near = answer.capacity.rate_per_s if answer.capacity else -1.0
-            return 1, -near, 0.0, 0.0
-        joules = planned.means.get("energy_per_output_token") or 0.0
+            return 2, -near, 0.0, 0.0
+        joules = answer.figures.get("energy_per_output_token") or 0.0
+        tier = 1 if answer.broken else 0
         if question.target_per_s is None:
             carried = planned.rate_per_s / answer.num_gpus
             price = answer.cost.per_million_tokens if answer.cost else None
-            return 0, -carried if price is None else price, joules, 0.0
+            return tier, -carried if price is None else price, joules, 0.0
         price = answer.cost.per_hour if answer.cost else float(answer.num_gpus)
-        return 0, price, answer.num_gpus, joules
+        return tier, price, answer.num_gpus, joules
 
     return tuple(sorted(answers, key=merit))
 
@@ -448,6 +679,16 @@ def ranked(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> tuple[Flee
 def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> FleetAnswer:
     """The best answer; if none plans anything, an `InputError` with the nearest miss."""
     best = ranked(question, answers)[0]
+    if best.broken:
+        able = [one for one in answers if one.planned is not None]
+        near = min(able, key=lambda one: sum(broken.violation for broken in one.broken))
+        raise InputError(
+            f"None of {len(able)} fleet{'s' if len(able) != 1 else ''} that meet the SLO keeps the "
+            f"constraints {question.constraints}. Nearest comes {near.fleet.name!r} and breaks "
+            f"{', '.join(in_words(one) for one in near.broken)}. Give a looser constraint, or "
+            "other policies.",
+            f"{question.where}, plan.constraints",
+        )
     if best.planned is not None:
         return best
     refusals = [answer.refusal for answer in answers if answer.refusal is not None]
@@ -571,9 +812,10 @@ def recommended(plan: Plan) -> Scenario:
     """The scenario that the plan recommends, at the rate it is planned for."""
     question, best = plan.question, plan.best
     assert best.planned is not None
-    scenario = fleet_scenario(question, best.fleet, best.planned.num_replicas)
-    if question.target_per_s is not None:
-        scenario = at_rate(scenario, question.traffic, question.target_per_s)
+    scenario = planned_scenario(question, best.fleet, best.planned)
+    # One replica gets every request whoever routes; more of them may be tried from here.
+    routed = scenario.fleet.model_copy(update={"router": best.fleet.router})
+    scenario = scenario.model_copy(update={"fleet": routed})
     models = "+".join(best.fleet.candidates)
     said = (
         f"Recommended by helios plan: {best.planned.num_replicas} x {best.fleet.policy.name}, "

@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import polars as pl
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.metrics import (
     Columns,
+    Floats,
     columns_of,
     gap_percentile_s,
     gap_share_within,
     meets,
     meets_all,
+    rounded_figures,
 )
 from helios_sim.policy.registry import policy_source
 from helios_sim.profile import load_profile
@@ -29,7 +32,7 @@ from helios_sim.records import SCHEMA_VERSION, RunData
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.slo import SloLimit, SloSpec, needed, parse_slo
 
-POINT_SCHEMA: Final = 2
+POINT_SCHEMA: Final = 3
 """Version of a point's file."""
 
 _PACKAGE: Final = Path(__file__).parent.parent
@@ -43,7 +46,8 @@ _JUDGES: Final = "search/points.py"
 Figures = dict[str, Any]
 """What a point gave: `summary` and the `device` it is of, for each judged limit its share and its
 percentile in `judged`, and in `together` the share of the requests that meets all limits without a
-percentile; None without any.
+percentile; None without any. `answer_s` is how long answers take from admission to their last
+token, the 99th percentile of those that finished; None where none did.
 """
 
 
@@ -99,10 +103,18 @@ def run_point(point: Point) -> Figures:
     experiment = prepare(point.scenario, point.base_dir, "scenario")
     result = run_policy(experiment, point.scenario.policy[0])
     device = result.run.environment["device"]
-    figures: Figures = {"summary": result.summary, "device": device, "judged": [], "together": None}
+    measure = point.scenario.measure
+    columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)
+    answers_s = (columns.finished_s - columns.admitted_s)[columns.measured & columns.finished]
+    figures: Figures = {
+        "summary": result.summary,
+        "device": device,
+        "judged": [],
+        "together": None,
+        "answer_s": rounded_figures(np.quantile(answers_s, 0.99)) if answers_s.size else None,
+    }
     if point.limits:
-        measure, slo = point.scenario.measure, parse_slo(point.limits)
-        columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)
+        slo = parse_slo(point.limits)
         figures["judged"] = _judged(result.run, columns, slo)
         plain = SloSpec(tuple(limit for limit in slo.limits if limit.percentile is None))
         if plain.limits:
@@ -129,8 +141,60 @@ def _judged(run: RunData, columns: Columns, slo: SloSpec) -> list[dict[str, Any]
                 "limit": str(limit),
                 "share": share,
                 "value_ms": 1e3 * value_s if math.isfinite(value_s) else None,
+                "late_while": rounded_figures(late_while(run, columns, limit)),
             }
         )
+    return found
+
+
+def late_while(run: RunData, columns: Columns, limit: SloLimit) -> dict[str, float]:
+    """What replicas did while requests that miss a limit waited, as shares of that time.
+
+    `evaluating` a candidate and `changing` to another assignment (draining and loading); they
+    serve, or idle, for the rest. Empty where no measured request is late.
+    """
+    late = columns.measured & ~columns.refused & ~meets(columns, limit)
+    begins_with_token = limit.metric in ("tpot", "itl")
+    begin_s = columns.first_token_s if begins_with_token else columns.arrival_s
+    end_s = columns.first_token_s if limit.metric == "ttft" else columns.finished_s
+    late &= ~np.isnan(begin_s)
+    if not late.any():
+        return {}
+    by_id = run.requests.select("request_id", "replica").sort("request_id")
+    rows = np.searchsorted(by_id["request_id"].to_numpy(), columns.request_id[late])
+    replicas = by_id["replica"].fill_null(-1).to_numpy()[rows]
+    begin_s = begin_s[late]
+    end_s = np.where(np.isnan(end_s[late]), run.totals.end_s, end_s[late])
+    spent_s = {"evaluating": 0.0, "changing": 0.0}
+    for replica in np.unique(replicas):
+        mine = replicas == replica
+        for name, (edges_s, covered_s) in _pauses(run, int(replica)).items():
+            if len(edges_s):
+                until_s = np.interp(end_s[mine], edges_s, covered_s)
+                since_s = np.interp(begin_s[mine], edges_s, covered_s)
+                spent_s[name] += float((until_s - since_s).sum())
+    whole_s = float((end_s - begin_s).sum())
+    return {name: value / whole_s for name, value in spent_s.items()} if whole_s > 0.0 else {}
+
+
+def _pauses(run: RunData, replica: int) -> dict[str, tuple[Floats, Floats]]:
+    """When a replica evaluated and changed: ends of the stretches, seconds covered by then."""
+    asked = run.decisions.filter(pl.col("replica") == replica).sort("time_s", maintain_order=True)
+    end_s = run.totals.end_s
+    times_s = [*asked["time_s"].to_list(), end_s]
+    stretches: dict[str, list[tuple[float, float]]] = {"evaluating": [], "changing": []}
+    for place, (ready_s, decision) in enumerate(asked.select("ready_s", "decision").iter_rows()):
+        next_s = times_s[place + 1]
+        ready_s = next_s if ready_s is None else min(ready_s, next_s)
+        if decision != "keep":
+            stretches["changing"].append((times_s[place], ready_s))
+        if decision == "evaluate":
+            stretches["evaluating"].append((ready_s, next_s))
+    found = {}
+    for name, parts in stretches.items():
+        edges_s = np.array(parts).reshape(-1)
+        lengths_s = np.array([[0.0, end - begin] for begin, end in parts]).reshape(-1)
+        found[name] = edges_s, np.cumsum(lengths_s)
     return found
 
 

@@ -48,12 +48,14 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
     capacity = "req/s" if brief else "capacity req/s"
     # Capacities are of as many replicas as they were measured for, which differs by fleet.
     titles += [f"{capacity} of n" if target else capacity, "bounds", "held by"]
-    titles += ["J/tok"] if brief else ["tok/s per user", "J/token", "agreement %"]
+    titles += ["J/tok", "agree %"] if brief else ["tok/s per user", "J/token", "agreement %"]
     if question.prices is not None:
         titles += [f"{question.prices.currency}/h", f"{question.prices.currency}/Mtok"]
     rows = []
     for answer in plan.answers:
         row = [answer.fleet.name]
+        if answer.broken:
+            row[0] += f", breaks {', '.join(one.constraint for one in answer.broken)}"
         if target:
             planned = answer.planned
             most = f">{question.settings.max_replicas}"
@@ -64,12 +66,8 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
                 row += [str(planned.num_replicas) if planned else unknown]
                 row += [str(answer.num_gpus) if planned else _DASH]
         row += _capacity_cells(answer, target)
-        means: Means = answer.planned.means if answer.planned else {}
-        agreement = means.get("agreement")
-        row += [number(joules(means))]
-        if not brief:
-            row.insert(-1, number(user_rate(means)))
-            row += [number(None if agreement is None else 100 * agreement)]
+        row += [] if brief else [number(user_rate(answer.figures))]
+        row += [number(joules(answer.figures)), _percent(answer.agreement)]
         if question.prices is not None:
             cost = answer.cost
             row += [number(cost.per_hour if cost else None)]
@@ -286,6 +284,7 @@ def _load_record(answer: FleetAnswer, load: Load) -> dict[str, Any]:
         load.rate_per_s,
     )
     worst = load.verdict.worst
+    means = answer.figures if is_planned else load.means
     return {
         "num_replicas": load.num_replicas,
         "num_gpus": load.num_replicas * answer.fleet.gpus_per_replica,
@@ -302,9 +301,10 @@ def _load_record(answer: FleetAnswer, load: Load) -> dict[str, Any]:
         "cost_per_million_tokens": (
             answer.cost.per_million_tokens if is_planned and answer.cost else None
         ),
-        "tokens_per_s_per_user": user_rate(load.means),
-        "tokens_per_s_per_gpu": gpu_rate(load.means),
-        **_figures(load.means),
+        "broken": "; ".join(in_words(one) for one in answer.broken) if is_planned else None,
+        "tokens_per_s_per_user": user_rate(means),
+        "tokens_per_s_per_gpu": gpu_rate(means),
+        **_figures(means),
     }
 
 

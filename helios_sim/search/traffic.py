@@ -44,7 +44,8 @@ class Traffic:
     equally many requests instead, `num_windows` of them, with the domains of that time. Where
     other arrivals or domains change with time, a sample is the whole workload under another seed.
     Anything else is `num_requests` requests a replica. The first `warmup_share` of the requests
-    are not measured. `table` is the scenario's table that asks for the windows.
+    are not measured. `table` is the scenario's table that asks for the windows. `grows` says
+    whether samples may be made longer than that.
     """
 
     scenario: Scenario
@@ -54,6 +55,7 @@ class Traffic:
     num_windows: int
     warmup_share: float
     table: Literal["plan", "search"] = "plan"
+    grows: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.scenario.workload.arrivals, ClosedArrivals):
@@ -121,6 +123,34 @@ class Traffic:
             found.append(Stretch(settings.start_s + start_s, settings.start_s + end_s, inside))
         return tuple(found)
 
+    @property
+    def peak_factor(self) -> float:
+        """How many times the mean rate of a trace its busiest window has."""
+        parts = self.stretches
+        span_s = parts[-1].end_s - parts[0].start_s
+        mean = sum(part.num_requests for part in parts) / span_s
+        return max(part.rate_per_s for part in parts) / mean
+
+    def num_in_run(self, rate_per_s: float) -> int:
+        """Requests of the whole scenario at another mean rate, roughly where time ends it."""
+        workload = self.scenario.workload
+        if self.replays:
+            assert workload.trace is not None
+            return self._num_replayed(workload.trace)
+        ends = [] if workload.num_requests is None else [workload.num_requests]
+        if workload.duration_s is not None:
+            ends.append(int(workload.duration_s * rate_per_s))
+        return min(ends)
+
+    def mean_lengths(self, num_samples: int | None = None) -> tuple[float, float]:
+        """Mean tokens of prompts and answers in the first windows of a trace, or in all."""
+        settings = self.scenario.workload.trace
+        assert settings is not None
+        plain = settings.model_copy(update={"rate_scale": 1.0, "repeat": 1, "max_requests": None})
+        trace = read_trace(plain, self.base_dir, self.scenario.seed)
+        last = sum(part.num_requests for part in self.stretches[:num_samples])
+        return float(trace.prompt_tokens[:last].mean()), float(trace.output_tokens[:last].mean())
+
     def _num_replayed(self, settings: TraceSettings) -> int:
         """How many requests a run of the scenario replays, its repetitions included."""
         trace = read_trace(settings, self.base_dir, self.scenario.seed)
@@ -146,15 +176,48 @@ class Traffic:
         requests, _ = experiment.requests(self.scenario.seed)
         return len(requests) / (workload.duration_s or requests.span_s)
 
+    def sample_s(self, rate_per_s: float, num_replicas: int = 1) -> float:
+        """How long the shortest sample lasts at a rate, from its first arrival to its last."""
+        if self.is_shaped and not self.replays:
+            workload = self.scenario.workload
+            return workload.duration_s or (workload.num_requests or 0) / rate_per_s
+        times = min(num_replicas, self._most_times)
+        return self._num_at_once * times / rate_per_s
+
+    def most_lengthened(self, num_replicas: int) -> int:
+        """How many times as long as it is anyway a sample of so many replicas can be."""
+        if not self.grows:
+            return 1
+        return max(1, self._most_times // num_replicas)
+
+    @property
+    def _num_at_once(self) -> int:
+        """Requests of the smallest sample for one replica."""
+        if self.replays:
+            return min(part.num_requests for part in self.stretches)
+        return self.num_requests
+
+    @property
+    def _most_times(self) -> int:
+        """How many times over a sample for one replica fits into one run."""
+        return max(1, MAX_RUN_REQUESTS // self._num_at_once)
+
     def sample(
-        self, base: Scenario, index: int, rate_per_s: float | None = None, num_replicas: int = 1
+        self,
+        base: Scenario,
+        index: int,
+        rate_per_s: float | None = None,
+        num_replicas: int = 1,
+        lengthened: int = 1,
     ) -> Scenario:
         """`base` under sample `index` of this traffic, at a rate or at the scenario's own.
 
-        `num_replicas` lengthens the sample, so that each replica sees as many requests; a longer
-        sample begins like the shorter one.
+        `num_replicas` lengthens the sample, so that each replica sees as many requests, and
+        `lengthened` says how many times as long it is made beside that: with more requests drawn,
+        or with its stretch of the trace played again and again. A longer sample begins like the
+        shorter one.
         """
-        num_replicas = min(num_replicas, max(1, MAX_RUN_REQUESTS // self.num_requests))
+        num_replicas = min(num_replicas * lengthened, self._most_times)
         if self.num_samples is not None and index >= self.num_samples:
             raise InputError(
                 f"Sample {index + 1} of the traffic was asked for; the trace has "

@@ -14,7 +14,14 @@ from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import SearchSettings
 from helios_sim.report.words import device_of_all, listed
 from helios_sim.scenario import Scenario
-from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, parse_goal
+from helios_sim.search.goals import (
+    Broken,
+    Judge,
+    check_countable,
+    in_words,
+    parse_constraints,
+    parse_goal,
+)
 from helios_sim.search.pareto import best_first, front, ranks
 from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
@@ -186,20 +193,10 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
         raise InputError("An objective is given twice.", f"{place}.objectives")
     constraints = parse_constraints(settings.constraints, f"{place}.constraints")
     used = [*goals, *(bound.goal for bound in constraints.bounds)]
-    needs_slo = [goal.name for goal in used if goal.name in ("goodput", "attainment")]
-    if needs_slo and scenario.slo_spec is None:
-        raise InputError(
-            f"{needs_slo[0]} is counted under an SLO, and the scenario has none; give it a table "
-            "[slo], or another objective, such as throughput.",
-            f"{where}, slo",
-        )
+    has_prices = settings.prices is not None
+    check_countable(used, scenario.slo_spec is not None, has_prices, where, "search")
     prices = None
-    if any(goal.name == "cost" for goal in used):
-        if settings.prices is None:
-            raise InputError(
-                'cost needs a prices file; give its name, such as "prices.toml".',
-                f"{place}.prices",
-            )
+    if settings.prices is not None and any(goal.name == "cost" for goal in used):
         prices = load_prices(settings.prices, base_dir, f"{place}.prices")
     profiles = _profiles(space, place)
     if prices is not None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
-from helios_sim.report.words import counted, extrapolated, limits, listed, number
+from helios_sim.report.words import counted, extrapolated, limits, listed, number, span
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
-from helios_sim.search.plan import FleetAnswer, Plan
+from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
+from helios_sim.search.traffic import Traffic
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, nearest_miss
 from helios_sim.search.whatif import Cell
 
+FULL_AGREEMENT: Final = 0.9995
+"""Agreement that is shown as 100 %."""
+ALIKE: Final = 0.03
+"""By how much of it mean lengths may differ and still be alike."""
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
@@ -32,15 +38,38 @@ def plan_headline(plan: Plan) -> str:
     """The answer in one sentence."""
     best, target = plan.best, plan.question.target_per_s
     assert best.capacity is not None and best.planned is not None
+    agreement = best.agreement
+    quality = ""
+    if agreement is not None and agreement < FULL_AGREEMENT:
+        quality = f", at {number(100 * agreement)} % agreement"
     if target is None:
         return (
             f"{fleet_words(best)} carries {number(best.capacity.rate_per_s, 4)} requests/s under "
-            f"the SLO ({bracket(best.capacity)})."
+            f"the SLO ({bracket(best.capacity)}){quality}."
         )
-    devices = counted(best.num_gpus or 0, plan.question.device)
+    return f"{number(target, 4)} requests/s take {_sized(plan, best)}{quality}."
+
+
+def _sized(plan: Plan, answer: FleetAnswer) -> str:
+    """The devices of a fleet for the target, and the fleet."""
+    assert answer.planned is not None
+    devices = counted(answer.num_gpus or 0, plan.question.device)
+    return f"{devices}: {fleet_words(answer, answer.planned.num_replicas)}"
+
+
+def _in_full(plan: Plan) -> str:
+    """What the best fleet is whose tokens all equal the full model's, or the nearest to that."""
+    known = [one for one in plan.answers if one.agreement is not None and not one.broken]
+    best = max(known, key=lambda one: min(one.agreement or 0.0, FULL_AGREEMENT))
+    share = f"{number(100 * (best.agreement or 0.0))} % agreement"
+    if best.fleet == plan.best.fleet:
+        return f"No fleet compared has more than {share}."
+    if plan.question.target_per_s is not None:
+        return f"At {share} they take {_sized(plan, best)}."
+    assert best.capacity is not None
     return (
-        f"{number(target, 4)} requests/s take {devices}: "
-        f"{fleet_words(best, best.planned.num_replicas)}."
+        f"At {share} {fleet_words(best)} carries {number(best.capacity.rate_per_s, 4)} "
+        f"({bracket(best.capacity)})."
     )
 
 
@@ -72,9 +101,22 @@ def plan_remarks(plan: Plan) -> list[str]:
         found.append(f"First to break, at {number(capacity.first_missed.rate_per_s, 4)}: {what}.")
     if best.bottleneck is not None:
         found.append(f"Bottleneck: {best.bottleneck.cause}; {best.bottleneck.evidence}.")
-    energy = planned.means.get("energy_per_output_token")
+    if best.short is not None:
+        found.append(short_words(question.traffic, best.short))
+    if question.traffic.replays:
+        found += _peak(plan)
+        found += _unlike_the_trace(plan)
+    if best.agreement is not None and best.agreement < FULL_AGREEMENT and not question.has_floor:
+        found.append(_in_full(plan))
+    if str(question.constraints):
+        found.append(f"Constraints: {question.constraints}; kept by what is recommended.")
+        for one in plan.answers:
+            if one.broken:
+                what = listed([in_words(each) for each in one.broken])
+                found.append(f"Not recommended: {one.fleet.name}, which breaks {what}.")
+    energy = best.figures.get("energy_per_output_token")
     if energy is not None:
-        quality = planned.means.get("agreement")
+        quality = best.agreement
         said = f"Energy: {number(1e-3 * energy)} J an output token at that rate"
         if quality is not None:
             said += f"; {number(100 * quality)} % of the tokens equal the full model's"
@@ -94,7 +136,69 @@ def plan_remarks(plan: Plan) -> list[str]:
             f"Over the day: {number(day)} {question.prices.currency} instead of {number(always)} "
             f"with the fleet always on, {100 * saved:.0f} % less."
         )
+    found += [_failure(plan, one) for one in plan.answers if one.planned is None]
     return found + _beyond([(one.fleet.name, one.beyond) for one in plan.answers])
+
+
+def _failure(plan: Plan, answer: FleetAnswer) -> str:
+    """Why a fleet is not enough, in one line."""
+    name, capacity = answer.fleet.name, answer.capacity
+    if answer.refusal is not None or capacity is None:
+        return f"{name} cannot serve this: {answer.refusal}"
+    if capacity.outcome == "none carried":
+        why = miss_in_words(answer)
+        if answer.bottleneck is not None:
+            why += f"; {answer.bottleneck.cause}: {answer.bottleneck.evidence}"
+        return f"{name} meets the SLO at no rate that was tried: {why}."
+    most = plan.question.settings.max_replicas
+    why = "" if answer.bottleneck is None else f": {answer.bottleneck.evidence}"
+    return (
+        f"{name} does not surely carry it with {most} replicas; one carries "
+        f"{number(capacity.rate_per_s, 4)} requests/s{why}."
+    )
+
+
+def _peak(plan: Plan) -> list[str]:
+    """That every window is played at one rate, and which mean rate the busiest one allows."""
+    assert plan.best.capacity is not None
+    factor = plan.question.traffic.peak_factor
+    if factor < 1.0 + ALIKE:
+        return []
+    most = plan.best.capacity.rate_per_s / factor
+    return [
+        "Windows are each played at the rate asked for, but the busiest has "
+        f"{factor:.2f} times the mean rate of the trace: a mean of {number(most, 4)} keeps it "
+        "within what is carried."
+    ]
+
+
+def _unlike_the_trace(plan: Plan) -> list[str]:
+    """That the windows which were tried hold other lengths than the whole trace, if they do."""
+    used = max((load.verdict.num_replications for load in plan.best.loads), default=0)
+    tried = plan.question.traffic.mean_lengths(used)
+    whole = plan.question.traffic.mean_lengths()
+    if all(abs(mine / all_ - 1.0) <= ALIKE for mine, all_ in zip(tried, whole, strict=True)):
+        return []
+    return [
+        f"The first {used} windows, on which loads were measured, have prompts of "
+        f"{number(tried[0])} and answers of {number(tried[1])} tokens on average; the whole trace "
+        f"{number(whole[0])} and {number(whole[1])}."
+    ]
+
+
+def short_words(traffic: Traffic, load: Load) -> str:
+    """That samples are too short for what is served, and what helps."""
+    if traffic.replays:
+        help_by = "a longer trace or fewer plan.windows"
+    elif traffic.is_shaped:
+        help_by = "a longer workload"
+    else:
+        help_by = "a larger plan.num_requests, or none"
+    return (
+        f"A sample lasts {span(load.sample_s)} and an answer up to {span(load.answer_s)}: samples "
+        f"begin empty and fill for too much of their time (at least {SAMPLE_ANSWERS:g} answers are "
+        f"asked for), so the capacity is optimistic. Give {help_by}."
+    )
 
 
 def whatif_remarks(cells: Sequence[Cell]) -> list[str]:

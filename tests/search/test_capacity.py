@@ -75,6 +75,18 @@ def test_the_bracket_holds_the_true_capacity_and_doubt_widens_it(
     )
 
 
+def test_bounds_are_looked_for_beyond_the_rates_that_bracket_a_capacity() -> None:
+    """Below 4 surely carried, from 30 on surely missed, in doubt between; it turns at 10."""
+
+    def measure(rate: float) -> Verdict:
+        half = 0.3 if 4.0 < rate < 30.0 else 0.0
+        return verdict(1.0 if rate <= 10.0 else 0.8, half)
+
+    found: Capacity = answered(find_capacity(8.0, 0.05), measure)
+    assert found.low_per_s <= 4.0 < 1.16 * found.low_per_s
+    assert found.high_per_s >= 30.0 > found.high_per_s / 1.16
+
+
 def test_where_no_rate_is_carried_the_search_ends_once_requests_hardly_meet() -> None:
     found: Capacity = answered(
         find_capacity(8.0, 0.05), lambda rate: verdict(0.2, running=rate / 50.0)

@@ -21,10 +21,13 @@ import pytest
 from helios_sim.cli import main
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
+from helios_sim.questions import PlanSettings
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
+from helios_sim.search.points import point_of, run_point
 from helios_sim.search.tune import read_tune, samples_of
+from helios_sim.search.words import TIMES
 
 RANGES = {
     "policy.breach_limit": {"low": 10, "high": 90},
@@ -122,6 +125,54 @@ def test_words_of_a_search_follow_the_kind_of_the_device(tmp_path: Path) -> None
         assert "tokens/s per processor" in shown
 
 
+SLOW = {
+    "workload": {
+        "num_requests": 60,
+        "arrivals": {"kind": "poisson", "rate_per_s": 10.0},
+        "prompt": {"kind": "constant", "tokens": 100},
+        "output": {"kind": "geometric", "mean_tokens": 500, "max_tokens": 1500},
+    },
+    "serving": {"max_batch": 64},
+    "slo": {"text": "ttft:p99<1s"},
+    "policy": [{"use": "vanilla", "model": "opt-1.3b"}],
+}
+"""Answers of half a minute, waited for by those who find the batch full."""
+
+
+def steady_share(path: Path, rate_per_s: float) -> float:
+    """The share within the first limit over four hours, after ten minutes that are not counted."""
+    changes = ["workload.num_requests=60000", f"workload.arrivals.rate_per_s={rate_per_s}"]
+    scenario = load_scenario(path, [*changes, "measure.warmup_s=600"])
+    figures = run_point(point_of(scenario, path.parent, "ttft:p99<1s"))
+    share: float = figures["judged"][0]["share"]
+    return share
+
+
+def test_what_is_surely_carried_is_carried_for_hours_however_long_the_answers(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, **SLOW)
+    path.write_text(path.read_text().replace("num_requests = 200\n", ""))
+    said = plan(path, [], inline(tmp_path / "out"))
+    low = max(row["rate_per_s"] for row in said.rows if row["worst_share_low"] >= 0.99)
+    assert steady_share(path, low) >= 0.99
+    assert not any("optimistic" in sentence for sentence in said.sentences)
+
+
+def test_a_number_of_requests_is_kept_to_and_said_to_be_too_short_for_the_answers(
+    tmp_path: Path,
+) -> None:
+    """200 requests fill no batch: every one of them meets a limit that is soon out of reach."""
+    path = write(tmp_path, **SLOW)
+    said = plan(path, [], inline(tmp_path / "out"))
+    assert {row["num_requests"] for row in said.rows} == {200.0}
+    low = max(row["rate_per_s"] for row in said.rows if row["worst_share_low"] >= 0.99)
+    assert steady_share(path, low) < 0.95
+    (told,) = [sentence for sentence in said.sentences if "optimistic" in sentence]
+    assert re.match(r"A sample lasts [\d.]+ s and an answer up to [\d.]+ s: samples begin", told)
+    assert told.endswith("Give a larger plan.num_requests, or none.")
+
+
 def evidence(folder: Path) -> str:
     """The text of the table of evidence on a plan's page."""
     page = (folder / "report.html").read_text()
@@ -168,6 +219,158 @@ def test_a_plan_s_fleet_carries_its_target_and_one_replica_fewer_does_not(tmp_pa
     assert any(f"{num} GPUs" in sentence for sentence in said.sentences)
     planned = at.filter(pl.col("planned")).to_dicts()[0]
     assert planned["cost_per_hour"] == pytest.approx(2.0 * num)
+
+
+TWO_QUALITIES = {
+    "workload": {
+        "num_requests": 400,
+        "arrivals": {"kind": "poisson", "rate_per_s": 4.0},
+        "prompt": {"kind": "constant", "tokens": 100},
+        "output": {"kind": "geometric", "mean_tokens": 40, "max_tokens": 200},
+    },
+    "slo": {"text": "ttft:1000"},
+    "fleet": {
+        "profile": "layerskip-a100-40gb",
+        "candidates": ["llama3-8b"],
+        "weights_start": "host",
+    },
+    "policy": [{"use": "static-depth", "depth": 24}, {"use": "vanilla"}],
+}
+"""A fleet that leaves every token early, and one that never does."""
+
+
+def test_without_a_floor_a_plan_says_what_its_quality_is_and_what_full_quality_takes(
+    tmp_path: Path,
+) -> None:
+    target = {"target_rate_per_s": 6.0, "constraints": ""}
+    said = plan(write(tmp_path, **TWO_QUALITIES, plan=target), [], inline(tmp_path / "out"))
+    planned = {row["policy"]: row for row in said.rows if row["planned"]}
+    shown = f"{100 * planned['static-depth']['agreement']:.3g} % agreement"
+    assert re.fullmatch(
+        rf"6 .* take \d GPUs?: . {TIMES} static-depth, at {shown}\.", said.sentences[0]
+    )
+    num = planned["vanilla"]["num_gpus"]
+    (told,) = [one for one in said.sentences if one.startswith("At 100 % agreement")]
+    assert told.startswith(f"At 100 % agreement they take {num} GPU")
+    assert told.endswith(f"{num} {TIMES} vanilla.")
+    titles, rows = said.tables[0][0]
+    assert [row[titles.index("agree %")] for row in rows] == [shown.split()[0], "100"]
+
+
+def test_a_fleet_that_breaks_a_constraint_is_shown_and_not_recommended(tmp_path: Path) -> None:
+    floor = {"target_rate_per_s": 6.0, "constraints": "agreement >= 95%"}
+    said = plan(write(tmp_path, **TWO_QUALITIES, plan=floor), [], inline(tmp_path / "out"))
+    assert said.sentences[0].endswith(f"{TIMES} vanilla.")
+    assert load_scenario(tmp_path / "out" / "scenario.toml").policy[0].use == "vanilla"
+    first, second = said.tables[0][0][1]
+    assert (first[0], second[0]) == ("vanilla", "static-depth, breaks agreement>=0.95")
+    assert any("which breaks agreement>=0.95 (reached 0." in one for one in said.sentences)
+    assert "breaks agreement" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_constraints_that_no_fleet_keeps_are_told_with_the_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"constraints": "tpot:p99<1ms"})
+    with pytest.raises(InputError, match=r"Nearest comes 'vanilla' and breaks tpot:p99<=1ms \(r"):
+        plan(path, [], inline(tmp_path / "out"))
+
+
+def test_a_fleet_that_fails_since_it_evaluates_is_said_to_in_one_line(tmp_path: Path) -> None:
+    """Who arrives during an evaluation waits for its end: at no rate are 99 % on time."""
+    target = {"target_rate_per_s": 6.0, "max_replicas": 4}
+    policies = [{"use": "vanilla"}, {"use": "helios", "reassess_requests": 40}]
+    path = write(tmp_path, **TWO_QUALITIES, plan=target)
+    changes = [f"policy={json.dumps(policies).replace(': ', '=')}", 'slo.text="ttft:p99<1s"']
+    changes[0] = re.sub(r'"(\w+)"=', r"\1=", changes[0])
+    said = plan(path, changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if one.startswith("helios")]
+    assert "while late requests wait, a replica evaluates candidates for" in told
+    assert said.sentences[0].endswith(f"{TIMES} vanilla.")
+
+
+def test_figures_of_a_plan_are_those_of_its_recommended_scenario(tmp_path: Path) -> None:
+    (tmp_path / "prices.toml").write_text(
+        '[gpu."NVIDIA A100-SXM4-40GB"]\nper_gpu_hour = 3.6\ngrade = "assumed"\n'
+    )
+    said = plan(
+        write(tmp_path, **TWO_QUALITIES, plan={"prices": "prices.toml"}),
+        [],
+        inline(tmp_path / "out"),
+    )
+    scenario = load_scenario(tmp_path / "out" / "scenario.toml")
+    figures = run_point(point_of(scenario, tmp_path / "out"))["summary"]
+    (planned,) = [row for row in said.rows if row["planned"] and row["rank"] == 1]
+    for key in ("energy_per_output_token", "output_throughput", "request_goodput", "agreement"):
+        assert planned[key] == figures[key]
+    assert planned["cost_per_million_tokens"] == pytest.approx(1e3 / figures["output_throughput"])
+
+
+def test_windows_whose_lengths_are_not_the_trace_s_are_shown_beside_it(tmp_path: Path) -> None:
+    """Answers of 20 tokens and, from the seventh window of eight on, of 60: 30 on average."""
+    lines = [
+        f'{{"timestamp":{100 * i},"input_length":50,"output_length":{20 if i < 360 else 60}}}\n'
+        for i in range(480)
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.max_replications=4"]
+    said = plan(write(tmp_path, policy=[{"use": "vanilla"}]), changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if "whole trace" in one]
+    assert told.endswith(
+        "prompts of 50 and answers of 20 tokens on average; the whole trace 50 and 30."
+    )
+
+
+def bursty(folder: Path, num: int = 400) -> Path:
+    """A trace whose last quarter comes five times as fast as the rest."""
+    slow, fast = 3 * num // 4, num // 4
+    times_s = [i / 3 for i in range(slow)] + [slow / 3 + i / 15 for i in range(fast)]
+    lines = [
+        f'{{"timestamp":{1000 * at_s:.0f},"input_length":50,"output_length":20}}\n'
+        for at_s in times_s
+    ]
+    (folder / "t.jsonl").write_text("".join(lines))
+    return write(folder, policy=[{"use": "vanilla"}])
+
+
+def test_the_peak_of_a_trace_is_said_beside_a_capacity_of_even_windows(tmp_path: Path) -> None:
+    """300 requests in 100 s and 100 in 6.67 s: 3.75 a second on average, 15 in the last window."""
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4", "plan.max_replications=3"]
+    said = plan(bursty(tmp_path), changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if "busiest" in one]
+    found = re.search(
+        r"busiest has ([\d.]+) times the mean rate of the trace: a mean of (\S+)", told
+    )
+    assert found is not None
+    factor, mean = map(float, found.groups())
+    (carried,) = [row["rate_per_s"] for row in said.rows if row["planned"]]
+    assert factor == pytest.approx(4.0, rel=0.02)
+    assert factor * mean == pytest.approx(carried, rel=0.01)
+
+
+def test_replications_nobody_asked_for_give_way_to_the_windows(tmp_path: Path) -> None:
+    path = bursty(tmp_path)
+    path.write_text(path.read_text().replace("max_replications = 3\n", ""))
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=2"]
+    said = plan(path, changes, inline(tmp_path / "out"))
+    assert {row["num_replications"] for row in said.rows} == {2}
+    with pytest.raises(InputError, match="max_replications is 4 but the trace is cut into 2 win"):
+        plan(path, [*changes, "plan.max_replications=4"], inline(tmp_path / "more"))
+
+
+def test_one_number_of_replications_moves_the_default_of_the_other() -> None:
+    assert PlanSettings(replications=8).max_replications == 8
+    assert PlanSettings(max_replications=2).replications == 2
+    with pytest.raises(ValueError, match="max_replications is 5 but replications is 8"):
+        PlanSettings(replications=8, max_replications=5)
+
+
+@pytest.mark.parametrize("router", ["least-outstanding", "round-robin"])
+def test_one_recommended_replica_keeps_the_router_that_was_asked_for(
+    tmp_path: Path, router: str
+) -> None:
+    path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"routers": [router]})
+    plan(path, [], inline(tmp_path / "out"))
+    found = load_scenario(tmp_path / "out" / "scenario.toml").fleet
+    assert (found.num_replicas, found.router) == (1, router)
 
 
 @pytest.mark.parametrize("command", ["plan", "tune"])
@@ -241,6 +444,9 @@ def test_constraints_that_no_trial_keeps_are_told_with_the_nearest(tmp_path: Pat
         ({"plan": {"profiles": ["opt-a100-40g"]}}, "opt-a100-40gb"),
         ({"plan": {"candidates": [["opt-13b"]]}}, "has no opt-13b"),
         ({"plan": {"precison": 0.1}}, "Did you mean 'precision'"),
+        ({"plan": {"constraints": "agreement<=0.9"}}, "bounds agreement from the wrong side"),
+        ({"plan": {"constraints": "agreemnt>=0.9"}}, "Did you mean 'agreement'"),
+        ({"plan": {"constraints": "cost<=1"}}, "plan.prices: cost needs a prices file"),
     ],
 )
 def test_a_plan_that_cannot_be_says_why(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,19 @@ def test_windows_of_a_replayed_trace_drift_as_the_run_does_there(tmp_path: Path)
                 assert played.share_at(at_s / pace) == pytest.approx(expected, abs=1e-3)
     whole = at_rate(replay, traffic, 2.0 * traffic.rate_per_s)
     assert whole.workload.domains[1].shares == ((0.0, 0.0), (9.5, 0.0), (10.5, 1.0))
+
+
+def test_a_longer_sample_of_a_trace_is_its_stretch_played_again(tmp_path: Path) -> None:
+    """300 requests in two windows, each of 75 s at two a second and here played ten times."""
+    traffic = Traffic(replayed(tmp_path, 300), tmp_path, "x.toml", 100, 2, 0.1, grows=True)
+    assert traffic.sample_s(2.0) == 75.0
+    sample = traffic.sample(traffic.scenario, 1, 2.0, 2, lengthened=5)
+    experiment = prepare(sample, tmp_path, "x.toml")
+    requests, _ = experiment.requests(sample.seed)
+    assert len(requests) == 1500
+    assert requests.span_s == pytest.approx(750.0, rel=0.01)
+    assert traffic.most_lengthened(2) == 200_000 // 150 // 2
+    assert replace(traffic, grows=False).most_lengthened(2) == 1
 
 
 def test_samples_of_drawn_traffic_are_seeds_at_the_rate_asked_for(tmp_path: Path) -> None:
