@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -260,6 +260,8 @@ def compare(
     labels = [run.label for run in data]
     if len(set(labels)) < len(labels):
         labels = [str(path) for path in runs]
+    told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
+    _say_serving([run.environment for run in data], told)
     _console().print(comparison_table(rows, labels))
     _say_extrapolated(labels, summaries)
     if out is not None:
@@ -444,6 +446,7 @@ def _show(results: Sequence[Result]) -> None:
     from helios_sim.terminal import summary_table
 
     summaries = [result.summary for result in results]
+    _say_serving([result.run.environment for result in results], summaries)
     _console().print(summary_table(summaries))
     replications = summaries[0].get("replications")
     if replications is not None:
@@ -453,6 +456,16 @@ def _show(results: Sequence[Result]) -> None:
             f"to {last} stand on the page and under replications in the summary.json of each run."
         )
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
+
+
+def _say_serving(
+    environments: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]
+) -> None:
+    """Say above a table on which device its runs are, and of which models."""
+    from helios_sim.report.words import serving
+
+    for text in serving(environments, summaries):
+        _say(text)
 
 
 def _say_extrapolated(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> None:

@@ -63,7 +63,12 @@ def test_simulate_writes_a_folder_a_policy_and_one_page(
     for policy in ("helios", "vanilla"):
         names = {path.name for path in (out / policy).iterdir()}
         assert {"scenario.toml", "summary.json", "requests.parquet", "report.html"} <= names
-    assert str(out / "report.html") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert str(out / "report.html") in printed
+    assert printed.startswith(
+        "Device: NVIDIA A100-SXM4-40GB, 1 replica (1 GPU), profile opt-a100-40gb.\n"
+        "Serving: opt-6.7b of 2 candidates (vanilla); "
+    )
 
 
 def test_json_of_two_policies_is_a_list_and_nothing_else(

@@ -37,6 +37,7 @@ from helios_sim.report.words import (
     limits,
     number,
     remarks,
+    serving,
     span,
     times,
 )
@@ -626,6 +627,33 @@ def test_remarks_name_the_price() -> None:
     assert "92 % of the tokens of helios" in said
     assert "Overloaded: vanilla." in said
     assert "helios 3" in said
+
+
+def test_the_top_says_of_which_models_and_device_the_figures_are() -> None:
+    """A policy that keeps to one of several candidates is named with it."""
+    a100 = {"device": "NVIDIA A100", "device_kind": "GPU", "profile": "pair"}
+    fleet = {"num_replicas": 2, "num_gpus": 2}
+    both = {"exit_histogram": {"small": {}, "large": {}}, **fleet}
+    runs = [
+        summary("vanilla", 1.0, 1.0, depth_share={"large@32": 1.0}, **both),
+        summary("solo", 1.0, 1.0, depth_share={"large@9": 0.5, "large@32": 0.5}, **both),
+        summary("helios", 1.0, 1.0, depth_share={"large@9": 0.5, "small@6": 0.5}, **both),
+    ]
+    device = "Device: NVIDIA A100, 2 replicas (2 GPUs), profile pair."
+    assert serving([a100] * 3, runs) == [
+        device,
+        "Serving: large of 2 candidates (vanilla, solo); small and large (helios).",
+    ]
+    assert serving([a100] * 2, runs[:2]) == [device, "Serving: large of 2 candidates."]
+    assert serving([a100, {"device": "cpu (x86_64)"}], runs[:2])[0] == (
+        "Device: NVIDIA A100, 2 replicas (2 GPUs), profile pair (vanilla); "
+        "cpu (x86_64), 2 replicas (2 processors) (solo)."
+    )
+    assert serving([{}], [summary("vanilla", 1.0, 1.0, **fleet)]) == [
+        "Device: 2 replicas (2 GPUs)."
+    ]
+    run = make_run()
+    assert "Device: NVIDIA" in text_of(make_page([replace(run, environment=a100)]))
 
 
 def test_log_ticks_are_round_and_few() -> None:

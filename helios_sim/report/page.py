@@ -40,6 +40,7 @@ from helios_sim.report.words import (
     remarks,
     seeds_of,
     seeds_said,
+    serving,
     size,
     span,
     times,
@@ -129,10 +130,12 @@ def _opening(
 ) -> str:
     by_all = _num_refused_by_all(runs)
     said = "".join(f"<li>{escape(text)}</li>" for text in remarks(summaries, by_all))
+    of_what = " ".join(serving([run.environment for run in runs], summaries))
     answer = headline(summaries, _offered_tokens_per_s(runs), by_all)
     asked = f'<p class="question">{escape(question)}</p>' if question else ""
     return (
         f"<header><h1>{escape(title)}</h1>{asked}"
+        f'<p class="small">{escape(of_what)}</p>'
         f'<p class="headline">{escape(answer)}</p>'
         f'<ul class="remarks">{said}</ul></header>'
     )

@@ -103,6 +103,46 @@ def device_of_all(are_processors: Iterable[bool]) -> str:
     return "device" if len(kinds) > 1 else "processor" if True in kinds else "GPU"
 
 
+def serving(environments: Sequence[Mapping[str, Any]], summaries: Sequence[Summary]) -> list[str]:
+    """What a column of figures is of: the device and how many, and which models served.
+
+    A policy that keeps to one model may do so silently, and its figures are that model's.
+    """
+    fleets, models = [], []
+    for environment, summary in zip(environments, summaries, strict=True):
+        device = environment.get("device")
+        held = (
+            f"{counted(summary['num_replicas'], 'replica')} "
+            f"({counted(summary['num_gpus'], device_of(environment))})"
+        )
+        profile = environment.get("profile")
+        of_profile = f", profile {profile}" if profile else ""
+        fleets.append(f"{f'{device}, ' if device else ''}{held}{of_profile}")
+        models.append(_models(summary))
+    said = [f"Device: {_by_label(fleets, summaries)}."]
+    if all(models):
+        said.append(f"Serving: {_by_label(models, summaries)}.")
+    return said
+
+
+def _models(summary: Summary) -> str:
+    """The models that served, and of how many candidates where those are more; empty if unknown."""
+    served = {place.rpartition("@")[0] for place in summary.get("depth_share") or {}}
+    candidates = list(summary.get("exit_histogram") or sorted(served))
+    of_all = f" of {len(candidates)} candidates" if len(served) < len(candidates) else ""
+    return f"{listed([name for name in candidates if name in served])}{of_all}" if served else ""
+
+
+def _by_label(texts: Sequence[str], summaries: Sequence[Summary]) -> str:
+    """A text that holds for all runs, or each with the runs that it holds for."""
+    held: dict[str, list[str]] = {}
+    for text, summary in zip(texts, summaries, strict=True):
+        held.setdefault(text, []).append(str(summary["label"]))
+    if len(held) == 1:
+        return texts[0]
+    return "; ".join(f"{text} ({', '.join(labels)})" for text, labels in held.items())
+
+
 def headline(
     summaries: Sequence[Summary],
     offered_tokens_per_s: float | None = None,
