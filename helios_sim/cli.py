@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 scenario_app = typer.Typer(help="Check scenario files; print their schema.", no_args_is_help=True)
 app.add_typer(scenario_app, name="scenario")
+profiles_app = typer.Typer(invoke_without_command=True)
+app.add_typer(profiles_app, name="profiles")
 
 
 @app.callback()
@@ -284,9 +286,13 @@ def report(
     _say(f"Page: {target}")
 
 
-@app.command()
-def profiles(as_json: AsJson = False) -> None:
-    """List the profiles that are shipped, with where their numbers come from."""
+@profiles_app.callback()
+def profiles(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the profiles that are shipped, with where their numbers come from; derive others."""
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise InputError("--json is of the list of profiles.", "helios profiles")
+        return
     from dataclasses import asdict
 
     from helios_sim.profile import list_profiles
@@ -298,6 +304,87 @@ def profiles(as_json: AsJson = False) -> None:
     from helios_sim.terminal import profiles_table
 
     _console().print(profiles_table(listed))
+
+
+def _amount(option: str, help_text: str) -> Any:
+    """An option that takes a number with or without a unit."""
+    return typer.Option(option, metavar="AMOUNT", help=help_text, show_default=False)
+
+
+@profiles_app.command("derive")
+def derive(
+    source: Annotated[
+        str, typer.Option("--from", metavar="PROFILE", help="The profile to start from.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the new profile.", show_default=False)],
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the new profile.", show_default="that of the folder"),
+    ] = None,
+    device_name: Annotated[
+        str | None,
+        typer.Option(help="Name of the device.", show_default="that of the profile"),
+    ] = None,
+    memory: Annotated[str | None, _amount("--memory", "Memory, such as 48GiB.")] = None,
+    bandwidth: Annotated[
+        str | None, _amount("--bandwidth", "Memory bandwidth, such as 864GB/s.")
+    ] = None,
+    flops: Annotated[
+        str | None, _amount("--flops", "Peak at the models' width, such as 362TFLOP/s.")
+    ] = None,
+    launch: Annotated[
+        str | None, _amount("--launch", "Launch floor of a layer, such as 0.1ms.")
+    ] = None,
+    fixed: Annotated[
+        str | None, _amount("--fixed", "Fixed part of an iteration, such as 0.5ms.")
+    ] = None,
+    watts: Annotated[str | None, _amount("--watts", "Power limit, such as 350.")] = None,
+    idle_watts: Annotated[
+        str | None, _amount("--idle-watts", "Idle power; otherwise by the limit.")
+    ] = None,
+    active_watts: Annotated[
+        str | None, _amount("--active-watts", "Power while working, at least.")
+    ] = None,
+    load_watts: Annotated[str | None, _amount("--load-watts", "Power while weights move.")] = None,
+    load_bandwidth: Annotated[
+        str | None, _amount("--load-bandwidth", "Link that weights take from the host.")
+    ] = None,
+    disk_bandwidth: Annotated[str | None, _amount("--disk-bandwidth", "Disk.")] = None,
+    from_bandwidth: Annotated[
+        str | None, _amount("--from-bandwidth", "Memory bandwidth of the given device.")
+    ] = None,
+    from_flops: Annotated[str | None, _amount("--from-flops", "Peak of the given device.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a profile that is there.")
+    ] = False,
+) -> None:
+    """Make a profile of a device that is not here, by scaling one of another device."""
+    from helios_sim.derive import device_of, write_derived
+    from helios_sim.profile import load_profile
+    from helios_sim.terminal import profiles_table
+
+    own_name = name if name is not None else out.resolve().name
+    device = device_of(
+        device_name if device_name is not None else own_name,
+        {
+            "memory_bytes": memory,
+            "bytes_per_s": bandwidth,
+            "flops_per_s": flops,
+            "launch_s": launch,
+            "fixed_s": fixed,
+            "limit_w": watts,
+            "idle_w": idle_watts,
+            "active_w": active_watts,
+            "load_w": load_watts,
+            "host_bytes_per_s": load_bandwidth,
+            "disk_bytes_per_s": disk_bandwidth,
+            "from_bytes_per_s": from_bandwidth,
+            "from_flops_per_s": from_flops,
+        },
+    )
+    derived = write_derived(load_profile(source), own_name, device, out, overwrite)
+    _console().print(profiles_table([derived.summary()]))
+    _say(f"Profile: {out}")
 
 
 @scenario_app.command("check")
