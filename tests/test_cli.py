@@ -208,6 +208,45 @@ def test_a_mistake_found_while_playing_names_its_place_once(
     assert capsys.readouterr().err.count("policy vanilla") == 1
 
 
+OWN_POLICY = """
+from dataclasses import dataclass
+from helios_sim.policy.contract import ExitMode, Serve, Watching
+
+@dataclass(frozen=True)
+class Mine:
+    name = "mine"
+    sees_future = False
+    watching = Watching()
+    confidence_threshold = None
+
+    def decide(self, snapshot):
+        return self.deepest(snapshot, snapshot.num_wating)
+
+    def deepest(self, snapshot, num):
+        return Serve(snapshot.candidates[0].name, 24, ExitMode.FULL, f"{num} wait.")
+"""
+
+
+def test_a_mistake_in_a_policy_of_ones_own_is_a_sentence_with_its_line(
+    scenario: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scenario.parent / "mine.py").write_text(OWN_POLICY, encoding="utf-8")
+    monkeypatch.delenv("HELIOS_TRACEBACK", raising=False)
+    words = ("simulate", scenario, "--json", "--set", "policy.0.use=mine:Mine")
+    assert run(*words, "--policy", "mine:Mine") == 2
+    said = (
+        f"helios: {scenario}, policy mine: Policy 'mine' failed in decide: AttributeError: "
+        "'Snapshot' object has no attribute 'num_wating', mine.py line 13. Did you mean "
+        "'num_waiting'? HELIOS_TRACEBACK=1 shows the way there.\n"
+    )
+    assert capfd.readouterr().err == said
+    monkeypatch.setenv("HELIOS_TRACEBACK", "1")
+    assert run(*words, "--policy", "mine:Mine") == 2
+    told = capfd.readouterr().err
+    assert "return self.deepest(snapshot, snapshot.num_wating)" in told
+    assert told.endswith(said)
+
+
 def test_an_error_made_anew_is_the_same() -> None:
     for error in (InputError("No.", "a.toml, x"), InputError("No.")):
         for again in (type(error)(*error.args), pickle.loads(pickle.dumps(error))):
