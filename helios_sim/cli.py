@@ -227,12 +227,20 @@ def compare(
     as_json: AsJson = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write a page here; of real runs, a folder with its figures too."),
+        typer.Option(
+            help="Write a page here (a name in .html), or a folder with the page and its figures."
+        ),
     ] = None,
 ) -> None:
     """Compare runs of the same requests, figure by figure; or real runs with the simulated one."""
     from helios_sim.fidelity.sides import sides_given
 
+    if allow_simulated and simulated is None:
+        raise InputError(
+            "--allow-simulated takes the runs beside the simulated one for real ones, and none is "
+            "named; name it with --simulated, or leave --allow-simulated out to compare policies.",
+            "compare",
+        )
     given = sides_given(runs, simulated)
     if given is not None:
         from helios_sim.fidelity import read_sides
@@ -245,13 +253,18 @@ def compare(
 
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run was given; a comparison needs at least two.", "compare")
+    if out is not None:
+        from helios_sim.publish import check_comparison_target
+
+        check_comparison_target(out)
     data = [read_run(path) for path in runs]
     summaries = [read_summary(path) for path in runs]
     rows = compare_runs(data, summaries, [str(path) for path in runs])
+    page = None
     if out is not None:
-        from helios_sim.publish import write_page
+        from helios_sim.publish import write_comparison
 
-        write_page(data, summaries, out)
+        page = write_comparison(data, summaries, rows, out)
     if as_json:
         from dataclasses import asdict
 
@@ -266,8 +279,8 @@ def compare(
     _say_serving([run.environment for run in data], told)
     _console().print(comparison_table(rows, labels))
     _say_extrapolated(labels, summaries)
-    if out is not None:
-        _say(f"Page: {out}")
+    if page is not None:
+        _say(f"Page: {page}")
 
 
 @app.command()

@@ -311,6 +311,40 @@ def test_a_place_nobody_can_write_to_is_refused_before_the_simulation(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "short.toml"]
 
 
+def test_a_comparison_is_written_as_a_page_or_as_a_folder_with_its_rows(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("simulate", scenario, "--out", tmp_path / "out") == 0
+    runs = (tmp_path / "out" / "vanilla", tmp_path / "out" / "helios")
+    assert run("compare", *runs, "--out", tmp_path / "one.html") == 0
+    folder = tmp_path / "new" / "both"
+    for _ in range(2):
+        assert run("compare", *runs, "--out", folder) == 0
+        assert f"Page: {folder / 'report.html'}" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.json", "report.html"]
+    assert (folder / "report.html").read_bytes() == (tmp_path / "one.html").read_bytes()
+    assert run("compare", *runs, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(
+        (folder / "comparison.json").read_text(encoding="utf-8")
+    )
+    (folder / "letter.txt").write_text("kept", encoding="utf-8")
+    for place, said in (
+        (folder, "The folder holds 'letter.txt', which is no comparison of ours"),
+        (scenario, "It is a file; allowed is a folder or a name in .html."),
+        (scenario / "x", "Nothing can be written there"),
+    ):
+        assert run("compare", *runs, "--out", place) == 2
+        assert said in capsys.readouterr().err
+    assert (folder / "letter.txt").exists()
+
+
+def test_simulated_runs_are_taken_for_real_ones_only_beside_a_named_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("compare", "a", "b", "--allow-simulated") == 2
+    assert "name it with --simulated, or leave --allow-simulated out" in capsys.readouterr().err
+
+
 def test_a_page_replaces_no_other_file(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -866,8 +866,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--compare"]:
         print(comparison_table())
         return 0
+    if given in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     if given:
-        print(f"Unknown arguments {given}; allowed is --compare or nothing.", file=sys.stderr)
+        print(
+            f"Unknown arguments {given}; allowed are --compare, --help or nothing.", file=sys.stderr
+        )
         return 2
     for path in write_profiles(Path(__file__).parent):
         print(path)
