@@ -56,8 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.baseline.is_file() and given.baseline != BASELINE:
         print(f"There is no baseline {given.baseline}.", file=sys.stderr)
         return 2
+    if given.json is not None and (given.json.is_dir() or not given.json.parent.is_dir()):
+        print(f"The figures cannot be written to {given.json}: give a file.", file=sys.stderr)
+        return 2
+    try:
+        baseline = read_baseline(given.baseline)
+    except (OSError, ValueError) as error:
+        print(f"The baseline {given.baseline} cannot be read: {error}.", file=sys.stderr)
+        return 2
     started_s = time.monotonic()
-    baseline = read_baseline(given.baseline)
     repetitions = given.repetitions or (1 if given.quick else 3)
     notes = Console(stderr=True, highlight=False)
     say = notes.print if notes.is_terminal else _silent
@@ -81,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} was given; at least 1 repetition is needed.")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given; a whole number of at least 1 is needed."
+        )
+    return int(text)
 
 
 def _silent(_words: str) -> None:

@@ -323,11 +323,14 @@ def _rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_baseline(path: Path) -> dict[str, Any] | None:
-    """A stored run, if there is one."""
+    """A stored run, if there is one; raises `ValueError` for a file that --json did not write."""
     if not path.is_file():
         return None
-    stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return stored
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    held = stored.get("cases") if isinstance(stored, dict) else None
+    if not isinstance(held, dict) or not all(isinstance(one, dict) for one in held.values()):
+        raise ValueError("it holds no cases")
+    return dict(stored)
 
 
 def write_document(results: Results, path: Path) -> None:

@@ -169,6 +169,11 @@ def train(
     """Train a small family of early-exit models on text that ships with Python."""
     from calibration.training import training_commands as commands
 
+    commands.check_belong_together(
+        heads_for,
+        of_family={"--budget": budget, "--processes": processes, "--threshold": threshold},
+        of_heads={"--exits": exits, "--domain": domain},
+    )
     if heads_for is not None:
         commands.heads(
             heads_for,

@@ -27,12 +27,7 @@ from helios_sim.report import render
 
 def check_results_target(out_dir: Path) -> None:
     """Raise `InputError` unless results may be written here: nothing, or results to replace."""
-    try:
-        _try_to_write(out_dir)
-    except OSError as error:
-        raise InputError(
-            f"No results can be written there: {error.strerror}.", str(out_dir)
-        ) from error
+    check_writable(out_dir)
     if not out_dir.exists():
         return
     if not out_dir.is_dir():
@@ -48,10 +43,15 @@ def check_results_target(out_dir: Path) -> None:
             )
 
 
-def _try_to_write(out_dir: Path) -> None:
-    """Make a folder beside the target and remove it again, before hours are spent on results."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent)).rmdir()
+def check_writable(out_dir: Path) -> None:
+    """Raise `InputError` unless a folder can be made beside the target, which costs no hours."""
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent)).rmdir()
+    except OSError as error:
+        raise InputError(
+            f"No results can be written there: {error.strerror}.", str(out_dir)
+        ) from error
 
 
 def write_results(results: Sequence[Result], out_dir: Path) -> None:
@@ -96,6 +96,11 @@ def write_page(
         question=str(scenario.get("question", "")),
         notes=[str(note) for note in scenario.get("notes", [])],
     )
+    write_page_text(text, target)
+
+
+def write_page_text(text: str, target: Path) -> None:
+    """Write a page under a temporary name and move it into place."""
     check_page_target(target)
     partial = target.with_name(f".{target.name}.partial")
     try:
@@ -126,6 +131,7 @@ def check_comparison_target(target: Path, figures_file: str = COMPARISON_FILE) -
     if is_page(target):
         check_page_target(target)
         return
+    check_writable(target)
     if not target.exists():
         return
     if not target.is_dir():
@@ -165,11 +171,8 @@ def write_comparison(
 def folder_in_place(target: Path) -> Iterator[Path]:
     """A folder to write to that takes the place of `target` once it is whole, or is gone."""
     folder = target.resolve()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    except OSError as error:
-        raise InputError(f"Nothing can be written there: {error.strerror}.", str(target)) from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
         yield draft
         draft.chmod(0o755)

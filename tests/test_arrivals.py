@@ -217,6 +217,31 @@ def test_a_daily_rate_starts_at_its_hour() -> None:
     assert np.count_nonzero(times < 1800) == pytest.approx(12 * 1800, rel=0.05)
 
 
+def test_a_run_that_starts_in_a_busy_hour_is_busy_though_the_day_begins_quietly() -> None:
+    """All arrivals are between noon and one; a run of half an hour from noon has half of them."""
+    table = {
+        "kind": "daily",
+        "mean_rate_per_s": 0.1,
+        "hourly_weights": [0.0] * 12 + [1.0] + [0.0] * 11,
+        "start_hour": 12.0,
+    }
+    assert arrivals(table, duration_s=1800.0).size == pytest.approx(0.1 * 43_200, rel=0.05)
+
+
+def test_from_the_last_hour_of_a_day_the_rate_goes_straight_to_the_first_of_the_next() -> None:
+    """A day whose only weight is at midnight rises from 23 o'clock and falls until one."""
+    table = {
+        "kind": "daily",
+        "mean_rate_per_s": 0.1,
+        "hourly_weights": [1.0] + [0.0] * 23,
+        "interpolate": True,
+    }
+    times = arrivals(table, duration_s=2 * 86_400.0)
+    assert times.size == pytest.approx(0.1 * 2 * 86_400, rel=0.03)
+    rising = np.count_nonzero(times % 86_400 >= 82_800)
+    assert rising == pytest.approx(times.size / 2, rel=0.05)
+
+
 def test_a_schedule_that_dries_up_is_an_error() -> None:
     """More requests than a schedule ending at rate 0 can send are refused with its total."""
     table = {"kind": "schedule", "points": [[0, 1], [10, 0]]}

@@ -334,8 +334,35 @@ def test_a_choice_of_nothing_is_said_in_words(capsys: pytest.CaptureFixture[str]
     assert "No case holds 'nothing like this'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", ["x", "0", "-1", "1.5"])
+def test_repetitions_that_none_can_make_are_said_in_words(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command.main([f"--repetitions={given}"])
+    assert "a whole number of at least 1 is needed" in capsys.readouterr().err
+
+
 def test_a_baseline_that_is_not_there_is_said_in_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(["--baseline", str(tmp_path / "none.json")]) == 2
     assert "There is no baseline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"cases": [1]}'])
+def test_a_baseline_that_is_none_is_said_before_anything_is_measured(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert command.main(["--baseline", str(path)]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_place_for_the_figures_is_looked_at_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (tmp_path, tmp_path / "none" / "speed.json"):
+        assert command.main(["--json", str(place)]) == 2
+        assert "cannot be written" in capsys.readouterr().err

@@ -331,7 +331,7 @@ def test_a_comparison_is_written_as_a_page_or_as_a_folder_with_its_rows(
     for place, said in (
         (folder, "The folder holds 'letter.txt', which is no comparison of ours"),
         (scenario, "It is a file; allowed is a folder or a name in .html."),
-        (scenario / "x", "Nothing can be written there"),
+        (scenario / "x", "No results can be written there"),
     ):
         assert run("compare", *runs, "--out", place) == 2
         assert said in capsys.readouterr().err

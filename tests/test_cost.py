@@ -156,3 +156,31 @@ def test_capturing_is_paid_by_the_graph_and_by_the_layers_in_it() -> None:
     )
     assert cost.capture_seconds(c, 3.0, 1.0, 4.0, 2.0) == 4.75
     assert cost.capture_seconds(c, 0.0, 0.0, 0.0, 0.0) == 0.0
+
+
+def test_rows_and_prompts_of_one_iteration_read_the_weights_once() -> None:
+    """A layer's weights take 2 s and 5 J; eight prompt tokens beside a row add theirs alone."""
+    c = coefficients(
+        decode_memory_s_per_layer=2.0,
+        decode_memory_s_per_row=0.5,
+        prefill_memory_s_per_layer=2.0,
+        prefill_memory_s_per_token=0.25,
+        decode_j_per_layer=5.0,
+        prefill_j_per_layer=5.0,
+        prefill_j_per_token_layer=0.125,
+    )
+    alone, none = (8.0, 0.0, 36.0), (0.0, 0.0, 0.0)
+    assert cost.layer_seconds(c, 1.0, 9.0, 9.0, *none)[0] == 2.5
+    assert cost.layer_seconds(c, 0.0, 0.0, 0.0, *alone)[0] == 4.0
+    assert cost.layer_seconds(c, 1.0, 9.0, 9.0, *alone)[0] == 4.5
+    assert cost.layer_joules(c, 0.0, 0.0, 0.0, 8.0, 36.0) == 6.0
+    assert cost.layer_joules(c, 1.0, 9.0, 9.0, 8.0, 36.0) == 6.0
+
+
+def test_a_board_draws_no_more_than_its_limit() -> None:
+    """100 W and 50 J of work are 150 J in a second; 500 J of work would be 600, and 300 W bound."""
+    c = coefficients(power_active_w=100.0, power_limit_w=300.0, decode_j_per_layer=50.0)
+    work = (1.0, 9.0, 9.0)
+    assert cost.decode_joules(c, *work, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0) == 150.0
+    assert cost.decode_joules(c, *work, 10.0, 0.0, 0.0, 0.0, 1.0, 1.0) == 300.0
+    assert cost.mixed_joules(c, *work, 0.0, 0.0, 10.0, 0.0, 0.0, 1.0) == 300.0

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from helios_sim.engine import Run
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.experiment import Experiment, prepare, run_policy
-from helios_sim.fidelity import assess, read_sides, run_folders
+from helios_sim.fidelity import assess, read_sides, run_folders, swaps
+from helios_sim.fidelity.figures import per_request
 from helios_sim.fidelity.page import render
 from helios_sim.fidelity.recordings import (
     EXITS_FILE,
@@ -28,11 +30,14 @@ from helios_sim.fidelity.recordings import (
     Iterations,
     read_iterations,
 )
+from helios_sim.fidelity.replayed import replayed_run
+from helios_sim.fidelity.sides import Side
 from helios_sim.fidelity.swaps import Attribution
-from helios_sim.fidelity.timing import factors, pauses, predict, reloaded, retimed
+from helios_sim.fidelity.timing import factors, loads, pauses, predict, reloaded, retimed
 from helios_sim.fidelity.words import name_of, remarks, signed_percent
 from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
+from helios_sim.policy.contract import Event
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import ModelProfile, Profile
 from helios_sim.records import RunData, read_run, write_run
@@ -121,6 +126,24 @@ def harder(traces: ExitTraces) -> ExitTraces:
         traces,
         confidence={name: one * np.float32(0.75) for name, one in traces.confidence.items()},
         nll_nats={name: one + np.float32(0.25) for name, one in traces.nll_nats.items()},
+    )
+
+
+MOVED_POSITIONS = 7
+
+
+def moved(traces: ExitTraces) -> ExitTraces:
+    """The same exits, each some positions later."""
+    tables = ("confidence", "agrees", "nll_nats")
+    return replace(
+        traces,
+        **{
+            table: {
+                name: np.roll(one, MOVED_POSITIONS, axis=1)
+                for name, one in getattr(traces, table).items()
+            }
+            for table in tables
+        },
     )
 
 
@@ -221,7 +244,12 @@ def simulate(folder: Path, policy: str) -> Path:
 
 PERTURBED: dict[str, dict[str, Any]] = {
     "times": {"profile": slower},
-    "exits": {"traces": harder},
+    "exits": {
+        "traces": lambda traces: moved(harder(traces)),
+        "change": lambda requests: replace(
+            requests, trace_start=requests.trace_start + np.int32(MOVED_POSITIONS)
+        ),
+    },
     "arrivals": {"change": lambda requests: replace(requests, arrival_s=requests.arrival_s * 0.8)},
     "decisions": {"options": {"breach_limit": 60, "reassess_requests": 40}},
     "loads": {"loading": 3.0},
@@ -633,7 +661,8 @@ def test_an_iteration_that_captures_graphs_is_predicted_to_take_their_time() -> 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
 def test_a_retimed_profile_takes_the_recorded_time(factor: float) -> None:
     """By batch for decodes and in sum for prefills, whatever the shares of layers and the rest."""
-    costs = {"costs": PADDING, "depth_residual": ((2.0, 0.5), (4.0, 1.5))}
+    residuals = {"residual": ((1.0, 0.8), (8.0, 1.4)), "depth_residual": ((2.0, 0.5), (4.0, 1.5))}
+    costs = {"costs": PADDING, **residuals}
     profile = profile_of(thumbnail(buckets=(1, 2, 4, 8), **costs), thumbnail("large", (2, 4, 8)))
     batches = np.array([1.0, 1.0, 3.0, 3.0, 6.0, 6.0, 0.0, 0.0])
     found = recorded(
@@ -673,6 +702,115 @@ def test_pauses_are_what_passes_while_somebody_is_there() -> None:
     )
     assert pauses(found, run)["decode"] == pytest.approx(0.003)
     assert pauses(found, run)["prefill"] == 0.0
+
+
+def test_what_passes_beside_loads_or_with_nobody_left_is_no_pause() -> None:
+    run = simulated_data("static-depth")
+    requests = run.requests.head(3).with_columns(
+        arrival_s=pl.Series([0.0, 5.0, 0.15]),
+        finished_s=pl.Series([0.21, 5.152, None], dtype=pl.Float64),
+        status=pl.Series(["finished", "finished", "refused"]),
+    )
+    moves = run.decisions.head(1).with_columns(
+        replica=pl.lit(0, pl.Int32), time_s=0.05, ready_s=0.105, moved_bytes=pl.lit(1, pl.Int64)
+    )
+    run = replace(run, requests=requests, decisions=moves.clear())
+    found = recorded("small", [0.1, 0.1, 0.05, 0.05, 0.05], start_s=[0.0, 0.11, 5.0, 5.052, 5.102])
+    # Who was refused was never there, so that nobody waits while the replica idles.
+    assert pauses(found, run)["decode"] == pytest.approx((0.01 + 0.002 + 0.0) / 3)
+    run = replace(run, decisions=moves)
+    assert pauses(found, run)["decode"] == pytest.approx((0.002 + 0.0) / 2)
+
+
+def test_loads_are_held_against_the_disk_once_and_only_where_serving_waited() -> None:
+    """The first load waits for the disk, the second comes beside requests, the third waits."""
+    run = simulated_data("waiting")
+    profile = experiment_for("waiting").setup.profile
+    moves = [
+        ("opt-6.7b", 0.0, 10.0, 3_000),
+        ("opt-1.3b", 20.0, 25.0, 2_000),
+        ("opt-1.3b", 40.0, 45.0, 1_000),
+    ]
+    decisions = pl.concat([run.decisions.head(1)] * 3).with_columns(
+        replica=pl.lit(0, pl.Int32),
+        model=pl.Series([name for name, *_ in moves]),
+        time_s=pl.Series([begun_s for _, begun_s, _, _ in moves]),
+        ready_s=pl.Series([ready_s for _, _, ready_s, _ in moves]),
+        moved_bytes=pl.Series([moved for *_, moved in moves]),
+    )
+    waited = pl.concat([run.timeline.head(1)] * 2).with_columns(
+        replica=pl.lit(0, pl.Int32), state=pl.lit("loading"), time_s=pl.Series([10.0, 45.0])
+    )
+    totals = replace(run.totals, load_s=12.0)
+    run = replace(run, decisions=decisions, timeline=waited, totals=totals)
+    whole = profile.models["opt-6.7b"].model
+    disk, host = profile.loading.disk, profile.loading.host
+    moved_s = host.seconds(3_000) + host.seconds(1_000)
+    assert loads(run, profile) == pytest.approx(12.0 / moved_s)
+    run = replace(run, scenario=run.scenario | {"fleet": {"weights_start": "disk"}})
+    whole_s = disk.seconds(whole.weight_bytes(whole.shape.layers))
+    assert loads(run, profile) == pytest.approx(12.0 / (moved_s + whole_s))
+
+
+def test_requests_of_the_warm_up_are_not_compared_one_by_one(base: Path) -> None:
+    run = read_run(base / "real")
+    numbers = [
+        int(
+            np.isfinite(
+                per_request(Side(base, run, summarise(run, None, 0.0, skipped)))["e2e"]
+            ).sum()
+        )
+        for skipped in (0, 100)
+    ]
+    assert numbers == [240, 140]
+
+
+def test_a_decision_that_takes_longer_puts_the_next_one_off_by_as_much() -> None:
+    """Loads take thirty times as long, and what was served between two decisions is served."""
+    experiment, real = experiment_for("waiting"), simulated_data("waiting")
+    setup = replace(
+        experiment.setup,
+        seed=real.seed,
+        profile=reloaded(experiment.setup.profile, 30.0),
+    )
+    requests, _ = experiment.requests(real.seed)
+    run = replayed_run(
+        lambda maker: Run(setup, requests, maker),
+        lambda: experiment.policy(experiment.scenario.policy[0]),
+        real,
+    )
+    run.play()
+    told = list(real.decisions.sort("time_s", maintain_order=True).iter_rows(named=True))
+    gaps = [
+        (later.time_s - before.ready_s, there["time_s"] - then["ready_s"])
+        for (before, later), (then, there) in zip(
+            pairwise(run.decisions), pairwise(told), strict=False
+        )
+        if before.ready_s is not None and later.event is not Event.EVALUATED
+    ]
+    assert sum(recorded_s > 1.0 for _, recorded_s in gaps) >= 2
+    assert all(ours_s >= recorded_s - 1e-6 for ours_s, recorded_s in gaps)
+
+
+def test_a_policy_knows_the_profile_as_it_is_whatever_is_swapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played: list[Run] = []
+
+    def kept(run: Run, *more: Any) -> RunData:
+        played.append(run)
+        return run_data(run, *more)
+
+    real = perturbed(tmp_path / "real", "static-depth", "times")
+    simulated = simulate(tmp_path / "simulated", "static-depth")
+    monkeypatch.setattr(swaps, "run_data", kept)
+    attribution_of(real, simulated)
+    first, *others = played
+    assert any(run.setup.profile is not first.setup.profile for run in others)
+    for run in others:
+        assert run.candidates == first.candidates
+        for replica in run.replicas:
+            assert tuple(replica.controller.candidates) == first.candidates
 
 
 def run_cli(*words: str) -> int:
@@ -724,6 +862,14 @@ def test_the_command_refuses_what_it_cannot_take(
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert run_cli("compare", real, simulated, "--out", str(tmp_path / "mine")) == 2
     assert "no comparison of ours" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert run_cli("compare", real, simulated, "--out", str(tmp_path / "file" / "found")) == 2
+    said = capsys.readouterr()
+    assert "No results can be written there" in said.err and not said.out
+    (tmp_path / ".page.html.partial").mkdir()
+    page = ("--no-attribution", "--out", str(tmp_path / "page.html"))
+    assert run_cli("compare", real, simulated, *page) == 2
+    assert "The page cannot be written" in capsys.readouterr().err
     assert run_cli("compare", real) == 2
     assert "needs at least two" in capsys.readouterr().err
 

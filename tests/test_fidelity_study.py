@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import stat
 import sys
 from dataclasses import replace
@@ -195,6 +196,16 @@ def test_a_profile_of_one_text_serves_stable_texts(ground: Ground, tmp_path: Pat
     drifting = Case("static-depth", "light", "steady", "drifting")
     study.run_study(one_text, tmp_path, note, cases=(drifting,), say=lambda text: None)
     assert served == ["static-depth-light-steady-stable"]
+
+
+def test_what_a_study_cannot_use_is_said_before_anything_is_served(tmp_path: Path) -> None:
+    for seconds in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match="more than 0 and up to 86,400 s"):
+            StudySettings(tmp_path, seconds=seconds)
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/within"):
+        with pytest.raises(InputError, match="No study can be written there"):
+            judging.check_target(tmp_path / place)
 
 
 def test_a_study_of_one_text_is_read_back_and_simulated_anew(

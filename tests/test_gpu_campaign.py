@@ -368,6 +368,11 @@ def test_unpacking_refuses_paths_outside_and_changed_archives(tmp_path: Path) ->
         unpack(changed, tmp_path / "target")
     with pytest.raises(InputError, match="manifest cannot be read"):
         unpack(tmp_path / "nothing", tmp_path / "target")
+    with pytest.raises(InputError, match="It cannot be unpacked"):
+        unpack(planted(tmp_path / "d", "inside"), changed / MANIFEST)
+    (changed / MANIFEST).write_text('{"files": {"part-1.tar.gz": 5}}')
+    with pytest.raises(InputError, match="manifest cannot be read"):
+        unpack(changed, tmp_path / "target")
 
 
 def test_steps_so_far_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -388,6 +393,10 @@ def test_options_that_cannot_be_used_are_refused_with_what_can(tmp_path: Path) -
     with pytest.raises(InputError, match="manifest cannot be read"):
         called("--unpack", str(tmp_path / "nothing"))
     assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    words = ["--out", str(tmp_path / "file"), "--device", "cpu", "--only", "environment"]
+    with pytest.raises(InputError, match="No campaign can be kept there"):
+        cli.app(words, standalone_mode=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -122,6 +122,20 @@ def test_every_figure_of_the_pencil_run() -> None:
             assert summary[key] == rounded_figures(value), key
 
 
+def test_times_of_two_replicas_are_shares_of_both_and_running_requests_are_added() -> None:
+    """Of eight seconds four are busy; 6 request-seconds in 4 s are 1.5 requests at a time."""
+    seconds = {"busy_s": 4.0, "idle_s": 2.0, "load_s": 2.0, "drain_s": 1.0, "evaluation_s": 0.8}
+    summary = summarise(pencil_run(num_replicas=2, batch_seconds=6.0, **seconds))
+    assert summary["time_shares"] == {
+        "busy": 0.5,
+        "idle": 0.25,
+        "loading": 0.25,
+        "draining": 0.125,
+        "evaluating": 0.1,
+    }
+    assert summary["mean_running"] == 1.5
+
+
 def test_every_key_is_defined_and_documented() -> None:
     """Each key of a summary has a definition, and the documentation holds the same words."""
     summary = summarise(pencil_run(), SLO)
@@ -226,6 +240,7 @@ def test_warm_up_cuts_latencies_and_attainment_only() -> None:
     by_count = summarise(pencil_run(), SLO, warmup_requests=1)
     assert by_time["num_measured"] == by_count["num_measured"] == 3
     assert by_time["mean_ttft_ms"] == by_count["mean_ttft_ms"] == 300.0
+    assert by_time["mean_wait_ms"] == by_count["mean_wait_ms"] == pytest.approx(150.0)
     assert by_time["slo_attainment"] == 0.0
     for key in ("duration", "output_throughput", "request_goodput", "total_gpu_energy"):
         assert by_time[key] == whole[key]
@@ -337,6 +352,74 @@ def test_long_answers_without_a_queue_are_stable() -> None:
     )
     columns = columns_of(replace(run, requests=requests))
     assert saturation_of(columns, float(columns.finished_s.max())).saturation == "stable"
+
+
+@pytest.mark.parametrize(("burst", "verdict"), [(1, "overloaded"), (10, "backlogged")])
+def test_arrivals_in_bursts_may_take_longer_to_drain(burst: int, verdict: str) -> None:
+    """1,600 answers of 1.07 s take 7 % longer than their arrivals do.
+
+    One a second has a variation below 1, and 5 % of the span are its luck; ten at once every ten
+    seconds have 3, and three times the luck, up to 10 %.
+    """
+    run = make_run(num_requests=1600)
+    arrival = np.arange(1600) // burst * float(burst)
+    admitted = fifo_admission(arrival, np.full(1600, 1.07), 1)
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", arrival),
+        pl.Series("admitted_s", admitted),
+        pl.Series("first_token_s", admitted),
+        pl.Series("finished_s", admitted + 1.07),
+    )
+    columns = columns_of(replace(run, requests=requests))
+    assert saturation_of(columns, float(columns.finished_s.max())).saturation == verdict
+
+
+def test_who_is_never_admitted_has_waited_until_the_end() -> None:
+    """Nine answers of a second come at once; the tenth request waits ninety seconds for nothing."""
+    run = make_run(num_requests=10)
+    arrival = np.arange(10.0)
+    served = np.where(arrival < 9.0, arrival, math.nan)
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", arrival),
+        pl.Series("admitted_s", served).fill_nan(None),
+        pl.Series("first_token_s", served).fill_nan(None),
+        pl.Series("finished_s", served + 1.0).fill_nan(None),
+        pl.Series("status", ["finished"] * 9 + ["waiting"]),
+    )
+    columns = columns_of(replace(run, requests=requests))
+    assert saturation_of(columns, 99.0).saturation == "backlogged"
+    assert saturation_of(columns, 10.0).saturation == "stable"
+
+
+def test_refused_requests_leave_as_they_arrive() -> None:
+    """Every second request is refused and the others meet nobody: nothing piles up."""
+    run = make_run(num_requests=60)
+    arrival, refused = np.arange(60.0), np.arange(60) % 2 == 1
+    served = np.where(refused, math.nan, arrival)
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", arrival),
+        pl.Series("admitted_s", served).fill_nan(None),
+        pl.Series("first_token_s", served).fill_nan(None),
+        pl.Series("finished_s", served + 0.5).fill_nan(None),
+        pl.Series("status", np.where(refused, "refused", "finished")),
+    )
+    run = replace(run, requests=requests, totals=replace(run.totals, end_s=60.0))
+    verdict = saturation_of(columns_of(run), 60.0)
+    assert (verdict.saturation, verdict.drain_s) == ("stable", 0.0)
+    assert summarise(run)["max_concurrent_requests"] == 1
+
+
+def test_who_leaves_as_another_arrives_is_not_in_the_system_with_it() -> None:
+    """Answers of a second to requests a second apart."""
+    run = make_run(num_requests=4)
+    arrival = np.arange(4.0)
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", arrival),
+        pl.Series("admitted_s", arrival),
+        pl.Series("first_token_s", arrival),
+        pl.Series("finished_s", arrival + 1.0),
+    )
+    assert summarise(replace(run, requests=requests))["max_concurrent_requests"] == 1
 
 
 def test_a_closed_loop_is_never_overloaded() -> None:

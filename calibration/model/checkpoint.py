@@ -18,6 +18,8 @@ from typing import Any, Final, Literal, cast
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, OPTConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calibration.model.confidence import Confidence, confidence_from_json
 from calibration.model.family import unsupported
@@ -227,6 +229,14 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
     heads = document.get("heads", "shared")
     if heads not in ("shared", "auxiliary"):
         raise InputError(f"heads is {heads!r}; allowed are shared, auxiliary.", where)
+    corpus = document.get("corpus")
+    if corpus is not None and not (
+        isinstance(corpus, dict) and isinstance(corpus.get("train") or {}, dict)
+    ):
+        raise InputError(
+            "corpus must be an object whose train, where there is one, maps domains to facts.",
+            where,
+        )
     try:
         layers = tuple(int(layer) for layer in document["exit_layers"])
         guard = document.get("guard")
@@ -242,11 +252,11 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
                 tuple(None if s is None else float(s) for s in guard["logits_sums"]),
                 float(guard["tolerance"]),
             ),
-            corpus=document.get("corpus"),
+            corpus=corpus,
         )
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             "name, exit_layers (a list of layers) and guard (token_ids, logits_sums, tolerance) "
             "must be there and of their kinds.",
@@ -373,10 +383,23 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         check_exits(settings.exit_layers, int(config.num_hidden_layers), str(settings_path))
         if settings.guard and len(settings.guard.sums) != len(settings.exit_layers):
             raise InputError("The guard needs one sum for each exit layer.", str(settings_path))
+        _check_guard_tokens(settings, int(config.vocab_size or 0), str(settings_path))
     heads: dict[str, Entry] = {}
     if settings is not None and settings.heads == "auxiliary":
         heads = read_header(path / HEADS_FILE)
     return Checkpoint(path, config, _stock_names(entries, config), heads, settings)
+
+
+def _check_guard_tokens(settings: EarlyExitSettings, vocab: int, where: str) -> None:
+    """Raise `InputError` for a guard of tokens that the model does not have."""
+    if settings.guard is None:
+        return
+    ids = settings.guard.token_ids
+    strange = [token for token in ids if not 0 <= token < vocab]
+    if strange or not ids:
+        raise InputError(
+            f"The guard's token_ids are {list(ids)}; needed are some of 0 to {vocab - 1}.", where
+        )
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -469,15 +492,36 @@ def _config(path: Path) -> Config:
     named = document.get("architectures") if isinstance(document, dict) else None
     kind = document.get("model_type") if isinstance(document, dict) else None
     by_kind = {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}
-    architecture = str(named[0] if named else by_kind.get(str(kind), kind))
+    first = named[0] if isinstance(named, list) and named else named
+    architecture = str(first or by_kind.get(str(kind), kind))
     classes: dict[str, Any] = {"LlamaForCausalLM": LlamaConfig, "OPTForCausalLM": OPTConfig}
     if architecture not in classes:
         raise unsupported(architecture, str(file))
     try:
         config: Config = classes[architecture].from_dict(document)
     except Exception as error:  # Validation differs between versions of transformers.
-        raise InputError(f"The configuration is not accepted: {error}", str(file)) from error
+        said = " ".join(str(error).split())
+        raise InputError(f"The configuration is not accepted: {said}", str(file)) from error
+    _check_names_known(config, str(file))
     return config
+
+
+def _check_names_known(config: Config, where: str) -> None:
+    """Raise `InputError` for an activation or a rotary embedding that transformers does not have.
+
+    A configuration takes any name; the layers that are built of it do not.
+    """
+    is_llama = isinstance(config, LlamaConfig)
+    activation = "hidden_act" if is_llama else "activation_function"
+    rope = (config.rope_parameters or {}) if is_llama else {}
+    for key, value, known in (
+        (activation, getattr(config, activation), list(ACT2FN)),
+        ("rope_type", rope.get("rope_type", "default"), ["default", *ROPE_INIT_FUNCTIONS]),
+    ):
+        if value not in known:
+            raise InputError(
+                f"{key} is {value!r}; transformers has {', '.join(sorted(known))}.", where
+            )
 
 
 def _stock_names(entries: Mapping[str, Entry], config: Config) -> dict[str, Entry]:
@@ -502,7 +546,7 @@ def _json(path: Path) -> Any:
         raise InputError(
             f"The file cannot be read: {error.strerror or error}.", str(path)
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"The file is not JSON: {error}.", str(path)) from error
 
 

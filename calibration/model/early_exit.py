@@ -572,9 +572,9 @@ def _write(model: EarlyExitLM, path: Path, settings: EarlyExitSettings | None) -
     names = backbone.resident_names()
     held = backbone.model.state_dict()
     names += [name for name in held if name.startswith(backbone.layer_prefix)]
-    _save_tensors({name: held[name] for name in names}, path / files.WEIGHTS_FILE)
+    save_tensors({name: held[name] for name in names}, path / files.WEIGHTS_FILE)
     if model.exit_heads:
-        _save_tensors(head_weights(model.exit_heads), path / files.HEADS_FILE)
+        save_tensors(head_weights(model.exit_heads), path / files.HEADS_FILE)
     config = backbone.config.to_dict()
     config["architectures"] = [type(backbone.model).__name__]
     files.write_json(path / "config.json", config)
@@ -592,7 +592,7 @@ def _write(model: EarlyExitLM, path: Path, settings: EarlyExitSettings | None) -
     )
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     # Clones, since tensors of one part share their memory, which the format does not allow.

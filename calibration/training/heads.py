@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.random import PCG64, Generator
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -31,7 +31,7 @@ from calibration.model.checkpoint import (
     write_json,
     write_settings,
 )
-from calibration.model.early_exit import EarlyExitLM, load
+from calibration.model.early_exit import EarlyExitLM, load, save_tensors
 from calibration.model.exit_heads import ExitHead, head_weights, new_exit_heads
 from calibration.serving.prompts import tokenizer_of
 from calibration.training.scoring import Windows, score
@@ -107,6 +107,11 @@ def train_heads(
         )
     if out is not None and out.exists():
         raise InputError("The folder is there already; give a new one.", str(out))
+    if out is not None and out.resolve().is_relative_to(checkpoint.resolve()):
+        raise InputError(
+            "The folder lies within the checkpoint that is copied into it; give one outside.",
+            str(out),
+        )
     # Exits of an earlier early_exit.json are replaced; its guard knows the full depth still.
     model = load(checkpoint, exits=exits, device=where, dtype=torch.float32)
     tokenizer = _tokenizer(model, checkpoint)
@@ -227,7 +232,6 @@ def _write(
     settings: EarlyExitSettings,
     report: Mapping[str, Any],
 ) -> None:
-    weights = {name: w.cpu().clone().contiguous() for name, w in head_weights(heads).items()}
     partial: Path | None = None
     try:
         if out is not None:
@@ -235,18 +239,15 @@ def _write(
             partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
             shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
         folder = partial or checkpoint
-        temporary = folder / f".{HEADS_FILE}.partial"
-        save_file(weights, temporary, metadata={"format": "pt"})
-        temporary.replace(folder / HEADS_FILE)
+        save_tensors(head_weights(heads), folder / HEADS_FILE)
         write_settings(folder, settings)
         write_json(folder / REPORT_FILE, report)
         if out is not None and partial is not None:
             partial.chmod(0o755)
             move_into_place(partial, out)
-    except OSError as error:
-        raise InputError(
-            f"The heads cannot be written: {error.strerror}.", str(out or checkpoint)
-        ) from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"The heads cannot be written: {why}.", str(out or checkpoint)) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

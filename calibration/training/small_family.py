@@ -23,7 +23,13 @@ import torch
 from calibration.device import device_of
 from calibration.model.checkpoint import write_json
 from calibration.training.presets import ModelPlan, Preset
-from calibration.training.thresholds import TARGET_AGREEMENT, FittingOptions, kind_of, settle
+from calibration.training.thresholds import (
+    TARGET_AGREEMENT,
+    FittingOptions,
+    check_choice,
+    kind_of,
+    settle,
+)
 from calibration.training.train import Reading, train_model
 from helios_sim.errors import InputError
 
@@ -64,10 +70,7 @@ class FamilyOptions:
                 "--processes",
             )
         kind_of(self.confidence, "--confidence")
-        if self.threshold is not None and not 0.0 <= self.threshold <= 1.0:
-            raise InputError(
-                f"The threshold {self.threshold} was given; it lies in 0 to 1.", "--threshold"
-            )
+        check_choice(self.threshold, self.target_agreement)
         if self.seed < 0:
             raise InputError(f"The seed {self.seed} was given; it is 0 or more.", "--seed")
 
@@ -117,10 +120,17 @@ def train_family(
         "confidence": confidence,
         "models": {plan.name: documents[plan.name] for plan in preset.models},
     }
-    write_json(out / REPORT_FILE, report)
-    partial = out / f".{PAGE_FILE}.partial"
-    partial.write_text(family_page(report), encoding="utf-8")
-    partial.replace(out / PAGE_FILE)
+    try:
+        write_json(out / REPORT_FILE, report)
+        partial = out / f".{PAGE_FILE}.partial"
+        partial.write_text(family_page(report), encoding="utf-8")
+        partial.replace(out / PAGE_FILE)
+    except OSError as error:
+        raise InputError(
+            f"The report cannot be written: {error.strerror}. The models are there; free some "
+            "space and call again.",
+            str(out),
+        ) from error
     return report
 
 
@@ -191,23 +201,28 @@ class _Job:
 
 
 def _run(job: _Job, on_reading: OnReading) -> dict[str, Any]:
-    job.readings_path.parent.mkdir(exist_ok=True)
-    with job.readings_path.open("a", encoding="utf-8") as file:
+    def keep(reading: Reading) -> None:
+        try:
+            job.readings_path.parent.mkdir(exist_ok=True)
+            with job.readings_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(reading)) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"A reading cannot be written: {error.strerror}. Free some space, or give another "
+                "--out.",
+                str(job.readings_path),
+            ) from error
+        on_reading(reading)
 
-        def keep(reading: Reading) -> None:
-            file.write(json.dumps(asdict(reading)) + "\n")
-            file.flush()
-            on_reading(reading)
-
-        return train_model(
-            job.plan,
-            job.preset,
-            job.out,
-            seed=job.seed,
-            device=torch.device(job.device),
-            budget_s=job.budget_s,
-            on_reading=keep,
-        )
+    return train_model(
+        job.plan,
+        job.preset,
+        job.out,
+        seed=job.seed,
+        device=torch.device(job.device),
+        budget_s=job.budget_s,
+        on_reading=keep,
+    )
 
 
 def _in_turn(jobs: Sequence[_Job], on_reading: OnReading) -> dict[str, dict[str, Any]]:

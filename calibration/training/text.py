@@ -45,6 +45,8 @@ _MIN_PROSE_CHARS: Final = 80
 _MIN_COMMENT_LINES: Final = 3
 _MIN_DOCUMENT_BYTES: Final = 200
 _CODE_POINTS_PER_TABLE: Final = 128
+_LONG_LINE_CHARS: Final = 40
+"""A line of so many characters that two texts have was taken from one of them."""
 
 # Scripts whose names are a number or a syllable: tens of thousands of rows that say nothing.
 _NUMBERED_NAMES: Final = (
@@ -238,7 +240,8 @@ def _documents(domain: str, split: Split, packages: tuple[str, ...]) -> Iterator
         names += _sources()
     if domain == "prose":
         names += [*_plain_texts(), *((name, None) for name in _topics())]
-    names = [entry for entry in names if split_of(entry[0]) == split]
+    left_out = frozenset[str]() if split == "train" else _shared_topics()
+    names = [entry for entry in names if split_of(entry[0]) == split and entry[0] not in left_out]
     for package in packages:
         names += _sources_of(package) if domain != "tables" else ()
     for name, path in sorted(names, key=lambda entry: _digest(f"order/{entry[0]}")):
@@ -332,6 +335,23 @@ def _topics() -> dict[str, str]:
     except ImportError:
         return {}
     return {f"pydoc_data/topics/{name}": text for name, text in topics.items()}
+
+
+@cache
+def _shared_topics() -> frozenset[str]:
+    """Topics that share a long line with one of another split: some hold others whole.
+
+    Training keeps its own; a held-out text that a model has read would say nothing.
+    """
+    lines = {
+        name: {line for line in map(str.strip, text.splitlines()) if len(line) >= _LONG_LINE_CHARS}
+        for name, text in _topics().items()
+    }
+    splits: dict[str, set[Split]] = {}
+    for name, own in lines.items():
+        for line in own:
+            splits.setdefault(line, set()).add(split_of(name))
+    return frozenset(name for name, own in lines.items() if any(len(splits[x]) > 1 for x in own))
 
 
 def _table_names() -> list[str]:

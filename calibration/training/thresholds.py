@@ -46,6 +46,17 @@ def kind_of(name: str, option: str = "--kind") -> tuple[Kind, bool]:
     )
 
 
+def check_choice(threshold: float | None, target_agreement: float) -> None:
+    """Raise `InputError` for a threshold or a target agreement that none can be."""
+    if threshold is not None and not 0.0 <= threshold <= 1.0:
+        raise InputError(f"The threshold {threshold} was given; it lies in 0 to 1.", "--threshold")
+    if not 0.0 < target_agreement <= 1.0:
+        raise InputError(
+            f"A target agreement of {target_agreement} was given; it lies above 0 and up to 1.",
+            "--target-agreement",
+        )
+
+
 def name_of(confidence: Confidence) -> str:
     """The kind as profiles and traces name it."""
     return (CALIBRATED if confidence.is_calibrated else "") + confidence.kind
@@ -186,11 +197,7 @@ def settle(
     it was trained on. Returns what was chosen and what it rests on.
     """
     raw, calibrated = kind_of(kind)
-    if not 0.0 < target_agreement <= 1.0:
-        raise InputError(
-            f"A target agreement of {target_agreement} was given; it lies above 0 and up to 1.",
-            "--target-agreement",
-        )
+    check_choice(threshold, target_agreement)
     where = device or torch.device("cpu")
     chosen = options or FittingOptions()
     settings, maps, confidences, agrees = {}, {}, [], []
@@ -212,9 +219,15 @@ def settle(
     if level is None:
         level = choose_threshold(confidences, agrees, target_agreement)
     for folder in folders:
-        write_settings(
-            folder, replace(settings[folder], confidence=Confidence(raw, level, maps[folder]))
-        )
+        chosen_here = replace(settings[folder], confidence=Confidence(raw, level, maps[folder]))
+        try:
+            write_settings(folder, chosen_here)
+        except OSError as error:
+            raise InputError(
+                f"The confidence cannot be stored there: {error.strerror}. Checkpoints before it "
+                "have theirs; make the folder writable, or free some space, and call again.",
+                str(folder),
+            ) from error
     return {
         "kind": kind,
         "threshold": level,

@@ -181,6 +181,7 @@ def _check_alike(folders: Sequence[Path]) -> tuple[str, int]:
         names[name] = folder
         tokenizers.setdefault(settings.tokenizer if settings else "unknown", folder)
         max_positions.append(int(opened.config.max_position_embeddings))
+    _check_same_files([*names.values()], tokenizers)
     if len(tokenizers) > 1:
         listed = ", ".join(f"{name!r} ({folder})" for name, folder in tokenizers.items())
         raise InputError(
@@ -188,6 +189,22 @@ def _check_alike(folders: Sequence[Path]) -> tuple[str, int]:
             "positions, so they must share one."
         )
     return next(iter(tokenizers)), min(max_positions)
+
+
+def _check_same_files(folders: Sequence[Path], tokenizers: Mapping[str, Path]) -> None:
+    """Raise `InputError` where no name tells tokenizers apart and their files differ."""
+    if [*tokenizers] != ["unknown"]:
+        return
+    files = [folder / "tokenizer.json" for folder in folders]
+    held = {file: file.read_bytes() for file in files if file.is_file()}
+    other = next((file for file, data in held.items() if data != held.get(files[0])), None)
+    if other is not None and files[0] in held:
+        raise InputError(
+            f"It differs from {files[0]}, and neither checkpoint names its tokenizer. Candidates "
+            f"are traced on the same positions, so they must share one; where these do, copy one "
+            "file over the other.",
+            str(other),
+        )
 
 
 def _score(

@@ -103,7 +103,7 @@ def train_model(
     if device.type == "cuda" and isinstance(backbone, LlamaBackbone):
         # Norms of single precision in many kernels take a GPU as long as its products do.
         backbone.fuse_norms()
-    last = _train(backbone, plan, preset, texts, seed, device, budget_s, on_reading)
+    last, num_by_clock = _train(backbone, plan, preset, texts, seed, device, budget_s, on_reading)
     stock = backbone.model.eval().requires_grad_(False)
     if device.type == "cuda":
         stock = stock.to(torch.bfloat16)
@@ -117,6 +117,7 @@ def train_model(
         "parameters": sum(weight.numel() for weight in stock.parameters()),
         "iterations": last.iteration,
         "ended_by": "iterations" if last.iteration >= preset.iterations else "budget",
+        "iterations_by_clock": num_by_clock,
         "tokens": last.tokens,
         "seconds": round(time.perf_counter() - began_s, 3),
         "text": {domain: text.facts() for domain, text in texts.items()},
@@ -204,8 +205,8 @@ def _train(
     device: torch.device,
     budget_s: float,
     on_reading: Callable[[Reading], None],
-) -> Reading:
-    """Run the iterations; returns the last reading."""
+) -> tuple[Reading, int]:
+    """Run the iterations; returns the last reading, and how many had the clock set their rate."""
     named = list(backbone.model.named_parameters())
     in_layers = {name for name, weight in named if ".layers." in name and weight.dim() == 2}
     optimiser = Optimiser(
@@ -216,13 +217,14 @@ def _train(
     draw = _Windows(plan, texts, Generator(PCG64(_seed_of(seed, plan.name, "windows"))), device)
     early_layers = plan.exit_layers[:-1]
     began_s = read_s = time.perf_counter()
-    tokens = 0
+    tokens = num_by_clock = 0
     for iteration in range(1, preset.iterations + 1):
         spent = (time.perf_counter() - began_s) / budget_s
         progress = (iteration - 1) / preset.iterations
         # The clock counts only where it is clearly ahead: else a seed would not repeat itself.
         if spent > progress + _CLOCK_LEAD:
             progress = spent
+            num_by_clock += 1
         share = preset.long_share
         is_long = math.floor(iteration * share) > math.floor((iteration - 1) * share)
         batch = (
@@ -263,7 +265,7 @@ def _train(
                 where=plan.name,
             )
         if ends:
-            return reading
+            return reading, num_by_clock
     raise AssertionError("the last iteration ends the training")
 
 
@@ -338,10 +340,10 @@ def _finished(target: Path, alike: Mapping[str, Any]) -> dict[str, Any] | None:
     if not target.exists():
         return None
     try:
-        document: dict[str, Any] = json.loads((target / TRAINING_FILE).read_text("utf-8"))
+        document: Any = json.loads((target / TRAINING_FILE).read_text("utf-8"))
     except (OSError, ValueError):
-        document = {}
-    if document.get("settings") != alike:
+        document = None
+    if not isinstance(document, dict) or document.get("settings") != alike:
         raise InputError(
             "The folder is there and was not made by a training with these settings and this "
             "text; remove it or give another --out.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +11,7 @@ import typer
 
 from calibration.device import device_of
 from calibration.model.checkpoint import find_checkpoints
-from calibration.options import parse_budget
+from calibration.options import parse_budget, parse_exits
 from calibration.training.heads import HeadOptions, train_heads
 from calibration.training.presets import preset_of
 from calibration.training.small_family import PAGE_FILE as FAMILY_PAGE
@@ -25,6 +25,24 @@ from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
 
 _TOLD_EVERY_S: Final = 10.0
+
+
+def check_belong_together(
+    heads_for: Path | None, *, of_family: Mapping[str, object], of_heads: Mapping[str, object]
+) -> None:
+    """Raise `InputError` for an option of a family beside --heads-for, or of heads without it.
+
+    What was not given is None or empty.
+    """
+    if heads_for is None:
+        idle, need = of_heads, "It is of exit heads and a family takes it from its preset"
+        allowed = "leave it out, or name a checkpoint with --heads-for"
+    else:
+        idle, need = of_family, "It is of a family and exit heads have no use for it"
+        allowed = "leave it out, or leave out --heads-for"
+    for option, value in idle.items():
+        if value is not None and value != []:
+            raise InputError(f"{need}: {allowed}.", option)
 
 
 def train(
@@ -57,7 +75,7 @@ def train(
         if model["ended_by"] == "budget":
             typer.echo(
                 f"{name} was ended by its budget after {model['iterations']:,} iterations; a "
-                "larger --budget trains it to its end."
+                "larger --budget and a new --out train it to its end."
             )
         for domain in model["text"]:
             losses = ", ".join(
@@ -83,12 +101,7 @@ def heads(
     """Train auxiliary exit heads and say what they gain over the shared head."""
     if exits is None:
         raise InputError("Name the exits that get a head, such as --exits 6,12.", "--exits")
-    try:
-        layers = [int(layer) for layer in exits.split(",")]
-    except ValueError:
-        raise InputError(
-            f"The exits {exits!r} were given; write layers like 6,12.", "--exits"
-        ) from None
+    layers = parse_exits(exits)
     options = HeadOptions(domains=tuple(domains) or DOMAINS, seed=seed, iterations=iterations)
     report = train_heads(checkpoint, layers, options, out=out, device=device_of(device))
     for domain, losses in report["held_out_nll_nats"].items():

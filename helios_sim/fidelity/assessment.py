@@ -27,8 +27,8 @@ Progress = Callable[[str, float], None]
 class Fidelity:
     """How well a simulated run predicts real runs of its scenario.
 
-    `timing` holds recorded beside predicted iteration times, of all repeats together by name;
-    empty where none were recorded. `attribution` is None where it was not asked for.
+    `timing` holds recorded beside predicted iteration times of one repeat, the typical one where
+    it recorded any; empty where none did. `attribution` is None where it was not asked for.
     """
 
     sides: Sides

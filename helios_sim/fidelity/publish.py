@@ -6,7 +6,12 @@ from pathlib import Path
 
 from helios_sim.fidelity.assessment import FIDELITY_FILE, Fidelity, json_text
 from helios_sim.fidelity.page import render
-from helios_sim.publish import check_comparison_target, folder_in_place, is_page
+from helios_sim.publish import (
+    check_comparison_target,
+    folder_in_place,
+    is_page,
+    write_page_text,
+)
 from helios_sim.records import REPORT_FILE
 
 
@@ -22,12 +27,7 @@ def write_fidelity(fidelity: Fidelity, target: Path) -> Path:
     """
     check_fidelity_target(target)
     if is_page(target):
-        partial = target.with_name(f".{target.name}.partial")
-        try:
-            partial.write_text(render(fidelity), encoding="utf-8")
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_page_text(render(fidelity), target)
         return target
     with folder_in_place(target) as draft:
         (draft / REPORT_FILE).write_text(render(fidelity), encoding="utf-8", newline="\n")

@@ -161,6 +161,8 @@ def _bound(match: re.Match[str], clause: str, where: str) -> Bound:
             f"{allowed}.",
             where,
         )
+    if match["percent"] and goal.unit != "share":
+        raise InputError(f"{clause!r} is in per cent, and {goal.name} is no share.", where)
     try:
         limit = float(match["number"]) / (100.0 if match["percent"] else 1.0)
     except ValueError:

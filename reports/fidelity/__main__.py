@@ -13,7 +13,7 @@ from helios_sim.command import Interrupted, run_app
 from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES, StudySettings, read_ground
 from reports.fidelity.page import render
-from reports.fidelity.results import results_of, write_results
+from reports.fidelity.results import check_target, results_of, write_results
 from reports.fidelity.study import MAX_AGAIN, case_data, facts_of, run_study, serving_command
 from reports.fidelity.summary import summary_text
 
@@ -74,6 +74,8 @@ def study(
         overlap_loads=overlap_loads,
     )
     ground = read_ground(settings)
+    target = out or Path(__file__).parent / ground.profile.name
+    check_target(target)
     chosen = tuple(one for one in CASES if not case or one.name in case)
     server = serving_command(checkpoints, device, shlex.split(more))
     found = run_study(
@@ -84,7 +86,6 @@ def study(
     command = shlex.join(["python", "-m", "reports.fidelity", *sys.argv[1:]])
     cases = [case_data(one) for one in found.outcomes]
     results = results_of(facts_of(found, ground, command), cases)
-    target = out or Path(__file__).parent / ground.profile.name
     write_results(results, render(results, note or ()), target)
     typer.echo(f"{summary_text(results)}\nPage: {target / 'report.html'}")
     if found.interrupted:

@@ -25,6 +25,7 @@ SHARE_OF_CAPACITY: Final[Mapping[Load, float]] = {"light": 0.25, "70 %": 0.7, "s
 POLICIES: Final = ("vanilla", "ee-single wait", "ee-single rebatch", "static-depth", "helios")
 BURSTY_CV: Final = 2.5
 CAPACITY_REQUESTS: Final = 300
+MOST_SECONDS: Final = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,14 @@ class StudySettings:
     max_batch: int = 16
     seed: int = 20
     overlap_loads: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.seconds <= MOST_SECONDS:
+            raise InputError(
+                f"Real runs of {self.seconds:g} s were asked for; allowed are more than 0 and up "
+                f"to {MOST_SECONDS:,.0f} s.",
+                "--seconds",
+            )
 
 
 @dataclass(frozen=True)

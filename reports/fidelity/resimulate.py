@@ -27,7 +27,7 @@ from helios_sim.terminal import FittedTable
 from reports.fidelity.cases import Ground, StudySettings, case_named, read_ground, scenario_of
 from reports.fidelity.figures import JUDGED
 from reports.fidelity.page import render
-from reports.fidelity.results import Data, read_results, results_of, write_results
+from reports.fidelity.results import Data, check_target, read_results, results_of, write_results
 from reports.fidelity.summary import percent
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -49,6 +49,8 @@ def resimulate(
 ) -> None:
     """Simulate every case anew and compare it with the real runs that the study recorded."""
     before = read_results(results)
+    if out is not None:
+        check_target(out)
     command = shlex.join(["python", "-m", "reports.fidelity.resimulate", *sys.argv[1:]])
     now = simulated_anew(before, profile, command)
     console = Console()

@@ -7,8 +7,10 @@ that simulates it has changed.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -245,20 +247,43 @@ def read_results(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+def check_target(out: Path) -> None:
+    """Raise `InputError` unless files can be written there, before an hour is spent on them."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise InputError(f"No study can be written there: {error.strerror}.", str(out)) from error
+
+
 def write_results(results: Data, page: str, out: Path) -> None:
-    """Write `results.json`, `results.csv` (a row a case and figure) and the page."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write `results.json`, `results.csv` and the page, each whole or not at all."""
+    check_target(out)
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
-    (out / "results.json").write_text(text + "\n", encoding="utf-8")
-    (out / "report.html").write_text(page, encoding="utf-8")
+    files = {"results.json": text + "\n", "report.html": page, "results.csv": _table(results)}
+    for name, content in files.items():
+        partial = out / f".{name}.partial"
+        try:
+            partial.write_text(content, encoding="utf-8", newline="")
+            partial.replace(out / name)
+        except OSError as error:
+            raise InputError(
+                f"It cannot be written: {error.strerror}. The runs are kept; free some space and "
+                "give the same command.",
+                str(out / name),
+            ) from error
+
+
+def _table(results: Data) -> str:
+    """A row a case and figure, as CSV."""
     columns = ("real_median", "low", "high", "simulated", "error", "error_in_spreads", "verdict")
-    with (out / "results.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("case", "figure", "unit", *columns))
-        for case in results["cases"]:
-            for row in case["figures"]:
-                real = (
-                    row["median"] if row["median"] is not None else "/".join(map(str, row["real"]))
-                )
-                values = [real, *(row[name] for name in columns[1:])]
-                writer.writerow((case["name"], row["key"], row["unit"], *values))
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(("case", "figure", "unit", *columns))
+    for case in results["cases"]:
+        for row in case["figures"]:
+            real = row["median"] if row["median"] is not None else "/".join(map(str, row["real"]))
+            values = [real, *(row[name] for name in columns[1:])]
+            writer.writerow((case["name"], row["key"], row["unit"], *values))
+    return file.getvalue()

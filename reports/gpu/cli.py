@@ -64,6 +64,10 @@ def campaign(
     wanted = chosen(steps, only or (), skip or ())
     budget_s, margin_s = _budget(budget, wanted, pack_into is not None)
     meters = _require(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"No campaign can be kept there: {error.strerror}.", str(out)) from error
     import_ahead()
     forks = device != "cuda" or children_can(partial(_use_gpu, meters))
     if not forks:

@@ -102,22 +102,25 @@ def unpack(folder: Path, target: Path) -> int:
     """
     manifest = folder / MANIFEST
     try:
-        files = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        told = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        files = {str(name): str(facts["sha256"]) for name, facts in told.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"The manifest cannot be read ({error}).", str(manifest)) from error
-    for name, facts in files.items():
+    for name, sha256 in files.items():
         if not _NAME.fullmatch(name):
             raise InputError(f"{name!r} is no name of an archive.", str(manifest))
         try:
             data = (folder / name).read_bytes()
         except OSError as error:
             raise InputError(f"It cannot be read: {error.strerror}.", str(folder / name)) from error
-        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+        if hashlib.sha256(data).hexdigest() != sha256:
             raise InputError("It is not what the manifest says; copy it anew.", str(folder / name))
-        target.mkdir(parents=True, exist_ok=True)
         try:
+            target.mkdir(parents=True, exist_ok=True)
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
                 archive.extractall(target, filter="data")
         except tarfile.TarError as error:
             raise InputError(f"It is refused: {error}.", str(folder / name)) from error
+        except OSError as error:
+            raise InputError(f"It cannot be unpacked: {error.strerror}.", str(target)) from error
     return len(files)

@@ -220,3 +220,11 @@ def test_a_changing_policy_tells_every_request_all_it_asked_for(on_change) -> No
     assert all(life.generated == life.output_tokens for life in host.lives)
     assert host.tally.num_evaluations >= 2
     assert {entry.event.value for entry in host.decisions} >= {"start", "evaluated"}
+
+
+def test_no_more_requests_run_than_the_kv_cache_has_rows(model) -> None:
+    """Blocks would allow all twelve; the cache here has eight slots."""
+    lives = lives_for([(2, 9)] * 12)
+    host = serve_kept([model], "vanilla", threshold=NEVER_CONFIDENT, lives=lives, max_batch=12)
+    assert host.batch.max_running == host.machine.max_rows == 8
+    assert all(life.status == "finished" for life in lives)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -14,7 +16,7 @@ from calibration.fitting.check import check_rows, check_text, compare, place_of,
 from calibration.fitting.fit import fit_profile
 from calibration.fitting.page import render
 from calibration.fitting.points import gather
-from calibration.measuring.readings import busy_machine
+from calibration.measuring.readings import SCHEMA, Reading, busy_machine
 from helios_sim.cost import decode_joules, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
@@ -219,3 +221,35 @@ def test_a_profile_of_a_busy_machine_says_so(profile: Profile, tmp_path: Path) -
     assert "measure again on a quieter one." in busy.provenance.notes[-1]
     assert check_text(busy).splitlines()[-1].startswith("Others disturbed ")
     assert "Others disturbed" not in check_text(profile)
+
+
+def of_trials(quantity: str, **values: Any) -> list[Reading]:
+    """Three trials, each twice as long as the one before."""
+    return [
+        Reading(quantity, "planted", "graph", layers=3, batch=2, trial=trial, seconds=s, **values)
+        for trial, s in enumerate((1.0, 2.0, 4.0))
+    ]
+
+
+def test_long_trials_of_captures_and_windows_are_no_disturbed_ones() -> None:
+    """Each graph is captured once, and a window lasts as long as it is held open."""
+    taken = [
+        *of_trials("decode_layers"),
+        *of_trials("capture_run"),
+        *of_trials("decode_energy", joules=5.0, watts=5.0),
+    ]
+    points = gather(pl.DataFrame([asdict(one) for one in taken], schema=SCHEMA))
+    assert dict(points.select("quantity", "num_trials").iter_rows()) == {
+        "decode_layers": 1,
+        "capture_run": 3,
+        "decode_energy": 3,
+    }
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_load_that_was_measured_for_both_purposes_was_fitted(order: int) -> None:
+    fit = Reading("decode_layers", "planted", layers=3, batch=2, seconds=1.0)
+    both = [fit, replace(fit, purpose="held-out")][::order]
+    alone = replace(fit, batch=3, purpose="held-out")
+    points = gather(pl.DataFrame([asdict(one) for one in [*both, alone]], schema=SCHEMA))
+    assert points["purpose"].to_list() == ["fit", "held-out"]

@@ -209,7 +209,23 @@ def test_an_unsupported_architecture_is_named(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "hope"}, "hidden_act is 'hope'; transformers has .*silu"),
+        ({"rope_parameters": {"rope_type": "hope"}}, "rope_type is 'hope'; transformers has"),
+        ({"architectures": 5}, "'5' has no adapter"),
+        ({"num_hidden_layers": "x"}, r"^[^\n]*not accepted[^\n]*$"),
+    ],
+)
+def test_a_configuration_that_no_layer_can_be_built_of_is_named(folder, change, message):
+    edit(folder / "config.json", lambda c: c.update(change))
+    with pytest.raises(InputError, match=message) as caught:
+        load(folder)
+    assert caught.value.where == str(folder / "config.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
 def test_a_configuration_that_cannot_be_read_is_named(folder, text):
     (folder / "config.json").write_text(text)
     with pytest.raises(InputError) as caught:
@@ -234,6 +250,9 @@ def test_a_shard_outside_the_folder_is_refused(folder):
         load(folder)
 
 
+GUARD = {"token_ids": [1], "logits_sums": [1.0] * 3, "tolerance": 0.1}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,6 +263,11 @@ def test_a_shard_outside_the_folder_is_refused(folder):
         ({"heads": "none"}, "heads is 'none'"),
         ({"exits": [1]}, "Unknown keys"),
         ({"guard": {"token_ids": [1], "logits_sums": [1.0], "tolerance": 0.1}}, "one sum for each"),
+        ({"guard": GUARD | {"token_ids": [1, 999]}}, r"\[1, 999\]; needed are some of 0 to"),
+        ({"guard": GUARD | {"token_ids": []}}, "needed are some of 0 to"),
+        ({"exit_layers": [float("inf")]}, "must be there and of their kinds"),
+        ({"corpus": ["code"]}, "corpus must be an object"),
+        ({"corpus": {"train": ["code"]}}, "maps domains to facts"),
         ({"confidence": {"kind": "hope"}}, "'hope' is unknown"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -175,6 +176,28 @@ def test_decoding_goes_on_after_a_row_was_released_and_another_moved():
         row = expected.pool.admit()
         alone = expected.extend([row], [[*prompts[2], 1]], [0])
         torch.testing.assert_close(hidden[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_place_that_was_known_is_found_anew_once_rows_exchange_their_numbers(pool):
+    decoder = decoder_of(model_of("llama"), pool)
+    for length in (9, 12):
+        decoder.pool.admit(length)
+    before = decoder.place([0], [8]).addresses_host.copy()
+    assert decoder.place([0], [8]) is decoder.place([0], [8])
+    decoder.pool.swap(0, 1)
+    found = decoder.place([0], [8]).addresses_host
+    assert (found == decoder.pool.addresses(np.array([0]), np.array([8]))).all()
+    assert (found == before).all() == (pool == "slots")
+
+
+def test_each_place_asks_of_the_tokens_that_truly_follow():
+    decoder = decoder_of(model_of("llama"))
+    decoder.pool.admit(9)
+    for targets in ([5], [6], None):
+        found = decoder.place([0], [8], targets=targets)
+        assert decoder.place([0], [8], targets=targets) is found
+        assert (None if found.targets is None else found.targets.tolist()) == targets
 
 
 def test_a_row_longer_than_the_models_positions_is_refused():

@@ -11,6 +11,7 @@ from calibration.model import early_exit, memory
 from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.decode import Decoder, generate, slot_pool
 from calibration.model.early_exit import from_stock, load, save
+from calibration.model.exit_heads import new_exit_heads
 from calibration.model.host_copy import HostCopy
 from helios_sim.errors import InputError
 from tests.calibration import tiny
@@ -69,6 +70,20 @@ def test_measured_bytes_are_planned_bytes_at_every_depth(folder, device):
     assert model.loaded_bytes == model.plan(1).total_bytes
     assert model.unload() >= 0
     assert model.loaded_bytes == 0
+
+
+def test_auxiliary_heads_count_where_the_whole_model_comes_in(tmp_path, monkeypatch):
+    stock = tiny.stock_model("llama")
+    heads = new_exit_heads(from_stock(stock, (1, 2, 4)).backbone, (1, 2, 4))
+    save(from_stock(stock, (1, 2, 4), exit_heads=heads), tmp_path)
+    model = load(tmp_path, depth=1)
+    model.unload()
+    needed = model.plan(2).total_bytes
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: needed - 1)
+    with pytest.raises(InputError, match=f"needs {needed:,} bytes"):
+        model.grow(2)
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: needed)
+    assert model.grow(2).bytes == model.loaded_bytes == needed
 
 
 def test_planned_bytes_are_those_the_simulator_counts(folder):
@@ -214,8 +229,33 @@ def test_layers_that_are_dropped_hold_no_weights_and_are_not_built_again(folder)
     model.shrink(1)
     assert all(weight.is_meta for layer in layers[1:] for weight in layer.parameters())
     assert not any(weight.is_meta for weight in layers[0].parameters())
+    generation = model.generation
     model.unload()
+    assert model.generation == generation + 1
     assert all(weight.is_meta for layer in layers for weight in layer.parameters())
     model.grow(4)
     assert list(model.backbone.layers) == layers
     assert tokens(model) == expected
+
+
+def test_layers_that_came_before_a_load_failed_hold_no_weights(folder, monkeypatch):
+    model = load(folder, depth=1)
+    made = []
+    source, new_layer = model.source, model.backbone.new_layer
+
+    def kept(index):
+        made.append(new_layer(index))
+        return made[-1]
+
+    def fill(views):
+        if any(name.startswith(f"{model.backbone.layer_prefix}3.") for name in views):
+            raise InputError("The file cannot be read.")
+        source.fill(views)
+
+    monkeypatch.setattr(model.backbone, "new_layer", kept)
+    model.source = SimpleNamespace(on_device=False, kind="disk", fill=fill)
+    with pytest.raises(InputError, match="cannot be read"):
+        model.grow(4)
+    assert (model.depth, len(made)) == (1, 3)
+    assert all(weight.is_meta for layer in made for weight in layer.parameters())
+    assert model.loaded_bytes == model.plan(1).total_bytes

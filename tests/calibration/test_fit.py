@@ -18,9 +18,15 @@ from hypothesis import strategies as st
 from calibration.cli import main
 from calibration.fitting.check import check_rows
 from calibration.fitting.fit import FitSettings, fit_profile
-from calibration.fitting.fit_energy import fit_energy
-from calibration.fitting.fit_times import Number, falling_time, fit_times, model_profile
-from calibration.fitting.points import CAPTURES, LEAVING
+from calibration.fitting.fit_energy import EnergyFit, fit_energy
+from calibration.fitting.fit_times import (
+    Number,
+    falling_time,
+    fit_times,
+    launch_bound_share,
+    model_profile,
+)
+from calibration.fitting.points import CAPTURES, LEAVING, PREFILL_ITERATION
 from calibration.measuring.readings import POINTS_FILE, Reading
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
@@ -37,6 +43,8 @@ PADDED = dict(GPU_LIKE) | {
     "prefill.fixed_s_per_prompt": 5.0e-5,
 }
 """A backend that reads rows to the longest one's end, and whose host pays for every row."""
+FEW_BATCHES = pl.col("batch").is_null() | pl.col("batch").is_in((1, 8, 64))
+"""Enough for a fit whose exactness is not what is asked."""
 SHALLOW_IS_QUICK = {3: 0.75, 6: 0.9}
 ONE_ROW_IS_QUICK = {1: 0.7}
 
@@ -613,3 +621,103 @@ def test_joules_of_context_are_padded_as_the_times_say() -> None:
     assert sum(part.value for part in parts) == pytest.approx(each)
     assert parts[1].value == pytest.approx(each * times.padded_share)
     assert [part.grade for part in parts] == ["measured", "derived"]
+
+
+def energy_of(points: pl.DataFrame) -> EnergyFit:
+    """The energy fitted to points of the planted model."""
+    limit = Number(None, "unavailable", "no board")
+    return fit_energy(points, planted.model(), planted.IDLE_W, limit, "")
+
+
+def test_joules_that_nobody_measured_are_shares_of_those_of_layers_and_heads() -> None:
+    shape, numbers = planted.SHAPE, energy_of(planted.points(Plan())).numbers
+    share = 2 * 64 * 4 * 16 / shape.layer_params()
+    for name, other, factor in (
+        ("kv_fill.j_per_layer", "decode.j_per_layer", share),
+        ("kv_fill.j_per_row_layer", "decode.j_per_row_layer", share),
+        ("check.j_base", "head.j_base", 1.0),
+        ("check.j_per_row", "head.j_per_row", 1.0),
+    ):
+        assert numbers[name].value == pytest.approx(factor * GPU_LIKE[other], rel=1e-3), name
+        assert numbers[name].grade == "derived"
+
+
+def test_without_a_window_of_the_head_it_counts_as_its_weights_do_beside_a_layers() -> None:
+    share = 256 * 64 / planted.SHAPE.layer_params()
+    like_layers = {
+        "head.j_base": share * GPU_LIKE["decode.j_per_layer"],
+        "head.j_per_row": share * GPU_LIKE["decode.j_per_row_layer"],
+    }
+    points = planted.points(Plan({**GPU_LIKE, **like_layers}))
+    numbers = energy_of(points.filter(pl.col("quantity") != "head_energy")).numbers
+    for name in ("head.j_base", "decode.j_per_layer", "decode.j_per_row_layer"):
+        assert numbers[name].value == pytest.approx({**GPU_LIKE, **like_layers}[name], rel=1e-3)
+
+
+def test_held_out_windows_take_no_part_and_are_judged_with_idle_power() -> None:
+    held_out = pl.col("quantity").is_in(("decode_energy", "iteration_energy")) & (
+        pl.col("batch") == 32
+    )
+    points = planted.points(Plan()).with_columns(
+        purpose=pl.when(held_out).then(pl.lit("held-out")).otherwise("purpose")
+    )
+    errors = energy_of(points).record["errors"]
+    assert errors["held_out"]["n"] == points.filter(held_out).height > 0
+    assert errors["held_out"]["p95"] < 1e-6
+    spoilt = points.with_columns(joules=pl.col("joules") * pl.when(held_out).then(2).otherwise(1))
+    found = energy_of(spoilt)
+    assert found.record["errors"]["held_out"]["median"] == pytest.approx(0.5)
+    name = "decode.j_per_layer"
+    assert found.numbers[name].value == pytest.approx(GPU_LIKE[name], rel=1e-4)
+
+
+def test_a_window_that_alone_tells_of_prompts_is_not_predicted_without_itself() -> None:
+    points = planted.points(Plan()).filter(
+        pl.col("quantity").is_in(("decode_energy", "head_energy"))
+        | ((pl.col("quantity") == "prefill_energy") & (pl.col("prompt_tokens") == 256))
+    )
+    errors = energy_of(points.filter(pl.col("layers").fill_null(12) == 12)).record["errors"]
+    assert errors["left_out"]["n"] == 12
+    assert errors["left_out"]["median"] < 1e-6
+    assert errors["left_out"]["p95"] > 0.1
+
+
+def test_a_ragged_row_that_is_longer_than_any_even_one_belongs_to_the_hull() -> None:
+    points = planted.points(Plan(PADDED, ragged=True, leaving=False, energy=False))
+    short = points.filter(FEW_BATCHES & (pl.col("context_tokens").fill_null(0) <= 300))
+    assert fit_times(short, planted.model()).hull.max_context_tokens == 520
+
+
+def test_what_replaying_saves_is_a_share_of_the_eager_time() -> None:
+    plan = Plan(modes=("graph", "eager"), eager_slowdown_s=6e-5, leaving=False, energy=False)
+    one = planted.points(plan).filter(
+        (pl.col("quantity") == "decode_layers")
+        & (pl.col("layers") == 12)
+        & (pl.col("batch") == 1)
+        & (pl.col("context_tokens") == 16)
+    )
+    (eager_s,) = one.filter(pl.col("mode") == "eager")["seconds"]
+    (found,) = launch_bound_share(one)["by_batch"]
+    assert found == pytest.approx([1, 12 * 6e-5 / eager_s])
+
+
+def test_without_whole_prefills_their_start_is_a_stacks_and_what_the_host_adds() -> None:
+    points = planted.points(Plan(leaving=False, energy=False))
+    stacks = points.filter(FEW_BATCHES & (pl.col("quantity") != PREFILL_ITERATION))
+    found = fit_times(stacks, planted.model())
+    start = found.numbers["prefill.fixed_s"]
+    assert start.grade == "derived"
+    assert start.value == pytest.approx(GPU_LIKE["decode.fixed_s"], rel=0.02)
+
+
+def test_where_iterations_tell_of_checks_a_floor_of_those_alone_stands_no_more() -> None:
+    alone = {"check.floor_s": 4e-5, "check.base_s": 1e-5, "check.s_per_row": 2e-6}
+    plan = Plan({**GPU_LIKE, **alone}, within={**WITHIN, "check.floor_s": 0.0}, energy=False)
+    layers = pl.col("quantity").is_in(("decode_layers", "iteration", "prefill_layers"))
+    points = planted.points(plan).filter(FEW_BATCHES | ~layers)
+    numbers = fit_times(points, planted.model()).numbers
+    assert numbers["check.floor_s"].value == 0.0
+    assert numbers["check.base_s"].value == pytest.approx(WITHIN["check.base_s"], rel=0.05)
+    stay = points.filter(~pl.col("quantity").is_in(LEAVING))
+    found = fit_times(stay, planted.model()).numbers["check.floor_s"].value
+    assert found == pytest.approx(4e-5, rel=0.01)

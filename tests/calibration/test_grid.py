@@ -22,6 +22,7 @@ from calibration.measuring.grid import (
     ragged_lengths,
     timing_s,
 )
+from calibration.measuring.plan_file import Grid, ModelPlan
 from calibration.measuring.readings import LEAST_DECODE_WINDOWS
 
 BOUNDS = Bounds("tiny", (3, 6, 12), 64, 1024, 64 * 1024, 2048, ("eager", "graph"))
@@ -267,3 +268,36 @@ def test_axes_hold_both_ends() -> None:
 def test_a_job_survives_its_file() -> None:
     for job in latency(20.0):
         assert job_from(job.as_dict()) == job
+
+
+def test_a_pass_takes_its_share_of_the_layers_and_what_an_iteration_has_beside() -> None:
+    probe = Probe(
+        decode_s=1.0,
+        decode_s_per_row=0.1,
+        decode_s_per_context_token=0.01,
+        prefill_s=2.0,
+        prefill_s_per_token=0.001,
+        head_s=0.3,
+        head_s_per_row=0.03,
+        host_s=0.5,
+        host_s_per_row=0.05,
+    )
+    load = {"batch": 2, "context_tokens": 10, "longest_tokens": 20}
+    layers_s, asked_s, host_s = 1.0 + 0.2 + 0.4, 0.36, 0.6
+    for quantity, expected_s in (
+        ("decode_layers", 0.25 * layers_s),
+        ("iteration", 0.25 * layers_s + asked_s + host_s),
+        ("exit_iteration", 0.25 * layers_s + asked_s + host_s),
+        # Both halves together run all layers, in two passes.
+        ("split_iteration", layers_s + 2 * (asked_s + host_s)),
+        ("head", asked_s),
+    ):
+        assert probe.pass_s(Job(quantity, **load), 0.25) == pytest.approx(expected_s), quantity
+    prompts = Job("prefill_layers", batch=2, context_tokens=0, prompt_tokens=100)
+    assert probe.pass_s(prompts, 0.5) == pytest.approx(0.5 * (2.0 + 0.2))
+
+
+def test_a_plan_needs_as_many_layers_as_its_deepest_trial() -> None:
+    jobs = (Job("decode_layers", depths=(3, 12)), Job("kv_fill", depths=(6,)), Job("head"))
+    assert ModelPlan((3, 6, 12), Grid(4, 64), Grid(4, 64), jobs).deepest == 12
+    assert ModelPlan((3, 6, 12), Grid(4, 64), Grid(4, 64), jobs[2:]).deepest == 0

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from calibration.cli import main
+from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.early_exit import from_stock, load, save
+from calibration.model.exit_heads import new_exit_heads
+from calibration.training import heads
 from calibration.training.heads import HeadOptions, train_heads
+from calibration.training.text import Corpus, corpus
 from helios_sim.errors import InputError
 from tests.calibration.tiny import stock_model
 
@@ -86,6 +93,8 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(tmp_path: Path) -> No
         train_heads(folder, (4,), OPTIONS)
     with pytest.raises(InputError, match="there already"):
         train_heads(folder, (2,), OPTIONS, out=tmp_path)
+    with pytest.raises(InputError, match="lies within the checkpoint"):
+        train_heads(folder, (2,), OPTIONS, out=folder / "heads")
     large = from_stock(stock_model("opt", vocab_size=300), (2, 4), name="large")
     save(large, tmp_path / "large")
     with pytest.raises(InputError, match="tokenizer"):
@@ -101,6 +110,21 @@ def test_a_checkpoint_with_heads_is_not_trained_again(tmp_path: Path) -> None:
         train_heads(folder, (1,), OPTIONS)
 
 
+def test_a_disk_that_fills_is_said_and_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"part")
+        raise SafetensorError("No space left on device")
+
+    folder = checkpoint(tmp_path / "model")
+    monkeypatch.setattr("calibration.model.early_exit.save_file", full)
+    with pytest.raises(InputError, match="The heads cannot be written: No space left"):
+        train_heads(folder, (2,), HeadOptions(("code",), iterations=1, text_bytes=20_000))
+    assert not [entry for entry in folder.iterdir() if entry.name.endswith("partial")]
+    assert not (folder / "exit_heads.safetensors").exists()
+
+
 def test_the_command_says_what_heads_gain(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,10 +133,45 @@ def test_the_command_says_what_heads_gain(
     for more, code, said in (
         (["--exits", "2", "--iterations", "2"], 0, "L2"),
         ([], 2, "--exits 6,12"),
-        (["--exits", "two"], 2, "write layers like 6,12"),
+        (["--exits", "2", "--budget", "9m"], 2, "--budget: It is of a family"),
+        (["--exits", "two"], 2, "write them like 8,16,32"),
     ):
         with pytest.raises(SystemExit) as end:
             main([*common, *more])
         assert (end.value.code or 0) == code
         captured = capsys.readouterr()
         assert said in captured.out + captured.err
+
+
+def test_heads_learn_from_other_text_than_they_are_judged_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def told(domain: str, split: Any, **bounds: Any) -> Corpus:
+        asked.append((domain, split))
+        return corpus(domain, split, **bounds)
+
+    monkeypatch.setattr(heads, "corpus", told)
+    train_heads(checkpoint(tmp_path / "model"), (2,), replace(OPTIONS, iterations=1))
+    code = [split for domain, split in asked if domain == "code"]
+    assert code == ["calibration", "train", "calibration"]
+
+
+def test_a_map_that_was_fitted_to_other_exits_goes_when_heads_are_trained(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = from_stock(stock_model("llama"), (2, 4), name="stock", tokenizer="bytes")
+    maps = {"all": {2: PiecewiseLinear((0.0, 1.0), (0.0, 0.5))}}
+    model.confidence = Confidence("max-softmax", 0.3, maps)
+    save(model, folder)
+    train_heads(folder, (2,), replace(OPTIONS, iterations=1))
+    assert load(folder).confidence == Confidence("max-softmax", 0.3)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_heads_begin_by_saying_what_the_models_own_norm_and_head_say(family: str) -> None:
+    model = from_stock(stock_model(family), (1, 2, 4))
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    for layer, head in new_exit_heads(model.backbone, (1, 2, 4)).items():
+        level = model.exit_layers.index(layer)
+        torch.testing.assert_close(head(hidden), model.logits(hidden, level))

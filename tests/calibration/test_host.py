@@ -7,8 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from calibration.serving.batching import HotRules
 from calibration.serving.host import Host, lives_of
+from calibration.serving.iteration import split_pays
 from calibration.serving.tally import Sample, Tally, gap_counts, gap_edges
+from helios_sim import cost
 from helios_sim.errors import InputError
 from helios_sim.policy import Controller, read_snapshots
 from helios_sim.policy.contract import Event, Slo
@@ -26,6 +29,7 @@ from tests.engine.factories import (
     padding_models,
     play,
     policy_of,
+    thumbnail,
 )
 
 POLICIES = [
@@ -268,3 +272,25 @@ def test_the_timeline_halves_its_resolution_when_it_is_full() -> None:
     assert len(tally.samples) == TIMELINE_CAPACITY // 2 + 10
     assert tally.timeline_interval_s == 2.0
     assert tally.samples[0].time_s == 1.0
+
+
+def test_a_split_is_weighed_with_the_times_that_the_profile_predicts() -> None:
+    """Of three rows, computed as four and half as long again, one would leave at the first exit."""
+    told: list[tuple[float, ...]] = []
+
+    def pays(*asked: float) -> bool:
+        told.append(asked)
+        return True
+
+    rules = replace(HotRules.of(policy_of("vanilla")), rebatch_pays=pays)
+    costs = {"rebatch.overhead_s": 0.25, "rebatch.overhead_s_per_row": 0.5}
+    model = thumbnail(exit_layers=(1, 2, 4), buckets=(1, 4), residual=((3.0, 1.5),), costs=costs)
+    assert split_pays(model, rules, 2, 4)(1, 3, 0, 0, 30, 12)
+    c = model.coefficient_array()
+    layer_s = 1.5 * cost.layer_seconds(c, 4.0, 30.0, 4 * 12.0, 0.0, 0.0, 0.0)[0]
+    begin_s, check_s = cost.begin_seconds(c), cost.check_seconds(c, 3.0)
+    shallow_s = begin_s + layer_s + check_s
+    rest_s = 3 * layer_s + check_s + cost.head_seconds(c, 3.0)
+    split_s = 0.25 + 2 * 0.5
+    (asked,) = told
+    assert asked == pytest.approx((1, 3, shallow_s, begin_s + rest_s + split_s, shallow_s + rest_s))

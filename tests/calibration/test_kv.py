@@ -174,6 +174,15 @@ def test_the_check_finds_a_lost_block():
         pool.check()
 
 
+def test_the_check_finds_a_token_behind_the_pool():
+    pool = PagedPool(DIMS, 1, 5, 4)
+    pool.admit(1)
+    pool.table[0, 0] = 5
+    assert pool.addresses(np.array([0]), np.array([0])) == [pool.scratch_address]
+    with pytest.raises(RuntimeError, match="a token outside the pool"):
+        pool.check()
+
+
 @pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
 def test_resizing_keeps_rows_and_counts_bytes(pool):
     pool.admit(6)
@@ -235,3 +244,23 @@ def test_pools_of_one_memory_are_cut_from_the_same_place(kind):
     larger.resize(5)
     assert larger.num_layers == 5
     larger.check()
+
+
+def test_a_pool_cut_from_memory_that_is_held_needs_no_more_of_the_device(monkeypatch):
+    shared = KvMemory()
+    first = SlotPool(DIMS, 2, 4, 16, shared)
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 0)
+    assert SlotPool(DIMS, 2, 4, 16, shared).keys[0].data_ptr() == first.keys[0].data_ptr()
+    # Of a larger pool only what is beyond the memory held is asked for.
+    beyond = 16 * 2 * DIMS.bytes_per_token_layer
+    with pytest.raises(InputError, match=f"needs {beyond:,} bytes"):
+        SlotPool(DIMS, 2, 5, 16, shared)
+
+
+def test_memory_of_another_type_is_not_cut_from():
+    shared = KvMemory()
+    SlotPool(DIMS, 1, 4, 16, shared)
+    halves = KvDims(2, 4, torch.bfloat16, torch.device("cpu"))
+    pool = SlotPool(halves, 1, 2, 16, shared)
+    assert pool.keys[0].dtype == pool.values[0].dtype == torch.bfloat16
+    assert shared.bytes == pool.bytes

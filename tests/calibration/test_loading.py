@@ -134,7 +134,8 @@ def test_the_rise_of_memory_is_seen_where_the_system_tells() -> None:
     taken = peak_bytes(CPU, work)
     if taken is None:
         pytest.skip("this system does not tell a process's peak")
-    assert taken > 2**25
+    # What the process held before, many times as much, does not count.
+    assert 2**25 < taken < 2**27
 
 
 def test_the_reserve_is_the_process_without_models() -> None:

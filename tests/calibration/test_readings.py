@@ -16,6 +16,7 @@ from calibration.measuring.readings import (
     Readings,
     read_points,
 )
+from calibration.measuring.timing import Timing
 from helios_sim.errors import InputError
 
 
@@ -122,3 +123,10 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         Readings(tmp_path / "file" / "folder")
+
+
+def test_a_timed_reading_counts_the_repetitions_of_all_samples() -> None:
+    found = Reading("head", batch=2).timed(
+        Timing(0.5, 0.01, repetitions=7, samples=3, lost_share=0.2)
+    )
+    assert (found.seconds, found.mad_s, found.repetitions, found.idle_share) == (0.5, 0.01, 21, 0.2)

@@ -9,14 +9,18 @@ from hypothesis import strategies as st
 
 from calibration.fitting.regression import (
     FLOOR,
+    HUBER_EDGE,
     LINE,
     Equations,
     choose_planes,
+    clearly_better,
     fit_floor_line,
     fit_max,
     isotonic,
+    jackknife,
     leave_out,
     relative_nnls,
+    trust_in,
 )
 
 SMALL = st.floats(1e-7, 1e-3)
@@ -129,3 +133,34 @@ def test_a_few_interrupted_readings_hardly_move_the_fit() -> None:
 def test_one_point_alone_has_no_left_out_error() -> None:
     chosen = fit_floor_line(np.array([4.0]), np.array([1e-4]))
     assert np.isnan(chosen.left_out.errors).all()
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = np.array([1.0, 2.0, 4.0, 7.0])
+    without = [np.array([np.delete(values, at).mean()]) for at in range(4)]
+    assert jackknife(without)[0] == pytest.approx(values.std(ddof=1) / 2.0)
+
+
+def test_a_large_share_of_a_tiny_error_is_no_reason_for_a_richer_model() -> None:
+    assert clearly_better(0.010, 0.020)
+    assert not clearly_better(0.019, 0.020)
+    assert not clearly_better(0.0001, 0.0019)
+
+
+def test_readings_of_one_group_do_not_vouch_for_each_other() -> None:
+    loads = np.array([1.0, 1.0, 2.0, 2.0])
+    ones = np.ones(4)
+    readings = Equations(
+        np.array([1.0, 1.0, 3.0, 3.0]), ones, 0.0 * ones, np.zeros((4, 0)), (loads[:, None],)
+    )
+    found = leave_out(readings, fit_max(readings), np.array([0, 0, 1, 1]))
+    assert found.errors == pytest.approx([0.5, 0.5, -1 / 3, -1 / 3])
+    assert abs(leave_out(readings, fit_max(readings)).errors[0]) < 0.4
+
+
+def test_an_error_beyond_the_edge_pulls_as_one_at_the_edge() -> None:
+    """Weights are squared in least squares: a pull is the error times its weight squared."""
+    errors = np.array([-0.01, 0.01, -0.01, 0.01, 0.3])
+    trust = trust_in(errors)
+    assert trust[:4].tolist() == [1.0] * 4
+    assert errors[4] * trust[4] ** 2 == pytest.approx(HUBER_EDGE * 1.4826 * 0.01)

@@ -57,6 +57,28 @@ def test_no_document_is_in_two_splits_and_every_split_has_every_domain() -> None
             assert not documents[split] & others
 
 
+def test_held_out_prose_shares_no_topic_of_the_language_reference_with_training_text() -> None:
+    """Some topics hold others whole, so that their names' splits do not keep texts apart."""
+    topics = pytest.importorskip("pydoc_data.topics").topics
+    splits = {name: split_of(f"pydoc_data/topics/{name}") for name in topics}
+    known = {
+        line for name in topics if splits[name] == "train" for line in long_lines(topics[name])
+    }
+    assert len(known) > 1000
+    num_held_out = 0
+    for split in SPLITS[1:]:
+        documents = corpus("prose", split).data.decode().split(START.decode())
+        there = [name for name in topics if topics[name] in documents]
+        assert {splits[name] for name in there} == {split}
+        assert not any(known & long_lines(topics[name]) for name in there)
+        num_held_out += len(there)
+    assert num_held_out > 5
+
+
+def long_lines(text: str) -> set[str]:
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= 40}
+
+
 def test_the_split_of_a_file_follows_from_its_name_alone() -> None:
     names = [f"package/module{number}.py" for number in range(2000)]
     shares = {split: sum(split_of(name) == split for name in names) / 2000 for split in SPLITS}

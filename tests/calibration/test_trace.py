@@ -12,25 +12,29 @@ import pytest
 import torch
 
 from calibration.cli import main
+from calibration.model.checkpoint import EarlyExitSettings
 from calibration.model.confidence import Confidence, confidence_of
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
+from calibration.training import thresholds, trace
 from calibration.training.exit_quality import expected_calibration_error
 from calibration.training.scoring import Windows, score
 from calibration.training.small_family import FamilyOptions, train_family
-from calibration.training.text import corpus
+from calibration.training.text import Corpus, corpus
 from calibration.training.thresholds import (
     FittingOptions,
     choose_threshold,
+    confidence_at_exits,
     early_agreement,
     exit_levels,
     fit_map,
+    fitting_scores,
     kind_of,
     settle,
 )
 from calibration.training.trace import TraceOptions, trace_checkpoints
 from helios_sim.errors import InputError
-from helios_sim.exits import read_traces
+from helios_sim.exits import NLL_STEPS_PER_NAT, read_traces
 from tests.calibration.small import FAMILY
 from tests.calibration.tiny import stock_model
 
@@ -192,6 +196,11 @@ def test_candidates_of_several_tokenizers_or_one_name_are_refused(
     save(other, tmp_path / "other")
     with pytest.raises(InputError, match=r"several tokenizers: 'bytes' .* 'pieces'"):
         trace_checkpoints([folders[0], tmp_path / "other"], tmp_path / "out", OPTIONS)
+    for name in ("one", "two"):
+        save(from_stock(stock_model("llama"), (2, 4), name=name), tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(name)
+    with pytest.raises(InputError, match=r"two/tokenizer\.json: It differs from .*one"):
+        trace_checkpoints([tmp_path / "one", tmp_path / "two"], tmp_path / "out", OPTIONS)
     with pytest.raises(InputError, match="Two checkpoints are named 'code-2l'"):
         trace_checkpoints([folders[0], folders[0]], tmp_path / "out", OPTIONS)
     with pytest.raises(InputError, match=r"tokenizer\.json"):
@@ -235,3 +244,98 @@ def test_the_commands_fit_and_trace(
     assert "code-2l on code, nats: L1" in said
     assert read_traces(tmp_path / "exits.parquet").domains == ("code", "prose", "tables")
     assert load(folders[0]).confidence == Confidence("max-softmax", 0.25)
+
+
+def asked_of(monkeypatch: pytest.MonkeyPatch, module: Any) -> set[tuple[str, str]]:
+    """The domains and splits of the text that a module asks for from now on."""
+    asked: set[tuple[str, str]] = set()
+
+    def told(domain: str, split: Any, **bounds: Any) -> Corpus:
+        asked.add((domain, split))
+        return corpus(domain, split, **bounds)
+
+    monkeypatch.setattr(module, "corpus", told)
+    return asked
+
+
+def tiny_checkpoint(folder: Path) -> Path:
+    """An untrained model's folder that says it was trained on code."""
+    model = from_stock(stock_model("llama"), (2, 4), name="tiny", tokenizer="bytes")
+    facts = {"train": {"code": {"sha256": "0"}}}
+    save(model, folder, EarlyExitSettings("tiny", (2, 4), tokenizer="bytes", corpus=facts))
+    return folder
+
+
+def test_confidence_is_fitted_on_other_text_than_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    fitted, traced = asked_of(monkeypatch, thresholds), asked_of(monkeypatch, trace)
+    settle([folder], threshold=0.5, options=OPTIONS.fitting)
+    assert {split for _, split in fitted} == {"calibration"}
+    fitted.clear()
+    trace_checkpoints([folder], tmp_path / "out", OPTIONS)
+    assert fitted == {(domain, "calibration") for domain in OPTIONS.domains}
+    assert traced == {(domain, "trace") for domain in OPTIONS.domains}
+
+
+@pytest.mark.parametrize("kind", ["max-softmax", "calibrated-max-softmax"])
+def test_what_leaves_early_is_counted_as_it_is_served_on_a_models_own_domains(
+    tmp_path: Path, kind: str
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    options = FittingOptions(512, 64, ("code", "prose"))
+    found = fitting_scores(load(folder), folder, options, ("max-softmax",))
+
+    def early_share(domain: str, threshold: float) -> float:
+        levels = exit_levels(confidence_at_exits(found[domain], load(folder).confidence), threshold)
+        return round(float((levels == 0).mean()), 4)
+
+    settle([folder], kind=kind, threshold=0.5, options=options)
+    first = confidence_at_exits(found["code"], load(folder).confidence)[:, 0]
+    middle = float(np.median(first))
+    told = settle([folder], kind=kind, threshold=middle, options=options)
+    assert told["early_share"] == {"tiny": early_share("code", middle)}
+    assert 0.0 < early_share("code", middle) != early_share("prose", middle)
+
+
+def test_pairs_are_those_that_the_scores_of_the_traced_text_tell(
+    traced: Any, folders: list[Path]
+) -> None:
+    out, report = traced
+    windows = Windows(64, 32, 512)
+    text = corpus("code", "trace", max_bytes=16 * windows.needed_tokens).tokens()
+    found = report["complementarity"]["raw"]
+    scores, levels = {}, {}
+    for folder in folders:
+        model = load(folder)
+        scores[model.name] = score(model, text, windows, (model.confidence.kind,))
+        raw = Confidence(model.confidence.kind)
+        own = confidence_at_exits(scores[model.name], raw)
+        levels[model.name] = exit_levels(own, found["threshold"])
+        told = report["candidates"][model.name]
+        assert told["confidence"] == model.confidence.kind
+        nll = scores[model.name].nll_nats[np.arange(512), exit_levels(own, told["threshold"])]
+        assert told["domains"]["code"]["perplexity_at_own_exit"] == pytest.approx(
+            np.exp(nll.mean()), rel=1e-3
+        )
+    for pair in found["pairs"]:
+        if pair["domain"] != "code":
+            continue
+        a, b = pair["deep_in"], pair["early_in"]
+        deep = levels[a] == len(scores[a].exit_layers) - 1
+        early = deep & (levels[b] == 0)
+        assert pair["deep_share"] == round(float(deep.mean()), 4)
+        right = scores[b].right[early, 0]
+        assert pair["right_of_early"] == (round(float(right.mean()), 4) if len(right) else None)
+    steps = read_traces(out / "exits.parquet").nll_nats["code-2l"].astype(np.float64)
+    steps *= NLL_STEPS_PER_NAT
+    np.testing.assert_array_equal(steps, np.round(steps))
+
+
+def test_a_bin_that_many_fall_into_weighs_more_in_a_map() -> None:
+    """Hundreds say 0.2, a few dozen 0.8, and the few are right less often: one pool for all."""
+    sure = np.repeat(np.float32([0.2, 0.8]), [640, 32])
+    right = np.concatenate([np.arange(640) % 2 == 0, np.zeros(32, np.bool_)])
+    found = fit_map(sure, right)
+    assert found.y == pytest.approx([320 / 672] * len(found.y))

@@ -14,13 +14,16 @@ from torch import nn
 
 from calibration.cli import main
 from calibration.device import device_of
-from calibration.model.early_exit import load
+from calibration.model.early_exit import from_stock, load
+from calibration.training import train
 from calibration.training.optimiser import Optimiser, orthogonalised
 from calibration.training.presets import PRESETS, ModelPlan, preset_of
 from calibration.training.small_family import FamilyOptions, train_family
+from calibration.training.text import Corpus, corpus
 from calibration.training.train import Reading, train_model
 from helios_sim.errors import InputError
 from tests.calibration.small import FAMILY
+from tests.calibration.tiny import stock_model
 
 ONE = replace(FAMILY, models=FAMILY.models[:1], iterations=12)
 
@@ -92,6 +95,32 @@ def test_a_folder_of_other_settings_is_not_overwritten(family: Any) -> None:
         train_family(FAMILY, out, FamilyOptions(seed=1, device="cpu", num_processes=1))
 
 
+def test_a_folder_whose_facts_are_none_of_ours_is_not_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / ONE.models[0].name
+    folder.mkdir()
+    (folder / "training.json").write_text("[]")
+    with pytest.raises(InputError, match="not made by a training with these settings"):
+        train_one(tmp_path)
+
+
+def test_what_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
+    options = FamilyOptions(device="cpu", num_processes=1)
+    readings = tmp_path / "full" / "readings" / "code-2l.jsonl"
+    readings.mkdir(parents=True)
+    with pytest.raises(InputError, match="A reading cannot be written"):
+        train_family(ONE, tmp_path / "full", options)
+    train_family(ONE, tmp_path / "family", options)
+    for place, said in (
+        ("code-2l/.early_exit.json.partial", "The confidence cannot be stored"),
+        (".training.json.partial", "The report cannot be written"),
+    ):
+        # A folder stands where the file would be written.
+        (tmp_path / "family" / place).mkdir()
+        with pytest.raises(InputError, match=said):
+            train_family(ONE, tmp_path / "family", options)
+        (tmp_path / "family" / place).rmdir()
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path: Path) -> None:
     hashes = [
         train_one(tmp_path / name, seed)["weights_sha256"]
@@ -134,6 +163,7 @@ def test_training_ends_with_its_budget_and_the_rate_has_fallen(tmp_path: Path) -
         on_reading=told.append,
     )
     assert document["ended_by"] == "budget"
+    assert document["iterations_by_clock"] > 0
     assert told[-1].learning_rate < 0.2 * ONE.learning_rate
 
 
@@ -181,15 +211,21 @@ def test_bad_input_is_told_with_what_is_allowed(capsys: pytest.CaptureFixture[st
         (lambda: FamilyOptions(budget_s=0.0), "1 to 1,000,000"),
         (lambda: FamilyOptions(confidence="sure"), "allowed are max-softmax"),
         (lambda: FamilyOptions(threshold=1.5), "0 to 1"),
+        (lambda: FamilyOptions(target_agreement=2.0), "above 0 and up to 1"),
         (lambda: device_of("tpu"), "auto, cpu and cuda"),
         (lambda: ModelPlan("x", {"poems": 1.0}, 1, 8, 1, 8, (1,), 1.0), "there are 'code'"),
     ):
         with pytest.raises(InputError, match=said):
             call()
-    with pytest.raises(SystemExit) as end:
-        main(["train", "--preset", "tiny"])
-    assert end.value.code == 2
-    assert "--out" in capsys.readouterr().err
+    for words, said in (
+        ((), "--out"),
+        (("--exits", "2,4"), "--exits: It is of exit heads"),
+        (("--domain", "code"), "--domain: It is of exit heads"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["train", "--preset", "tiny", *words])
+        assert end.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_file_where_the_family_should_go_is_refused(tmp_path: Path) -> None:
@@ -197,3 +233,17 @@ def test_a_file_where_the_family_should_go_is_refused(tmp_path: Path) -> None:
     target.write_text("")
     with pytest.raises(InputError, match="It is a file"):
         train_family(ONE, target, FamilyOptions(device="cpu", num_processes=1))
+
+
+def test_a_model_is_judged_on_text_that_is_neither_trained_on_nor_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: set[str] = set()
+
+    def told(domain: str, split: Any, **bounds: Any) -> Corpus:
+        asked.add(split)
+        return corpus(domain, split, **bounds)
+
+    monkeypatch.setattr(train, "corpus", told)
+    train.held_out(from_stock(stock_model("llama"), (2, 4)), FAMILY)
+    assert asked == {"calibration"}

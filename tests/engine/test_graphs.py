@@ -111,6 +111,23 @@ def test_another_model_or_depth_begins_without_graphs() -> None:
     assert added["helios"] > 3 * added["vanilla"] > 0.0
 
 
+def test_every_switch_captures_what_the_model_before_it_had() -> None:
+    """Four turns of ten requests at two layers: embedding, two layers and an answer each time."""
+    requests = replace(drifting_requests(40), arrival_s=10.0 * np.arange(40))
+    busy_s = []
+    for costs in (COSTS, {}):
+        small, large = (
+            thumbnail(name, exits, buckets=(1, 2), costs=costs)
+            for name, exits in (("small", (2, 4)), ("large", (2, 4, 8)))
+        )
+        setup = drifting_setup(profile=profile_of(small, large))
+        run, data = play(setup, requests, "always", reassess_requests=10)
+        busy_s.append(data.totals.busy_s)
+    assert data.totals.max_running == 1
+    assert [one.assignment.model for one in run.decisions[:4]] == ["small", "large"] * 2
+    assert busy_s[0] - busy_s[1] == pytest.approx(4 * (0.1 + 0.12 + 0.05))
+
+
 def test_seconds_of_capturing_are_bound_by_launching_and_drawn_at_active_power() -> None:
     tokens, request = [SURE] * 8, one(2)
     mine, plain = (

@@ -367,6 +367,18 @@ def test_least_outstanding_sends_each_request_where_the_fewest_are(use: str) -> 
         assert replica[i] == loads.index(min(loads))
 
 
+def test_least_kv_sends_each_request_where_the_least_of_the_pool_is_used_or_needed() -> None:
+    """Ten blocks run on replica 0 and one on replica 1, which is sent the next, of fifteen.
+
+    These are needed though they wait, so replica 0 is sent the two after it, against their number.
+    """
+    fleet = {"num_replicas": 2, "router": "least-kv"}
+    arrival_s, prompts = [1.0, 1.0, 1.001, 1.001, 1.001], [40, 4, 60, 4, 4]
+    requests = requests_of(arrival_s, prompts, [5] * 5, domains=DOMAINS)
+    _, data = play(drifting_setup(fleet=fleet), requests, "vanilla")
+    assert data.requests["replica"].to_list() == [0, 1, 1, 0, 0]
+
+
 def test_two_arrivals_at_one_instant_see_each_other() -> None:
     """The second of two goes elsewhere, although the first has not been touched yet."""
     fleet = {"num_replicas": 2, "router": "least-outstanding"}
@@ -597,6 +609,27 @@ def test_fewer_layers_never_raise_weights_and_never_lower_the_pool() -> None:
         assert list(card.batch_limit) == sorted(card.batch_limit, reverse=True)
         pools = [setup.pool_blocks(name, depth) for depth in model.model.exit_layers]
         assert pools == sorted(pools, reverse=True)
+
+
+def test_a_card_counts_the_whole_typical_requests_that_fit() -> None:
+    """Twenty-two tokens take six blocks; what is left of a pool after them serves nobody."""
+    rests = set()
+    for memory_bytes in range(12_000, 20_000, 500):
+        setup = drifting_setup(profile=both_models(memory_bytes=memory_bytes))
+        (limit, _) = candidate_card(setup, "small").batch_limit
+        rests.add(setup.pool_blocks("small", 2) - 6 * limit)
+    assert {0, 5} <= rests <= set(range(6))
+
+
+def test_the_longest_request_that_is_taken_is_the_one_that_is_told() -> None:
+    """Its last token needs no place in the pool; one token more can never fit."""
+    profile = both_models(memory_bytes=17_000)
+    setup = drifting_setup(profile=profile, candidates=["small"])
+    longest = setup.longest_request("small", 4)
+    assert longest < profile.model("small").model.shape.max_positions
+    requests = requests_of([0.0, 0.0], [longest - 2, longest - 1], [2, 2], domains=DOMAINS)
+    _, data = play(setup, requests, "vanilla")
+    assert data.requests["status"].to_list() == ["finished", "refused"]
 
 
 def test_a_candidate_s_card_pads_typical_rows_and_takes_the_factor_of_each_loaded_depth() -> None:

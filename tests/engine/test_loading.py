@@ -5,7 +5,19 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from tests.engine.factories import drifting_requests, drifting_setup, play
+from helios_sim.policy.registry import make_policy
+from helios_sim.profile import Link
+from tests.engine.factories import (
+    both_models,
+    drifting_requests,
+    drifting_setup,
+    play,
+    play_policy,
+    snapshots_of,
+)
+
+HELD = (("small", 4), ("large", 8))
+"""The two models with all their layers."""
 
 
 def ready_times(replicas_per_host: int, weights_start: str) -> tuple[list[float], float, float]:
@@ -39,6 +51,37 @@ def test_replicas_on_hosts_of_their_own_do_not_wait_for_each_other() -> None:
 def test_weights_in_host_memory_need_the_link_alone() -> None:
     ready, _, link_s = ready_times(2, "host")
     assert ready == pytest.approx([link_s, 2 * link_s])
+
+
+def test_two_models_are_read_from_one_disk_one_after_the_other() -> None:
+    """The large model waits for the small one's read, while the link is free by then."""
+    fleet = {"num_replicas": 2, "replicas_per_host": 2}
+    # The run asks one policy what all have in common, and then each replica has its own.
+    models = iter(["small", "small", "large"])
+    setup = drifting_setup(fleet=fleet, profile=both_models(host=Link(0.01, 1e9)))
+    run, _ = play_policy(
+        setup, drifting_requests(20), lambda: make_policy("vanilla", {"model": next(models)})
+    )
+    loading, profile = setup.profile.loading, setup.profile
+    num_bytes = [profile.model(name).model.weight_bytes(depth) for name, depth in HELD]
+    read_s = [loading.disk.alpha_s + one / loading.disk.bytes_per_s for one in num_bytes]
+    moved_s = [loading.host.alpha_s + one / loading.host.bytes_per_s for one in num_bytes]
+    small, large = sorted(run.decisions, key=lambda entry: entry.replica)
+    assert small.ready_s == pytest.approx(read_s[0] + moved_s[0])
+    assert large.ready_s == pytest.approx(read_s[0] + read_s[1] + moved_s[1])
+
+
+def test_a_policy_is_told_of_the_whole_read_and_of_the_layers_that_the_link_takes() -> None:
+    """A model is read whole, however few of its layers are loaded."""
+    run, _ = play(drifting_setup(), drifting_requests(20), "vanilla")
+    told, loading = snapshots_of(run.decisions)[0], run.setup.profile.loading
+    for candidate in told.candidates:
+        read_s = loading.disk.alpha_s + candidate.weight_bytes[-1] / loading.disk.bytes_per_s
+        expected = [
+            read_s + loading.host.alpha_s + one / loading.host.bytes_per_s
+            for one in candidate.weight_bytes
+        ]
+        assert told.load_s[candidate.name] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("weights_start", ["disk", "host"])

@@ -19,6 +19,7 @@ from helios_sim.records import RunData, check_run
 from helios_sim.scenario import load_scenario
 from tests.engine.factories import (
     DOMAINS,
+    QUICK,
     both_models,
     drifting_requests,
     drifting_setup,
@@ -129,6 +130,18 @@ def test_an_evaluation_serves_exactly_as_many_requests_as_it_asked_for() -> None
         assert telemetry.num_finished == 4
         assert telemetry.assignment == entry.assignment
     assert data.requests["evaluated"].sum() == 4 * data.totals.num_evaluations
+
+
+def test_an_evaluation_tells_of_its_own_requests_alone() -> None:
+    """Each has one token of its prefill beside those decoded, and meets only the others of it."""
+    run, _ = play(drifting_setup(), drifting_requests())
+    told = [one.telemetry for one in snapshots_of(run.decisions) if one.event is Event.EVALUATED]
+    assert len(told) > 4
+    for telemetry in told:
+        assert telemetry is not None
+        assert telemetry.num_finished == QUICK["evaluation_requests"]
+        assert telemetry.num_tokens == sum(telemetry.exit_counts) + telemetry.num_finished
+        assert telemetry.mean_batch <= telemetry.num_finished
 
 
 def test_an_interval_counts_requests_since_the_last_evaluation() -> None:

@@ -125,3 +125,13 @@ def test_clairvoyant_follows_the_coming_exits_without_evaluating() -> None:
         Serve(LARGE.name, 9, PARTIAL, ""),
         Switch(SMALL.name, 12, PARTIAL, ""),
     ]
+
+
+def test_of_equal_candidates_the_clairvoyant_takes_the_first_by_name() -> None:
+    """Two names of one model, whose coming tokens leave alike."""
+    twin = replace(SMALL, name="opt-1.3b-again")
+    coming = {SMALL.name: (1.0, 0.0, 0.0), twin.name: (1.0, 0.0, 0.0)}
+    for candidates in ((twin, SMALL), (SMALL, twin)):
+        host = ScriptedHost(make_policy("clairvoyant"), candidates, max_batch=1)
+        decision, _ = host.ask(Event.START, foresight=coming)
+        assert replace(decision, reason="") == Serve(SMALL.name, 6, PARTIAL, "")

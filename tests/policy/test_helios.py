@@ -173,6 +173,11 @@ class TestDepth:
         assert shares is not None
         assert SMALL.exit_layers[quantile_level(shares, quantile)] == depth
 
+    def test_shares_that_add_up_to_the_quantile_on_paper_reach_it(self) -> None:
+        """As floats 0.6 and 0.3 are less than 0.9 together."""
+        assert 0.6 + 0.3 < 0.9
+        assert quantile_level((0.6, 0.3, 0.1), 0.9) == 1
+
     @pytest.mark.parametrize(("asked", "given"), [(1, 6), (6, 6), (7, 12), (24, 24), (99, 24)])
     def test_a_fixed_depth_takes_the_first_exit_that_reaches_it(
         self, asked: int, given: int
@@ -278,6 +283,29 @@ class TestOverhead:
         solo = overhead_of_load(SMALL, EVALUATIONS[SMALL.name], ExitMode.SOLO, asked)
         assert solo.serving_s == pytest.approx(10.296)
 
+    def test_a_batch_is_no_larger_than_the_memory_beside_the_weights(self) -> None:
+        """Of ten requests four may run together, and two fit at nine layers."""
+        asked = snapshot(max_batch=4, num_waiting=9)
+        narrow = replace(LARGE, batch_limit=(2, 1, 1))
+        cost = overhead_of_switch(narrow, 0, EVALUATIONS[LARGE.name], asked)
+        assert cost.serving_s == pytest.approx(9.0 / 2)
+
+    def test_what_was_measured_slower_than_its_card_is_slower_with_all_layers_too(self) -> None:
+        """Twice the card's 10.296 ms a token."""
+        slow = example_evaluation(SMALL, SMALL_EXITS, mean_tpot_s=0.020592)
+        cost = overhead_of_load(SMALL, slow, ExitMode.WAIT, snapshot())
+        assert cost.serving_s == pytest.approx(20.592)
+
+    def test_layers_that_leave_no_room_for_a_request_are_not_loaded(self) -> None:
+        """The other model is brought in, though it takes a thousand times as long."""
+        shallow_only = replace(SMALL, batch_limit=(9, 9, 0))
+        asked = snapshot(
+            assignment=served(SMALL.name, 6),
+            candidates=(shallow_only, LARGE),
+            load_s=transfers((0, 1, 2), (2000, 9, 9)),
+        )
+        assert isinstance(Helios().decide(asked), Switch)
+
     def test_an_unmeasured_model_is_taken_to_need_full_depth(self) -> None:
         """Without a histogram loading costs 24 ms a token."""
         cost = overhead_of_load(SMALL, None, ExitMode.WAIT, snapshot())
@@ -337,6 +365,21 @@ class TestObjective:
             )
             assert replace(policy.decide(asked), reason="") == winner
 
+    def test_of_equal_candidates_the_one_that_ranks_first_serves(self) -> None:
+        """Two names of one model score alike, in whichever order they are given."""
+        twin = replace(SMALL, name="opt-1.3b-again")
+        evaluation = example_evaluation(twin, SMALL_EXITS, nll_nats=2000.0)
+        for candidates in ((twin, SMALL), (SMALL, twin)):
+            asked = snapshot(
+                Event.EVALUATED,
+                assignment=served(SMALL.name, 24, ExitMode.WAIT),
+                candidates=candidates,
+                evaluations={**EVALUATIONS, twin.name: evaluation},
+                round_evaluated=(SMALL.name, twin.name),
+            )
+            decision = Helios().decide(asked)
+            assert decision == Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, decision.reason)
+
     def test_a_candidate_that_keeps_the_slo_beats_a_better_one_that_does_not(self) -> None:
         """Measured at twice its card, the large model misses 15 ms a token; quality gives way."""
         slow = example_evaluation(LARGE, LARGE_EXITS, mean_tpot_s=2 * 0.014352, nll_nats=1000.0)
@@ -365,6 +408,10 @@ class TestShortlist:
             found = make_shortlist((SMALL, MIDDLE, LARGE), slo, "throughput", 1, 3)
             assert [c.name for c in found.candidates] == [SMALL.name, MIDDLE.name]
         assert meets_slo(LARGE, 0, None, Slo(ttft_s=0.0181, tpot_s=0.0091))
+
+    def test_a_limit_that_is_reached_to_the_bit_is_kept(self) -> None:
+        card = Slo(ttft_s=LARGE.prefill_s[0], tpot_s=LARGE.decode_iteration_s[0])
+        assert meets_slo(LARGE, 0, None, card)
 
     def test_an_slo_that_nobody_meets_takes_the_best_and_says_so(self) -> None:
         """One candidate goes on, and the reason names the broken promise."""

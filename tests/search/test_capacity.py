@@ -91,6 +91,20 @@ def test_where_every_rate_is_carried_the_bound_above_is_open() -> None:
     assert found.rate_per_s == found.probes[-1].rate_per_s
 
 
+def test_a_rate_that_is_missed_below_one_that_is_carried_bounds_the_capacity() -> None:
+    """Up to 7 all is carried, in doubt above 2.5, but for 2.828: what lies above it is luck."""
+
+    def measure(rate: float) -> Verdict:
+        if rate == 2.828:
+            return verdict(0.5)
+        return verdict(1.0 if rate <= 7.0 else 0.5, 0.0 if rate < 2.5 else 0.1)
+
+    found: Capacity = answered(find_capacity(2.0, 0.1), measure)
+    assert 6.727 in [probe.rate_per_s for probe in found.probes]
+    assert (found.rate_per_s, found.low_per_s, found.high_per_s) == (2.378, 2.378, 2.828)
+    assert found.first_missed.rate_per_s == 2.828
+
+
 @given(st.integers(1, 200), st.integers(1, 300), st.integers(1, 250))
 def test_the_smallest_fleet_is_found_from_any_guess(needed: int, guess: int, most: int) -> None:
     asked: list[int] = []

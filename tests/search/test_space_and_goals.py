@@ -154,6 +154,7 @@ def test_constraints_take_slo_text_in_every_dialect_and_bounds_beside_it() -> No
         ("agreement>=98", "a share above 1"),
         ("ttft>500", "lower limit"),
         ("goodput>=-1", "not positive"),
+        ("throughput>=50%", "in per cent, and throughput is no share"),
     ],
 )
 def test_a_constraint_that_cannot_be_says_why(text: str, said: str) -> None:
@@ -193,6 +194,24 @@ def test_a_front_is_what_nobody_dominates_and_ranks_peel_it(points: list[tuple[i
             assert not dominates(a, b) or first < second
     best = [points[place] for place in sorted(on)]
     assert points[sorted(on)[knee(best)]] in best
+
+
+def test_a_point_is_beaten_by_one_that_is_nowhere_worse_and_somewhere_better() -> None:
+    assert dominates((1.0, 2.0), (1.0, 3.0))
+    assert not dominates((1.0, 2.0), (1.0, 2.0))
+    assert not dominates((1.0, 2.0), (2.0, 1.0))
+    assert front([(1.0, 3.0), (1.0, 2.0), (2.0, 1.0), (1.0, 2.0)]) == [1, 2, 3]
+
+
+def test_the_knee_is_nearest_to_the_best_of_each_objective_as_the_crow_flies() -> None:
+    """Scaled, the points are (0, 1), (0.2, 0.75), (0.5, 0.5) and (1, 0): 1, 0.78, 0.71 and 1.
+
+    By the sum of both the second would be nearer than the third. Of equals the first is taken.
+    """
+    points = [(0.0, 100.0), (2.0, 75.0), (5.0, 50.0), (10.0, 0.0)]
+    assert knee(points) == 2
+    assert knee([points[0], points[3]]) == 0
+    assert knee([(1.0, 7.0), (1.0, 7.0)]) == 0
 
 
 def test_costs_by_pencil() -> None:

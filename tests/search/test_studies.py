@@ -15,12 +15,15 @@ import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
+from helios_sim.metrics import columns_of
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.executors import InlineExecutor, Workers, open_workers
-from helios_sim.search.points import Point, code_files, point_of, run_point
+from helios_sim.search.points import Point, _judged, code_files, point_of, run_point
 from helios_sim.search.store import Store
 from helios_sim.search.studies import Outcome, Standing, Study, carry_out
 from helios_sim.search.traffic import Traffic, at_rate
+from helios_sim.slo import parse_slo
+from tests.test_metrics import pencil_run
 
 INLINE = Workers(InlineExecutor(), 1)
 
@@ -229,6 +232,20 @@ def test_limits_are_judged_over_the_requests_sent(tmp_path: Path) -> None:
     assert plain["together"] == pytest.approx(1 - refused / 50)
 
 
+def test_a_percentile_is_the_latency_within_which_that_share_of_the_sent_are() -> None:
+    """Of four requests one is refused; the others take 100, 200 and 400 ms to their first token.
+
+    Half of the four are there within 200 ms, three quarters within 400 ms, and no more ever.
+    """
+    run = pencil_run()
+    slo = parse_slo("ttft:p50<1s;ttft:p75<1s;ttft:p75.1<1s;tpot:p50<1s;ttft:300")
+    found = _judged(run, columns_of(run), slo)
+    told = [one["value_ms"] for one in found]
+    assert told[2] is None
+    assert [told[0], told[1], told[3]] == pytest.approx([200.0, 400.0, 100.0])
+    assert [one["share"] for one in found] == [0.75, 0.75, 0.75, 0.75, 0.5]
+
+
 def test_processes_give_the_same_bytes_as_this_one(tmp_path: Path) -> None:
     points = points_of(tmp_path, [1.0, 2.0, 3.0, 4.0])
     here, there = Store(tmp_path / "a"), Store(tmp_path / "b")
@@ -345,6 +362,10 @@ def test_samples_of_drawn_traffic_are_seeds_at_the_rate_asked_for(tmp_path: Path
     traffic = Traffic(shaped, tmp_path, "x.toml", 3000, 4, 0.1)
     sample = traffic.sample(shaped, 0, 2 * traffic.rate_per_s)
     assert [rate for _, rate in sample.workload.arrivals.points] == [2.0, 6.0]  # type: ignore[union-attr]
+    # The whole day at twice its rate, of which a tenth of the requests are not measured.
+    num_requests = 2 * traffic.rate_per_s * 400.0
+    assert sample.workload.duration_s == 400.0
+    assert sample.measure.warmup_requests == pytest.approx(0.1 * num_requests, abs=1.0)
 
 
 def test_a_closed_loop_has_no_rate_to_search(tmp_path: Path) -> None:

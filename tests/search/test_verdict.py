@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from helios_sim.search.verdict import judge
+import pytest
+
+from helios_sim.search.verdict import criterion, judge
 from helios_sim.slo import parse_slo
 
 
@@ -40,3 +42,43 @@ def test_a_share_of_0_999_on_average_is_the_999th_permille() -> None:
     assert verdict.carried
     verdict = judge([figures([0.9989], None)] * 2, slo, 0.95, 0.95)
     assert verdict.surely_missed
+
+
+def test_a_share_is_bounded_by_student_s_t_over_the_replications() -> None:
+    """Three shares with a deviation of 0.04 and a quantile of 2.920: 2.920 x 0.04 / sqrt(3)."""
+    one = criterion("ttft", [0.90, 0.94, 0.98], 0.9, 0.95)
+    assert (one.mean, one.low, one.high) == pytest.approx((0.94, 0.87257, 1.00743), abs=1e-5)
+    alone = criterion("ttft", [0.9], 0.9, 0.95)
+    assert (alone.low, alone.high) == (0.9, 0.9)
+
+
+def test_what_lacks_the_largest_part_of_its_target_breaks_first() -> None:
+    """TPOT lacks 0.135 of 0.9, which is 15 %; TTFT lacks only 0.1, which is 20 % of its 0.5."""
+    slo = parse_slo("tpot:p90<50ms;ttft:p50<100ms")
+    verdict = judge([figures([0.765, 0.4], None)] * 2, slo, 0.95, 0.95)
+    assert [one.limit for one in verdict.broken] == ["ttft:p50<=100ms", "tpot:p90<=50ms"]
+    assert verdict.worst.limit == "ttft:p50<=100ms"
+    assert verdict.worst.shortfall == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("num_drowned", "carried"), [(0, True), (2, True), (3, False)])
+def test_a_load_is_carried_while_no_more_than_half_of_its_runs_are_overloaded(
+    num_drowned: int, carried: bool
+) -> None:
+    runs = [figures([1.0], None) for _ in range(4)]
+    for run in runs[:num_drowned]:
+        run["summary"]["saturation"] = "overloaded"
+    verdict = judge(runs, parse_slo("ttft:p50<1s"), 0.95, 0.95)
+    assert verdict.carried == carried
+    assert verdict.surely_carried == (num_drowned == 0)
+    assert not verdict.surely_missed
+
+
+def test_a_percentile_s_latency_is_told_where_every_run_reaches_it() -> None:
+    """In one of the runs too many requests never finish for the percentile to be a number."""
+    slo = parse_slo("ttft:p50<1s")
+    runs = [figures([0.9], None), figures([0.4], None)]
+    runs[0]["judged"][0]["value_ms"] = 3.0
+    assert judge(runs, slo, 0.95, 0.95).criteria[0].value_ms == 2.0
+    runs[1]["judged"][0]["value_ms"] = None
+    assert judge(runs, slo, 0.95, 0.95).criteria[0].value_ms is None

@@ -1,0 +1,131 @@
+"""Which fleet is recommended and what its day looks like, from answers worked out by pencil."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helios_sim.scenario import load_scenario
+from helios_sim.search.capacity import Capacity
+from helios_sim.search.plan import (
+    FleetAnswer,
+    Load,
+    PlanQuestion,
+    fleet_scenario,
+    make_plan,
+    mean_figures,
+    ranked,
+    read_plan,
+)
+from helios_sim.search.prices import Cost
+from helios_sim.search.verdict import Verdict
+from tests.search.test_commands import write
+
+CARRIED = Verdict((), 3)
+DAY = [2.0, 1.0, 0.0, *[0.5] * 21]
+"""Weights of the hours: the first is the busiest."""
+
+
+def question_of(folder: Path, **settings: Any) -> PlanQuestion:
+    """A plan of one fleet."""
+    return read_plan(load_scenario(write(folder, plan=settings)), folder, "small.toml")
+
+
+def answer_of(
+    question: PlanQuestion,
+    num_replicas: int,
+    *,
+    name: str = "mine",
+    rate_per_s: float = 30.0,
+    capacity_per_s: float = 10.0,
+    joules: float = 1.0,
+    cost: Cost | None = None,
+) -> FleetAnswer:
+    """A fleet of GPUs that carries a rate; its capacity is that of one replica."""
+    fleet = replace(question.fleets[0], name=name)
+    capacity = Capacity(capacity_per_s, capacity_per_s, capacity_per_s, ())
+    planned = Load(num_replicas, rate_per_s, CARRIED, {"energy_per_output_token": joules})
+    return FleetAnswer(fleet, 1, capacity, planned=planned, cost=cost)
+
+
+def names(answers: tuple[FleetAnswer, ...]) -> list[str]:
+    return [one.fleet.name for one in answers]
+
+
+@pytest.mark.parametrize(
+    ("together_per_s", "replicas"),
+    [
+        pytest.param(36.0, [4, 2, 1, 1], id="four carry nine each, one alone carries ten"),
+        pytest.param(60.0, [3, 2, 1, 1], id="one alone carries ten, four carry fifteen each"),
+        pytest.param(28.0, [4, 2, 1, 1], id="four are known to carry the target all the same"),
+    ],
+)
+def test_each_hour_has_the_replicas_for_its_rate_at_the_less_that_one_carries(
+    tmp_path: Path, together_per_s: float, replicas: list[int]
+) -> None:
+    """30, 15, 0 and 7.5 requests/s; an hour costs its replicas' part of the peak's 8."""
+    question = question_of(tmp_path, target_rate_per_s=30.0, hourly_weights=DAY)
+    alone = answer_of(question, 4, cost=Cost(8.0, 1.0))
+    together = Capacity(together_per_s, together_per_s, together_per_s, ())
+    best = replace(alone, capacity=together, capacity_replicas=4)
+    plan = make_plan(question, [alone], best)
+    assert [hour.rate_per_s for hour in plan.hours[:4]] == [30.0, 15.0, 0.0, 7.5]
+    assert [hour.num_replicas for hour in plan.hours[:4]] == replicas
+    assert [hour.cost_per_hour for hour in plan.hours[:4]] == [2.0 * num for num in replicas]
+    assert plan.headroom == pytest.approx(together_per_s / 30.0 - 1.0)
+
+
+def test_under_a_target_the_cheapest_fleet_wins_then_the_fewest_gpus_then_the_least_energy(
+    tmp_path: Path,
+) -> None:
+    question = question_of(tmp_path, target_rate_per_s=30.0)
+    dear = answer_of(question, 2, name="dear", cost=Cost(9.0, 1.0))
+    cheap = answer_of(question, 6, name="cheap", cost=Cost(6.0, 9.0))
+    smaller = answer_of(question, 5, name="smaller", joules=2.0, cost=Cost(6.0, 9.0))
+    thrifty = answer_of(question, 5, name="thrifty", cost=Cost(6.0, 9.0))
+    order = ranked(question, [dear, cheap, smaller, thrifty])
+    assert names(order) == ["thrifty", "smaller", "cheap", "dear"]
+
+
+def test_without_a_target_what_carries_most_for_each_gpu_or_for_its_money_wins(
+    tmp_path: Path,
+) -> None:
+    question = question_of(tmp_path)
+    large = answer_of(question, 4, name="large", rate_per_s=40.0)
+    small = answer_of(question, 1, name="small", rate_per_s=12.0)
+    assert names(ranked(question, [large, small])) == ["small", "large"]
+    cheap = replace(large, cost=Cost(8.0, 1.5))
+    dear = replace(small, cost=Cost(2.0, 2.5))
+    assert names(ranked(question, [dear, cheap])) == ["large", "small"]
+
+
+def test_a_fleet_that_carries_comes_before_those_that_do_not_and_of_these_the_nearest(
+    tmp_path: Path,
+) -> None:
+    question = question_of(tmp_path, target_rate_per_s=30.0)
+    carrying = answer_of(question, 60, name="carrying", capacity_per_s=0.5)
+    near = replace(answer_of(question, 1, name="near", capacity_per_s=2.0), planned=None)
+    far = replace(answer_of(question, 1, name="far", capacity_per_s=1.0), planned=None)
+    refused = replace(far, fleet=replace(far.fleet, name="refused"), capacity=None)
+    order = ranked(question, [refused, far, near, carrying])
+    assert names(order) == ["carrying", "near", "far", "refused"]
+
+
+def test_one_replica_is_given_its_requests_by_turns_and_several_as_the_fleet_says(
+    tmp_path: Path,
+) -> None:
+    question = question_of(tmp_path, routers=["least-kv"])
+    (fleet,) = question.fleets
+    assert fleet_scenario(question, fleet, 1).fleet.router == "round-robin"
+    assert fleet_scenario(question, fleet, 2).fleet.router == "least-kv"
+
+
+def test_a_figure_that_one_run_lacks_has_no_mean() -> None:
+    runs = [
+        {"summary": {"p99_ttft_ms": 10.0, "energy": 4, "completed": None, "label": "a"}},
+        {"summary": {"p99_ttft_ms": 20.0, "energy": None, "completed": 3, "label": "b"}},
+    ]
+    assert mean_figures(runs) == {"p99_ttft_ms": 15.0, "energy": None, "completed": None}

@@ -1,0 +1,168 @@
+"""Which trials go on, what breaks a constraint and what is recommended, by pencil."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helios_sim.scenario import load_scenario
+from helios_sim.search.goals import Broken, Judge, parse_constraints, parse_goal
+from helios_sim.search.tune import (
+    HeldOut,
+    Trial,
+    Tuned,
+    _hold_out,
+    _promising,
+    nearest_miss,
+    read_tune,
+)
+from tests.search.test_commands import write
+
+OBJECTIVES = (parse_goal("throughput", "here"), parse_goal("ttft:p95", "here"))
+
+
+def judge_of(constraints: str = "") -> Judge:
+    return Judge(OBJECTIVES, parse_constraints(constraints, "here"), None, "here")
+
+
+def trial(number: int, first: tuple[float, float], violation: float = 0.0) -> Trial:
+    """A trial that ran on the first sample."""
+    broken = (Broken("ttft<=1ms", 2.0, violation),) if violation else ()
+    return Trial(number, {}, "stopped", first, first, broken)
+
+
+def figures(throughput: float, ttft_ms: float, agreement: float = 1.0) -> dict[str, Any]:
+    """A run whose latencies meet no request that never finishes."""
+    return {
+        "summary": {
+            "output_throughput": throughput,
+            "p95_ttft_ms": ttft_ms,
+            "agreement": agreement,
+        },
+        "judged": [{"share": 1.0, "value_ms": ttft_ms}],
+    }
+
+
+def test_the_share_that_goes_on_is_of_the_best_fronts_among_all_trials_so_far() -> None:
+    """Of six trials three go on: one of an earlier batch is among them and takes a place."""
+    before = [trial(0, (90.0, 5.0)), trial(1, (10.0, 90.0))]
+    batch = {
+        0: trial(2, (100.0, 10.0)),
+        1: trial(3, (20.0, 80.0)),
+        2: trial(4, (80.0, 6.0)),
+        3: trial(5, (30.0, 70.0)),
+    }
+    assert _promising(judge_of(), batch, before, 0.5) == [0, 2]
+    assert _promising(judge_of(), batch, (), 0.5) == [0, 2]
+    assert _promising(judge_of(), batch, (), 0.51) == [0, 2, 3]
+
+
+def test_of_equals_the_earlier_goes_on_and_who_breaks_less_before_who_is_better() -> None:
+    equals = {0: trial(1, (50.0, 5.0)), 1: trial(2, (50.0, 5.0))}
+    assert _promising(judge_of(), equals, [trial(0, (50.0, 5.0))], 0.6) == [0]
+    broken = {
+        0: trial(0, (90.0, 1.0), 0.2),
+        1: trial(1, (10.0, 9.0), 0.1),
+        2: trial(2, (1.0, 99.0)),
+    }
+    assert _promising(judge_of(), broken, (), 0.3) == [2]
+    assert _promising(judge_of(), broken, (), 0.6) == [1, 2]
+
+
+def test_what_cannot_be_run_never_goes_on() -> None:
+    batch = {0: Trial(0, {}, "impossible"), 1: trial(1, (1.0, 1.0))}
+    assert _promising(judge_of(), batch, [Trial(2, {}, "impossible")], 1.0) == [1]
+
+
+def test_a_constraint_is_broken_on_average_and_by_how_much_of_its_limit() -> None:
+    """150 ms against 100 is half of it; 0.72 against 0.9 a fifth; the worst comes first."""
+    judge = judge_of("agreement>=0.9;ttft:p95<100ms")
+    runs = [figures(1.0, 100.0, 0.70), figures(1.0, 200.0, 0.74)]
+    found = judge.broken(runs)
+    assert [one.constraint for one in found] == ["ttft:p95<=100ms", "agreement>=0.9"]
+    assert [one.reached for one in found] == pytest.approx([150.0, 0.72])
+    assert [one.violation for one in found] == pytest.approx([0.5, 0.2])
+    assert judge.broken([figures(1.0, 80.0, 0.86), figures(1.0, 120.0, 0.96)]) == ()
+
+
+def test_requests_that_never_finish_break_a_limit_more_than_any_that_are_late() -> None:
+    """The fewer of them meet the limit, the more it is broken."""
+    judge = judge_of("ttft:p95<100ms")
+    late = judge.broken([figures(1.0, 1000.0)])[0].violation
+    runs = [figures(1.0, 1.0), figures(1.0, 1.0)]
+    violations = []
+    for share in (0.9, 0.1):
+        runs[1]["judged"] = [{"share": share, "value_ms": None}]
+        violations.append(judge.broken(runs)[0].violation)
+    assert late < violations[0] < violations[1]
+
+
+def tuned(held: HeldOut | None) -> Tuned:
+    """A search with a winner; of its question nothing is needed."""
+    nothing: Any = None
+    first = trial(0, (1.0, 1.0))
+    others = () if held is None else (replace(held, rate_scale=2.0), held)
+    return Tuned(nothing, first, (first,), (first,), first, others, (), {})
+
+
+def held_out(*gains: float, **changes: Any) -> HeldOut:
+    """A scenario of 100 tokens/s and 10 ms, and what the winner gains on either."""
+    won = (100.0 + gains[0], 10.0 - gains[1])
+    intervals = tuple((gain, -1e3, 1e3) for gain in gains)
+    return replace(HeldOut(1.0, (100.0, 10.0), won, (), (), intervals), **changes)
+
+
+def test_a_winner_is_better_where_its_gains_as_shares_add_up_to_one() -> None:
+    """Ten tokens/s are a tenth and make up for half a millisecond, a twentieth, not for two."""
+    assert tuned(held_out(10.0, -0.5)).is_better
+    assert not tuned(held_out(10.0, -2.0)).is_better
+    assert not tuned(held_out(0.0, 0.0)).is_better
+
+
+def test_who_keeps_the_constraints_is_better_than_who_does_not() -> None:
+    broken = (Broken("ttft<=1ms", 2.0, 1.0),)
+    assert not tuned(held_out(10.0, 1.0, tuned_broken=broken)).is_better
+    assert tuned(held_out(-10.0, -1.0, base_broken=broken)).is_better
+    assert not tuned(held_out(10.0, 1.0, tuned_broken=broken, base_broken=broken)).is_better
+    assert not tuned(None).is_better
+
+
+def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_path: Path) -> None:
+    """Tokens gain 10 and 20 a second; the TTFT rises by 2 and 4 ms: mean gains of 15 and -3.
+
+    Two pairs have a quantile of 12.706, so that the bounds are 12.706 x 5 and 12.706 x 1 away. The
+    traffic comes after the two samples of the tuning.
+    """
+    changes = {"objectives": ["throughput", "ttft:p95"], "constraints": "agreement>=0.5"}
+    path = write(tmp_path, search=changes)
+    question = read_tune(load_scenario(path), tmp_path, "small.toml")
+    winner = replace(trial(0, (1.0, 1.0)), values={"serving.max_batch": 8})
+    steps = _hold_out(question, winner, 1.0)
+    scenarios = [point.scenario for point in next(steps)]
+    seed = question.space.base.seed
+    assert [one.seed for one in scenarios] == [seed + 2, seed + 3] * 2
+    own = question.space.base.serving.max_batch
+    assert [one.serving.max_batch for one in scenarios] == [own, own, 8, 8]
+    base = [figures(100.0, 10.0), figures(110.0, 12.0, 0.4)]
+    won = [figures(110.0, 12.0, 0.4), figures(130.0, 16.0, 0.5)]
+    with pytest.raises(StopIteration) as end:
+        steps.send([*base, *won])
+    held: HeldOut = end.value.value
+    assert (held.base, held.tuned) == ((105.0, 11.0), (120.0, 14.0))
+    assert held.gains[0] == pytest.approx((15.0, 15.0 - 63.531, 15.0 + 63.531), abs=1e-3)
+    assert held.gains[1] == pytest.approx((-3.0, -3.0 - 12.706, -3.0 + 12.706), abs=1e-3)
+    assert held.base_broken == ()
+    assert [one.constraint for one in held.tuned_broken] == ["agreement>=0.5"]
+
+
+def test_the_nearest_miss_is_the_trial_whose_violations_add_up_to_least() -> None:
+    nothing: Any = None
+    two = Trial(
+        1, {}, "full", broken=(Broken("ttft<=1ms", 1.2, 0.2), Broken("agreement>=0.9", 0.7, 0.2))
+    )
+    trials = (trial(0, (1.0, 1.0), 0.5), two, trial(2, (1.0, 1.0), 0.3))
+    said = nearest_miss(Tuned(nothing, two, trials, (), None, (), (), {}))
+    assert said.startswith("trial 2 comes nearest and breaks ttft<=1ms (reached 2, 30 % off)")
