@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 scenario_app = typer.Typer(help="Check scenario files; print their schema.", no_args_is_help=True)
 app.add_typer(scenario_app, name="scenario")
+profiles_app = typer.Typer(invoke_without_command=True)
+app.add_typer(profiles_app, name="profiles")
 
 
 @app.callback()
@@ -225,12 +227,20 @@ def compare(
     as_json: AsJson = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write a page here; of real runs, a folder with its figures too."),
+        typer.Option(
+            help="Write a page here (a name in .html), or a folder with the page and its figures."
+        ),
     ] = None,
 ) -> None:
     """Compare runs of the same requests, figure by figure; or real runs with the simulated one."""
     from helios_sim.fidelity.sides import sides_given
 
+    if allow_simulated and simulated is None:
+        raise InputError(
+            "--allow-simulated takes the runs beside the simulated one for real ones, and none is "
+            "named; name it with --simulated, or leave --allow-simulated out to compare policies.",
+            "compare",
+        )
     given = sides_given(runs, simulated)
     if given is not None:
         from helios_sim.fidelity import read_sides
@@ -243,13 +253,18 @@ def compare(
 
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run was given; a comparison needs at least two.", "compare")
+    if out is not None:
+        from helios_sim.publish import check_comparison_target
+
+        check_comparison_target(out)
     data = [read_run(path) for path in runs]
     summaries = [read_summary(path) for path in runs]
     rows = compare_runs(data, summaries, [str(path) for path in runs])
+    page = None
     if out is not None:
-        from helios_sim.publish import write_page
+        from helios_sim.publish import write_comparison
 
-        write_page(data, summaries, out)
+        page = write_comparison(data, summaries, rows, out)
     if as_json:
         from dataclasses import asdict
 
@@ -260,10 +275,12 @@ def compare(
     labels = [run.label for run in data]
     if len(set(labels)) < len(labels):
         labels = [str(path) for path in runs]
+    told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
+    _say_serving([run.environment for run in data], told)
     _console().print(comparison_table(rows, labels))
     _say_extrapolated(labels, summaries)
-    if out is not None:
-        _say(f"Page: {out}")
+    if page is not None:
+        _say(f"Page: {page}")
 
 
 @app.command()
@@ -282,9 +299,13 @@ def report(
     _say(f"Page: {target}")
 
 
-@app.command()
-def profiles(as_json: AsJson = False) -> None:
-    """List the profiles that are shipped, with where their numbers come from."""
+@profiles_app.callback()
+def profiles(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the profiles that are shipped, with where their numbers come from; derive others."""
+    if context.invoked_subcommand is not None:
+        if as_json:
+            raise InputError("--json is of the list of profiles.", "helios profiles")
+        return
     from dataclasses import asdict
 
     from helios_sim.profile import list_profiles
@@ -296,6 +317,87 @@ def profiles(as_json: AsJson = False) -> None:
     from helios_sim.terminal import profiles_table
 
     _console().print(profiles_table(listed))
+
+
+def _amount(option: str, help_text: str) -> Any:
+    """An option that takes a number with or without a unit."""
+    return typer.Option(option, metavar="AMOUNT", help=help_text, show_default=False)
+
+
+@profiles_app.command("derive")
+def derive(
+    source: Annotated[
+        str, typer.Option("--from", metavar="PROFILE", help="The profile to start from.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the new profile.", show_default=False)],
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the new profile.", show_default="that of the folder"),
+    ] = None,
+    device_name: Annotated[
+        str | None,
+        typer.Option(help="Name of the device.", show_default="that of the profile"),
+    ] = None,
+    memory: Annotated[str | None, _amount("--memory", "Memory, such as 48GiB.")] = None,
+    bandwidth: Annotated[
+        str | None, _amount("--bandwidth", "Memory bandwidth, such as 864GB/s.")
+    ] = None,
+    flops: Annotated[
+        str | None, _amount("--flops", "Peak at the models' width, such as 362TFLOP/s.")
+    ] = None,
+    launch: Annotated[
+        str | None, _amount("--launch", "Launch floor of a layer, such as 0.1ms.")
+    ] = None,
+    fixed: Annotated[
+        str | None, _amount("--fixed", "Fixed part of an iteration, such as 0.5ms.")
+    ] = None,
+    watts: Annotated[str | None, _amount("--watts", "Power limit, such as 350.")] = None,
+    idle_watts: Annotated[
+        str | None, _amount("--idle-watts", "Idle power; otherwise by the limit.")
+    ] = None,
+    active_watts: Annotated[
+        str | None, _amount("--active-watts", "Power while working, at least.")
+    ] = None,
+    load_watts: Annotated[str | None, _amount("--load-watts", "Power while weights move.")] = None,
+    load_bandwidth: Annotated[
+        str | None, _amount("--load-bandwidth", "Link that weights take from the host.")
+    ] = None,
+    disk_bandwidth: Annotated[str | None, _amount("--disk-bandwidth", "Disk.")] = None,
+    from_bandwidth: Annotated[
+        str | None, _amount("--from-bandwidth", "Memory bandwidth of the given device.")
+    ] = None,
+    from_flops: Annotated[str | None, _amount("--from-flops", "Peak of the given device.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a profile that is there.")
+    ] = False,
+) -> None:
+    """Make a profile of a device that is not here, by scaling one of another device."""
+    from helios_sim.derive import device_of, write_derived
+    from helios_sim.profile import load_profile
+    from helios_sim.terminal import profiles_table
+
+    own_name = name if name is not None else out.resolve().name
+    device = device_of(
+        device_name if device_name is not None else own_name,
+        {
+            "memory_bytes": memory,
+            "bytes_per_s": bandwidth,
+            "flops_per_s": flops,
+            "launch_s": launch,
+            "fixed_s": fixed,
+            "limit_w": watts,
+            "idle_w": idle_watts,
+            "active_w": active_watts,
+            "load_w": load_watts,
+            "host_bytes_per_s": load_bandwidth,
+            "disk_bytes_per_s": disk_bandwidth,
+            "from_bytes_per_s": from_bandwidth,
+            "from_flops_per_s": from_flops,
+        },
+    )
+    derived = write_derived(load_profile(source), own_name, device, out, overwrite)
+    _console().print(profiles_table([derived.summary()]))
+    _say(f"Profile: {out}")
 
 
 @scenario_app.command("check")
@@ -444,6 +546,7 @@ def _show(results: Sequence[Result]) -> None:
     from helios_sim.terminal import summary_table
 
     summaries = [result.summary for result in results]
+    _say_serving([result.run.environment for result in results], summaries)
     _console().print(summary_table(summaries))
     replications = summaries[0].get("replications")
     if replications is not None:
@@ -453,6 +556,16 @@ def _show(results: Sequence[Result]) -> None:
             f"to {last} stand on the page and under replications in the summary.json of each run."
         )
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
+
+
+def _say_serving(
+    environments: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]
+) -> None:
+    """Say above a table on which device its runs are, and of which models."""
+    from helios_sim.report.words import serving
+
+    for text in serving(environments, summaries):
+        _say(text)
 
 
 def _say_extrapolated(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> None:

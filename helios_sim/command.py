@@ -6,7 +6,9 @@ import atexit
 import errno
 import gc
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -15,7 +17,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from helios_sim import __version__
-from helios_sim.errors import InputError
+from helios_sim.errors import TRACEBACK, InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -91,6 +93,8 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
             print(told, file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except InputError as error:
+        if os.environ.get(TRACEBACK, "") not in ("", "0"):
+            traceback.print_exception(error)
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except OSError as error:

@@ -137,7 +137,7 @@ def _announce() -> None:
     global _is_announced
     if not _is_announced:
         _is_announced = True
-        _log.info("The simulator is compiled for this machine, once: it takes up to a minute.")
+        _log.info("The simulator is compiled for this machine, once: it takes a minute or two.")
 
 
 def compilable(function: F) -> F:

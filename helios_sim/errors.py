@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+TRACEBACK = "HELIOS_TRACEBACK"
+"""The environment variable that has the commands print the traceback of a mistake too."""
+
 
 class InputError(ValueError):
     """A scenario, profile, trace or run that cannot be used as given.

@@ -77,7 +77,7 @@ def _bind(replaced: Mapping[str, Callable[..., Any]], print_of_rules: str) -> Mo
     elif not print_of_rules:
         _log.info(
             "The simulator is compiled with the policy's own rules, for each run, since they refer "
-            "to more than numbers and functions: it takes up to a minute."
+            "to more than numbers and functions: it takes a minute or two."
         )
     name = f"helios_sim.batch_with_own_rules{print_of_rules and '_'}{print_of_rules}"
     spec = importlib.util.spec_from_file_location(name, batch.__file__)

@@ -94,8 +94,9 @@ DEFINITIONS: Final[dict[str, str]] = {
     "num_loads": "decisions `load-layers` that were carried out",
     "num_evaluations": "evaluations of candidates on real requests",
     "switch_time_s": "seconds from each decision to load, switch or serve until it was carried "
-    "out, summed over replicas; a replica may serve or drain in the meantime, and evaluations are "
-    "not in it",
+    "out, summed over replicas; a replica may serve or drain in the meantime. The first load is in "
+    "it where a policy serves at once; evaluations are not, nor the first load where a policy "
+    "evaluates first",
     "depth_share": "share of serving time by model and loaded layers",
     "regime": "share of busy time whose layer time is bound by launch, memory or compute",
     "time_shares": "seconds busy, idle and loading over all replicas' time; draining and "
@@ -780,7 +781,7 @@ COMPARED: Final[tuple[tuple[str, str, str, str, Better | None], ...]] = (
     ("num_evaluations", "Evaluations", "", "Decisions", None),
     ("num_switches", "Switches", "", "Decisions", None),
     ("num_loads", "Loads of more layers", "", "Decisions", None),
-    ("switch_time_s", "Time of switches and loads", "s", "Decisions", "lower"),
+    ("switch_time_s", "Serves, switches, loads", "s", "Decisions", "lower"),
 )
 """Figures that a comparison shows: key, title, unit, group, and which direction is better."""
 

@@ -39,6 +39,9 @@ measured or published figures. `assumed`: chosen by us, nothing stands behind it
 joules and watts.
 """
 
+ORIGINS: Final = ("published", "measured", "derived")
+"""What a profile as a whole is made from: sources, readings, or another profile."""
+
 CONFIDENCE_KINDS: Final = (
     "max-softmax",
     "top2-margin",
@@ -285,6 +288,17 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class ProfileSummary:
+    """One line about a profile."""
+
+    name: str
+    device: str
+    models: tuple[str, ...]
+    grade_counts: Mapping[str, int]
+    description: str
+
+
+@dataclass(frozen=True)
 class Profile:
     """A device and its models, as read from a profile folder.
 
@@ -342,16 +356,15 @@ class Profile:
             del counts[UNAVAILABLE]
         return counts
 
-
-@dataclass(frozen=True)
-class ProfileSummary:
-    """One line about a profile."""
-
-    name: str
-    device: str
-    models: tuple[str, ...]
-    grade_counts: Mapping[str, int]
-    description: str
+    def summary(self) -> ProfileSummary:
+        """The profile in one line."""
+        return ProfileSummary(
+            name=self.name,
+            device=self.device.name,
+            models=tuple(self.models),
+            grade_counts=self.grade_counts(),
+            description=self.description,
+        )
 
 
 def unit_of(name: str) -> str:
@@ -410,19 +423,7 @@ def quantity(
 
 def list_profiles() -> list[ProfileSummary]:
     """The profiles that come with the package, by name."""
-    summaries = []
-    for name in shipped_names():
-        profile = load_profile(_SHIPPED / name)
-        summaries.append(
-            ProfileSummary(
-                name=profile.name,
-                device=profile.device.name,
-                models=tuple(profile.models),
-                grade_counts=profile.grade_counts(),
-                description=profile.description,
-            )
-        )
-    return summaries
+    return [load_profile(_SHIPPED / name).summary() for name in shipped_names()]
 
 
 def shipped_names() -> list[str]:
@@ -1074,7 +1075,7 @@ def _parse_provenance(reader: _Reader, node: Any) -> Provenance:
     if not isinstance(environment, dict):
         raise reader.fail("provenance.environment", "An object was expected.")
     return Provenance(
-        origin=reader.text(table["origin"], "provenance.origin", ("published", "measured")),
+        origin=reader.text(table["origin"], "provenance.origin", ORIGINS),
         sources=reader.texts(table["sources"], "provenance.sources"),
         notes=reader.texts(table["notes"], "provenance.notes"),
         environment=environment,

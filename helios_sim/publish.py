@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import Result, folder_names
+from helios_sim.metrics import ComparisonRow
 from helios_sim.records import (
     REPORT_FILE,
     RUN_FILES,
@@ -110,9 +113,78 @@ def write_page_text(text: str, target: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
+COMPARISON_FILE: Final = "comparison.json"
+PAGES: Final = (".html", ".htm")
+
+
+def is_page(target: Path) -> bool:
+    """Whether a name is that of a page; any other is a folder's."""
+    return target.suffix.lower() in PAGES
+
+
+def check_comparison_target(target: Path, figures_file: str = COMPARISON_FILE) -> None:
+    """Raise `InputError` unless a comparison may be written here.
+
+    Allowed are a page (a name that ends in .html) and a new folder, an empty one or an earlier
+    comparison of the same kind to replace.
+    """
+    if is_page(target):
+        check_page_target(target)
+        return
+    check_writable(target)
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError("It is a file; allowed is a folder or a name in .html.", str(target))
+    present = {entry.name for entry in target.iterdir()}
+    foreign = sorted(present - {figures_file, REPORT_FILE})
+    if foreign:
+        raise InputError(
+            f"The folder holds {foreign[0]!r}, which is no comparison of ours; allowed is a new "
+            "folder, an empty one, or an earlier comparison to replace.",
+            str(target),
+        )
+
+
+def write_comparison(
+    runs: Sequence[RunData],
+    summaries: Sequence[Mapping[str, Any]],
+    rows: Sequence[ComparisonRow],
+    target: Path,
+) -> Path:
+    """Write the page of runs compared, with its rows where the target is a folder; gives the page.
+
+    A folder is written under a temporary name and moved into place.
+    """
+    check_comparison_target(target)
+    if is_page(target):
+        write_page(runs, summaries, target)
+        return target
+    text = json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False)
+    with folder_in_place(target) as draft:
+        write_page(runs, summaries, draft / REPORT_FILE)
+        (draft / COMPARISON_FILE).write_text(f"{text}\n", encoding="utf-8", newline="\n")
+    return target / REPORT_FILE
+
+
+@contextmanager
+def folder_in_place(target: Path) -> Iterator[Path]:
+    """A folder to write to that takes the place of `target` once it is whole, or is gone."""
+    folder = target.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        yield draft
+        draft.chmod(0o755)
+        move_into_place(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
 def check_page_target(target: Path) -> None:
     """Raise `InputError` unless a page may be written here: a new .html file, or one to replace."""
-    if target.suffix.lower() not in (".html", ".htm"):
+    if not is_page(target):
         raise InputError("A page's name ends in .html.", str(target))
     if not target.parent.is_dir():
         raise InputError("There is no such folder to write the page to.", str(target.parent))

@@ -1,4 +1,4 @@
-"""Read workload traces: Mooncake, Azure, BurstGPT, ServeGen and this product's own runs."""
+"""Read workload traces: Mooncake, Azure, BurstGPT, ServeGen, any CSV, and our own runs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ from helios_sim.errors import InputError
 
 FORMATS: dict[str, str] = {
     "mooncake": "JSON lines with timestamp (ms), input_length and output_length",
-    "azure": "CSV with TIMESTAMP, ContextTokens and GeneratedTokens",
-    "burstgpt": "CSV with Timestamp, Request tokens and Response tokens",
+    "azure": "CSV with TIMESTAMP (a calendar time), ContextTokens and GeneratedTokens",
+    "burstgpt": "CSV with Timestamp (seconds), Request tokens and Response tokens",
+    "csv": "any CSV, whose columns trace.columns names",
     "servegen": "two Parquet files, NAME_trace.parquet and NAME_dataset.parquet",
     "helios": "requests.parquet of a run, or the run's folder",
 }
@@ -77,11 +78,28 @@ _WEIBULL_SHAPES = (0.15, 130.0)
 Ints = NDArray[np.int64]
 
 
+ColumnName = Annotated[str, Field(min_length=1)]
+
+
+class TraceColumns(StrictSettings):
+    """How the header of a CSV calls what a trace holds."""
+
+    arrival: ColumnName
+    prompt: ColumnName
+    output: ColumnName
+
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """The three names."""
+        return self.arrival, self.prompt, self.output
+
+
 class TraceSettings(StrictSettings):
     """Which trace, which part of it, and how it is stretched."""
 
     file: Annotated[str, Field(min_length=1)]
-    format: Literal["auto", "mooncake", "azure", "burstgpt", "servegen", "helios"] = "auto"
+    format: Literal["auto", "mooncake", "azure", "burstgpt", "csv", "servegen", "helios"] = "auto"
+    columns: TraceColumns | None = None
     start_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     end_s: Annotated[float | None, Field(gt=0, le=1e9)] = None
     rate_scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
@@ -97,6 +115,22 @@ class TraceSettings(StrictSettings):
                 f"The trace window ends at {self.end_s:g} s but starts at {self.start_s:g} s; "
                 "end_s must be greater than start_s."
             )
+        if self.columns is None and self.format == "csv":
+            raise ValueError(
+                "A trace of format csv needs columns = { arrival = ..., prompt = ..., output = ... "
+                "}, the names that its header gives to them."
+            )
+        if self.columns is not None:
+            if self.format not in ("auto", "csv"):
+                raise ValueError(
+                    f"columns are given for a trace of format {self.format}, which has names of "
+                    "its own; leave them out, or set format = 'csv'."
+                )
+            if len(set(self.columns.names)) < 3:
+                raise ValueError(
+                    f"columns names {', '.join(map(repr, self.columns.names))}; arrival, prompt "
+                    "and output must be three columns."
+                )
         return self
 
 
@@ -152,7 +186,7 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
     matters to ServeGen alone, whose file holds distributions instead of requests.
     """
     path = _locate(base_dir / settings.file)
-    name, raw = _recognise(path, settings.format)
+    name, raw = _recognise(path, "csv" if settings.columns else settings.format)
     if name in ("helios", "servegen"):
         try:
             trace = _read_helios(path) if name == "helios" else _read_servegen(path, settings, seed)
@@ -161,7 +195,8 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
                 f"The columns cannot be read ({_first_line(error)}).", str(path)
             ) from error
     else:
-        trace = _trace_of(name, path, _TEXT_READERS[name](raw, path), settings)
+        read = _any_csv(settings.columns) if settings.columns else _TEXT_READERS[name]
+        trace = _trace_of(name, path, read(raw, path), settings)
     return _stretch(_cut(trace, settings), settings)
 
 
@@ -213,7 +248,9 @@ def _recognise(path: Path, asked: str) -> tuple[str, bytes]:
             found = ""
     else:
         head, names = _header(raw[:4096])
-        if head.startswith("{"):
+        if asked == "csv" and not head.startswith("{"):
+            found = "csv"
+        elif head.startswith("{"):
             found = "mooncake"
         elif "ContextTokens" in names:
             found = "azure"
@@ -323,27 +360,65 @@ def _azure(raw: bytes, path: Path) -> _Rows:
     """Azure LLM inference traces of 2023 and 2024: naive or UTC timestamps of up to 100 ns."""
     frame = _csv(raw, path, _AZURE)
     text = frame["TIMESTAMP"].str.strip_chars().str.strip_suffix("+00:00")
-    stamp = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="ns", strict=False)
-    stamp = _column(frame, "TIMESTAMP", stamp, "a time such as 2023-11-16 18:15:46.680", path)
-    ns = stamp.to_physical().to_numpy()
     return _Rows(
-        # Differences are taken in whole nanoseconds: seconds since 1970 would lose digits.
-        time_s=(ns - (ns.min() if ns.size else 0)) / 1e9,
+        time_s=_calendar_s(frame, "TIMESTAMP", text, "a time such as", path),
         prompt_tokens=_count_column(frame, "ContextTokens", path),
         output_tokens=_count_column(frame, "GeneratedTokens", path),
         line=frame["line"].to_numpy(),
     )
 
 
+def _calendar_s(
+    frame: pl.DataFrame, name: str, text: pl.Series, expected: str, path: Path
+) -> Floats:
+    """Seconds from the first of the times, which are naive or UTC."""
+    stamp = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="ns", strict=False)
+    stamp = _column(frame, name, stamp, f"{expected} 2023-11-16 18:15:46.680", path)
+    ns = stamp.to_physical().to_numpy()
+    # Differences are taken in whole nanoseconds: seconds since 1970 would lose digits.
+    seconds: Floats = (ns - (ns.min() if ns.size else 0)) / 1e9
+    return seconds
+
+
+def _plain_s(frame: pl.DataFrame, name: str, expected: str, path: Path) -> Floats:
+    """Times given as numbers of seconds."""
+    seconds = frame[name].str.strip_chars().cast(pl.Float64, strict=False)
+    seconds = seconds.set(~(seconds.is_finite() & (seconds >= 0)).fill_null(False), None)
+    return _column(frame, name, seconds, expected, path).to_numpy()
+
+
+def _any_csv(columns: TraceColumns) -> Callable[[bytes, Path], _Rows]:
+    """The reader of a CSV with columns of these names; its first row tells how time is given."""
+
+    def read(raw: bytes, path: Path) -> _Rows:
+        frame = _csv(raw, path, columns.names)
+        name = columns.arrival
+        text = frame[name].str.strip_chars()
+        is_calendar = len(text) > 0 and "-" in (text[0] or "")[1:] and ":" in (text[0] or "")
+        if is_calendar:
+            text = text.str.strip_suffix("Z").str.strip_suffix("+00:00").str.replace("T", " ")
+            time_s = _calendar_s(frame, name, text, "a naive or UTC time such as", path)
+        else:
+            expected = "seconds of at least 0, or of times such as 2023-11-16 18:15:46.680"
+            time_s = _plain_s(frame, name, expected, path)
+        return _answered(frame, time_s, columns.names, path)
+
+    return read
+
+
 def _burstgpt(raw: bytes, path: Path) -> _Rows:
     """BurstGPT: seconds; rows answered with no token are failures and are left out."""
     frame = _csv(raw, path, _BURSTGPT)
-    seconds = frame["Timestamp"].str.strip_chars().cast(pl.Float64, strict=False)
-    seconds = seconds.set(~(seconds.is_finite() & (seconds >= 0)).fill_null(False), None)
     expected = "a finite number of seconds of at least 0"
-    time_s = _column(frame, "Timestamp", seconds, expected, path).to_numpy()
-    prompt = _count_column(frame, "Request tokens", path)
-    output = _count_column(frame, "Response tokens", path)
+    return _answered(frame, _plain_s(frame, "Timestamp", expected, path), _BURSTGPT, path)
+
+
+def _answered(
+    frame: pl.DataFrame, time_s: Floats, names: tuple[str, str, str], path: Path
+) -> _Rows:
+    """The rows that were answered with a token or more; the others are counted."""
+    prompt = _count_column(frame, names[1], path)
+    output = _count_column(frame, names[2], path)
     kept = output != 0
     line = frame["line"].to_numpy()
     dropped = int((~kept).sum())

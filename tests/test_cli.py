@@ -63,7 +63,12 @@ def test_simulate_writes_a_folder_a_policy_and_one_page(
     for policy in ("helios", "vanilla"):
         names = {path.name for path in (out / policy).iterdir()}
         assert {"scenario.toml", "summary.json", "requests.parquet", "report.html"} <= names
-    assert str(out / "report.html") in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert str(out / "report.html") in printed
+    assert printed.startswith(
+        "Device: NVIDIA A100-SXM4-40GB, 1 replica (1 GPU), profile opt-a100-40gb.\n"
+        "Serving: opt-6.7b of 2 candidates (vanilla); "
+    )
 
 
 def test_json_of_two_policies_is_a_list_and_nothing_else(
@@ -203,6 +208,45 @@ def test_a_mistake_found_while_playing_names_its_place_once(
     assert capsys.readouterr().err.count("policy vanilla") == 1
 
 
+OWN_POLICY = """
+from dataclasses import dataclass
+from helios_sim.policy.contract import ExitMode, Serve, Watching
+
+@dataclass(frozen=True)
+class Mine:
+    name = "mine"
+    sees_future = False
+    watching = Watching()
+    confidence_threshold = None
+
+    def decide(self, snapshot):
+        return self.deepest(snapshot, snapshot.num_wating)
+
+    def deepest(self, snapshot, num):
+        return Serve(snapshot.candidates[0].name, 24, ExitMode.FULL, f"{num} wait.")
+"""
+
+
+def test_a_mistake_in_a_policy_of_ones_own_is_a_sentence_with_its_line(
+    scenario: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scenario.parent / "mine.py").write_text(OWN_POLICY, encoding="utf-8")
+    monkeypatch.delenv("HELIOS_TRACEBACK", raising=False)
+    words = ("simulate", scenario, "--json", "--set", "policy.0.use=mine:Mine")
+    assert run(*words, "--policy", "mine:Mine") == 2
+    said = (
+        f"helios: {scenario}, policy mine: Policy 'mine' failed in decide: AttributeError: "
+        "'Snapshot' object has no attribute 'num_wating', mine.py line 13. Did you mean "
+        "'num_waiting'? HELIOS_TRACEBACK=1 shows the way there.\n"
+    )
+    assert capfd.readouterr().err == said
+    monkeypatch.setenv("HELIOS_TRACEBACK", "1")
+    assert run(*words, "--policy", "mine:Mine") == 2
+    told = capfd.readouterr().err
+    assert "return self.deepest(snapshot, snapshot.num_wating)" in told
+    assert told.endswith(said)
+
+
 def test_an_error_made_anew_is_the_same() -> None:
     for error in (InputError("No.", "a.toml, x"), InputError("No.")):
         for again in (type(error)(*error.args), pickle.loads(pickle.dumps(error))):
@@ -265,6 +309,40 @@ def test_a_place_nobody_can_write_to_is_refused_before_the_simulation(
         assert run("simulate", scenario, "--out", out, "--set", "workload.num_requests=9") == 2
         assert "Traceback" not in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "short.toml"]
+
+
+def test_a_comparison_is_written_as_a_page_or_as_a_folder_with_its_rows(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("simulate", scenario, "--out", tmp_path / "out") == 0
+    runs = (tmp_path / "out" / "vanilla", tmp_path / "out" / "helios")
+    assert run("compare", *runs, "--out", tmp_path / "one.html") == 0
+    folder = tmp_path / "new" / "both"
+    for _ in range(2):
+        assert run("compare", *runs, "--out", folder) == 0
+        assert f"Page: {folder / 'report.html'}" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == ["comparison.json", "report.html"]
+    assert (folder / "report.html").read_bytes() == (tmp_path / "one.html").read_bytes()
+    assert run("compare", *runs, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(
+        (folder / "comparison.json").read_text(encoding="utf-8")
+    )
+    (folder / "letter.txt").write_text("kept", encoding="utf-8")
+    for place, said in (
+        (folder, "The folder holds 'letter.txt', which is no comparison of ours"),
+        (scenario, "It is a file; allowed is a folder or a name in .html."),
+        (scenario / "x", "No results can be written there"),
+    ):
+        assert run("compare", *runs, "--out", place) == 2
+        assert said in capsys.readouterr().err
+    assert (folder / "letter.txt").exists()
+
+
+def test_simulated_runs_are_taken_for_real_ones_only_beside_a_named_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("compare", "a", "b", "--allow-simulated") == 2
+    assert "name it with --simulated, or leave --allow-simulated out" in capsys.readouterr().err
 
 
 def test_a_page_replaces_no_other_file(

@@ -55,7 +55,16 @@ def test_the_command_refuses_arguments_it_does_not_know(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert published.main(["--wrong"]) == 2
-    assert "--compare" in capsys.readouterr().err
+    assert "--compare, --help or nothing" in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_does_and_writes_nothing_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(published, "write_profiles", None)
+    for words in (["--help"], ["-h"]):
+        assert published.main(words) == 0
+        assert "`--compare` prints what the profiles predict" in capsys.readouterr().out
 
 
 def test_the_documented_comparison_is_the_one_the_profiles_give(

@@ -41,6 +41,7 @@ from helios_sim.report.words import (
     limits,
     number,
     remarks,
+    serving,
     span,
     times,
 )
@@ -447,9 +448,8 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
                 summary("ee-single", 300.0, 20.0, num_refused=4),
                 summary("helios", 300.0, 10.0, saturation="overloaded", num_refused=4),
             ],
-            "None of the 3 policies carries the whole load of 500 tokens/s offered: vanilla is "
-            "overloaded, ee-single refuses 4 of 400 requests and helios is overloaded and refuses "
-            "4 of 400 requests; served are 300 tokens/s.",
+            "ee-single carries the load of 300 tokens/s (but for 4 of 400 requests); vanilla is "
+            "overloaded and helios is overloaded and refuses 4 of 400 requests.",
         ),
         (
             [summary(name, 0.0, 1.0, num_refused=400) for name in ("vanilla", "helios")],
@@ -493,8 +493,55 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
 def test_headlines_consult_the_verdict_of_each_run(
     summaries: list[dict[str, Any]], expected: str
 ) -> None:
-    """Nobody carries a load that overloads it or that it refuses, however alike all are."""
+    """Nobody carries a load that overloads it or that it all refuses, however alike all are."""
     assert headline(summaries, 500.0) == expected
+
+
+def test_a_request_that_nobody_can_take_is_a_remark_and_no_overload() -> None:
+    """What every policy refuses tells none from another; what one alone refuses is said of it."""
+    runs = [
+        summary("vanilla", 100.0, 20.0, num_refused=1),
+        summary("helios", 100.0, 10.0, num_refused=1),
+    ]
+    assert headline(runs, 100.0, 1).startswith("Both policies carry the load of 100 tokens/s; ")
+    alike = "Every policy refuses the same 1 request of 400, longer than the context or than memory"
+    assert [text for text in remarks(runs, 1) if "refuse" in text.lower()] == [
+        f"{alike} holds; no SLO forgives a refusal."
+    ]
+    runs[1]["num_refused"] = 3
+    assert "carry the load of 100 tokens/s (helios but for 3 of 400 requests); " in (
+        headline(runs, 100.0, 1)
+    )
+    assert remarks(runs, 1)[-1] == "Refused requests, which no SLO forgives: helios 3."
+
+
+@pytest.mark.parametrize("num_refused", [0, 3])
+def test_the_page_finds_the_requests_that_every_run_refuses(num_refused: int) -> None:
+    settings: dict[str, Any] = {"num_requests": 600, "rate_per_s": 2.0, "num_refused": num_refused}
+    text = text_of(make_page([make_run("vanilla", **settings), make_run("helios", **settings)]))
+    assert ("Every policy refuses the same 3 requests of 600" in text) == bool(num_refused)
+    assert "carries the whole load" not in text
+
+
+def test_the_best_two_are_compared_where_the_first_is_the_best() -> None:
+    """Not the policy with the lowest TPOT, which an overloaded run of one row at a time has."""
+    runs = [
+        summary("vanilla", 1000.0, 38.0, request_goodput=5.3),
+        summary("wait", 999.0, 41.0, request_goodput=4.97),
+        summary("rebatch", 800.0, 70.0, request_goodput=0.2, saturation="overloaded"),
+        summary("solo", 48.0, 21.0, request_goodput=0.1, saturation="overloaded"),
+    ]
+    assert remarks(runs)[0].startswith("Latency of wait against vanilla: ")
+
+
+def test_of_runs_that_serve_alike_the_fastest_that_keeps_up_is_compared() -> None:
+    runs = [
+        summary("vanilla", 100.0, 20.0),
+        summary("ee-single", 100.0, 5.0, saturation="overloaded"),
+        summary("static-depth", 100.0, 9.0),
+        summary("helios", 100.2, 10.0),
+    ]
+    assert remarks(runs)[0].startswith("Latency of static-depth against vanilla: ")
 
 
 @pytest.mark.parametrize(
@@ -600,6 +647,33 @@ def test_one_limit_is_drawn_once_and_of_several_their_meeting_too() -> None:
             assert bars["y"] == rows
             assert bars["x"][0] == summary["slo_attainment"]
             assert len(bars["x"]) == len(bars["text"]) == len(rows)
+
+
+def test_the_top_says_of_which_models_and_device_the_figures_are() -> None:
+    """A policy that keeps to one of several candidates is named with it."""
+    a100 = {"device": "NVIDIA A100", "device_kind": "GPU", "profile": "pair"}
+    fleet = {"num_replicas": 2, "num_gpus": 2}
+    both = {"exit_histogram": {"small": {}, "large": {}}, **fleet}
+    runs = [
+        summary("vanilla", 1.0, 1.0, depth_share={"large@32": 1.0}, **both),
+        summary("solo", 1.0, 1.0, depth_share={"large@9": 0.5, "large@32": 0.5}, **both),
+        summary("helios", 1.0, 1.0, depth_share={"large@9": 0.5, "small@6": 0.5}, **both),
+    ]
+    device = "Device: NVIDIA A100, 2 replicas (2 GPUs), profile pair."
+    assert serving([a100] * 3, runs) == [
+        device,
+        "Serving: large of 2 candidates (vanilla, solo); small and large (helios).",
+    ]
+    assert serving([a100] * 2, runs[:2]) == [device, "Serving: large of 2 candidates."]
+    assert serving([a100, {"device": "cpu (x86_64)"}], runs[:2])[0] == (
+        "Device: NVIDIA A100, 2 replicas (2 GPUs), profile pair (vanilla); "
+        "cpu (x86_64), 2 replicas (2 processors) (solo)."
+    )
+    assert serving([{}], [summary("vanilla", 1.0, 1.0, **fleet)]) == [
+        "Device: 2 replicas (2 GPUs)."
+    ]
+    run = make_run()
+    assert "Device: NVIDIA" in text_of(make_page([replace(run, environment=a100)]))
 
 
 def test_log_ticks_are_round_and_few() -> None:

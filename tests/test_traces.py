@@ -137,6 +137,88 @@ def test_burstgpt_failures_are_dropped_and_counted(tmp_path: Path) -> None:
     assert requests.num_dropped == 1
 
 
+OWN = {"arrival": "sent", "prompt": "in", "output": "out"}
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        ("5", "6.5", "125"),
+        ("2024-02-29 23:59:58", "2024-02-29 23:59:59.5", "2024-03-01 00:01:58"),
+        ("2024-02-29T23:59:58Z", "2024-02-29T23:59:59.500Z", "2024-03-01T00:01:58Z"),
+        ("2024-02-29 23:59:58+00:00", "2024-02-29 23:59:59.5+00:00", "2024-03-01 00:01:58+00:00"),
+        ("1709251198.0", "1709251199.5", "1709251318"),
+    ],
+)
+@pytest.mark.parametrize("format", ["auto", "csv"])
+def test_a_csv_of_any_names_is_read_by_its_columns(
+    tmp_path: Path, times: tuple[str, ...], format: str
+) -> None:
+    """Arrivals are seconds or calendar times; the columns may stand in any order."""
+    rows = [f"7,{time},x,{place + 1}\n" for place, time in enumerate(times)]
+    text = "out,sent,who,in\n" + "".join(rows) + f"0,{times[-1]},x,9\n"
+    trace = read(tmp_path / "a.csv", text, columns=OWN, format=format)
+    assert trace.format == "csv"
+    assert trace.arrival_s.tolist() == [0.0, 1.5, 120.0]
+    assert trace.prompt_tokens.tolist() == [1, 2, 3]
+    assert trace.output_tokens.tolist() == [7, 7, 7]
+    assert trace.num_dropped == 1
+
+
+def test_columns_may_rename_those_of_a_known_format(tmp_path: Path) -> None:
+    """Named columns win over what the header looks like."""
+    columns = {"arrival": "Timestamp", "prompt": "Total tokens", "output": "Response tokens"}
+    trace = read(tmp_path / "a.csv", BURSTGPT_TEXT, columns=columns)
+    assert (trace.format, trace.prompt_tokens.tolist()) == ("csv", [490, 693])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sent,in\n1,2\n", "line 1: The header lacks out; it must name sent, in, out."),
+        ("sent,in,out\n", "The trace holds no request"),
+        (
+            "sent,in,out\n1,2,3\nsoon,2,3\n",
+            "line 3: sent is 'soon'; expected is a column of seconds",
+        ),
+        ("sent,in,out\n,2,3\n", "line 2: sent is None; expected is a column of seconds"),
+        ("sent,in,out\n-4,2,3\n", "line 2: sent is '-4'; expected is a column of seconds of at"),
+        (
+            "sent,in,out\n1e-5,2,3\n2024-01-01 00:00:00,2,3\n",
+            "line 3: sent is '2024-01-01 00:00:00'",
+        ),
+        ("sent,in,out\n2024-01-01 00:00:00,2,3\n5,2,3\n", "line 3: sent is '5'; .* or UTC time"),
+        ("sent,in,out\n2024-01-01 00:00:00+02:00,2,3\n", "a column of a naive or UTC time such"),
+        ("sent,in,out\n1,2.5,3\n", "line 2: in is '2.5'; expected is a column of a whole number"),
+        ("sent,in,out\n1,0,3\n", "line 2: The request has 0 prompt tokens"),
+        ("sent,in,out\n2,5,3\n1,5,3\n", "line 3: The timestamp lies 1 s before"),
+        ("sent,in,out,in\n1,2,3,4\n", "line 1: The header names in twice"),
+        ('{"sent": 1}\n', "The trace was named csv .* but its content looks like mooncake"),
+        (b"PAR1xxxxxxxx", "a.csv"),
+    ],
+)
+def test_a_flaw_of_a_csv_of_ones_own_is_named_with_its_line(
+    tmp_path: Path, text: str | bytes, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "a.csv", text, columns=OWN)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"format": "csv"}, "A trace of format csv needs columns = { arrival = "),
+        ({"format": "azure", "columns": OWN}, "given for a trace of format azure, which has names"),
+        ({"columns": {**OWN, "output": "in"}}, "must be three columns"),
+        ({"columns": {"arrival": "sent"}}, "prompt"),
+        ({"columns": {**OWN, "prompt": ""}}, "at least 1 character"),
+    ],
+)
+def test_columns_that_name_no_csv_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TraceSettings(file="a.csv", **keys)
+
+
 def test_mooncake_times_are_spread_unless_told_otherwise(tmp_path: Path) -> None:
     """Three requests stamped 0 and two stamped 3 s share the 3 s each; blank lines are skipped."""
     trace = read(tmp_path / "m.jsonl", MOONCAKE_TEXT)

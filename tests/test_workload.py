@@ -483,7 +483,7 @@ BAD_WORKLOADS = [
     ({"block_requests": 0}, "greater than or equal to 1"),
     ({"over_context": "drop"}, "'refuse', 'truncate' or 'error'"),
     ({"rate": 5}, "Extra inputs are not permitted"),
-    ({"arrivals": None, "trace": {"file": CONV, "format": "csv"}}, "'auto', 'mooncake', 'azure'"),
+    ({"arrivals": None, "trace": {"file": CONV, "format": "tsv"}}, "'auto', 'mooncake', 'azure'"),
     ({"arrivals": None, "trace": {"file": CONV, "rate_scale": 0.0}}, "equal to 0.000001"),
     (
         {"arrivals": None, "trace": {"file": CONV, "start_s": 9.0, "end_s": 9.0}},

@@ -206,6 +206,9 @@ class Switch:
 Decision = Keep | Evaluate | Serve | LoadLayers | Switch
 
 
+WindowKind = Literal["tumbling", "sliding"]
+
+
 @dataclass(frozen=True)
 class Watching:
     """When a policy wants to be asked while it serves, and by which rule breaches count.
@@ -217,7 +220,7 @@ class Watching:
     reassess_requests: int | None = None
     breach_window_tokens: int | None = None
     breach_limit: int = 0
-    window_kind: Literal["tumbling", "sliding"] = "tumbling"
+    window_kind: WindowKind = "tumbling"
 
 
 class Policy(Protocol):

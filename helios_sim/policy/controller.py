@@ -23,6 +23,7 @@ from helios_sim.policy.contract import (
     Switch,
     Telemetry,
 )
+from helios_sim.policy.failure import failure_of
 from helios_sim.policy.history import PerformanceHistory
 from helios_sim.policy.options import listed
 from helios_sim.policy.shortlist import NothingFits
@@ -135,6 +136,13 @@ class Controller:
             decision = self.policy.decide(snapshot)
         except NothingFits as error:
             raise self._with_bytes(error) from error
+        except InputError:
+            raise
+        except Exception as error:
+            # A shipped policy does not fail by what a user gave.
+            if type(self.policy).__module__.startswith("helios_sim."):
+                raise
+            raise failure_of(type(self.policy), self._name, "decide", error) from error
         self.check(decision, assignment)
         return decision, snapshot
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, get_args, get_type_hints
 
 from helios_sim.errors import InputError
 from helios_sim.policy import rules
@@ -25,7 +25,8 @@ from helios_sim.policy.baselines import (
     SwitchOnly,
     Vanilla,
 )
-from helios_sim.policy.contract import Policy, Watching
+from helios_sim.policy.contract import Policy, Watching, WindowKind
+from helios_sim.policy.failure import failure_of
 from helios_sim.policy.helios import Helios
 from helios_sim.policy.options import OFF, listed, nearest
 
@@ -73,6 +74,8 @@ def make_policy(
     given = dict(options or {})
     try:
         policy_class = _find_class(use, search_path)
+        if use not in SHIPPED:
+            _check_types(use, policy_class, given)
         policy = _build(use, policy_class, given)
         _check_protocol(use, policy)
         hot_rules_of(policy)
@@ -256,6 +259,33 @@ def _build(use: str, policy_class: type[Any], given: dict[str, Any]) -> Policy:
     return policy
 
 
+_PLAIN: Final[dict[Any, tuple[tuple[type, ...], str]]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+    bool: ((bool,), "true or false"),
+}
+"""What a scenario may give for an option that its class declares with a plain type."""
+
+
+def _check_types(use: str, policy_class: type[Any], given: Mapping[str, Any]) -> None:
+    """Refuse an option of another type than the user's class declares, where that is a plain one.
+
+    A class that gives its options no types, or others, checks them itself.
+    """
+    target, _ = _settings_of(policy_class)
+    try:
+        declared = get_type_hints(vars(target).get("__init__", target.__init__))
+    except Exception:
+        # A type that only a type checker can look up tells nothing here.
+        return
+    for name, value in given.items():
+        allowed, said = _PLAIN.get(declared.get(name), ((), ""))
+        is_right = isinstance(value, allowed) and isinstance(value, bool) == (allowed == (bool,))
+        if allowed and not is_right:
+            raise InputError(f"Policy {use!r} was given {name} = {value!r}; it must be {said}.")
+
+
 def _off_becomes_none(target: type[Any], given: dict[str, Any]) -> dict[str, Any]:
     if not dataclasses.is_dataclass(target):
         return given
@@ -268,7 +298,11 @@ def _off_becomes_none(target: type[Any], given: dict[str, Any]) -> dict[str, Any
 
 def _check_protocol(use: str, policy: object) -> None:
     """Refuse what is not a policy, naming every member that is missing or of the wrong kind."""
-    threshold = getattr(policy, "confidence_threshold", "missing")
+    try:
+        threshold = getattr(policy, "confidence_threshold", "missing")
+        watching = getattr(policy, "watching", None)
+    except Exception as error:
+        raise failure_of(type(policy), use, "what it watches or trusts", error) from error
     is_threshold = threshold is None or (
         isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     )
@@ -278,7 +312,7 @@ def _check_protocol(use: str, policy: object) -> None:
         for member, right in (
             ("name (a word)", isinstance(name, str) and bool(name)),
             ("sees_future (true or false)", isinstance(getattr(policy, "sees_future", None), bool)),
-            ("watching (a Watching)", isinstance(getattr(policy, "watching", None), Watching)),
+            ("watching (a Watching)", isinstance(watching, Watching)),
             ("confidence_threshold (a number or None)", is_threshold),
             ("decide (a method)", callable(getattr(policy, "decide", None))),
         )
@@ -287,4 +321,28 @@ def _check_protocol(use: str, policy: object) -> None:
     if wrong:
         raise InputError(
             f"Policy {use!r} is not a policy: it lacks, or has of another kind, {', '.join(wrong)}."
+        )
+    assert isinstance(watching, Watching)
+    _check_watching(use, watching)
+
+
+def _check_watching(use: str, watching: Watching) -> None:
+    """Refuse a policy that asks to be asked by what is no count, or by no rule that there is."""
+    for name, least, may_be_none in (
+        ("reassess_requests", 1, True),
+        ("breach_window_tokens", 1, True),
+        ("breach_limit", 0, False),
+    ):
+        value = getattr(watching, name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not is_whole and not (may_be_none and value is None):
+            none = " or None" if may_be_none else ""
+            raise InputError(
+                f"Policy {use!r} watches {name} = {value!r}; it must be a whole number of at least "
+                f"{least}{none}."
+            )
+    if watching.window_kind not in get_args(WindowKind):
+        raise InputError(
+            f"Policy {use!r} watches window_kind = {watching.window_kind!r}; it must be one of "
+            f"{listed(get_args(WindowKind))}."
         )

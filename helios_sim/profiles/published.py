@@ -173,6 +173,9 @@ H100: Final = Board(
     host_bytes_per_s=Number(40e9, "assumed", "PCIe 5 x16, 40 of about 50 GB/s reachable"),
 )
 
+BOARDS: Final = {board.name: board for board in (A100, H100)}
+"""The boards whose data sheets are at hand, by the name of the device."""
+
 EAGER_A100: Final = Eager(
     launch_s=Number(
         0.8e-3,
@@ -442,6 +445,50 @@ def _model_entry(recipe: Recipe, model: EarlyExitModel) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Work:
+    """Bytes and flops of a model's parts: a layer, the output head, and filling a layer's KV.
+
+    `row` is a token row in a layer, `kv` and `pair` a KV token that it reads and attends to.
+    """
+
+    layer_bytes: int
+    row_bytes: int
+    row_flops: int
+    kv_bytes: int
+    pair_flops: int
+    head_bytes: int
+    head_row_bytes: int
+    head_row_flops: int
+    fill_bytes: int
+    fill_row_bytes: int
+    fill_row_flops: int
+
+
+def work_of(model: EarlyExitModel) -> Work:
+    """What a model's parts move and compute."""
+    shape = model.shape
+    kv_width = shape.kv_heads * shape.head_dim
+    kv_bytes = model.kv_bytes_per_token(1)
+    weight = model.bytes_per_param
+    return Work(
+        layer_bytes=model.layer_weight_bytes(),
+        # What a token's activations move in a layer: read and written by norms, projections,
+        # attention and residuals, about sixteen times its width and four times the feed-forward's.
+        row_bytes=weight * (16 * shape.hidden + 4 * shape.ffn) + kv_bytes,
+        row_flops=2 * shape.layer_params(),
+        kv_bytes=kv_bytes,
+        pair_flops=4 * shape.heads * shape.head_dim,
+        head_bytes=weight * shape.vocab * shape.hidden,
+        # Logits in fp32 are passed over about three times by softmax, maximum and sampling.
+        head_row_bytes=12 * shape.vocab,
+        head_row_flops=2 * shape.vocab * shape.hidden,
+        fill_bytes=weight * 2 * shape.hidden * kv_width,
+        fill_row_bytes=kv_bytes + weight * shape.hidden,
+        fill_row_flops=2 * 2 * shape.hidden * kv_width,
+    )
+
+
 def _coefficients(board: Board, eager: Eager, model: EarlyExitModel) -> dict[str, Any]:
     """Every coefficient, from the data sheet's roofline and the launch floor."""
     shape = model.shape
@@ -450,22 +497,12 @@ def _coefficients(board: Board, eager: Eager, model: EarlyExitModel) -> dict[str
     span_w = board.limit_w.value - board.active_w.value
     byte_j, flop_j = span_w * byte_s, span_w * flop_s
 
-    query_width = shape.heads * shape.head_dim
-    kv_width = shape.kv_heads * shape.head_dim
-    layer_bytes = model.layer_weight_bytes()
-    kv_bytes = model.kv_bytes_per_token(1)
-    row_flops = 2 * shape.layer_params()
-    pair_flops = 4 * query_width
-    # What a token's activations move in a layer: read and written by norms, projections,
-    # attention and residuals, about sixteen times its width and four times the feed-forward's.
-    row_bytes = 2 * (16 * shape.hidden + 4 * shape.ffn) + kv_bytes
-    head_bytes = 2 * shape.vocab * shape.hidden
-    # Logits in fp32 are passed over about three times by softmax, maximum and sampling.
-    head_row_bytes = 12 * shape.vocab
-    head_row_flops = 2 * shape.vocab * shape.hidden
-    fill_bytes = 2 * 2 * shape.hidden * kv_width
-    fill_row_bytes = kv_bytes + 2 * shape.hidden
-    fill_row_flops = 2 * 2 * shape.hidden * kv_width
+    work = work_of(model)
+    layer_bytes, kv_bytes, head_bytes = work.layer_bytes, work.kv_bytes, work.head_bytes
+    row_bytes, row_flops, pair_flops = work.row_bytes, work.row_flops, work.pair_flops
+    head_row_bytes, head_row_flops = work.head_row_bytes, work.head_row_flops
+    fill_bytes = work.fill_bytes
+    fill_row_bytes, fill_row_flops = work.fill_row_bytes, work.fill_row_flops
 
     memory = (
         "derived",
@@ -829,8 +866,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given == ["--compare"]:
         print(comparison_table())
         return 0
+    if given in (["--help"], ["-h"]):
+        print(__doc__)
+        return 0
     if given:
-        print(f"Unknown arguments {given}; allowed is --compare or nothing.", file=sys.stderr)
+        print(
+            f"Unknown arguments {given}; allowed are --compare, --help or nothing.", file=sys.stderr
+        )
         return 2
     for path in write_profiles(Path(__file__).parent):
         print(path)

@@ -40,6 +40,7 @@ from helios_sim.report.words import (
     remarks,
     seeds_of,
     seeds_said,
+    serving,
     size,
     span,
     times,
@@ -127,11 +128,15 @@ def _told_apart(
 def _opening(
     runs: Sequence[RunData], summaries: Sequence[Summary], title: str, question: str | None
 ) -> str:
-    said = "".join(f"<li>{escape(text)}</li>" for text in remarks(summaries))
+    by_all = _num_refused_by_all(runs)
+    said = "".join(f"<li>{escape(text)}</li>" for text in remarks(summaries, by_all))
+    of_what = " ".join(serving([run.environment for run in runs], summaries))
+    answer = headline(summaries, _offered_tokens_per_s(runs), by_all)
     asked = f'<p class="question">{escape(question)}</p>' if question else ""
     return (
         f"<header><h1>{escape(title)}</h1>{asked}"
-        f'<p class="headline">{escape(headline(summaries, _offered_tokens_per_s(runs)))}</p>'
+        f'<p class="small">{escape(of_what)}</p>'
+        f'<p class="headline">{escape(answer)}</p>'
         f'<ul class="remarks">{said}</ul></header>'
     )
 
@@ -145,6 +150,20 @@ def _offered_tokens_per_s(runs: Sequence[RunData]) -> float | None:
             return None
         rates.add(float(run.requests["output_tokens"].sum()) / span_s)
     return rates.pop() if len(rates) == 1 else None
+
+
+def _num_refused_by_all(runs: Sequence[RunData]) -> int:
+    """How many requests every one of several runs refused; 0 where their requests differ."""
+    if len(runs) < 2:
+        return 0
+    try:
+        check_comparable(runs)
+    except InputError:
+        return 0
+    refused = (
+        set(run.requests.filter(pl.col("status") == "refused")["request_id"]) for run in runs
+    )
+    return len(set.intersection(*refused))
 
 
 def _swatch(place: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -98,10 +99,55 @@ def device_of_all(are_processors: Iterable[bool]) -> str:
     return "device" if len(kinds) > 1 else "processor" if True in kinds else "GPU"
 
 
-def headline(summaries: Sequence[Summary], offered_tokens_per_s: float | None = None) -> str:
+def serving(environments: Sequence[Mapping[str, Any]], summaries: Sequence[Summary]) -> list[str]:
+    """What a column of figures is of: the device and how many, and which models served.
+
+    A policy that keeps to one model may do so silently, and its figures are that model's.
+    """
+    fleets, models = [], []
+    for environment, summary in zip(environments, summaries, strict=True):
+        device = environment.get("device")
+        held = (
+            f"{counted(summary['num_replicas'], 'replica')} "
+            f"({counted(summary['num_gpus'], device_of(environment))})"
+        )
+        profile = environment.get("profile")
+        of_profile = f", profile {profile}" if profile else ""
+        fleets.append(f"{f'{device}, ' if device else ''}{held}{of_profile}")
+        models.append(_models(summary))
+    said = [f"Device: {_by_label(fleets, summaries)}."]
+    if all(models):
+        said.append(f"Serving: {_by_label(models, summaries)}.")
+    return said
+
+
+def _models(summary: Summary) -> str:
+    """The models that served, and of how many candidates where those are more; empty if unknown."""
+    served = {place.rpartition("@")[0] for place in summary.get("depth_share") or {}}
+    candidates = list(summary.get("exit_histogram") or sorted(served))
+    of_all = f" of {len(candidates)} candidates" if len(served) < len(candidates) else ""
+    return f"{listed([name for name in candidates if name in served])}{of_all}" if served else ""
+
+
+def _by_label(texts: Sequence[str], summaries: Sequence[Summary]) -> str:
+    """A text that holds for all runs, or each with the runs that it holds for."""
+    held: dict[str, list[str]] = {}
+    for text, summary in zip(texts, summaries, strict=True):
+        held.setdefault(text, []).append(str(summary["label"]))
+    if len(held) == 1:
+        return texts[0]
+    return "; ".join(f"{text} ({', '.join(labels)})" for text, labels in held.items())
+
+
+def headline(
+    summaries: Sequence[Summary],
+    offered_tokens_per_s: float | None = None,
+    num_refused_by_all: int = 0,
+) -> str:
     """The answer in one sentence: who carries the load, by how much, at what figure.
 
-    `offered_tokens_per_s` is what the requests ask for, where one figure holds for all runs.
+    `offered_tokens_per_s` is what the requests ask for, where one figure holds for all runs;
+    `num_refused_by_all` is how many of them no run takes, which tells no run from another.
     """
     if len(summaries) == 1:
         return _single(summaries[0], offered_tokens_per_s)
@@ -120,12 +166,16 @@ def headline(summaries: Sequence[Summary], offered_tokens_per_s: float | None = 
         )
     if differ:
         return f"{_unequal_load(summaries, values, noun, unit)}."
-    return f"{_equal_load(summaries, values, key, unit)}."
+    return f"{_equal_load(summaries, values, key, unit, num_refused_by_all)}."
 
 
 def _carries(summary: Summary) -> bool:
-    """Whether a run served every request without a backlog that grew."""
-    return summary["saturation"] != "overloaded" and not summary["num_refused"]
+    """Whether a run served what it could take without a backlog that grew.
+
+    A refused request is one that can never fit, so that no rate is low enough for it: it says
+    nothing of the load unless it is all of it.
+    """
+    return summary["saturation"] != "overloaded" and _refused(summary) != "every request"
 
 
 def _none_carries(num: int, offered_tokens_per_s: float | None) -> str:
@@ -195,20 +245,24 @@ def _unequal_load(
     )
 
 
-def _equal_load(summaries: Sequence[Summary], values: Sequence[float], key: str, unit: str) -> str:
+def _equal_load(
+    summaries: Sequence[Summary],
+    values: Sequence[float],
+    key: str,
+    unit: str,
+    num_refused_by_all: int,
+) -> str:
     """Who carries a load that all serve alike, and who of them answers fastest."""
     first = summaries[0]
     carriers = [summary for summary in summaries if _carries(summary)]
     load = f"{number(values[summaries.index(carriers[0])])} {unit}"
     load = f" of {load}" if key == "output_throughput" else f", with {load}"
+    but = _exceptions(carriers, num_refused_by_all)
     if len(carriers) < len(summaries):
         verb = "carries" if len(carriers) == 1 else "carry"
-        return f"{_labels(carriers)} {verb} the load{load}; {_shortfalls(summaries)}"
+        return f"{_labels(carriers)} {verb} the load{load}{but}; {_shortfalls(summaries)}"
     everyone = "Both" if len(summaries) == 2 else f"All {len(summaries)}"
-    carried = f"{everyone} policies carry the load{load}"
-    late = [summary for summary in summaries if summary["saturation"] == "backlogged"]
-    if late:
-        carried += f" ({'all' if len(late) == len(summaries) else _labels(late)} with a backlog)"
+    carried = f"{everyone} policies carry the load{load}{but}"
     figure = "median_tpot_ms"
     timed = [summary for summary in summaries if summary.get(figure) is not None]
     if not timed or first.get(figure) is None:
@@ -225,6 +279,22 @@ def _equal_load(summaries: Sequence[Summary], values: Sequence[float], key: str,
         f"median TPOT of {number(tpot)} ms, {times(tpot / base)} that of {first['label']} "
         f"({number(base)} ms)"
     )
+
+
+def _exceptions(carriers: Sequence[Summary], num_refused_by_all: int) -> str:
+    """What is to be said of those who carry the load, in brackets: backlogs, and refusals."""
+    late = [summary for summary in carriers if summary["saturation"] == "backlogged"]
+    everyone = "all " if len(carriers) > 1 else ""
+    said = []
+    if late:
+        who = everyone if len(late) == len(carriers) else f"{_labels(late)} "
+        said.append(f"{who}with a backlog")
+    said += [
+        f"{summary['label']} " * bool(everyone) + f"but for {_refused(summary)}"
+        for summary in carriers
+        if summary["num_refused"] > num_refused_by_all
+    ]
+    return f" ({listed(said)})" if said else ""
 
 
 def _labels(summaries: Sequence[Summary]) -> str:
@@ -253,15 +323,11 @@ def _most_apart(summaries: Sequence[Summary]) -> str:
     return found
 
 
-def remarks(summaries: Sequence[Summary]) -> list[str]:
+def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[str]:
     """What has to be said beside the headline: latency, energy, quality, saturation, refusals."""
     found = []
     first = summaries[0]
-    key, _, _ = _load_figure(summaries)
-    star = max(summaries, key=lambda summary: summary[key] or 0.0)
-    if len(summaries) > 1 and star is first:
-        others = [one for one in summaries[1:] if one.get("median_tpot_ms") is not None]
-        star = min(others, key=lambda one: one["median_tpot_ms"]) if others else summaries[1]
+    star = _star(summaries)
     name, against = star["label"], first["label"]
     compared = star is not first
 
@@ -312,8 +378,16 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
             f"Overloaded: {listed(overloaded)}. The backlog grew while requests arrived, so "
             "latencies there depend on the length of the run."
         )
+    if num_refused_by_all:
+        found.append(
+            f"Every policy refuses the same {counted(num_refused_by_all, 'request')} of "
+            f"{number(first['num_requests'])}, longer than the context or than memory holds; no "
+            "SLO forgives a refusal."
+        )
     refused = [
-        f"{one['label']} {number(one['num_refused'])}" for one in summaries if one["num_refused"]
+        f"{one['label']} {number(one['num_refused'])}"
+        for one in summaries
+        if one["num_refused"] > num_refused_by_all
     ]
     if refused:
         found.append(f"Refused requests, which no SLO forgives: {listed(refused)}.")
@@ -321,6 +395,27 @@ def remarks(summaries: Sequence[Summary]) -> list[str]:
     if seeds is not None:
         found.append(f"These are runs of one seed; means over {seeds_said(seeds)} stand below.")
     return found
+
+
+def _star(summaries: Sequence[Summary]) -> Summary:
+    """The run that is worth setting beside the first: the best of them, else the next best.
+
+    Best is who serves most; of those level with it, who is not overloaded, then who is fastest.
+    """
+    key, _, _ = _load_figure(summaries)
+
+    def best_of(runs: Sequence[Summary]) -> Summary:
+        most = max(summary[key] or 0.0 for summary in runs)
+        level = [summary for summary in runs if _is_level(summary[key] or 0.0, most)]
+        return min(level, key=_rank)
+
+    best = best_of(summaries)
+    return best if best is not summaries[0] or len(summaries) == 1 else best_of(summaries[1:])
+
+
+def _rank(summary: Summary) -> tuple[bool, float]:
+    tpot_ms = summary.get("median_tpot_ms")
+    return summary["saturation"] == "overloaded", math.inf if tpot_ms is None else tpot_ms
 
 
 def seeds_of(summaries: Sequence[Summary]) -> list[int] | None:

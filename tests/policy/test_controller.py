@@ -38,6 +38,26 @@ PAIR = (SMALL, LARGE)
 PARTIAL = ExitMode.LOADED_DEPTH
 
 
+def test_a_shipped_policy_that_fails_is_no_mistake_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its error stays what it is, and so does a refusal that a policy of one's own words."""
+
+    def fail(*_: object) -> Decision:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(Helios, "decide", fail)
+    with pytest.raises(KeyError, match="ours"):
+        consult(Controller(Helios(), PAIR))
+
+    class Mine(Helios):
+        def decide(self, snapshot: Snapshot) -> Decision:
+            raise InputError("Not this model.")
+
+    with pytest.raises(InputError, match=r"^Not this model\.$"):
+        consult(Controller(Mine(), PAIR))
+
+
 def consult(
     controller: Controller,
     event: Event = Event.START,

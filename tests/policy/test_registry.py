@@ -66,6 +66,19 @@ class Uncallable(Mine):
 
 class Listed(Mine):
     hot_rules = ["is_breach"]
+
+class Moody(Mine):
+    @property
+    def watching(self):
+        return Watching(reassess_requests=self.patience)
+
+class Torn(Mine):
+    @property
+    def watching(self):
+        return Watching(reassess_requests=self.patience / self.missing())
+
+    def missing(self):
+        return {}["no"]
 """
 
 
@@ -138,6 +151,11 @@ def test_options_reach_the_settings() -> None:
         ("mine:Mine", {"patients": 1}, "unknown option 'patients'; .* Did you mean 'patience'"),
         ("mine:Needy", {}, "needs the option 'model'"),
         ("mine:Needy", {"model": "x"}, "could not be built .* RuntimeError: not my model"),
+        ("mine:Mine", {"patience": "x"}, "patience = 'x'; it must be a whole number"),
+        ("mine:Mine", {"patience": True}, "patience = True; it must be a whole number"),
+        ("mine:Mine", {"patience": 2.5}, "patience = 2.5; it must be a whole number"),
+        ("mine:Moody", {"patience": 0}, "reassess_requests = 0; .* at least 1 or None"),
+        ("mine:Torn", {}, r"failed in .*: KeyError: 'no', mine.py line 5\d\. HELIOS_TRACEBACK=1"),
         ("mine:Misspelt", {}, "hot_rules names 'may_jion'; .* Did you mean 'may_join'"),
         ("mine:Short", {}, "a function of 5 arguments for 'is_breach'; it must take 3"),
         ("mine:Uncallable", {}, "gives 3 for 'is_breach'; it must be a function"),
