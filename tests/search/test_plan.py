@@ -47,8 +47,9 @@ def answer_of(
     """A fleet of GPUs that carries a rate; its capacity is that of one replica."""
     fleet = replace(question.fleets[0], name=name)
     capacity = Capacity(capacity_per_s, capacity_per_s, capacity_per_s, ())
-    planned = Load(num_replicas, rate_per_s, CARRIED, {"energy_per_output_token": joules})
-    return FleetAnswer(fleet, 1, capacity, planned=planned, cost=cost)
+    planned = Load(num_replicas, rate_per_s, CARRIED, {})
+    figures = {"energy_per_output_token": joules}
+    return FleetAnswer(fleet, 1, capacity, planned=planned, figures=figures, cost=cost)
 
 
 def names(answers: tuple[FleetAnswer, ...]) -> list[str]:
