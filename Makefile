@@ -31,8 +31,9 @@ format: $(VENV)/test-ready
 bench: $(VENV)/demo-ready
 	$(BIN)/python -m benchmarks $(ARGS)
 
+# Runs stay: trained models and readings among them take longer to make than anything here.
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; this is " + sys.version.split()[0])'

@@ -48,6 +48,7 @@ _PLAIN: Final = {
 _STATISTICS: Final = ("mean", "median", *(f"p{one}" for one in PERCENTILES))
 NAMES: Final = (*_PLAIN, *LATENCIES)
 
+_ROUNDING: Final = 1e-12
 _CLAUSE: Final = re.compile(
     r"(?P<name>[a-z]+)(?P<sign>>=|<=|>|<)(?P<number>[-+0-9.e]+)(?P<percent>%?)"
 )
@@ -258,7 +259,8 @@ class Judge:
                 found.append(Broken(str(bound), math.inf, 10.0))
                 continue
             over = value - bound.limit if bound.sign == "<=" else bound.limit - value
-            if over > 0.0:
+            # Means of the same figure may round differently.
+            if over > _ROUNDING * bound.limit:
                 found.append(Broken(str(bound), value, over / bound.limit))
         return tuple(sorted(found, key=lambda one: -one.violation))
 

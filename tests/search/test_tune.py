@@ -88,6 +88,14 @@ def test_a_constraint_is_broken_on_average_and_by_how_much_of_its_limit() -> Non
     assert judge.broken([figures(1.0, 80.0, 0.86), figures(1.0, 120.0, 0.96)]) == ()
 
 
+def test_a_mean_that_misses_its_bound_by_rounding_keeps_it() -> None:
+    runs = [figures(1.0, 1.0, share) for share in (0.8, 0.9, 1.0, 0.9)]
+    judge = judge_of("agreement>=0.9")
+    assert judge.broken(runs) == ()
+    assert judge.broken([figures(1.0, 1.0, 0.9 - 1e-15)]) == ()
+    assert judge.broken([figures(1.0, 1.0, 0.9 - 1e-9)]) != ()
+
+
 def test_requests_that_never_finish_break_a_limit_more_than_any_that_are_late() -> None:
     """The fewer of them meet the limit, the more it is broken."""
     judge = judge_of("ttft:p95<100ms")
