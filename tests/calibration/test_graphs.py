@@ -341,6 +341,14 @@ class FakeCuda:
             "stream",
         ):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        self.ended: list[tuple[int, str]] = []
+        # A torch without CUDA lacks it.
+        monkeypatch.setattr(
+            torch._C,
+            "_cuda_endAllocateToPool",
+            lambda index, pool: self.ended.append((index, pool)),
+            raising=False,
+        )
         capture_stream.cache_clear()
 
     def Stream(self, device_index):
@@ -394,6 +402,7 @@ def test_everything_is_warmed_up_and_captured_on_one_stream(monkeypatch):
     assert len(cuda.ran_on) == 2 * (WARM_UPS + 1)
     assert len(set(map(id, cuda.ran_on))) == 1
     assert cuda.current is cuda.serving
+    assert cuda.ended == []
 
 
 def test_a_capture_that_fails_gives_the_stream_back_and_says_why_in_a_line(monkeypatch):
@@ -401,6 +410,7 @@ def test_a_capture_that_fails_gives_the_stream_back_and_says_why_in_a_line(monke
     with pytest.raises(CaptureError, match=r"^operation not permitted when stream is capturing$"):
         CudaRecorder(torch.device("cuda")).record(cuda.body, 0)
     assert cuda.current is cuda.serving
+    assert cuda.ended == [(0, "pool")]
 
 
 @pytest.mark.cuda
