@@ -135,7 +135,7 @@ def _opening(
     asked = f'<p class="question">{escape(question)}</p>' if question else ""
     return (
         f"<header><h1>{escape(title)}</h1>{asked}"
-        f'<p class="small">{escape(of_what)}</p>'
+        f'<p class="small setting">{escape(of_what)}</p>'
         f'<p class="headline">{escape(answer)}</p>'
         f'<ul class="remarks">{said}</ul></header>'
     )

@@ -40,10 +40,11 @@ h1 { font-size: 1.05rem; font-weight: 600; margin: 0; letter-spacing: .01em; }
 h2 { font-size: 1.28rem; font-weight: 650; margin: 0 0 .35rem; letter-spacing: -.01em; }
 h3 { font-size: .98rem; font-weight: 600; margin: 1.6rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 76ch; }
-.question { color: var(--muted); margin: .15rem 0 1.3rem; }
+.question { color: var(--muted); margin: .15rem 0 0; }
+.setting { margin: .5rem 0 0; }
 .headline {
   font-size: clamp(1.5rem, 2.7vw, 2.05rem); line-height: 1.28; font-weight: 640;
-  letter-spacing: -.018em; max-width: 34em; margin: 0 0 1.2rem; text-wrap: balance;
+  letter-spacing: -.018em; max-width: 34em; margin: 1.3rem 0 1.2rem; text-wrap: balance;
 }
 .remarks { margin: 0; padding: 0; list-style: none; max-width: 82ch; }
 .remarks li { padding: .18rem 0 .18rem 1rem; border-left: 2px solid var(--line); }
