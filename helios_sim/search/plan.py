@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final, get_args
+from typing import Any, Final, TypeVar, get_args
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies
@@ -40,6 +41,8 @@ from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
 
 Means = dict[str, float | None]
+Asked = TypeVar("Asked", int, float)
+Found = TypeVar("Found")
 
 MIN_REQUESTS: Final = 2000
 """Requests of a sample for each replica, at least, where no number is asked for."""
@@ -464,15 +467,10 @@ class _Bench:
         """
         longer = 1
         while True:
-            search = find_capacity(start_per_s, self.question.settings.precision)
-            rate = next(search)
-            while True:
-                load = yield from self.measure(num_replicas, rate, longer)
-                try:
-                    rate = search.send(load.verdict)
-                except StopIteration as end:
-                    found: Capacity = end.value
-                    break
+            found = yield from _follow(
+                find_capacity(start_per_s, self.question.settings.precision),
+                partial(self.measure, num_replicas, longer=longer),
+            )
             longer *= LONGER
             surely = yield from self._holds(num_replicas, found.low_per_s, longer, surely=True)
             if surely:
@@ -510,15 +508,10 @@ class _Bench:
         """The smallest number of replicas that carries a rate, as longer samples say too."""
         longer = 1
         while True:
-            search = find_fleet(guess, self.question.settings.max_replicas)
-            at = next(search)
-            while True:
-                load = yield from self.measure(at, rate_per_s, longer)
-                try:
-                    at = search.send(load.verdict)
-                except StopIteration as end:
-                    found: FleetSize = end.value
-                    break
+            found = yield from _follow(
+                find_fleet(guess, self.question.settings.max_replicas),
+                partial(self.measure, rate_per_s=rate_per_s, longer=longer),
+            )
             if found.num_replicas is None:
                 return found
             longer, guess = LONGER * longer, found.num_replicas
@@ -576,6 +569,21 @@ class _Bench:
             if missed in limits
         ]
         return find_bottleneck(summaries, self.question.scenario.serving, late, late_while)
+
+
+def _follow(
+    search: Generator[Asked, Verdict, Found],
+    measure: Callable[[Asked], Generator[Sequence[Point], list[Outcome], Load]],
+) -> Generator[Sequence[Point], list[Outcome], Found]:
+    """Measure whatever a search asks for until it has found what it looks for."""
+    try:
+        asked = next(search)
+        while True:
+            load = yield from measure(asked)
+            asked = search.send(load.verdict)
+    except StopIteration as end:
+        found: Found = end.value
+        return found
 
 
 def _answer_s(figures: Sequence[Figures]) -> float:
