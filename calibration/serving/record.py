@@ -59,8 +59,9 @@ def run_data(
     seed: int,
     scenario: Mapping[str, Any],
     environment: Mapping[str, Any],
+    origin: str,
 ) -> RunData:
-    """The records of a served run."""
+    """The records of a served run; `origin` says what it was served on."""
     settings = getattr(host.policy, "settings", host.policy)
     return RunData(
         label=label,
@@ -73,7 +74,7 @@ def run_data(
         decisions=decisions_table(host),
         timeline=timeline_table(host, energy_at),
         totals=totals(host, requests, energy_at),
-        origin="measured",
+        origin=origin,
         closed_loop=requests.user is not None,
     )
 

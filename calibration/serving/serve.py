@@ -123,6 +123,31 @@ class WallClock:
             pass
 
 
+class Backend:
+    """What a run is served with: weights and a host on this machine, by its wall clock.
+
+    A made-up device overrides what it has of its own, and the origin that its runs are to name.
+    """
+
+    origin = "measured"
+    host_class: type[Host] = Host
+    is_this_machine = True
+    """Whether how fast this machine is bears on the run."""
+
+    def clock(self) -> WallClock:
+        """The clock that the run goes by."""
+        return WallClock()
+
+    def weights(self, prepared: Prepared, clock: WallClock) -> CheckpointWeights:
+        """Where the candidates' weights come from."""
+        settings = weight_settings(prepared)
+        return CheckpointWeights(prepared.folders, prepared.room, settings, clock)
+
+    def device_name(self, prepared: Prepared) -> str:
+        """The device as the run names it."""
+        return device_name(prepared.device)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A scenario with everything it needs, checked and ready to be served.
@@ -337,18 +362,20 @@ def serve_once(
     out: Path,
     meter: Meter,
     progress: Progress | None = None,
+    backend: Backend | None = None,
 ) -> Served:
-    """Serve one policy once and write its run."""
+    """Serve one policy once and write its run; on this machine unless another backend is given."""
+    backend = backend or Backend()
     say = progress or _silence
     scenario = prepared.scenario
     alone = {"policy": (chosen,), "plan": None, "search": None}
     asked = resolved(scenario.model_copy(update=alone)) | {"seed": scenario.seed}
-    clock = WallClock()
-    weights = CheckpointWeights(prepared.folders, prepared.room, _weight_settings(prepared), clock)
+    clock = backend.clock()
+    weights = backend.weights(prepared, clock)
     say(f"{chosen.name}: preparing", 0.0)
     weights.prepare()
     energy = RunEnergy(meter)
-    host = Host(
+    host = backend.host_class(
         room=prepared.room,
         policy=prepared.policy(chosen),
         slo=policy_slo(prepared.scenario.slo_spec),
@@ -360,7 +387,7 @@ def serve_once(
         on_progress=lambda share: say(f"{chosen.name}: serving", share),
         read_j=energy.so_far_j if energy.measures else None,
     )
-    facts = _play(prepared, host, energy, clock)
+    facts = _play(prepared, host, energy, clock, backend)
     say(f"{chosen.name}: reading the served text again", 0.0)
     weights.drop()
     judged = _reread_all(prepared, host, weights)
@@ -375,7 +402,8 @@ def serve_once(
         policy=chosen.use,
         seed=scenario.seed,
         scenario=asked,
-        environment=environment(prepared, host, weights, meter) | facts,
+        environment=environment(prepared, host, weights, meter, backend) | facts,
+        origin=backend.origin,
     )
     check_run(run)
     measure = scenario.measure
@@ -400,7 +428,9 @@ def serve_once(
     return Served(write_run(run, summary, out, finish), summary, facts.get("slowdown"))
 
 
-def _play(prepared: Prepared, host: Host, energy: RunEnergy, clock: WallClock) -> dict[str, Any]:
+def _play(
+    prepared: Prepared, host: Host, energy: RunEnergy, clock: WallClock, backend: Backend
+) -> dict[str, Any]:
     """Serve while the clock runs; what the meter and the machine were seen to do meanwhile."""
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     pace_before = measure_pace(prepared.device)
@@ -413,6 +443,9 @@ def _play(prepared: Prepared, host: Host, energy: RunEnergy, clock: WallClock) -
         host.play()
         waited_after_s = waited_s()
         outcome = energy.close(host.tally.spent_s["busy"])
+    facts = {"started_at": started_at, "energy": _said(outcome)}
+    if not backend.is_this_machine:
+        return facts
     spent_s = host.tally.spent_s
     machine = slowdown_facts(
         prepared.room.profile,
@@ -423,11 +456,11 @@ def _play(prepared: Prepared, host: Host, energy: RunEnergy, clock: WallClock) -
         else waited_after_s - waited_before_s,
         spent_s["busy"] + spent_s["load"],
     )
-    return {"started_at": started_at, "energy": _said(outcome)} | machine
+    return facts | machine
 
 
 def environment(
-    prepared: Prepared, host: Host, weights: CheckpointWeights, meter: Meter
+    prepared: Prepared, host: Host, weights: CheckpointWeights, meter: Meter, backend: Backend
 ) -> dict[str, Any]:
     """Versions, device, checkpoints and how the run was served."""
     profile, settings = prepared.room.profile, prepared.settings
@@ -439,7 +472,7 @@ def environment(
         "profile_grades": profile.grade_counts(),
         "exit_traces": "served",
         "confidence_thresholds": dict(host.thresholds),
-        "device": device_name(prepared.device),
+        "device": backend.device_name(prepared),
         "threads": torch.get_num_threads(),
         "dtype": str(prepared.dtype).removeprefix("torch."),
         "checkpoints": {name: folder.name for name, folder in prepared.folders.items()},
@@ -610,7 +643,8 @@ def _dtype(room: Room) -> torch.dtype:
     return _DTYPES[sizes.pop()]
 
 
-def _weight_settings(prepared: Prepared) -> WeightSettings:
+def weight_settings(prepared: Prepared) -> WeightSettings:
+    """How the candidates of a scenario are held."""
     lengths = [len(text) - 1 for text in prepared.texts if text]
     return WeightSettings(
         device=prepared.device,

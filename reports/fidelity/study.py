@@ -101,9 +101,12 @@ def run_study(
     cases: tuple[Case, ...] = CASES,
     fresh: bool = False,
     most_again: int = MAX_AGAIN,
+    allow_simulated: bool = False,
     say: Say = print,
 ) -> Study:
     """Run all cases; real runs that `work` holds of the same scenario are not served again.
+
+    `allow_simulated` takes what the server leaves for real though it says that it is not.
 
     A case that cannot be served ends none but itself, and an interruption leaves those before it.
     Raises `InputError` where no case could be served.
@@ -130,7 +133,9 @@ def run_study(
         )
         repeats = ground.settings.repeats
         try:
-            outcomes.append(run_case(plan, data, work, server, repeats, fresh, most_again, say))
+            outcomes.append(
+                run_case(plan, data, work, server, repeats, fresh, most_again, allow_simulated, say)
+            )
         except InputError as error:
             say(f"{case.name}: {error}")
             failed.append(f"{case.name}: {error}")
@@ -150,6 +155,7 @@ def run_case(
     repeats: int,
     fresh: bool,
     most_again: int,
+    allow_simulated: bool,
     say: Say,
 ) -> Outcome:
     """Serve, simulate and compare one case."""
@@ -172,7 +178,8 @@ def run_case(
     experiment = prepare(scenario, path.parent, str(path))
     result = run_policy(experiment, scenario.policy[0])
     write_run(result.run, result.summary, simulated)
-    fidelity = assess(read_sides([real], simulated), path.parent)
+    sides = read_sides([real], simulated, allow_simulated=allow_simulated)
+    fidelity = assess(sides, path.parent)
     write_fidelity(fidelity, folder / "fidelity")
     return Outcome(plan, fidelity, len(_earlier(discarded)))
 

@@ -16,8 +16,9 @@ from calibration.fitting.points import LEAVING
 from calibration.fitting.predict import Predictor
 from calibration.measuring.grid import Job, plan_energy, plan_latency
 from helios_sim import cost
-from tests.calibration import made_up_gpu, planted
-from tests.calibration.made_up_gpu import BUCKETS, IDLE_W, LARGE, SMALL, MadeUpGpu, points_of
+from reports.made_up_gpu import device as made_up_gpu
+from reports.made_up_gpu.device import BUCKETS, IDLE_W, LARGE, SMALL, MadeUpGpu, points_of
+from tests.calibration import planted
 
 MEDIAN_BAR, P95_BAR = 0.03, 0.08
 COARSE_S, FINE_S = 1.0, 20.0

@@ -1,14 +1,15 @@
 """A GPU that is made up: a host that launches work, and a device that works through it.
 
 It is no sum of the terms that are fitted. Layers take the larger of launching, reading and
-computing; graphs pad rows; the host works on beside the device until it has to hear an exit's word;
-and the device draws other watts at work than while it waits. So a fit is held to something that it
-was not made from. Its figures are chosen, not measured.
+computing; graphs pad rows, and take their time to be captured; the host works on beside the device
+until it has to hear an exit's word; weights come over a link; and the device draws other watts at
+work than while it waits. So a fit is held to something that it was not made from. Its figures are
+chosen, not measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -22,8 +23,12 @@ from helios_sim.model import EarlyExitModel, ModelShape
 BYTES_PER_S, FLOPS = 2.6e12, 4e14
 GRAPH_LAUNCH_S, EAGER_LAUNCH_S, DEVICE_LAUNCH_S = 14e-6, 9e-6, 2e-6
 LAUNCHES_PER_LAYER, LAUNCHES_PER_FILLED_LAYER = 10, 3
-IDLE_W, WAITING_W, WORKING_W = 120.0, 125.0, 200.0
+IDLE_W, WAITING_W, WORKING_W, LOADING_W = 120.0, 125.0, 200.0, 150.0
 J_PER_BYTE, J_PER_FLOP = 4e-11, 5e-13
+HOST_LINK, DISK_LINK = (3e-4, 2e10), (2e-3, 2.5e9)
+"""Seconds to begin and bytes a second, from page-locked host memory and from disk."""
+CAPTURE_S, CAPTURE_EXIT_S = 8e-4, 1.1e-3
+CAPTURE_LAYER_S, CAPTURE_FILLED_LAYER_S = 1.6e-4, 6e-5
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 SMALL = ModelShape("llama", 12, 512, 8, 8, 64, 1376, 512, 2048, tied_head=True)
@@ -57,10 +62,49 @@ class MadeUpGpu:
     """Until when the device is."""
     worked_s: float = 0.0
     work_j: float = 0.0
+    idle_s: float = 0.0
+    loaded_s: float = 0.0
     exits: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.exits = self.model.exit_layers
+
+    @property
+    def joules(self) -> float:
+        """Drawn since the host began, the work launched by now included."""
+        held_s = self.host_s - self.worked_s - self.idle_s - self.loaded_s
+        told_j = WORKING_W * self.worked_s + IDLE_W * self.idle_s + LOADING_W * self.loaded_s
+        return self.work_j + told_j + WAITING_W * held_s
+
+    def take_up(self, model: EarlyExitModel) -> None:
+        """Run another model, or another depth of it, from now on."""
+        self.model, self.exits = model, model.exit_layers
+        self.hosts(80)
+
+    def idle_until(self, time_s: float) -> None:
+        """Have nothing to do."""
+        self.idle_s += max(0.0, time_s - max(self.host_s, self.device_s))
+        self.host_s = max(self.host_s, time_s)
+
+    def wait(self) -> None:
+        """Let the host wait until the device is done."""
+        self.host_s = max(self.host_s, self.device_s)
+
+    def load(self, num_bytes: int, link: tuple[float, float]) -> float:
+        """Move weights while nothing runs; returns the seconds."""
+        self.wait()
+        seconds = link[0] + num_bytes / link[1]
+        self.loaded_s += seconds
+        self.host_s += seconds
+        return seconds
+
+    def capture(self, kind: str, layers: int = 0) -> float:
+        """Capture a graph of a kind, while the device waits; returns the seconds."""
+        seconds = CAPTURE_EXIT_S if kind == "tell" else CAPTURE_S
+        seconds += layers * {"run": CAPTURE_LAYER_S, "fill": CAPTURE_FILLED_LAYER_S}.get(kind, 0.0)
+        self.wait()
+        self.host_s += seconds
+        return seconds
 
     def measured(self, job: Job, depth: int, times: int = 12) -> tuple[float, float]:
         """Seconds and joules of a repetition of a job that runs over and over."""
@@ -120,14 +164,12 @@ class MadeUpGpu:
         for first, last in self.segments(0, leave):
             self.layers(rows, rows * mean, last - first, True)
             self.ask(rows)
-        self.hosts(52 + 0.5 * leaving)
+        self.part(leaving)
         self.fill(leaving, leave)
-        self.hosts(20 + 0.2 * staying)
-        self.launch(3e-6)
+        self.hold(staying)
         self.emit(leaving)
         self.plan(staying)
-        self.hosts(40 + 1.2 * staying)
-        self.launch(4e-6)
+        self.go_on(staying)
         for first, last in self.segments(leave, self.exits[-1]):
             self.layers(staying, staying * mean, last - first, True)
             self.ask(staying)
@@ -136,17 +178,21 @@ class MadeUpGpu:
     def prefill(self, rows: int, tokens: int, depth: int) -> None:
         """An iteration of requests that come, are told a token, and go."""
         self.plan(rows)
-        self.hosts(20 + 2 * rows)
+        self.take_in(rows)
         self.prompt_layers(rows, tokens, 0, depth)
         self.ask(rows)
         self.emit(rows)
 
     def prompt_layers(self, rows: int, tokens: int, cached: int, count: int) -> None:
+        """Layers of prompts of as many tokens each."""
+        new = rows * tokens
+        self.packed_layers(rows, new, new * (cached + tokens / 2), count)
+
+    def packed_layers(self, rows: int, new: int, pairs: float, count: int) -> None:
         """Layers of prompts, launched one operator after another."""
-        self.hosts(40 + 2 * rows + 0.005 * rows * tokens)
+        self.hosts(40 + 2 * rows + 0.005 * new)
         self.launch(5e-6)
-        new, shape = rows * tokens, self.model.shape
-        pairs = new * (cached + tokens / 2)
+        shape = self.model.shape
         flops = new * self.layer_bytes + 4.0 * pairs * shape.heads * shape.head_dim
         seconds = max(2.5e-5, flops / FLOPS + self.layer_bytes / BYTES_PER_S)
         joules = J_PER_BYTE * self.layer_bytes + J_PER_FLOP * flops
@@ -175,7 +221,7 @@ class MadeUpGpu:
         """What an exit says of the rows, which the host waits for and books."""
         read = 2.0 * self.model.shape.vocab * self.model.shape.hidden
         self.launch(5e-6 + read / BYTES_PER_S, J_PER_BYTE * read + J_PER_FLOP * rows * read)
-        self.host_s = max(self.host_s, self.device_s)
+        self.wait()
         self.hosts(16 + rows)
 
     def fill(self, rows: int, leave: int, depth: int | None = None) -> None:
@@ -190,6 +236,24 @@ class MadeUpGpu:
     def plan(self, rows: int) -> None:
         """What the host does before an iteration."""
         self.hosts(15 + 0.3 * rows)
+
+    def take_in(self, rows: int) -> None:
+        """Give new rows their places."""
+        self.hosts(20 + 2 * rows)
+
+    def part(self, leaving: int) -> None:
+        """Find those who leave a batch that is split."""
+        self.hosts(52 + 0.5 * leaving)
+
+    def hold(self, staying: int) -> None:
+        """Keep where those who stay stand."""
+        self.hosts(20 + 0.2 * staying)
+        self.launch(3e-6)
+
+    def go_on(self, staying: int) -> None:
+        """Begin where they stood."""
+        self.hosts(40 + 1.2 * staying)
+        self.launch(4e-6)
 
     def begin(self, rows: int) -> None:
         """Find the rows and embed their tokens."""
@@ -233,6 +297,14 @@ class MadeUpGpu:
 
 def points_of(gpu: MadeUpGpu, jobs: list[Job], noise: float, seed: int = 0) -> pl.DataFrame:
     """Gathered points of jobs as they are measured on it, with relative noise in all of it."""
+    readings = readings_of(gpu, jobs, noise, seed)
+    return gather(pl.DataFrame([asdict(reading) for reading in readings], schema=SCHEMA))
+
+
+def readings_of(
+    gpu: MadeUpGpu, jobs: Sequence[Job], noise: float, seed: int = 0
+) -> list[Reading]:
+    """Readings of jobs on it, with relative noise in all of it."""
     random = np.random.default_rng(seed)
     readings: list[Reading] = []
     for job in jobs:
@@ -247,4 +319,4 @@ def points_of(gpu: MadeUpGpu, jobs: list[Job], noise: float, seed: int = 0) -> p
                     joules=float(joules * off[1]) if metered else None,
                 )
             )
-    return gather(pl.DataFrame([asdict(reading) for reading in readings], schema=SCHEMA))
+    return readings

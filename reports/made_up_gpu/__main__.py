@@ -1,0 +1,77 @@
+"""Measure, fit, serve, simulate and compare on a made-up GPU: `python -m reports.made_up_gpu`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import torch
+import typer
+
+from calibration.fitting.fit import FitSettings, fit_profile
+from calibration.model.checkpoint import find_checkpoints
+from calibration.model.early_exit import load
+from calibration.serving.serve import ServeSettings, prepare, serve_once
+from helios_sim.command import run_app
+from reports.fidelity.cases import CASES, StudySettings, read_ground
+from reports.fidelity.page import render
+from reports.fidelity.results import check_target, results_of, write_results
+from reports.fidelity.study import case_data, facts_of, run_study
+from reports.fidelity.summary import summary_text
+from reports.made_up_gpu.backend import MadeUpBackend
+from reports.made_up_gpu.device import MadeUpGpu
+from reports.made_up_gpu.readings import gpus_of, measure
+
+PROFILE: Final = "made-up-gpu"
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def circle(
+    checkpoints: Annotated[
+        list[Path], typer.Option(help="Checkpoint folders of small models; may be repeated.")
+    ],
+    seconds: Annotated[float, typer.Option(help="The device's seconds that a run takes.")] = 1.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most requests running at once.")] = 16,
+    budget: Annotated[float, typer.Option(help="The device's seconds of measuring.")] = 60.0,
+    case: Annotated[list[str] | None, typer.Option(help="Run only this case.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for readings and runs.")] = Path(
+        "runs/made-up-gpu"
+    ),
+    out: Annotated[Path, typer.Option(help="Folder for the page and the results.")] = (
+        Path(__file__).parent / "study"
+    ),
+) -> None:
+    """Close the circle on a device that is known, and write the study's page."""
+    check_target(out)
+    found = find_checkpoints(checkpoints)
+    models = [load(one.folder, dtype=torch.float32, name=name).spec for name, one in found.items()]
+    gpus = gpus_of(models)
+    points, profile = work / "points", work / PROFILE
+    measure(found, gpus, points, budget)
+    fit_profile(points, profile, FitSettings(name=PROFILE, overwrite=True))
+
+    def server(scenario: Path, folder: Path, repeats: int) -> None:
+        prepared = prepare(scenario, ServeSettings(tuple(checkpoints), device="cpu", graphs=False))
+        backend = MadeUpBackend(MadeUpGpu(models[0]))
+        chosen = prepared.scenario.policy[0]
+        serve_once(prepared, chosen, folder, backend.meter, backend=backend)
+
+    settings = StudySettings(profile=profile, seconds=seconds, repeats=1, max_batch=max_batch)
+    ground = read_ground(settings)
+    chosen = tuple(one for one in CASES if not case or one.name in case)
+    study = run_study(
+        ground, work / "study", server, cases=chosen, say=typer.echo, allow_simulated=True
+    )
+    command = shlex.join(["python", "-m", "reports.made_up_gpu", *sys.argv[1:]])
+    cases = [case_data(one) for one in study.outcomes]
+    results = results_of(facts_of(study, ground, command), cases)
+    write_results(results, render(results, ()), out)
+    typer.echo(f"{summary_text(results)}\nPage: {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_app(app, "reports.made_up_gpu", None)
