@@ -722,6 +722,24 @@ def test_what_passes_beside_loads_or_with_nobody_left_is_no_pause() -> None:
     assert pauses(found, run)["decode"] == pytest.approx((0.002 + 0.0) / 2)
 
 
+def test_a_replica_with_nobody_pauses_for_no_other_replicas_request() -> None:
+    """The second one idles for 10 s beside a request of the first, and then has one of its own."""
+    run = simulated_data("static-depth")
+    requests = run.requests.head(3).with_columns(
+        replica=pl.Series([0, 1, 1], dtype=pl.Int32),
+        arrival_s=pl.Series([0.0, 0.0, 10.0]),
+        finished_s=pl.Series([12.002, 0.1, 10.203]),
+    )
+    run = replace(run, requests=requests, decisions=run.decisions.clear())
+    found = recorded(
+        "small",
+        [6.0, 0.1, 6.0, 0.1, 0.1],
+        start_s=[0.0, 0.0, 6.002, 10.0, 10.103],
+        replica=[0.0, 1.0, 0.0, 1.0, 1.0],
+    )
+    assert pauses(found, run)["decode"] == pytest.approx((0.002 + 0.003) / 2)
+
+
 def test_loads_are_held_against_the_disk_once_and_only_where_serving_waited() -> None:
     """The first load waits for the disk, the second comes beside requests, the third waits."""
     run = simulated_data("waiting")
