@@ -22,7 +22,7 @@ from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.experiment import Experiment, prepare, run_policy
 from helios_sim.fidelity import assess, read_sides, run_folders, swaps
-from helios_sim.fidelity.figures import per_request
+from helios_sim.fidelity.figures import figure_rows, per_request
 from helios_sim.fidelity.page import render
 from helios_sim.fidelity.recordings import (
     EXITS_FILE,
@@ -424,6 +424,26 @@ def test_a_difference_beyond_the_spread_is_told_from_one_within(base: Path, tmp_
     throughput = found.row("perplexity")
     assert throughput is not None and throughput.verdict == "within"
     assert "figures" in remarks(found)[0]
+
+
+@pytest.mark.parametrize(
+    ("loaded_bytes", "unit", "shown"), [(4.88e6, "MiB", 4.654), (9.76e9, "GiB", 9.090)]
+)
+def test_weights_of_models_below_a_gib_are_set_beside_each_other_in_mib(
+    base: Path, loaded_bytes: float, unit: str, shown: float
+) -> None:
+    sides = read_sides([base / "real"], base / "simulated")
+    real, simulated = (
+        replace(side, summary=side.summary | {"weight_bytes_loaded": loaded_bytes})
+        for side in (*sides.reals, sides.simulated)
+    )
+    rows = {row.key: row for row in figure_rows(replace(sides, reals=(real,), simulated=simulated))}
+    row = rows["weight_bytes_loaded"]
+    assert (row.unit, row.real, row.simulated) == (
+        unit,
+        (pytest.approx(shown, abs=1e-3),),
+        pytest.approx(shown, abs=1e-3),
+    )
 
 
 def test_repeats_are_found_in_order_and_the_middle_one_is_typical(
