@@ -821,10 +821,18 @@ SCALE: Final = {
     "slo_attainment": 100.0,
     "agreement": 100.0,
     "breach_rate": 100.0,
+    "mean_kv_use": 100.0,
+    "breach_rate_observed": 100.0,
     "energy_per_output_token": 1e-3,
-    "weight_bytes_loaded": 2.0**-30,
 }
-"""Factors from a summary's unit to the unit a comparison shows."""
+"""Factors from a summary's unit to the unit a comparison shows; bytes are in `BYTES_IN`."""
+
+BYTES_IN: Final = {"GiB": 2.0**-30, "MiB": 2.0**-20}
+
+
+def factor_to(unit: str, key: str) -> float:
+    """The factor from a value of a summary to a unit that comparisons show it in."""
+    return BYTES_IN.get(unit, SCALE.get(key, 1.0))
 
 
 def shown_in(key: str, unit: str, values: Iterable[Any]) -> tuple[str, float]:
@@ -832,11 +840,11 @@ def shown_in(key: str, unit: str, values: Iterable[Any]) -> tuple[str, float]:
 
     Weights are shown in GiB, in MiB where none of the row fills one.
     """
-    if key == "weight_bytes_loaded":
+    if unit == "GiB":
         most = max((one for one in values if one is not None), default=0.0)
         if 0.0 < most < 2.0**30:
-            return "MiB", 2.0**-20
-    return unit, SCALE.get(key, 1.0)
+            unit = "MiB"
+    return unit, factor_to(unit, key)
 
 
 def comparison_rows(

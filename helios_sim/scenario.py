@@ -14,6 +14,7 @@ from helios_sim.arrivals import StrictSettings, as_tuple
 from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, Replicas, SearchSettings
+from helios_sim.records import TOTALS_FILE
 from helios_sim.slo import SloSpec, slo_from_table
 from helios_sim.toml import read_toml, toml_value
 from helios_sim.workload import WorkloadSettings
@@ -180,6 +181,9 @@ def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
     except OSError as error:
         raise InputError(f"The file cannot be looked for: {error.strerror}.", str(path)) from error
     data = read_toml(path)
+    if data.get("slo") == {} and (path.parent / TOTALS_FILE).is_file():
+        # A run on record may hold a table without a limit; it was served with none.
+        del data["slo"]
     for change in changes:
         apply_change(data, change)
     return parse_scenario(data, str(path), path.parent)

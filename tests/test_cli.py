@@ -525,15 +525,29 @@ def test_a_clone_that_is_not_installed_simulates(scenario: Path, tmp_path: Path)
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Ctrl-C in the middle of a run of a million requests."""
+    """Ctrl-C in the middle of a run of a million requests, which says when it begins.
+
+    A busy machine takes any time to get there, and nothing of ours runs before.
+    """
     path = tmp_path / "long.toml"
     path.write_text(SCENARIO.format(num_requests=1_000_000), encoding="utf-8")
-    code = "from helios_sim.cli import main; main()"
+    code = (
+        "import helios_sim.experiment as experiment\n"
+        "run_policy = experiment.run_policy\n"
+        "def told(*given):\n"
+        "    print('begins', flush=True)\n"
+        "    return run_policy(*given)\n"
+        "experiment.run_policy = told\n"
+        "from helios_sim.cli import main\n"
+        "main()\n"
+    )
     command = [sys.executable, "-c", code, "simulate", str(path), "--out", str(tmp_path / "out")]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        time.sleep(2.0)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error

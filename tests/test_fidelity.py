@@ -22,7 +22,7 @@ from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.experiment import Experiment, prepare, run_policy
 from helios_sim.fidelity import assess, read_sides, run_folders, swaps
-from helios_sim.fidelity.figures import per_request
+from helios_sim.fidelity.figures import figure_rows, per_request
 from helios_sim.fidelity.page import render
 from helios_sim.fidelity.recordings import (
     EXITS_FILE,
@@ -426,6 +426,26 @@ def test_a_difference_beyond_the_spread_is_told_from_one_within(base: Path, tmp_
     assert "figures" in remarks(found)[0]
 
 
+@pytest.mark.parametrize(
+    ("loaded_bytes", "unit", "shown"), [(4.88e6, "MiB", 4.654), (9.76e9, "GiB", 9.090)]
+)
+def test_weights_of_models_below_a_gib_are_set_beside_each_other_in_mib(
+    base: Path, loaded_bytes: float, unit: str, shown: float
+) -> None:
+    sides = read_sides([base / "real"], base / "simulated")
+    real, simulated = (
+        replace(side, summary=side.summary | {"weight_bytes_loaded": loaded_bytes})
+        for side in (*sides.reals, sides.simulated)
+    )
+    rows = {row.key: row for row in figure_rows(replace(sides, reals=(real,), simulated=simulated))}
+    row = rows["weight_bytes_loaded"]
+    assert (row.unit, row.real, row.simulated) == (
+        unit,
+        (pytest.approx(shown, abs=1e-3),),
+        pytest.approx(shown, abs=1e-3),
+    )
+
+
 def test_repeats_are_found_in_order_and_the_middle_one_is_typical(
     base: Path, tmp_path: Path
 ) -> None:
@@ -720,6 +740,24 @@ def test_what_passes_beside_loads_or_with_nobody_left_is_no_pause() -> None:
     assert pauses(found, run)["decode"] == pytest.approx((0.01 + 0.002 + 0.0) / 3)
     run = replace(run, decisions=moves)
     assert pauses(found, run)["decode"] == pytest.approx((0.002 + 0.0) / 2)
+
+
+def test_a_replica_with_nobody_pauses_for_no_other_replicas_request() -> None:
+    """The second one idles for 10 s beside a request of the first, and then has one of its own."""
+    run = simulated_data("static-depth")
+    requests = run.requests.head(3).with_columns(
+        replica=pl.Series([0, 1, 1], dtype=pl.Int32),
+        arrival_s=pl.Series([0.0, 0.0, 10.0]),
+        finished_s=pl.Series([12.002, 0.1, 10.203]),
+    )
+    run = replace(run, requests=requests, decisions=run.decisions.clear())
+    found = recorded(
+        "small",
+        [6.0, 0.1, 6.0, 0.1, 0.1],
+        start_s=[0.0, 0.0, 6.002, 10.0, 10.103],
+        replica=[0.0, 1.0, 0.0, 1.0, 1.0],
+    )
+    assert pauses(found, run)["decode"] == pytest.approx((0.002 + 0.003) / 2)
 
 
 def test_loads_are_held_against_the_disk_once_and_only_where_serving_waited() -> None:

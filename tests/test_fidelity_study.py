@@ -271,6 +271,34 @@ def test_runs_beside_which_the_machine_was_slow_are_served_again_at_most_twice(
     assert again.outcomes[0].num_discarded == 2
 
 
+@pytest.mark.parametrize("num_repeats", [1, 2])
+def test_a_study_that_is_killed_as_it_puts_a_run_in_its_place_serves_nothing_again(
+    ground: Ground, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_repeats: int
+) -> None:
+    """Between the two renames the disturbed run has gone, and the one in its stead is to come."""
+    one = replace(ground, settings=replace(ground.settings, repeats=num_repeats, seconds=5.0))
+    server = Paced(*[1.3, 1.02][:num_repeats], 1.01)
+    run = Case("static-depth", "70 %", "steady", "stable")
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == "again":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    quiet: dict[str, Any] = {"cases": (run,), "say": lambda text: None}
+    assert study.run_study(one, tmp_path, server, **quiet).interrupted
+    monkeypatch.undo()
+    asked = [("real", num_repeats), ("again", 1)]
+    assert server.asked == asked
+    (outcome,) = study.run_study(one, tmp_path, server, **quiet).outcomes
+    assert server.asked == asked
+    slowdowns = [side.slowdown for side in outcome.fidelity.sides.reals]
+    assert slowdowns == [1.01, 1.02][:num_repeats]
+    assert outcome.num_discarded == 1
+
+
 def test_a_run_alone_is_served_again_in_its_place(ground: Ground, tmp_path: Path) -> None:
     one = replace(ground, settings=replace(ground.settings, repeats=1))
     server = Paced(1.3, 1.01)

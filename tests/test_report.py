@@ -480,6 +480,22 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
             "faster than vanilla: median TPOT 20 ms.",
         ),
         (
+            [
+                summary("vanilla", 100.0, 20.0, saturation="backlogged"),
+                summary("helios", 100.0, 30.0, saturation="backlogged", num_refused=4),
+            ],
+            "Both policies carry the load of 100 tokens/s (all with a backlog and helios but for 4 "
+            "of 400 requests), and none is faster than vanilla: median TPOT 20 ms.",
+        ),
+        (
+            [
+                summary("vanilla", 300.0, 20.0, saturation="overloaded"),
+                summary("helios", 303.0, 20.0, saturation="backlogged", num_refused=4),
+            ],
+            "helios carries the load of 303 tokens/s (with a backlog and but for 4 of 400 "
+            "requests); vanilla is overloaded.",
+        ),
+        (
             [summary("vanilla", 0.0, 0.0, num_refused=400)],
             "vanilla refuses every one of 400 requests.",
         ),

@@ -57,6 +57,19 @@ def test_the_recorded_study_is_what_this_program_simulates() -> None:
     assert changes(study, simulated_anew(study, PROFILE)) == []
 
 
+def test_weights_that_a_study_shows_in_mib_are_simulated_anew_in_mib() -> None:
+    """A study recorded in GiB keeps to GiB."""
+    in_gib = results(SATURATED)
+    (row,) = (one for one in in_gib["cases"][0]["figures"] if one["key"] == "weight_bytes_loaded")
+    assert row["unit"] == "GiB"
+    in_mib = results(SATURATED)
+    (other,) = (one for one in in_mib["cases"][0]["figures"] if one["key"] == "weight_bytes_loaded")
+    other |= {"unit": "MiB", "simulated": 1024.0 * row["simulated"]}
+    for study, value in ((in_gib, row["simulated"]), (in_mib, other["simulated"])):
+        found = figures_of(simulated_anew(study, PROFILE), SATURATED)["weight_bytes_loaded"]
+        assert found["simulated"] == pytest.approx(value, rel=1e-9)
+
+
 def test_a_slower_device_is_simulated_slower_beside_the_same_real_runs(slow: Path) -> None:
     study = results(SATURATED, LIGHT)
     usual, slowed = simulated_anew(study, PROFILE), simulated_anew(study, slow, "the command")

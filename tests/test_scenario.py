@@ -372,6 +372,18 @@ def test_an_slo_table_without_a_key_is_refused_but_none_is_needed(file: Path) ->
     assert parse_scenario(resolved(scenario), "again", file.parent) == scenario
 
 
+def test_a_run_on_record_with_an_empty_slo_table_is_run_again_without_one(file: Path) -> None:
+    """What somebody writes is refused, there too."""
+    text = file.read_text(encoding="utf-8").replace('text = "ttft:200 tpot:50"\n', "")
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="names no limit"):
+        load_scenario(file)
+    (file.parent / "totals.json").write_text("{}", encoding="utf-8")
+    assert load_scenario(file).slo_spec is None
+    with pytest.raises(InputError, match="names no limit"):
+        load_scenario(file, ["slo={}"])
+
+
 def test_a_request_longer_than_the_context_is_an_error_where_asked(file: Path) -> None:
     where, message = told(file, "workload.prompt.tokens=3000", "workload.over_context='error'")
     assert where == f"{file}, workload"

@@ -117,7 +117,7 @@ def _checkpoint(folder: Path, exits: Sequence[int] | None) -> Source:
         folder=folder,
         shape=shape,
         exit_layers=check_exits(exits, shape.layers, str(folder)) if exits else standing,
-        tokenizer=settings.tokenizer if settings else "unknown",
+        tokenizer=opened.tokenizer,
     )
 
 

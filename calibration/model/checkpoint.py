@@ -8,6 +8,7 @@ stock files a folder may hold `early_exit.json` (exits, confidence, guard) and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,9 @@ SETTINGS_FILE: Final = "early_exit.json"
 HEADS_FILE: Final = "exit_heads.safetensors"
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+TOKENIZER_FILE: Final = "tokenizer.json"
+UNKNOWN: Final = "unknown"
+"""The tokenizer of a checkpoint that names none."""
 SCHEMA_VERSION: Final = 1
 
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -172,7 +176,7 @@ class EarlyExitSettings:
     name: str
     exit_layers: tuple[int, ...]
     heads: Heads = "shared"
-    tokenizer: str = "unknown"
+    tokenizer: str = UNKNOWN
     confidence: Confidence = field(default_factory=Confidence)
     guard: Guard | None = None
     corpus: Mapping[str, Any] | None = None
@@ -231,10 +235,12 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
         raise InputError(f"heads is {heads!r}; allowed are shared, auxiliary.", where)
     corpus = document.get("corpus")
     if corpus is not None and not (
-        isinstance(corpus, dict) and isinstance(corpus.get("train") or {}, dict)
+        isinstance(corpus, dict)
+        and all(isinstance(corpus.get(part) or {}, dict) for part in ("train", "heads"))
     ):
         raise InputError(
-            "corpus must be an object whose train, where there is one, maps domains to facts.",
+            "corpus must be an object whose train and heads, where there are, map domains to "
+            "facts.",
             where,
         )
     try:
@@ -244,7 +250,7 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
             name=str(document["name"]),
             exit_layers=layers,
             heads=cast(Heads, heads),
-            tokenizer=str(document.get("tokenizer", "unknown")),
+            tokenizer=str(document.get("tokenizer", UNKNOWN)),
             confidence=confidence_from_json(document.get("confidence") or {}, where),
             guard=guard
             and Guard(
@@ -300,6 +306,19 @@ class Checkpoint:
     def name(self) -> str:
         """What its settings call it, or else its folder."""
         return self.folder.resolve().name if self.settings is None else self.settings.name
+
+    @property
+    def tokenizer(self) -> str:
+        """What identifies its tokenizer: the name in its settings, or else the hash of its file."""
+        named = UNKNOWN if self.settings is None else self.settings.tokenizer
+        file = self.folder / TOKENIZER_FILE
+        if named != UNKNOWN or not file.is_file():
+            return named
+        try:
+            held = file.read_bytes()
+        except OSError as error:
+            raise InputError(f"The file cannot be read: {error.strerror}.", str(file)) from error
+        return f"sha256:{hashlib.sha256(held).hexdigest()[:16]}"
 
     @property
     def where(self) -> str:

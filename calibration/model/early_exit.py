@@ -475,7 +475,7 @@ def load(
             name=name or settings.name,
             shape=shape_of(config),
             exit_layers=exit_layers,
-            tokenizer=settings.tokenizer,
+            tokenizer=opened.tokenizer,
             bytes_per_param=kind.itemsize,
             bytes_per_kv_element=kind.itemsize,
         ),
@@ -505,7 +505,7 @@ def from_stock(
     exits: Sequence[int] | None = None,
     *,
     name: str = "stock",
-    tokenizer: str = "unknown",
+    tokenizer: str = files.UNKNOWN,
     exit_heads: Mapping[int, ExitHead] | None = None,
     confidence: Confidence | None = None,
 ) -> EarlyExitLM:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.model.checkpoint import TOKENIZER_FILE
 from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.workload import Requests
@@ -78,7 +79,7 @@ def tokenizer_of(name: str, folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint: bytes, or the one whose files lie in its folder."""
     if name == ByteTokenizer.name:
         return ByteTokenizer()
-    if not (folder / "tokenizer.json").is_file():
+    if not (folder / TOKENIZER_FILE).is_file():
         raise InputError(
             f"The checkpoint's tokenizer is {name!r} and its folder has no tokenizer.json; copy "
             "the tokenizer's files into it.",
@@ -95,7 +96,7 @@ class _FolderTokenizer:
 
         self._name = name
         make: Callable[..., Any] = PreTrainedTokenizerFast
-        self._stock = make(tokenizer_file=str(folder / "tokenizer.json"))
+        self._stock = make(tokenizer_file=str(folder / TOKENIZER_FILE))
 
     @property
     def name(self) -> str:

@@ -504,7 +504,7 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
             _check_maps(found, settings.confidence)
         facts += [
             ("exit_layers", tuple(settings.exit_layers), tuple(model.exit_layers)),
-            ("tokenizer", settings.tokenizer, model.tokenizer),
+            ("tokenizer", found.tokenizer, model.tokenizer),
             ("confidence", kind, expected.confidence.kind),
         ]
     for what, have, want in facts:

@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from calibration.model.checkpoint import (
     HEADS_FILE,
     SETTINGS_FILE,
+    UNKNOWN,
     EarlyExitSettings,
     check_exits,
     open_checkpoint,
@@ -133,6 +134,7 @@ def train_heads(
         "held_out_nll_nats": _held_out(model, tokenizer, options),
         "held_out_nll_nats_shared_head": shared,
     }
+    known = {} if opened.settings is None else opened.settings.corpus or {}
     settings = EarlyExitSettings(
         name=model.name,
         exit_layers=exits,
@@ -141,7 +143,7 @@ def train_heads(
         confidence=model.confidence if not model.confidence.is_calibrated else
         replace(model.confidence, maps={}),
         guard=model.new_guard(),
-        corpus={"train": report["text"]},
+        corpus={**known, "heads": report["text"]},
     )  # fmt: skip
     _write(checkpoint, out, model.exit_heads, settings, report)
     return report
@@ -150,10 +152,9 @@ def train_heads(
 def _tokenizer(model: EarlyExitLM, folder: Path) -> Tokenizer:
     """The checkpoint's tokenizer: the folder's, or bytes where it says so or has 256 ids."""
     name = model.spec.tokenizer
-    has_files = (folder / "tokenizer.json").is_file()
-    if name == "unknown" and not has_files and model.spec.shape.vocab == ByteTokenizer.vocab_size:
+    if name == UNKNOWN and model.spec.shape.vocab == ByteTokenizer.vocab_size:
         name = ByteTokenizer.name
-    tokenizer = tokenizer_of(folder.resolve().name if name == "unknown" else name, folder)
+    tokenizer = tokenizer_of(name, folder)
     highest = int(tokenizer.encode(corpus("prose", "train", max_bytes=4096).data).max())
     if highest >= model.spec.shape.vocab:
         raise InputError(

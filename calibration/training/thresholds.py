@@ -175,8 +175,9 @@ def fitting_scores(
 
 
 def own_domains(corpus_facts: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Domains that a checkpoint says it was trained on; all where it says nothing."""
-    trained = dict((corpus_facts or {}).get("train") or {})
+    """Domains that a checkpoint or else its heads were trained on; all where it does not say."""
+    facts = corpus_facts or {}
+    trained = facts.get("train") or facts.get("heads") or {}
     return tuple(domain for domain in DOMAINS if domain in trained) or DOMAINS
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibration.model.checkpoint import open_checkpoint, write_json
+from calibration.model.checkpoint import TOKENIZER_FILE, open_checkpoint, write_json
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.early_exit import load
 from calibration.serving.prompts import tokenizer_of
@@ -179,32 +179,16 @@ def _check_alike(folders: Sequence[Path]) -> tuple[str, int]:
                 "each name once."
             )
         names[name] = folder
-        tokenizers.setdefault(settings.tokenizer if settings else "unknown", folder)
+        tokenizers.setdefault(opened.tokenizer, folder)
         max_positions.append(int(opened.config.max_position_embeddings))
-    _check_same_files([*names.values()], tokenizers)
     if len(tokenizers) > 1:
         listed = ", ".join(f"{name!r} ({folder})" for name, folder in tokenizers.items())
         raise InputError(
             f"The candidates have several tokenizers: {listed}. They are traced on the same "
-            "positions, so they must share one."
+            "positions, so they must share one. Where only their files differ, copy one's "
+            f"{TOKENIZER_FILE} over the others'."
         )
     return next(iter(tokenizers)), min(max_positions)
-
-
-def _check_same_files(folders: Sequence[Path], tokenizers: Mapping[str, Path]) -> None:
-    """Raise `InputError` where no name tells tokenizers apart and their files differ."""
-    if [*tokenizers] != ["unknown"]:
-        return
-    files = [folder / "tokenizer.json" for folder in folders]
-    held = {file: file.read_bytes() for file in files if file.is_file()}
-    other = next((file for file, data in held.items() if data != held.get(files[0])), None)
-    if other is not None and files[0] in held:
-        raise InputError(
-            f"It differs from {files[0]}, and neither checkpoint names its tokenizer. Candidates "
-            f"are traced on the same positions, so they must share one; where these do, copy one "
-            "file over the other.",
-            str(other),
-        )
 
 
 def _score(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import polars as pl
 
 from helios_sim.fidelity.sides import Side, Sides
-from helios_sim.metrics import SCALE, columns_of
+from helios_sim.metrics import columns_of, factor_to, shown_in
 
 Floats = npt.NDArray[np.float64]
 Value = float | str | None
@@ -52,9 +52,8 @@ COMPARED: Final[tuple[tuple[str, str, str, str], ...]] = (
     ("num_loads", "Loads of more layers", "", "Decisions"),
     ("switch_time_s", "Serves, switches, loads", "s", "Decisions"),
 )
-"""Figures set beside each other: key of the summary, title, unit, group."""
+"""Figures set beside each other: key of the summary, title, usual unit, group."""
 
-_SCALE: Final = SCALE | {"mean_kv_use": 100.0, "breach_rate_observed": 100.0}
 _EQUAL: Final = 1e-9
 
 
@@ -109,22 +108,23 @@ def relative_error(simulated: float, real: float) -> float | None:
     return (simulated - real) / abs(real) if real != 0.0 else None
 
 
-def scaled(key: str, value: Any) -> Value:
-    """A value of a summary in the unit that is shown."""
+def scaled(key: str, value: Any, unit: str = "") -> Value:
+    """A value of a summary in the unit that is shown; bytes need its name."""
     if value is None or isinstance(value, str):
         return value
-    return float(value) * _SCALE.get(key, 1.0)
+    return float(value) * factor_to(unit, key)
 
 
 def figure_rows(sides: Sides) -> list[FigureRow]:
     """Every figure that either side has."""
     rows = []
-    for key, title, unit, group in COMPARED:
-        real = tuple(scaled(key, side.summary.get(key)) for side in sides.reals)
-        ours = scaled(key, sides.simulated.summary.get(key))
+    for key, title, usual, group in COMPARED:
+        values = [side.summary.get(key) for side in (*sides.reals, sides.simulated)]
+        unit, _ = shown_in(key, usual, values)
+        *real, ours = (scaled(key, value, unit) for value in values)
         if ours is None and all(value is None for value in real):
             continue
-        rows.append(figure_row(key, title, unit, group, real, ours))
+        rows.append(figure_row(key, title, unit, group, tuple(real), ours))
     return rows
 
 

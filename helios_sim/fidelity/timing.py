@@ -261,22 +261,23 @@ def _is_time(coefficient: str) -> bool:
 def pauses(iterations: Iterations, run: RunData) -> dict[str, float]:
     """Mean seconds by kind that an iteration took beside the model, until the next one began.
 
-    What the host itself booked, and what passed between two iterations where somebody was there all
-    the while and no weights were under way.
+    What the host itself booked, and what passed between two iterations of a replica where somebody
+    was there all the while and no weights were under way.
     """
-    requests = run.requests
-    arrival_s = np.sort(requests["arrival_s"].to_numpy())
-    left_s = requests["finished_s"].fill_null(math.inf).to_numpy()
-    refused = (requests["status"] == "refused").to_numpy()
-    left_s = np.sort(np.where(refused, requests["arrival_s"].to_numpy(), left_s))
+    replica = run.requests["replica"].to_numpy()
+    arrival_s = run.requests["arrival_s"].to_numpy()
+    left_s = run.requests["finished_s"].fill_null(math.inf).to_numpy()
+    refused = (run.requests["status"] == "refused").to_numpy()
+    left_s = np.where(refused, arrival_s, left_s)
     moves = run.decisions.filter(pl.col("moved_bytes") > 0)
     sums = {"decode": [0.0, 0], "prefill": [0.0, 0]}
     for at in np.unique(iterations.replica):
         mine = np.flatnonzero(iterations.replica == at)
         end_s, next_s = iterations.end_s[mine][:-1], iterations.start_s[mine][1:]
         # Who had come by the end and had not left by the next start was there all the while.
-        there = np.searchsorted(arrival_s, end_s, "right") - np.searchsorted(left_s, next_s)
-        counted = there > 0
+        theirs = replica == at
+        come = np.searchsorted(np.sort(arrival_s[theirs]), end_s, "right")
+        counted = come > np.searchsorted(np.sort(left_s[theirs]), next_s)
         for move in moves.filter(pl.col("replica") == int(at)).iter_rows(named=True):
             until_s = math.inf if move["ready_s"] is None else move["ready_s"]
             counted &= ~((next_s >= move["time_s"]) & (end_s <= until_s))

@@ -24,7 +24,7 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.depth import DepthRule, check_depth_options, greedy_level
 from helios_sim.policy.helios import Helios
-from helios_sim.policy.objective import OBJECTIVES, describe, score
+from helios_sim.policy.objective import OBJECTIVES, describe, meets_slo, score
 from helios_sim.policy.options import (
     about,
     as_exit_mode,
@@ -36,7 +36,7 @@ from helios_sim.policy.options import (
     nearest,
     refused,
 )
-from helios_sim.policy.shortlist import fitting, make_shortlist, sharing_a_tokenizer
+from helios_sim.policy.shortlist import fitting, ranked, sharing_a_tokenizer
 
 DEFAULT_MODEL = "Model to serve; the one with the largest weights that fits where unset."
 THRESHOLD = "Confidence at which a token leaves; the profile's own where unset."
@@ -266,15 +266,8 @@ class Clairvoyant:
         if snapshot.event not in (Event.START, Event.REASSESS):
             return Keep("This policy acts at the start and at reassessments alone.")
         foresight = snapshot.foresight or {}
-        shortlist = make_shortlist(
-            snapshot.candidates,
-            snapshot.slo,
-            self.objective,
-            snapshot.max_batch,
-            len(snapshot.candidates),
-        )
-        best, best_level, best_value = shortlist.candidates[0], 0, -math.inf
-        for place, candidate in enumerate(shortlist.candidates):
+        choices = []
+        for candidate in self._comparable(snapshot):
             level = greedy_level(
                 self.depth_rule,
                 foresight.get(candidate.name),
@@ -282,16 +275,31 @@ class Clairvoyant:
                 self.depth_quantile,
                 self.fixed_depth,
             )
+            keeps_slo = meets_slo(candidate, level, None, snapshot.slo)
             value = score(self.objective, candidate, level, None, snapshot.max_batch)
-            if place == 0 or value > best_value:
-                best, best_level, best_value = candidate, level, value
-        return _go_to(snapshot, best, best_level, self._reason(best_value))
+            choices.append((keeps_slo, value, candidate, level))
+        # max takes the first of equals: the one that ranks higher by its card.
+        keeps_slo, value, best, level = max(choices, key=lambda choice: choice[:2])
+        return _go_to(snapshot, best, level, self._reason(value, keeps_slo))
 
-    def _reason(self, value: float) -> str:
+    def _comparable(self, snapshot: Snapshot) -> tuple[Candidate, ...]:
+        """Candidates of one tokenizer that fit, best by their cards first, whatever is coming.
+
+        A candidate too slow for the SLO at its shallowest exit keeps it nowhere, so the tokenizer
+        is that of the candidates that may keep it, where there are any.
+        """
+        fit = fitting(snapshot.candidates)
+        may_keep_slo = [c for c in fit if meets_slo(c, 0, None, snapshot.slo)]
+        comparable = sharing_a_tokenizer(may_keep_slo or fit)
+        return ranked(comparable, self.objective, snapshot.max_batch)
+
+    def _reason(self, value: float, keeps_slo: bool) -> str:
+        warning = "" if keeps_slo else " No candidate keeps the SLO at its depth."
         # Without evaluations nothing is known of quality but that the larger model leads the list.
         if math.isinf(value):
-            return f"First on the shortlist for {self.objective}."
-        return f"The coming tokens are served best here: {describe(self.objective, value)}."
+            return f"First by its card for {self.objective}.{warning}"
+        served = describe(self.objective, value)
+        return f"The coming tokens are served best here: {served}.{warning}"
 
 
 def _go_to(snapshot: Snapshot, model: Candidate, level: int, reason: str) -> Decision:

@@ -284,16 +284,16 @@ def _equal_load(
 def _exceptions(carriers: Sequence[Summary], num_refused_by_all: int) -> str:
     """What is to be said of those who carry the load, in brackets: backlogs, and refusals."""
     late = [summary for summary in carriers if summary["saturation"] == "backlogged"]
-    everyone = "all " if len(carriers) > 1 else ""
+    refusing = [one for one in carriers if one["num_refused"] > num_refused_by_all]
     said = []
-    if late:
-        who = everyone if len(late) == len(carriers) else f"{_labels(late)} "
-        said.append(f"{who}with a backlog")
-    said += [
-        f"{summary['label']} " * bool(everyone) + f"but for {_refused(summary)}"
-        for summary in carriers
-        if summary["num_refused"] > num_refused_by_all
-    ]
+    if len(carriers) == 1:
+        # The sentence has just named the only one.
+        said += ["with a backlog" for _ in late]
+        said += [f"but for {_refused(one)}" for one in refusing]
+    else:
+        who = "all" if len(late) == len(carriers) else _labels(late)
+        said += [f"{who} with a backlog"] if late else []
+        said += [f"{one['label']} but for {_refused(one)}" for one in refusing]
     return f" ({listed(said)})" if said else ""
 
 

@@ -404,12 +404,12 @@ def _notes(scenario: Scenario, skipped: Sequence[str] = ()) -> str:
 
 def _samples(traffic: Traffic) -> str:
     if traffic.replays:
-        pace = "at its own pace, times the factor where one is named"
+        order, pace = "in order of time", "at its own pace, times the factor where one is named"
         if traffic.table == "plan":
-            pace = "at the rate asked for"
+            order, pace = "the first ones spread all over it", "at the rate asked for"
         return (
             f"Replications are stretches of the trace, {traffic.num_windows} of equally many "
-            f"requests, each played {pace}"
+            f"requests, {order}, each played {pace}"
         )
     if traffic.is_shaped:
         return "Replications are the whole workload under other seeds"

@@ -41,7 +41,9 @@ class Traffic:
     """The workload of a scenario as samples: sample i has the scenario's seed + i.
 
     A replayed trace brings the same arrivals whatever the seed, so its samples are stretches of
-    equally many requests instead, `num_windows` of them, with the domains of that time. Where
+    equally many requests instead, `num_windows` of them, with the domains of that time: for a plan
+    in an order in which the first few are spread over the whole trace, for a search in the order of
+    time, so that what is held out comes after what was tuned on. Where
     other arrivals or domains change with time, a sample is the whole workload under another seed.
     Anything else is `num_requests` requests a replica. The first `warmup_share` of the requests
     are not measured. `table` is the scenario's table that asks for the windows. `grows` says
@@ -124,6 +126,17 @@ class Traffic:
         return tuple(found)
 
     @property
+    def windows(self) -> tuple[Stretch, ...]:
+        """The windows of a replayed trace in the order in which samples take them."""
+        parts = self.stretches
+        if self.table == "search":
+            return parts
+        bits = (len(parts) - 1).bit_length()
+        # Counting with the bits reversed halves the trace, then its halves, and so on.
+        order = sorted(range(len(parts)), key=lambda place: int(f"{place:0{bits}b}"[::-1], 2))
+        return tuple(parts[place] for place in order)
+
+    @property
     def peak_factor(self) -> float:
         """How many times the mean rate of a trace its busiest window has."""
         parts = self.stretches
@@ -143,13 +156,17 @@ class Traffic:
         return min(ends)
 
     def mean_lengths(self, num_samples: int | None = None) -> tuple[float, float]:
-        """Mean tokens of prompts and answers in the first windows of a trace, or in all."""
+        """Mean tokens of prompts and answers in the windows of the first samples, or in all."""
         settings = self.scenario.workload.trace
         assert settings is not None
         plain = settings.model_copy(update={"rate_scale": 1.0, "repeat": 1, "max_requests": None})
         trace = read_trace(plain, self.base_dir, self.scenario.seed)
-        last = sum(part.num_requests for part in self.stretches[:num_samples])
-        return float(trace.prompt_tokens[:last].mean()), float(trace.output_tokens[:last].mean())
+        at_s = settings.start_s + trace.arrival_s
+        inside = np.zeros(len(at_s), dtype=bool)
+        for part in self.windows[:num_samples]:
+            inside |= (part.start_s <= at_s) & (at_s < part.end_s)
+        prompts, outputs = trace.prompt_tokens[inside], trace.output_tokens[inside]
+        return float(prompts.mean()), float(outputs.mean())
 
     def _num_replayed(self, settings: TraceSettings) -> int:
         """How many requests a run of the scenario replays, its repetitions included."""
@@ -242,7 +259,7 @@ class Traffic:
     def _window(
         self, base: Scenario, index: int, rate_per_s: float | None, num_replicas: int
     ) -> tuple[dict[str, Any], int]:
-        part = self.stretches[index]
+        part = self.windows[index]
         trace = base.workload.trace
         assert trace is not None
         scale = trace.rate_scale if rate_per_s is None else rate_per_s / part.rate_per_s

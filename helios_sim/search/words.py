@@ -180,7 +180,7 @@ def _unlike_the_trace(plan: Plan) -> list[str]:
     if all(abs(mine / all_ - 1.0) <= ALIKE for mine, all_ in zip(tried, whole, strict=True)):
         return []
     return [
-        f"The first {used} windows, on which loads were measured, have prompts of "
+        f"The {used} windows on which loads were measured have prompts of "
         f"{number(tried[0])} and answers of {number(tried[1])} tokens on average; the whole trace "
         f"{number(whole[0])} and {number(whole[1])}."
     ]

@@ -117,7 +117,7 @@ def _case(case: Data, ground: Ground, profile: Path, folder: Path) -> Data:
 
 def _figure(row: Data, ours: Mapping[str, Any]) -> dict[str, Any]:
     """A figure with what is simulated now."""
-    value = scaled(row["key"], ours.get(row["key"]))
+    value = scaled(row["key"], ours.get(row["key"]), row["unit"])
     if isinstance(value, float):
         # Rounded as the study rounds them, so that what did not change is equal.
         value = float(f"{value:.12g}")

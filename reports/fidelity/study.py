@@ -165,9 +165,15 @@ def run_case(
     same = path.is_file() and path.read_text(encoding="utf-8") == text
     path.parent.mkdir(parents=True, exist_ok=True)
     real, discarded = folder / "real", folder / "discarded"
-    if real.exists() and (fresh or not same or not _is_whole(real, repeats)):
+    if fresh or not same:
+        # What was discarded goes first, since it may lend a run to a folder that misses one.
+        shutil.rmtree(discarded, ignore_errors=True)
+        shutil.rmtree(real, ignore_errors=True)
+    if not same:
+        path.write_text(text, encoding="utf-8")
+    finish_exchange(real, discarded)
+    if real.exists() and not _is_whole(real, repeats):
         shutil.rmtree(real)
-    path.write_text(text, encoding="utf-8")
     if not real.exists():
         shutil.rmtree(discarded, ignore_errors=True)
         server(path, real, repeats)
@@ -207,6 +213,16 @@ def serve_until_quiet(
             again.rename(run)
         else:
             again.rename(place)
+
+
+def finish_exchange(real: Path, discarded: Path) -> None:
+    """Put what was served again in its run's place, where a kill came between the two renames."""
+    again = discarded / "again"
+    for place in _earlier(discarded):
+        name = place.name.rpartition("-")[0]
+        run = real if name == real.name else real / name
+        if not run.exists() and (again / TOTALS_FILE).is_file():
+            again.rename(run)
 
 
 def slowdown_of(run: Path) -> float | None:

@@ -267,7 +267,8 @@ GUARD = {"token_ids": [1], "logits_sums": [1.0] * 3, "tolerance": 0.1}
         ({"guard": GUARD | {"token_ids": []}}, "needed are some of 0 to"),
         ({"exit_layers": [float("inf")]}, "must be there and of their kinds"),
         ({"corpus": ["code"]}, "corpus must be an object"),
-        ({"corpus": {"train": ["code"]}}, "maps domains to facts"),
+        ({"corpus": {"train": ["code"]}}, "map domains to facts"),
+        ({"corpus": {"heads": ["code"]}}, "map domains to facts"),
         ({"confidence": {"kind": "hope"}}, "'hope' is unknown"),
     ],
 )

@@ -14,12 +14,15 @@ import torch
 from safetensors import SafetensorError
 
 from calibration.cli import main
+from calibration.model.checkpoint import open_checkpoint, write_settings
 from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
 from calibration.training import heads
 from calibration.training.heads import HeadOptions, train_heads
-from calibration.training.text import Corpus, corpus
+from calibration.training.text import DOMAINS, Corpus, corpus
+from calibration.training.thresholds import own_domains
+from calibration.training.trace import TraceOptions, trace_checkpoints
 from helios_sim.errors import InputError
 from tests.calibration.tiny import stock_model
 
@@ -82,7 +85,40 @@ def test_text_goes_through_the_folders_own_tokenizer(tmp_path: Path) -> None:
     stock.save(str(folder / "tokenizer.json"))
     report = train_heads(folder, (2,), OPTIONS)
     assert np.isfinite(report["held_out_nll_nats"]["code"]).all()
-    assert json.loads((folder / "early_exit.json").read_text())["tokenizer"] == "model"
+    held = (folder / "tokenizer.json").read_bytes()
+    named = f"sha256:{hashlib.sha256(held).hexdigest()[:16]}"
+    assert json.loads((folder / "early_exit.json").read_text())["tokenizer"] == named
+
+
+def test_checkpoints_with_heads_and_one_tokenizer_file_are_traced_together(tmp_path: Path) -> None:
+    """Whatever their folders are called; with another file they are refused."""
+    tokenizers: Any = pytest.importorskip("tokenizers")
+    folders = [checkpoint(tmp_path / name, settings=False) for name in ("one", "two", "three")]
+    for folder, word in zip(folders, ("def", "def", "class"), strict=True):
+        words = tokenizers.models.WordLevel({"?": 0, word: 1}, unk_token="?")
+        stock = tokenizers.Tokenizer(words)
+        stock.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        stock.save(str(folder / "tokenizer.json"))
+        train_heads(folder, (2,), replace(OPTIONS, iterations=1))
+    options = TraceOptions(num_positions=64, domains=("code",))
+    report = trace_checkpoints(folders[:2], tmp_path / "traced", options)
+    assert set(report["candidates"]) == {"one", "two"}
+    with pytest.raises(InputError, match="several tokenizers"):
+        trace_checkpoints(folders, tmp_path / "all", options)
+
+
+def test_text_of_the_heads_is_told_beside_that_of_the_model(tmp_path: Path) -> None:
+    """A model stays at home where it was trained, wherever its heads were."""
+    folder = checkpoint(tmp_path / "model", settings=True)
+    trained = {"train": {"prose": {"bytes": 7}}}
+    write_settings(folder, replace(open_checkpoint(folder).settings, corpus=trained))
+    report = train_heads(folder, (2,), replace(OPTIONS, iterations=1))
+    settings = open_checkpoint(folder).settings
+    assert settings is not None
+    assert settings.corpus == {**trained, "heads": report["text"]}
+    assert own_domains(settings.corpus) == ("prose",)
+    assert own_domains({"heads": report["text"]}) == ("code",)
+    assert own_domains(None) == DOMAINS
 
 
 def test_what_cannot_be_trained_is_refused_with_the_remedy(tmp_path: Path) -> None:

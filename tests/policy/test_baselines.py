@@ -17,6 +17,7 @@ from helios_sim.policy.contract import (
     Keep,
     LoadLayers,
     Serve,
+    Slo,
     Switch,
     Watching,
 )
@@ -135,3 +136,24 @@ def test_of_equal_candidates_the_clairvoyant_takes_the_first_by_name() -> None:
         host = ScriptedHost(make_policy("clairvoyant"), candidates, max_batch=1)
         decision, _ = host.ask(Event.START, foresight=coming)
         assert replace(decision, reason="") == Serve(SMALL.name, 6, PARTIAL, "")
+
+
+def test_the_clairvoyant_takes_a_model_that_keeps_the_slo_at_the_depth_it_would_load() -> None:
+    """Both do at their shallowest exit; the larger one not where its coming tokens leave."""
+    coming = {SMALL.name: (1.0, 0.0, 0.0), LARGE.name: (0.0, 0.0, 1.0)}
+    slo = Slo(tpot_s=LARGE.decode_iteration_s[0])
+    policy = make_policy("clairvoyant", {"objective": "quality"})
+    decision, _ = ScriptedHost(policy, PAIR).ask(Event.START, foresight=coming)
+    assert replace(decision, reason="") == Serve(LARGE.name, 32, PARTIAL, "")
+    decision, _ = ScriptedHost(policy, PAIR, slo=slo).ask(Event.START, foresight=coming)
+    assert replace(decision, reason="") == Serve(SMALL.name, 6, PARTIAL, "")
+    assert "SLO" not in decision.reason
+
+
+def test_where_no_model_keeps_the_slo_the_clairvoyant_compares_them_at_their_depths() -> None:
+    """The one that leads at its shallowest exit does not where its coming tokens leave."""
+    coming = {SMALL.name: (0.0, 0.0, 1.0), LARGE.name: (1.0, 0.0, 0.0)}
+    host = ScriptedHost(make_policy("clairvoyant"), PAIR, max_batch=1, slo=Slo(tpot_s=1e-6))
+    decision, _ = host.ask(Event.START, foresight=coming)
+    assert replace(decision, reason="") == Serve(LARGE.name, 9, PARTIAL, "")
+    assert "No candidate keeps the SLO at its depth." in decision.reason

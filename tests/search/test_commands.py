@@ -305,9 +305,13 @@ def test_figures_of_a_plan_are_those_of_its_recommended_scenario(tmp_path: Path)
 
 
 def test_windows_whose_lengths_are_not_the_trace_s_are_shown_beside_it(tmp_path: Path) -> None:
-    """Answers of 20 tokens and, from the seventh window of eight on, of 60: 30 on average."""
+    """Answers of 20 tokens and, in the second and fourth window of eight, of 60: 30 on average.
+
+    Loads are measured on the first, fifth, third and seventh.
+    """
+    long = (*range(60, 120), *range(180, 240))
     lines = [
-        f'{{"timestamp":{100 * i},"input_length":50,"output_length":{20 if i < 360 else 60}}}\n'
+        f'{{"timestamp":{100 * i},"input_length":50,"output_length":{60 if i in long else 20}}}\n'
         for i in range(480)
     ]
     (tmp_path / "t.jsonl").write_text("".join(lines))

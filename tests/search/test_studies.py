@@ -285,6 +285,25 @@ def test_samples_of_a_replayed_trace_are_stretches_at_the_rate_asked_for(tmp_pat
     assert whole.workload.trace.rate_scale == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    ("num_windows", "order"),
+    [(2, [0, 1]), (3, [0, 2, 1]), (8, [0, 4, 2, 6, 1, 5, 3, 7]), (6, [0, 4, 2, 1, 5, 3])],
+)
+def test_the_first_samples_of_a_plan_are_spread_over_its_trace(
+    tmp_path: Path, num_windows: int, order: list[int]
+) -> None:
+    """A search takes them in order of time: it is tried on what comes after what it is tuned on."""
+    replay = replayed(tmp_path, 480)
+    planned = Traffic(replay, tmp_path, "x.toml", 100, num_windows, 0.1)
+    assert planned.windows == tuple(planned.stretches[place] for place in order)
+    for index, place in enumerate(order):
+        trace = planned.sample(replay, index, 1.0).workload.trace
+        assert trace is not None
+        assert trace.start_s == planned.stretches[place].start_s
+    searched = Traffic(replay, tmp_path, "x.toml", 100, num_windows, 0.1, "search")
+    assert searched.windows == searched.stretches == planned.stretches
+
+
 def replayed(folder: Path, num: int, **more: Any) -> Scenario:
     """So many requests, one every 100 ms from 0 s on."""
     lines = [f'{{"timestamp":{100 * i},"input_length":9,"output_length":5}}\n' for i in range(num)]
