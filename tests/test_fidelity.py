@@ -33,7 +33,7 @@ from helios_sim.fidelity.recordings import (
 from helios_sim.fidelity.replayed import replayed_run
 from helios_sim.fidelity.sides import Side
 from helios_sim.fidelity.swaps import Attribution
-from helios_sim.fidelity.timing import factors, loads, pauses, predict, reloaded, retimed
+from helios_sim.fidelity.timing import factors, loads, predict, reloaded, retimed
 from helios_sim.fidelity.words import name_of, remarks, signed_percent
 from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
@@ -339,7 +339,7 @@ def test_what_the_real_run_did_not_record_is_said(tmp_path: Path) -> None:
     found = assess(sides, Path())
     assert found.attribution is not None
     missing = {swap.name: swap.missing for swap in found.attribution.swaps if swap.missing}
-    assert set(missing) == {"exits", "times", "slow", "pauses"}
+    assert set(missing) == {"exits", "times", "slow"}
     assert "loads" in {swap.name for swap in found.attribution.without_effect}
     assert missing["exits"] == "not recorded: the real run has no exits.parquet"
     assert found.timing == ()
@@ -668,7 +668,7 @@ def test_an_iteration_that_captures_graphs_is_predicted_to_take_their_time() -> 
     by_model = factors(found, plain, "mean")
     assert by_model["small"].decode == pytest.approx({1: 1.2})
     assert by_model["small"].capture == pytest.approx(0.5)
-    again = predict(found, retimed(profile, by_model, {}), 8)
+    again = predict(found, retimed(profile, by_model), 8)
     assert again.steady_s == pytest.approx([0.066] * 4)
     assert again.seconds == pytest.approx(found.seconds)
     # Where a profile knows nothing of capturing, what captures is no steady iteration either.
@@ -699,65 +699,12 @@ def test_a_retimed_profile_takes_the_recorded_time(factor: float) -> None:
     seconds = plain * factor * (1.0 + 0.05 * batches)
     found = replace(found, seconds=seconds)
     by_model = factors(found, predict(found, profile, 8), "mean")
-    again = predict(found, retimed(profile, by_model, {}), 8).seconds
+    again = predict(found, retimed(profile, by_model), 8).seconds
     for batch in (1.0, 3.0, 6.0):
         at = batches == batch
         assert again[at].sum() == pytest.approx(seconds[at].sum())
     assert again[batches == 0].sum() == pytest.approx(seconds[batches == 0].sum())
-    assert retimed(profile, by_model, {}).models["large"] == profile.models["large"]
-
-
-def test_pauses_are_what_passes_while_somebody_is_there() -> None:
-    """Gaps of 2 ms between iterations and 1 ms that the host booked; idling and loads are none."""
-    run = simulated_data("static-depth")
-    requests = run.requests.head(2).with_columns(
-        arrival_s=pl.Series([0.0, 5.0]), finished_s=pl.Series([0.202, 5.102])
-    )
-    run = replace(run, requests=requests, decisions=run.decisions.clear())
-    found = recorded(
-        "small",
-        [0.1, 0.1, 0.05, 0.05],
-        start_s=[0.0, 0.102, 5.0, 5.052],
-        host_s=[0.001] * 4,
-    )
-    assert pauses(found, run)["decode"] == pytest.approx(0.003)
-    assert pauses(found, run)["prefill"] == 0.0
-
-
-def test_what_passes_beside_loads_or_with_nobody_left_is_no_pause() -> None:
-    run = simulated_data("static-depth")
-    requests = run.requests.head(3).with_columns(
-        arrival_s=pl.Series([0.0, 5.0, 0.15]),
-        finished_s=pl.Series([0.21, 5.152, None], dtype=pl.Float64),
-        status=pl.Series(["finished", "finished", "refused"]),
-    )
-    moves = run.decisions.head(1).with_columns(
-        replica=pl.lit(0, pl.Int32), time_s=0.05, ready_s=0.105, moved_bytes=pl.lit(1, pl.Int64)
-    )
-    run = replace(run, requests=requests, decisions=moves.clear())
-    found = recorded("small", [0.1, 0.1, 0.05, 0.05, 0.05], start_s=[0.0, 0.11, 5.0, 5.052, 5.102])
-    # Who was refused was never there, so that nobody waits while the replica idles.
-    assert pauses(found, run)["decode"] == pytest.approx((0.01 + 0.002 + 0.0) / 3)
-    run = replace(run, decisions=moves)
-    assert pauses(found, run)["decode"] == pytest.approx((0.002 + 0.0) / 2)
-
-
-def test_a_replica_with_nobody_pauses_for_no_other_replicas_request() -> None:
-    """The second one idles for 10 s beside a request of the first, and then has one of its own."""
-    run = simulated_data("static-depth")
-    requests = run.requests.head(3).with_columns(
-        replica=pl.Series([0, 1, 1], dtype=pl.Int32),
-        arrival_s=pl.Series([0.0, 0.0, 10.0]),
-        finished_s=pl.Series([12.002, 0.1, 10.203]),
-    )
-    run = replace(run, requests=requests, decisions=run.decisions.clear())
-    found = recorded(
-        "small",
-        [6.0, 0.1, 6.0, 0.1, 0.1],
-        start_s=[0.0, 0.0, 6.002, 10.0, 10.103],
-        replica=[0.0, 1.0, 0.0, 1.0, 1.0],
-    )
-    assert pauses(found, run)["decode"] == pytest.approx((0.002 + 0.003) / 2)
+    assert retimed(profile, by_model).models["large"] == profile.models["large"]
 
 
 def test_loads_are_held_against_the_disk_once_and_only_where_serving_waited() -> None:

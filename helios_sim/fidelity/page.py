@@ -260,7 +260,6 @@ def _definitions() -> str:
         ("exits", "tokens meet the exits of the text that was served"),
         ("times", "an iteration takes the median recorded for its model, kind and batch"),
         ("slow", "iterations are longer by what the recorded mean exceeds the median"),
-        ("pauses", "between iterations passes the time recorded beside the model"),
         ("loads", "loads for which serving waits take as long as they took"),
         ("decisions", "the logged decisions are carried out at their times"),
     )

@@ -52,13 +52,12 @@ class Iterations:
     `filled_rows` whose KV was filled, `pending_tokens` how many tokens were fed again, `overheads`
     how often a batch was split. `captured_graphs` and those of `captured_exits` were captured on
     the way, which run `captured_layers` and fill `captured_filled_layers`. `prompt_pairs` are the
-    query-key pairs of the prompts. `host_s` of the `seconds` went into planning it and keeping
-    books.
+    query-key pairs of the prompts. `seconds` run from the end of the iteration before, so that what
+    the host did in between is among them, as it is among those that a profile is fitted to.
     """
 
     start_s: Floats
     seconds: Floats
-    host_s: Floats
     is_decode: Bools
     model: Names
     depth: Floats
@@ -84,11 +83,6 @@ class Iterations:
 
     def __len__(self) -> int:
         return len(self.start_s)
-
-    @property
-    def model_s(self) -> Floats:
-        """Seconds of the model alone."""
-        return self.seconds - self.host_s
 
     @property
     def end_s(self) -> Floats:
@@ -138,7 +132,6 @@ def read_iterations(folder: Path, run: RunData) -> Iterations | None:
     return Iterations(
         start_s=start_s,
         seconds=seconds,
-        host_s=np.clip(given("host_s", none), 0.0, seconds),
         is_decode=is_decode,
         model=model,
         depth=depth,

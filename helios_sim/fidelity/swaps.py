@@ -30,7 +30,6 @@ from helios_sim.fidelity.timing import (
     Predicted,
     factors,
     loads,
-    pauses,
     predict,
     reloaded,
     retimed,
@@ -49,15 +48,13 @@ INGREDIENTS: Final[dict[str, str]] = {
     "exits": "recorded exits",
     "times": "recorded iteration times",
     "slow": "slow iterations",
-    "pauses": "pauses between iterations",
     "loads": "recorded loading times",
     "decisions": "recorded decisions",
 }
 """What can be taken from the real run, in words.
 
 `times` are the median times of an iteration of its kind, `slow` is by how much the mean exceeds
-the median, `pauses` the time from an iteration to the next while requests wait or run, `loads` the
-time of loads for which serving waited.
+the median, `loads` the time of loads for which serving waited.
 """
 NOTHING: Final = "nothing"
 EVERYTHING: Final = "everything"
@@ -242,7 +239,7 @@ def _policy_of(sides: Sides) -> PolicySettings:
 def _missing(name: str, found: Ingredients) -> str | None:
     if name == "exits" and found.exits is None:
         return f"not recorded: the real run has no {EXITS_FILE}"
-    if name in ("times", "slow", "pauses") and found.iterations is None:
+    if name in ("times", "slow") and found.iterations is None:
         return f"not recorded: the real run has no {ITERATIONS_FILE}"
     if name == "loads" and found.load_factor is None:
         return "not recorded: serving waited for no load in the real run"
@@ -272,7 +269,7 @@ class _Scene:
             start = np.asarray(found.trace_start % found.exits.num_positions, np.int32)
             requests = replace(requests, trace_start=start)
         original = setup
-        if taken & {"times", "slow", "pauses"}:
+        if taken & {"times", "slow"}:
             setup = replace(setup, profile=self._retimed(setup.profile, taken))
         if "loads" in taken and found.load_factor is not None:
             setup = replace(setup, profile=reloaded(setup.profile, found.load_factor))
@@ -301,8 +298,7 @@ class _Scene:
             by_model = factors(iterations, predicted, "typical")
         elif "slow" in taken:
             by_model = factors(iterations, predicted, "slow")
-        paused = pauses(iterations, self.real) if "pauses" in taken else {}
-        return retimed(profile, by_model, paused)
+        return retimed(profile, by_model)
 
 
 def _tell(run: Run, setup: Setup) -> None:

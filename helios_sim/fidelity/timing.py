@@ -159,7 +159,7 @@ def factors(
         shares: dict[int, tuple[float, float]] = {}
         for batch in np.unique(iterations.batch[decodes]):
             at = decodes & (iterations.batch == batch)
-            by_batch[int(batch)] = _factor(iterations.model_s[at], whole[at], statistic)
+            by_batch[int(batch)] = _factor(iterations.seconds[at], whole[at], statistic)
             shares[int(batch)] = (
                 float(predicted.layers_s[at].sum()),
                 float(predicted.rest_s[at].sum()),
@@ -169,7 +169,7 @@ def factors(
             decode=by_batch,
             shares=shares,
             capture=_capture_factor(iterations, predicted, mine & captures, by_batch, statistic),
-            prefill=_factor(iterations.model_s[at], whole[at], statistic) if at.any() else None,
+            prefill=_factor(iterations.seconds[at], whole[at], statistic) if at.any() else None,
             prefill_s=float(predicted.layers_s[at].sum()),
             prefill_head_s=float(predicted.rest_s[at].sum()),
         )
@@ -193,7 +193,7 @@ def _capture_factor(
         return None
     usual = statistics.median(by_batch.values()) if by_batch else 1.0
     steady = np.array([by_batch.get(int(batch), usual) for batch in iterations.batch[at]])
-    beyond = np.maximum(iterations.model_s[at] - steady * predicted.steady_s[at], 0.0)
+    beyond = np.maximum(iterations.seconds[at] - steady * predicted.steady_s[at], 0.0)
     return max(_factor(beyond, predicted.capture_s[at], statistic), _LEAST)
 
 
@@ -205,19 +205,12 @@ def _factor(recorded: Floats, predicted: Floats, statistic: Statistic) -> float:
     return mean if statistic == "mean" else (mean / typical if typical > 0.0 else 1.0)
 
 
-def retimed(
-    profile: Profile,
-    by_model: Mapping[str, Factors],
-    pauses_s: Mapping[str, float],
-) -> Profile:
-    """The profile with iterations as long as the factors say, and pauses added by kind."""
-    models = dict(profile.models)
-    for name, model in models.items():
-        changed = _retimed(model, by_model[name]) if name in by_model else model
-        coefficients = dict(changed.coefficients)
-        for kind, pause_s in pauses_s.items():
-            coefficients[f"{kind}.fixed_s"] = pause_s + (coefficients[f"{kind}.fixed_s"] or 0.0)
-        models[name] = replace(changed, coefficients=coefficients)
+def retimed(profile: Profile, by_model: Mapping[str, Factors]) -> Profile:
+    """The profile with iterations as long as the factors say."""
+    models = {
+        name: _retimed(model, by_model[name]) if name in by_model else model
+        for name, model in profile.models.items()
+    }
     return replace(profile, models=models)
 
 
@@ -256,44 +249,6 @@ def _retimed(model: ModelProfile, factors: Factors) -> ModelProfile:
 def _is_time(coefficient: str) -> bool:
     """Whether a coefficient is of seconds, not of joules or watts."""
     return unit_of(coefficient).split("/")[0] == "s"
-
-
-def pauses(iterations: Iterations, run: RunData) -> dict[str, float]:
-    """Mean seconds by kind that an iteration took beside the model, until the next one began.
-
-    What the host itself booked, and what passed between two iterations of a replica where somebody
-    was there all the while and no weights were under way.
-    """
-    replica = run.requests["replica"].to_numpy()
-    arrival_s = run.requests["arrival_s"].to_numpy()
-    left_s = run.requests["finished_s"].fill_null(math.inf).to_numpy()
-    refused = (run.requests["status"] == "refused").to_numpy()
-    left_s = np.where(refused, arrival_s, left_s)
-    moves = run.decisions.filter(pl.col("moved_bytes") > 0)
-    sums = {"decode": [0.0, 0], "prefill": [0.0, 0]}
-    for at in np.unique(iterations.replica):
-        mine = np.flatnonzero(iterations.replica == at)
-        end_s, next_s = iterations.end_s[mine][:-1], iterations.start_s[mine][1:]
-        # Who had come by the end and had not left by the next start was there all the while.
-        theirs = replica == at
-        come = np.searchsorted(np.sort(arrival_s[theirs]), end_s, "right")
-        counted = come > np.searchsorted(np.sort(left_s[theirs]), next_s)
-        for move in moves.filter(pl.col("replica") == int(at)).iter_rows(named=True):
-            until_s = math.inf if move["ready_s"] is None else move["ready_s"]
-            counted &= ~((next_s >= move["time_s"]) & (end_s <= until_s))
-        decodes = iterations.is_decode[mine][:-1]
-        for kind, of_kind in (("decode", decodes), ("prefill", ~decodes)):
-            gaps = np.maximum(next_s - end_s, 0.0)[counted & of_kind]
-            sums[kind][0] += float(gaps.sum())
-            sums[kind][1] += gaps.size
-    found = {}
-    for kind, of_kind in (("decode", iterations.is_decode), ("prefill", ~iterations.is_decode)):
-        total_s, num = sums[kind]
-        booked_s = iterations.host_s[of_kind]
-        found[kind] = (total_s / num if num else 0.0) + (
-            float(booked_s.mean()) if booked_s.size else 0.0
-        )
-    return found
 
 
 def loads(run: RunData, profile: Profile) -> float | None:
@@ -368,7 +323,7 @@ def timing_rows(iterations: Iterations, predicted: Predicted) -> list[TimingRow]
             mine = known & (iterations.model == name) & of_kind
             for batch in np.unique(classes[mine]):
                 at = mine & (classes == batch)
-                recorded, ours = 1e3 * iterations.model_s[at], 1e3 * predicted.seconds[at]
+                recorded, ours = 1e3 * iterations.seconds[at], 1e3 * predicted.seconds[at]
                 low, middle, high = np.quantile(recorded, [0.1, 0.5, 0.9])
                 rows.append(
                     TimingRow(

@@ -24,7 +24,7 @@ ORIGIN = "made up"
 
 
 class DeviceClock(WallClock):
-    """Seconds that the device's host has spent; `curve` holds the joules at each time it was read."""
+    """Seconds that the device's host has spent, with the joules at each time it was read."""
 
     def __init__(self, gpu: MadeUpGpu) -> None:
         self.gpu = gpu

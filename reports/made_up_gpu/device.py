@@ -301,9 +301,7 @@ def points_of(gpu: MadeUpGpu, jobs: list[Job], noise: float, seed: int = 0) -> p
     return gather(pl.DataFrame([asdict(reading) for reading in readings], schema=SCHEMA))
 
 
-def readings_of(
-    gpu: MadeUpGpu, jobs: Sequence[Job], noise: float, seed: int = 0
-) -> list[Reading]:
+def readings_of(gpu: MadeUpGpu, jobs: Sequence[Job], noise: float, seed: int = 0) -> list[Reading]:
     """Readings of jobs on it, with relative noise in all of it."""
     random = np.random.default_rng(seed)
     readings: list[Reading] = []
