@@ -771,10 +771,46 @@ def test_a_decision_that_takes_longer_puts_the_next_one_off_by_as_much() -> None
         for (before, later), (then, there) in zip(
             pairwise(run.decisions), pairwise(told), strict=False
         )
-        if before.ready_s is not None and later.event is not Event.EVALUATED
+        if before.ready_s is not None and later.event is Event.BREACHED
     ]
     assert sum(recorded_s > 1.0 for _, recorded_s in gaps) >= 2
     assert all(ours_s >= recorded_s - 1e-6 for ours_s, recorded_s in gaps)
+
+
+def test_a_reassessment_is_replayed_after_as_many_requests_however_long_iterations_take() -> None:
+    """Asked by the clock it would wait for requests that were admitted a moment before."""
+    experiment, real = experiment_for("helios"), simulated_data("helios")
+    profile = experiment.setup.profile
+    slower = {
+        name: replace(
+            model,
+            coefficients={
+                key: value * 1.003
+                if value is not None and key.endswith(("_s", "_s_per_layer"))
+                else value
+                for key, value in model.coefficients.items()
+            },
+        )
+        for name, model in profile.models.items()
+    }
+    setup = replace(experiment.setup, seed=real.seed, profile=replace(profile, models=slower))
+    requests, _ = experiment.requests(real.seed)
+    run = replayed_run(
+        lambda maker: Run(setup, requests, maker),
+        lambda: experiment.policy(experiment.scenario.policy[0]),
+        real,
+    )
+    run.play()
+    ours = run_data(run, "helios", "helios", real.seed, {})
+
+    def finished_before(data: RunData) -> list[int]:
+        told = data.decisions.filter(pl.col("decision") != "keep")
+        asked = told.filter(pl.col("event") == "reassess")["time_s"].to_list()
+        ends = data.requests["finished_s"]
+        return [int((ends <= at_s).sum()) for at_s in asked]
+
+    assert len(finished_before(real)) >= 2
+    assert finished_before(ours) == finished_before(real)
 
 
 def test_a_policy_knows_the_profile_as_it_is_whatever_is_swapped(

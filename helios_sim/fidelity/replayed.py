@@ -33,9 +33,13 @@ _LOOKS: Final = 50
 
 @dataclass(frozen=True)
 class Recorded:
-    """A decision of the log: when and why the policy was asked, what it said, when it was done."""
+    """A decision of the log: when and why the policy was asked, what it said, when it was done.
+
+    `num_finished` requests had finished since the decision before it was carried out.
+    """
 
     time_s: float
+    num_finished: int
     ready_s: float
     event: Event
     decision: Decision
@@ -69,10 +73,12 @@ class Replayed:
 class ReplayedReplica(Replica):
     """A replica whose policy is asked at the recorded times, not when the simulation would ask.
 
-    What follows an evaluation is asked when the evaluation is over, here as there. Where carrying a
-    decision out takes longer than it did, the next one comes later by as much, so that the replica
-    serves between them as long as it did; else two would follow each other with nothing served. A
-    time that falls into an iteration waits for its end.
+    What follows an evaluation is asked when the evaluation is over, here as there, and a
+    reassessment after as many requests as there: asked a moment later it would find others admitted
+    and wait for them. All else comes at its time. Where carrying a decision out takes longer than
+    it did, the next one comes later by as much, so that the replica serves between them as long as
+    it did; else two would follow each other with nothing served. A time that falls into an
+    iteration waits for its end.
     """
 
     def __init__(self, index: int, run: Run, host: Host, policy: Replayed) -> None:
@@ -95,6 +101,9 @@ class ReplayedReplica(Replica):
     def reach(self, step: Recorded, late_s: float) -> Process:
         """Serve until a recorded decision is due; says whether any work is left then."""
         if step.event is Event.EVALUATED:
+            return (yield from self.serve(math.inf))
+        if step.event is Event.REASSESS and step.num_finished > 0:
+            self.record.finish_target = step.num_finished
             return (yield from self.serve(math.inf))
         due_s = step.time_s + late_s
         last_s = float(self.run.requests.arrival_s[-1])
@@ -138,14 +147,16 @@ def recorded(run: RunData) -> dict[int, tuple[Recorded, ...]]:
         mine = run.requests.filter(pl.col("replica") == replica)["finished_s"].drop_nulls()
         finished_s = np.sort(mine.to_numpy())
         until = [row["time_s"] for row in told[1:]] + [math.inf]
+        since = [0.0] + [math.inf if row["ready_s"] is None else row["ready_s"] for row in told]
         logs[int(str(replica))] = tuple(
             Recorded(
                 time_s=row["time_s"],
+                num_finished=_num_between(finished_s, since_s, row["time_s"]),
                 ready_s=math.inf if row["ready_s"] is None else row["ready_s"],
                 event=Event(row["event"]),
                 decision=_decision(row, finished_s, until_s),
             )
-            for row, until_s in zip(told, until, strict=True)
+            for row, since_s, until_s in zip(told, since[:-1], until, strict=True)
         )
     return logs
 
@@ -155,8 +166,7 @@ def _decision(row: dict[str, Any], finished_s: Any, until_s: float) -> Decision:
     mode, model, depth = ExitMode(row["exit_mode"]), str(row["model"]), int(row["depth"])
     if kind == "evaluate":
         since_s = row["time_s"] if row["ready_s"] is None else row["ready_s"]
-        ends = np.searchsorted(finished_s, [since_s, until_s], side="right")
-        return Evaluate(model, max(1, int(ends[1] - ends[0])), mode, reason)
+        return Evaluate(model, max(1, _num_between(finished_s, since_s, until_s)), mode, reason)
     if kind == "serve":
         return Serve(model, depth, mode, reason)
     if kind == "load-layers":
@@ -164,3 +174,9 @@ def _decision(row: dict[str, Any], finished_s: Any, until_s: float) -> Decision:
     if kind == "switch":
         return Switch(model, depth, mode, reason)
     return Keep(reason)
+
+
+def _num_between(finished_s: Any, after_s: float, until_s: float) -> int:
+    """How many finished after a time, and by another."""
+    ends = np.searchsorted(finished_s, [after_s, until_s], side="right")
+    return int(ends[1] - ends[0])
