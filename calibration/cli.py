@@ -325,7 +325,7 @@ def serve(
         float | None, typer.Option(min=0.0, help="Serve only what arrives in so many seconds.")
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, max=100, help="Serve each policy so often.")] = 1,
-    kv: Annotated[str, typer.Option(help="The KV cache: slots or pages.")] = "slots",
+    kv: Annotated[str, typer.Option(help="The KV cache: auto, slots or pages.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs on a GPU.")] = True,
     free_running: Annotated[

@@ -33,7 +33,13 @@ from calibration.serving.judge import Reread, judge, reread, served_traces
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.record import run_data, write_extras
 from calibration.serving.slowdown import slowdown_facts, waited_s
-from calibration.serving.weights import CheckpointWeights, KvKind, WeightSettings
+from calibration.serving.weights import (
+    CheckpointWeights,
+    KvChoice,
+    KvKind,
+    WeightSettings,
+    choose_kv,
+)
 from helios_sim import __version__
 from helios_sim.cards import Room, check_room, policy_slo, room_of
 from helios_sim.command import Interrupted
@@ -78,7 +84,7 @@ class ServeSettings:
     checkpoints: tuple[Path, ...]
     policies: tuple[str, ...] = ()
     device: str = "auto"
-    kv: KvKind = "slots"
+    kv: KvChoice = "auto"
     graphs: bool = True
     free_running: bool = False
     limit: int | None = None
@@ -152,6 +158,7 @@ class Backend:
 class Prepared:
     """A scenario with everything it needs, checked and ready to be served.
 
+    `kv_said` is what its user should know of the KV cache, empty where there is nothing.
     `versions` are those of the packages at work, for the run's record.
     """
 
@@ -167,6 +174,8 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     settings: ServeSettings
+    kv: KvKind
+    kv_said: str
     versions: Mapping[str, str]
 
     def policy(self, chosen: PolicySettings) -> Policy:
@@ -206,7 +215,9 @@ def serve(
         check_target(place)
     threads_before = torch.get_num_threads()
     threads, why = threads_of(settings, prepared.room.profile, prepared.device)
-    (tell or _unheard)(why)
+    for said in (why, prepared.kv_said):
+        if said:
+            (tell or _unheard)(said)
     if threads is not None:
         torch.set_num_threads(threads)
     served = []
@@ -229,9 +240,10 @@ def command(
 
     An interrupt ends with the runs that were whole by then; the one under way is not written.
     """
-    if kv not in get_args(KvKind):
-        raise InputError(f"{kv!r} was given; allowed are {' and '.join(get_args(KvKind))}.", "--kv")
-    settings = ServeSettings(kv=cast(KvKind, kv), **options)
+    if kv not in get_args(KvChoice):
+        allowed = ", ".join(get_args(KvChoice))
+        raise InputError(f"{kv!r} was given; allowed are {allowed}.", "--kv")
+    settings = ServeSettings(kv=cast(KvChoice, kv), **options)
     written: list[Path] = []
 
     def say(text: str) -> None:
@@ -302,6 +314,8 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     first = next(iter(chosen.values()))
     tokenizer = tokenizer_of(room.profile.model(room.candidates[0]).model.tokenizer, first.folder)
     prompts = read_prompts(requests.domains, tokenizer)
+    texts = prompts.pieces(requests, _longest_context(room))
+    kv, kv_said = choose_kv(settings.kv, room, _longest_row(texts))
     return Prepared(
         scenario=scenario,
         base_dir=base_dir,
@@ -309,12 +323,14 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
         room=room,
         requests=requests,
         num_shortened=num_shortened,
-        texts=prompts.pieces(requests, _longest_context(room)),
+        texts=texts,
         prompts=prompts,
         folders={name: found.folder for name, found in chosen.items()},
         device=device,
         dtype=dtype,
         settings=settings,
+        kv=kv,
+        kv_said=kv_said,
         versions=versions_here(),
     )
 
@@ -479,7 +495,7 @@ def environment(
         "tokens": "free-running" if settings.free_running else "teacher-forced",
         "tokenizer": prepared.prompts.tokenizer,
         "text_sha256": dict(prepared.prompts.hashes),
-        "kv": settings.kv,
+        "kv": prepared.kv,
         "kv_pools": dict(weights.notes),
         "host_copies": list(weights.copies),
         "loads": "beside serving" if weights.overlaps else "serving waits",
@@ -645,15 +661,19 @@ def _dtype(room: Room) -> torch.dtype:
 
 def weight_settings(prepared: Prepared) -> WeightSettings:
     """How the candidates of a scenario are held."""
-    lengths = [len(text) - 1 for text in prepared.texts if text]
     return WeightSettings(
         device=prepared.device,
         dtype=prepared.dtype,
-        kv=prepared.settings.kv,
-        max_tokens=max(lengths, default=1),
+        kv=prepared.kv,
+        max_tokens=_longest_row(prepared.texts),
         graphs=prepared.settings.graphs and prepared.device.type == "cuda",
         free_running=prepared.settings.free_running,
     )
+
+
+def _longest_row(texts: Sequence[Sequence[int]]) -> int:
+    """Tokens of the longest row that is to be served."""
+    return max((len(text) - 1 for text in texts if text), default=1)
 
 
 def _said(outcome: Any) -> dict[str, Any]:

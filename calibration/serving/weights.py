@@ -31,6 +31,9 @@ from helios_sim.cards import Room
 
 KvKind = Literal["slots", "pages"]
 
+KvChoice = Literal["auto", "slots", "pages"]
+"""What may be asked for: "auto" takes slots unless they hold fewer rows than may run."""
+
 _POLL_S: Final = 0.0002
 _SLOT_SHARE: Final = 0.8
 """Share of the memory that is really free which slots may take."""
@@ -51,6 +54,38 @@ class WeightSettings:
     max_tokens: int
     graphs: bool
     free_running: bool
+
+
+def slot_tokens(room: Room, max_tokens: int, pool_blocks: int) -> int:
+    """Tokens of a slot: the longest row's, in whole granules, since attention reads by those."""
+    return round_up(
+        min(max_tokens, pool_blocks * room.serving.block_tokens), CONTEXT_GRANULE_TOKENS
+    )
+
+
+def choose_kv(choice: KvChoice, room: Room, max_tokens: int) -> tuple[KvKind, str]:
+    """The KV cache to serve with, and a sentence where slots hold fewer rows than may run.
+
+    A slot has room for the longest row, and where memory is short the simulated blocks admit more
+    of the others.
+    """
+    most = room.serving.max_batch + room.serving.max_held
+    fewest, where = most, ""
+    for name in room.candidates:
+        for depth in room.profile.model(name).model.exit_layers:
+            pool_blocks = room.pool_blocks(name, depth)
+            if pool_blocks == 0:
+                continue
+            tokens = slot_tokens(room, max_tokens, pool_blocks)
+            held = max(1, pool_blocks * room.serving.block_tokens // tokens)
+            if held < fewest:
+                fewest, where = held, f"{name} with {depth} layers"
+    if fewest == most or choice == "pages":
+        return ("slots" if choice == "auto" else choice), ""
+    slots = f"{fewest} slots of the longest request have room beside {where}, and {most} may run"
+    if choice == "auto":
+        return "pages", f"Serving from pages: {slots}."
+    return "slots", f"Warning: only {slots}, so fewer run than in a simulation; see --kv pages."
 
 
 class CheckpointWeights:
@@ -346,8 +381,7 @@ class CheckpointWeights:
                 max_tokens=longest,
                 memory=self._memory,
             )
-        # Attention reads contexts in granules, and a slot of another length would cut the last one.
-        longest = round_up(longest, CONTEXT_GRANULE_TOKENS)
+        longest = slot_tokens(self.room, settings.max_tokens, pool_blocks)
         slots = min(max_rows, max(1, pool_blocks * serving.block_tokens // longest))
         free_bytes = available_bytes(settings.device)
         if free_bytes is not None:

@@ -53,19 +53,28 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
     remarks = [
         f"The verdict on saturation is the same on both sides in {results['same_saturation']} of "
         f"{num} cases.",
-        f"Every case was served {results['num_repeats']} times; errors are against the median.",
+        _repeats_remark(results["num_repeats"]),
+        *_anew_remarks(results),
     ]
-    remarks += [*_anew_remarks(results), *_pace_remarks(results)]
+    made_up = results.get("made_up")
+    remarks = [made_up, *remarks] if made_up else remarks + _pace_remarks(results)
     missing = [JUDGED[one["key"]].said for one in results["targets"] if not one["num_cases"]]
     if missing:
         remarks.append(f"Not measured here: {listed(missing)}.")
     items = "".join(f"<li>{escape(text)}</li>" for text in remarks)
-    sentence = f"Median absolute error over {num} real scenarios: {', '.join(said)}."
+    kind = "scenarios on a device that is made up" if made_up else "real scenarios"
+    sentence = f"Median absolute error over {num} {kind}: {', '.join(said)}."
     return (
         f"<header><h1>{escape(title)}</h1>"
         '<p class="question">How far is the simulation from the real backend?</p>'
         f'<p class="headline">{escape(sentence)}</p><ul class="remarks">{items}</ul></header>'
     )
+
+
+def _repeats_remark(num: int) -> str:
+    if num == 1:
+        return "Every case was served once."
+    return f"Every case was served {num} times; errors are against the median."
 
 
 def _anew_remarks(results: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,9 @@ NOISE: Final = 0.004
 """Relative spread of a reading, about that of CUDA events on a board of its own."""
 
 TRIAL_S: Final = 0.05
-MEMORY_BYTES: Final = 2**32
+MEMORY_BYTES: Final = 24 * 2**20
+"""So little that the largest of the small family has room for few requests at full depth."""
+
 _LOADED_BYTES: Final = (2**20, 2**22, 2**24, 2**26)
 
 
