@@ -231,6 +231,27 @@ def test_free_running_feeds_a_model_its_own_tokens(place) -> None:
     assert (tokens["nll_nats"] <= math.log(256) + 1e-6).all()
 
 
+def test_a_static_batch_in_blocks_finds_room_however_many_of_its_rows_leave_one_by_one(
+    place, tmp_path
+) -> None:
+    """Memory runs dry for eight rows, then for seven, and so on to the last."""
+    spec = model_of("small", (2, 4), seed=1).spec
+    blocks = 24
+    memory = spec.weight_bytes(4) + blocks * spec.kv_bytes_per_token(4)
+    changes = [
+        *("serving.batching=static", "serving.block_tokens=1", "serving.max_batch=8"),
+        *("serving.watermark=0.0", "serving.expected_prompt_tokens=1"),
+        *("fleet.candidates=['small']", f"fleet.memory_bytes={memory}"),
+        *("fleet.memory_utilisation=1.0", "workload.num_requests=8"),
+        *("workload.arrivals.rate_per_s=1e6", "workload.prompt={kind='constant',tokens=1}"),
+        f"workload.output={{kind='constant',tokens={blocks}}}",
+    ]
+    settings = ServeSettings((place / "family",), ("ee-single",), device="cpu", kv="pages")
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings, changes)
+    assert one.summary["completed"] == 8
+    assert one.summary["num_preemptions"] >= 7
+
+
 def test_every_exit_is_asked_before_the_clock_starts(place, monkeypatch) -> None:
     asked = set()
     tell = EarlyExitLM.tell
