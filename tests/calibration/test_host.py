@@ -19,6 +19,7 @@ from helios_sim.state import TIMELINE_CAPACITY
 from tests.calibration.clockwork import (
     Clockwork,
     ClockworkHost,
+    ClockworkTransfer,
     ClockworkWeights,
     serve_by_clockwork,
 )
@@ -162,6 +163,24 @@ def test_both_charge_alike_what_a_profile_may_add(models, use, options, serving)
     assert plain.world.replicas[0].energy_j != run.world.replicas[0].energy_j
     captured = [entry.outcome.captured.graphs for entry in host.tally.iterations]
     assert any(captured) == (models is graph_models)
+
+
+def test_no_time_is_drained_where_weights_arrive_between_an_iteration_and_the_look_at_them(
+    monkeypatch,
+) -> None:
+    class Late(ClockworkTransfer):
+        def done(self) -> bool:
+            arrived = super().done()
+            if arrived:
+                self.clock.time_s += 0.25
+                self.arrived_s = self.clock.time_s
+            return arrived
+
+    monkeypatch.setattr("tests.calibration.clockwork.ClockworkTransfer", Late)
+    setup = drifting_setup(on_change="recompute")
+    host = serve_by_clockwork(setup, setup.traces, drifting_requests(120), policy_of("always"))
+    assert host.tally.num_switches > 0
+    assert host.tally.drain_s == 0.0
 
 
 def test_a_closed_loop_sends_its_users_next_requests_at_the_simulators_times() -> None:
