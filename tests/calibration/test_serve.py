@@ -214,6 +214,19 @@ def test_serving_again_gives_the_same_tokens_but_not_the_same_times(place, capsy
     assert run.requests.height == run.scenario["workload"]["num_requests"] == 6
 
 
+def test_a_run_whose_requests_are_all_refused_has_tables_of_the_same_columns(
+    place, served, tmp_path
+) -> None:
+    settings = ServeSettings((place / "family",), ("ee-single",), device="cpu", limit=2)
+    changes = ["workload.prompt={kind='constant',tokens=256}"]
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings, changes)
+    assert one.summary["num_refused"] == 2
+    for name in ("iterations.parquet", "tokens.parquet"):
+        found = pl.read_parquet(one.folder / name)
+        assert found.height == 0
+        assert found.schema == pl.read_parquet(served / name).schema
+
+
 def test_free_running_feeds_a_model_its_own_tokens(place) -> None:
     settings = ServeSettings(
         (place / "family" / "large", place / "family" / "small"),
@@ -420,6 +433,9 @@ def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
           "--set", "workload.over_context=error"], "more than the 256 positions"),
         (["--set", "workload.arrivals={kind='closed',num_users=2,think_s=1}", "--duration", "1"],
          "seconds cannot cut it; give --limit"),
+        (["--set", "workload.arrivals={kind='closed',num_users=4,think_s=1}", "--limit", "3"],
+         "3 requests are fewer than the closed loop's 4 users"),
+        (["--set", "measure.warmup_requests=5", "--limit", "5"], "leaves none of the 5 requests"),
     ],
     ids=lambda one: str(one)[:30],
 )  # fmt: skip
