@@ -404,8 +404,10 @@ def _status_violations(requests: pl.DataFrame) -> list[str]:
             ),
             "Only a finished request has a finish time": (status == "finished")
             | pl.col("finished_s").is_null(),
-            "A refused request was never admitted": (status != "refused")
-            | (pl.col("admitted_s").is_null() & (pl.col("generated_tokens") == 0)),
+            # One that was preempted may meet another model, or a pool of other weights.
+            "A refused request was never admitted, or was preempted": (status != "refused")
+            | (pl.col("admitted_s").is_null() & (pl.col("generated_tokens") == 0))
+            | (pl.col("num_preemptions") > 0),
             "A running request was admitted": (status != "running")
             | pl.col("admitted_s").is_not_null(),
         },
