@@ -529,6 +529,11 @@ def write_run(
 
 def check_target(out_dir: Path) -> None:
     """Raise `InputError` unless a run may be written here: nothing, an empty folder or a run."""
+    above = next(folder for folder in out_dir.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{above} is a file, so that no folder can be in it.", str(out_dir))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"Nothing can be written to {above}.", str(out_dir))
     if not out_dir.exists() and not out_dir.is_symlink():
         return
     if not out_dir.is_dir():

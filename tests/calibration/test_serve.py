@@ -405,6 +405,18 @@ def test_several_runs_are_not_written_into_a_run(place, served) -> None:
         serve(place / "tiny.toml", served, settings)
 
 
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_a_folder_that_cannot_be_made_is_missed_before_anything_is_served(
+    place, tmp_path, monkeypatch, repeat
+) -> None:
+    monkeypatch.setattr("calibration.serving.serve.serve_once", None)
+    (tmp_path / "file").write_text("text")
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", repeat=repeat)
+    out = tmp_path / "file" / "run" if repeat == 1 else tmp_path / "file"
+    with pytest.raises(InputError, match="file is a file, so that no folder can be in it"):
+        serve(place / "tiny.toml", out, settings)
+
+
 def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
