@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile
 from helios_sim.records import SUMMARY_KINDS, RunData, check_run
-from helios_sim.scenario import PolicySettings, Scenario, resolved
+from helios_sim.scenario import PolicySettings, Scenario, check_warmup, resolved
 from helios_sim.workload import Requests, fit_context, generate
 
 Progress = Callable[[str, float], None]
@@ -174,18 +173,6 @@ def _play(
         raise InputError(error.message, f"{experiment.where}, {place}") from error
 
 
-def _check_warmup(experiment: Experiment, requests: Requests) -> None:
-    """The warm-up must leave requests to measure."""
-    measure = experiment.scenario.measure
-    last_s = requests.span_s if requests.user is None else math.inf
-    if measure.warmup_requests >= len(requests) or measure.warmup_s > last_s:
-        raise InputError(
-            f"A warm-up of {measure.warmup_s:g} s and {measure.warmup_requests} requests leaves "
-            f"none of the {len(requests)} requests to measure; the last arrives at {last_s:g} s.",
-            f"{experiment.where}, measure",
-        )
-
-
 def choose_policies(scenario: Scenario, names: Sequence[str]) -> tuple[PolicySettings, ...]:
     """The scenario's policies of these labels or names; an unlisted shipped name gets defaults."""
     if not names:
@@ -221,7 +208,7 @@ def run_policy(
                 progress(policy.name, (done + share) / measure.replications)
 
         report(0.0)
-        _check_warmup(experiment, requests)
+        check_warmup(measure, requests, experiment.where)
         _check_fits(experiment, policy, requests)
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})

@@ -404,8 +404,10 @@ def _status_violations(requests: pl.DataFrame) -> list[str]:
             ),
             "Only a finished request has a finish time": (status == "finished")
             | pl.col("finished_s").is_null(),
-            "A refused request was never admitted": (status != "refused")
-            | (pl.col("admitted_s").is_null() & (pl.col("generated_tokens") == 0)),
+            # One that was preempted may meet another model, or a pool of other weights.
+            "A refused request was never admitted, or was preempted": (status != "refused")
+            | (pl.col("admitted_s").is_null() & (pl.col("generated_tokens") == 0))
+            | (pl.col("num_preemptions") > 0),
             "A running request was admitted": (status != "running")
             | pl.col("admitted_s").is_not_null(),
         },
@@ -527,6 +529,11 @@ def write_run(
 
 def check_target(out_dir: Path) -> None:
     """Raise `InputError` unless a run may be written here: nothing, an empty folder or a run."""
+    above = next(folder for folder in out_dir.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{above} is a file, so that no folder can be in it.", str(out_dir))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"Nothing can be written to {above}.", str(out_dir))
     if not out_dir.exists() and not out_dir.is_symlink():
         return
     if not out_dir.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.records import TOTALS_FILE
 from helios_sim.slo import SloSpec, slo_from_table
 from helios_sim.toml import read_toml, toml_value
-from helios_sim.workload import WorkloadSettings
+from helios_sim.workload import Requests, WorkloadSettings
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -242,6 +243,22 @@ def _check_together(scenario: Scenario, where: str) -> None:
                     '"rebatch", which fills the KV of those who leave; use skipped_kv = "filled".',
                     f"{where}, serving.skipped_kv",
                 )
+
+
+def check_warmup(measure: MeasureSettings, requests: Requests, where: str) -> None:
+    """Refuse a warm-up that leaves no request to measure, as far as one can tell before a run.
+
+    When a closed loop's requests arrive shows only in it.
+    """
+    is_open = requests.user is None
+    last_s = requests.span_s if is_open else math.inf
+    if measure.warmup_requests >= len(requests) or measure.warmup_s > last_s:
+        last = f"; the last arrives at {last_s:g} s" if is_open else ""
+        raise InputError(
+            f"A warm-up of {measure.warmup_s:g} s and {measure.warmup_requests} requests leaves "
+            f"none of the {len(requests)} requests to measure{last}.",
+            f"{where}, measure",
+        )
 
 
 def apply_change(data: dict[str, Any], change: str) -> None:

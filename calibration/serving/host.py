@@ -250,7 +250,8 @@ class Host(Replica):
     def bring_in(self, entry: DecisionEntry) -> float:
         """Move the missing weights, beside the running requests if there is room for both.
 
-        Returns when they arrived, which may be within the last iteration.
+        Returns when they arrived, which may be within the last iteration, or between its end and
+        the look at them.
         """
         if entry.moved_bytes == 0:
             return self.tally.booked_s
@@ -285,7 +286,7 @@ class Host(Replica):
     def clear_rows(self, since_s: float) -> None:
         """Let no request run on: finish them, or send them back to be prefilled anew.
 
-        `since_s` is when that was wanted, perhaps within the last iteration.
+        `since_s` is when that was wanted, perhaps within the last iteration, or right after it.
         """
         self.hold_questions()
         if self.room.serving.on_change == "recompute":
@@ -294,7 +295,7 @@ class Host(Replica):
             self.batch.draining = True
             self.serve()
             self.batch.draining = False
-        self.tally.drain_s += self.tally.booked_s - since_s
+        self.tally.drain_s += max(0.0, self.tally.booked_s - since_s)
 
     def hold_questions(self) -> None:
         """Serve on without asking while a decision is carried out."""

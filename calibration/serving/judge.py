@@ -45,14 +45,22 @@ def sequence(life: Life, free_running: bool) -> list[int]:
 def reread(
     model: EarlyExitLM, lives: Sequence[Life], free_running: bool, batch_tokens: int = 4096
 ) -> Reread:
-    """Read what was served again with a whole model, several requests of like length at once."""
+    """Read what was served again with a whole model, several requests of like length at once.
+
+    A model says nothing of requests beyond its context, which it would refuse: zeros stay.
+    """
     counts = np.array([life.generated for life in lives], dtype=np.int64)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
     shape = (int(counts.sum()), len(model.exit_layers))
     tokens = np.zeros(shape, np.int32)
     confidence = np.zeros(shape, np.float32)
     nll = np.zeros(shape, np.float32)
-    texts = {life.request_id: sequence(life, free_running) for life in lives if life.generated}
+    texts = {
+        life.request_id: sequence(life, free_running)
+        for life in lives
+        if life.generated
+        and life.prompt_tokens + life.output_tokens <= model.backbone.max_positions
+    }
     for group in _groups(texts, batch_tokens):
         width = max(len(texts[name]) for name in group)
         ids = torch.zeros((len(group), width), dtype=torch.int64)

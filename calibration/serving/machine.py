@@ -71,9 +71,11 @@ class ModelMachine:
     def begin(self, rows: Sequence[Row], passed: int, ghosts: Sequence[Row]) -> None:
         """Start a decode with the rows' last tokens, or go on from after the exit they passed."""
         self._close_gaps()
+        for ghost in ghosts:
+            self._keep_one_token(ghost)
         fed = {row: row.context for row in rows}
-        # A row that is done is computed again at its last place, which changes nothing of it.
-        fed |= {ghost: ghost.context - 1 for ghost in ghosts}
+        # A row that is done is computed again at its first place, since it has no other any more.
+        fed |= dict.fromkeys(ghosts, 0)
         order = sorted(fed, key=lambda row: row.slot)
         starts = [fed[row] for row in order]
         if passed == 0:
@@ -168,6 +170,12 @@ class ModelMachine:
         row.slot = self._gaps.pop(0)
         self.occupants[row.slot] = row
 
+    def _keep_one_token(self, ghost: Row) -> None:
+        """Leave the room of all but one token of a row that is done to those who are not."""
+        if self.pool.lengths[ghost.slot] > 1:
+            self.pool.vacate(ghost.slot)
+            self.pool.reserve(ghost.slot, 1)
+
     def _close_gaps(self) -> None:
         """Let the last rows move into the gaps."""
         while self._gaps:
@@ -229,8 +237,9 @@ class ModelMachine:
             lives = [row.life for row in order]
             targets = [one.text[min(one.num_tokens, len(one.text) - 1)] for one in lives]
         place = self.decoder.place([row.slot for row in order], starts, counts, targets)
-        # Prompts of one token are prefilled as all others are.
-        place.by_graphs = min(starts) > 0
+        # Prompts of one token are prefilled as all others are; only a row that is done begins anew
+        # in a decode.
+        place.by_graphs = max(starts) > 0
         return place
 
     def _run(self, last: int) -> None:

@@ -286,7 +286,11 @@ def iterations_table(host: Host) -> pl.DataFrame:
                 *("captured_graphs", "captured_exits"),
                 *("captured_layers", "captured_filled_layers"),
             )
-        },
+        }
+        | dict.fromkeys(("start_s", "seconds", "host_s", "prompt_pairs"), pl.Float64)
+        | dict.fromkeys(("kind", "model", "exit_mode"), pl.String)
+        | dict.fromkeys(("context_tokens", "longest_context_tokens"), pl.Int64)
+        | {"evaluating": pl.Boolean},
     )
 
 
@@ -313,9 +317,12 @@ def tokens_table(host: Host, judgement: Judgement) -> pl.DataFrame:
         schema_overrides={
             "request_id": pl.Int32,
             "place": pl.Int32,
+            "time_s": pl.Float64,
             "depth": pl.Int16,
             "exit_level": pl.Int8,
+            "prefilled": pl.Boolean,
             "token": pl.Int32,
+            "breached": pl.Boolean,
         },
     )
 

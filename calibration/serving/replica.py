@@ -105,9 +105,9 @@ class Replica:
         assert self.stepper is not None and self.assignment is not None
         start_s = self.tally.booked_s
         begun_s = self.clock.now_s()
-        if self.evaluating and isinstance(plan, Prefill):
+        if isinstance(plan, Prefill):
             for row in plan.rows:
-                row.life.evaluated = True
+                self.admitted(row.life, self.assignment)
         outcome = self.step(plan)
         now_s = self.clock.now_s()
         seconds = self.tally.book("busy", now_s)
@@ -125,6 +125,11 @@ class Replica:
         )
         self.tally.count_iteration(entry, self.batch.used_blocks)
         self.emit(entry)
+
+    def admitted(self, life: Life, assignment: Assignment) -> None:
+        """Note who serves a request from here on, be it to its end or until it is preempted."""
+        life.model, life.depth = assignment.model, assignment.depth
+        life.evaluated = life.evaluated or self.evaluating
 
     def step(self, plan: Prefill | Decode) -> Outcome:
         """What the machine makes of a plan."""
@@ -156,12 +161,10 @@ class Replica:
 
     def finish(self, row: Row, now_s: float) -> None:
         """Retire a request with its last token."""
-        assert self.assignment is not None
         life = row.life
         self.batch.leave(row)
         life.status = "finished"
         life.finished_s = now_s
-        life.model, life.depth = self.assignment.model, self.assignment.depth
         self.tally.count_finished(life, now_s)
 
     def left(self, row: Row) -> None:

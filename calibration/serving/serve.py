@@ -59,7 +59,13 @@ from helios_sim.records import (
     write_run,
 )
 from helios_sim.report import render
-from helios_sim.scenario import PolicySettings, Scenario, load_scenario, resolved
+from helios_sim.scenario import (
+    PolicySettings,
+    Scenario,
+    check_warmup,
+    load_scenario,
+    resolved,
+)
 from helios_sim.workload import Requests, fit_context, generate
 
 _PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "polars")
@@ -308,6 +314,7 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     dtype = _dtype(room)
     domains = load_traces(room.profile, room.candidates).domains
     scenario, requests = cut_workload(scenario, base_dir, domains, settings)
+    check_warmup(scenario.measure, requests, where)
     requests, num_shortened = fit_context(
         requests, room.context_tokens, scenario.workload.over_context
     )
@@ -570,6 +577,12 @@ def cut_workload(
             f"No request arrives within {settings.duration_s:g} s; the first comes at "
             f"{requests.arrival_s[0]:g} s.",
             "--duration",
+        )
+    if requests.user is not None and keep <= requests.user.max():
+        raise InputError(
+            f"{keep} requests are fewer than the closed loop's {requests.user.max() + 1} users, "
+            "each of whom sends at least one; give a higher --limit, or fewer num_users.",
+            "--limit",
         )
     workload = scenario.workload.model_copy(update={"num_requests": keep, "duration_s": None})
     cut = scenario.model_copy(update={"workload": workload})

@@ -370,8 +370,8 @@ class CheckpointWeights:
         longest = min(settings.max_tokens, pool_blocks * serving.block_tokens)
         if settings.kv == "pages":
             blocks_a_row = -(-longest // serving.block_tokens)
-            # A static batch keeps the place of rows that are done until all are.
-            most = pool_blocks * (2 if serving.batching == "static" else 1)
+            # Of each row that is done a static batch keeps a token until all are.
+            most = pool_blocks + (max_rows if serving.batching == "static" else 0)
             return PagedPool(
                 model.kv_dims,
                 depth,

@@ -13,12 +13,25 @@ from calibration.serving.iteration import split_pays
 from calibration.serving.tally import Sample, Tally, gap_counts, gap_edges
 from helios_sim import cost
 from helios_sim.errors import InputError
+from helios_sim.metrics import summarise
 from helios_sim.policy import Controller, read_snapshots
-from helios_sim.policy.contract import Event, Slo
+from helios_sim.policy.contract import (
+    Decision,
+    Event,
+    ExitMode,
+    Keep,
+    LoadLayers,
+    Serve,
+    Slo,
+    Snapshot,
+    Watching,
+)
+from helios_sim.records import check_run
 from helios_sim.state import TIMELINE_CAPACITY
 from tests.calibration.clockwork import (
     Clockwork,
     ClockworkHost,
+    ClockworkTransfer,
     ClockworkWeights,
     serve_by_clockwork,
 )
@@ -28,6 +41,7 @@ from tests.engine.factories import (
     graph_models,
     padding_models,
     play,
+    play_policy,
     policy_of,
     thumbnail,
 )
@@ -164,6 +178,24 @@ def test_both_charge_alike_what_a_profile_may_add(models, use, options, serving)
     assert any(captured) == (models is graph_models)
 
 
+def test_no_time_is_drained_where_weights_arrive_between_an_iteration_and_the_look_at_them(
+    monkeypatch,
+) -> None:
+    class Late(ClockworkTransfer):
+        def done(self) -> bool:
+            arrived = super().done()
+            if arrived:
+                self.clock.time_s += 0.25
+                self.arrived_s = self.clock.time_s
+            return arrived
+
+    monkeypatch.setattr("tests.calibration.clockwork.ClockworkTransfer", Late)
+    setup = drifting_setup(on_change="recompute")
+    host = serve_by_clockwork(setup, setup.traces, drifting_requests(120), policy_of("always"))
+    assert host.tally.num_switches > 0
+    assert host.tally.drain_s == 0.0
+
+
 def test_a_closed_loop_sends_its_users_next_requests_at_the_simulators_times() -> None:
     setup = drifting_setup()
     requests = drifting_requests(80, num_users=6)
@@ -182,6 +214,36 @@ def test_requests_that_never_fit_are_refused_as_in_the_simulator() -> None:
     comparable(host, run, data.requests)
     assert any(life.status == "refused" for life in host.lives)
     assert any(life.num_preemptions for life in host.lives)
+
+
+class Deeper:
+    """Begins with few layers and soon loads them all, which leaves a smaller pool."""
+
+    name = "deeper"
+    sees_future = False
+    confidence_threshold = None
+    watching = Watching(reassess_requests=3)
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        model, now = snapshot.candidates[-1], snapshot.assignment
+        if now is None:
+            return Serve(model.name, model.exit_layers[0], ExitMode.LOADED_DEPTH, "Few layers.")
+        if now.depth < model.num_layers:
+            return LoadLayers(model.num_layers, ExitMode.LOADED_DEPTH, "All layers.")
+        return Keep("There are no more.")
+
+
+def test_a_preempted_request_that_no_longer_fits_is_refused_in_both_and_keeps_its_tokens() -> None:
+    setup = drifting_setup(on_change="recompute", fleet={"memory_bytes": 25_000})
+    requests = drifting_requests(60, rate_per_s=30.0)
+    run, data = play_policy(setup, requests, Deeper)
+    host = serve_by_clockwork(setup, setup.traces, requests, Deeper())
+    comparable(host, run, data.requests)
+    late = [life for life in host.lives if life.status == "refused" and life.emitted]
+    assert late
+    assert all(life.num_preemptions and life.model == "large" for life in late)
+    check_run(data)
+    assert summarise(data)["num_refused"] >= len(late)
 
 
 def test_recorded_telemetry_gives_the_same_decisions_in_a_fresh_controller() -> None:

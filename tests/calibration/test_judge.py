@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from calibration.serving.batching import Life
-from calibration.serving.judge import Reread, judge, served_traces
+from calibration.serving.judge import Reread, judge, reread, served_traces
 from calibration.serving.tally import TokenEntry
+from tests.calibration.serving import model_of
 
 
 def life(request_id: int, emitted: int, asked: int | None = None) -> Life:
@@ -43,6 +44,17 @@ def test_a_token_agrees_that_the_whole_model_would_say_at_its_place() -> None:
     ]
     found = judge({"m": READ}, LIVES, log, {"m": 0.5}, [0, 0, 0])
     assert found.agrees.tolist() == [True, True, True, False]
+
+
+def test_a_model_is_not_asked_about_requests_beyond_its_context() -> None:
+    """Another model served it: this one has no position for its last tokens."""
+    model = model_of("short", (1, 2), family="opt", positions=16)
+    fits, beyond = life(0, 8), life(1, 20)
+    alone = reread(model, [fits], free_running=False)
+    both = reread(model, [fits, beyond], free_running=False)
+    assert both.confidence[:8].tolist() == alone.confidence.tolist()
+    assert (both.confidence[:8] > 0.0).all()
+    assert not both.confidence[8:].any()
 
 
 def test_a_breach_is_relative_where_a_deeper_exit_would_have_been_sure() -> None:

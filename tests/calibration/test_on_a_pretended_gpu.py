@@ -423,6 +423,22 @@ def test_prompts_of_one_token_are_prefilled_without_graphs(place: Path, gpu: Gpu
 
 
 @serves
+def test_a_row_that_is_done_leaves_the_graphs_to_its_static_batch(place: Path, gpu: Gpu) -> None:
+    """Also where it was done with its only token, so that its KV is that of a prompt of one."""
+    text = (place / "tiny.toml").read_text().replace("[serving]", '[serving]\nbatching = "static"')
+    text = text.replace("min_tokens = 4, max_tokens = 12", "min_tokens = 1, max_tokens = 1")
+    output = '{ kind = "values", values = [1, 1, 6] }'
+    text = re.sub("output = .*", f"output = {output}", text).replace(
+        "max_batch = 2", "max_batch = 5"
+    )
+    (place / "tiny.toml").write_text(text)
+    folder = served(place, "vanilla", "cuda")
+    decodes = pl.read_parquet(folder / "iterations.parquet").filter(pl.col("kind") == "decode")
+    assert (decodes["batch"] > decodes["rows"]).any()
+    assert decodes["captured_graphs"][0] > 0
+
+
+@serves
 @pytest.mark.parametrize("policy", ["vanilla", "ee-wait"])
 def test_an_iteration_captures_what_it_wants_and_what_is_not_there(
     place: Path, gpu: Gpu, policy: str

@@ -214,6 +214,19 @@ def test_serving_again_gives_the_same_tokens_but_not_the_same_times(place, capsy
     assert run.requests.height == run.scenario["workload"]["num_requests"] == 6
 
 
+def test_a_run_whose_requests_are_all_refused_has_tables_of_the_same_columns(
+    place, served, tmp_path
+) -> None:
+    settings = ServeSettings((place / "family",), ("ee-single",), device="cpu", limit=2)
+    changes = ["workload.prompt={kind='constant',tokens=256}"]
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings, changes)
+    assert one.summary["num_refused"] == 2
+    for name in ("iterations.parquet", "tokens.parquet"):
+        found = pl.read_parquet(one.folder / name)
+        assert found.height == 0
+        assert found.schema == pl.read_parquet(served / name).schema
+
+
 def test_free_running_feeds_a_model_its_own_tokens(place) -> None:
     settings = ServeSettings(
         (place / "family" / "large", place / "family" / "small"),
@@ -229,6 +242,27 @@ def test_free_running_feeds_a_model_its_own_tokens(place) -> None:
     tokens = pl.read_parquet(one.folder / "tokens.parquet")
     # The likelihood of a model's own most likely token is never below that of an even guess.
     assert (tokens["nll_nats"] <= math.log(256) + 1e-6).all()
+
+
+def test_a_static_batch_in_blocks_finds_room_however_many_of_its_rows_leave_one_by_one(
+    place, tmp_path
+) -> None:
+    """Memory runs dry for eight rows, then for seven, and so on to the last."""
+    spec = model_of("small", (2, 4), seed=1).spec
+    blocks = 24
+    memory = spec.weight_bytes(4) + blocks * spec.kv_bytes_per_token(4)
+    changes = [
+        *("serving.batching=static", "serving.block_tokens=1", "serving.max_batch=8"),
+        *("serving.watermark=0.0", "serving.expected_prompt_tokens=1"),
+        *("fleet.candidates=['small']", f"fleet.memory_bytes={memory}"),
+        *("fleet.memory_utilisation=1.0", "workload.num_requests=8"),
+        *("workload.arrivals.rate_per_s=1e6", "workload.prompt={kind='constant',tokens=1}"),
+        f"workload.output={{kind='constant',tokens={blocks}}}",
+    ]
+    settings = ServeSettings((place / "family",), ("ee-single",), device="cpu", kv="pages")
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings, changes)
+    assert one.summary["completed"] == 8
+    assert one.summary["num_preemptions"] >= 7
 
 
 def test_every_exit_is_asked_before_the_clock_starts(place, monkeypatch) -> None:
@@ -371,6 +405,18 @@ def test_several_runs_are_not_written_into_a_run(place, served) -> None:
         serve(place / "tiny.toml", served, settings)
 
 
+@pytest.mark.parametrize("repeat", [1, 2])
+def test_a_folder_that_cannot_be_made_is_missed_before_anything_is_served(
+    place, tmp_path, monkeypatch, repeat
+) -> None:
+    monkeypatch.setattr("calibration.serving.serve.serve_once", None)
+    (tmp_path / "file").write_text("text")
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", repeat=repeat)
+    out = tmp_path / "file" / "run" if repeat == 1 else tmp_path / "file"
+    with pytest.raises(InputError, match="file is a file, so that no folder can be in it"):
+        serve(place / "tiny.toml", out, settings)
+
+
 def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -399,6 +445,9 @@ def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
           "--set", "workload.over_context=error"], "more than the 256 positions"),
         (["--set", "workload.arrivals={kind='closed',num_users=2,think_s=1}", "--duration", "1"],
          "seconds cannot cut it; give --limit"),
+        (["--set", "workload.arrivals={kind='closed',num_users=4,think_s=1}", "--limit", "3"],
+         "3 requests are fewer than the closed loop's 4 users"),
+        (["--set", "measure.warmup_requests=5", "--limit", "5"], "leaves none of the 5 requests"),
     ],
     ids=lambda one: str(one)[:30],
 )  # fmt: skip
