@@ -27,9 +27,8 @@ from reports.made_up_gpu.readings import gpus_of, measure
 PROFILE: Final = "made-up-gpu"
 SAID: Final = (
     "No device was measured. Real models were served by the real backend and its live policy, and "
-    "a made-up device said what each step takes; below, this is what \N{LEFT DOUBLE QUOTATION MARK}"
-    "real\N{RIGHT DOUBLE QUOTATION MARK} means. It tells what fitting and simulating get wrong where "
-    "nothing else disturbs, and nothing of any GPU's speed."
+    "a made-up device said what each step takes; that is what is called real below. It tells what "
+    "fitting and simulating get wrong where nothing else disturbs, and nothing of any GPU's speed."
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -22,6 +22,7 @@ from calibration.serving.energy import RunEnergy
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.serve import ServeSettings, line_of, prepare, serve, threads_of
 from calibration.serving.slowdown import measured_pace, slowdown_facts, waited_s
+from calibration.serving.weights import KvChoice
 from calibration.training.text import ByteTokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
@@ -287,6 +288,28 @@ def test_every_exit_is_asked_before_the_clock_starts(place, monkeypatch) -> None
         assert asked == {(*one, without) for one in exits for without in (False, True)}
 
 
+def test_pages_are_taken_where_slots_would_hold_fewer_rows_than_may_run(place, tmp_path) -> None:
+    """A slot has room for the longest request, and blocks are admitted by what a request has."""
+    short = ["fleet.memory_bytes=1790000"]
+    said: list[str] = []
+    choices: tuple[KvChoice, ...] = ("auto", "slots")
+    batches = {}
+    for kv in choices:
+        settings = ServeSettings((place / "family",), ("ee-single",), device="cpu", kv=kv)
+        faster = [*short, "workload.arrivals.rate_per_s=2000.0"]
+        (one,) = serve(place / "tiny.toml", tmp_path / kv, settings, faster, tell=said.append)
+        run = read_run(one.folder)
+        assert run.environment["kv"] == {"auto": "pages"}.get(kv, kv)
+        batches[kv] = one.summary["mean_batch_size"]
+    assert any(told.startswith("Serving from pages: ") for told in said)
+    assert any(told.startswith("Warning: only ") for told in said)
+    assert batches["slots"] < batches["auto"]
+
+
+def test_slots_are_taken_where_they_hold_all_rows(served) -> None:
+    assert read_run(served).environment["kv"] == "slots"
+
+
 def test_weights_arrive_beside_serving_where_the_device_allows_it(place, monkeypatch) -> None:
     monkeypatch.setattr("calibration.serving.weights.CheckpointWeights.overlaps", True)
     (one,) = serve(
@@ -439,7 +462,7 @@ def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
         (["--set", "fleet.num_replicas=2"], "serves one replica"),
         (["--policy", "vanila"], "has no policy 'vanila'"),
         (["--device", "tpu"], "allowed are auto, cpu and cuda"),
-        (["--kv", "pools"], "allowed are slots and pages"),
+        (["--kv", "pools"], "allowed are auto, slots, pages"),
         (["--set", "policy.0.use=clairvoyant", "--set", "policy.0.label=c"], "exits of tokens to"),
         (["--set", "workload.prompt={kind='constant',tokens=250}",
           "--set", "workload.over_context=error"], "more than the 256 positions"),
