@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
+
 from helios_sim import cost
 from helios_sim.errors import InputError
 from helios_sim.model import kv_pool_blocks
 from helios_sim.policy.contract import Candidate, Slo
 from helios_sim.profile import Profile, load_profile
-from helios_sim.scenario import FleetSettings, Scenario, ServingSettings
+from helios_sim.scenario import EXPECTED_LENGTHS, FleetSettings, Scenario, ServingSettings
 from helios_sim.slo import SloSpec
+from helios_sim.workload import Requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +44,23 @@ class Room:
         return utilised - self.fleet.reserve_bytes
 
     @property
+    def expected_prompt_tokens(self) -> int:
+        """The prompt that a policy reckons with."""
+        tokens = self.serving.expected_prompt_tokens
+        assert tokens is not None, "A room is asked once its scenario expects lengths."
+        return tokens
+
+    @property
+    def expected_output_tokens(self) -> int:
+        """The output that a policy reckons with."""
+        tokens = self.serving.expected_output_tokens
+        assert tokens is not None, "A room is asked once its scenario expects lengths."
+        return tokens
+
+    @property
     def typical_tokens(self) -> int:
         """Tokens of a request of the expected lengths."""
-        return self.serving.expected_prompt_tokens + self.serving.expected_output_tokens
+        return self.expected_prompt_tokens + self.expected_output_tokens
 
     @property
     def context_tokens(self) -> int:
@@ -136,6 +153,24 @@ def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room
     if len(set(candidates)) != len(candidates):
         raise InputError("A candidate is named twice.", f"{where}, fleet.candidates")
     return Room(profile=profile, candidates=candidates, fleet=fleet, serving=scenario.serving)
+
+
+def expecting(serving: ServingSettings, requests: Requests, context_tokens: int) -> ServingSettings:
+    """Settings whose unset expected lengths are the requests' means, to whole tokens.
+
+    So much an operator knows of the traffic; it says nothing of any one request. Requests beyond
+    the context are served by nobody and left out, as long as there are others.
+    """
+    columns = (requests.prompt_tokens, requests.output_tokens)
+    served = columns[0].astype(np.int64) + columns[1] <= context_tokens
+    if not served.any():
+        served[:] = True
+    unset = {
+        key: round(float(tokens[served].mean()))
+        for key, tokens in zip(EXPECTED_LENGTHS, columns, strict=True)
+        if getattr(serving, key) is None
+    }
+    return serving.model_copy(update=unset)
 
 
 def check_room(room: Room, where: str) -> None:

@@ -450,7 +450,7 @@ class Replica:
         if rep.num_finished:
             per_request = float(rep.num_tokens / rep.num_finished)
         else:
-            per_request = float(self.run.setup.serving.expected_output_tokens)
+            per_request = float(self.run.setup.expected_output_tokens)
         requests = self.until_reassessment
         return (USUAL_REASSESS_REQUESTS if requests is None else requests) * per_request
 

@@ -471,7 +471,7 @@ class Host(Replica):
         if tally.num_finished:
             per_request = tally.num_tokens / tally.num_finished
         else:
-            per_request = float(self.room.serving.expected_output_tokens)
+            per_request = float(self.room.expected_output_tokens)
         requests = self.until_reassessment
         return (USUAL_REASSESS_REQUESTS if requests is None else requests) * per_request
 

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, cast, get_args
@@ -35,7 +35,7 @@ from calibration.serving.record import run_data, write_extras
 from calibration.serving.slowdown import slowdown_facts, waited_s
 from calibration.serving.weights import CheckpointWeights, KvKind, WeightSettings
 from helios_sim import __version__
-from helios_sim.cards import Room, check_room, policy_slo, room_of
+from helios_sim.cards import Room, check_room, expecting, policy_slo, room_of
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces, write_traces
@@ -261,7 +261,6 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     scenario = load_scenario(scenario_path, changes)
     base_dir, where = scenario_path.parent, str(scenario_path)
     room = room_of(scenario, base_dir, where)
-    check_room(room, where)
     _check_serving(scenario, where)
     device = device_of(settings.device)
     folders = find_checkpoints(settings.checkpoints)
@@ -274,6 +273,10 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     requests, num_shortened = fit_context(
         requests, room.context_tokens, scenario.workload.over_context
     )
+    serving = expecting(scenario.serving, requests, room.context_tokens)
+    scenario = scenario.model_copy(update={"serving": serving})
+    room = replace(room, serving=serving)
+    check_room(room, where)
     first = next(iter(chosen.values()))
     tokenizer = tokenizer_of(room.profile.model(room.candidates[0]).model.tokenizer, first.folder)
     prompts = read_prompts(requests.domains, tokenizer)
