@@ -361,7 +361,7 @@ def serve_once(
         max_batch=prepared.scenario.serving.max_batch,
         timeline_interval_s=prepared.scenario.measure.timeline_interval_s,
         on_progress=lambda share: say(f"{chosen.name}: serving", share),
-        read_j=energy.so_far_j if energy.measures else None,
+        drawn_j=energy.drawn_so_far_j if energy.measures else None,
     )
     facts = _play(prepared, host, energy, clock)
     say(f"{chosen.name}: reading the served text again", 0.0)

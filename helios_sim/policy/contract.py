@@ -104,8 +104,9 @@ class Telemetry:
 
     `exit_counts` holds the decoded tokens by the exit level at which they left; TTFT and TPOT
     are means over the requests finished in the period (NaN-free: None without any).
-    `nll_nats` is the summed negative log-likelihood of the emitted tokens. `energy_j` is None where
-    no meter was.
+    `nll_nats` is the summed negative log-likelihood of the emitted tokens. `energy_j` is all that
+    was drawn, `idle_energy_j` the part of it drawn while no request was there to work on; None
+    where no meter was.
     """
 
     assignment: Assignment
@@ -121,6 +122,17 @@ class Telemetry:
     mean_batch: float
     energy_j: float | None
     is_evaluation: bool
+    idle_energy_j: float | None = None
+
+    @property
+    def working_energy_j(self) -> float | None:
+        """Joules without those of waiting for requests, which no decision saves; None if unknown.
+
+        Where nobody told the idle part, all of it.
+        """
+        if self.energy_j is None:
+            return None
+        return max(0.0, self.energy_j - (self.idle_energy_j or 0.0))
 
     @property
     def breach_rate(self) -> float:
