@@ -56,10 +56,12 @@ class Candidate:
 
     Tuples are indexed by exit level (position in `exit_layers`), the last being full depth.
     `batch_limit` counts requests of the workload's typical length whose KV fits beside the
-    weights; `decode_iteration_s` and `decode_iteration_j` are predicted at batch
-    `reference_batch` and the typical context, `prefill_s` for one typical prompt.
-    `typical_tokens` is the typical length itself, prompt and output together; 0 where unknown.
-    `decode_iteration_j` is None where nobody could read the device's energy.
+    weights. `decode_iteration_s` and `decode_iteration_j` are predicted at the typical context, for
+    each exit level at each of `batches`, which ascend; `prefill_s` is for one typical prompt.
+    `typical_tokens` is the typical length itself, prompt and output together, and
+    `typical_output_tokens` the output's part of it; 0 where unknown. `reference_batch` is that of a
+    replica with little to do. `decode_iteration_j` is None where nobody could read the device's
+    energy.
     """
 
     name: str
@@ -68,11 +70,13 @@ class Candidate:
     weight_bytes: tuple[int, ...]
     kv_bytes_per_token: tuple[int, ...]
     batch_limit: tuple[int, ...]
-    decode_iteration_s: tuple[float, ...]
-    decode_iteration_j: tuple[float, ...] | None
+    batches: tuple[int, ...]
+    decode_iteration_s: tuple[tuple[float, ...], ...]
+    decode_iteration_j: tuple[tuple[float, ...], ...] | None
     prefill_s: tuple[float, ...]
     reference_batch: int = 1
     typical_tokens: int = 0
+    typical_output_tokens: int = 0
 
     @property
     def num_layers(self) -> int:

@@ -133,10 +133,12 @@ def _candidates(data: list[dict[str, Any]]) -> tuple[Candidate, ...]:
 
 
 def _candidate(data: dict[str, Any]) -> Candidate:
-    lists_as_tuples: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-    }
-    return Candidate(**lists_as_tuples)
+    return Candidate(**{name: _as_tuples(value) for name, value in data.items()})
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, and lists of them, as the tuples that they were."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _foresight(data: dict[str, list[float]]) -> dict[str, tuple[float, ...]]:

@@ -40,6 +40,7 @@ POLICIES = [
     ("static-depth", {"model": "large", "depth": 4}),
     ("helios", {}),
     ("helios", {"window_kind": "sliding"}),
+    ("helios", {"overhead_rule": "transfer"}),
     ("always", {}),
     ("never", {}),
 ]
