@@ -203,7 +203,12 @@ def policy_slo(spec: SloSpec | None) -> Slo:
     """The limits that bound a shortlist."""
     if spec is None:
         return Slo()
-    return Slo(spec.limit_s("ttft"), spec.limit_s("tpot"), spec.limit_s("e2e"))
+    return Slo(
+        ttft_s=spec.limit_s("ttft"),
+        tpot_s=spec.limit_s("tpot"),
+        e2e_s=spec.limit_s("e2e"),
+        itl_s=spec.limit_s("itl"),
+    )
 
 
 def candidate_card(room: Room, name: str) -> Candidate:

@@ -515,8 +515,8 @@ def test_policies_are_chosen_by_label_or_name_and_unlisted_ones_get_defaults(fil
 
 
 def test_a_policy_is_held_to_the_tightest_limit_of_each_metric() -> None:
-    spec = parse_slo("ttft:p50<100ms ttft:p99<400ms tpot:50")
-    assert policy_slo(spec) == Slo(ttft_s=0.1, tpot_s=0.05)
+    spec = parse_slo("ttft:p50<100ms ttft:p99<400ms tpot:50 itl:60 e2e:2s")
+    assert policy_slo(spec) == Slo(ttft_s=0.1, tpot_s=0.05, e2e_s=2.0, itl_s=0.06)
     assert policy_slo(None) == Slo()
 
 

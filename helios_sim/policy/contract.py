@@ -48,6 +48,7 @@ class Slo:
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
+    itl_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -480,6 +480,18 @@ class TestShortlist:
         card = Slo(ttft_s=LARGE.prefill_s[0], tpot_s=LARGE.decode_iteration_s[0][0])
         assert meets_slo(LARGE, 0, None, card)
 
+    def test_a_limit_on_gaps_between_tokens_bounds_as_one_on_tpot_does(self) -> None:
+        """9 ms a token miss gaps of 8 ms."""
+        found = make_shortlist((SMALL, MIDDLE, LARGE), Slo(itl_s=0.008), "throughput", 1, 3)
+        assert [c.name for c in found.candidates] == [SMALL.name, MIDDLE.name]
+
+    def test_a_limit_on_the_whole_response_counts_its_typical_output(self) -> None:
+        """18 ms to the first token and ten more of 9 ms miss 100 ms; 12 ms and ten of 6 do not."""
+        cards = [replace(c, typical_output_tokens=11) for c in (SMALL, MIDDLE, LARGE)]
+        assert meets_slo(cards[2], 0, None, Slo(e2e_s=0.1081))
+        found = make_shortlist(cards, Slo(e2e_s=0.1), "throughput", 1, 3)
+        assert [c.name for c in found.candidates] == [SMALL.name, MIDDLE.name]
+
     def test_an_slo_that_nobody_meets_takes_the_best_and_says_so(self) -> None:
         """One candidate goes on, and the reason names the broken promise."""
         found = make_shortlist(PAIR, Slo(tpot_s=1e-6), "throughput", 1, 3)
