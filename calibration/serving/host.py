@@ -569,7 +569,7 @@ def check_policy(policy: Policy, metered: bool, name: str) -> None:
     if policy.sees_future:
         raise InputError(
             f"Policy {name!r} knows the exits of tokens to come, and a real backend does not; "
-            "serve a policy that sees telemetry only, and bound it by simulating this one.",
+            "serve a policy that sees telemetry only, and simulate this one beside it.",
             f"policy {name}",
         )
     settings = getattr(policy, "settings", policy)

@@ -230,7 +230,9 @@ WindowKind = Literal["tumbling", "sliding"]
 class Watching:
     """When a policy wants to be asked while it serves, and by which rule breaches count.
 
-    `reassess_requests` counts requests finished since the last evaluation; None never asks.
+    `reassess_requests` counts requests finished since the last evaluation, without those that
+    finish while a decision is carried out (drained, or served beside a load): the larger the batch
+    and the more decisions change what runs, the longer a round is. None never asks.
     `breach_window_tokens` None never watches breaches.
     """
 
@@ -243,7 +245,7 @@ class Watching:
 class Policy(Protocol):
     """One decision function on a frozen snapshot; a policy performs nothing and keeps no state.
 
-    `sees_future` asks the host for `Snapshot.foresight`; only bounding policies set it.
+    `sees_future` asks the host for `Snapshot.foresight`, which no real host has.
     """
 
     name: str
