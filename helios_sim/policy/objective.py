@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
@@ -21,14 +22,14 @@ OBJECTIVES: Final[tuple[Objective, ...]] = (
 
 def interpolate(points: Sequence[int], values: Sequence[float], at: float) -> float:
     """`values` at ascending `points` read at any place: linear between them, held outside."""
-    if at <= points[0]:
+    place = bisect_left(points, at)
+    if place == 0:
         return values[0]
-    for place in range(1, len(points)):
-        if at <= points[place]:
-            low, high = points[place - 1], points[place]
-            share = (at - low) / (high - low)
-            return values[place - 1] + share * (values[place] - values[place - 1])
-    return values[-1]
+    if place == len(points):
+        return values[-1]
+    low, high = points[place - 1], points[place]
+    share = (at - low) / (high - low)
+    return values[place - 1] + share * (values[place] - values[place - 1])
 
 
 def read_card(
@@ -99,7 +100,8 @@ def predicted_token_j(candidate: Candidate, level: int, evaluation: Telemetry | 
     batch = candidate.reference_batch
     predicted_j = interpolate(candidate.batches, card_j[level], batch) / batch
     working_j = None if evaluation is None else evaluation.working_energy_j
-    if evaluation is not None and evaluation.num_tokens and working_j is not None:
+    # A meter too coarse for so short a time has counted nothing, which is no price.
+    if evaluation is not None and evaluation.num_tokens and working_j:
         layers = mean_executed_layers(evaluation)
         rows = max(1.0, evaluation.mean_batch)
         if layers is not None:
@@ -181,11 +183,13 @@ def meets_slo(candidate: Candidate, level: int, evaluation: Telemetry | None, sl
     Nothing that queues and no full batch is in the predictions: who misses a limit here misses it
     with little to do.
     """
-    tpot_s = predicted_tpot_s(candidate, level, evaluation)
     limits = (
-        (predicted_ttft_s(candidate, level, evaluation), slo.ttft_s),
-        (tpot_s, slo.tpot_s),
-        (tpot_s, slo.itl_s),
-        (predicted_e2e_s(candidate, level, evaluation), slo.e2e_s),
+        (slo.ttft_s, predicted_ttft_s),
+        (slo.tpot_s, predicted_tpot_s),
+        (slo.itl_s, predicted_tpot_s),
+        (slo.e2e_s, predicted_e2e_s),
     )
-    return all(limit_s is None or predicted_s <= limit_s for predicted_s, limit_s in limits)
+    return all(
+        limit_s is None or predict_s(candidate, level, evaluation) <= limit_s
+        for limit_s, predict_s in limits
+    )

@@ -388,6 +388,12 @@ class TestObjective:
         assert told[0] == told[1]
         assert replace(rare, energy_j=None, idle_energy_j=None).working_energy_j is None
 
+    def test_a_meter_that_counted_nothing_yet_makes_nobody_free(self) -> None:
+        """The card speaks until it has: 200 W for 6 ms."""
+        for drawn in ({"energy_j": 0.0}, {"energy_j": 5.0, "idle_energy_j": 5.0}):
+            unread = replace(EVALUATIONS[SMALL.name], **drawn)
+            assert score("energy", SMALL, 0, unread, 1) == pytest.approx(-1.2)
+
     def test_a_slower_measurement_slows_every_depth_alike(self) -> None:
         """20.592 ms measured where the card says 10.296: twice the time at any depth."""
         slow = example_evaluation(SMALL, SMALL_EXITS, mean_tpot_s=0.020592)
