@@ -697,7 +697,7 @@ class Run:
         self.replicas.clear()
 
     def foresight(self, replica: Replica) -> dict[str, tuple[float, ...]]:
-        """True exit shares of the requests to come, for policies that bound the others."""
+        """True exit shares of the requests to come, for policies that may see them."""
         coming = np.isin(self.world.requests["status"], (UNSENT, WAITING))
         horizon = self.policy.watching.reassess_requests or len(self.requests)
         upcoming = np.flatnonzero(coming)[: horizon * len(self.replicas)]
