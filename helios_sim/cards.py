@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
+
 from helios_sim import cost
 from helios_sim.errors import InputError
 from helios_sim.model import kv_pool_blocks
 from helios_sim.policy.contract import Candidate, Slo
 from helios_sim.profile import Profile, load_profile
-from helios_sim.scenario import FleetSettings, Scenario, ServingSettings
+from helios_sim.scenario import EXPECTED_LENGTHS, FleetSettings, Scenario, ServingSettings
 from helios_sim.slo import SloSpec
+from helios_sim.workload import Requests
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +44,23 @@ class Room:
         return utilised - self.fleet.reserve_bytes
 
     @property
+    def expected_prompt_tokens(self) -> int:
+        """The prompt that a policy reckons with."""
+        tokens = self.serving.expected_prompt_tokens
+        assert tokens is not None, "A room is asked once its scenario expects lengths."
+        return tokens
+
+    @property
+    def expected_output_tokens(self) -> int:
+        """The output that a policy reckons with."""
+        tokens = self.serving.expected_output_tokens
+        assert tokens is not None, "A room is asked once its scenario expects lengths."
+        return tokens
+
+    @property
     def typical_tokens(self) -> int:
         """Tokens of a request of the expected lengths."""
-        return self.serving.expected_prompt_tokens + self.serving.expected_output_tokens
+        return self.expected_prompt_tokens + self.expected_output_tokens
 
     @property
     def context_tokens(self) -> int:
@@ -138,6 +155,24 @@ def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room
     return Room(profile=profile, candidates=candidates, fleet=fleet, serving=scenario.serving)
 
 
+def expecting(serving: ServingSettings, requests: Requests, context_tokens: int) -> ServingSettings:
+    """Settings whose unset expected lengths are the requests' means, to whole tokens.
+
+    So much an operator knows of the traffic; it says nothing of any one request. Requests beyond
+    the context are served by nobody and left out, as long as there are others.
+    """
+    columns = (requests.prompt_tokens, requests.output_tokens)
+    served = columns[0].astype(np.int64) + columns[1] <= context_tokens
+    if not served.any():
+        served[:] = True
+    unset = {
+        key: round(float(tokens[served].mean()))
+        for key, tokens in zip(EXPECTED_LENGTHS, columns, strict=True)
+        if getattr(serving, key) is None
+    }
+    return serving.model_copy(update=unset)
+
+
 def check_room(room: Room, where: str) -> None:
     """Raise `InputError` where no candidate, however shallow, can serve a typical request."""
     smallest = min(
@@ -168,51 +203,76 @@ def policy_slo(spec: SloSpec | None) -> Slo:
     """The limits that bound a shortlist."""
     if spec is None:
         return Slo()
-    return Slo(spec.limit_s("ttft"), spec.limit_s("tpot"), spec.limit_s("e2e"))
+    return Slo(
+        ttft_s=spec.limit_s("ttft"),
+        tpot_s=spec.limit_s("tpot"),
+        e2e_s=spec.limit_s("e2e"),
+        itl_s=spec.limit_s("itl"),
+    )
 
 
 def candidate_card(room: Room, name: str) -> Candidate:
     """What a policy may know of a model before it serves: bytes, limits and predicted costs."""
     profile = room.profile.model(name)
     model = profile.model
-    serving = room.serving
-    prompt, output = serving.expected_prompt_tokens, serving.expected_output_tokens
-    tokens = room.typical_tokens
-    reference = min(serving.max_batch, 4)
+    prompt, tokens = room.expected_prompt_tokens, room.typical_tokens
     c = profile.coefficient_array()
-    rows = float(profile.padded_rows(reference)[reference])
-    # Rows of one typical length, so that padding reads no more than the rows computed.
-    row_context = prompt + output / 2
-    context, padded_context = reference * row_context, rows * row_context
-    decode_s, decode_j, prefill_s, limits = [], [], [], []
-    for depth in model.exit_layers:
-        residual = float(profile.residual(reference, depth)[reference])
-        seconds, _ = cost.decode_seconds(
-            *(c, rows, context, padded_context, float(depth), 0.0, 1.0, 0.0, rows),
-            float(reference),
-            residual,
-        )
-        decode_s.append(float(seconds))
-        joules = cost.decode_joules(
-            c, rows, context, padded_context, float(depth), 0.0, 1.0, 0.0, rows, seconds
-        )
-        decode_j.append(float(joules))
-        pairs = prompt * (prompt + 1) / 2
-        first_s, _ = cost.mixed_seconds(
+    limits = tuple(int(room.requests_that_fit(name, depth, tokens)) for depth in model.exit_layers)
+    batches = card_batches(limits, room.serving.max_batch)
+    decodes = [_typical_decodes(room, name, depth, batches) for depth in model.exit_layers]
+    pairs = prompt * (prompt + 1) / 2
+    prefill_s = [
+        cost.mixed_seconds(
             c, 0.0, 0.0, 0.0, float(prompt), 0.0, pairs, float(depth), 0.0, 1.0, 1.0, 1.0
-        )
-        prefill_s.append(float(first_s))
-        limits.append(int(room.requests_that_fit(name, depth, tokens)))
+        )[0]
+        for depth in model.exit_layers
+    ]
+    decode_j = tuple(joules for _, joules in decodes)
     return Candidate(
         name=name,
         tokenizer=model.tokenizer,
         exit_layers=model.exit_layers,
         weight_bytes=tuple(model.weight_bytes(depth) for depth in model.exit_layers),
         kv_bytes_per_token=tuple(model.kv_bytes_per_token(depth) for depth in model.exit_layers),
-        batch_limit=tuple(limits),
-        decode_iteration_s=tuple(decode_s),
-        decode_iteration_j=tuple(decode_j) if room.profile.has_energy else None,
-        prefill_s=tuple(prefill_s),
-        reference_batch=reference,
+        batch_limit=limits,
+        batches=batches,
+        decode_iteration_s=tuple(seconds for seconds, _ in decodes),
+        decode_iteration_j=decode_j if room.profile.has_energy else None,
+        prefill_s=tuple(map(float, prefill_s)),
+        reference_batch=reference_batch(room.serving.max_batch),
         typical_tokens=tokens,
+        typical_output_tokens=room.expected_output_tokens,
     )
+
+
+def reference_batch(max_batch: int) -> int:
+    """The rows of a replica with little to do: about as many as an evaluation sees."""
+    return min(max_batch, 4)
+
+
+def card_batches(limits: tuple[int, ...], max_batch: int) -> tuple[int, ...]:
+    """The batches a card knows: the reference, powers of two, and what each depth runs at most."""
+    most = [min(limit, max_batch) for limit in limits if limit >= 1]
+    largest = max(most, default=1)
+    powers = [2**power for power in range(largest.bit_length())]
+    return tuple(sorted({reference_batch(max_batch), *powers, *most}))
+
+
+def _typical_decodes(
+    room: Room, name: str, depth: int, batches: tuple[int, ...]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Seconds and joules of decode iterations of so many requests of the typical length each."""
+    profile = room.profile.model(name)
+    c = profile.coefficient_array()
+    padded = profile.padded_rows(batches[-1])
+    residual = profile.residual(batches[-1], depth)
+    # Rows of one typical length, so that padding reads no more than the rows computed.
+    row_context = room.expected_prompt_tokens + room.expected_output_tokens / 2
+    seconds, joules = [], []
+    for batch in batches:
+        rows = float(padded[batch])
+        work = (rows, batch * row_context, rows * row_context, float(depth), 0.0, 1.0, 0.0, rows)
+        one_s, _ = cost.decode_seconds(c, *work, float(batch), float(residual[batch]))
+        seconds.append(float(one_s))
+        joules.append(float(cost.decode_joules(c, *work, one_s)))
+    return tuple(seconds), tuple(joules)

@@ -430,6 +430,12 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
             f"{shortened:,} of {len(requests):,} requests are shortened to "
             f"{experiment.setup.context_tokens:,} tokens."
         )
+    setup = experiment.setup
+    _say(
+        f"Policies reckon with prompts of {setup.expected_prompt_tokens:,} and outputs of "
+        f"{setup.expected_output_tokens:,} tokens; the workload's means are "
+        f"{requests.mean_prompt_tokens:,.1f} and {requests.mean_output_tokens:,.1f}."
+    )
     by_all, by_some = experiment.refusals(requests)
     least, most = experiment.setup.longest_requests
     if by_all:

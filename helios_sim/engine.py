@@ -450,7 +450,7 @@ class Replica:
         if rep.num_finished:
             per_request = float(rep.num_tokens / rep.num_finished)
         else:
-            per_request = float(self.run.setup.serving.expected_output_tokens)
+            per_request = float(self.run.setup.expected_output_tokens)
         requests = self.until_reassessment
         return (USUAL_REASSESS_REQUESTS if requests is None else requests) * per_request
 
@@ -467,6 +467,7 @@ class Replica:
             num_breaches=rep.num_breaches,
             nll=rep.nll,
             energy_j=rep.energy_j,
+            idle_energy_j=rep.idle_energy_j,
             num_decode_iterations=rep.num_decode_iterations,
             decode_rows=rep.decode_rows,
         )
@@ -475,7 +476,7 @@ class Replica:
         """What the replica saw since its last decision was carried out."""
         if self.assignment is None:
             return None
-        rep, mark = self.record, self.mark
+        rep, mark, has_energy = self.record, self.mark, self.run.has_energy
         num_exits = self.run.place(self.assignment.model, self.assignment.depth).num_exits
         counts = self.exit_counts[rep.model, :num_exits].tolist()
         iterations = rep.num_decode_iterations - mark.num_decode_iterations
@@ -493,8 +494,9 @@ class Replica:
             mean_ttft_s=_mean(rep.ttft_sum_s, rep.period_finished),
             mean_tpot_s=_mean(rep.tpot_sum_s, rep.period_tpots),
             mean_batch=(rep.decode_rows - mark.decode_rows) / max(1, iterations),
-            energy_j=rep.energy_j - mark.energy_j if self.run.has_energy else None,
+            energy_j=rep.energy_j - mark.energy_j if has_energy else None,
             is_evaluation=bool(rep.evaluating),
+            idle_energy_j=rep.idle_energy_j - mark.idle_energy_j if has_energy else None,
         )
 
     def account_weights(self) -> None:
@@ -520,6 +522,7 @@ class _Mark:
     num_breaches: int = 0
     nll: int = 0
     energy_j: float = 0.0
+    idle_energy_j: float = 0.0
     num_decode_iterations: int = 0
     decode_rows: int = 0
 
@@ -694,7 +697,7 @@ class Run:
         self.replicas.clear()
 
     def foresight(self, replica: Replica) -> dict[str, tuple[float, ...]]:
-        """True exit shares of the requests to come, for policies that bound the others."""
+        """True exit shares of the requests to come, for policies that may see them."""
         coming = np.isin(self.world.requests["status"], (UNSENT, WAITING))
         horizon = self.policy.watching.reassess_requests or len(self.requests)
         upcoming = np.flatnonzero(coming)[: horizon * len(self.replicas)]

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from helios_sim.cards import check_room, policy_slo, room_of
+from helios_sim.cards import Room, check_room, expecting, policy_slo, room_of
 from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
@@ -23,7 +23,14 @@ from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile
 from helios_sim.records import SUMMARY_KINDS, RunData, check_run
-from helios_sim.scenario import PolicySettings, Scenario, check_warmup, resolved
+from helios_sim.scenario import (
+    EXPECTED_LENGTHS,
+    PolicySettings,
+    Scenario,
+    ServingSettings,
+    check_warmup,
+    resolved,
+)
 from helios_sim.workload import Requests, fit_context, generate
 
 Progress = Callable[[str, float], None]
@@ -49,15 +56,8 @@ class Experiment:
 
     def requests(self, seed: int) -> tuple[Requests, int]:
         """The workload of one seed, and how many requests were shortened to the context."""
-        workload = self.scenario.workload
-        try:
-            requests = generate(workload, seed, self.base_dir, self.setup.traces.domains)
-            return fit_context(requests, self.setup.context_tokens, workload.over_context)
-        except InputError as error:
-            # An error in the scenario names a key; an error in a file has named the file.
-            if error.where and error.where.split(".")[0] == "workload":
-                raise InputError(error.message, f"{self.where}, {error.where}") from error
-            raise
+        setup = self.setup
+        return _requests(self.scenario, seed, self.base_dir, setup, setup.traces, self.where)
 
     def refusals(self, requests: Requests) -> tuple[int, int]:
         """How many requests nobody can ever take, and how many more not all who may serve can."""
@@ -72,13 +72,17 @@ class Experiment:
 
 
 def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Experiment:
-    """Read the profile and the exit traces that a scenario names."""
+    """Read the profile and the exit traces that a scenario names; fill its expectations in."""
     room = room_of(scenario, base_dir, where)
+    traces = _traces_of(room.profile, room.candidates)
+    serving = _expecting(scenario, base_dir, room, traces, where)
+    scenario = scenario.model_copy(update={"serving": serving})
+    room = replace(room, serving=serving)
     check_room(room, where)
     _check_published(scenario, where)
     setup = Setup(
         profile=room.profile,
-        traces=_traces_of(room.profile, room.candidates),
+        traces=traces,
         candidates=room.candidates,
         fleet=room.fleet,
         serving=room.serving,
@@ -87,6 +91,42 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
         seed=scenario.seed,
     )
     return Experiment(scenario, base_dir, setup, tuple(scenario.notes), where)
+
+
+def expected_serving(scenario: Scenario, base_dir: Path, where: str) -> ServingSettings:
+    """A scenario's settings with the lengths that a policy reckons with under its own workload."""
+    room = room_of(scenario, base_dir, where)
+    traces = _traces_of(room.profile, room.candidates)
+    return _expecting(scenario, base_dir, room, traces, where)
+
+
+def _expecting(
+    scenario: Scenario, base_dir: Path, room: Room, traces: ExitTraces, where: str
+) -> ServingSettings:
+    """Settings with every expected length; the workload is drawn only where one is unset."""
+    serving = scenario.serving
+    if all(getattr(serving, key) is not None for key in EXPECTED_LENGTHS):
+        return serving
+    # Lengths hang on no domain, and one that the profile lacks is for others to find.
+    workload = scenario.workload.model_copy(update={"domains": ()})
+    plain = scenario.model_copy(update={"workload": workload})
+    requests, _ = _requests(plain, scenario.seed, base_dir, room, traces, where)
+    return expecting(serving, requests, room.context_tokens)
+
+
+def _requests(
+    scenario: Scenario, seed: int, base_dir: Path, room: Room, traces: ExitTraces, where: str
+) -> tuple[Requests, int]:
+    """The workload of one seed, and how many requests were shortened to the context."""
+    workload = scenario.workload
+    try:
+        requests = generate(workload, seed, base_dir, traces.domains)
+        return fit_context(requests, room.context_tokens, workload.over_context)
+    except InputError as error:
+        # An error in the scenario names a key; an error in a file has named the file.
+        if error.where and error.where.split(".")[0] == "workload":
+            raise InputError(error.message, f"{where}, {error.where}") from error
+        raise
 
 
 MAX_TRACES: Final = 8

@@ -46,6 +46,10 @@ class FleetSettings(StrictSettings):
     weights_start: Literal["disk", "host"] = "disk"
 
 
+EXPECTED_LENGTHS: Final = ("expected_prompt_tokens", "expected_output_tokens")
+"""What a policy reckons with; unset keys of `[serving]` that the workload fills in."""
+
+
 class ServingSettings(StrictSettings):
     """The `[serving]` table: how a replica batches, caches and changes its assignment.
 
@@ -53,8 +57,8 @@ class ServingSettings(StrictSettings):
     others, up to `max_held` of them.
     `on_change` says what becomes of running requests when the model or its depth changes:
     `drain` finishes them first, `recompute` sends them back and prefills them again. The
-    expected lengths size the batch limits that a policy is told; a policy never sees the true
-    ones.
+    expected lengths size the batch limits and the predictions that a policy is told; a policy
+    never sees the true ones. Unset ones become the workload's means once that is known.
     """
 
     batching: Literal["static", "continuous", "chunked"] = "continuous"
@@ -67,8 +71,8 @@ class ServingSettings(StrictSettings):
     skipped_kv: Literal["filled", "recomputed"] = "filled"
     on_change: Literal["drain", "recompute"] = "drain"
     overlap_loads: bool = True
-    expected_prompt_tokens: Count = 512
-    expected_output_tokens: Count = 128
+    expected_prompt_tokens: Count | None = None
+    expected_output_tokens: Count | None = None
 
     @model_validator(mode="after")
     def _check_chunk(self) -> Self:

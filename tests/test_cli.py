@@ -180,7 +180,7 @@ def test_results_are_replaced_but_a_strangers_folder_is_not(
         (["--policy", "helois"], "Did you mean 'helios'?"),
         (
             ["--set", "fleet.memory_bytes=8000000000", "--set", "policy.0.model=opt-6.7b"],
-            "need 14,726,266,880 bytes, and there are 7,200,000,000 (fleet.memory_bytes",
+            "need 14,457,831,424 bytes, and there are 7,200,000,000 (fleet.memory_bytes",
         ),
         (["--set", "fleet.memory_bytes=2500000000"], "there are 2,250,000,000 (fleet.memory_bytes"),
     ],
@@ -432,6 +432,7 @@ def test_check_says_how_many_requests_will_be_refused(
     changes = (
         *("--set", 'workload.prompt={kind = "uniform", min_tokens = 500, max_tokens = 4000}'),
         *("--set", f"fleet.memory_bytes={memory_bytes}", "--set", "policy.0.model=opt-6.7b"),
+        *("--set", "serving.expected_prompt_tokens=512"),
     )
     assert run("scenario", "check", scenario, *changes) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -439,6 +440,27 @@ def test_check_says_how_many_requests_will_be_refused(
     assert run("simulate", scenario, "--json", "--policy", "vanilla", *changes) == 0
     assert json.loads(capsys.readouterr().out)["num_refused"] == sum(told) > 0
     assert re.search(said.format(told[-1]), lines[-1])
+
+
+def test_check_says_what_policies_reckon_with_beside_what_is_sent(
+    scenario: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("scenario", "check", scenario) == 0
+    told = re.search(
+        r"prompts of (\d+) and outputs of (\d+) .* ([\d.]+) and ([\d.]+)\.", _out(capsys)
+    )
+    assert told
+    expected, sent = [float(one) for one in told.groups()[:2]], told.groups()[2:]
+    assert expected == [round(float(one)) for one in sent]
+    change = ("--set", "serving.expected_output_tokens=77")
+    assert run("scenario", "check", scenario, *change) == 0
+    assert f"outputs of 77 tokens; the workload's means are {sent[0]} and {sent[1]}." in _out(
+        capsys
+    )
+
+
+def _out(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
 
 
 def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(

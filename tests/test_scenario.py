@@ -527,9 +527,40 @@ def test_policies_are_chosen_by_label_or_name_and_unlisted_ones_get_defaults(fil
 
 
 def test_a_policy_is_held_to_the_tightest_limit_of_each_metric() -> None:
-    spec = parse_slo("ttft:p50<100ms ttft:p99<400ms tpot:50")
-    assert policy_slo(spec) == Slo(ttft_s=0.1, tpot_s=0.05)
+    spec = parse_slo("ttft:p50<100ms ttft:p99<400ms tpot:50 itl:60 e2e:2s")
+    assert policy_slo(spec) == Slo(ttft_s=0.1, tpot_s=0.05, e2e_s=2.0, itl_s=0.06)
     assert policy_slo(None) == Slo()
+
+
+def test_lengths_that_nobody_expects_are_the_workload_s_means_and_stand_in_its_run(
+    file: Path,
+) -> None:
+    """The mean of what is really sent, to whole tokens; a given one stays as it is."""
+    changes = (
+        'workload.prompt={kind="uniform", min_tokens=1900, max_tokens=2500}',
+        'workload.over_context="truncate"',
+        "serving.expected_output_tokens=77",
+    )
+    for given, scenario in ((10, load_scenario(file)), (77, load_scenario(file, changes))):
+        experiment = prepare(scenario, file.parent)
+        requests, _ = experiment.requests(scenario.seed)
+        setup = experiment.setup
+        assert setup.expected_prompt_tokens == round(requests.mean_prompt_tokens) <= 2038
+        assert setup.expected_output_tokens == given
+        written = run_policy(experiment, scenario.policy[0]).run.scenario["serving"]
+        assert written["expected_prompt_tokens"] == setup.expected_prompt_tokens
+        again = prepare(experiment.scenario, file.parent)
+        assert again.setup.serving == setup.serving
+
+
+def test_requests_beyond_the_context_are_expected_by_nobody(file: Path) -> None:
+    """A third of the prompts fit; were all too long, their mean would be as good as any."""
+    values = ('workload.prompt={kind="values", values=[1000, 3000, 4000]}', "seed=3")
+    for given, expected in ((values, 1000), ((values[0].replace("1000", "3000"),), None)):
+        experiment = prepare(load_scenario(file, given), file.parent)
+        prompts = experiment.requests(experiment.scenario.seed)[0].prompt_tokens
+        wanted = round(float(prompts.mean())) if expected is None else expected
+        assert experiment.setup.expected_prompt_tokens == wanted
 
 
 def test_a_label_becomes_a_plain_folder_name() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 
@@ -48,11 +49,18 @@ class RunEnergy:
         self._joules = [joules for _, joules in curve]
         return self.outcome
 
-    def so_far_j(self) -> float:
-        """Joules since the reading began, while a meter is read."""
+    def drawn_so_far_j(self, spans: Sequence[tuple[float, float]]) -> float:
+        """Joules within spans of the run's time, from and to, while a meter is read.
+
+        Between readings they run in a straight line; after the last one nothing is known yet.
+        """
         assert self.measures and self._window is not None
         curve = self._window.curve()
-        return curve[-1][1] if curve else 0.0
+        if not curve or not spans:
+            return 0.0
+        times, joules = np.transpose(curve)
+        drawn: Any = np.diff(np.interp(np.array(spans), times - self.start_s, joules))
+        return float(drawn.sum())
 
     def at(self, time_s: float) -> float:
         """Joules up to a time of the run, between readings in a straight line; NaN if unknown."""

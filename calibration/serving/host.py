@@ -112,13 +112,17 @@ class _Mark:
     nll_units: int = 0
     num_decode_iterations: int = 0
     decode_rows: int = 0
-    energy_j: float | None = None
+    num_spans: int = 0
+
+
+DrawnJ = Callable[[Sequence[tuple[float, float]]], float]
+"""Joules that a meter counted within spans of the run's time, from and to."""
 
 
 class Host(Replica):
     """One replica serving a workload under a policy until no work is left.
 
-    `read_j` reads a meter while the host plays: joules since some origin. None: no meter.
+    `drawn_j` asks a meter while the host plays. None: no meter.
     """
 
     def __init__(
@@ -133,9 +137,9 @@ class Host(Replica):
         max_batch: int,
         timeline_interval_s: float,
         on_progress: Callable[[float], None] | None = None,
-        read_j: Callable[[], float] | None = None,
+        drawn_j: DrawnJ | None = None,
     ) -> None:
-        check_policy(policy, read_j is not None, policy.name)
+        check_policy(policy, drawn_j is not None, policy.name)
         super().__init__(
             serving=room.serving,
             policy=policy,
@@ -149,7 +153,7 @@ class Host(Replica):
         self.lives = list(lives)
         self.weights = weights
         self.on_progress = on_progress
-        self.read_j: Callable[[], float | None] = read_j or _unmetered
+        self.drawn_j = drawn_j
         self.cards = tuple(candidate_card(room, name) for name in room.candidates)
         self.card_of = {card.name: card for card in self.cards}
         chosen = policy.confidence_threshold
@@ -472,7 +476,7 @@ class Host(Replica):
         if tally.num_finished:
             per_request = tally.num_tokens / tally.num_finished
         else:
-            per_request = float(self.room.serving.expected_output_tokens)
+            per_request = float(self.room.expected_output_tokens)
         requests = self.until_reassessment
         return (USUAL_REASSESS_REQUESTS if requests is None else requests) * per_request
 
@@ -490,7 +494,7 @@ class Host(Replica):
             nll_units=tally.nll_units,
             num_decode_iterations=tally.num_decode_iterations,
             decode_rows=tally.decode_rows,
-            energy_j=self.read_j(),
+            num_spans=len(tally.spans),
         )
 
     def telemetry(self, now_s: float) -> Telemetry | None:
@@ -500,6 +504,8 @@ class Host(Replica):
         tally, mark = self.tally, self.mark
         counts = tally.exit_counts[self.assignment.model]
         iterations = tally.num_decode_iterations - mark.num_decode_iterations
+        since = tally.spans[mark.num_spans :]
+        idle_spans = [(start_s, stop_s) for spent, start_s, stop_s in since if spent == "idle"]
         return Telemetry(
             assignment=self.assignment,
             duration_s=now_s - mark.time_s,
@@ -514,8 +520,9 @@ class Host(Replica):
             mean_ttft_s=_mean(tally.ttft_sum_s, tally.period_finished),
             mean_tpot_s=_mean(tally.tpot_sum_s, tally.period_tpots),
             mean_batch=(tally.decode_rows - mark.decode_rows) / max(1, iterations),
-            energy_j=_difference(self.read_j(), mark.energy_j),
+            energy_j=self.drawn_j([(mark.time_s, now_s)]) if self.drawn_j else None,
             is_evaluation=self.evaluating,
+            idle_energy_j=self.drawn_j(idle_spans) if self.drawn_j else None,
         )
 
     def account_weights(self, now_s: float) -> None:
@@ -563,7 +570,7 @@ def check_policy(policy: Policy, metered: bool, name: str) -> None:
     if policy.sees_future:
         raise InputError(
             f"Policy {name!r} knows the exits of tokens to come, and a real backend does not; "
-            "serve a policy that sees telemetry only, and bound it by simulating this one.",
+            "serve a policy that sees telemetry only, and simulate this one beside it.",
             f"policy {name}",
         )
     settings = getattr(policy, "settings", policy)
@@ -597,17 +604,8 @@ def lives_of(requests: Requests, texts: Sequence[list[int]]) -> list[Life]:
     return lives
 
 
-def _unmetered() -> None:
-    """What is read where no meter is."""
-
-
 def _order_of_arrival(life: Life) -> tuple[float, int]:
     return life.arrival_s, life.request_id
-
-
-def _difference(now_j: float | None, before_j: float | None) -> float | None:
-    """Joules between two readings, None where no meter was."""
-    return None if now_j is None or before_j is None else now_j - before_j
 
 
 def _mean(total: float, count: float) -> float | None:

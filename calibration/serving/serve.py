@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, cast, get_args
@@ -41,7 +41,7 @@ from calibration.serving.weights import (
     choose_kv,
 )
 from helios_sim import __version__
-from helios_sim.cards import Room, check_room, policy_slo, room_of
+from helios_sim.cards import Room, check_room, expecting, policy_slo, room_of
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces, write_traces
@@ -304,7 +304,6 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     scenario = load_scenario(scenario_path, changes)
     base_dir, where = scenario_path.parent, str(scenario_path)
     room = room_of(scenario, base_dir, where)
-    check_room(room, where)
     _check_serving(scenario, where)
     device = device_of(settings.device)
     folders = find_checkpoints(settings.checkpoints)
@@ -318,6 +317,10 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     requests, num_shortened = fit_context(
         requests, room.context_tokens, scenario.workload.over_context
     )
+    serving = expecting(scenario.serving, requests, room.context_tokens)
+    scenario = scenario.model_copy(update={"serving": serving})
+    room = replace(room, serving=serving)
+    check_room(room, where)
     first = next(iter(chosen.values()))
     tokenizer = tokenizer_of(room.profile.model(room.candidates[0]).model.tokenizer, first.folder)
     prompts = read_prompts(requests.domains, tokenizer)
@@ -408,7 +411,7 @@ def serve_once(
         max_batch=prepared.scenario.serving.max_batch,
         timeline_interval_s=prepared.scenario.measure.timeline_interval_s,
         on_progress=lambda share: say(f"{chosen.name}: serving", share),
-        read_j=energy.so_far_j if energy.measures else None,
+        drawn_j=energy.drawn_so_far_j if energy.measures else None,
     )
     facts = _play(prepared, host, energy, clock, backend)
     say(f"{chosen.name}: reading the served text again", 0.0)

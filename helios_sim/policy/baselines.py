@@ -1,4 +1,8 @@
-"""What HELIOS is compared with: systems without it, its ablations, and policies that bound any."""
+"""What HELIOS is compared with: systems without it, its ablations, and references for its parts.
+
+`never` shows what watching and reassessing are worth, `always` what choosing is, `clairvoyant` what
+knowing the exits would be. None of them bounds speed: few layers are fast, and cost perplexity.
+"""
 
 from __future__ import annotations
 

@@ -48,6 +48,7 @@ class Slo:
     ttft_s: float | None = None
     tpot_s: float | None = None
     e2e_s: float | None = None
+    itl_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,12 @@ class Candidate:
 
     Tuples are indexed by exit level (position in `exit_layers`), the last being full depth.
     `batch_limit` counts requests of the workload's typical length whose KV fits beside the
-    weights; `decode_iteration_s` and `decode_iteration_j` are predicted at batch
-    `reference_batch` and the typical context, `prefill_s` for one typical prompt.
-    `typical_tokens` is the typical length itself, prompt and output together; 0 where unknown.
-    `decode_iteration_j` is None where nobody could read the device's energy.
+    weights. `decode_iteration_s` and `decode_iteration_j` are predicted at the typical context, for
+    each exit level at each of `batches`, which ascend; `prefill_s` is for one typical prompt.
+    `typical_tokens` is the typical length itself, prompt and output together, and
+    `typical_output_tokens` the output's part of it; 0 where unknown. `reference_batch` is that of a
+    replica with little to do. `decode_iteration_j` is None where nobody could read the device's
+    energy.
     """
 
     name: str
@@ -68,11 +71,13 @@ class Candidate:
     weight_bytes: tuple[int, ...]
     kv_bytes_per_token: tuple[int, ...]
     batch_limit: tuple[int, ...]
-    decode_iteration_s: tuple[float, ...]
-    decode_iteration_j: tuple[float, ...] | None
+    batches: tuple[int, ...]
+    decode_iteration_s: tuple[tuple[float, ...], ...]
+    decode_iteration_j: tuple[tuple[float, ...], ...] | None
     prefill_s: tuple[float, ...]
     reference_batch: int = 1
     typical_tokens: int = 0
+    typical_output_tokens: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -104,8 +109,9 @@ class Telemetry:
 
     `exit_counts` holds the decoded tokens by the exit level at which they left; TTFT and TPOT
     are means over the requests finished in the period (NaN-free: None without any).
-    `nll_nats` is the summed negative log-likelihood of the emitted tokens. `energy_j` is None where
-    no meter was.
+    `nll_nats` is the summed negative log-likelihood of the emitted tokens. `energy_j` is all that
+    was drawn, `idle_energy_j` the part of it drawn while no request was there to work on; None
+    where no meter was.
     """
 
     assignment: Assignment
@@ -121,6 +127,17 @@ class Telemetry:
     mean_batch: float
     energy_j: float | None
     is_evaluation: bool
+    idle_energy_j: float | None = None
+
+    @property
+    def working_energy_j(self) -> float | None:
+        """Joules without those of waiting for requests, which no decision saves; None if unknown.
+
+        Where nobody told the idle part, all of it.
+        """
+        if self.energy_j is None:
+            return None
+        return max(0.0, self.energy_j - (self.idle_energy_j or 0.0))
 
     @property
     def breach_rate(self) -> float:
@@ -213,7 +230,9 @@ WindowKind = Literal["tumbling", "sliding"]
 class Watching:
     """When a policy wants to be asked while it serves, and by which rule breaches count.
 
-    `reassess_requests` counts requests finished since the last evaluation; None never asks.
+    `reassess_requests` counts requests finished since the last evaluation, without those that
+    finish while a decision is carried out (drained, or served beside a load): the larger the batch
+    and the more decisions change what runs, the longer a round is. None never asks.
     `breach_window_tokens` None never watches breaches.
     """
 
@@ -226,7 +245,7 @@ class Watching:
 class Policy(Protocol):
     """One decision function on a frozen snapshot; a policy performs nothing and keeps no state.
 
-    `sees_future` asks the host for `Snapshot.foresight`; only bounding policies set it.
+    `sees_future` asks the host for `Snapshot.foresight`, which no real host has.
     """
 
     name: str

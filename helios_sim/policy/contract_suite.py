@@ -48,7 +48,10 @@ def example_candidate(
     tokenizer: str = "opt",
     memory_bytes: int = MEMORY_BYTES,
 ) -> Candidate:
-    """A candidate of round numbers: every layer takes the same bytes, seconds and joules."""
+    """A candidate of round numbers: every layer takes the same bytes, seconds and joules.
+
+    An iteration takes as long for many rows as for one.
+    """
     weights = tuple(4 * layer_bytes + k * layer_bytes for k in exit_layers)
     kv = tuple(k * kv_layer_bytes for k in exit_layers)
     return Candidate(
@@ -61,8 +64,9 @@ def example_candidate(
             max(0, (memory_bytes - w) // (b * TYPICAL_TOKENS))
             for w, b in zip(weights, kv, strict=True)
         ),
-        decode_iteration_s=tuple(k * layer_s for k in exit_layers),
-        decode_iteration_j=tuple(k * layer_s * 200 for k in exit_layers),
+        batches=(1,),
+        decode_iteration_s=tuple((k * layer_s,) for k in exit_layers),
+        decode_iteration_j=tuple((k * layer_s * 200,) for k in exit_layers),
         prefill_s=tuple(k * layer_s * 2 for k in exit_layers),
         typical_tokens=TYPICAL_TOKENS,
     )
@@ -96,9 +100,11 @@ def example_evaluation(
     """An evaluation whose tokens each ran to their own exit, by default at the card's pace."""
     num_tokens = sum(exit_counts)
     layers = sum(n * k for n, k in zip(exit_counts, candidate.exit_layers, strict=True))
-    card_s = sum(n * s for n, s in zip(exit_counts, candidate.decode_iteration_s, strict=True))
-    by_exit_j = candidate.decode_iteration_j or (0.0,) * len(exit_counts)
-    card_j = sum(n * j for n, j in zip(exit_counts, by_exit_j, strict=True))
+    card_s = sum(
+        n * s for n, (s, *_) in zip(exit_counts, candidate.decode_iteration_s, strict=True)
+    )
+    by_exit_j = candidate.decode_iteration_j or ((0.0,),) * len(exit_counts)
+    card_j = sum(n * j for n, (j, *_) in zip(exit_counts, by_exit_j, strict=True))
     tpot_s = (card_s / num_tokens if num_tokens else None) if mean_tpot_s is None else mean_tpot_s
     return Telemetry(
         assignment=Assignment(candidate.name, candidate.num_layers, ExitMode.WAIT),

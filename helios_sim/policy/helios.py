@@ -198,23 +198,28 @@ class Helios:
         return self.settings.confidence_threshold
 
     def decide(self, snapshot: Snapshot) -> Decision:
-        """Evaluate what this round lacks, then serve the best; react to breaches."""
+        """One turn of the cycle: shortlist, evaluate, serve greedily, watch, react, reassess.
+
+        A round begins at START and at every REASSESS: the candidates of the shortlist are
+        evaluated one after another, each EVALUATED leading to the next, and after the last one
+        the best serves at its greedy depth. From there on the host watches: BREACHED is answered by
+        loading or switching, and that stands until it is answered again or reassessed.
+
+        Nothing is remembered, so the shortlist is worked out wherever it is needed: from what
+        changes with the hardware or the SLO alone, and so to the same candidates within a run.
+        """
+        if snapshot.event is Event.BREACHED:
+            return self._react(snapshot)
+        if snapshot.event is Event.START and not self.settings.evaluate_at_start:
+            return self._serve_unmeasured(snapshot)
+        return self._evaluate_next(snapshot) or self._select(snapshot)
+
+    def _shortlist(self, snapshot: Snapshot) -> Shortlist:
+        """The candidates that hardware and SLO admit, best for the objective first."""
         s = self.settings
-        shortlist = make_shortlist(
+        return make_shortlist(
             snapshot.candidates, snapshot.slo, s.objective, snapshot.max_batch, s.top_k
         )
-        if snapshot.event is Event.BREACHED:
-            return self._react(snapshot, shortlist)
-        if snapshot.event is Event.START and not s.evaluate_at_start:
-            return self._serve_unmeasured(snapshot, shortlist)
-        pending = [
-            candidate
-            for candidate in _evaluation_order(snapshot, shortlist)
-            if candidate.name not in snapshot.round_evaluated
-        ]
-        if pending:
-            return self._evaluate(pending[0], snapshot, shortlist)
-        return self._select(snapshot, shortlist)
 
     def _level(self, candidate: Candidate, snapshot: Snapshot) -> int:
         """The greedy depth of a candidate, from its last evaluation."""
@@ -226,16 +231,27 @@ class Helios:
             self.settings.fixed_depth,
         )
 
-    def _evaluate(self, candidate: Candidate, snapshot: Snapshot, shortlist: Shortlist) -> Evaluate:
+    def _evaluate_next(self, snapshot: Snapshot) -> Evaluate | None:
+        """The first candidate that this round lacks; None where it lacks none."""
+        shortlist = self._shortlist(snapshot)
+        pending = [
+            candidate
+            for candidate in _evaluation_order(snapshot, shortlist)
+            if candidate.name not in snapshot.round_evaluated
+        ]
+        if not pending:
+            return None
         place = len(snapshot.round_evaluated) + 1
         return Evaluate(
-            candidate.name,
+            pending[0].name,
             self.settings.evaluation_requests,
             self.settings.evaluation_exit_mode,
             f"Evaluation {place} of this round: {shortlist.reason}.",
         )
 
-    def _serve_unmeasured(self, snapshot: Snapshot, shortlist: Shortlist) -> Serve:
+    def _serve_unmeasured(self, snapshot: Snapshot) -> Serve:
+        """The shortlist's first at its greedy depth, which nobody has measured."""
+        shortlist = self._shortlist(snapshot)
         best = shortlist.candidates[0]
         return Serve(
             best.name,
@@ -244,11 +260,11 @@ class Helios:
             f"Nothing is measured before the first reassessment: {shortlist.reason}.",
         )
 
-    def _select(self, snapshot: Snapshot, shortlist: Shortlist) -> Serve:
+    def _select(self, snapshot: Snapshot) -> Serve:
         """The best candidate for the objective among those that keep the SLO at their depth."""
         s = self.settings
         choices = []
-        for candidate in shortlist.candidates:
+        for candidate in self._shortlist(snapshot).candidates:
             level = self._level(candidate, snapshot)
             evaluation = latest(snapshot.history, candidate.name)
             value = score(s.objective, candidate, level, evaluation, snapshot.max_batch)
@@ -271,9 +287,9 @@ class Helios:
             f"({s.depth_rule} exit): {compared}.{warning}",
         )
 
-    def _react(self, snapshot: Snapshot, shortlist: Shortlist) -> Decision:
+    def _react(self, snapshot: Snapshot) -> Decision:
         """The reaction of smaller overhead; loading wins a tie, since it keeps the model."""
-        options = self._load_option(snapshot) + self._switch_options(snapshot, shortlist)
+        options = self._load_option(snapshot) + self._switch_options(snapshot)
         rule = self.settings.overhead_rule
         possible = [
             (decision, cost) for decision, cost in options if math.isfinite(cost.transfer_s)
@@ -300,14 +316,12 @@ class Helios:
         cost = overhead_of_load(serving, evaluation, mode, snapshot)
         return [(LoadLayers(serving.num_layers, mode, ""), cost)]
 
-    def _switch_options(
-        self, snapshot: Snapshot, shortlist: Shortlist
-    ) -> list[tuple[LoadLayers | Switch, Overhead]]:
+    def _switch_options(self, snapshot: Snapshot) -> list[tuple[LoadLayers | Switch, Overhead]]:
         now = snapshot.assignment
         if now is None or "switch" not in self.settings.actions:
             return []
         options: list[tuple[LoadLayers | Switch, Overhead]] = []
-        for other in shortlist.candidates:
+        for other in self._shortlist(snapshot).candidates:
             if other.name != now.model:
                 level = self._level(other, snapshot)
                 evaluation = latest(snapshot.history, other.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final
 
@@ -19,32 +20,63 @@ OBJECTIVES: Final[tuple[Objective, ...]] = (
 )
 
 
-def interpolate(exit_layers: Sequence[int], values: Sequence[float], layers: float) -> float:
-    """`values` per exit level read at any number of layers: linear between exits, held outside."""
-    if layers <= exit_layers[0]:
+def interpolate(points: Sequence[int], values: Sequence[float], at: float) -> float:
+    """`values` at ascending `points` read at any place: linear between them, held outside."""
+    place = bisect_left(points, at)
+    if place == 0:
         return values[0]
-    for level in range(1, len(exit_layers)):
-        if layers <= exit_layers[level]:
-            low, high = exit_layers[level - 1], exit_layers[level]
-            share = (layers - low) / (high - low)
-            return values[level - 1] + share * (values[level] - values[level - 1])
-    return values[-1]
+    if place == len(points):
+        return values[-1]
+    low, high = points[place - 1], points[place]
+    share = (at - low) / (high - low)
+    return values[place - 1] + share * (values[place] - values[place - 1])
+
+
+def read_card(
+    candidate: Candidate, table: Sequence[Sequence[float]], layers: float, batch: float
+) -> float:
+    """A table of the card, by exit level and batch, read at any number of layers and any batch."""
+    by_level = [interpolate(candidate.batches, row, batch) for row in table]
+    return interpolate(candidate.exit_layers, by_level, layers)
+
+
+def iteration_s(candidate: Candidate, level: int, batch: float) -> float:
+    """Seconds of a decode iteration of so many rows to `level`, by the card."""
+    return interpolate(candidate.batches, candidate.decode_iteration_s[level], batch)
 
 
 def slowdown(candidate: Candidate, evaluation: Telemetry | None) -> float:
-    """Measured TPOT over the card's prediction at the layers executed; 1 if unmeasured."""
+    """Measured TPOT over the card's at the layers executed and the rows that ran; else 1."""
     if evaluation is None or evaluation.mean_tpot_s is None:
         return 1.0
     layers = mean_executed_layers(evaluation)
     if layers is None:
         return 1.0
-    card_s = interpolate(candidate.exit_layers, candidate.decode_iteration_s, layers)
+    card_s = read_card(candidate, candidate.decode_iteration_s, layers, evaluation.mean_batch)
     return evaluation.mean_tpot_s / card_s if card_s > 0 else 1.0
 
 
 def predicted_tpot_s(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:
-    """Seconds per output token when every token leaves at `level`."""
-    return candidate.decode_iteration_s[level] * slowdown(candidate, evaluation)
+    """Seconds per output token when every token leaves at `level` and little is to be done."""
+    card_s = iteration_s(candidate, level, candidate.reference_batch)
+    return card_s * slowdown(candidate, evaluation)
+
+
+def prompt_share_s(candidate: Candidate, level: int) -> float:
+    """Seconds of its request's prefill that fall to an output token; 0 where lengths are unknown.
+
+    Decoding rows stand still meanwhile, so these seconds are shared with nobody.
+    """
+    tokens = candidate.typical_output_tokens
+    return candidate.prefill_s[level] / tokens if tokens else 0.0
+
+
+def predicted_token_s(
+    candidate: Candidate, level: int, evaluation: Telemetry | None, batch: int
+) -> float:
+    """Seconds of the replica that a token takes where `batch` rows leave at `level` together."""
+    card_s = iteration_s(candidate, level, batch) / batch + prompt_share_s(candidate, level)
+    return card_s * slowdown(candidate, evaluation)
 
 
 def predicted_ttft_s(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:
@@ -57,7 +89,7 @@ def predicted_ttft_s(candidate: Candidate, level: int, evaluation: Telemetry | N
 
 
 def predicted_token_j(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:
-    """Joules per output token when every token leaves at `level`."""
+    """Joules per output token when every token leaves at `level` and little is to be done."""
     card_j = candidate.decode_iteration_j
     if card_j is None:
         raise InputError(
@@ -65,14 +97,19 @@ def predicted_token_j(candidate: Candidate, level: int, evaluation: Telemetry | 
             "its profile was made without an energy meter. Choose another objective, or a profile "
             "whose energy was measured."
         )
-    if evaluation is not None and evaluation.num_tokens and evaluation.energy_j is not None:
+    batch = candidate.reference_batch
+    predicted_j = interpolate(candidate.batches, card_j[level], batch) / batch
+    working_j = None if evaluation is None else evaluation.working_energy_j
+    # A meter too coarse for so short a time has counted nothing, which is no price.
+    if evaluation is not None and evaluation.num_tokens and working_j:
         layers = mean_executed_layers(evaluation)
+        rows = max(1.0, evaluation.mean_batch)
         if layers is not None:
-            at_measured_j = interpolate(candidate.exit_layers, card_j, layers)
+            at_measured_j = read_card(candidate, card_j, layers, rows) / rows
             if at_measured_j > 0:
-                measured_j = evaluation.energy_j / evaluation.num_tokens
-                return measured_j * card_j[level] / at_measured_j
-    return card_j[level] / candidate.reference_batch
+                measured_j = working_j / evaluation.num_tokens
+                return measured_j * (predicted_j / at_measured_j)
+    return predicted_j
 
 
 def memory_bytes(candidate: Candidate, level: int) -> int:
@@ -94,8 +131,10 @@ def score(
     """
     if objective == "throughput":
         batch = min(candidate.batch_limit[level], max_batch)
-        tpot_s = predicted_tpot_s(candidate, level, evaluation)
-        return batch / tpot_s if tpot_s > 0 else math.inf
+        if batch < 1:
+            return 0.0
+        token_s = predicted_token_s(candidate, level, evaluation, batch)
+        return 1.0 / token_s if token_s > 0 else math.inf
     if objective == "response-time":
         return -predicted_ttft_s(candidate, level, evaluation)
     if objective == "energy":
@@ -128,8 +167,29 @@ def describe(objective: Objective, value: float) -> str:
     return f"{brief(-value)} nats per token"
 
 
+def predicted_e2e_s(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:
+    """Seconds to the last token of a typical output at `level`, without queueing.
+
+    Where the typical length is unknown, to the first.
+    """
+    num_gaps = max(0, candidate.typical_output_tokens - 1)
+    first_s = predicted_ttft_s(candidate, level, evaluation)
+    return first_s + num_gaps * predicted_tpot_s(candidate, level, evaluation)
+
+
 def meets_slo(candidate: Candidate, level: int, evaluation: Telemetry | None, slo: Slo) -> bool:
-    """Whether the predicted TTFT and TPOT at `level` keep the service level objectives."""
-    if slo.ttft_s is not None and predicted_ttft_s(candidate, level, evaluation) > slo.ttft_s:
-        return False
-    return slo.tpot_s is None or predicted_tpot_s(candidate, level, evaluation) <= slo.tpot_s
+    """Whether what is predicted at `level` keeps every limit; a mean gap between tokens is a TPOT.
+
+    Nothing that queues and no full batch is in the predictions: who misses a limit here misses it
+    with little to do.
+    """
+    limits = (
+        (slo.ttft_s, predicted_ttft_s),
+        (slo.tpot_s, predicted_tpot_s),
+        (slo.itl_s, predicted_tpot_s),
+        (slo.e2e_s, predicted_e2e_s),
+    )
+    return all(
+        limit_s is None or predict_s(candidate, level, evaluation) <= limit_s
+        for limit_s, predict_s in limits
+    )

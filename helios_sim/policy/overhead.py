@@ -9,7 +9,12 @@ from typing import Final, Literal
 
 from helios_sim.policy.contract import Candidate, ExitMode, Snapshot, Telemetry
 from helios_sim.policy.history import exit_shares
-from helios_sim.policy.objective import predicted_tpot_s, slowdown
+from helios_sim.policy.objective import (
+    iteration_s,
+    predicted_token_s,
+    prompt_share_s,
+    slowdown,
+)
 
 OverheadRule = Literal["expected", "transfer"]
 OVERHEAD_RULES: Final = ("expected", "transfer")
@@ -67,16 +72,18 @@ def overhead_of_load(
 ) -> Overhead:
     """Load the remaining layers: tokens then leave by the candidate's own exit histogram.
 
-    Where nothing was measured every token is taken to need full depth.
+    Where nothing was measured every token is taken to need full depth. Prompts run through all
+    layers that are loaded.
     """
     last = len(candidate.exit_layers) - 1
     batch = 1 if exit_mode is ExitMode.SOLO else batch_of(candidate, last, snapshot)
     shares = exit_shares(evaluation) or (0.0,) * last + (1.0,)
     run_to = iteration_shares(shares, exit_mode, batch)
     card_s = math.fsum(
-        share * seconds for share, seconds in zip(run_to, candidate.decode_iteration_s, strict=True)
+        share * iteration_s(candidate, level, batch) for level, share in enumerate(run_to)
     )
-    token_s = card_s * slowdown(candidate, evaluation) / batch
+    shared_s = card_s / batch + prompt_share_s(candidate, last)
+    token_s = shared_s * slowdown(candidate, evaluation)
     return Overhead(snapshot.load_s[candidate.name][last], snapshot.expected_tokens * token_s)
 
 
@@ -84,5 +91,6 @@ def overhead_of_switch(
     candidate: Candidate, level: int, evaluation: Telemetry | None, snapshot: Snapshot
 ) -> Overhead:
     """Bring in another candidate partially: every token then leaves at that depth."""
-    token_s = predicted_tpot_s(candidate, level, evaluation) / batch_of(candidate, level, snapshot)
+    batch = batch_of(candidate, level, snapshot)
+    token_s = predicted_token_s(candidate, level, evaluation, batch)
     return Overhead(snapshot.load_s[candidate.name][level], snapshot.expected_tokens * token_s)

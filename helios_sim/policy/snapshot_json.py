@@ -133,10 +133,19 @@ def _candidates(data: list[dict[str, Any]]) -> tuple[Candidate, ...]:
 
 
 def _candidate(data: dict[str, Any]) -> Candidate:
-    lists_as_tuples: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in data.items()
-    }
-    return Candidate(**lists_as_tuples)
+    """A card; one that tells iterations at its reference batch alone knows that batch."""
+    if "batches" not in data:
+        tables = {key: data[key] for key in ("decode_iteration_s", "decode_iteration_j")}
+        as_columns = {
+            key: row if row is None else [[one] for one in row] for key, row in tables.items()
+        }
+        data = data | as_columns | {"batches": [data["reference_batch"]]}
+    return Candidate(**{name: _as_tuples(value) for name, value in data.items()})
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists, and lists of them, as the tuples that they were."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _foresight(data: dict[str, list[float]]) -> dict[str, tuple[float, ...]]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from helios_sim.arrivals import ClosedArrivals, DailyArrivals, ScheduleArrivals
 from helios_sim.errors import InputError
-from helios_sim.experiment import prepare
-from helios_sim.scenario import Scenario
+from helios_sim.experiment import expected_serving, prepare
+from helios_sim.scenario import EXPECTED_LENGTHS, Scenario, ServingSettings
 from helios_sim.traces import TraceSettings, read_trace
 from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
 
@@ -252,9 +252,21 @@ class Traffic:
             update={
                 "seed": base.seed + index,
                 "workload": base.workload.model_copy(update=update),
+                "serving": self._expecting(base.serving),
                 "measure": measure,
             }
         )
+
+    def _expecting(self, serving: ServingSettings) -> ServingSettings:
+        """Settings that expect the lengths of all the traffic where they leave them open."""
+        expected = {key: getattr(self._expected, key) for key in EXPECTED_LENGTHS}
+        given = serving.model_dump(include=set(EXPECTED_LENGTHS), exclude_none=True)
+        return serving.model_copy(update=expected | given)
+
+    @cached_property
+    def _expected(self) -> ServingSettings:
+        """The scenario's own settings with the lengths that a policy reckons with."""
+        return expected_serving(self.scenario, self.base_dir, self.where)
 
     def _window(
         self, base: Scenario, index: int, rate_per_s: float | None, num_replicas: int

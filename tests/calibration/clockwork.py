@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from calibration.serving.batching import Decode, Life, Prefill, Row
-from calibration.serving.host import Host, lives_of
+from calibration.serving.host import DrawnJ, Host, lives_of
 from calibration.serving.iteration import Answer, Captures, Outcome
 from helios_sim import cost
 from helios_sim.cards import Room, candidate_card
@@ -285,6 +285,7 @@ def serve_by_clockwork(
     *,
     slo: Slo | None = None,
     timeline_interval_s: float = 1.0,
+    drawn_j: DrawnJ | None = None,
 ) -> ClockworkHost:
     """Serve a workload to its end."""
     clock = Clockwork()
@@ -297,6 +298,7 @@ def serve_by_clockwork(
         clock=clock,
         max_batch=room.serving.max_batch,
         timeline_interval_s=timeline_interval_s,
+        drawn_j=drawn_j,
     )
     host.play()
     assert math.isclose(sum(host.tally.spent_s.values()), host.end_s)

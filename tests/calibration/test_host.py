@@ -54,6 +54,7 @@ POLICIES = [
     ("static-depth", {"model": "large", "depth": 4}),
     ("helios", {}),
     ("helios", {"window_kind": "sliding"}),
+    ("helios", {"overhead_rule": "transfer"}),
     ("always", {}),
     ("never", {}),
 ]
@@ -107,7 +108,8 @@ def seen(snapshot):
     """A snapshot without what rests on a meter and on the order in which seconds are summed."""
 
     def plain(telemetry):
-        return replace(telemetry, energy_j=0.0, duration_s=round(telemetry.duration_s, 9))
+        duration_s = round(telemetry.duration_s, 9)
+        return replace(telemetry, energy_j=0.0, idle_energy_j=0.0, duration_s=duration_s)
 
     return replace(
         snapshot,
@@ -278,7 +280,7 @@ def test_all_events_are_asked_for() -> None:
     assert {entry.event for entry in host.decisions} == set(Event)
 
 
-def host_of(use: str, read_j=None, **serving) -> Host:
+def host_of(use: str, drawn_j=None, **serving) -> Host:
     setup = drifting_setup(**serving)
     requests = drifting_requests(4)
     clock = Clockwork()
@@ -291,7 +293,7 @@ def host_of(use: str, read_j=None, **serving) -> Host:
         clock=clock,
         max_batch=8,
         timeline_interval_s=1.0,
-        read_j=read_j,
+        drawn_j=drawn_j,
     )
 
 
@@ -309,12 +311,34 @@ def test_a_choice_by_energy_is_refused_without_a_meter_and_reads_it_otherwise() 
     by_energy = policy_of("helios", objective="energy")
     with pytest.raises(InputError, match="no energy meter"):
         host_of(by_energy)
-    counted_j = iter(range(0, 10**6, 5))
-    host = host_of(by_energy, read_j=lambda: float(next(counted_j)))
+    host = host_of(by_energy, drawn_j=lambda spans: 5.0 * len(spans))
     host.play()
     told = [one.snapshot.telemetry for one in host.decisions if one.snapshot.telemetry]
     assert told
     assert all(telemetry.energy_j == 5.0 for telemetry in told)
+
+
+def test_both_tell_alike_what_was_drawn_while_no_request_was_there() -> None:
+    setup = drifting_setup()
+    requests = drifting_requests(60, rate_per_s=0.2)
+    run, _ = play(setup, requests, "helios", reassess_requests=20)
+    host = serve_by_clockwork(
+        setup,
+        setup.traces,
+        requests,
+        policy_of("helios", reassess_requests=20),
+        drawn_j=lambda spans: 50.0 * sum(stop_s - start_s for start_s, stop_s in spans),
+    )
+    assert setup.profile.device.idle_w == 50.0
+    told = [
+        [seen.telemetry.idle_energy_j for seen in logged if seen.telemetry]
+        for logged in (
+            [one.snapshot for one in host.decisions],
+            read_snapshots([0] * len(run.decisions), [one.snapshot for one in run.decisions]),
+        )
+    ]
+    assert told[0] == pytest.approx(told[1])
+    assert max(told[0]) > 100.0
 
 
 def test_gaps_are_counted_in_bins_about_one_percent_wide() -> None:

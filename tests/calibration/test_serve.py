@@ -656,6 +656,8 @@ def test_energy_is_read_at_any_time_of_the_run_between_two_readings() -> None:
     energy = RunEnergy(Steady())
     energy.open()
     energy.started(101.0)
+    assert energy.drawn_so_far_j([(0.0, 0.5), (1.0, 2.0)]) == pytest.approx(15.0)
+    assert energy.drawn_so_far_j([]) == 0.0
     energy.close(1.0)
     assert energy.at(2.005) - energy.at(0.0) == pytest.approx(20.05)
     without = RunEnergy(NoMeter("none here"))

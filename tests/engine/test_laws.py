@@ -639,12 +639,28 @@ def test_a_candidate_s_card_pads_typical_rows_and_takes_the_factor_of_each_loade
     profile = replace(profile, models={**profile.models, "large": unlaunched})
     setup = drifting_setup(profile=profile)
     serving = setup.serving
-    tokens = 4 * (serving.expected_prompt_tokens + serving.expected_output_tokens / 2)
+    row_tokens = serving.expected_prompt_tokens + serving.expected_output_tokens / 2
     card = candidate_card(setup, "large")
-    for depth, seconds in zip(card.exit_layers, card.decode_iteration_s, strict=True):
-        layer_s = 2e-5 * tokens * model.residual(4, depth)[4]
-        assert seconds == pytest.approx(0.010 + 4 * 0.0007 + depth * layer_s + 0.005)
+    for depth, by_batch in zip(card.exit_layers, card.decode_iteration_s, strict=True):
+        for asked, seconds in zip(card.batches, by_batch, strict=True):
+            rows = model.padded_rows(asked)[asked]
+            layer_s = 2e-5 * rows * row_tokens * model.residual(asked, depth)[asked]
+            assert seconds == pytest.approx(0.010 + asked * 0.0007 + depth * layer_s + 0.005)
     assert model.residual(4, 2)[4] == pytest.approx(0.6 / 1.1 * model.residual(4, 8)[4])
+
+
+def test_a_candidate_s_card_knows_few_rows_and_as_many_as_each_depth_can_run() -> None:
+    """Powers of two, the reference, and the limits of depths, as far as the largest batch goes."""
+    setup = drifting_setup(profile=both_models(memory_bytes=17_000), max_batch=48)
+    for name in setup.candidates:
+        card = candidate_card(setup, name)
+        most = {min(limit, 48) for limit in card.batch_limit if limit}
+        assert {1, 2, card.reference_batch, *most} <= set(card.batches)
+        assert list(card.batches) == sorted(card.batches)
+        assert card.batches[-1] == max(most)
+        for row in card.decode_iteration_s:
+            assert len(row) == len(card.batches)
+            assert list(row) == sorted(row)
 
 
 def test_more_memory_never_slows_a_run_whose_batch_it_limits() -> None:

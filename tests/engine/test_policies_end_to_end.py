@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -16,7 +17,7 @@ from helios_sim.experiment import prepare, run_policy
 from helios_sim.policy.contract import USUAL_REASSESS_REQUESTS, Event
 from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.records import RunData, check_run
-from helios_sim.scenario import load_scenario
+from helios_sim.scenario import load_scenario, parse_scenario
 from tests.engine.factories import (
     DOMAINS,
     QUICK,
@@ -107,13 +108,72 @@ def test_every_objective_can_be_served(use: str, objective: str) -> None:
     assert data.objective == objective
 
 
+def last_choice(fleet: dict[str, Any], workload: dict[str, Any], **policy: Any) -> Any:
+    """What a policy chose last of a shipped profile's models, with its reason; and its figures."""
+    data = {
+        "name": "choice",
+        "workload": {
+            "prompt": {"kind": "geometric", "mean_tokens": 512, "max_tokens": 1400},
+            "output": {"kind": "geometric", "mean_tokens": 128, "max_tokens": 600},
+            **workload,
+        },
+        "fleet": {**fleet, "weights_start": "host"},
+        "policy": [policy],
+    }
+    question = parse_scenario(data, "choice", Path())
+    result = run_policy(prepare(question, Path()), question.policy[0])
+    return result.run.decisions.row(-1, named=True), result.summary
+
+
+@pytest.mark.parametrize(
+    ("profile", "pair", "depth"),
+    [
+        ("opt-a100-40gb", {"opt-1.3b": 12, "opt-6.7b": 9}, 9),
+        ("layerskip-a100-40gb", {"llama2-7b": 16, "llama2-13b": 16}, 16),
+    ],
+)
+def test_the_throughput_told_of_a_candidate_is_what_its_depth_gives_in_full_batches(
+    profile: str, pair: dict[str, int], depth: int
+) -> None:
+    fleet = {"profile": profile, "candidates": list(pair)}
+    closed = {"kind": "closed", "num_users": 320, "think_s": 0.0}
+    full = {"num_requests": 2500, "arrivals": closed}
+    chosen, _ = last_choice(fleet, full, use="never", depth_rule="fixed", fixed_depth=depth)
+    simulated = {
+        name: last_choice(fleet, full, use="static-depth", model=name, depth=layers)[1]
+        for name, layers in pair.items()
+    }
+    for name, layers in pair.items():
+        told = re.search(rf"{name} at {layers} layers: ([\d,]+) tokens/s", chosen["reason"])
+        assert told
+        per_s = simulated[name]["output_throughput"]
+        assert float(told[1].replace(",", "")) == pytest.approx(per_s, rel=1 / 3)
+    assert chosen["model"] == max(pair, key=lambda name: simulated[name]["output_throughput"])
+
+
+def test_joules_told_of_a_candidate_do_not_hang_on_how_often_requests_come() -> None:
+    """Every ten seconds or twenty a second: between requests a replica idles, or it never does."""
+    told = []
+    for rate_per_s in (0.1, 20.0):
+        poisson = {"kind": "poisson", "rate_per_s": rate_per_s}
+        fleet = {"profile": "opt-a100-40gb", "candidates": ["opt-1.3b"]}
+        workload = {"num_requests": 12, "arrivals": poisson}
+        chosen, _ = last_choice(fleet, workload, use="never", objective="energy")
+        told.append(float(re.search(r"([\d.]+) J per token", chosen["reason"])[1]))  # type: ignore[index]
+    assert told[0] == pytest.approx(told[1], rel=0.4)
+
+
 def test_helios_does_all_it_can_do_on_a_drifting_workload() -> None:
-    """Evaluations, loads after breaches and switches all happen: the other tests test something."""
-    _, data = play(drifting_setup(), drifting_requests())
+    """Evaluations, loads after breaches and switches all happen: the other tests test something.
+
+    Transfers are compared alone, since over a whole interval a load hardly ever pays.
+    """
+    _, data = play(drifting_setup(), drifting_requests(), overhead_rule="transfer")
     assert set(data.decisions["event"]) == {"start", "evaluated", "breached", "reassess"}
     assert {"evaluate", "serve"} < set(data.decisions["decision"])
     totals = data.totals
-    assert min(totals.num_evaluations, totals.num_breach_events, totals.num_loads) > 0
+    assert min(totals.num_evaluations, totals.num_breach_events) > 0
+    assert min(totals.num_switches, totals.num_loads) > 0
     evaluated = data.requests.filter(pl.col("evaluated"))
     assert evaluated.height == 2 * totals.num_evaluations
 

@@ -62,6 +62,7 @@ def test_without_a_meter_a_policy_is_told_of_no_joules() -> None:
         if snapshot.event is not Event.START:
             assert snapshot.telemetry is not None
             assert snapshot.telemetry.energy_j is None
+            assert snapshot.telemetry.idle_energy_j is None
 
 
 def test_without_a_meter_the_objective_energy_is_refused_with_what_helps() -> None:

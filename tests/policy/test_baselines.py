@@ -141,7 +141,7 @@ def test_of_equal_candidates_the_clairvoyant_takes_the_first_by_name() -> None:
 def test_the_clairvoyant_takes_a_model_that_keeps_the_slo_at_the_depth_it_would_load() -> None:
     """Both do at their shallowest exit; the larger one not where its coming tokens leave."""
     coming = {SMALL.name: (1.0, 0.0, 0.0), LARGE.name: (0.0, 0.0, 1.0)}
-    slo = Slo(tpot_s=LARGE.decode_iteration_s[0])
+    slo = Slo(tpot_s=LARGE.decode_iteration_s[0][0])
     policy = make_policy("clairvoyant", {"objective": "quality"})
     decision, _ = ScriptedHost(policy, PAIR).ask(Event.START, foresight=coming)
     assert replace(decision, reason="") == Serve(LARGE.name, 32, PARTIAL, "")

@@ -245,6 +245,22 @@ def test_logs_of_several_replicas_are_told_apart() -> None:
     assert read_snapshots([replica for replica, _ in order], lines) == [seen for _, seen in order]
 
 
+def test_a_logged_card_of_iterations_at_one_batch_knows_that_batch() -> None:
+    """One number an exit, at the reference batch."""
+    seen = ScriptedHost(Helios(), (replace(SMALL, reference_batch=4, batches=(4,)),)).ask(
+        Event.START
+    )[1]
+    told = json.loads(snapshot_to_json(seen))
+    (card,) = told["candidates"]
+    del card["batches"]
+    for key in ("decode_iteration_s", "decode_iteration_j"):
+        card[key] = [one for (one,) in card[key]]
+    assert snapshot_from_json(json.dumps(told)) == seen
+    card["decode_iteration_j"] = None
+    (unmetered,) = snapshot_from_json(json.dumps(told)).candidates
+    assert unmetered == replace(seen.candidates[0], decode_iteration_j=None)
+
+
 def test_a_logged_snapshot_replays_to_the_same_decision() -> None:
     """Written as strict JSON and read back, snapshots are equal and give equal decisions."""
     for name in ("helios", "clairvoyant"):

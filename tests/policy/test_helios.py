@@ -136,7 +136,7 @@ class TestAlgorithm:
 
     def test_only_the_best_three_are_evaluated(self) -> None:
         """TopK = 3 of four candidates of one tokenizer, in the order of the objective."""
-        fourth = replace(SMALL, name="slow", decode_iteration_s=(0.1, 0.2, 0.3))
+        fourth = replace(SMALL, name="slow", decode_iteration_s=((0.1,), (0.2,), (0.3,)))
         host = ScriptedHost(Helios(), (fourth, *PAIR, MIDDLE), max_batch=1)
         decisions = [decision for decision, _ in host.round(Event.START)]
         evaluated = [d.model for d in decisions if isinstance(d, Evaluate)]
@@ -283,6 +283,27 @@ class TestOverhead:
         solo = overhead_of_load(SMALL, EVALUATIONS[SMALL.name], ExitMode.SOLO, asked)
         assert solo.serving_s == pytest.approx(10.296)
 
+    def test_a_reaction_is_timed_at_the_batch_that_shares_its_iterations(self) -> None:
+        """At four rows an iteration takes twice as long, so a row saves half of what it did."""
+        asked = snapshot(max_batch=4, num_waiting=9)
+        table = tuple((row[0], 2 * row[0]) for row in LARGE.decode_iteration_s)
+        steep = replace(LARGE, batches=(1, 4), decode_iteration_s=table)
+        switch = overhead_of_switch(steep, 0, EVALUATIONS[LARGE.name], replace(asked, history={}))
+        alone = overhead_of_switch(steep, 0, None, snapshot(max_batch=1))
+        assert alone.serving_s == pytest.approx(9.0)
+        assert switch.serving_s == pytest.approx(9.0 / 2)
+        load = overhead_of_load(steep, None, ExitMode.WAIT, asked)
+        assert load.serving_s == pytest.approx(32.0 / 2)
+
+    def test_prompts_are_charged_at_the_layers_that_each_reaction_leaves_loaded(self) -> None:
+        """Ten tokens a request: 48 ms of prefill at 24 layers, 18 ms at nine of the other."""
+        small = replace(SMALL, typical_output_tokens=10)
+        large = replace(LARGE, typical_output_tokens=10)
+        load = overhead_of_load(small, EVALUATIONS[SMALL.name], ExitMode.WAIT, snapshot())
+        assert load.serving_s == pytest.approx(10.296 + 4.8)
+        switch = overhead_of_switch(large, 0, EVALUATIONS[LARGE.name], snapshot())
+        assert switch.serving_s == pytest.approx(9.0 + 1.8)
+
     def test_a_batch_is_no_larger_than_the_memory_beside_the_weights(self) -> None:
         """Of ten requests four may run together, and two fit at nine layers."""
         asked = snapshot(max_batch=4, num_waiting=9)
@@ -320,6 +341,58 @@ class TestObjective:
         assert score("throughput", SMALL, 0, None, 3) == pytest.approx(500.0)
         narrow = replace(SMALL, batch_limit=(2, 1, 1))
         assert score("throughput", narrow, 0, None, 3) == pytest.approx(2 / 0.006)
+
+    def test_throughput_is_predicted_at_the_batch_that_it_takes_for_granted(self) -> None:
+        """Ten ms for one row and 40 for 16: 16 rows give 400 tokens a second, not 1,600."""
+        flat = replace(SMALL, batches=(1, 16), decode_iteration_s=((0.01, 0.04),) * 3)
+        assert score("throughput", flat, 0, None, 16) == pytest.approx(400.0)
+        assert score("throughput", flat, 0, None, 6) == pytest.approx(6 / 0.02)
+
+    def test_tokens_bear_the_prefill_of_their_request(self) -> None:
+        """Six ms shared by two rows and 12 ms of prefill over four tokens: six ms a token."""
+        card = replace(SMALL, typical_output_tokens=4)
+        assert card.prefill_s[0] == 0.012
+        assert score("throughput", card, 0, None, 2) == pytest.approx(1 / 0.006)
+
+    def test_the_model_whose_iterations_grow_with_rows_loses_in_a_full_batch(self) -> None:
+        """Alone the large one is faster; with 16 rows its iterations take four times as long."""
+        steep = replace(
+            LARGE,
+            batches=(1, 4, 16),
+            decode_iteration_s=((0.005, 0.006, 0.020), (0.01,) * 3, (0.02,) * 3),
+        )
+        for max_batch, winner in ((1, LARGE.name), (16, SMALL.name)):
+            found = make_shortlist((SMALL, steep), Slo(), "throughput", max_batch, 1)
+            assert [c.name for c in found.candidates] == [winner]
+
+    def test_a_measurement_is_compared_with_the_card_at_the_rows_that_ran(self) -> None:
+        """Forty ms a token is what the card says of 16 rows: nothing is slower than told."""
+        card = replace(SMALL, batches=(1, 16), decode_iteration_s=((0.01, 0.04),) * 3)
+        crowded = replace(example_evaluation(SMALL, SMALL_EXITS, mean_tpot_s=0.04), mean_batch=16.0)
+        assert slowdown(card, crowded) == pytest.approx(1.0)
+        assert slowdown(card, replace(crowded, mean_batch=1.0)) == pytest.approx(4.0)
+
+    def test_joules_are_compared_at_the_rows_that_ran_and_told_at_the_reference(self) -> None:
+        """Sixteen rows at 8 J an iteration are as dear as told, so a token alone takes 2 J."""
+        card = replace(SMALL, batches=(1, 16), decode_iteration_j=((2.0, 8.0),) * 3)
+        crowded = replace(
+            example_evaluation(SMALL, SMALL_EXITS, energy_j=1000 * 0.5), mean_batch=16.0
+        )
+        assert score("energy", card, 0, crowded, 16) == pytest.approx(-2.0)
+
+    def test_waiting_for_requests_makes_nobody_dear(self) -> None:
+        """Ninety per cent of the joules were drawn while no request was there."""
+        busy = example_evaluation(SMALL, SMALL_EXITS, energy_j=1000.0)
+        rare = replace(busy, energy_j=10_000.0, idle_energy_j=9000.0)
+        told = [score("energy", SMALL, 0, evaluation, 1) for evaluation in (busy, rare)]
+        assert told[0] == told[1]
+        assert replace(rare, energy_j=None, idle_energy_j=None).working_energy_j is None
+
+    def test_a_meter_that_counted_nothing_yet_makes_nobody_free(self) -> None:
+        """The card speaks until it has: 200 W for 6 ms."""
+        for drawn in ({"energy_j": 0.0}, {"energy_j": 5.0, "idle_energy_j": 5.0}):
+            unread = replace(EVALUATIONS[SMALL.name], **drawn)
+            assert score("energy", SMALL, 0, unread, 1) == pytest.approx(-1.2)
 
     def test_a_slower_measurement_slows_every_depth_alike(self) -> None:
         """20.592 ms measured where the card says 10.296: twice the time at any depth."""
@@ -410,8 +483,20 @@ class TestShortlist:
         assert meets_slo(LARGE, 0, None, Slo(ttft_s=0.0181, tpot_s=0.0091))
 
     def test_a_limit_that_is_reached_to_the_bit_is_kept(self) -> None:
-        card = Slo(ttft_s=LARGE.prefill_s[0], tpot_s=LARGE.decode_iteration_s[0])
+        card = Slo(ttft_s=LARGE.prefill_s[0], tpot_s=LARGE.decode_iteration_s[0][0])
         assert meets_slo(LARGE, 0, None, card)
+
+    def test_a_limit_on_gaps_between_tokens_bounds_as_one_on_tpot_does(self) -> None:
+        """9 ms a token miss gaps of 8 ms."""
+        found = make_shortlist((SMALL, MIDDLE, LARGE), Slo(itl_s=0.008), "throughput", 1, 3)
+        assert [c.name for c in found.candidates] == [SMALL.name, MIDDLE.name]
+
+    def test_a_limit_on_the_whole_response_counts_its_typical_output(self) -> None:
+        """18 ms to the first token and ten more of 9 ms miss 100 ms; 12 ms and ten of 6 do not."""
+        cards = [replace(c, typical_output_tokens=11) for c in (SMALL, MIDDLE, LARGE)]
+        assert meets_slo(cards[2], 0, None, Slo(e2e_s=0.1081))
+        found = make_shortlist(cards, Slo(e2e_s=0.1), "throughput", 1, 3)
+        assert [c.name for c in found.candidates] == [SMALL.name, MIDDLE.name]
 
     def test_an_slo_that_nobody_meets_takes_the_best_and_says_so(self) -> None:
         """One candidate goes on, and the reason names the broken promise."""

@@ -401,6 +401,23 @@ def test_samples_of_drawn_traffic_are_seeds_at_the_rate_asked_for(tmp_path: Path
     assert sample.measure.warmup_requests == pytest.approx(0.1 * num_requests, abs=1.0)
 
 
+def test_every_sample_expects_the_lengths_of_all_the_traffic(tmp_path: Path) -> None:
+    """Not those of its own seed; what the scenario gives stays."""
+    drawn = scenario(tmp_path)
+    lengths = {"kind": "uniform", "min_tokens": 1, "max_tokens": 1000}
+    workload = drawn.workload.model_dump(exclude_none=True) | {"prompt": lengths}
+    base = scenario(tmp_path, workload=workload, serving={"expected_output_tokens": 9})
+    traffic = Traffic(base, tmp_path, "x.toml", 50, 4, 0.1)
+    of_base = prepare(base, tmp_path).setup.serving
+    own = set()
+    for index in range(3):
+        sample = traffic.sample(base, index, 7.0)
+        assert sample.serving.expected_prompt_tokens == of_base.expected_prompt_tokens
+        assert sample.serving.expected_output_tokens == 9
+        own.add(prepare(sample, tmp_path).requests(sample.seed)[0].mean_prompt_tokens)
+    assert len(own) == 3
+
+
 def test_a_closed_loop_has_no_rate_to_search(tmp_path: Path) -> None:
     closed = scenario(
         tmp_path,
