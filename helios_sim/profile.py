@@ -798,13 +798,15 @@ def _parse_device(reader: _Reader, node: Any) -> Device:
     keys = ("name", "num_gpus", "memory_bytes", "idle_w", "active_w", "load_w")
     table = reader.table(node, "device", keys)
     watts = {key: reader.energy(table[key], f"device.{key}", key) for key in _WATTS}
-    idle_w, active_w = watts["idle_w"], watts["active_w"]
-    if idle_w is not None and active_w is not None and active_w < idle_w:
-        raise reader.fail(
-            "device.active_w",
-            f"The value {active_w:g} was given; it includes the idle power, so it must "
-            f"be at least idle_w ({idle_w:g}).",
-        )
+    idle_w = watts["idle_w"]
+    for key in ("active_w", "load_w"):
+        power_w = watts[key]
+        if idle_w is not None and power_w is not None and power_w < idle_w:
+            raise reader.fail(
+                f"device.{key}",
+                f"The value {power_w:g} was given; it includes the idle power, so it must "
+                f"be at least idle_w ({idle_w:g}).",
+            )
     return Device(
         name=reader.text(table["name"], "device.name"),
         num_gpus=reader.whole(table["num_gpus"], "device.num_gpus", 1),

@@ -340,6 +340,7 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ("half a byte", "device/memory_bytes/value", 1.5, "must be whole"),
     ("no memory", "device/memory_bytes/value", 0, "must be greater"),
     ("active below idle power", "device/active_w/value", 1.0, "at least idle_w"),
+    ("loading below idle power", "device/load_w/value", 1.0, "at least idle_w"),
     ("an unknown family", "models/opt-1.3b/shape/family", "gpt", "allowed are 'opt', 'llama'"),
     ("a threshold above 1", "models/opt-1.3b/confidence/default_threshold/value", 1.5, "at most 1"),
     ("buckets that fall", "models/opt-1.3b/batch_buckets", [4, 2], "must rise"),
