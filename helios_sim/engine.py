@@ -266,6 +266,7 @@ class Replica:
         load_j = (self.run.setup.profile.device.load_w - self.record.idle_w) * moving_s
         self.totals.energy_load_j += load_j
         if overlaps:
+            self.note_weights(self.weight_bytes + entry.moved_bytes)
             stage_blocks(self.record, staged)
             self.hold_questions()
             yield from self.serve(ready_s)
@@ -350,7 +351,11 @@ class Replica:
         self.assignment = assignment
         self.weight_bytes = self.run.weight_bytes[assignment.model, assignment.depth]
         self.block_bytes = place.block_bytes
-        self.totals.peak_weight_bytes = max(self.totals.peak_weight_bytes, self.weight_bytes)
+        self.note_weights(self.weight_bytes)
+
+    def note_weights(self, num_bytes: int) -> None:
+        """Keep the most bytes of weights that were on this replica at once."""
+        self.totals.peak_weight_bytes = max(self.totals.peak_weight_bytes, num_bytes)
 
     def aim(self, decision: Decision) -> None:
         """Tell the batch loop when to come back."""

@@ -272,6 +272,7 @@ class Host(Replica):
             self.tally.book("load", self.clock.now_s())
             self.sample("loading")
             return self.tally.booked_s
+        self.note_weights(self.weight_bytes + entry.moved_bytes)
         self.batch.stage(staged)
         self.hold_questions()
         self.transfer = transfer = self.weights.begin(name, depth)
@@ -337,7 +338,11 @@ class Host(Replica):
         self.window.clear()
         self.assignment = assignment
         self.weight_bytes = self.weights.loaded_bytes
-        self.tally.peak_weight_bytes = max(self.tally.peak_weight_bytes, self.weight_bytes)
+        self.note_weights(self.weight_bytes)
+
+    def note_weights(self, num_bytes: int) -> None:
+        """Keep the most bytes of weights that were on the device at once."""
+        self.tally.peak_weight_bytes = max(self.tally.peak_weight_bytes, num_bytes)
 
     def aim(self, decision: Decision) -> None:
         """Say when the policy is to be asked again."""
