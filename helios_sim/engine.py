@@ -70,7 +70,6 @@ class Setup(Room):
     measure: MeasureSettings
     slo: Slo
     seed: int
-    domains: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ class Experiment:
     scenario: Scenario
     base_dir: Path
     setup: Setup
-    notes: tuple[str, ...]
     where: str = "scenario"
 
     def requests(self, seed: int) -> tuple[Requests, int]:
@@ -87,7 +86,7 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
         slo=policy_slo(scenario.slo_spec),
         seed=scenario.seed,
     )
-    return Experiment(scenario, base_dir, setup, tuple(scenario.notes), where)
+    return Experiment(scenario, base_dir, setup, where)
 
 
 MAX_TRACES: Final = 8
