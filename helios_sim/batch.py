@@ -968,7 +968,7 @@ def start_iteration(w: World, r: int, rep: Any) -> bool:
                 start_prefill(w, r, rep, count)
                 return True
         elif rep.num_rows == 0:
-            count = admit_prompts(w, r, rep, 1 << 60)
+            count = admit_prompts(w, r, rep, NEVER)
             rep.static_rows = count
             if count > 0:
                 start_prefill(w, r, rep, count)

@@ -46,6 +46,7 @@ from helios_sim.state import (
     BREACHED,
     EXIT_MODES,
     LOADING_STATE,
+    NEVER,
     NLL_UNITS_PER_NAT,
     OUT_OF_WORK,
     UNSENT,
@@ -54,7 +55,7 @@ from helios_sim.state import (
     live_record,
 )
 from helios_sim.workload import Requests
-from helios_sim.world import UNBOUNDED, build_world, parking_lot, trace_tables
+from helios_sim.world import build_world, parking_lot, trace_tables
 
 Process = Generator[simpy.Event, Any, Any]
 
@@ -328,8 +329,8 @@ class Replica:
         """Serve on without asking while a decision is carried out."""
         self.record.watching = self.record.tripped = 0
         self.record.evaluating = 0
-        self.record.quota = UNBOUNDED
-        self.record.finish_target = UNBOUNDED
+        self.record.quota = NEVER
+        self.record.finish_target = NEVER
 
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""
@@ -365,10 +366,8 @@ class Replica:
             rep.watching = 0
             return
         watching = self.policy.watching
-        rep.quota = UNBOUNDED
-        rep.finish_target = (
-            UNBOUNDED if self.until_reassessment is None else self.until_reassessment
-        )
+        rep.quota = NEVER
+        rep.finish_target = NEVER if self.until_reassessment is None else self.until_reassessment
         rep.watching = int(watching.breach_window_tokens is not None)
 
     def serve(self, until_s: float) -> Process:

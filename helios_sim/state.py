@@ -16,7 +16,7 @@ NOBODY: Final = -1
 """The end of a linked list of requests."""
 
 NEVER: Final = 1 << 60
-"""A tick, a quota or a target that is never reached."""
+"""A tick, a quota, a target or a budget that is never reached."""
 
 UNKNOWN: Final = -NEVER
 """The longest row's lead where it has to be looked up."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from calibration.serving.batching import NEVER, Decode, Life, Prefill, Row
+from calibration.serving.batching import Decode, Life, Prefill, Row
 from calibration.serving.iteration import EXITS_ACTIVE, Machine, Stepper, split_pays
 from calibration.serving.replica import Clock, Replica
 from calibration.serving.tally import NLL_UNITS_PER_NAT, Sample
@@ -35,6 +35,7 @@ from helios_sim.policy.contract import (
     Telemetry,
 )
 from helios_sim.policy.controller import Controller
+from helios_sim.state import NEVER
 from helios_sim.workload import Requests
 
 
