@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +14,7 @@ import polars as pl
 
 from helios_sim.cards import check_room, policy_slo, room_of
 from helios_sim.engine import Run, Setup, simulate
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
 from helios_sim.metrics import aggregate, summarise
@@ -117,10 +116,8 @@ def _check_published(scenario: Scenario, where: str) -> None:
         kind, _ = SUMMARY_KINDS.get(key, ("text", False))
         if kind not in (("numbers", "tables") if dot else ("whole", "number")):
             numbers = [name for name, (kind, _) in SUMMARY_KINDS.items() if kind == "number"]
-            near = get_close_matches(key, numbers, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(
-                f"{entry.figure!r} is no number of a summary.{hint}",
+                f"{entry.figure!r} is no number of a summary.{did_you_mean(key, numbers)}",
                 f"{where}, published.{index}.figure",
             )
 

@@ -315,7 +315,7 @@ def test_a_shipped_profile_generates_the_positions_it_asks_for() -> None:
     traces = load_traces(load_profile("opt-a100-40gb"))
     assert traces.origin == "markov"
     assert traces.num_positions == opt_spec().num_positions
-    with pytest.raises(InputError, match="did you mean"):
+    with pytest.raises(InputError, match="Did you mean"):
         load_traces(load_profile("opt-a100-40gb"), ["opt-6.7"])
 
 
