@@ -29,3 +29,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A space and "Did you mean ...?", or nothing where no known word is near."""
     near = get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def install_command(*extras: str) -> str:
+    """What installs extras of this program: no package index has it, so its clone does."""
+    return f"pip install -e '.[{','.join(extras)}]' in the clone"
