@@ -137,8 +137,8 @@ class Clock:
 
 
 @dataclass
-class Host:
-    """A machine whose replicas share one disk and one link to their GPUs, first come first."""
+class HostLinks:
+    """The disk and the link to the GPUs that a machine's replicas share, first come first."""
 
     disk_free_s: float = 0.0
     link_free_s: float = 0.0
@@ -149,7 +149,7 @@ class Host:
 class Replica:
     """One serving replica: its controller decides, this carries out and logs."""
 
-    def __init__(self, index: int, run: Run, host: Host, policy: Policy) -> None:
+    def __init__(self, index: int, run: Run, host: HostLinks, policy: Policy) -> None:
         self.index = index
         self.run = run
         self.host = host
@@ -594,7 +594,7 @@ class Run:
         self.next_arrival_s = math.inf
         self.parking = parking_lot(setup.fleet.num_replicas)
         per_host = setup.fleet.replicas_per_host
-        hosts = [Host() for _ in range(-(-setup.fleet.num_replicas // per_host))]
+        hosts = [HostLinks() for _ in range(-(-setup.fleet.num_replicas // per_host))]
         if setup.fleet.weights_start == "host":
             for host in hosts:
                 host.in_memory_s.update(dict.fromkeys(names, 0.0))

@@ -308,8 +308,8 @@ class World(NamedTuple):
     """i4, (R, S): slots of the running rows in order of admission, then the free slots"""
     lanes: Any
     """i8, (R, S), in that order: a decoding row's place in the exit trace, less the ticks"""
-    block_phases: Any
-    """i8, (R, block_tokens): how many decoding rows there are of each block phase"""
+    block_offsets: Any
+    """i8, (R, block_tokens): how many decoding rows there are of each block offset"""
     requests: Any
     """REQUEST, (N,)"""
     coefficients: Any

@@ -189,7 +189,7 @@ def build_world(
         rows=records((num_replicas, num_rows), ROW),
         order=np.tile(np.arange(num_rows, dtype=np.int32), (num_replicas, 1)),
         lanes=np.zeros((num_replicas, num_rows), np.int64),
-        block_phases=np.zeros((num_replicas, serving.block_tokens), np.int64),
+        block_offsets=np.zeros((num_replicas, serving.block_tokens), np.int64),
         requests=request_records(requests, tables),
         coefficients=np.array([model.coefficient_array() for model in models]).reshape(
             len(models), len(COEFFICIENTS)
