@@ -372,29 +372,39 @@ class Replica:
 
     def serve(self, until_s: float) -> Process:
         """Serve until somebody must decide, the work runs out, or the clock reaches `until_s`."""
+        cause = yield from self.work_off(until_s)
+        if cause not in _WAITS:
+            yield self.run.clock.at(self.record.now_s)
+            return cause
+        if until_s == math.inf:
+            return OUT_OF_WORK
+        yield self.run.clock.at(until_s)
+        if self.record.phase == BETWEEN and self.record.now_s < until_s:
+            self.run.loop.pass_idle_time(self.record, until_s)
+        return AT_HORIZON
+
+    def work_off(self, until_s: float) -> Process:
+        """Carry on what is here and what is routed here before `until_s`; returns what ended it."""
+        run = self.run
+        while True:
+            cause = self.advance(min(until_s, run.next_arrival_s))
+            if cause not in _WAITS or run.next_arrival_s >= until_s:
+                return cause
+            cause = yield from self.park(until_s)
+            if cause not in _WAITS:
+                return cause
+
+    def advance(self, limit_s: float) -> int:
+        """Let the loop carry this replica on to `limit_s` in slices; returns why it stopped."""
         run, rep = self.run, self.record
         cut_s = rep.now_s
         while True:
-            limit_s = min(until_s, run.next_arrival_s)
             # The cut moves on even where an iteration or an idle time outlasts the slice.
             cut_s = max(cut_s, rep.now_s) + max(run.slice_s, rep.now_s / 200)
-            cause = int(self.run.loop.advance(run.world, self.index, min(limit_s, cut_s)))
-            if cause == AT_HORIZON and cut_s < limit_s:
-                run.report_progress()
-                continue
-            if cause in _WAITS and run.next_arrival_s < until_s:
-                cause = yield from self.park(until_s)
-                if cause in _WAITS:
-                    continue
-            if cause not in _WAITS:
-                yield run.clock.at(rep.now_s)
+            cause = int(run.loop.advance(run.world, self.index, min(limit_s, cut_s)))
+            if cause != AT_HORIZON or cut_s >= limit_s:
                 return cause
-            if until_s == math.inf:
-                return OUT_OF_WORK
-            yield run.clock.at(until_s)
-            if rep.phase == BETWEEN and rep.now_s < until_s:
-                self.run.loop.pass_idle_time(self.record, until_s)
-            return AT_HORIZON
+            run.report_progress()
 
     def park(self, until_s: float) -> Process:
         """Let arriving requests carry this replica on, with the others; returns what stopped it."""
