@@ -760,6 +760,34 @@ def remaining_seconds(w: World, rep: Any, next_level: int, batch: float, layer_s
 
 
 @compiled
+def num_confident(w: World, r: int, rep: Any, level: int) -> int:
+    """Rows of the pass under way that are confident at this exit or at one before."""
+    levels = w.leaving_level[rep.model, rep.column]
+    leaving = 0
+    for k in range(rep.num_ready):
+        own = levels[w.lanes[r, k] + rep.ticks]
+        if w.rows[r, w.order[r, k]].runs and own <= level:
+            leaving += 1
+    return leaving
+
+
+@compiled
+def split_company(w: World, r: int, rep: Any, passed: int, level: int, all_leave: bool) -> None:
+    """Mark who leaves at this exit, the confident or all; the others are held after it."""
+    levels = w.leaving_level[rep.model, rep.column]
+    for k in range(rep.num_ready):
+        row = w.rows[r, w.order[r, k]]
+        if row.runs:
+            if all_leave or levels[w.lanes[r, k] + rep.ticks] <= level:
+                row.leaves_at = level + 1
+                w.exit_counts[r, rep.model, level] += 1
+            else:
+                if passed == 0:
+                    w.block_offsets[r, block_offset(rep, row)] -= 1
+                row.held = level + 1
+
+
+@compiled
 def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     """Start an iteration of the rows that have passed `passed` exits, up to the first split.
 
@@ -773,7 +801,6 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     layer_s, regime = cost.layer_seconds(c, padded, float(context), padded * longest, 0.0, 0.0, 0.0)
     layer_s = layer_s * w.residual[model, rep.level, batch]
     layer_j = cost.layer_joules(c, padded, float(context), padded * longest, 0.0, 0.0)
-    levels = w.leaving_level[model, rep.column]
     begin_s = cost.begin_seconds(c)
     seconds = begin_s
     joules = 0.0
@@ -791,11 +818,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         else:
             seconds = seconds + cost.check_seconds(c, float(batch))
             joules = joules + cost.check_joules(c, padded)
-            leaving = 0
-            for k in range(rep.num_ready):
-                own = levels[w.lanes[r, k] + rep.ticks]
-                if w.rows[r, w.order[r, k]].runs and own <= level:
-                    leaving += 1
+            leaving = num_confident(w, r, rep, level)
         if leaving == batch:
             break
         if leaving > 0:
@@ -811,16 +834,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     seconds = seconds + cost.told_seconds(c, float(leaving))
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
-    for k in range(rep.num_ready):
-        row = w.rows[r, w.order[r, k]]
-        if row.runs:
-            if leaving == batch or levels[w.lanes[r, k] + rep.ticks] <= level:
-                row.leaves_at = level + 1
-                w.exit_counts[r, model, level] += 1
-            else:
-                if passed == 0:
-                    w.block_offsets[r, block_offset(rep, row)] -= 1
-                row.held = level + 1
+    split_company(w, r, rep, passed, level, leaving == batch)
     joules = cost.iteration_joules(c, seconds, joules)
     captured_s = capture(w, r, rep, passed, passed, level, padded, leavers)
     if captured_s > 0.0:
