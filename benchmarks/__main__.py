@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.cases import all_cases, chosen
-from benchmarks.measure import MeasurementError, available, measure, probe
+from benchmarks.measure import MeasurementError, measure, probe
 from benchmarks.results import gather, read_baseline, write_document
 from benchmarks.tables import page
 
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and report; 1 if a case could not be measured, 2 if none was asked for."""
     given = parser().parse_args(arguments)
-    picked = available(chosen(all_cases(), given.quick, given.only))
+    picked = chosen(all_cases(), given.quick, given.only)
     if not picked:
         print(f"No case holds {given.only!r}; --list names them all.", file=sys.stderr)
         return 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import resource
@@ -154,12 +153,6 @@ def measure(
             except MeasurementError as error:
                 one.failure = str(error)
     return measured
-
-
-def available(chosen: Sequence[Case]) -> list[Case]:
-    """The cases that this version of the program has something to run for."""
-    has_sweep = importlib.util.find_spec("helios_sim.sweep") is not None
-    return [case for case in chosen if case.kind != "sweep" or has_sweep]
 
 
 def _sample(case: Case, conditions: Conditions) -> dict[str, Any]:

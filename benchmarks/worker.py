@@ -7,14 +7,13 @@ compiled code.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,11 +147,21 @@ def reference_job(job: Job) -> Figures:
 
 def sweep_job(job: Job) -> Figures:
     """A sweep over scenarios, and the share of its processors' time that its processes used."""
-    module = importlib.import_module("helios_sim.sweep")
-    points = [scenario_from(data) for data in job["scenarios"]]
+    from helios_sim.search.executors import open_workers
+    from helios_sim.search.points import Figures as Found
+    from helios_sim.search.points import Point, point_of
+    from helios_sim.search.store import Store
+    from helios_sim.search.studies import Outcome, Study, carry_out, figures_of
+
+    points = [point_of(scenario_from(data), ROOT / "scenarios") for data in job["scenarios"]]
+
+    def steps() -> Generator[Sequence[Point], list[Outcome], list[Found]]:
+        return figures_of((yield points))
+
     startup_s = time.time() - job["started_at_s"]
     before_s, since_s = _children_cpu_s(), time.perf_counter()
-    module.run_sweep(points, ROOT / "scenarios", num_processes=SWEEP_PROCESSES)
+    with open_workers(SWEEP_PROCESSES) as workers:
+        carry_out([Study("sweep", steps(), len(points))], workers, Store())
     seconds = time.perf_counter() - since_s
     return {
         "seconds": seconds,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from helios_sim.command import WithVersion, run_app
+from helios_sim.errors import install_command
 
 app = typer.Typer(
     name="helios-calibrate",
@@ -39,7 +40,7 @@ def environment() -> None:
     if found.no_gpu_reason:
         typer.echo(f"No GPU: {found.no_gpu_reason}.")
     if found.missing_packages:
-        typer.echo("Install what is missing with: pip install 'helios-sim[calibration]'")
+        typer.echo(f"What is missing is installed with {install_command('calibration')}.")
 
 
 @app.command()

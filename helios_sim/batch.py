@@ -5,6 +5,14 @@ Between two decisions a replica's future is fixed: only its own queue, pool and 
 starts. Cutting the advance at any time changes nothing, because whatever starts is finished by a
 later call exactly as by the same one. The rules come from `policy.rules` and the costs from
 `cost`, compiled here as they stand.
+
+`w` is the world, `r` the number of a replica and `rep` its record, `i` the number of a request, and
+`k` the place of a row among the replica's running ones, in order of admission. A row is a running
+request; its *slot* in `w.rows` never changes while its place does. A *tick* is an iteration that
+decodes, and what would grow by one with each is kept less the ticks, so that nothing is written:
+a row's *lane* is its place in the exit trace, its *lead* the tokens in its KV cache, its *block
+offset* where these stand in their last block. A *turn* is the tick at which some row ends or
+reaches the end of its domain's trace. Under `rebatch` a *company* are rows that run together.
 """
 
 from __future__ import annotations
@@ -370,7 +378,7 @@ def row_blocks(rep: Any, row: Any) -> int:
 
 
 @compiled
-def block_phase(rep: Any, row: Any) -> int:
+def block_offset(rep: Any, row: Any) -> int:
     """Where a decoding row's KV stands in its last block, less the ticks: so it never moves."""
     return lead(row) % rep.block_tokens
 
@@ -378,7 +386,7 @@ def block_phase(rep: Any, row: Any) -> int:
 @compiled
 def full_rows(w: World, r: int, rep: Any) -> int:
     """Decoding rows that begin a token now and whose last block is full."""
-    return w.block_phases[r, -rep.ticks % rep.block_tokens]
+    return w.block_offsets[r, -rep.ticks % rep.block_tokens]
 
 
 @compiled
@@ -388,7 +396,7 @@ def join(w: World, r: int, rep: Any, row: Any, k: int) -> None:
     row.first_tick = rep.ticks
     row.layers_mark = rep.cumulative_layers
     w.lanes[r, k] = row.place - rep.ticks
-    w.block_phases[r, block_phase(rep, row)] += 1
+    w.block_offsets[r, block_offset(rep, row)] += 1
     rep.context_sum += row.context
     count_lead(rep, row)
     rep.num_ready += 1
@@ -410,7 +418,7 @@ def leave(w: World, r: int, rep: Any, k: int) -> Any:
         forget_lead(rep, row)
         rep.num_ready -= 1
         if row.held == 0:
-            w.block_phases[r, block_phase(rep, row)] -= 1
+            w.block_offsets[r, block_offset(rep, row)] -= 1
         if rep.recompute_kv:
             rep.pending_sum -= min(rep.ticks - row.first_tick, rep.partial_ticks)
     rep.num_rows -= 1
@@ -752,6 +760,34 @@ def remaining_seconds(w: World, rep: Any, next_level: int, batch: float, layer_s
 
 
 @compiled
+def num_confident(w: World, r: int, rep: Any, level: int) -> int:
+    """Rows of the pass under way that are confident at this exit or at one before."""
+    levels = w.leaving_level[rep.model, rep.column]
+    leaving = 0
+    for k in range(rep.num_ready):
+        own = levels[w.lanes[r, k] + rep.ticks]
+        if w.rows[r, w.order[r, k]].runs and own <= level:
+            leaving += 1
+    return leaving
+
+
+@compiled
+def split_company(w: World, r: int, rep: Any, passed: int, level: int, all_leave: bool) -> None:
+    """Mark who leaves at this exit, the confident or all; the others are held after it."""
+    levels = w.leaving_level[rep.model, rep.column]
+    for k in range(rep.num_ready):
+        row = w.rows[r, w.order[r, k]]
+        if row.runs:
+            if all_leave or levels[w.lanes[r, k] + rep.ticks] <= level:
+                row.leaves_at = level + 1
+                w.exit_counts[r, rep.model, level] += 1
+            else:
+                if passed == 0:
+                    w.block_offsets[r, block_offset(rep, row)] -= 1
+                row.held = level + 1
+
+
+@compiled
 def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     """Start an iteration of the rows that have passed `passed` exits, up to the first split.
 
@@ -765,7 +801,6 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     layer_s, regime = cost.layer_seconds(c, padded, float(context), padded * longest, 0.0, 0.0, 0.0)
     layer_s = layer_s * w.residual[model, rep.level, batch]
     layer_j = cost.layer_joules(c, padded, float(context), padded * longest, 0.0, 0.0)
-    levels = w.leaving_level[model, rep.column]
     begin_s = cost.begin_seconds(c)
     seconds = begin_s
     joules = 0.0
@@ -783,11 +818,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         else:
             seconds = seconds + cost.check_seconds(c, float(batch))
             joules = joules + cost.check_joules(c, padded)
-            leaving = 0
-            for k in range(rep.num_ready):
-                own = levels[w.lanes[r, k] + rep.ticks]
-                if w.rows[r, w.order[r, k]].runs and own <= level:
-                    leaving += 1
+            leaving = num_confident(w, r, rep, level)
         if leaving == batch:
             break
         if leaving > 0:
@@ -803,16 +834,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     seconds = seconds + cost.told_seconds(c, float(leaving))
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
-    for k in range(rep.num_ready):
-        row = w.rows[r, w.order[r, k]]
-        if row.runs:
-            if leaving == batch or levels[w.lanes[r, k] + rep.ticks] <= level:
-                row.leaves_at = level + 1
-                w.exit_counts[r, model, level] += 1
-            else:
-                if passed == 0:
-                    w.block_phases[r, block_phase(rep, row)] -= 1
-                row.held = level + 1
+    split_company(w, r, rep, passed, level, leaving == batch)
     joules = cost.iteration_joules(c, seconds, joules)
     captured_s = capture(w, r, rep, passed, passed, level, padded, leavers)
     if captured_s > 0.0:
@@ -968,7 +990,7 @@ def start_iteration(w: World, r: int, rep: Any) -> bool:
                 start_prefill(w, r, rep, count)
                 return True
         elif rep.num_rows == 0:
-            count = admit_prompts(w, r, rep, 1 << 60)
+            count = admit_prompts(w, r, rep, NEVER)
             rep.static_rows = count
             if count > 0:
                 start_prefill(w, r, rep, count)
@@ -1115,12 +1137,12 @@ def emit_rebatched(w: World, r: int, rep: Any) -> None:
 def sit_out(w: World, r: int, rep: Any, row: Any, k: int) -> None:
     """Let a tick pass that emits none of this row's tokens."""
     if row.held == 0:
-        w.block_phases[r, block_phase(rep, row)] -= 1
+        w.block_offsets[r, block_offset(rep, row)] -= 1
     forget_lead(rep, row)
     row.joined_tick += 1
     w.lanes[r, k] -= 1
     if row.held == 0:
-        w.block_phases[r, block_phase(rep, row)] += 1
+        w.block_offsets[r, block_offset(rep, row)] += 1
 
 
 @compiled
@@ -1130,7 +1152,7 @@ def emit_one(w: World, r: int, rep: Any, row: Any, place: int) -> None:
     row.leaves_at = 0
     if row.held > 0:
         row.held = 0
-        w.block_phases[r, block_phase(rep, row)] += 1
+        w.block_offsets[r, block_offset(rep, row)] += 1
     own = w.leaving_level[rep.model, rep.column, place]
     layers = rep.depth if rep.phase == MIXED else w.exit_layers[rep.model, level]
     w.requests[row.request].executed_layers += layers

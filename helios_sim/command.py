@@ -11,13 +11,12 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from typing import Annotated, Any, Final
 
 import typer
 
 from helios_sim import __version__
-from helios_sim.errors import TRACEBACK, InputError
+from helios_sim.errors import TRACEBACK, InputError, did_you_mean
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -129,8 +128,7 @@ def _in_words(error: Any, given: Sequence[str]) -> str:
     unknown = getattr(error, "option_name", None)
     if unknown is not None:
         allowed = [*_options_of(context.command), "--help"]
-        near = get_close_matches(unknown, allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown, allowed)
         return f"{error.message}.{hint} Allowed are {', '.join(allowed)}."
     commands = getattr(context.command, "commands", {})
     if commands:

@@ -78,10 +78,62 @@ COEFFICIENTS: Final = (
 All are per layer unless they say `fixed`, `head`, `check`, `rebatch` or `capture`.
 """
 
-OPTIONAL_COEFFICIENTS: Final = COEFFICIENTS[40:]
+DECODE_LAUNCH_S: Final = 0
+DECODE_MEMORY_S_PER_LAYER: Final = 1
+DECODE_MEMORY_S_PER_ROW: Final = 2
+DECODE_MEMORY_S_PER_CONTEXT_TOKEN: Final = 3
+DECODE_COMPUTE_S_PER_LAYER: Final = 4
+DECODE_COMPUTE_S_PER_ROW: Final = 5
+DECODE_COMPUTE_S_PER_CONTEXT_TOKEN: Final = 6
+PREFILL_LAUNCH_S: Final = 7
+PREFILL_MEMORY_S_PER_LAYER: Final = 8
+PREFILL_MEMORY_S_PER_TOKEN: Final = 9
+PREFILL_MEMORY_S_PER_CONTEXT_TOKEN: Final = 10
+PREFILL_COMPUTE_S_PER_LAYER: Final = 11
+PREFILL_COMPUTE_S_PER_TOKEN: Final = 12
+PREFILL_COMPUTE_S_PER_PAIR: Final = 13
+DECODE_FIXED_S: Final = 14
+PREFILL_FIXED_S: Final = 15
+HEAD_FLOOR_S: Final = 16
+HEAD_BASE_S: Final = 17
+HEAD_S_PER_ROW: Final = 18
+CHECK_FLOOR_S: Final = 19
+CHECK_BASE_S: Final = 20
+CHECK_S_PER_ROW: Final = 21
+KV_FILL_FLOOR_S_PER_LAYER: Final = 22
+KV_FILL_BASE_S_PER_LAYER: Final = 23
+KV_FILL_S_PER_ROW_LAYER: Final = 24
+REBATCH_OVERHEAD_S: Final = 25
+POWER_ACTIVE_W: Final = 26
+DECODE_J_PER_LAYER: Final = 27
+DECODE_J_PER_ROW_LAYER: Final = 28
+DECODE_J_PER_CONTEXT_TOKEN_LAYER: Final = 29
+PREFILL_J_PER_LAYER: Final = 30
+PREFILL_J_PER_TOKEN_LAYER: Final = 31
+PREFILL_J_PER_PAIR_LAYER: Final = 32
+HEAD_J_BASE: Final = 33
+HEAD_J_PER_ROW: Final = 34
+CHECK_J_BASE: Final = 35
+CHECK_J_PER_ROW: Final = 36
+KV_FILL_J_PER_LAYER: Final = 37
+KV_FILL_J_PER_ROW_LAYER: Final = 38
+POWER_LIMIT_W: Final = 39
+DECODE_MEMORY_S_PER_PADDED_TOKEN: Final = 40
+DECODE_COMPUTE_S_PER_PADDED_TOKEN: Final = 41
+DECODE_FIXED_S_PER_ROW: Final = 42
+PREFILL_FIXED_S_PER_PROMPT: Final = 43
+DECODE_J_PER_PADDED_TOKEN_LAYER: Final = 44
+CAPTURE_S_PER_GRAPH: Final = 45
+CAPTURE_S_PER_EXIT: Final = 46
+CAPTURE_S_PER_LAYER: Final = 47
+CAPTURE_S_PER_FILLED_LAYER: Final = 48
+REBATCH_OVERHEAD_S_PER_ROW: Final = 49
+"""Where each coefficient stands in the array, by its name in `COEFFICIENTS`."""
+
+OPTIONAL_COEFFICIENTS: Final = COEFFICIENTS[DECODE_MEMORY_S_PER_PADDED_TOKEN:]
 """Those that a profile may leave out; they are 0 then."""
 
-CAPTURE_COEFFICIENTS: Final = COEFFICIENTS[45:49]
+CAPTURE_COEFFICIENTS: Final = COEFFICIENTS[CAPTURE_S_PER_GRAPH:REBATCH_OVERHEAD_S_PER_ROW]
 """What it takes to capture graphs, in the order in which `capture_seconds` takes their counts."""
 
 
@@ -104,15 +156,35 @@ def layer_seconds(
     memory = 0.0
     compute = 0.0
     if rows > 0.0:
-        launch = c[0]
-        memory = c[1] + c[2] * rows + c[3] * context + c[40] * padded_context
-        compute = c[4] + c[5] * rows + c[6] * context + c[41] * padded_context
+        launch = c[DECODE_LAUNCH_S]
+        memory = (
+            c[DECODE_MEMORY_S_PER_LAYER]
+            + c[DECODE_MEMORY_S_PER_ROW] * rows
+            + c[DECODE_MEMORY_S_PER_CONTEXT_TOKEN] * context
+            + c[DECODE_MEMORY_S_PER_PADDED_TOKEN] * padded_context
+        )
+        compute = (
+            c[DECODE_COMPUTE_S_PER_LAYER]
+            + c[DECODE_COMPUTE_S_PER_ROW] * rows
+            + c[DECODE_COMPUTE_S_PER_CONTEXT_TOKEN] * context
+            + c[DECODE_COMPUTE_S_PER_PADDED_TOKEN] * padded_context
+        )
     if prefill_tokens > 0.0:
-        if c[7] > launch:
-            launch = c[7]
-        weights = 0.0 if rows > 0.0 else c[8]
-        memory = memory + weights + c[9] * prefill_tokens + c[10] * prefill_context
-        compute = compute + c[11] + c[12] * prefill_tokens + c[13] * prefill_pairs
+        if c[PREFILL_LAUNCH_S] > launch:
+            launch = c[PREFILL_LAUNCH_S]
+        weights = 0.0 if rows > 0.0 else c[PREFILL_MEMORY_S_PER_LAYER]
+        memory = (
+            memory
+            + weights
+            + c[PREFILL_MEMORY_S_PER_TOKEN] * prefill_tokens
+            + c[PREFILL_MEMORY_S_PER_CONTEXT_TOKEN] * prefill_context
+        )
+        compute = (
+            compute
+            + c[PREFILL_COMPUTE_S_PER_LAYER]
+            + c[PREFILL_COMPUTE_S_PER_TOKEN] * prefill_tokens
+            + c[PREFILL_COMPUTE_S_PER_PAIR] * prefill_pairs
+        )
     if memory >= launch and memory >= compute:
         return memory, MEMORY
     if compute >= launch:
@@ -132,23 +204,33 @@ def layer_joules(
     """Joules of one layer over the whole iteration, above the active power."""
     joules = 0.0
     if rows > 0.0:
-        joules = c[27] + c[28] * rows + c[29] * context + c[44] * padded_context
+        joules = (
+            c[DECODE_J_PER_LAYER]
+            + c[DECODE_J_PER_ROW_LAYER] * rows
+            + c[DECODE_J_PER_CONTEXT_TOKEN_LAYER] * context
+            + c[DECODE_J_PER_PADDED_TOKEN_LAYER] * padded_context
+        )
     if prefill_tokens > 0.0:
-        weights = 0.0 if rows > 0.0 else c[30]
-        joules = joules + weights + c[31] * prefill_tokens + c[32] * prefill_pairs
+        weights = 0.0 if rows > 0.0 else c[PREFILL_J_PER_LAYER]
+        joules = (
+            joules
+            + weights
+            + c[PREFILL_J_PER_TOKEN_LAYER] * prefill_tokens
+            + c[PREFILL_J_PER_PAIR_LAYER] * prefill_pairs
+        )
     return joules
 
 
 @compilable
 def begin_seconds(c: Any) -> float:
     """Seconds of the fixed part of a decode that no row adds to: a pass of its own takes them."""
-    return c[14]
+    return c[DECODE_FIXED_S]
 
 
 @compilable
 def told_seconds(c: Any, rows: float) -> float:
     """Seconds that rows add to the fixed part of the decode in which they are told their token."""
-    return c[42] * rows
+    return c[DECODE_FIXED_S_PER_ROW] * rows
 
 
 @compilable
@@ -162,50 +244,53 @@ def fixed_seconds(c: Any, decode_rows: float, has_prefill: bool, prompts: float)
     if decode_rows > 0.0:
         fixed = begin_seconds(c) + told_seconds(c, decode_rows)
     if has_prefill:
-        fixed = max(fixed, c[15] + c[43] * prompts)
+        fixed = max(fixed, c[PREFILL_FIXED_S] + c[PREFILL_FIXED_S_PER_PROMPT] * prompts)
     return fixed
 
 
 @compilable
 def head_seconds(c: Any, rows: float) -> float:
     """Seconds of the final norm, output head and sampling over `rows` tokens."""
-    return max(c[16], c[17] + c[18] * rows)
+    return max(c[HEAD_FLOOR_S], c[HEAD_BASE_S] + c[HEAD_S_PER_ROW] * rows)
 
 
 @compilable
 def head_joules(c: Any, rows: float) -> float:
     """Joules of the final norm, output head and sampling, above the active power."""
-    return c[33] + c[34] * rows
+    return c[HEAD_J_BASE] + c[HEAD_J_PER_ROW] * rows
 
 
 @compilable
 def check_seconds(c: Any, rows: float) -> float:
     """Seconds of one exit check: norm, exit head and confidence over `rows` tokens."""
-    return max(c[19], c[20] + c[21] * rows)
+    return max(c[CHECK_FLOOR_S], c[CHECK_BASE_S] + c[CHECK_S_PER_ROW] * rows)
 
 
 @compilable
 def check_joules(c: Any, rows: float) -> float:
     """Joules of one exit check, above the active power."""
-    return c[35] + c[36] * rows
+    return c[CHECK_J_BASE] + c[CHECK_J_PER_ROW] * rows
 
 
 @compilable
 def kv_fill_seconds(c: Any, rows: float, layers: float) -> float:
     """Seconds to fill the KV cache of `layers` skipped layers for `rows` tokens."""
-    return layers * max(c[22], c[23] + c[24] * rows)
+    return layers * max(
+        c[KV_FILL_FLOOR_S_PER_LAYER],
+        c[KV_FILL_BASE_S_PER_LAYER] + c[KV_FILL_S_PER_ROW_LAYER] * rows,
+    )
 
 
 @compilable
 def kv_fill_joules(c: Any, rows: float, layers: float) -> float:
     """Joules to fill the KV cache of skipped layers, above the active power."""
-    return layers * (c[37] + c[38] * rows)
+    return layers * (c[KV_FILL_J_PER_LAYER] + c[KV_FILL_J_PER_ROW_LAYER] * rows)
 
 
 @compilable
 def split_seconds(c: Any, staying: float) -> float:
     """Seconds that splitting a batch adds to it, whose `staying` rows go on by themselves later."""
-    return c[25] + c[49] * staying
+    return c[REBATCH_OVERHEAD_S] + c[REBATCH_OVERHEAD_S_PER_ROW] * staying
 
 
 @compilable
@@ -216,13 +301,18 @@ def capture_seconds(
 
     Those of exits are not among `graphs`: what an exit says is a graph of its own, or none.
     """
-    return c[45] * graphs + c[46] * exits + c[47] * layers + c[48] * filled_layers
+    return (
+        c[CAPTURE_S_PER_GRAPH] * graphs
+        + c[CAPTURE_S_PER_EXIT] * exits
+        + c[CAPTURE_S_PER_LAYER] * layers
+        + c[CAPTURE_S_PER_FILLED_LAYER] * filled_layers
+    )
 
 
 @compilable
 def capture_joules(c: Any, seconds: float) -> float:
     """Joules drawn while graphs are captured: the host works, and the device is no busier."""
-    return c[26] * seconds
+    return c[POWER_ACTIVE_W] * seconds
 
 
 @compilable
@@ -231,7 +321,7 @@ def iteration_joules(c: Any, seconds: float, above_active_j: float) -> float:
 
     The work at one roof draws up to the limit; work at two roofs at once cannot draw more.
     """
-    return min(c[26] * seconds + above_active_j, c[39] * seconds)
+    return min(c[POWER_ACTIVE_W] * seconds + above_active_j, c[POWER_LIMIT_W] * seconds)
 
 
 @compilable
@@ -255,7 +345,9 @@ def decode_seconds(
     graph pads what its device computes, and what a row adds there is its host's.
     """
     layer_s, regime = layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)
-    seconds = c[14] + c[42] * asked_rows + layers * (layer_s * residual)
+    seconds = (
+        c[DECODE_FIXED_S] + c[DECODE_FIXED_S_PER_ROW] * asked_rows + layers * (layer_s * residual)
+    )
     seconds = seconds + num_checks * check_seconds(c, asked_rows)
     seconds = seconds + num_heads * head_seconds(c, asked_rows)
     seconds = seconds + kv_fill_seconds(c, fill_rows, filled_layers)

@@ -221,6 +221,7 @@ class _Derivation:
         self.peaks = self._peaks()
         self.by_bytes, self.by_flops = self._roofs()
         self.watts = self._watts()
+        self._check_watts()
         self.span = self._span()
 
     def document(self) -> dict[str, Any]:
@@ -353,6 +354,20 @@ class _Derivation:
             found[key] = by_limit if own is None else self._as_given(key, own)
         return found
 
+    def _check_watts(self) -> None:
+        """Refuse powers below the idle power, which each of them includes."""
+        there = self.profile.device
+        idle_w = self._watt("idle_w", there.idle_w)
+        for key, what in (("active_w", "active power"), ("load_w", "power while weights move")):
+            power_w = self._watt(key, getattr(there, key))
+            if idle_w > power_w:
+                given = "idle_w" if getattr(self.device, key) is None else key
+                raise InputError(
+                    f"The idle power of {idle_w:g} W is above the {what} of {power_w:g} W, which "
+                    "includes it; give both.",
+                    OPTIONS[given][0],
+                )
+
     def _limit_w(self) -> float | None:
         """The power limit that the given profile names; None where it names none."""
         limits = {one.coefficients["power.limit_w"] for one in self.profile.models.values()}
@@ -373,12 +388,6 @@ class _Derivation:
                 f"The active power of {own_active:g} W is not below the power limit of "
                 f"{own_limit:g} W; give --active-watts, or another limit.",
                 "--watts" if self.device.active_w is None else "--active-watts",
-            )
-        if self._watt("idle_w", self.profile.device.idle_w) > own_active:
-            raise InputError(
-                f"The idle power of {self._watt('idle_w', self.profile.device.idle_w):g} W is "
-                f"above the active power of {own_active:g} W, which includes it; give both.",
-                "--idle-watts",
             )
         if limit <= active or (own_limit, own_active) == (limit, active):
             return _UNCHANGED

@@ -46,6 +46,7 @@ from helios_sim.state import (
     BREACHED,
     EXIT_MODES,
     LOADING_STATE,
+    NEVER,
     NLL_UNITS_PER_NAT,
     OUT_OF_WORK,
     UNSENT,
@@ -54,7 +55,7 @@ from helios_sim.state import (
     live_record,
 )
 from helios_sim.workload import Requests
-from helios_sim.world import UNBOUNDED, build_world, parking_lot, trace_tables
+from helios_sim.world import build_world, parking_lot, trace_tables
 
 Process = Generator[simpy.Event, Any, Any]
 
@@ -70,7 +71,6 @@ class Setup(Room):
     measure: MeasureSettings
     slo: Slo
     seed: int
-    domains: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ class Clock:
 
 
 @dataclass
-class Host:
-    """A machine whose replicas share one disk and one link to their GPUs, first come first."""
+class HostLinks:
+    """The disk and the link to the GPUs that a machine's replicas share, first come first."""
 
     disk_free_s: float = 0.0
     link_free_s: float = 0.0
@@ -149,7 +149,7 @@ class Host:
 class Replica:
     """One serving replica: its controller decides, this carries out and logs."""
 
-    def __init__(self, index: int, run: Run, host: Host, policy: Policy) -> None:
+    def __init__(self, index: int, run: Run, host: HostLinks, policy: Policy) -> None:
         self.index = index
         self.run = run
         self.host = host
@@ -266,6 +266,7 @@ class Replica:
         load_j = (self.run.setup.profile.device.load_w - self.record.idle_w) * moving_s
         self.totals.energy_load_j += load_j
         if overlaps:
+            self.note_weights(self.weight_bytes + entry.moved_bytes)
             stage_blocks(self.record, staged)
             self.hold_questions()
             yield from self.serve(ready_s)
@@ -328,8 +329,8 @@ class Replica:
         """Serve on without asking while a decision is carried out."""
         self.record.watching = self.record.tripped = 0
         self.record.evaluating = 0
-        self.record.quota = UNBOUNDED
-        self.record.finish_target = UNBOUNDED
+        self.record.quota = NEVER
+        self.record.finish_target = NEVER
 
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""
@@ -350,7 +351,11 @@ class Replica:
         self.assignment = assignment
         self.weight_bytes = self.run.weight_bytes[assignment.model, assignment.depth]
         self.block_bytes = place.block_bytes
-        self.totals.peak_weight_bytes = max(self.totals.peak_weight_bytes, self.weight_bytes)
+        self.note_weights(self.weight_bytes)
+
+    def note_weights(self, num_bytes: int) -> None:
+        """Keep the most bytes of weights that were on this replica at once."""
+        self.totals.peak_weight_bytes = max(self.totals.peak_weight_bytes, num_bytes)
 
     def aim(self, decision: Decision) -> None:
         """Tell the batch loop when to come back."""
@@ -361,37 +366,45 @@ class Replica:
             rep.watching = 0
             return
         watching = self.policy.watching
-        rep.quota = UNBOUNDED
-        rep.finish_target = (
-            UNBOUNDED if self.until_reassessment is None else self.until_reassessment
-        )
+        rep.quota = NEVER
+        rep.finish_target = NEVER if self.until_reassessment is None else self.until_reassessment
         rep.watching = int(watching.breach_window_tokens is not None)
 
     def serve(self, until_s: float) -> Process:
         """Serve until somebody must decide, the work runs out, or the clock reaches `until_s`."""
+        cause = yield from self.work_off(until_s)
+        if cause not in _WAITS:
+            yield self.run.clock.at(self.record.now_s)
+            return cause
+        if until_s == math.inf:
+            return OUT_OF_WORK
+        yield self.run.clock.at(until_s)
+        if self.record.phase == BETWEEN and self.record.now_s < until_s:
+            self.run.loop.pass_idle_time(self.record, until_s)
+        return AT_HORIZON
+
+    def work_off(self, until_s: float) -> Process:
+        """Carry on what is here and what is routed here before `until_s`; returns what ended it."""
+        run = self.run
+        while True:
+            cause = self.advance(min(until_s, run.next_arrival_s))
+            if cause not in _WAITS or run.next_arrival_s >= until_s:
+                return cause
+            cause = yield from self.park(until_s)
+            if cause not in _WAITS:
+                return cause
+
+    def advance(self, limit_s: float) -> int:
+        """Let the loop carry this replica on to `limit_s` in slices; returns why it stopped."""
         run, rep = self.run, self.record
         cut_s = rep.now_s
         while True:
-            limit_s = min(until_s, run.next_arrival_s)
             # The cut moves on even where an iteration or an idle time outlasts the slice.
             cut_s = max(cut_s, rep.now_s) + max(run.slice_s, rep.now_s / 200)
-            cause = int(self.run.loop.advance(run.world, self.index, min(limit_s, cut_s)))
-            if cause == AT_HORIZON and cut_s < limit_s:
-                run.report_progress()
-                continue
-            if cause in _WAITS and run.next_arrival_s < until_s:
-                cause = yield from self.park(until_s)
-                if cause in _WAITS:
-                    continue
-            if cause not in _WAITS:
-                yield run.clock.at(rep.now_s)
+            cause = int(run.loop.advance(run.world, self.index, min(limit_s, cut_s)))
+            if cause != AT_HORIZON or cut_s >= limit_s:
                 return cause
-            if until_s == math.inf:
-                return OUT_OF_WORK
-            yield run.clock.at(until_s)
-            if rep.phase == BETWEEN and rep.now_s < until_s:
-                self.run.loop.pass_idle_time(self.record, until_s)
-            return AT_HORIZON
+            run.report_progress()
 
     def park(self, until_s: float) -> Process:
         """Let arriving requests carry this replica on, with the others; returns what stopped it."""
@@ -594,7 +607,7 @@ class Run:
         self.next_arrival_s = math.inf
         self.parking = parking_lot(setup.fleet.num_replicas)
         per_host = setup.fleet.replicas_per_host
-        hosts = [Host() for _ in range(-(-setup.fleet.num_replicas // per_host))]
+        hosts = [HostLinks() for _ in range(-(-setup.fleet.num_replicas // per_host))]
         if setup.fleet.weights_start == "host":
             for host in hosts:
                 host.in_memory_s.update(dict.fromkeys(names, 0.0))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 TRACEBACK = "HELIOS_TRACEBACK"
 """The environment variable that has the commands print the traceback of a mistake too."""
 
@@ -20,3 +23,14 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A space and "Did you mean ...?", or nothing where no known word is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def install_command(*extras: str) -> str:
+    """What installs extras of this program: no package index has it, so its clone does."""
+    return f"pip install -e '.[{','.join(extras)}]' in the clone"

@@ -141,7 +141,7 @@ def load_traces(profile: Profile, candidates: Sequence[str] | None = None) -> Ex
     for name in names:
         profile.model(name)
     if isinstance(profile.exits, MarkovExits):
-        return generate_markov_traces(profile.exits, names, profile.exits.num_positions)
+        return generate_markov_traces(profile.exits, names)
     traces = read_traces(profile.exits.path, names)
     for name in names:
         expected = profile.models[name].model.exit_layers
@@ -154,9 +154,7 @@ def load_traces(profile: Profile, candidates: Sequence[str] | None = None) -> Ex
     return traces
 
 
-def generate_markov_traces(
-    spec: MarkovExits, candidates: Sequence[str], num_positions: int = 32768
-) -> ExitTraces:
+def generate_markov_traces(spec: MarkovExits, candidates: Sequence[str]) -> ExitTraces:
     """Traces that reproduce published statistics: exit histograms, joint exits, autocorrelation.
 
     A position keeps the exit levels of the one before with probability `stickiness`; else all
@@ -174,18 +172,16 @@ def generate_markov_traces(
                 f"Candidate {name!r} has no exit statistics; there are "
                 f"{', '.join(map(repr, spec.candidates))}."
             )
-    if num_positions < 1:
-        raise InputError(f"{num_positions} positions were asked for; at least 1 is needed.")
     parts: dict[str, list[tuple[Confidence, Flags, NDArray[np.float32]]]] = {
         name: [] for name in candidates
     }
     for domain in spec.domains:
-        text = _SharedText(spec, domain, num_positions)
+        text = _SharedText(spec, domain)
         for name in candidates:
             parts[name].append(_candidate_trace(spec, spec.candidates[name], name, text))
     return ExitTraces(
         domains=spec.domains,
-        num_positions=num_positions,
+        num_positions=spec.num_positions,
         exit_layers={name: spec.candidates[name].exit_layers for name in candidates},
         confidence={name: np.stack([part[0] for part in parts[name]]) for name in candidates},
         agrees={name: np.stack([part[1] for part in parts[name]]) for name in candidates},
@@ -289,7 +285,8 @@ def _normal(uniform: FloatArray) -> FloatArray:
 class _SharedText:
     """What all candidates share in a domain: the runs of positions and how hard each is."""
 
-    def __init__(self, spec: MarkovExits, domain: str, num_positions: int) -> None:
+    def __init__(self, spec: MarkovExits, domain: str) -> None:
+        num_positions = spec.num_positions
         starts = _stream(spec, domain, "runs").random(num_positions) >= spec.stickiness
         starts[0] = True
         self.domain = domain

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +13,7 @@ import polars as pl
 
 from helios_sim.cards import Room, check_room, expecting, policy_slo, room_of
 from helios_sim.engine import Run, Setup, simulate
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
 from helios_sim.metrics import aggregate, summarise
@@ -51,7 +50,6 @@ class Experiment:
     scenario: Scenario
     base_dir: Path
     setup: Setup
-    notes: tuple[str, ...]
     where: str = "scenario"
 
     def requests(self, seed: int) -> tuple[Requests, int]:
@@ -90,7 +88,7 @@ def prepare(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Expe
         slo=policy_slo(scenario.slo_spec),
         seed=scenario.seed,
     )
-    return Experiment(scenario, base_dir, setup, tuple(scenario.notes), where)
+    return Experiment(scenario, base_dir, setup, where)
 
 
 def expected_serving(scenario: Scenario, base_dir: Path, where: str) -> ServingSettings:
@@ -157,10 +155,8 @@ def _check_published(scenario: Scenario, where: str) -> None:
         kind, _ = SUMMARY_KINDS.get(key, ("text", False))
         if kind not in (("numbers", "tables") if dot else ("whole", "number")):
             numbers = [name for name, (kind, _) in SUMMARY_KINDS.items() if kind == "number"]
-            near = get_close_matches(key, numbers, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(
-                f"{entry.figure!r} is no number of a summary.{hint}",
+                f"{entry.figure!r} is no number of a summary.{did_you_mean(key, numbers)}",
                 f"{where}, published.{index}.figure",
             )
 

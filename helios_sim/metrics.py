@@ -70,8 +70,10 @@ DEFINITIONS: Final[dict[str, str]] = {
     "emitted",
     "energy_per_request": "joules: total_gpu_energy over the requests finished",
     "output_tokens_per_joule": "tokens emitted over total_gpu_energy",
-    "energy_idle_j": "joules spent while no iteration ran",
-    "energy_load_j": "joules spent moving weights",
+    "energy_idle_j": "joules spent while no iteration ran and none was held up by weights on their "
+    "way",
+    "energy_load_j": "joules spent while iterations were held up by weights on their way; of "
+    "weights that arrive beside them what moving draws above idle power, in simulated runs",
     "mean_executed_layers": "layers executed per decoded token (prefill tokens left out)",
     "exit_histogram": "share of all decoded tokens by the model and exit layer they left at",
     "agreement": "share of the emitted tokens equal to those of the same model at full depth",
@@ -81,14 +83,17 @@ DEFINITIONS: Final[dict[str, str]] = {
     "that a deeper exit of the same model would have satisfied",
     "breach_rate_observed": "share of the emitted tokens below the confidence threshold at a "
     "loaded depth under full depth, whether or not deeper exits would have satisfied it",
-    "num_breach_events": "times the breach window filled and the policy was asked",
+    "num_breach_events": "times the breaches in the window exceeded its limit and the policy was "
+    "asked",
     "mean_batch_size": "requests that decode together per decode iteration; under rebatch a part "
     "of those that run",
     "max_batch_size": "most requests running at once on one replica",
     "max_batch_size_supported": "requests of the workload's mean length that fit on one replica "
     "beside the weights, at the model and depth that served longest",
-    "weight_bytes_loaded": "bytes of weights loaded on a replica, averaged over time",
-    "weight_bytes_peak": "most bytes of weights loaded on a replica at once",
+    "weight_bytes_loaded": "bytes of weights loaded on a replica, averaged over time; those still "
+    "arriving are left out",
+    "weight_bytes_peak": "most bytes of weights on a replica at once, those arriving beside "
+    "running requests included",
     "mean_kv_use": "share of the KV blocks in use, averaged over time",
     "num_switches": "times another model was brought in to serve",
     "num_loads": "decisions `load-layers` that were carried out",

@@ -8,7 +8,6 @@ stays available as `Profile.document`.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.cost import CAPTURE_COEFFICIENTS, COEFFICIENTS, OPTIONAL_COEFFICIENTS
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.model import EarlyExitModel, Family, ModelShape
 
 SCHEMA_VERSION: Final = 1
@@ -322,8 +321,8 @@ class Profile:
         """The model of that name; an `InputError` names the nearest one otherwise."""
         if name not in self.models:
             raise InputError(
-                f"Model {name!r} is not in profile {self.name!r}{_nearest(name, self.models)}; "
-                f"it has {_listed(self.models)}.",
+                f"Model {name!r} is not in profile {self.name!r}."
+                f"{did_you_mean(name, self.models)} It has {_listed(self.models)}.",
                 where=str(self.folder / PROFILE_FILE),
             )
         return self.models[name]
@@ -529,8 +528,8 @@ def _find(name_or_path: str | Path, search_path: Path | None) -> Path:
                 where=str(place),
             )
     raise InputError(
-        f"Profile {str(name_or_path)!r} was not found{_nearest(str(name_or_path), shipped)}; "
-        f"give a profile folder or one of the shipped profiles {_listed(shipped)}.",
+        f"Profile {str(name_or_path)!r} was not found.{did_you_mean(str(name_or_path), shipped)} "
+        f"Give a profile folder or one of the shipped profiles {_listed(shipped)}.",
         where=str(places[0]),
     )
 
@@ -564,12 +563,6 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names) or "none"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """A hint at the nearest known name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
 _KNOT_PLACES: Final = {"batch_residual": "batch", "depth_residual": "loaded layers"}
 
 
@@ -593,9 +586,8 @@ class _Reader:
         known = [*required, *optional]
         for key in node:
             if key not in known:
-                raise self.fail(
-                    place, f"The key {key!r} is unknown{_nearest(key, known)}; {_allowed(known)}."
-                )
+                hint = did_you_mean(key, known)
+                raise self.fail(place, f"The key {key!r} is unknown.{hint} {_allowed(known)}.")
         for key in required:
             if key not in node:
                 raise self.fail(place, f"The key {key!r} is missing.")
@@ -612,8 +604,8 @@ class _Reader:
         if not isinstance(node, str) or not node.strip():
             raise self.fail(place, f"A text was expected, {_shown(node)} was given.")
         if allowed and node not in allowed:
-            hint = _nearest(node, allowed)
-            raise self.fail(place, f"{node!r} was given{hint}; allowed are {_listed(allowed)}.")
+            hint = did_you_mean(node, allowed)
+            raise self.fail(place, f"{node!r} was given.{hint} Allowed are {_listed(allowed)}.")
         return node
 
     def texts(self, node: Any, place: str) -> tuple[str, ...]:
@@ -748,7 +740,7 @@ def _shown(node: Any) -> str:
 
 
 def _allowed(known: Sequence[str]) -> str:
-    return f"allowed are {_listed(known)}" if known else "none is allowed"
+    return f"Allowed are {_listed(known)}" if known else "None is allowed"
 
 
 def _parse(document: Any, folder: Path, content_hash: str) -> Profile:
@@ -798,13 +790,15 @@ def _parse_device(reader: _Reader, node: Any) -> Device:
     keys = ("name", "num_gpus", "memory_bytes", "idle_w", "active_w", "load_w")
     table = reader.table(node, "device", keys)
     watts = {key: reader.energy(table[key], f"device.{key}", key) for key in _WATTS}
-    idle_w, active_w = watts["idle_w"], watts["active_w"]
-    if idle_w is not None and active_w is not None and active_w < idle_w:
-        raise reader.fail(
-            "device.active_w",
-            f"The value {active_w:g} was given; it includes the idle power, so it must "
-            f"be at least idle_w ({idle_w:g}).",
-        )
+    idle_w = watts["idle_w"]
+    for key in ("active_w", "load_w"):
+        power_w = watts[key]
+        if idle_w is not None and power_w is not None and power_w < idle_w:
+            raise reader.fail(
+                f"device.{key}",
+                f"The value {power_w:g} was given; it includes the idle power, so it must "
+                f"be at least idle_w ({idle_w:g}).",
+            )
     return Device(
         name=reader.text(table["name"], "device.name"),
         num_gpus=reader.whole(table["num_gpus"], "device.num_gpus", 1),
@@ -1011,7 +1005,7 @@ def _parse_markov(
         if name not in models:
             raise reader.fail(
                 "exits.candidates",
-                f"{name!r} is not a model of this profile{_nearest(name, models)}.",
+                f"{name!r} is not a model of this profile.{did_you_mean(name, models)}",
             )
     for name in models:
         if name not in candidates:

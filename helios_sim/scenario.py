@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from helios_sim.arrivals import StrictSettings, as_tuple
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.records import TOTALS_FILE
@@ -366,8 +366,7 @@ def _first_error(error: ValidationError, data: Mapping[str, Any], where: str) ->
     if kind == "extra_forbidden":
         unknown = str(location[-1])
         allowed = _allowed_keys(first["loc"][:-1])
-        near = difflib.get_close_matches(unknown, allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown, allowed)
         listed = f" Allowed are {', '.join(allowed)}." if allowed else ""
         return InputError(f"Unknown key {unknown!r}.{hint}{listed}", f"{where}, {place}")
     if kind == "missing":
@@ -378,8 +377,7 @@ def _first_error(error: ValidationError, data: Mapping[str, Any], where: str) ->
         return InputError("The key 'kind' is required.", f"{where}, {place}")
     if kind == "union_tag_invalid":
         tag, allowed_tags = str(first["ctx"]["tag"]), str(first["ctx"]["expected_tags"])
-        near = difflib.get_close_matches(tag, re.findall(r"'([^']+)'", allowed_tags), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(tag, re.findall(r"'([^']+)'", allowed_tags))
         return InputError(
             f"The kind {tag!r} is unknown.{hint} Allowed are {allowed_tags}.", f"{where}, {place}"
         )

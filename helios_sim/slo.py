@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation, Overflow
 from typing import Any, Final
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 
 METRICS: Final = ("ttft", "tpot", "itl", "e2e")
 """Metrics a limit may be set on; `e2el`, the key of `vllm bench serve`, is read as `e2e`."""
@@ -126,8 +125,8 @@ def preset_slo(name: str, where: str | None = None) -> SloSpec:
     key = name.strip().lower()
     if key not in PRESETS:
         raise InputError(
-            f"{name!r} is no SLO preset{_nearest(key, tuple(PRESETS))}; "
-            f"allowed are {', '.join(PRESETS)}.",
+            f"{name!r} is no SLO preset.{did_you_mean(key, PRESETS)} "
+            f"Allowed are {', '.join(PRESETS)}.",
             where,
         )
     return PRESETS[key]
@@ -138,8 +137,8 @@ def slo_from_table(table: Mapping[str, Any], where: str | None = None) -> SloSpe
     for key in table:
         if key not in _TABLE_KEYS:
             raise InputError(
-                f"{key!r} is no key of an SLO{_nearest(key, _TABLE_KEYS)}; "
-                f"allowed are {', '.join(_TABLE_KEYS)}.",
+                f"{key!r} is no key of an SLO.{did_you_mean(key, _TABLE_KEYS)} "
+                f"Allowed are {', '.join(_TABLE_KEYS)}.",
                 where,
             )
     given = [key for key in _TABLE_KEYS if table.get(key) is not None]
@@ -182,8 +181,8 @@ def _limit(clause: str, where: str | None) -> SloLimit:
     if metric not in METRICS:
         allowed = (*METRICS, *_ALIASES)
         raise InputError(
-            f"{match['metric']!r} in {clause!r} is no SLO metric{_nearest(metric, allowed)}; "
-            f"allowed are {', '.join(METRICS)} (or e2el for e2e).",
+            f"{match['metric']!r} in {clause!r} is no SLO metric.{did_you_mean(metric, allowed)} "
+            f"Allowed are {', '.join(METRICS)} (or e2el for e2e).",
             where,
         )
     if match["before"] and match["inside"]:
@@ -242,11 +241,6 @@ def _spec(limits: list[SloLimit], where: str | None) -> SloSpec:
             )
         seen.add(key)
     return SloSpec(tuple(limits))
-
-
-def _nearest(word: str, allowed: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    return f" (nearest: {close[0]})" if close else ""
 
 
 def _plain(value: Decimal) -> str:

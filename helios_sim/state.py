@@ -16,7 +16,7 @@ NOBODY: Final = -1
 """The end of a linked list of requests."""
 
 NEVER: Final = 1 << 60
-"""A tick, a quota or a target that is never reached."""
+"""A tick, a quota, a target or a budget that is never reached."""
 
 UNKNOWN: Final = -NEVER
 """The longest row's lead where it has to be looked up."""
@@ -308,8 +308,8 @@ class World(NamedTuple):
     """i4, (R, S): slots of the running rows in order of admission, then the free slots"""
     lanes: Any
     """i8, (R, S), in that order: a decoding row's place in the exit trace, less the ticks"""
-    block_phases: Any
-    """i8, (R, block_tokens): how many decoding rows there are of each block phase"""
+    block_offsets: Any
+    """i8, (R, block_tokens): how many decoding rows there are of each block offset"""
     requests: Any
     """REQUEST, (N,)"""
     coefficients: Any

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -30,7 +29,7 @@ from helios_sim.arrivals import (
     open_arrivals,
     stream,
 )
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.traces import MAX_TOKENS, Trace, TraceSettings, read_trace
 
 OverContext = Literal["refuse", "truncate", "error"]
@@ -612,9 +611,8 @@ def _domains(
         names = available[:1]
     for name in names:
         if name not in available:
-            nearest = get_close_matches(name, available, n=1, cutoff=0.0)[0]
             raise InputError(
-                f"The domain {name!r} is unknown; did you mean {nearest!r}? The profile has "
+                f"The domain {name!r} is unknown.{did_you_mean(name, available)} The profile has "
                 f"{', '.join(available)}.",
                 where="workload.domains",
             )

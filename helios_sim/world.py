@@ -23,6 +23,7 @@ from helios_sim.state import (
     GRAPH_KINDS,
     ITL_BINS_PER_OCTAVE,
     ITL_OCTAVES,
+    NEVER,
     NLL,
     NLL_UNITS_PER_NAT,
     NOBODY,
@@ -39,9 +40,6 @@ from helios_sim.state import (
     World,
 )
 from helios_sim.workload import Requests
-
-UNBOUNDED = 1 << 60
-"""A quota or a target that is never reached."""
 
 _NO_RULES: Mapping[str, Callable[..., Any]] = {}
 
@@ -191,7 +189,7 @@ def build_world(
         rows=records((num_replicas, num_rows), ROW),
         order=np.tile(np.arange(num_rows, dtype=np.int32), (num_replicas, 1)),
         lanes=np.zeros((num_replicas, num_rows), np.int64),
-        block_phases=np.zeros((num_replicas, serving.block_tokens), np.int64),
+        block_offsets=np.zeros((num_replicas, serving.block_tokens), np.int64),
         requests=request_records(requests, tables),
         coefficients=np.array([model.coefficient_array() for model in models]).reshape(
             len(models), len(COEFFICIENTS)
@@ -229,8 +227,8 @@ def build_world(
         rep.watermark = serving.watermark
         rep.recompute_kv = int(serving.skipped_kv == "recomputed")
         rep.block_tokens = serving.block_tokens
-        rep.quota = UNBOUNDED
-        rep.finish_target = UNBOUNDED
+        rep.quota = NEVER
+        rep.finish_target = NEVER
         rep.window_kind = TUMBLING if watching.window_kind == "tumbling" else SLIDING
         rep.window_tokens = window
         rep.breach_limit = watching.breach_limit

@@ -8,7 +8,6 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from benchmarks.floor import FloorWork, check_finished, floor_work, run_floor
 from benchmarks.simpy_engine import run_simpy
 from benchmarks.worker import ROOT, experiment_from, play_and_record, scenario_from, work_off
 from benchmarks.worker import Stopwatch as Watch
+from helios_sim.search import studies
+from helios_sim.search.executors import Workers
 from helios_sim.workload import Requests
 
 CASES = cases.all_cases()
@@ -138,14 +139,15 @@ def test_a_sweep_is_measured_by_the_processes_it_starts(
     """All points are handed over, and the processor time of ended processes is counted."""
     seen: list[Any] = []
 
-    def run_sweep(points: list[Any], base_dir: Path, num_processes: int) -> None:
-        seen.extend((point.seed, num_processes) for point in points)
+    def carry_out(asked: list[Any], workers: Workers, store: Any) -> None:
+        (study,) = asked
+        seen.extend((point.scenario.seed, workers.max_in_flight) for point in next(study.steps))
         subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)
 
-    monkeypatch.setitem(sys.modules, "helios_sim.sweep", SimpleNamespace(run_sweep=run_sweep))
+    monkeypatch.setattr(studies, "carry_out", carry_out)
     points = cases.sweep_points(scenario(f"helios continuous records {100_000:,}"))
     figures = work_off({"kind": "sweep", "scenarios": points, "started_at_s": 0.0})
-    assert seen == [(seed, 2) for seed in range(1, 17)]
+    assert seen == [(seed, 2 * 2) for seed in range(1, 17)]
     assert 0.0 < figures["cpu_use"] < 1.0
 
 

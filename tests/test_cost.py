@@ -34,6 +34,11 @@ def without_the_optional(c: np.ndarray) -> np.ndarray:
     return plain
 
 
+def test_every_coefficient_is_read_from_its_own_place_in_the_array() -> None:
+    places = [getattr(cost, name.replace(".", "_").upper()) for name in COEFFICIENTS]
+    assert places == list(range(len(COEFFICIENTS)))
+
+
 @given(c=costs, rows=st.integers(1, 64), context=amounts, padding=amounts)
 def test_without_its_coefficients_padding_changes_no_bit(
     c: np.ndarray, rows: int, context: float, padding: float

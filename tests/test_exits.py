@@ -25,8 +25,6 @@ from helios_sim.exits import (
 from helios_sim.policy.rules import leaves_here
 from helios_sim.profile import Agreement, MarkovCandidate, MarkovExits, load_profile, save_profile
 
-NUM_POSITIONS = 32768
-
 
 def opt_spec() -> MarkovExits:
     """The statistics of the OPT pair."""
@@ -38,7 +36,7 @@ def opt_spec() -> MarkovExits:
 @pytest.fixture(scope="module")
 def opt() -> ExitTraces:
     """The traces of the OPT pair."""
-    return generate_markov_traces(opt_spec(), ["opt-1.3b", "opt-6.7b"], NUM_POSITIONS)
+    return generate_markov_traces(opt_spec(), ["opt-1.3b", "opt-6.7b"])
 
 
 def tiny(**changes: Any) -> ExitTraces:
@@ -204,14 +202,14 @@ def test_hard_text_is_hard_for_every_candidate(opt: ExitTraces) -> None:
 
 
 def test_the_same_seed_gives_the_same_trace_and_another_seed_another(opt: ExitTraces) -> None:
-    again = generate_markov_traces(opt_spec(), ["opt-1.3b"], NUM_POSITIONS)
-    other = generate_markov_traces(replace(opt_spec(), seed=1), ["opt-1.3b"], NUM_POSITIONS)
+    again = generate_markov_traces(opt_spec(), ["opt-1.3b"])
+    other = generate_markov_traces(replace(opt_spec(), seed=1), ["opt-1.3b"])
     assert np.array_equal(again.confidence["opt-1.3b"], opt.confidence["opt-1.3b"])
     assert not np.array_equal(other.confidence["opt-1.3b"], opt.confidence["opt-1.3b"])
 
 
 def test_a_candidate_is_the_same_whoever_is_asked_for_beside_it(opt: ExitTraces) -> None:
-    alone = generate_markov_traces(opt_spec(), ["opt-6.7b"], NUM_POSITIONS)
+    alone = generate_markov_traces(opt_spec(), ["opt-6.7b"])
     for both, one in (
         (opt.confidence, alone.confidence),
         (opt.agrees, alone.agrees),
@@ -227,15 +225,13 @@ def test_domains_differ_in_their_text(opt: ExitTraces) -> None:
 
 def test_generating_the_pair_takes_a_fraction_of_a_second() -> None:
     start = time.process_time()
-    generate_markov_traces(opt_spec(), ["opt-1.3b", "opt-6.7b"], NUM_POSITIONS)
+    generate_markov_traces(opt_spec(), ["opt-1.3b", "opt-6.7b"])
     assert time.process_time() - start < 1.0
 
 
 def test_a_candidate_without_statistics_is_refused() -> None:
     with pytest.raises(InputError, match="'opt-13b' has no exit statistics"):
-        generate_markov_traces(opt_spec(), ["opt-13b"], 100)
-    with pytest.raises(InputError, match="at least 1"):
-        generate_markov_traces(opt_spec(), ["opt-1.3b"], 0)
+        generate_markov_traces(opt_spec(), ["opt-13b"])
 
 
 @settings(max_examples=40, deadline=None)
@@ -266,7 +262,7 @@ def test_any_statistics_give_a_sound_trace_that_meets_its_histogram_to_half_a_ru
         disagreement_penalty_nats=1.0,
         candidates={"m": MarkovCandidate(exit_layers, {"text": shares}, 8.0)},
     )
-    traces = generate_markov_traces(spec, ["m"], num_positions)
+    traces = generate_markov_traces(spec, ["m"])
     levels = traces.exit_level_at("m", nominal)[0]
     realised = np.cumsum(traces.share_by_exit("m", nominal))
     changes = np.flatnonzero(np.diff(levels)) + 1
@@ -318,8 +314,8 @@ def test_a_trace_with_other_exits_than_the_profile_is_refused(tmp_path: Path) ->
 def test_a_shipped_profile_generates_the_positions_it_asks_for() -> None:
     traces = load_traces(load_profile("opt-a100-40gb"))
     assert traces.origin == "markov"
-    assert traces.num_positions == NUM_POSITIONS
-    with pytest.raises(InputError, match="did you mean"):
+    assert traces.num_positions == opt_spec().num_positions
+    with pytest.raises(InputError, match="Did you mean"):
         load_traces(load_profile("opt-a100-40gb"), ["opt-6.7"])
 
 

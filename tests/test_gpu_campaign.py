@@ -250,7 +250,9 @@ def test_an_interruption_ends_the_step_in_hand_and_is_on_disk(tmp_path: Path) ->
 
 
 def test_an_unknown_step_is_refused_and_the_nearest_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--only: There is no step 'meassure'.*is 'measure'"):
+    with pytest.raises(
+        InputError, match=r"--only: There is no step 'meassure'. Did you mean 'measure'"
+    ):
         chosen(steps_of("cuda", "cuda"), ["meassure"], [])
     names = [step.name for step in chosen(steps_of("cuda", "cuda"), ["fit", "train"], ["train"])]
     assert names == ["fit"]

@@ -272,7 +272,7 @@ def test_the_list_tells_name_device_models_and_grades_of_what_is_shipped() -> No
 
 
 def test_an_unknown_profile_is_told_the_nearest_shipped_one(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="did you mean 'opt-a100-40gb'"):
+    with pytest.raises(InputError, match="Did you mean 'opt-a100-40gb'"):
         load_profile("opt-a100", tmp_path)
 
 
@@ -283,7 +283,7 @@ def test_a_folder_without_a_profile_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model_is_told_the_nearest_one() -> None:
-    with pytest.raises(InputError, match=r"did you mean 'opt-6\.7b'"):
+    with pytest.raises(InputError, match=r"Did you mean 'opt-6\.7b'"):
         load_profile("opt-a100-40gb").model("opt-6.7")
 
 
@@ -310,9 +310,9 @@ COEFFICIENT = "models/opt-1.3b/coefficients/decode.launch_s"
 
 MISTAKES: list[tuple[str, str, Any, str]] = [
     ("another schema version", "schema_version", 2, "reads version 1"),
-    ("an unknown key", "device/memory_byte", 1, "'memory_byte' is unknown .*'memory_bytes'"),
-    ("an unknown grade", f"{COEFFICIENT}/grade", "guessed", "allowed are 'measured'"),
-    ("a nearly right grade", f"{COEFFICIENT}/grade", "asumed", "did you mean 'assumed'"),
+    ("an unknown key", "device/memory_byte", 1, "'memory_byte' is unknown.*'memory_bytes'"),
+    ("an unknown grade", f"{COEFFICIENT}/grade", "guessed", "Allowed are 'measured'"),
+    ("a nearly right grade", f"{COEFFICIENT}/grade", "asumed", "Did you mean 'assumed'"),
     ("a wrong unit", f"{COEFFICIENT}/unit", "ms", "unit 'ms' was given; 's' is needed"),
     ("a negative value", f"{COEFFICIENT}/value", -1e-3, "must be at least 0"),
     ("an infinite value", f"{COEFFICIENT}/value", math.inf, "must be finite"),
@@ -322,7 +322,7 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ("truth for a number", f"{COEFFICIENT}/value", True, "number was expected"),
     ("an empty source", f"{COEFFICIENT}/source", " ", "text was expected"),
     ("a bare number for a quantity", COEFFICIENT, 1e-3, "object was expected"),
-    ("an unknown coefficient", f"{COEFFICIENT}x", 1, "did you mean 'decode.launch_s'"),
+    ("an unknown coefficient", f"{COEFFICIENT}x", 1, "Did you mean 'decode.launch_s'"),
     (
         "exits beyond the layers",
         "models/opt-1.3b/exit_layers/value",
@@ -340,11 +340,12 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ("half a byte", "device/memory_bytes/value", 1.5, "must be whole"),
     ("no memory", "device/memory_bytes/value", 0, "must be greater"),
     ("active below idle power", "device/active_w/value", 1.0, "at least idle_w"),
-    ("an unknown family", "models/opt-1.3b/shape/family", "gpt", "allowed are 'opt', 'llama'"),
+    ("loading below idle power", "device/load_w/value", 1.0, "at least idle_w"),
+    ("an unknown family", "models/opt-1.3b/shape/family", "gpt", "Allowed are 'opt', 'llama'"),
     ("a threshold above 1", "models/opt-1.3b/confidence/default_threshold/value", 1.5, "at most 1"),
     ("buckets that fall", "models/opt-1.3b/batch_buckets", [4, 2], "must rise"),
     ("an empty hull", "models/opt-1.3b/hull", {}, "'max_batch' is missing"),
-    ("an unknown kind of exits", "exits/kind", "guess", "allowed are 'trace', 'markov'"),
+    ("an unknown kind of exits", "exits/kind", "guess", "Allowed are 'trace', 'markov'"),
     ("a domain named twice", "exits/domains", ["chat", "chat"], "none twice"),
     ("a domain without shares", "exits/domains", ["chat", "code", "maths"], "'maths' is missing"),
     ("a stickiness of 1", "exits/stickiness/value", 1.0, "at most 0.999"),
@@ -370,7 +371,7 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
         "unavailable",
         "null and 'unavailable' belong",
     ),
-    ("an origin nobody knows", "provenance/origin", "hearsay", "allowed are 'published'"),
+    ("an origin nobody knows", "provenance/origin", "hearsay", "Allowed are 'published'"),
 ]
 
 
@@ -407,7 +408,7 @@ def test_every_model_needs_exit_statistics_and_no_other(tmp_path: Path, document
     with pytest.raises(InputError, match=r"model 'opt-6\.7b' is missing"):
         load_profile(write(tmp_path / "mine", document))
     candidates["opt-6.7"] = moved
-    with pytest.raises(InputError, match=r"did you mean 'opt-6\.7b'"):
+    with pytest.raises(InputError, match=r"Did you mean 'opt-6\.7b'"):
         load_profile(write(tmp_path / "mine", document))
 
 

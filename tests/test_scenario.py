@@ -324,7 +324,7 @@ def test_rebatching_and_recomputed_kv_exclude_each_other(file: Path, policy: str
 def test_an_unknown_profile_is_told_the_nearest_and_all(file: Path) -> None:
     where, message = told(file, "fleet.profile='opt-a100'")
     assert where.startswith(f"{file}, fleet.profile, ")
-    assert message.startswith("Profile 'opt-a100' was not found (did you mean 'opt-a100-40gb'?);")
+    assert message.startswith("Profile 'opt-a100' was not found. Did you mean 'opt-a100-40gb'?")
     assert "'layerskip-h100-80gb'" in message
 
 
@@ -340,18 +340,26 @@ def test_an_unknown_domain_is_told_the_nearest_and_all(file: Path) -> None:
     where, message = told(file, "workload.domains=[{name='chatt', share=1.0}]")
     assert where == f"{file}, workload.domains"
     assert message == (
-        "The domain 'chatt' is unknown; did you mean 'chat'? The profile has chat, code."
+        "The domain 'chatt' is unknown. Did you mean 'chat'? The profile has chat, code."
     )
 
 
 @pytest.mark.parametrize(
     ("slo", "place", "said"),
     [
-        ("text='ttfx:200'", "slo.text", "'ttfx' in 'ttfx:200' is no SLO metric (nearest: ttft)"),
+        (
+            "text='ttfx:200'",
+            "slo.text",
+            "'ttfx' in 'ttfx:200' is no SLO metric. Did you mean",
+        ),
         ("text='ttft:-5'", "slo.text", "is not positive and finite"),
         ("text='ttft:200 parsec'", "slo.text", "'parsec' is no SLO limit; allowed are"),
         ("text=''", "slo.text", "The SLO text is empty; it is written as"),
-        ("txt='a'", "slo", "'txt' is no key of an SLO (nearest: text); allowed are text, preset"),
+        (
+            "txt='a'",
+            "slo",
+            "'txt' is no key of an SLO. Did you mean 'text'? Allowed are text, preset",
+        ),
         ("ttft_ms=100", "slo", "The SLO was given text, ttft_ms together; allowed is either"),
     ],
 )

@@ -13,7 +13,8 @@ import pytest
 from helios_sim import experiment, world
 from helios_sim.exits import ExitTraces
 from helios_sim.scenario import parse_scenario
-from helios_sim.sweep import run_sweep
+from helios_sim.search.executors import open_workers
+from helios_sim.search.points import point_of, run_point
 from helios_sim.world import TraceTables, keep_tables, trace_tables
 
 
@@ -74,7 +75,7 @@ def test_no_more_tables_are_kept_than_asked_and_the_last_used_stay() -> None:
     assert tables_of(given, 0.1) is not first
 
 
-def test_a_sweep_in_this_process_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_points_run_in_this_process_leave_nothing_behind(tmp_path: Path) -> None:
     data = {
         "name": "short",
         "workload": {
@@ -86,7 +87,9 @@ def test_a_sweep_in_this_process_leaves_nothing_behind(tmp_path: Path) -> None:
         "fleet": {"profile": "opt-a100-40gb"},
         "policy": [{"use": "vanilla"}],
     }
-    run_sweep([parse_scenario(data, "sweep", tmp_path)], tmp_path, 1)
+    point = point_of(parse_scenario(data, "sweep", tmp_path), tmp_path)
+    with open_workers(1) as workers:
+        workers.executor.submit(run_point, point).result()
     gc.collect()
     assert not experiment._TRACES
     assert not world._KEPT

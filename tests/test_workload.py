@@ -337,7 +337,7 @@ def test_a_block_takes_the_mix_at_its_first_arrival() -> None:
 def test_an_unknown_domain_names_the_nearest() -> None:
     """The message holds what was given, the nearest and all that the profile has."""
     with pytest.raises(
-        InputError, match=r"'pros' is unknown; did you mean 'prose'\? .* prose, code"
+        InputError, match=r"'pros' is unknown\. Did you mean 'prose'\? .* prose, code"
     ) as caught:
         make(domains=[{"name": "pros", "share": 1}])
     assert caught.value.where == "workload.domains"

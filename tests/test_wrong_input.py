@@ -73,7 +73,7 @@ def refusal(capsys: pytest.CaptureFixture[str], command: str, *words: object) ->
         (SCENARIO.replace("general-12l", "general-12"), "Did you mean 'general-12l'?"),
         (SCENARIO.replace("small-family-cpu", "small-family"), "'small-family-cpu'"),
         (SCENARIO.replace("small-family-cpu", "."), "holds no profile.json"),
-        (SCENARIO + '[slo]\ntext = "tftt:500"\n', "nearest: ttft"),
+        (SCENARIO + '[slo]\ntext = "tftt:500"\n', "Did you mean 'ttft'"),
         (SCENARIO + "[fleet.memory]\n", "Did you mean 'memory_bytes'?"),
         (SCENARIO + '[workload.trace]\nfile = "away.csv"\n', "neither arrivals nor lengths use it"),
         (

@@ -335,7 +335,7 @@ def build_world(scenario: Scenario) -> state.World:
         rows=_records((1, num_rows), state.ROW),
         order=np.arange(num_rows, dtype=np.int32)[None, :].copy(),
         lanes=np.zeros((1, num_rows), np.int64),
-        block_phases=np.zeros((1, scenario.block_tokens), np.int64),
+        block_offsets=np.zeros((1, scenario.block_tokens), np.int64),
         requests=_requests(scenario.requests),
         coefficients=np.array([model.coefficients for model in scenario.models]),
         padded=np.array([model.padded_rows for model in scenario.models]),

@@ -319,6 +319,18 @@ def _idle(readings: pl.DataFrame, why_not: str) -> Number:
     return Number(float(np.median(watts)), "measured", source, error)
 
 
+def _load_power(points: pl.DataFrame, idle_w: float, active: Number) -> Number:
+    """Watts while weights move, which include the idle power whatever their windows read."""
+    watts = points.filter(pl.col("quantity") == "load_energy")["watts"].drop_nulls().to_numpy()
+    if not len(watts):
+        return Number(active.value, "derived", "no power was read while weights moved; as active_w")
+    read_w = float(np.median(watts))
+    source = "a window of copies from page-locked memory"
+    if read_w < idle_w:
+        return Number(idle_w, "derived", f"{source} read {read_w:.4g} W, below idle_w; as idle_w")
+    return Number(read_w, "measured", source)
+
+
 def _limit(device: Mapping[str, Any]) -> Number:
     limit = device.get("power_limit_w")
     if limit is None:
@@ -335,18 +347,7 @@ def _device_node(
     known = [fit.numbers["power.active_w"] for fit in energy.values()]
     if all(number.value is not None for number in known):
         active = min(known, key=lambda number: number.value or 0.0)
-        loads = points.filter(pl.col("quantity") == "load_energy")["watts"].drop_nulls()
-        load = (
-            Number(
-                float(loads.median()),  # type: ignore[arg-type]
-                "measured",
-                "a window of copies from page-locked memory",
-            )
-            if len(loads)
-            else Number(
-                active.value, "derived", "no power was read while weights moved; as active_w"
-            )
-        )
+        load = _load_power(points, idle.value or 0.0, active)
     else:
         active = load = known[0]
     try:

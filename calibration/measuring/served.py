@@ -13,13 +13,14 @@ from itertools import chain, cycle, repeat
 from typing import Final
 
 from calibration.measuring.timing import Work
-from calibration.serving.batching import NEVER, Life, Row
+from calibration.serving.batching import Life, Row
 from calibration.serving.iteration import EXITS_ACTIVE, Answer, Stepper
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Replica
 from helios_sim.policy.contract import Assignment, ExitMode
 from helios_sim.policy.registry import make_policy
 from helios_sim.scenario import ServingSettings
+from helios_sim.state import NEVER
 
 TURNS: Final = 8
 """Iterations in which contexts grow before they are set back; their mean is the load's."""

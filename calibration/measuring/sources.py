@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import zlib
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from calibration.model.checkpoint import (
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.family import shape_of
 from calibration.model.shapes import random_model
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.model import PUBLIC_SHAPES, EarlyExitModel, ModelShape
 
 
@@ -70,11 +69,9 @@ def find_sources(models: Sequence[str], exits: Sequence[int] | None = None) -> t
         elif model in PUBLIC_SHAPES:
             found.append(_shape(model, exits))
         else:
-            near = difflib.get_close_matches(model, list(PUBLIC_SHAPES), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise InputError(
-                f"{model!r} is neither a folder nor a public shape{hint} Shapes are "
-                f"{', '.join(PUBLIC_SHAPES)}.",
+                f"{model!r} is neither a folder nor a public shape."
+                f"{did_you_mean(model, PUBLIC_SHAPES)} Shapes are {', '.join(PUBLIC_SHAPES)}.",
                 "MODEL",
             )
     if not found:

@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import HOT_RULES, hot_rules_of
-
-NEVER = 1 << 60
-"""A quota or a target that is never reached."""
+from helios_sim.state import NEVER
 
 Rule = Callable[..., Any]
 Status = Literal["unsent", "waiting", "running", "finished", "refused"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from calibration.serving.batching import NEVER, Decode, Life, Prefill, Row
+from calibration.serving.batching import Decode, Life, Prefill, Row
 from calibration.serving.iteration import EXITS_ACTIVE, Machine, Stepper, split_pays
 from calibration.serving.replica import Clock, Replica
 from calibration.serving.tally import NLL_UNITS_PER_NAT, Sample
@@ -35,6 +35,7 @@ from helios_sim.policy.contract import (
     Telemetry,
 )
 from helios_sim.policy.controller import Controller
+from helios_sim.state import NEVER
 from helios_sim.workload import Requests
 
 
@@ -277,6 +278,7 @@ class Host(Replica):
             self.tally.book("load", self.clock.now_s())
             self.sample("loading")
             return self.tally.booked_s
+        self.note_weights(self.weight_bytes + entry.moved_bytes)
         self.batch.stage(staged)
         self.hold_questions()
         self.transfer = transfer = self.weights.begin(name, depth)
@@ -342,7 +344,11 @@ class Host(Replica):
         self.window.clear()
         self.assignment = assignment
         self.weight_bytes = self.weights.loaded_bytes
-        self.tally.peak_weight_bytes = max(self.tally.peak_weight_bytes, self.weight_bytes)
+        self.note_weights(self.weight_bytes)
+
+    def note_weights(self, num_bytes: int) -> None:
+        """Keep the most bytes of weights that were on the device at once."""
+        self.tally.peak_weight_bytes = max(self.tally.peak_weight_bytes, num_bytes)
 
     def aim(self, decision: Decision) -> None:
         """Say when the policy is to be asked again."""

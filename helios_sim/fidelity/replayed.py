@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from helios_sim.engine import Host, Process, Replica, Run
+from helios_sim.engine import HostLinks, Process, Replica, Run
 from helios_sim.policy.contract import (
     Decision,
     Evaluate,
@@ -81,7 +81,7 @@ class ReplayedReplica(Replica):
     iteration waits for its end.
     """
 
-    def __init__(self, index: int, run: Run, host: Host, policy: Replayed) -> None:
+    def __init__(self, index: int, run: Run, host: HostLinks, policy: Replayed) -> None:
         super().__init__(index, run, host, policy)
         self.log = policy.log
 

@@ -21,6 +21,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 from helios_sim import cost
+from helios_sim.exits import share_leaving_by
 from helios_sim.model import PUBLIC_SHAPES, EarlyExitModel
 from helios_sim.profile import (
     PROFILE_FILE,
@@ -259,7 +260,7 @@ def solve_correlation(early_share: float, deep_share: float, wanted: float) -> f
 
 def solve_agreement_below(early_share: float) -> float:
     """Agreement of early tokens under the step, so that all early tokens agree as published."""
-    confident = 1.0 - (1.0 - early_share) * UNCHANGED_STEP / NOMINAL_THRESHOLD
+    confident = share_leaving_by(early_share, UNCHANGED_STEP, NOMINAL_THRESHOLD)
     return (UNCHANGED_OVERALL - UNCHANGED_CONFIDENT * confident) / (1.0 - confident)
 
 

@@ -62,23 +62,7 @@ def find_capacity(start_per_s: float, precision: float) -> Generator[float, Verd
     since replications blur these anyway. Where no rate tried is sure, rates beyond them are tried.
     """
     known: dict[float, Verdict] = {}
-
-    def ask(rate: float) -> Generator[float, Verdict, Verdict]:
-        place = _round(rate)
-        if place not in known:
-            known[place] = yield place
-        return known[place]
-
-    rate = _round(start_per_s)
-    verdict = yield from ask(rate)
-    step = 2.0 if verdict.carried else 0.5
-    for _ in range(MAX_DOUBLINGS):
-        if verdict.carried != (step > 1.0):
-            break
-        if not verdict.carried and verdict.mean_running < IDLE_RUNNING:
-            break
-        rate = _round(rate * step)
-        verdict = yield from ask(rate)
+    yield from _bracket(known, start_per_s)
     carried = any(one.carried for one in known.values())
     missed = any(not one.carried for one in known.values())
     if not (carried and missed):
@@ -88,31 +72,61 @@ def find_capacity(start_per_s: float, precision: float) -> Generator[float, Verd
             return Capacity(place, place, math.inf, probes, "all carried")
         return Capacity(0.0, 0.0, place, probes, "none carried")
 
-    tests: tuple[tuple[Callable[[Verdict], bool], float], ...] = (
-        (lambda one: one.carried, precision),
-        (lambda one: one.surely_carried, BOUNDS_FACTOR * precision),
-        (lambda one: not one.surely_missed, BOUNDS_FACTOR * precision),
-    )
-    edges: list[tuple[float, float]] = []
-    for test, within in tests:
-        for _ in range(MAX_OUTSIDE):
-            low, high = _edge(known, test)
-            if math.isinf(high):
-                yield from ask(_round(2.0 * max(known)))
-            elif low == 0.0 and known[min(known)].mean_running >= IDLE_RUNNING:
-                yield from ask(_round(0.5 * min(known)))
-            else:
-                break
-        while True:
-            low, high = _edge(known, test)
-            if low == 0.0 or math.isinf(high) or high / low <= 1.0 + within:
-                break
-            middle = _round(math.sqrt(low * high))
-            if middle in (low, high):
-                break
-            yield from ask(middle)
-        edges.append((low, high))
-    return Capacity(_edge(known, tests[0][0])[0], edges[1][0], edges[2][1], _sorted(known))
+    bound = BOUNDS_FACTOR * precision
+    yield from _close_in(known, _carried, precision)
+    low, _ = yield from _close_in(known, lambda one: one.surely_carried, bound)
+    _, high = yield from _close_in(known, lambda one: not one.surely_missed, bound)
+    # Probes for the bounds may have moved where the mean turns.
+    rate, _ = _edge(known, _carried)
+    return Capacity(rate, low, high, _sorted(known))
+
+
+def _carried(verdict: Verdict) -> bool:
+    return verdict.carried
+
+
+def _ask(known: dict[float, Verdict], rate: float) -> Generator[float, Verdict, Verdict]:
+    """The verdict on a rate, which is tried at most once."""
+    place = _round(rate)
+    if place not in known:
+        known[place] = yield place
+    return known[place]
+
+
+def _bracket(known: dict[float, Verdict], start_per_s: float) -> Generator[float, Verdict, None]:
+    """Double or halve from a start until a rate is carried and its double is not."""
+    rate = _round(start_per_s)
+    verdict = yield from _ask(known, rate)
+    step = 2.0 if verdict.carried else 0.5
+    for _ in range(MAX_DOUBLINGS):
+        if verdict.carried != (step > 1.0):
+            break
+        if not verdict.carried and verdict.mean_running < IDLE_RUNNING:
+            break
+        rate = _round(rate * step)
+        verdict = yield from _ask(known, rate)
+
+
+def _close_in(
+    known: dict[float, Verdict], test: Callable[[Verdict], bool], within: float
+) -> Generator[float, Verdict, tuple[float, float]]:
+    """The rates between which a test turns, from beyond the rates tried where need be, bisected."""
+    for _ in range(MAX_OUTSIDE):
+        low, high = _edge(known, test)
+        if math.isinf(high):
+            yield from _ask(known, 2.0 * max(known))
+        elif low == 0.0 and known[min(known)].mean_running >= IDLE_RUNNING:
+            yield from _ask(known, 0.5 * min(known))
+        else:
+            break
+    while True:
+        low, high = _edge(known, test)
+        if low == 0.0 or math.isinf(high) or high / low <= 1.0 + within:
+            return low, high
+        middle = _round(math.sqrt(low * high))
+        if middle in (low, high):
+            return low, high
+        yield from _ask(known, middle)
 
 
 def _edge(known: dict[float, Verdict], test: Callable[[Verdict], bool]) -> tuple[float, float]:

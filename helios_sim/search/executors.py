@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, install_command
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ def _cluster(scheduler: str) -> Iterator[Workers]:
         distributed: Any = importlib.import_module("distributed")
     except ImportError:
         raise InputError(
-            "A cluster needs dask.distributed: pip install distributed.",
+            f"A cluster needs dask.distributed: {install_command('cluster')}.",
             f"--scheduler {scheduler}",
         ) from None
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Final
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.metrics import LATENCIES, PERCENTILES, Better
 from helios_sim.report.words import number
 from helios_sim.search.points import Figures
@@ -105,8 +104,7 @@ def parse_goal(text: str, where: str) -> Goal:
                 where,
             )
         return Goal(f"{name}:{chosen}", f"{chosen}_{LATENCIES[name]}_ms", "lower", "ms")
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, NAMES)
     raise InputError(f"{text!r} is no objective.{hint} Allowed are {', '.join(NAMES)}.", where)
 
 
@@ -132,8 +130,7 @@ def parse_constraints(text: str, where: str) -> Constraints:
         if re.fullmatch(r"(p[0-9.]+_|median_)?[a-z0-9]+(_(us|ms|s))?", word) is None or (
             _metric(word) not in (*LATENCIES, "e2el")
         ):
-            near = difflib.get_close_matches(word, NAMES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(word, NAMES)
             raise InputError(
                 f"{clause!r} bounds nothing that is known.{hint} Allowed are {', '.join(NAMES)}.",
                 where,

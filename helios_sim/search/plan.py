@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final, TypeVar, get_args
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.experiment import choose_policies
 from helios_sim.profile import load_profile
 from helios_sim.questions import PlanSettings
@@ -334,8 +333,7 @@ def _named(fleets: Sequence[Fleet]) -> list[Fleet]:
 def check_word(word: str, allowed: Sequence[str], where: str, what: str) -> None:
     """Refuse a word that is not allowed, with the nearest that is."""
     if word not in allowed:
-        near = get_close_matches(word, allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(word, allowed)
         raise InputError(
             f"{word!r} is no {what}.{hint} Allowed are {', '.join(map(repr, allowed))}.", where
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from helios_sim.arrivals import StrictSettings
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.toml import read_toml
 
 Grade = Literal["assumed", "quoted", "paid"]
@@ -69,9 +68,8 @@ def load_prices(name: str, base_dir: Path, where: str) -> Prices:
         place = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             allowed = ("currency", "gpu", "energy", "per_gpu_hour", "per_kwh", "overhead", "grade")
-            near = difflib.get_close_matches(str(first["loc"][-1]), allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            message = f"Unknown key {first['loc'][-1]!r}.{hint}"
+            key = str(first["loc"][-1])
+            message = f"Unknown key {key!r}.{did_you_mean(key, allowed)}"
         elif first["type"] == "missing":
             message = f"The key {first['loc'][-1]!r} is required."
         else:
@@ -89,10 +87,8 @@ def cost_of(
 ) -> Cost:
     """The cost of GPUs that draw a power and give tokens, at a steady rate."""
     if device not in prices.gpu:
-        near = difflib.get_close_matches(device, prices.gpu, n=1)
-        hint = f" Did you mean it for {near[0]!r}?" if near else ""
         raise InputError(
-            f"The prices file has no [gpu.{device!r}].{hint} It has "
+            f"The prices file has no [gpu.{device!r}].{did_you_mean(device, prices.gpu)} It has "
             f"{', '.join(map(repr, prices.gpu)) or 'none'}.",
             where,
         )

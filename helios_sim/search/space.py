@@ -10,9 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.experiment import choose_policies
-from helios_sim.policy.options import nearest
 from helios_sim.scenario import Scenario, apply_value, parse_scenario, resolved
 from helios_sim.search.samplers import sobol_shares
 
@@ -218,7 +217,7 @@ def _range(key: str, given: Any, where: str) -> Range:
     for name in given:
         if name not in _RANGE_KEYS:
             raise InputError(
-                f"Unknown key {name!r}.{nearest(name, _RANGE_KEYS)} Allowed are "
+                f"Unknown key {name!r}.{did_you_mean(name, _RANGE_KEYS)} Allowed are "
                 f"{', '.join(_RANGE_KEYS)}.",
                 where,
             )

@@ -8,8 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from helios_sim.errors import InputError
-from helios_sim.policy.options import nearest
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.profile import load_profile
 from helios_sim.report.words import device_of_all
@@ -117,9 +116,10 @@ def whatif_studies(
             )
     for key, known in taken.items():
         if not known:
+            option = key.partition(".")[2]
             raise InputError(
                 f"None of the policies {', '.join(one.name for one in policies)} has the option "
-                f"{key.partition('.')[2]!r}.{nearest(key.partition('.')[2], _options(policies))}",
+                f"{option!r}.{did_you_mean(option, _options(policies))}",
                 f"--vary {key}",
             )
     return studies

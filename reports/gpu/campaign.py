@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shlex
@@ -18,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from reports.gpu.forked import Child
 from reports.gpu.packages import how_to_install, missing
 
@@ -84,9 +83,9 @@ def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> l
     for option, given in (("--only", only), ("--skip", skip)):
         for name in given:
             if name not in names:
-                near = difflib.get_close_matches(name, names, 1, 0.0)
                 raise InputError(
-                    f"There is no step {name!r}; the nearest is {near[0]!r} of {', '.join(names)}.",
+                    f"There is no step {name!r}.{did_you_mean(name, names)} There are "
+                    f"{', '.join(names)}.",
                     option,
                 )
     return [step for step in steps if step.name not in skip and (not only or step.name in only)]

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Final
 
+from helios_sim.errors import install_command
+
 BAD_INPUT: Final = 2
 BASE: Final = (
     *("typer", "rich", "numpy", "scipy", "polars", "numba", "pydantic"),
@@ -23,6 +25,7 @@ def how_to_install(absent: list[str]) -> str:
     """A sentence that names them and what brings them."""
     verb, them = ("is", "it") if len(absent) == 1 else ("are", "them")
     return (
-        f"{', '.join(absent)} {verb} not installed; pip install -e '.[calibration,dev]' brings "
-        f"{them}, or pip install --no-index --find-links WHEELS {' '.join(absent)} from wheels."
+        f"{', '.join(absent)} {verb} not installed; {install_command('calibration', 'dev')} "
+        f"brings {them}, or pip install --no-index --find-links WHEELS {' '.join(absent)} from "
+        "wheels."
     )

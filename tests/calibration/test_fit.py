@@ -428,6 +428,22 @@ def test_idle_power_is_as_sure_as_its_windows_agree(
     assert f"median of {len(watts)} idle windows" in found.source
 
 
+def test_power_while_weights_move_is_never_below_idle_and_says_what_was_read(
+    tmp_path: Path,
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan())
+    low_w = planted.IDLE_W - 3.0
+    is_load = pl.col("quantity") == "load_energy"
+    points = pl.read_parquet(folder / POINTS_FILE)
+    points = points.with_columns(watts=pl.when(is_load).then(low_w).otherwise("watts"))
+    points.write_parquet(folder / POINTS_FILE)
+    profile = fit_profile(folder, tmp_path / "profile")
+    number = profile.quantities["device.load_w"]
+    assert number.value == planted.IDLE_W
+    assert number.grade == "derived"
+    assert f"read {low_w:g} W, below idle_w" in number.source
+
+
 def test_workspace_is_the_most_that_was_measured(exact: Profile) -> None:
     assert exact.models["planted"].workspace_bytes == 3_000_000
     assert exact.quantities["models.planted.workspace_bytes"].grade == "measured"

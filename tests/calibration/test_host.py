@@ -155,6 +155,7 @@ def test_the_host_takes_the_simulators_decisions_at_its_times(use, options, serv
         totals.num_evaluations,
     )
     assert host.batch.max_running == totals.max_running
+    assert tally.peak_weight_bytes == totals.peak_weight_bytes
 
 
 @pytest.mark.parametrize(

@@ -558,7 +558,7 @@ def test_a_shape_beyond_all_memory_is_refused_before_anything_is_measured(
 
 
 def test_what_is_no_model_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="did you mean 'llama3-8b'"):
+    with pytest.raises(InputError, match="Did you mean 'llama3-8b'"):
         find_sources(["llama3-8"])
     with pytest.raises(InputError, match=r"holds a config\.json"):
         find_sources([str(tmp_path)])

@@ -789,6 +789,16 @@ def test_weights_and_pool_stay_within_memory_also_while_weights_arrive(
     check_run(data)
 
 
+def test_the_peak_of_the_weights_counts_those_that_arrive_beside_running_requests() -> None:
+    for overlap in (True, False):
+        setup = drifting_setup(profile=both_models(), overlap_loads=overlap)
+        run, data = play(setup, drifting_requests(), "always", reassess_requests=7)
+        assert data.totals.num_switches > 1
+        served = [entry.assignment for entry in run.decisions]
+        most = max(run.weight_bytes[one.model, one.depth] for one in served)
+        assert data.totals.peak_weight_bytes == (2 * most if overlap else most)
+
+
 def test_overlapping_a_load_with_serving_leaves_less_time_without_tokens() -> None:
     profile = both_models(host=Link(0.05, 20_000.0))
     loads = [

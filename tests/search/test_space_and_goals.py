@@ -228,7 +228,7 @@ def test_costs_by_pencil() -> None:
     assert cost.per_hour == pytest.approx(6.3)
     assert cost.per_million_tokens == pytest.approx(6.3 / 3.6)
     assert cost_of(prices, "X", 3, None, None, "here").per_million_tokens is None
-    with pytest.raises(InputError, match="Did you mean it for 'X'"):
+    with pytest.raises(InputError, match="Did you mean 'X'"):
         cost_of(prices, "XX", 1, None, None, "here")
 
 
