@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 
 from helios_sim import cost
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 from helios_sim.model import kv_pool_blocks
 from helios_sim.policy.contract import Candidate, Slo
 from helios_sim.profile import Profile, load_profile
@@ -143,8 +142,7 @@ def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room
     candidates = fleet.candidates or tuple(profile.models)
     for index, name in enumerate(candidates):
         if name not in profile.models:
-            near = get_close_matches(name, profile.models, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, profile.models)
             raise InputError(
                 f"Profile {profile.name!r} has no model {name!r}.{hint} It has "
                 f"{', '.join(profile.models)}.",

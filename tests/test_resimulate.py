@@ -57,6 +57,17 @@ def test_the_recorded_study_is_what_this_program_simulates() -> None:
     assert changes(study, simulated_anew(study, PROFILE)) == []
 
 
+def test_a_case_whose_policy_decides_otherwise_since_stays_as_it_was(slow: Path) -> None:
+    """The page says which; the others are simulated anew."""
+    study = results(SATURATED, LIGHT)
+    found = simulated_anew(study, slow, keep=[SATURATED])
+    assert figures_of(found, SATURATED) == figures_of(study, SATURATED)
+    assert figures_of(found, LIGHT) != figures_of(study, LIGHT)
+    assert f"{SATURATED} stays as simulated with the policy that was served" in text_of(
+        render(found)
+    )
+
+
 def test_weights_that_a_study_shows_in_mib_are_simulated_anew_in_mib() -> None:
     """A study recorded in GiB keeps to GiB."""
     in_gib = results(SATURATED)

@@ -86,12 +86,21 @@ def _anew_remarks(results: Mapping[str, Any]) -> list[str]:
         "Simulated anew beside the real runs that the study recorded, by a model changed since, "
         "in the knowledge of them"
     )
-    changed = anew["changed"]
+    changed, kept = anew["changed"], anew.get("kept", [])
+    others = (
+        [
+            f"{listed(kept)} {'stay' if len(kept) > 1 else 'stays'} as simulated with the policy "
+            "that was served, which decides otherwise since."
+        ]
+        if kept
+        else []
+    )
     if not changed:
-        return [f"{said}: every figure is the same to the last bit."]
+        return [f"{said}: every figure is the same to the last bit.", *others]
     return [
         f"{said}. {listed(changed)} changed, and what their errors come from was not told anew; "
-        "the other cases are the same to the last bit."
+        "the other cases are the same to the last bit.",
+        *others,
     ]
 
 

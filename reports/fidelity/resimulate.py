@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from helios_sim.command import run_app
+from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.fidelity.figures import figure_row, scaled
 from helios_sim.records import toml_text
@@ -46,13 +47,25 @@ def resimulate(
     note: Annotated[
         list[str] | None, typer.Option(help="A sentence for the page; may be repeated.")
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A case to leave as it was: its policy decides otherwise since it was served."
+        ),
+    ] = None,
 ) -> None:
     """Simulate every case anew and compare it with the real runs that the study recorded."""
     before = read_results(results)
+    known = [case["name"] for case in before["cases"]]
+    for name in keep or ():
+        if name not in known:
+            raise InputError(
+                f"The study has no case {name!r}; it has {', '.join(known)}.", "--keep"
+            )
     if out is not None:
         check_target(out)
     command = shlex.join(["python", "-m", "reports.fidelity.resimulate", *sys.argv[1:]])
-    now = simulated_anew(before, profile, command)
+    now = simulated_anew(before, profile, command, keep or ())
     console = Console()
     console.print(FittedTable(TITLES, summary(before, now)))
     rows = changes(before, now)
@@ -70,8 +83,13 @@ def resimulate(
         console.print(f"Page: {out / 'report.html'}", soft_wrap=True)
 
 
-def simulated_anew(results: Data, profile: Path, command: str = "") -> dict[str, Any]:
-    """A study's results with every case simulated with a profile, beside the real runs it had."""
+def simulated_anew(
+    results: Data, profile: Path, command: str = "", keep: Sequence[str] = ()
+) -> dict[str, Any]:
+    """A study's results with its cases simulated with a profile, beside the real runs it had.
+
+    Those to `keep` stay as they were: another policy is no prediction of the one that was served.
+    """
     settings = StudySettings(
         profile=profile,
         candidates=tuple(results["candidates"]),
@@ -80,7 +98,10 @@ def simulated_anew(results: Data, profile: Path, command: str = "") -> dict[str,
     )
     ground = read_ground(settings)
     with tempfile.TemporaryDirectory() as folder:
-        cases = [_case(case, ground, profile, Path(folder)) for case in results["cases"]]
+        cases = [
+            case if case["name"] in keep else _case(case, ground, profile, Path(folder))
+            for case in results["cases"]
+        ]
     earlier = (results["simulated_anew"] or {"changed": []})["changed"]
     changed = [
         case["name"]
@@ -92,6 +113,7 @@ def simulated_anew(results: Data, profile: Path, command: str = "") -> dict[str,
         "profile": ground.profile.name,
         "profile_hash": ground.profile.hash,
         "changed": changed,
+        "kept": list(keep),
     }
     return results_of({**results, "simulated_anew": anew}, cases)
 
