@@ -43,11 +43,10 @@ def model_of(shape: ModelShape) -> EarlyExitModel:
 
 
 def bounds_of(model: EarlyExitModel) -> Bounds:
-    """64 rows of 2048 tokens, with graphs and without."""
-    tokens = BUCKETS[-1] * 2048
-    return Bounds(
-        model.name, model.exit_layers, BUCKETS[-1], 2048, tokens, 4096, ("eager", "graph")
-    )
+    """All that its contexts and the largest bucket allow, with graphs and without."""
+    most, longest = BUCKETS[-1], model.shape.max_positions
+    modes = ("eager", "graph")
+    return Bounds(model.name, model.exit_layers, most, longest, most * longest, 4096, modes)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from calibration.measuring.grid import Bounds, plan_energy, plan_latency
+from calibration.measuring.grid import plan_energy, plan_latency
 from calibration.measuring.readings import Reading, Readings
 from calibration.model.checkpoint import Checkpoint
 from calibration.model.early_exit import EarlyExitLM, load
@@ -25,6 +25,7 @@ from reports.made_up_gpu.device import (
     HOST_LINK,
     IDLE_W,
     MadeUpGpu,
+    bounds_of,
     readings_of,
 )
 
@@ -79,14 +80,6 @@ def _described(model: EarlyExitLM) -> dict[str, Any]:
         "weights": "checkpoint",
         "batch_buckets": list(BUCKETS),
     }
-
-
-def bounds_of(model: EarlyExitModel, max_batch: int = BUCKETS[-1]) -> Bounds:
-    """All that a model's contexts and the largest bucket allow, with graphs and without."""
-    longest = model.shape.max_positions
-    tokens = max_batch * longest
-    modes = ("eager", "graph")
-    return Bounds(model.name, model.exit_layers, max_batch, longest, tokens, 4096, modes)
 
 
 def _timed(gpu: MadeUpGpu, budget_s: float) -> list[Reading]:
