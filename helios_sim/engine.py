@@ -156,7 +156,12 @@ class Replica:
         self.host = host
         self.record = live_record(run.world.replicas, index)
         self.exit_counts = run.world.exit_counts[index]
-        self.controller = Controller(policy, run.candidates, shortage=run.setup.shortage)
+        self.controller = Controller(
+            policy,
+            run.candidates,
+            shortage=run.setup.shortage,
+            recomputes_kv=run.setup.serving.skipped_kv == "recomputed",
+        )
         self.snapshots = SnapshotLog()
         self.policy = policy
         self.assignment: Assignment | None = None

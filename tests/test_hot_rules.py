@@ -213,7 +213,7 @@ def counts_in_a_list(
 
 
 def test_a_rule_that_needs_memory_which_the_loop_does_not_manage_runs_interpreted() -> None:
-    """numba compiles a list alone, but not within a loop that counts no references."""
+    """A list compiles alone, but not within a loop that counts no references."""
     with pytest.warns(InterpretedRuleWarning, match="may_join"):
         loop_with({"may_join": counts_in_a_list})
 

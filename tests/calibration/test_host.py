@@ -324,6 +324,25 @@ def test_what_a_hot_rule_raises_is_told_in_one_sentence_by_both(name, rule, said
         serve_by_clockwork(setup, setup.traces, requests, Failing())
 
 
+def test_rebatching_that_a_policy_decides_on_is_refused_by_both_where_kv_is_recomputed() -> None:
+    """In the words in which a scenario is refused whose policy is told to."""
+
+    class Splitting(Deeper):
+        def decide(self, snapshot: Snapshot) -> Decision:
+            return Serve(snapshot.candidates[0].name, 2, ExitMode.REBATCH, "It pays.")
+
+    setup = drifting_setup(skipped_kv="recomputed")
+    requests = drifting_requests(10)
+    sentence = (
+        'serving.skipped_kv: skipped_kv is "recomputed" but policy \'deeper\' has decided Serve with '
+        'exit_mode "rebatch", which fills the KV of those who leave; use skipped_kv = "filled"\\.'
+    )
+    with pytest.raises(InputError, match=sentence):
+        play_policy(setup, requests, Splitting)
+    with pytest.raises(InputError, match=sentence):
+        serve_by_clockwork(setup, setup.traces, requests, Splitting())
+
+
 def test_recorded_telemetry_gives_the_same_decisions_in_a_fresh_controller() -> None:
     setup = drifting_setup()
     requests = drifting_requests(160)
