@@ -63,7 +63,9 @@ class ModelShape:
     def head_params(self) -> int:
         """Final norm and output head; a tied head adds no weights of its own."""
         norm = 2 * self.hidden if self.family == "opt" else self.hidden
-        return (norm if self.final_norm else 0) + (0 if self.tied_head else self.vocab * self.hidden)
+        return (norm if self.final_norm else 0) + (
+            0 if self.tied_head else self.vocab * self.hidden
+        )
 
     def total_params(self) -> int:
         """All weights of the full model, without separate exit heads."""
