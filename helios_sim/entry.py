@@ -1,4 +1,4 @@
-"""Where a command begins, before what it imports: an interruption meanwhile ends it in words too."""
+"""Where a command begins, before what it imports, so that an interruption then is told too."""
 
 from __future__ import annotations
 

@@ -334,8 +334,9 @@ def test_rebatching_that_a_policy_decides_on_is_refused_by_both_where_kv_is_reco
     setup = drifting_setup(skipped_kv="recomputed")
     requests = drifting_requests(10)
     sentence = (
-        "serving.skipped_kv: skipped_kv is \"recomputed\" but policy 'deeper' has decided Serve with "
-        'exit_mode "rebatch", which fills the KV of those who leave; use skipped_kv = "filled"\\.'
+        "serving.skipped_kv: skipped_kv is \"recomputed\" but policy 'deeper' has decided Serve "
+        'with exit_mode "rebatch", which fills the KV of those who leave; '
+        'use skipped_kv = "filled"\\.'
     )
     with pytest.raises(InputError, match=sentence):
         play_policy(setup, requests, Splitting)
