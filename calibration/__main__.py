@@ -1,6 +1,12 @@
 """`python -m calibration` is the command `helios-calibrate`, also where nothing is installed."""
 
-from calibration.cli import main
+from helios_sim.entry import begin
+
+
+def main() -> None:
+    """Begin the command."""
+    begin("helios-calibrate", "calibration.cli")
+
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,12 @@
 """`python -m helios_sim` is the command `helios`, also where nothing is installed."""
 
-from helios_sim.cli import main
+from helios_sim.entry import begin
+
+
+def main() -> None:
+    """Begin the command."""
+    begin("helios", "helios_sim.cli")
+
 
 if __name__ == "__main__":
     main()

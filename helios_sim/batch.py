@@ -21,7 +21,7 @@ import math
 from typing import Any
 
 from helios_sim import cost
-from helios_sim.compiled import compilable, compiled
+from helios_sim.compiled import compilable, compiled, compiled_rule
 from helios_sim.memory import blocks_for, give_back_blocks, take_blocks, used_blocks
 from helios_sim.policy import rules
 from helios_sim.state import (
@@ -69,10 +69,10 @@ from helios_sim.state import (
     World,
 )
 
-may_join = compiled(rules.may_join)
-rebatch_pays = compiled(rules.rebatch_pays)
-watch_tumbling = compiled(rules.watch_tumbling)
-watch_sliding = compiled(rules.watch_sliding)
+may_join = compiled_rule(rules.may_join)
+rebatch_pays = compiled_rule(rules.rebatch_pays)
+watch_tumbling = compiled_rule(rules.watch_tumbling)
+watch_sliding = compiled_rule(rules.watch_sliding)
 
 
 @compiled
@@ -224,7 +224,10 @@ def num_making_room(w: World, r: int, rep: Any) -> int:
 
 @compiled
 def next_may_join(w: World, r: int, rep: Any) -> bool:
-    """Whether the head of the queue may join now; refuses heads that can never fit."""
+    """Whether the head of the queue may join now; refuses heads that can never fit.
+
+    `may_join` is asked where there is a free row and where there are blocks: it may admit less.
+    """
     if rep.draining or rep.quota <= 0:
         return False
     while rep.waiting_head != NOBODY and never_fits(w, rep, rep.waiting_head):
@@ -233,10 +236,15 @@ def next_may_join(w: World, r: int, rep: Any) -> bool:
     if rep.waiting_head == NOBODY:
         return False
     req = w.requests[rep.waiting_head]
+    running = rep.num_rows - num_making_room(w, r, rep)
+    needed = blocks_for(req.prompt + req.generated, rep.block_tokens)
+    # A policy's own rule is not asked for more rows or blocks than there are.
+    if running >= rep.batch_limit or needed > rep.free_blocks:
+        return False
     return may_join(
-        rep.num_rows - num_making_room(w, r, rep),
+        running,
         rep.batch_limit,
-        blocks_for(req.prompt + req.generated, rep.block_tokens),
+        needed,
         rep.free_blocks,
         int(rep.watermark * rep.pool_blocks),
     )

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Final
 import typer
 
 from helios_sim import __version__
+from helios_sim.entry import INTERRUPTED
 from helios_sim.errors import TRACEBACK, InputError, did_you_mean
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 
 _USAGE_ERROR: Any = next(
@@ -102,6 +102,11 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
             raise
         print(f"{name}: {error.filename}: It cannot be used: {error.strerror}.", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
+    except Exception as error:
+        if not _was_interrupted(error):
+            raise
+        print(f"{name}: interrupted; nothing was written.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except SystemExit as end:
         # Typer ends an interrupted command with this code and without a word.
         if end.code == INTERRUPTED:
@@ -111,6 +116,13 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
                 # What was half made complains as it goes, which tells the user nothing.
                 sys.unraisablehook = lambda _: None
         raise
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an interruption is behind an error: transformers makes one of it as it imports."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _in_words(error: Any, given: Sequence[str]) -> str:

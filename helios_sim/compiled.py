@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numba
 import numpy as np
@@ -58,52 +58,56 @@ def _cache_dir() -> Path:
 numba.config.CACHE_DIR = str(_cache_dir())  # type: ignore[attr-defined]
 
 
+OPTIONS: Final[dict[str, Any]] = {"error_model": "numpy", "_nrt": False, "forceinline": True}
+"""How numba compiles the loop and all that it calls."""
+
 Mode = Literal["cached", "uncached", "interpreted"]
 
 _mode: Mode = "cached"
+_has_own_rules = False
 _log = logging.getLogger(__name__)
 _is_announced = False
 
 
 @contextmanager
 def compiling(mode: Mode, folder: str = "") -> Iterator[None]:
-    """Let `compiled` work otherwise for a while: not at all, uncached, or in a cache of its own.
+    """Let a loop with own rules be compiled: not at all, uncached, or in a cache of its own.
 
     `folder` lies within the usual cache; what is compiled from other functions under the same
     names has to lie elsewhere.
     """
-    global _mode
-    before, _mode = _mode, mode
+    global _mode, _has_own_rules
+    before, _mode, _has_own_rules = _mode, mode, True
     usual = numba.config.CACHE_DIR  # type: ignore[attr-defined]
     numba.config.CACHE_DIR = str(Path(usual) / folder)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        _mode = before
+        _mode, _has_own_rules = before, False
         numba.config.CACHE_DIR = usual  # type: ignore[attr-defined]
 
 
-def compiled(function: F) -> F:
+def compiled(function: F, *, checks_bounds: bool = False) -> F:
     """Compile a function with numba, cached on disk, without reordering any arithmetic.
 
     Counting references to the world's arrays at every call would take four fifths of the loop's
     time; the loop allocates nothing and Python holds the arrays while it runs, so numba's
     reference counting is left out. Handing the whole world over at every call would take two
-    thirds of what is left, so functions are compiled into their callers.
+    thirds of what is left, so functions are compiled into their callers. `checks_bounds` has a
+    place outside an array raise an IndexError, as Python does, where memory would be corrupted.
     """
     if _mode == "interpreted":
         return function
     cache = _mode == "cached"
-    options: dict[str, Any] = {
-        "cache": cache,
-        "error_model": "numpy",
-        "_nrt": False,
-        "forceinline": True,
-    }
-    dispatcher: Any = numba.njit(**options)(function)
+    dispatcher: Any = numba.njit(cache=cache, boundscheck=checks_bounds, **OPTIONS)(function)
     if cache:
         load_at_once(dispatcher)
     return dispatcher  # type: ignore[no-any-return]
+
+
+def compiled_rule(rule: F) -> F:
+    """Compile a hot rule; where a loop has a policy's own, what they read and write is checked."""
+    return compiled(rule, checks_bounds=_has_own_rules)
 
 
 def load_at_once(dispatcher: Any) -> None:

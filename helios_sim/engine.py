@@ -37,6 +37,7 @@ from helios_sim.policy.contract import (
     Telemetry,
 )
 from helios_sim.policy.controller import Controller
+from helios_sim.policy.failure import asked_rules, told
 from helios_sim.policy.registry import hot_rules_of
 from helios_sim.policy.snapshot_json import SnapshotLog
 from helios_sim.scenario import MeasureSettings
@@ -155,7 +156,12 @@ class Replica:
         self.host = host
         self.record = live_record(run.world.replicas, index)
         self.exit_counts = run.world.exit_counts[index]
-        self.controller = Controller(policy, run.candidates, shortage=run.setup.shortage)
+        self.controller = Controller(
+            policy,
+            run.candidates,
+            shortage=run.setup.shortage,
+            recomputes_kv=run.setup.serving.skipped_kv == "recomputed",
+        )
         self.snapshots = SnapshotLog()
         self.policy = policy
         self.assignment: Assignment | None = None
@@ -401,7 +407,7 @@ class Replica:
         while True:
             # The cut moves on even where an iteration or an idle time outlasts the slice.
             cut_s = max(cut_s, rep.now_s) + max(run.slice_s, rep.now_s / 200)
-            cause = int(run.loop.advance(run.world, self.index, min(limit_s, cut_s)))
+            cause = int(run.advance(run.world, self.index, min(limit_s, cut_s)))
             if cause != AT_HORIZON or cut_s >= limit_s:
                 return cause
             run.report_progress()
@@ -584,7 +590,10 @@ class Run:
         self.thresholds = thresholds
         rules = hot_rules_of(self.policy)
         self.loop = loop_with(rules)
-        tables = trace_tables(setup.traces, names, thresholds, rules)
+        # Only these two ask rules; ours raise nothing.
+        self.advance = told(self.policy, rules, self.loop.advance) if rules else self.loop.advance
+        self.route = told(self.policy, rules, self.loop.route) if rules else self.loop.route
+        tables = trace_tables(setup.traces, names, thresholds, asked_rules(self.policy, rules))
         self.world: World = build_world(
             requests,
             setup.profile,
@@ -676,7 +685,7 @@ class Run:
         while at < len(arrivals):
             yield self.clock.at(float(arrivals[at]), first=True)
             before_s = min(float(self.clock.env.peek()), float(arrivals[at]) + self.slice_s)
-            at = int(self.loop.route(self.world, self.parking, by_kv, at, before_s))
+            at = int(self.route(self.world, self.parking, by_kv, at, before_s))
             self.next_arrival_s = float(arrivals[at]) if at < len(arrivals) else math.inf
             for replica in self.replicas:
                 if replica.wake is not None and not self.parking.parked[replica.index]:

@@ -23,7 +23,7 @@ import numba
 import numpy as np
 
 from helios_sim import batch
-from helios_sim.compiled import Mode, compiling
+from helios_sim.compiled import OPTIONS, Mode, compiling
 from helios_sim.errors import InputError
 from helios_sim.policy import rules
 
@@ -157,10 +157,15 @@ def _compiles(name: str, rule: Callable[..., Any]) -> bool:
         raise InputError(
             f"{name!r} is no hot rule; those that can be replaced are {', '.join(SIGNATURES)}."
         )
-    try:
-        numba.njit(SIGNATURES[name])(rule)
-    except numba.core.errors.NumbaError:
+    if not inspect.isfunction(rule):
+        # numba compiles nothing else: no method, no built-in function, nothing with a __call__.
         return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", numba.core.errors.NumbaWarning)
+        try:
+            numba.njit(SIGNATURES[name], boundscheck=True, **OPTIONS)(rule)
+        except numba.core.errors.NumbaError:
+            return False
     return True
 
 

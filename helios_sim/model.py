@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
 
 Family = Literal["opt", "llama"]
 
@@ -13,7 +13,8 @@ class ModelShape:
     """The dimensions of a decoder-only transformer, enough to count its parameters.
 
     `ffn` is the width of the feed-forward layer; `tied_head` says that the output head shares
-    the embedding's weights.
+    the embedding's weights, `final_norm` that there is a norm after the last layer: an OPT model
+    that normalises after its blocks has none.
     """
 
     family: Family
@@ -26,6 +27,14 @@ class ModelShape:
     vocab: int
     max_positions: int
     tied_head: bool
+    final_norm: bool = True
+
+    def as_table(self) -> dict[str, Any]:
+        """The shape as a profile holds it, which names the final norm only where there is none."""
+        table = asdict(self)
+        if self.final_norm:
+            del table["final_norm"]
+        return table
 
     def attention_params(self) -> int:
         """Weights of one layer's attention: queries, keys, values, output (and OPT's biases)."""
@@ -54,7 +63,9 @@ class ModelShape:
     def head_params(self) -> int:
         """Final norm and output head; a tied head adds no weights of its own."""
         norm = 2 * self.hidden if self.family == "opt" else self.hidden
-        return norm + (0 if self.tied_head else self.vocab * self.hidden)
+        return (norm if self.final_norm else 0) + (
+            0 if self.tied_head else self.vocab * self.hidden
+        )
 
     def total_params(self) -> int:
         """All weights of the full model, without separate exit heads."""

@@ -886,10 +886,14 @@ def _parse_early_exit_model(
 ) -> EarlyExitModel:
     spot = f"{place}.shape"
     shape_table = reader.table(
-        table["shape"], spot, ("family", *_SHAPE_INTS, "tied_head", "grade", "source")
+        table["shape"],
+        spot,
+        ("family", *_SHAPE_INTS, "tied_head", "grade", "source"),
+        ("final_norm",),
     )
-    if not isinstance(shape_table["tied_head"], bool):
-        raise reader.fail(f"{spot}.tied_head", "true or false was expected.")
+    for key in ("tied_head", "final_norm"):
+        if not isinstance(shape_table.get(key, True), bool):
+            raise reader.fail(f"{spot}.{key}", "true or false was expected.")
     family = reader.text(shape_table["family"], f"{spot}.family", FAMILIES)
     grade = reader.text(shape_table["grade"], f"{spot}.grade", GRADES)
     source = reader.text(shape_table["source"], f"{spot}.source")
@@ -898,7 +902,10 @@ def _parse_early_exit_model(
         counts[key] = reader.whole(shape_table[key], f"{spot}.{key}", 1)
         reader.quantities[f"{spot}.{key}"] = Quantity(float(counts[key]), "1", grade, source)
     shape = ModelShape(
-        family=cast(Family, family), tied_head=bool(shape_table["tied_head"]), **counts
+        family=cast(Family, family),
+        tied_head=shape_table["tied_head"],
+        final_norm=shape_table.get("final_norm", True),
+        **counts,
     )
     exits_place = f"{place}.exit_layers"
     exits = reader.quantities_list(table["exit_layers"], exits_place, "exit_layers")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from helios_sim.arrivals import StrictSettings, as_tuple
 from helios_sim.errors import InputError, did_you_mean
+from helios_sim.policy.controller import rebatches_recomputed
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.records import TOTALS_FILE
@@ -242,11 +243,8 @@ def _check_together(scenario: Scenario, where: str) -> None:
     for policy in scenario.policy:
         for option, value in policy.options.items():
             if option.endswith("exit_mode") and value == "rebatch":
-                raise InputError(
-                    f'skipped_kv is "recomputed" but policy {policy.name!r} has {option} '
-                    '"rebatch", which fills the KV of those who leave; use skipped_kv = "filled".',
-                    f"{where}, serving.skipped_kv",
-                )
+                error = rebatches_recomputed(policy.name, option)
+                raise InputError(error.message, f"{where}, {error.where}")
 
 
 def check_warmup(measure: MeasureSettings, requests: Requests, where: str) -> None:

@@ -249,13 +249,14 @@ class NaiveReplica:
         while self.queue and self.never_fits(self.queue[0]):
             self.refuse(self.queue.popleft())
             self.enter_arrivals()
-        return bool(self.queue) and rules.may_join(
-            len(self.rows) - self.making_room(),
-            1 if self.assignment.exit_mode == "solo" else self.scenario.max_batch,
-            self.blocks_for(self.queue[0].num_tokens),
-            self.free_blocks,
-            int(self.scenario.watermark * self.pool_blocks),
-        )
+        if not self.queue:
+            return False
+        running = len(self.rows) - self.making_room()
+        most = 1 if self.assignment.exit_mode == "solo" else self.scenario.max_batch
+        needed = self.blocks_for(self.queue[0].num_tokens)
+        watermark = int(self.scenario.watermark * self.pool_blocks)
+        has_room = running < most and needed <= self.free_blocks
+        return has_room and rules.may_join(running, most, needed, self.free_blocks, watermark)
 
     def making_room(self) -> int:
         """Rows held by `rebatch` whose places in the batch others may take."""

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios_sim import batch, state
+from helios_sim.hot_rules import loop_with
+from helios_sim.policy import rules
+from tests import worlds
 from tests.naive_engine import NaiveReplica
 from tests.worlds import CompiledReplica, Scenario, many_examples, play, scenarios, world_bytes
 
@@ -102,6 +107,27 @@ def test_both_engines_agree_to_the_last_bit(scenario: Scenario) -> None:
 def test_both_engines_agree_where_batches_split(scenario: Scenario) -> None:
     """The same holds where rebatching holds rows back, carries tokens on and preempts both."""
     check_agreement(scenario)
+
+
+def whoever_comes(num_running: int, max_batch: int, needed: int, free: int, watermark: int) -> bool:
+    """A rule that looks at nothing a replica has, and that numba cannot compile."""
+    return bool({"anybody": True}.get("anybody", needed))
+
+
+@settings(many_examples, max_examples=20)
+@given(scenario=scenarios())
+@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+def test_both_engines_agree_on_what_there_is_where_a_rule_would_admit_more(
+    scenario: Scenario,
+) -> None:
+    """The loop runs interpreted, where rows that are not there end it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worlds, "batch", loop_with({"may_join": whoever_comes}))
+        patch.setattr(rules, "may_join", whoever_comes)
+        # Only compiled sums of 32 and 64 bits have 64.
+        length = len(scenario.models[0].traces[0])
+        sent = (replace(one, trace_start=one.trace_start % length) for one in scenario.requests)
+        check_agreement(replace(scenario, requests=tuple(sent)))
 
 
 def check_agreement(scenario: Scenario) -> None:

@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from helios_sim import __version__
 from helios_sim.cli import main
+from helios_sim.command import run_app
 from helios_sim.errors import InputError
 
+ROOT = Path(__file__).parents[1]
 SCENARIO = """
 name = "short"
 question = "Which of two carries forty requests?"
@@ -576,3 +579,40 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
     assert "interrupted" in error
     assert "Traceback" not in error
     assert [entry.name for entry in tmp_path.iterdir()] == ["long.toml"]
+
+
+@pytest.mark.parametrize("module", ["helios_sim", "calibration"])
+def test_an_interrupt_while_a_command_is_imported_ends_it_without_a_traceback(
+    tmp_path: Path, module: str
+) -> None:
+    """What is imported first is interrupted, as it is where Ctrl-C comes at once."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+    )
+    assert done.returncode == 130
+    assert done.stderr.endswith(": interrupted; nothing was written.\n")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interrupt_of_which_an_import_makes_another_error_is_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As transformers does, which says of every error that something is not installed."""
+    app = typer.Typer()
+
+    @app.command()
+    def imports() -> None:
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise RuntimeError("Are the requirements defined correctly?") from error
+
+    with pytest.raises(SystemExit) as end:
+        run_app(app, "helios", [])
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "helios: interrupted; nothing was written.\n"

@@ -18,6 +18,7 @@ import torch
 
 from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES as STUDIED
+from reports.gpu import campaign as campaigns
 from reports.gpu import cli
 from reports.gpu.campaign import STEPS_FILE, Call, Campaign, Step, Try, chosen
 from reports.gpu.forked import children_can
@@ -247,6 +248,38 @@ def test_an_interruption_ends_the_step_in_hand_and_is_on_disk(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, fake("long", code), fake("next", ""))
     assert [one["verdict"] for one in on_disk(tmp_path)] == ["interrupted"]
+
+
+@pytest.mark.parametrize("moment", ["before", "begun", "ending"])
+def test_an_interruption_at_any_moment_of_a_step_leaves_nothing_running_and_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    begun, ended = campaigns._begun, Campaign._ended
+    processes = []
+
+    def interrupt(when: str) -> None:
+        if when == moment:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def begin(*arguments: object) -> object:
+        interrupt("before")
+        processes.append(begun(*arguments))  # type: ignore[arg-type]
+        interrupt("begun")
+        return processes[-1]
+
+    def end(self: Campaign, *arguments: object) -> int:
+        interrupt("ending")
+        return ended(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(campaigns, "_begun", begin)
+    monkeypatch.setattr(Campaign, "_ended", end)
+    code = "" if moment == "ending" else "import time; time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, fake("long", code), fake("next", ""))
+    (process,) = processes
+    assert process.returncode is not None
+    expected = "done" if moment == "ending" else "interrupted"
+    assert [one["verdict"] for one in on_disk(tmp_path)] == [expected]
 
 
 def test_an_unknown_step_is_refused_and_the_nearest_named(tmp_path: Path) -> None:

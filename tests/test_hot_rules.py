@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from helios_sim import hot_rules
+from helios_sim.batch import push_waiting_last
 from helios_sim.experiment import Result, prepare, run_policy
 from helios_sim.hot_rules import InterpretedRuleWarning, fingerprint, loop_with
 from helios_sim.policy import rules
+from helios_sim.policy.contract import Watching
 from helios_sim.scenario import parse_scenario
+from helios_sim.state import SLIDING, World
+from helios_sim.world import build_world, trace_tables
+from tests.engine.factories import drifting_requests, drifting_setup
 
 POLICIES = Path(__file__).parent / "policies"
 
@@ -136,6 +143,84 @@ def test_the_same_function_for_another_rule_is_another_loop() -> None:
 
 def test_a_rule_that_refers_to_a_table_is_compiled_for_each_run() -> None:
     assert fingerprint({"leaves_here": by_table}) is None
+
+
+def beyond_the_ring(
+    ring: Any, num_seen: int, num_breaches: int, breached: bool, breach_limit: int
+) -> tuple[int, int, bool]:
+    """Forgets that the ring has an end."""
+    ring[num_seen] = breached
+    return num_seen + 1, num_breaches, False
+
+
+def hot_rule_world() -> World:
+    """A replica of the toy models that has done nothing yet, with a breach window of five."""
+    setup = drifting_setup()
+    names = setup.candidates
+    tables = trace_tables(setup.traces, names, dict.fromkeys(names, 0.5))
+    watching = Watching(breach_window_tokens=5, breach_limit=9, window_kind="sliding")
+    requests = drifting_requests(2)
+    return build_world(
+        requests, setup.profile, names, tables, setup.serving, setup.measure, watching, 1
+    )
+
+
+def test_a_compiled_rule_that_writes_beyond_the_ring_is_stopped() -> None:
+    """Unchecked it would write into whatever lies behind."""
+    loop = loop_with({"watch_sliding": beyond_the_ring})
+    world = hot_rule_world()
+    rep = world.replicas[0]
+    rep.window_kind, rep.window_tokens = SLIDING, 3
+    for _ in range(3):
+        loop.watch(world, 0, rep, True)
+    assert loop.watch.signatures, "the rule is compiled"
+    with pytest.raises(IndexError):
+        loop.watch(world, 0, rep, True)
+    assert world.window[0, :4].tolist() == [1, 1, 1, 0]
+
+
+def everybody(
+    num_running: int,
+    max_batch: int,
+    needed_blocks: int,
+    free_blocks: int,
+    watermark_blocks: int,
+) -> bool:
+    return True
+
+
+def test_a_compiled_rule_is_not_asked_for_rows_or_blocks_that_there_are_not() -> None:
+    loop = loop_with({"may_join": everybody})
+    world = hot_rule_world()
+    rep = world.replicas[0]
+    rep.quota, rep.batch_limit, rep.pool_blocks, rep.free_blocks = 9, 4, 50, 50
+    push_waiting_last(world, rep, 0)
+    assert loop.next_may_join(world, 0, rep)
+    rep.num_rows = 4
+    assert not loop.next_may_join(world, 0, rep)
+    rep.num_rows, rep.free_blocks = 3, 0
+    assert not loop.next_may_join(world, 0, rep)
+
+
+def counts_in_a_list(
+    num_running: int,
+    max_batch: int,
+    needed_blocks: int,
+    free_blocks: int,
+    watermark_blocks: int,
+) -> bool:
+    return sum([num_running, 1]) <= max_batch
+
+
+def test_a_rule_that_needs_memory_which_the_loop_does_not_manage_runs_interpreted() -> None:
+    """A list compiles alone, but not within a loop that counts no references."""
+    with pytest.warns(InterpretedRuleWarning, match="may_join"):
+        loop_with({"may_join": counts_in_a_list})
+
+
+def test_what_numba_does_not_take_for_a_function_runs_interpreted() -> None:
+    with pytest.warns(InterpretedRuleWarning, match="leaves_here"):
+        loop_with({"leaves_here": operator.ge})
 
 
 def test_our_rules_are_back_in_place_afterwards() -> None:

@@ -342,6 +342,7 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ("active below idle power", "device/active_w/value", 1.0, "at least idle_w"),
     ("loading below idle power", "device/load_w/value", 1.0, "at least idle_w"),
     ("an unknown family", "models/opt-1.3b/shape/family", "gpt", "Allowed are 'opt', 'llama'"),
+    ("no truth", "models/opt-1.3b/shape/final_norm", 0, "true or false was expected"),
     ("a threshold above 1", "models/opt-1.3b/confidence/default_threshold/value", 1.5, "at most 1"),
     ("buckets that fall", "models/opt-1.3b/batch_buckets", [4, 2], "must rise"),
     ("an empty hull", "models/opt-1.3b/hull", {}, "'max_batch' is missing"),

@@ -172,6 +172,7 @@ def _measured_model(name: str, node: Any, where: str) -> _Measured:
             shape=ModelShape(
                 family=shape["family"],
                 tied_head=bool(shape["tied_head"]),
+                final_norm=bool(shape.get("final_norm", True)),
                 **{key: int(shape[key]) for key in _SHAPE_INTS},
             ),
             exit_layers=tuple(int(layer) for layer in node["exit_layers"]),
@@ -392,13 +393,7 @@ def _model_node(
         else "the checkpoint's configuration"
     )
     return {
-        "shape": {
-            "family": shape.family,
-            **{key: getattr(shape, key) for key in _SHAPE_INTS},
-            "tied_head": shape.tied_head,
-            "grade": grade,
-            "source": source,
-        },
+        "shape": {**shape.as_table(), "grade": grade, "source": source},
         "exit_layers": quantity("exit_layers", list(model.exit_layers), grade, source),
         "tokenizer": model.tokenizer,
         "bytes_per_param": model.bytes_per_param,

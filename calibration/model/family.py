@@ -518,6 +518,9 @@ def shape_of(config: LlamaConfig | OPTConfig) -> ModelShape:
     heads = int(config.num_attention_heads)
     hidden = int(config.hidden_size)
     is_llama = isinstance(config, LlamaConfig)
+    has_norm = is_llama or (
+        config.do_layer_norm_before and not getattr(config, "_remove_final_layer_norm", False)
+    )
     return ModelShape(
         family="llama" if is_llama else "opt",
         layers=int(config.num_hidden_layers),
@@ -529,4 +532,5 @@ def shape_of(config: LlamaConfig | OPTConfig) -> ModelShape:
         vocab=int(config.vocab_size or 0),
         max_positions=int(config.max_position_embeddings),
         tied_head=bool(config.tie_word_embeddings),
+        final_norm=bool(has_norm),
     )

@@ -70,7 +70,12 @@ def config_of(shape: ModelShape, rope_theta: float = 10000.0) -> LlamaConfig | O
         "tie_word_embeddings": shape.tied_head,
     }
     if shape.family == "opt":
-        return OPTConfig(ffn_dim=shape.ffn, word_embed_proj_dim=shape.hidden, **common)
+        return OPTConfig(
+            ffn_dim=shape.ffn,
+            word_embed_proj_dim=shape.hidden,
+            do_layer_norm_before=shape.final_norm,
+            **common,
+        )
     return LlamaConfig(
         intermediate_size=shape.ffn,
         num_key_value_heads=shape.kv_heads,

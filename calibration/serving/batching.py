@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.policy.contract import Policy
+from helios_sim.policy.failure import asked_rules
 from helios_sim.policy.registry import HOT_RULES, hot_rules_of
 from helios_sim.state import NEVER
 
@@ -36,7 +37,7 @@ class HotRules:
     @classmethod
     def of(cls, policy: Policy) -> HotRules:
         """The shipped rules with those that a policy replaces."""
-        rules = HOT_RULES | hot_rules_of(policy)
+        rules = HOT_RULES | asked_rules(policy, hot_rules_of(policy))
         return cls(**{one.name: rules[one.name] for one in fields(cls)})
 
 
@@ -260,21 +261,26 @@ class Batch:
         return joined
 
     def _next_may_join(self) -> bool:
-        """Whether the head of the queue may join now; heads that can never fit are refused."""
+        """Whether the head of the queue may join now; heads that can never fit are refused.
+
+        `may_join` is asked where there is a free row and where there are blocks: it may admit less.
+        """
         if self.draining or self.quota <= 0:
             return False
         while self.queue and self._never_fits(self.queue[0]):
             refused = self.queue.popleft()
             refused.status = "refused"
             self.on_refused(refused)
-        return bool(self.queue) and bool(
-            self.rules.may_join(
-                len(self.rows) - self._num_making_room(),
-                self.batch_limit,
-                self.blocks_for(self.queue[0].num_tokens),
-                self.free_blocks,
-                int(self.watermark * self.pool_blocks),
-            )
+        if not self.queue:
+            return False
+        running = len(self.rows) - self._num_making_room()
+        needed = self.blocks_for(self.queue[0].num_tokens)
+        # A policy's own rule is not asked for more rows or blocks than there are.
+        if running >= self.batch_limit or needed > self.free_blocks:
+            return False
+        watermark = int(self.watermark * self.pool_blocks)
+        return bool(
+            self.rules.may_join(running, self.batch_limit, needed, self.free_blocks, watermark)
         )
 
     def _num_making_room(self) -> int:

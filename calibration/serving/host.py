@@ -164,7 +164,12 @@ class Host(Replica):
             else chosen
             for name in room.candidates
         }
-        self.controller = Controller(policy, self.cards, shortage=room.shortage)
+        self.controller = Controller(
+            policy,
+            self.cards,
+            shortage=room.shortage,
+            recomputes_kv=room.serving.skipped_kv == "recomputed",
+        )
         self.tally.exit_counts = {card.name: [0] * len(card.exit_layers) for card in self.cards}
         followers = {life.successor for life in self.lives if life.successor is not None}
         sent = [life for life in self.lives if life not in followers]

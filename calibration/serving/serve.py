@@ -672,7 +672,17 @@ def _dtype(room: Room) -> torch.dtype:
             "candidates alike.",
             "fleet.profile",
         )
-    return _DTYPES[sizes.pop()]
+    size = sizes.pop()
+    for name in room.candidates:
+        kv_size = room.profile.model(name).model.bytes_per_kv_element
+        if kv_size != size:
+            raise InputError(
+                f"{name!r} has {size} bytes a parameter and {kv_size} bytes a KV element in "
+                f"profile {room.profile.name!r}; a KV cache is served in the precision of the "
+                "weights, so both must be alike.",
+                "fleet.profile",
+            )
+    return _DTYPES[size]
 
 
 def weight_settings(prepared: Prepared) -> WeightSettings:

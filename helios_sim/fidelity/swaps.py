@@ -308,7 +308,12 @@ def _tell(run: Run, setup: Setup) -> None:
     known = tuple(candidate_card(setup, name) for name in setup.candidates)
     run.candidates = known
     for replica in run.replicas:
-        replica.controller = Controller(replica.policy, known, shortage=setup.shortage)
+        replica.controller = Controller(
+            replica.policy,
+            known,
+            shortage=setup.shortage,
+            recomputes_kv=setup.serving.skipped_kv == "recomputed",
+        )
 
 
 def _sent_at(requests: Requests, arrival_s: Any) -> Requests:

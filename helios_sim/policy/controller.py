@@ -29,6 +29,15 @@ from helios_sim.policy.options import listed
 from helios_sim.policy.shortlist import NothingFits
 
 
+def rebatches_recomputed(policy: str, what: str) -> InputError:
+    """The error of a policy that is to rebatch, by `what`, where skipped KV is recomputed."""
+    return InputError(
+        f'skipped_kv is "recomputed" but policy {policy!r} has {what} "rebatch", which fills the '
+        'KV of those who leave; use skipped_kv = "filled".',
+        "serving.skipped_kv",
+    )
+
+
 class Controller:
     """Asks one policy on behalf of one replica.
 
@@ -36,7 +45,8 @@ class Controller:
     evaluations under way. The host brings what it sees now, carries the decision out and logs it
     with the snapshot. `keep_evaluations` bounds the table to the latest of each candidate.
     `shortage` says of a model and a depth that do not fit which bytes it needs and which there
-    are: the host knows its memory, a candidate's card does not.
+    are: the host knows its memory, a candidate's card does not. `recomputes_kv` says that the host
+    feeds tokens again whose KV was skipped, which does not go with rebatching.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class Controller:
         *,
         keep_evaluations: int = 4,
         shortage: Callable[[str, int], str] | None = None,
+        recomputes_kv: bool = False,
     ) -> None:
         names = tuple(candidate.name for candidate in candidates)
         if not names or len(set(names)) != len(names):
@@ -63,6 +74,7 @@ class Controller:
         self._history = PerformanceHistory(names, keep_evaluations)
         self._round: tuple[str, ...] = ()
         self._shortage = shortage
+        self._recomputes_kv = recomputes_kv
 
     @property
     def history(self) -> dict[str, tuple[Telemetry, ...]]:
@@ -162,6 +174,8 @@ class Controller:
                 f"{what} with exit mode {decision.exit_mode!r}",
                 f"give an ExitMode: one of {listed(ExitMode)}",
             )
+        if decision.exit_mode is ExitMode.REBATCH and self._recomputes_kv:
+            raise rebatches_recomputed(self._name, f"decided {what} with exit_mode")
         if isinstance(decision, Evaluate):
             candidate = self._known(decision.model, what)
             self._check_fits(what, candidate, candidate.num_layers)

@@ -120,7 +120,12 @@ def option_grades(use: str) -> dict[str, str]:
 
 
 def hot_rules_of(policy: object) -> dict[str, Callable[..., Any]]:
-    """The hot rules a policy replaces, checked: known names, and as many arguments as ours."""
+    """The hot rules a policy replaces, checked: known names, and as many arguments as ours.
+
+    Those that are compiled already are given as the Python functions they were made of, which a
+    host compiles as it needs them.
+    """
+    plain_rules = {}
     replaced = getattr(policy, "hot_rules", {})
     if not isinstance(replaced, Mapping):
         raise InputError(
@@ -134,16 +139,21 @@ def hot_rules_of(policy: object) -> dict[str, Callable[..., Any]]:
             )
         if not callable(rule):
             raise InputError(f"hot_rules gives {rule!r} for {name!r}; it must be a function.")
-        wanted = len(inspect.signature(HOT_RULES[name]).parameters)
+        wanted = inspect.signature(HOT_RULES[name]).parameters
         # A function already compiled by numba keeps the Python one in py_func.
         plain: Any = getattr(rule, "py_func", rule)
-        taken = len(inspect.signature(plain).parameters)
-        if taken != wanted:
+        try:
+            taken = str(len(inspect.signature(plain).parameters))
+        except ValueError:
+            # Some built-in functions tell nobody what they take.
+            taken = "unknown"
+        if taken != str(len(wanted)):
             raise InputError(
                 f"hot_rules gives a function of {taken} arguments for {name!r}; it must take "
-                f"{wanted}: {', '.join(inspect.signature(HOT_RULES[name]).parameters)}."
+                f"{len(wanted)}: {', '.join(wanted)}."
             )
-    return dict(replaced)
+        plain_rules[name] = plain
+    return plain_rules
 
 
 def _find_class(use: str, search_path: str | Path | None) -> type[Any]:

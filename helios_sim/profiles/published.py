@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -416,7 +416,7 @@ def _number(name: str, number: Number) -> dict[str, Any]:
 def _model_entry(recipe: Recipe, model: EarlyExitModel) -> dict[str, Any]:
     return {
         "shape": {
-            **asdict(model.shape),
+            **model.shape.as_table(),
             "grade": "published",
             "source": "public model configuration",
         },

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,9 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 STEPS_FILE: Final = "steps.json"
 GRACE_S: Final = 15.0
 """Time to export what was taken, between the signal that asks and the one that kills."""
+
+_LOOK_S: Final = 0.1
+"""How often whoever waits for a step looks for an interruption."""
 
 Verdict = Literal["done", "failed", "out of time", "interrupted", "skipped"]
 
@@ -113,6 +116,8 @@ class Campaign:
         self.tries = self._earlier_tries()
         self.ran: set[str] = set()
         self.results: list[Try] = []
+        self.interruptions = 0
+        self._holds_them = False
 
     @property
     def left_s(self) -> float:
@@ -122,8 +127,8 @@ class Campaign:
     def run(self, wanted: Sequence[Step]) -> None:
         """Run what is wanted and not done; an interruption passes through once it is on disk."""
         # A shell that starts this in the background has signals ignored, and commands inherit it.
-        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-        terminating = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        previous = signal.signal(signal.SIGINT, self._interrupted)
+        terminating = signal.signal(signal.SIGTERM, self._interrupted)
         try:
             for step in wanted:
                 self._step(step)
@@ -141,6 +146,23 @@ class Campaign:
         if "out of time" in found:
             return 3
         return 0 if found <= {"done"} else 1
+
+    def _interrupted(self, number: int, frame: object) -> None:
+        """Pass an interruption through; while a step is in hand, note it for whoever waits."""
+        self.interruptions += 1
+        if not self._holds_them:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def _interruptions_held(self) -> Iterator[None]:
+        """Pass interruptions through at the end alone: nothing begun is left, nor unrecorded."""
+        self.interruptions, self._holds_them = 0, True
+        try:
+            yield
+        finally:
+            self._holds_them = False
+        if self.interruptions:
+            raise KeyboardInterrupt
 
     def _step(self, step: Step) -> None:
         last = self._last(step.name)
@@ -167,7 +189,8 @@ class Campaign:
         except (InputError, ImportError, OSError) as error:
             self._keep(Try(step.name, "failed", str(error)))
             return
-        self._run(step, words, extra_s + work_s)
+        with self._interruptions_held():
+            self._run(step, words, extra_s + work_s)
 
     def _last(self, name: str) -> Try | None:
         return next((one for one in reversed(self.tries) if one.step == name), None)
@@ -203,24 +226,26 @@ class Campaign:
         self.ran.add(step.name)
         grace_s = min(self.grace_s, limit_s / 4)
         began_s, began_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-        beside = self._beside(step, log)
-        verdict, reason, interruption = "failed", "", None
+        verdict, reason = "failed", ""
         with log.open("ab") as file:
             file.write(f"$ {shlex.join(words)}\n".encode())
-            process = _begun(words, self.forks)
-            assert process.stdout is not None
-            tee = threading.Thread(target=_tee, args=(process.stdout, file), daemon=True)
-            tee.start()
+            beside = self._beside(step, log)
             try:
-                process.wait(limit_s - grace_s)
-            except subprocess.TimeoutExpired:
-                verdict, reason = "out of time", f"it was ended at its limit of {limit_s:.0f} s"
-            except KeyboardInterrupt as error:
-                verdict, reason, interruption = "interrupted", "it was ended by hand", error
-            rc = _ended(process, grace_s)
-            if beside is not None:
-                _ended(beside, 0.0)
-            tee.join(2.0)
+                process = _begun(words, self.forks)
+                assert process.stdout is not None
+                tee = threading.Thread(target=_tee, args=(process.stdout, file), daemon=True)
+                tee.start()
+                if self._waited(process, limit_s - grace_s, 1):
+                    pass
+                elif self.interruptions:
+                    verdict, reason = "interrupted", "it was ended by hand"
+                else:
+                    verdict, reason = "out of time", f"it was ended at its limit of {limit_s:.0f} s"
+                rc = self._ended(process, grace_s)
+                tee.join(2.0)
+            finally:
+                if beside is not None:
+                    self._ended(beside, 0.0)
         if rc == 0:
             verdict, reason = "done", ""
         elif verdict == "failed":
@@ -230,8 +255,29 @@ class Campaign:
         told = (reason, words, rc, seconds, round(limit_s, 1), began_at, where)
         self._keep(Try(step.name, verdict, *told))  # type: ignore[arg-type]
         self.say(f"{step.name}: {verdict} after {seconds:.0f} s{reason and f', {reason}'}.")
-        if interruption is not None:
-            raise interruption
+
+    def _waited(self, process: Process, seconds: float, interruptions: int) -> bool:
+        """Whether a command has ended within a time, and before so many interruptions."""
+        end_s = time.monotonic() + seconds
+        while self.interruptions < interruptions:
+            left_s = end_s - time.monotonic()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(min(_LOOK_S, max(0.0, left_s)))
+                return True
+            if left_s <= 0.0:
+                break
+        return process.poll() is not None
+
+    def _ended(self, process: Process, grace_s: float) -> int:
+        """End a command and all that it started; those that still run are asked first."""
+        if process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)
+            # Whoever interrupts once more does not care for what could be exported.
+            self._waited(process, grace_s, self.interruptions + 1)
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
 
     def _beside(self, step: Step, log: Path) -> subprocess.Popen[bytes] | None:
         if not step.beside:
@@ -291,18 +337,6 @@ def _started(words: Sequence[str], output: int | BinaryIO) -> subprocess.Popen[b
         env=os.environ | _environment(),
         start_new_session=True,
     )
-
-
-def _ended(process: Process, grace_s: float) -> int:
-    """End a command and all that it started; those that still run are asked first."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.wait(grace_s)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
 
 
 def _tee(source: BinaryIO, file: BinaryIO) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from helios_sim import cost
 from helios_sim.errors import InputError
 from helios_sim.metrics import summarise
 from helios_sim.policy import Controller, read_snapshots
+from helios_sim.policy.baselines import EeSingle
 from helios_sim.policy.contract import (
     Decision,
     Event,
@@ -26,6 +28,7 @@ from helios_sim.policy.contract import (
     Snapshot,
     Watching,
 )
+from helios_sim.policy.helios import Helios
 from helios_sim.records import check_run
 from helios_sim.state import TIMELINE_CAPACITY
 from tests.calibration.clockwork import (
@@ -247,6 +250,98 @@ def test_a_preempted_request_that_no_longer_fits_is_refused_in_both_and_keeps_it
     assert all(life.num_preemptions and life.model == "large" for life in late)
     check_run(data)
     assert summarise(data)["num_refused"] >= len(late)
+
+
+def whoever_comes(num_running, max_batch, needed_blocks, free_blocks, watermark_blocks):
+    """Looks at nothing that a replica has, and uses what numba cannot compile."""
+    return bool({"anybody": True}.get("anybody", needed_blocks))
+
+
+@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+@pytest.mark.parametrize(
+    ("serving", "options"),
+    [
+        ({"max_batch": 3}, {"exit_mode": "wait"}),
+        ({"max_batch": 3, "max_held": 4}, {"exit_mode": "rebatch"}),
+        ({"max_batch": 3, "batching": "static"}, {"exit_mode": "wait"}),
+        ({"fleet": {"memory_bytes": 25_000}}, {"exit_mode": "rebatch"}),
+        ({}, {"exit_mode": "solo"}),
+    ],
+    ids=["batch", "held", "static", "blocks", "solo"],
+)
+def test_a_rule_that_admits_whoever_comes_fills_what_there_is_in_both_and_no_more(
+    serving, options
+) -> None:
+    class Open(EeSingle):
+        hot_rules: ClassVar = {"may_join": whoever_comes}
+
+    setup = drifting_setup(**serving)
+    requests = drifting_requests(40, rate_per_s=60.0)
+    run, data = play_policy(setup, requests, lambda: Open(**options))
+    host = serve_by_clockwork(setup, setup.traces, requests, Open(**options))
+    comparable(host, run, data.requests)
+    check_run(data)
+    mode, most = options["exit_mode"], setup.serving.max_batch + setup.serving.max_held
+    assert host.batch.max_running == data.totals.max_running
+    assert data.totals.max_running <= (1 if mode == "solo" else most)
+    if "max_batch" in serving and mode != "rebatch":
+        assert data.totals.max_running == setup.serving.max_batch
+
+
+def refuses_a_third(num_running, max_batch, needed_blocks, free_blocks, watermark_blocks):
+    if num_running > 1:
+        raise LookupError(f"no row for the third of {max_batch}")
+    return {True: True}[needed_blocks <= free_blocks]
+
+
+def knows_no_exit(confidence, threshold):
+    return {}[confidence]
+
+
+def tells_two(num_seen, num_breaches, breached, window_tokens, breach_limit):
+    return {0: (num_seen + 1, num_breaches)}[0]
+
+
+@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+@pytest.mark.parametrize(
+    ("name", "rule", "said"),
+    [
+        ("may_join", refuses_a_third, "LookupError: no row for the third of 8, test_host.py line"),
+        ("leaves_here", knows_no_exit, "KeyError: "),
+        ("watch_tumbling", tells_two, "ValueError: not enough values"),
+    ],
+)
+def test_what_a_hot_rule_raises_is_told_in_one_sentence_by_both(name, rule, said) -> None:
+    class Failing(Helios):
+        hot_rules: ClassVar = {name: rule}
+
+    setup = drifting_setup()
+    requests = drifting_requests(20, rate_per_s=60.0)
+    sentence = f"Policy 'helios' failed in its hot rule '{name}': {said}.*shows the way there"
+    with pytest.raises(InputError, match=sentence):
+        play_policy(setup, requests, Failing)
+    with pytest.raises(InputError, match=sentence):
+        serve_by_clockwork(setup, setup.traces, requests, Failing())
+
+
+def test_rebatching_that_a_policy_decides_on_is_refused_by_both_where_kv_is_recomputed() -> None:
+    """In the words in which a scenario is refused whose policy is told to."""
+
+    class Splitting(Deeper):
+        def decide(self, snapshot: Snapshot) -> Decision:
+            return Serve(snapshot.candidates[0].name, 2, ExitMode.REBATCH, "It pays.")
+
+    setup = drifting_setup(skipped_kv="recomputed")
+    requests = drifting_requests(10)
+    sentence = (
+        "serving.skipped_kv: skipped_kv is \"recomputed\" but policy 'deeper' has decided Serve "
+        'with exit_mode "rebatch", which fills the KV of those who leave; '
+        'use skipped_kv = "filled"\\.'
+    )
+    with pytest.raises(InputError, match=sentence):
+        play_policy(setup, requests, Splitting)
+    with pytest.raises(InputError, match=sentence):
+        serve_by_clockwork(setup, setup.traces, requests, Splitting())
 
 
 def test_recorded_telemetry_gives_the_same_decisions_in_a_fresh_controller() -> None:

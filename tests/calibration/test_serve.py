@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -517,6 +518,19 @@ def test_another_model_than_the_profiles_is_refused(place, tmp_path, key, value,
     settings = ServeSettings((tmp_path / "family",), device="cpu")
     with pytest.raises(InputError, match=said.replace("[", r"\[")):
         serve(place / "tiny.toml", tmp_path / "run", settings)
+
+
+def test_a_profile_whose_kv_takes_other_bytes_than_its_weights_is_refused(place, tmp_path) -> None:
+    """The pool that is made would take other bytes than the one that is planned."""
+    folder = tmp_path / "profile"
+    shutil.copytree(place / "profile", folder)
+    document = json.loads((folder / "profile.json").read_text())
+    document["models"]["large"]["bytes_per_kv_element"] = 2
+    (folder / "profile.json").write_text(json.dumps(document))
+    settings = ServeSettings((place / "family",), device="cpu")
+    said = "'large' has 4 bytes a parameter and 2 bytes a KV element .* both must be alike"
+    with pytest.raises(InputError, match=said):
+        prepare(place / "tiny.toml", settings, [f"fleet.profile='{folder}'"])
 
 
 @pytest.mark.parametrize("domain", ["all", "code"])

@@ -38,6 +38,14 @@ def test_configurations_state_their_shape(name):
     assert set(ROPE_THETA) <= set(PUBLIC_SHAPES)
 
 
+def test_a_shape_without_a_final_norm_is_that_of_a_model_that_normalises_after_its_blocks():
+    shape = shape_of(tiny.config("opt-post-norm"))
+    assert not shape.final_norm
+    assert shape_of(config_of(shape)) == shape
+    model = random_model(shape, 2)
+    assert model.loaded_bytes == model.spec.weight_bytes(2)
+
+
 @pytest.mark.parametrize("device", tiny.DEVICES)
 def test_only_the_layers_asked_for_take_memory(device):
     model = random_model(SMALL, 2, device=tiny.need(device), dtype=torch.float32)
