@@ -197,7 +197,7 @@ class Stepper:
         if after == before:
             return outcome
         # Where capturing failed, all that was captured is gone.
-        new = (max(0, now - then) for now, then in zip(after, before, strict=True))
+        new = (max(0, now - had) for now, had in zip(after, before, strict=True))
         return replace(outcome, captured=Captures(*new))
 
     def ask(self, rows: Sequence[Row], level: int, leaving: dict[Row, Emitted]) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from helios_sim.command import Interrupted, run_app
 from helios_sim.errors import InputError
-from reports.fidelity.cases import CASES, StudySettings, read_ground
+from reports.fidelity.cases import StudySettings, cases_named, read_ground
 from reports.fidelity.page import render
 from reports.fidelity.results import check_target, results_of, write_results
 from reports.fidelity.study import MAX_AGAIN, case_data, facts_of, run_study, serving_command
@@ -59,12 +59,7 @@ def study(
     ] = "",
 ) -> None:
     """Serve, simulate and compare every case, and write the page."""
-    names = [one.name for one in CASES]
-    unknown = [name for name in case or [] if name not in names]
-    if unknown:
-        raise InputError(
-            f"There is no case {unknown[0]!r}; there are {', '.join(names)}.", "--case"
-        )
+    chosen = cases_named(case or ())
     settings = StudySettings(
         profile=profile,
         candidates=tuple(candidate or ()),
@@ -76,7 +71,6 @@ def study(
     ground = read_ground(settings)
     target = out or Path(__file__).parent / ground.profile.name
     check_target(target)
-    chosen = tuple(one for one in CASES if not case or one.name in case)
     server = serving_command(checkpoints, device, shlex.split(more))
     found = run_study(
         ground, work, server, cases=chosen, fresh=fresh, most_again=again, say=typer.echo

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -75,6 +75,15 @@ CASES: Final[tuple[Case, ...]] = (
 What HELIOS gains is read twice: on a mix of all texts, which no specialist knows, and on one kind
 that gives way to another. Cases of equal quality whose policy cannot keep it are not served.
 """
+
+
+def cases_named(names: Sequence[str]) -> tuple[Case, ...]:
+    """The cases of these names in the study's order, all without any."""
+    known = [case.name for case in CASES]
+    for name in names:
+        if name not in known:
+            raise InputError(f"There is no case {name!r}; there are {', '.join(known)}.", "--case")
+    return tuple(case for case in CASES if not names or case.name in names)
 
 
 def without_drift(case: Case) -> Case:

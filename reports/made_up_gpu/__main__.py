@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Final
@@ -11,16 +12,18 @@ import torch
 import typer
 
 from calibration.fitting.fit import FitSettings, fit_profile
+from calibration.fitting.points import read_environment
 from calibration.model.checkpoint import find_checkpoints
 from calibration.model.early_exit import load
 from calibration.serving.serve import ServeSettings, prepare, serve_once
 from helios_sim.command import run_app
-from reports.fidelity.cases import CASES, StudySettings, read_ground
+from helios_sim.errors import InputError
+from reports.fidelity.cases import StudySettings, cases_named, read_ground
 from reports.fidelity.page import render
 from reports.fidelity.results import check_target, results_of, write_results
 from reports.fidelity.study import case_data, facts_of, run_study
 from reports.fidelity.summary import summary_text
-from reports.made_up_gpu.backend import MadeUpBackend
+from reports.made_up_gpu.backend import NAME, MadeUpBackend
 from reports.made_up_gpu.device import MadeUpGpu
 from reports.made_up_gpu.readings import gpus_of, measure
 
@@ -52,22 +55,23 @@ def circle(
 ) -> None:
     """Close the circle on a device that is known, and write the study's page."""
     check_target(out)
+    chosen = cases_named(case or ())
     found = find_checkpoints(checkpoints)
     models = [load(one.folder, dtype=torch.float32, name=name).spec for name, one in found.items()]
     gpus = gpus_of(models)
     points, profile = work / "points", work / PROFILE
+    begin_anew(work)
     measure(found, gpus, points, budget)
     fit_profile(points, profile, FitSettings(name=PROFILE, overwrite=True))
 
     def server(scenario: Path, folder: Path, repeats: int) -> None:
         prepared = prepare(scenario, ServeSettings(tuple(checkpoints), device="cpu", graphs=False))
         backend = MadeUpBackend(MadeUpGpu(models[0]))
-        chosen = prepared.scenario.policy[0]
-        serve_once(prepared, chosen, folder, backend.meter, backend=backend)
+        policy = prepared.scenario.policy[0]
+        serve_once(prepared, policy, folder, backend.meter, backend=backend)
 
     settings = StudySettings(profile=profile, seconds=seconds, repeats=1, max_batch=max_batch)
     ground = read_ground(settings)
-    chosen = tuple(one for one in CASES if not case or one.name in case)
     study = run_study(
         ground, work / "study", server, cases=chosen, say=typer.echo, allow_simulated=True
     )
@@ -76,6 +80,26 @@ def circle(
     results = results_of(facts_of(study, ground, command) | {"made_up": SAID}, cases)
     write_results(results, render(results, ()), out)
     typer.echo(f"{summary_text(results)}\nPage: {out / 'report.html'}")
+
+
+def begin_anew(work: Path) -> None:
+    """Make way: what an earlier study left goes, since the device may have changed since.
+
+    Raises `InputError` for a folder that holds anything else.
+    """
+    if not work.exists() or not any(work.iterdir()):
+        return
+    try:
+        found = read_environment(work / "points").get("device")
+    except InputError:
+        found = None
+    if not isinstance(found, dict) or found.get("name") != NAME:
+        raise InputError(
+            "The folder holds something else than an earlier study of the made-up GPU, which would "
+            "be removed; give another one.",
+            str(work),
+        )
+    shutil.rmtree(work)
 
 
 if __name__ == "__main__":

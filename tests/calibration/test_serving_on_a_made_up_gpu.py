@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+import typer
 
 from calibration.fitting.fit import FitSettings, fit_profile
 from calibration.model.checkpoint import find_checkpoints
 from calibration.serving.serve import ServeSettings, prepare, serve_once
+from helios_sim.errors import InputError
 from helios_sim.experiment import prepare as prepare_simulated
 from helios_sim.experiment import run_policy
 from helios_sim.fidelity import assess, read_sides
 from helios_sim.records import RunData, read_run, write_run
 from helios_sim.scenario import load_scenario
 from reports.made_up_gpu import readings
+from reports.made_up_gpu.__main__ import app, begin_anew
 from reports.made_up_gpu.backend import NAME, MadeUpBackend
 from reports.made_up_gpu.device import HOST_LINK, IDLE_W, MadeUpGpu
 from tests.calibration.serving import family, first_exit_threshold, model_of, write_profile
@@ -162,3 +165,23 @@ def test_what_the_planned_grid_leaves_is_read_back_as_it_was_taken(place) -> Non
     loads = found.filter(pl.col("quantity") == "load_host_pinned")
     rate = np.diff(loads["bytes"].to_numpy()) / np.diff(loads["seconds"].to_numpy())
     assert rate == pytest.approx(HOST_LINK[1])
+
+
+def told(*arguments: str) -> InputError:
+    """What the study's command line has against its arguments."""
+    with pytest.raises(InputError) as refused:
+        typer.main.get_command(app).main(list(arguments), standalone_mode=False)
+    return refused.value
+
+
+def test_a_study_begins_anew_and_removes_nothing_but_an_earlier_one(place, tmp_path) -> None:
+    checkpoints = ["--checkpoints", str(place / "family"), "--out", str(tmp_path / "out")]
+    assert "There is no case 'fast'" in told(*checkpoints, "--case", "fast").message
+    kept = tmp_path / "mine" / "notes.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    assert "holds something else" in told(*checkpoints, "--work", str(kept.parent)).message
+    assert kept.read_text() == "mine"
+    shutil.copytree(place / "points", tmp_path / "earlier" / "points")
+    begin_anew(tmp_path / "earlier")
+    assert not (tmp_path / "earlier").exists()
