@@ -15,7 +15,7 @@ import numpy as np
 from helios_sim import cost
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.model import kv_pool_blocks
-from helios_sim.policy.contract import Candidate, Slo
+from helios_sim.policy.contract import Candidate, Policy, Slo
 from helios_sim.profile import Profile, load_profile
 from helios_sim.scenario import EXPECTED_LENGTHS, FleetSettings, Scenario, ServingSettings
 from helios_sim.slo import SloSpec
@@ -241,6 +241,15 @@ def candidate_card(room: Room, name: str) -> Candidate:
         typical_tokens=tokens,
         typical_output_tokens=room.expected_output_tokens,
     )
+
+
+def confidence_thresholds(room: Room, policy: Policy) -> dict[str, float]:
+    """The confidence at which tokens of each candidate leave under a policy."""
+    chosen = policy.confidence_threshold
+    return {
+        name: room.profile.model(name).confidence.default_threshold if chosen is None else chosen
+        for name in room.candidates
+    }
 
 
 def reference_batch(max_batch: int) -> int:

@@ -17,26 +17,21 @@ import simpy
 from simpy.events import NORMAL, URGENT
 
 from helios_sim.arrivals import stream
-from helios_sim.cards import Room, candidate_card
+from helios_sim.cards import Room, candidate_card, confidence_thresholds
 from helios_sim.exits import ExitTraces
 from helios_sim.garbage import uncollected
 from helios_sim.hot_rules import loop_with
 from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
 from helios_sim.policy.contract import (
-    USUAL_REASSESS_REQUESTS,
     Assignment,
-    Candidate,
     Decision,
     Evaluate,
     Event,
     ExitMode,
     Keep,
-    LoadLayers,
     Policy,
     Slo,
-    Telemetry,
 )
-from helios_sim.policy.controller import Controller
 from helios_sim.policy.failure import asked_rules, told
 from helios_sim.policy.registry import hot_rules_of
 from helios_sim.policy.snapshot_json import SnapshotLog
@@ -47,14 +42,13 @@ from helios_sim.state import (
     BREACHED,
     EXIT_MODES,
     LOADING_STATE,
-    NEVER,
-    NLL_UNITS_PER_NAT,
     OUT_OF_WORK,
     UNSENT,
     WAITING,
     World,
     live_record,
 )
+from helios_sim.steward import HOLD, Aim, Steward, View
 from helios_sim.workload import Requests
 from helios_sim.world import build_world, parking_lot, trace_tables
 
@@ -76,11 +70,12 @@ class Setup(Room):
 
 @dataclass(frozen=True)
 class Place:
-    """What a model loaded to a depth is to a replica: its indices, its pool and its blocks."""
+    """What a model loaded to a depth is to a replica: its indices, its bytes, its pool."""
 
     model: int
     level: int
     num_exits: int
+    weight_bytes: int
     pool_blocks: int
     block_bytes: int
 
@@ -156,21 +151,11 @@ class Replica:
         self.host = host
         self.record = live_record(run.world.replicas, index)
         self.exit_counts = run.world.exit_counts[index]
-        self.controller = Controller(
-            policy,
-            run.candidates,
-            shortage=run.setup.shortage,
-            recomputes_kv=run.setup.serving.skipped_kv == "recomputed",
-        )
+        self.steward = Steward(run.setup, policy, run.candidates, run.setup.slo)
         self.snapshots = SnapshotLog()
         self.policy = policy
-        self.assignment: Assignment | None = None
-        self.served_model: str | None = None
-        self.weight_bytes = 0
         self.block_bytes = 1
-        self.load_s: dict[tuple[str | None, int, int], dict[str, tuple[float, ...]]] = {}
-        self.mark = _Mark()
-        self.until_reassessment = policy.watching.reassess_requests
+        self.period_energy_j = self.period_idle_energy_j = 0.0
         self.wake: simpy.Event | None = None
         self.totals = _ReplicaTotals()
 
@@ -195,22 +180,13 @@ class Replica:
         """Show the policy a snapshot and log what it decides."""
         if self.record.num_ready > 0:
             self.run.loop.settle_all(self.run.world, self.index)
-        telemetry = self.telemetry()
-        if event is Event.REASSESS or event is Event.START:
-            self.until_reassessment = self.policy.watching.reassess_requests
-        elif self.until_reassessment is not None and not self.record.evaluating:
-            self.until_reassessment = max(1, self.record.finish_target)
-        decision, snapshot = self.controller.consult(
-            now_s=self.record.now_s,
-            event=event,
-            assignment=self.assignment,
-            telemetry=telemetry,
-            load_s=self.load_seconds(),
-            num_waiting=self.record.num_waiting,
-            num_running=self.record.num_rows,
-            max_batch=self.run.setup.serving.max_batch,
-            expected_tokens=self.expected_tokens(),
-            slo=self.run.setup.slo,
+        rep, has_energy = self.record, self.run.has_energy
+        decision, assignment, snapshot = self.steward.ask(
+            event,
+            self.view(),
+            in_memory=self.host.in_memory_s,
+            energy_j=rep.energy_j - self.period_energy_j if has_energy else None,
+            idle_energy_j=rep.idle_energy_j - self.period_idle_energy_j if has_energy else None,
             foresight=self.run.foresight(self) if self.policy.sees_future else None,
         )
         entry = DecisionEntry(
@@ -218,42 +194,26 @@ class Replica:
             self.index,
             event,
             decision,
-            self.target(decision),
+            assignment,
             self.snapshots.write(snapshot),
         )
         self.run.decisions.append(entry)
-        if event is Event.BREACHED:
-            self.totals.num_breach_events += 1
         return entry
-
-    def target(self, decision: Decision) -> Assignment:
-        """What the replica is to run after a decision."""
-        if isinstance(decision, Keep):
-            assert self.assignment is not None
-            return self.assignment
-        if isinstance(decision, Evaluate):
-            depth = self.run.setup.profile.model(decision.model).model.shape.layers
-            return Assignment(decision.model, depth, decision.exit_mode)
-        if isinstance(decision, LoadLayers):
-            assert self.assignment is not None
-            return Assignment(self.assignment.model, decision.depth, decision.exit_mode)
-        return Assignment(decision.model, decision.depth, decision.exit_mode)
 
     def carry_out(self, entry: DecisionEntry) -> Process:
         """Bring the weights in, clear the rows that cannot stay, and take the assignment up."""
-        started_s = self.record.now_s
-        decision = entry.decision
-        if not isinstance(decision, Keep):
-            entry.moved_bytes = self.missing_bytes(entry.assignment.model, entry.assignment.depth)
+        steward, wanted = self.steward, entry.assignment
+        if not isinstance(entry.decision, Keep):
+            entry.moved_bytes = steward.missing_bytes(wanted.model, wanted.depth)
             yield from self.bring_in(entry)
-            if self.assignment != entry.assignment or isinstance(decision, Evaluate):
+            if steward.assignment != wanted or isinstance(entry.decision, Evaluate):
                 yield from self.clear_rows()
-            if self.assignment != entry.assignment:
-                self.take_up(entry.assignment)
-            self.count(entry, self.record.now_s - started_s)
-        self.aim(decision)
+            if steward.assignment != wanted:
+                self.take_up(wanted)
+        self.follow(steward.aim(entry.decision))
+        self.begin_period()
+        steward.carried_out(entry.decision, entry.time_s, self.view())
         entry.ready_s = self.record.now_s
-        self.mark = self.marked()
 
     def bring_in(self, entry: DecisionEntry) -> Process:
         """Move the missing weights, beside the running requests if there is room for both."""
@@ -262,7 +222,7 @@ class Replica:
         staged = math.ceil(entry.moved_bytes / self.block_bytes)
         overlaps = (
             self.run.setup.serving.overlap_loads
-            and self.assignment is not None
+            and self.steward.assignment is not None
             and self.record.num_rows > 0
             and staged <= self.record.free_blocks
         )
@@ -272,7 +232,7 @@ class Replica:
         load_j = (self.run.setup.profile.device.load_w - self.record.idle_w) * moving_s
         self.totals.energy_load_j += load_j
         if overlaps:
-            self.note_weights(self.weight_bytes + entry.moved_bytes)
+            self.steward.stage(entry.moved_bytes)
             stage_blocks(self.record, staged)
             self.hold_questions()
             yield from self.serve(ready_s)
@@ -333,15 +293,12 @@ class Replica:
 
     def hold_questions(self) -> None:
         """Serve on without asking while a decision is carried out."""
-        self.record.watching = self.record.tripped = 0
-        self.record.evaluating = 0
-        self.record.quota = NEVER
-        self.record.finish_target = NEVER
+        self.follow(HOLD)
+        self.record.tripped = 0
 
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""
         place = self.run.place(assignment.model, assignment.depth)
-        self.account_weights()
         leaves_early = assignment.exit_mode in (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
         rep, level = self.record, place.level
         rep.model = place.model
@@ -354,27 +311,16 @@ class Replica:
         # Graphs hold the addresses of the weights and of the pool they were captured over.
         self.run.world.captured[self.index] = 0
         rep.window_seen = rep.window_breaches = rep.tripped = 0
-        self.assignment = assignment
-        self.weight_bytes = self.run.weight_bytes[assignment.model, assignment.depth]
         self.block_bytes = place.block_bytes
-        self.note_weights(self.weight_bytes)
+        self.steward.take_up(assignment, place.weight_bytes, rep.now_s)
 
-    def note_weights(self, num_bytes: int) -> None:
-        """Keep the most bytes of weights that were on this replica at once."""
-        self.totals.peak_weight_bytes = max(self.totals.peak_weight_bytes, num_bytes)
-
-    def aim(self, decision: Decision) -> None:
+    def follow(self, aim: Aim) -> None:
         """Tell the batch loop when to come back."""
         rep = self.record
-        rep.evaluating = int(isinstance(decision, Evaluate))
-        if isinstance(decision, Evaluate):
-            rep.quota = rep.finish_target = decision.num_requests
-            rep.watching = 0
-            return
-        watching = self.policy.watching
-        rep.quota = NEVER
-        rep.finish_target = NEVER if self.until_reassessment is None else self.until_reassessment
-        rep.watching = int(watching.breach_window_tokens is not None)
+        rep.evaluating = int(aim.evaluating)
+        rep.quota = aim.quota
+        rep.finish_target = aim.finish_target
+        rep.watching = int(aim.watching)
 
     def serve(self, until_s: float) -> Process:
         """Serve until somebody must decide, the work runs out, or the clock reaches `until_s`."""
@@ -421,147 +367,46 @@ class Replica:
         cause = yield self.wake
         return cause
 
-    def count(self, entry: DecisionEntry, seconds: float) -> None:
-        """Add a decision that was carried out to the totals."""
-        totals, decision = self.totals, entry.decision
-        if isinstance(decision, Evaluate):
-            totals.num_evaluations += 1
-            return
-        if isinstance(decision, LoadLayers):
-            totals.num_loads += 1
-        elif self.served_model not in (None, entry.assignment.model):
-            totals.num_switches += 1
-        self.served_model = entry.assignment.model
-        totals.switch_time_s += seconds
-
-    def missing_bytes(self, name: str, depth: int) -> int:
-        """Weight bytes that a model at a depth needs and the GPU does not hold."""
-        needed = self.run.weight_bytes[name, depth]
-        if self.assignment is None or self.assignment.model != name:
-            return needed
-        return max(0, needed - self.weight_bytes)
-
-    def load_seconds(self) -> dict[str, tuple[float, ...]]:
-        """Seconds to bring each candidate in at each exit, on an idle link."""
-        # A host's memory only ever gains models, so their number tells which ones it holds.
-        loaded = None if self.assignment is None else self.assignment.model
-        key = loaded, self.weight_bytes, len(self.host.in_memory_s)
-        if key not in self.load_s:
-            self.load_s[key] = {
-                candidate.name: self.load_seconds_of(candidate) for candidate in self.run.candidates
-            }
-        return self.load_s[key]
-
-    def load_seconds_of(self, candidate: Candidate) -> tuple[float, ...]:
-        """Seconds to bring a candidate in at each exit, on an idle link."""
-        loading = self.run.setup.profile.loading
-        disk_s = 0.0
-        if candidate.name not in self.host.in_memory_s:
-            disk_s = loading.disk.seconds(candidate.weight_bytes[-1])
-        missing = [self.missing_bytes(candidate.name, k) for k in candidate.exit_layers]
-        return tuple(
-            disk_s + loading.host.seconds(num_bytes) if num_bytes else 0.0 for num_bytes in missing
-        )
-
-    def expected_tokens(self) -> float:
-        """Tokens until the next reassessment, as far as experience tells."""
-        rep = self.record
-        if rep.num_finished:
-            per_request = float(rep.num_tokens / rep.num_finished)
-        else:
-            per_request = float(self.run.setup.expected_output_tokens)
-        requests = self.until_reassessment
-        return (USUAL_REASSESS_REQUESTS if requests is None else requests) * per_request
-
-    def marked(self) -> _Mark:
-        """The running sums as they stand, to take differences from."""
+    def begin_period(self) -> None:
+        """Take sums anew from here, for what the policy is told next."""
         rep = self.record
         rep.ttft_sum_s = rep.tpot_sum_s = 0.0
         rep.period_finished = rep.period_tpots = 0
-        return _Mark(
-            time_s=rep.now_s,
+        self.period_energy_j = rep.energy_j
+        self.period_idle_energy_j = rep.idle_energy_j
+
+    def view(self) -> View:
+        """The replica as it stands."""
+        rep, counts, served = self.record, self.exit_counts, self.steward.assignment
+        num_exits = self.run.place(served.model, served.depth).num_exits if served else 0
+        return View(
+            now_s=rep.now_s,
+            num_waiting=rep.num_waiting,
+            num_running=rep.num_rows,
+            evaluating=bool(rep.evaluating),
+            finish_target=rep.finish_target,
             num_tokens=rep.num_tokens,
-            exit_counts=self.exit_counts[rep.model].tolist(),
+            num_finished=rep.num_finished,
+            exit_counts=counts[rep.model, :num_exits].tolist(),
             executed_layers=rep.executed_layers,
             num_breaches=rep.num_breaches,
-            nll=rep.nll,
-            energy_j=rep.energy_j,
-            idle_energy_j=rep.idle_energy_j,
+            nll_units=rep.nll,
             num_decode_iterations=rep.num_decode_iterations,
             decode_rows=rep.decode_rows,
+            period_finished=rep.period_finished,
+            period_ttft_s=rep.ttft_sum_s,
+            period_tpots=rep.period_tpots,
+            period_tpot_s=rep.tpot_sum_s,
         )
-
-    def telemetry(self) -> Telemetry | None:
-        """What the replica saw since its last decision was carried out."""
-        if self.assignment is None:
-            return None
-        rep, mark, has_energy = self.record, self.mark, self.run.has_energy
-        num_exits = self.run.place(self.assignment.model, self.assignment.depth).num_exits
-        counts = self.exit_counts[rep.model, :num_exits].tolist()
-        iterations = rep.num_decode_iterations - mark.num_decode_iterations
-        return Telemetry(
-            assignment=self.assignment,
-            duration_s=rep.now_s - mark.time_s,
-            num_finished=rep.period_finished,
-            num_tokens=rep.num_tokens - mark.num_tokens,
-            exit_counts=tuple(
-                count - before for count, before in zip(counts, mark.exit_counts, strict=False)
-            ),
-            executed_layers=rep.executed_layers - mark.executed_layers,
-            num_breaches=rep.num_breaches - mark.num_breaches,
-            nll_nats=(rep.nll - mark.nll) / NLL_UNITS_PER_NAT,
-            mean_ttft_s=_mean(rep.ttft_sum_s, rep.period_finished),
-            mean_tpot_s=_mean(rep.tpot_sum_s, rep.period_tpots),
-            mean_batch=(rep.decode_rows - mark.decode_rows) / max(1, iterations),
-            energy_j=rep.energy_j - mark.energy_j if has_energy else None,
-            is_evaluation=bool(rep.evaluating),
-            idle_energy_j=rep.idle_energy_j - mark.idle_energy_j if has_energy else None,
-        )
-
-    def account_weights(self) -> None:
-        """Book the time spent with the weights that are about to change."""
-        now_s = self.record.now_s
-        if self.assignment is not None:
-            seconds = now_s - self.totals.weights_since_s
-            name = f"{self.assignment.model}@{self.assignment.depth}"
-            held = self.totals.depth_seconds
-            held[name] = held.get(name, 0.0) + seconds
-            self.totals.weight_byte_seconds += self.weight_bytes * seconds
-        self.totals.weights_since_s = now_s
-
-
-@dataclass(slots=True)
-class _Mark:
-    """Running sums at the moment the last decision was carried out."""
-
-    time_s: float = 0.0
-    num_tokens: int = 0
-    exit_counts: Sequence[int] = ()
-    executed_layers: int = 0
-    num_breaches: int = 0
-    nll: int = 0
-    energy_j: float = 0.0
-    idle_energy_j: float = 0.0
-    num_decode_iterations: int = 0
-    decode_rows: int = 0
 
 
 @dataclass
 class _ReplicaTotals:
-    """What a replica's decisions add up to."""
+    """What carrying decisions out adds up to."""
 
     energy_load_j: float = 0.0
     load_s: float = 0.0
     drain_s: float = 0.0
-    switch_time_s: float = 0.0
-    num_switches: int = 0
-    num_loads: int = 0
-    num_evaluations: int = 0
-    num_breach_events: int = 0
-    peak_weight_bytes: int = 0
-    weight_byte_seconds: float = 0.0
-    weights_since_s: float = 0.0
-    depth_seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Run:
@@ -580,20 +425,13 @@ class Run:
         self.on_progress = on_progress
         self.policy = make()
         names = setup.candidates
-        chosen = self.policy.confidence_threshold
-        thresholds = {
-            name: setup.profile.model(name).confidence.default_threshold
-            if chosen is None
-            else chosen
-            for name in names
-        }
-        self.thresholds = thresholds
+        self.thresholds = confidence_thresholds(setup, self.policy)
         rules = hot_rules_of(self.policy)
         self.loop = loop_with(rules)
         # Only these two ask rules; ours raise nothing.
         self.advance = told(self.policy, rules, self.loop.advance) if rules else self.loop.advance
         self.route = told(self.policy, rules, self.loop.route) if rules else self.loop.route
-        tables = trace_tables(setup.traces, names, thresholds, asked_rules(self.policy, rules))
+        tables = trace_tables(setup.traces, names, self.thresholds, asked_rules(self.policy, rules))
         self.world: World = build_world(
             requests,
             setup.profile,
@@ -605,11 +443,6 @@ class Run:
             setup.fleet.num_replicas,
         )
         self.candidates = tuple(candidate_card(setup, name) for name in names)
-        self.weight_bytes = {
-            (card.name, depth): num_bytes
-            for card in self.candidates
-            for depth, num_bytes in zip(card.exit_layers, card.weight_bytes, strict=True)
-        }
         self.places: dict[tuple[str, int], Place] = {}
         self.clock = Clock()
         self.decisions: list[DecisionEntry] = []
@@ -641,6 +474,7 @@ class Run:
                 model=setup.candidates.index(name),
                 level=model.exit_layers.index(depth),
                 num_exits=model.num_exits,
+                weight_bytes=model.weight_bytes(depth),
                 pool_blocks=pool_blocks,
                 block_bytes=setup.block_bytes(name, depth),
             )
@@ -708,7 +542,7 @@ class Run:
                 self.loop.pass_idle_time(replica.record, self.end_s)
             self.loop.settle_all(self.world, replica.index)
             self.loop.sample(self.world, replica.index, self.loop.state_of(replica.record))
-            replica.account_weights()
+            replica.steward.close(self.end_s)
 
     def disband(self) -> None:
         """Let the fleet go, once its records are taken, so that the world can be freed.
@@ -739,11 +573,6 @@ class Run:
             ]
             shares[name] = tuple(float(share) for share in np.sum(parts, axis=0))
         return shares
-
-
-def _mean(total: float, count: float) -> float | None:
-    """A mean, or None of nothing."""
-    return float(total) / int(count) if count else None
 
 
 def simulate(

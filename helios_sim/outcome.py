@@ -229,10 +229,11 @@ def totals(run: Run) -> RunTotals:
     """Sums over replicas."""
     reps = run.world.replicas
     parts = [replica.totals for replica in run.replicas]
+    stewards = [replica.steward for replica in run.replicas]
     setup = run.setup
     depth_seconds: dict[str, float] = {}
-    for part in parts:
-        for name, seconds in part.depth_seconds.items():
+    for steward in stewards:
+        for name, seconds in steward.depth_seconds.items():
             depth_seconds[name] = depth_seconds.get(name, 0.0) + seconds
     counts = run.world.exit_counts.sum(axis=0)
     exit_layers = {name: setup.profile.model(name).model.exit_layers for name in setup.candidates}
@@ -263,13 +264,13 @@ def totals(run: Run) -> RunTotals:
         batch_seconds=_sum(reps, "batch_seconds"),
         max_running=int(reps["max_rows"].max()),
         max_batch_size_supported=setup.requests_that_fit(model, int(depth), per_request),
-        peak_weight_bytes=max(part.peak_weight_bytes for part in parts),
-        mean_weight_bytes=sum(part.weight_byte_seconds for part in parts) / held_s,
-        num_switches=sum(part.num_switches for part in parts),
-        num_loads=sum(part.num_loads for part in parts),
-        num_evaluations=sum(part.num_evaluations for part in parts),
-        num_breach_events=sum(part.num_breach_events for part in parts),
-        switch_time_s=math.fsum(part.switch_time_s for part in parts),
+        peak_weight_bytes=max(one.peak_weight_bytes for one in stewards),
+        mean_weight_bytes=sum(one.weight_byte_seconds for one in stewards) / held_s,
+        num_switches=sum(one.num_switches for one in stewards),
+        num_loads=sum(one.num_loads for one in stewards),
+        num_evaluations=sum(one.num_evaluations for one in stewards),
+        num_breach_events=sum(one.num_breach_events for one in stewards),
+        switch_time_s=math.fsum(one.switch_time_s for one in stewards),
         regime_s={
             name: math.fsum(float(rep.regime_s[k]) for rep in reps)
             for k, name in enumerate(REGIMES)

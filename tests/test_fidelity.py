@@ -833,7 +833,7 @@ def test_a_policy_knows_the_profile_as_it_is_whatever_is_swapped(
     for run in others:
         assert run.candidates == first.candidates
         for replica in run.replicas:
-            assert tuple(replica.controller.candidates) == first.candidates
+            assert tuple(replica.steward.controller.candidates) == first.candidates
 
 
 def run_cli(*words: str) -> int:

@@ -74,15 +74,13 @@ class ServedLoad:
             ),
             policy=policy,
             clock=_Clock(),
-            max_batch=max_rows,
             timeline_interval_s=1.0,
         )
         self.level = list(exit_layers).index(machine.depth)
         self.stepper = ScriptedStepper(
             machine,
+            assignment=Assignment(name, machine.depth, exit_mode),
             exit_layers=exit_layers,
-            level=self.level,
-            exit_mode=exit_mode,
             threshold=0.5,
             rules=self.replica.rules,
             recompute_kv=False,
@@ -90,7 +88,6 @@ class ServedLoad:
         )
         replica = self.replica
         replica.machine = machine
-        replica.assignment = Assignment(name, machine.depth, exit_mode)
         replica.stepper = self.stepper
         replica.tally.exit_counts = {name: [0] * len(exit_layers)}
         replica.window.watching = exit_mode not in EXITS_ACTIVE

@@ -17,25 +17,22 @@ from typing import Protocol
 from calibration.serving.batching import Decode, Life, Prefill, Row
 from calibration.serving.iteration import EXITS_ACTIVE, Machine, Stepper, split_pays
 from calibration.serving.replica import Clock, Replica
-from calibration.serving.tally import NLL_UNITS_PER_NAT, Sample
-from helios_sim.cards import Room, candidate_card
+from calibration.serving.tally import Sample
+from helios_sim.cards import Room, candidate_card, confidence_thresholds
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import (
-    USUAL_REASSESS_REQUESTS,
     Assignment,
     Decision,
     Evaluate,
     Event,
     ExitMode,
     Keep,
-    LoadLayers,
     Policy,
     Slo,
     Snapshot,
-    Telemetry,
 )
-from helios_sim.policy.controller import Controller
 from helios_sim.state import NEVER
+from helios_sim.steward import HOLD, Aim, Steward, View
 from helios_sim.workload import Requests
 
 
@@ -101,21 +98,6 @@ class DecisionEntry:
     ready_s: float | None = None
 
 
-@dataclass
-class _Mark:
-    """Running sums at the moment the last decision was carried out."""
-
-    time_s: float = 0.0
-    num_tokens: int = 0
-    exit_counts: tuple[int, ...] = ()
-    executed_layers: int = 0
-    num_breaches: int = 0
-    nll_units: int = 0
-    num_decode_iterations: int = 0
-    decode_rows: int = 0
-    num_spans: int = 0
-
-
 DrawnJ = Callable[[Sequence[tuple[float, float]]], float]
 """Joules that a meter counted within spans of the run's time, from and to."""
 
@@ -135,7 +117,6 @@ class Host(Replica):
         lives: Sequence[Life],
         weights: Weights,
         clock: Clock,
-        max_batch: int,
         timeline_interval_s: float,
         on_progress: Callable[[float], None] | None = None,
         drawn_j: DrawnJ | None = None,
@@ -145,7 +126,6 @@ class Host(Replica):
             serving=room.serving,
             policy=policy,
             clock=clock,
-            max_batch=max_batch,
             timeline_interval_s=timeline_interval_s,
         )
         self.room = room
@@ -155,31 +135,17 @@ class Host(Replica):
         self.weights = weights
         self.on_progress = on_progress
         self.drawn_j = drawn_j
-        self.cards = tuple(candidate_card(room, name) for name in room.candidates)
-        self.card_of = {card.name: card for card in self.cards}
-        chosen = policy.confidence_threshold
-        self.thresholds = {
-            name: room.profile.model(name).confidence.default_threshold
-            if chosen is None
-            else chosen
-            for name in room.candidates
-        }
-        self.controller = Controller(
-            policy,
-            self.cards,
-            shortage=room.shortage,
-            recomputes_kv=room.serving.skipped_kv == "recomputed",
-        )
-        self.tally.exit_counts = {card.name: [0] * len(card.exit_layers) for card in self.cards}
+        cards = tuple(candidate_card(room, name) for name in room.candidates)
+        self.thresholds = confidence_thresholds(room, policy)
+        self.steward = Steward(room, policy, cards, slo)
+        self.tally.exit_counts = {card.name: [0] * len(card.exit_layers) for card in cards}
         followers = {life.successor for life in self.lives if life.successor is not None}
         sent = [life for life in self.lives if life not in followers]
         self.to_come = deque(sorted(sent, key=_order_of_arrival))
         self.decisions: list[DecisionEntry] = []
-        self.served_model: str | None = None
-        self.weight_bytes = 0
         self.finish_target = NEVER
-        self.until_reassessment = policy.watching.reassess_requests
-        self.mark = _Mark()
+        self.period_s = 0.0
+        self.period_spans = 0
         self.transfer: Transfer | None = None
         self.num_ended = 0
         self.end_s = 0.0
@@ -195,7 +161,7 @@ class Host(Replica):
             event = self.event_of(cause)
         self.end_s = self.tally.booked_s
         self.sample(self.state())
-        self.account_weights(self.end_s)
+        self.steward.close(self.end_s)
 
     def event_of(self, cause: Cause) -> Event:
         """What the reason to stop means to the policy."""
@@ -205,57 +171,37 @@ class Host(Replica):
 
     def ask(self, event: Event) -> DecisionEntry:
         """Show the policy a snapshot and log what it decides."""
-        now_s = self.tally.booked_s
-        telemetry = self.telemetry(now_s)
-        if event is Event.REASSESS or event is Event.START:
-            self.until_reassessment = self.policy.watching.reassess_requests
-        elif self.until_reassessment is not None and not self.evaluating:
-            self.until_reassessment = max(1, self.finish_target)
-        decision, snapshot = self.controller.consult(
-            now_s=now_s,
-            event=event,
-            assignment=self.assignment,
-            telemetry=telemetry,
-            load_s=self.load_seconds(),
-            num_waiting=len(self.batch.queue),
-            num_running=len(self.batch.rows),
-            max_batch=self.batch.max_batch,
-            expected_tokens=self.expected_tokens(),
-            slo=self.slo,
+        now_s, energy_j, idle_energy_j = self.tally.booked_s, None, None
+        if self.drawn_j is not None:
+            energy_j = self.drawn_j([(self.period_s, now_s)])
+            spans = self.tally.spans[self.period_spans :]
+            idle = [(start_s, stop_s) for spent, start_s, stop_s in spans if spent == "idle"]
+            idle_energy_j = self.drawn_j(idle)
+        decision, assignment, snapshot = self.steward.ask(
+            event,
+            self.view(),
+            in_memory=self.weights.in_memory,
+            energy_j=energy_j,
+            idle_energy_j=idle_energy_j,
         )
-        entry = DecisionEntry(now_s, event, decision, self.target(decision), snapshot)
+        entry = DecisionEntry(now_s, event, decision, assignment, snapshot)
         self.decisions.append(entry)
-        if event is Event.BREACHED:
-            self.tally.num_breach_events += 1
         return entry
-
-    def target(self, decision: Decision) -> Assignment:
-        """What the replica is to run after a decision."""
-        if isinstance(decision, Keep):
-            assert self.assignment is not None
-            return self.assignment
-        if isinstance(decision, Evaluate):
-            depth = self.card_of[decision.model].num_layers
-            return Assignment(decision.model, depth, decision.exit_mode)
-        if isinstance(decision, LoadLayers):
-            assert self.assignment is not None
-            return Assignment(self.assignment.model, decision.depth, decision.exit_mode)
-        return Assignment(decision.model, decision.depth, decision.exit_mode)
 
     def carry_out(self, entry: DecisionEntry) -> None:
         """Bring the weights in, clear the rows that cannot stay, and take the assignment up."""
-        decision = entry.decision
-        if not isinstance(decision, Keep):
-            entry.moved_bytes = self.missing_bytes(entry.assignment.model, entry.assignment.depth)
+        steward, wanted = self.steward, entry.assignment
+        if not isinstance(entry.decision, Keep):
+            entry.moved_bytes = steward.missing_bytes(wanted.model, wanted.depth)
             arrived_s = self.bring_in(entry)
-            if self.assignment != entry.assignment or isinstance(decision, Evaluate):
+            if steward.assignment != wanted or isinstance(entry.decision, Evaluate):
                 self.clear_rows(arrived_s)
-            if self.assignment != entry.assignment:
-                self.take_up(entry.assignment)
-            self.count(entry, self.tally.booked_s - entry.time_s)
-        self.aim(decision)
+            if steward.assignment != wanted:
+                self.take_up(wanted)
+        self.follow(steward.aim(entry.decision))
+        self.begin_period()
+        steward.carried_out(entry.decision, entry.time_s, self.view())
         entry.ready_s = self.tally.booked_s
-        self.mark = self.marked()
 
     def bring_in(self, entry: DecisionEntry) -> float:
         """Move the missing weights, beside the running requests if there is room for both.
@@ -270,7 +216,7 @@ class Host(Replica):
         overlaps = (
             self.room.serving.overlap_loads
             and self.weights.overlaps
-            and self.assignment is not None
+            and self.steward.assignment is not None
             and bool(self.batch.rows)
             and staged <= self.batch.free_blocks
         )
@@ -283,7 +229,7 @@ class Host(Replica):
             self.tally.book("load", self.clock.now_s())
             self.sample("loading")
             return self.tally.booked_s
-        self.note_weights(self.weight_bytes + entry.moved_bytes)
+        self.steward.stage(entry.moved_bytes)
         self.batch.stage(staged)
         self.hold_questions()
         self.transfer = transfer = self.weights.begin(name, depth)
@@ -310,10 +256,8 @@ class Host(Replica):
 
     def hold_questions(self) -> None:
         """Serve on without asking while a decision is carried out."""
-        self.window.watching = self.window.tripped = False
-        self.evaluating = False
-        self.batch.quota = NEVER
-        self.finish_target = NEVER
+        self.follow(HOLD)
+        self.window.tripped = False
 
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""
@@ -323,16 +267,15 @@ class Host(Replica):
             raise self.room.no_room(name, depth)
         profile = self.room.profile.model(name)
         level = profile.model.exit_layers.index(depth)
-        self.account_weights(self.tally.booked_s)
+        since_s = self.tally.booked_s
         # The old machine goes first: two pools need not fit.
         self.machine = self.stepper = None
         self.machine = self.weights.take_up(name, depth, level, pool)
         self.tally.book("load", self.clock.now_s())
         self.stepper = Stepper(
             self.machine,
+            assignment=assignment,
             exit_layers=profile.model.exit_layers,
-            level=level,
-            exit_mode=mode,
             threshold=self.thresholds[name],
             rules=self.rules,
             recompute_kv=self.room.serving.skipped_kv == "recomputed" and mode in EXITS_ACTIVE,
@@ -347,25 +290,14 @@ class Host(Replica):
             max_rows=self.machine.max_rows,
         )
         self.window.clear()
-        self.assignment = assignment
-        self.weight_bytes = self.weights.loaded_bytes
-        self.note_weights(self.weight_bytes)
+        self.steward.take_up(assignment, self.weights.loaded_bytes, since_s)
 
-    def note_weights(self, num_bytes: int) -> None:
-        """Keep the most bytes of weights that were on the device at once."""
-        self.tally.peak_weight_bytes = max(self.tally.peak_weight_bytes, num_bytes)
-
-    def aim(self, decision: Decision) -> None:
+    def follow(self, aim: Aim) -> None:
         """Say when the policy is to be asked again."""
-        self.evaluating = isinstance(decision, Evaluate)
-        if isinstance(decision, Evaluate):
-            self.batch.quota = self.finish_target = decision.num_requests
-            self.window.watching = False
-            return
-        watching = self.policy.watching
-        self.batch.quota = NEVER
-        self.finish_target = NEVER if self.until_reassessment is None else self.until_reassessment
-        self.window.watching = watching.breach_window_tokens is not None
+        self.evaluating = aim.evaluating
+        self.batch.quota = aim.quota
+        self.finish_target = aim.finish_target
+        self.window.watching = aim.watching
 
     def serve(self) -> Cause:
         """Serve until somebody must decide, weights under way arrive, or the work runs out."""
@@ -439,112 +371,39 @@ class Host(Replica):
         self.send_successor(life)
         self.enter_arrivals()
 
-    def count(self, entry: DecisionEntry, seconds: float) -> None:
-        """Add a decision that was carried out to the totals."""
-        tally, decision = self.tally, entry.decision
-        if isinstance(decision, Evaluate):
-            tally.num_evaluations += 1
-            return
-        if isinstance(decision, LoadLayers):
-            tally.num_loads += 1
-        elif self.served_model not in (None, entry.assignment.model):
-            tally.num_switches += 1
-        self.served_model = entry.assignment.model
-        tally.switch_time_s += seconds
-
-    def missing_bytes(self, name: str, depth: int) -> int:
-        """Weight bytes that a model at a depth needs and the replica does not hold."""
-        card = self.card_of[name]
-        needed = card.weight_bytes[card.level_of(depth)]
-        if self.assignment is None or self.assignment.model != name:
-            return needed
-        return max(0, needed - card.weight_bytes[card.level_of(self.assignment.depth)])
-
     def block_bytes(self) -> int:
         """Bytes of a KV block of the present pool."""
-        if self.assignment is None:
-            return 1
-        return self.room.block_bytes(self.assignment.model, self.assignment.depth)
+        held = self.steward.assignment
+        return 1 if held is None else self.room.block_bytes(held.model, held.depth)
 
-    def load_seconds(self) -> dict[str, tuple[float, ...]]:
-        """Predicted seconds to bring each candidate in at each exit, on an idle link."""
-        loading = self.room.profile.loading
-        estimates = {}
-        for card in self.cards:
-            disk_s = 0.0
-            if card.name not in self.weights.in_memory:
-                disk_s = loading.disk.seconds(card.weight_bytes[-1])
-            missing = [self.missing_bytes(card.name, depth) for depth in card.exit_layers]
-            estimates[card.name] = tuple(
-                disk_s + loading.host.seconds(num_bytes) if num_bytes else 0.0
-                for num_bytes in missing
-            )
-        return estimates
+    def begin_period(self) -> None:
+        """Take sums anew from here, for what the policy is told next."""
+        self.tally.clear_period()
+        self.period_s = self.tally.booked_s
+        self.period_spans = len(self.tally.spans)
 
-    def expected_tokens(self) -> float:
-        """Tokens until the next reassessment, as far as experience tells."""
-        tally = self.tally
-        if tally.num_finished:
-            per_request = tally.num_tokens / tally.num_finished
-        else:
-            per_request = float(self.room.expected_output_tokens)
-        requests = self.until_reassessment
-        return (USUAL_REASSESS_REQUESTS if requests is None else requests) * per_request
-
-    def marked(self) -> _Mark:
-        """The running sums as they stand, to take differences from."""
-        tally = self.tally
-        tally.clear_period()
-        assert self.assignment is not None
-        return _Mark(
-            time_s=tally.booked_s,
+    def view(self) -> View:
+        """The replica as of the last booked moment."""
+        tally, served = self.tally, self.steward.assignment
+        return View(
+            now_s=tally.booked_s,
+            num_waiting=len(self.batch.queue),
+            num_running=len(self.batch.rows),
+            evaluating=self.evaluating,
+            finish_target=self.finish_target,
             num_tokens=tally.num_tokens,
-            exit_counts=tuple(tally.exit_counts[self.assignment.model]),
+            num_finished=tally.num_finished,
+            exit_counts=tuple(tally.exit_counts[served.model]) if served else (),
             executed_layers=tally.executed_layers,
             num_breaches=tally.num_breaches,
             nll_units=tally.nll_units,
             num_decode_iterations=tally.num_decode_iterations,
             decode_rows=tally.decode_rows,
-            num_spans=len(tally.spans),
+            period_finished=tally.period_finished,
+            period_ttft_s=tally.ttft_sum_s,
+            period_tpots=tally.period_tpots,
+            period_tpot_s=tally.tpot_sum_s,
         )
-
-    def telemetry(self, now_s: float) -> Telemetry | None:
-        """What the replica saw since its last decision was carried out."""
-        if self.assignment is None:
-            return None
-        tally, mark = self.tally, self.mark
-        counts = tally.exit_counts[self.assignment.model]
-        iterations = tally.num_decode_iterations - mark.num_decode_iterations
-        since = tally.spans[mark.num_spans :]
-        idle_spans = [(start_s, stop_s) for spent, start_s, stop_s in since if spent == "idle"]
-        return Telemetry(
-            assignment=self.assignment,
-            duration_s=now_s - mark.time_s,
-            num_finished=tally.period_finished,
-            num_tokens=tally.num_tokens - mark.num_tokens,
-            exit_counts=tuple(
-                count - before for count, before in zip(counts, mark.exit_counts, strict=True)
-            ),
-            executed_layers=tally.executed_layers - mark.executed_layers,
-            num_breaches=tally.num_breaches - mark.num_breaches,
-            nll_nats=(tally.nll_units - mark.nll_units) / NLL_UNITS_PER_NAT,
-            mean_ttft_s=_mean(tally.ttft_sum_s, tally.period_finished),
-            mean_tpot_s=_mean(tally.tpot_sum_s, tally.period_tpots),
-            mean_batch=(tally.decode_rows - mark.decode_rows) / max(1, iterations),
-            energy_j=self.drawn_j([(mark.time_s, now_s)]) if self.drawn_j else None,
-            is_evaluation=self.evaluating,
-            idle_energy_j=self.drawn_j(idle_spans) if self.drawn_j else None,
-        )
-
-    def account_weights(self, now_s: float) -> None:
-        """Book the time spent with the weights that are about to change."""
-        tally = self.tally
-        if self.assignment is not None:
-            seconds = now_s - tally.weights_since_s
-            name = f"{self.assignment.model}@{self.assignment.depth}"
-            tally.depth_seconds[name] = tally.depth_seconds.get(name, 0.0) + seconds
-            tally.weight_byte_seconds += self.weight_bytes * seconds
-        tally.weights_since_s = now_s
 
     def state(self) -> str:
         """What the replica is doing, for the timeline."""
@@ -556,7 +415,7 @@ class Host(Replica):
 
     def sample(self, state: str) -> None:
         """Write a line of the timeline as of the last booked moment."""
-        tally, batch = self.tally, self.batch
+        tally, batch, served = self.tally, self.batch, self.steward.assignment
         tally.sample(
             Sample(
                 time_s=tally.booked_s,
@@ -566,8 +425,8 @@ class Host(Replica):
                 waiting=len(batch.queue),
                 used_blocks=batch.used_blocks,
                 pool_blocks=batch.pool_blocks,
-                model=self.assignment.model if self.assignment else "",
-                depth=self.assignment.depth if self.assignment else 0,
+                model=served.model if served else "",
+                depth=served.depth if served else 0,
                 state=state,
             )
         )
@@ -617,8 +476,3 @@ def lives_of(requests: Requests, texts: Sequence[list[int]]) -> list[Life]:
 
 def _order_of_arrival(life: Life) -> tuple[float, int]:
     return life.arrival_s, life.request_id
-
-
-def _mean(total: float, count: float) -> float | None:
-    """A mean, or None of nothing."""
-    return total / count if count else None

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 
 from calibration.serving.batching import Decode, HotRules, Prefill, Row
 from helios_sim import cost
-from helios_sim.policy.contract import ExitMode
+from helios_sim.policy.contract import Assignment, ExitMode
 from helios_sim.profile import ModelProfile
 
 EXITS_ACTIVE = (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
@@ -160,15 +160,14 @@ def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_ba
 
 
 class Stepper:
-    """Carries planned iterations out on a machine, in one exit mode at one loaded depth."""
+    """Carries planned iterations out on a machine that an assignment is loaded on."""
 
     def __init__(
         self,
         machine: Machine,
         *,
+        assignment: Assignment,
         exit_layers: Sequence[int],
-        level: int,
-        exit_mode: ExitMode,
         threshold: float,
         rules: HotRules,
         recompute_kv: bool,
@@ -176,9 +175,10 @@ class Stepper:
     ) -> None:
         self.machine = machine
         self.exit_layers = tuple(exit_layers)
-        self.level = level
-        self.depth = self.exit_layers[level]
-        self.exit_mode = exit_mode
+        self.assignment = assignment
+        self.level = self.exit_layers.index(assignment.depth)
+        self.depth = assignment.depth
+        self.exit_mode = assignment.exit_mode
         self.threshold = threshold
         self.rules = rules
         self.recompute_kv = recompute_kv

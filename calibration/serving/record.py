@@ -13,10 +13,11 @@ import polars as pl
 from numpy.typing import NDArray
 
 from calibration.serving.host import Host
-from calibration.serving.tally import NLL_UNITS_PER_NAT, gap_counts, gap_edges
+from calibration.serving.tally import gap_counts, gap_edges
 from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
 from helios_sim.policy.snapshot_json import SnapshotLog
 from helios_sim.records import RunData, RunTotals
+from helios_sim.state import NLL_UNITS_PER_NAT
 from helios_sim.workload import Requests
 
 ITERATIONS_FILE: Final = "iterations.parquet"
@@ -183,8 +184,8 @@ def timeline_table(host: Host, energy_at: EnergyAt) -> pl.DataFrame:
 
 def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:
     """Sums of the run; the regimes of layer times are the simulator's notion and stay empty."""
-    tally, room = host.tally, host.room
-    held = tally.depth_seconds
+    tally, room, steward = host.tally, host.room, host.steward
+    held = steward.depth_seconds
     model, _, depth = max(held, key=lambda name: held[name]).partition("@")
     per_request = requests.mean_prompt_tokens + requests.mean_output_tokens
     pool_seconds = 0.0
@@ -211,15 +212,15 @@ def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:
         batch_seconds=tally.batch_seconds,
         max_running=host.batch.max_running,
         max_batch_size_supported=room.requests_that_fit(model, int(depth), per_request),
-        peak_weight_bytes=tally.peak_weight_bytes,
-        mean_weight_bytes=tally.weight_byte_seconds / host.end_s,
-        num_switches=tally.num_switches,
-        num_loads=tally.num_loads,
-        num_evaluations=tally.num_evaluations,
-        num_breach_events=tally.num_breach_events,
-        switch_time_s=tally.switch_time_s,
+        peak_weight_bytes=steward.peak_weight_bytes,
+        mean_weight_bytes=steward.weight_byte_seconds / host.end_s,
+        num_switches=steward.num_switches,
+        num_loads=steward.num_loads,
+        num_evaluations=steward.num_evaluations,
+        num_breach_events=steward.num_breach_events,
+        switch_time_s=steward.switch_time_s,
         regime_s={},
-        exit_layers={card.name: card.exit_layers for card in host.cards},
+        exit_layers={card.name: card.exit_layers for card in steward.cards.values()},
         exit_counts={name: tuple(counts) for name, counts in tally.exit_counts.items()},
         depth_seconds=dict(held),
         kv_block_tokens=room.serving.block_tokens,

@@ -62,7 +62,7 @@ class BreachWindow:
 class Replica:
     """The running rows of one replica, the books on them, and the machine that computes them.
 
-    `machine`, `stepper` and `assignment` are those of what is served now; None before anything is.
+    `machine` and `stepper` are those of what is served now; None before anything is.
     """
 
     def __init__(
@@ -71,7 +71,6 @@ class Replica:
         serving: ServingSettings,
         policy: Policy,
         clock: Clock,
-        max_batch: int,
         timeline_interval_s: float,
     ) -> None:
         if serving.batching == "chunked":
@@ -84,7 +83,7 @@ class Replica:
         self.rules = HotRules.of(policy)
         self.batch = Batch(
             batching=serving.batching,
-            max_batch=max_batch,
+            max_batch=serving.max_batch,
             max_held=serving.max_held,
             block_tokens=serving.block_tokens,
             max_prefill_tokens=serving.max_prefill_tokens,
@@ -95,19 +94,19 @@ class Replica:
         )
         self.window = BreachWindow(policy, self.rules)
         self.tally = Tally(timeline_interval_s)
-        self.assignment: Assignment | None = None
         self.machine: Machine | None = None
         self.stepper: Stepper | None = None
         self.evaluating = False
 
     def run(self, plan: Prefill | Decode) -> None:
         """Carry an iteration out, charge it, emit its tokens, retire who is done."""
-        assert self.stepper is not None and self.assignment is not None
+        assert self.stepper is not None
+        assignment = self.stepper.assignment
         start_s = self.tally.booked_s
         begun_s = self.clock.now_s()
         if isinstance(plan, Prefill):
             for row in plan.rows:
-                self.admitted(row.life, self.assignment)
+                self.admitted(row.life, assignment)
         outcome = self.step(plan)
         now_s = self.clock.now_s()
         seconds = self.tally.book("busy", now_s)
@@ -116,7 +115,7 @@ class Replica:
             end_s=now_s,
             seconds=seconds,
             host_s=begun_s - start_s,
-            assignment=self.assignment,
+            assignment=assignment,
             evaluating=self.evaluating,
             is_prefill=isinstance(plan, Prefill),
             running=len(self.batch.rows),

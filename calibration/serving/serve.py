@@ -408,7 +408,6 @@ def serve_once(
         lives=lives_of(prepared.requests, prepared.texts),
         weights=weights,
         clock=clock,
-        max_batch=prepared.scenario.serving.max_batch,
         timeline_interval_s=prepared.scenario.measure.timeline_interval_s,
         on_progress=lambda share: say(f"{chosen.name}: serving", share),
         drawn_j=energy.drawn_so_far_j if energy.measures else None,
@@ -440,7 +439,7 @@ def serve_once(
     }
     traces = served_traces(
         judged,
-        {card.name: card.exit_layers for card in host.cards},
+        {card.name: card.exit_layers for card in host.steward.cards.values()},
         host.lives,
         domains,
         prepared.requests.domains,

@@ -21,11 +21,9 @@ from helios_sim.state import (
     ITL_BINS_PER_OCTAVE,
     ITL_OCTAVES,
     ITL_SMALLEST_EXPONENT,
+    NLL_UNITS_PER_NAT,
     TIMELINE_CAPACITY,
 )
-
-NLL_UNITS_PER_NAT = 1024
-"""Likelihoods are summed in whole steps, so that no order of summation shows."""
 
 Spent = Literal["busy", "idle", "load"]
 
@@ -124,15 +122,6 @@ class Tally:
     period_finished: int = 0
     period_tpots: int = 0
     drain_s: float = 0.0
-    switch_time_s: float = 0.0
-    num_switches: int = 0
-    num_loads: int = 0
-    num_evaluations: int = 0
-    num_breach_events: int = 0
-    peak_weight_bytes: int = 0
-    weight_byte_seconds: float = 0.0
-    weights_since_s: float = 0.0
-    depth_seconds: dict[str, float] = field(default_factory=dict)
 
     def book(self, spent: Spent, until_s: float) -> float:
         """Book the time since the last entry; returns its seconds."""

@@ -37,10 +37,10 @@ from helios_sim.fidelity.timing import (
 from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
-from helios_sim.policy.controller import Controller
 from helios_sim.profile import Profile
 from helios_sim.records import RunData, conformed
 from helios_sim.scenario import PolicySettings
+from helios_sim.steward import Steward
 from helios_sim.workload import Requests
 
 INGREDIENTS: Final[dict[str, str]] = {
@@ -308,12 +308,7 @@ def _tell(run: Run, setup: Setup) -> None:
     known = tuple(candidate_card(setup, name) for name in setup.candidates)
     run.candidates = known
     for replica in run.replicas:
-        replica.controller = Controller(
-            replica.policy,
-            known,
-            shortage=setup.shortage,
-            recomputes_kv=setup.serving.skipped_kv == "recomputed",
-        )
+        replica.steward = Steward(setup, replica.policy, known, setup.slo)
 
 
 def _sent_at(requests: Requests, arrival_s: Any) -> Requests:

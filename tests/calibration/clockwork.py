@@ -15,7 +15,7 @@ from calibration.serving.iteration import Answer, Captures, Outcome
 from helios_sim import cost
 from helios_sim.cards import Room, candidate_card
 from helios_sim.exits import ExitTraces
-from helios_sim.policy.contract import ExitMode, Policy, Slo
+from helios_sim.policy.contract import Assignment, ExitMode, Policy, Slo
 from helios_sim.workload import Requests
 
 
@@ -194,12 +194,16 @@ class ClockworkHost(Host):
         outcome = super().step(plan)
         seconds = self.seconds(plan, outcome)
         if outcome.captured.graphs or outcome.captured.exits:
-            assert self.assignment is not None
-            c = self.room.profile.model(self.assignment.model).coefficient_array()
+            c = self.room.profile.model(self.served.model).coefficient_array()
             seconds += float(cost.capture_seconds(c, *map(float, outcome.captured)))
         self.clock.time_s += seconds
         self.check_blocks(plan)
         return outcome
+
+    @property
+    def served(self) -> Assignment:
+        assert self.stepper is not None
+        return self.stepper.assignment
 
     def check_blocks(self, plan: Prefill | Decode) -> None:
         """The law of blocks, at every iteration."""
@@ -213,15 +217,14 @@ class ClockworkHost(Host):
             assert batch.blocks_for(tokens) <= row.blocks
 
     def seconds(self, plan: Prefill | Decode, outcome: Outcome) -> float:
-        assert self.assignment is not None and self.stepper is not None
-        profile = self.room.profile.model(self.assignment.model)
+        profile = self.room.profile.model(self.served.model)
         c = profile.coefficient_array()
         if isinstance(plan, Prefill):
             pairs = 0.0
             for row in plan.rows:
                 pairs += row.to_prefill * (row.to_prefill + 1.0) * 0.5
             tokens = float(outcome.prompt_tokens)
-            depth, count = float(self.assignment.depth), float(len(plan.rows))
+            depth, count = float(self.served.depth), float(len(plan.rows))
             return float(
                 cost.mixed_seconds(
                     c, 0.0, 0.0, 0.0, tokens, 0.0, pairs, depth, 0.0, count, count, 1.0
@@ -229,9 +232,9 @@ class ClockworkHost(Host):
             )
         batch = len(plan.rows) + len(plan.ghosts)
         padded = profile.padded_rows(self.batch.max_batch)
-        residual = float(profile.residual(self.batch.max_batch, self.assignment.depth)[batch])
+        residual = float(profile.residual(self.batch.max_batch, self.served.depth)[batch])
         rows, context = float(padded[batch]), float(outcome.context_tokens)
-        if self.assignment.exit_mode is not ExitMode.REBATCH:
+        if self.served.exit_mode is not ExitMode.REBATCH:
             seconds, _ = cost.decode_seconds(
                 c,
                 rows + outcome.pending_tokens,
@@ -296,7 +299,6 @@ def serve_by_clockwork(
         lives=lives_of(requests, [[] for _ in range(len(requests))]),
         weights=ClockworkWeights(room, traces, requests, clock),
         clock=clock,
-        max_batch=room.serving.max_batch,
         timeline_interval_s=timeline_interval_s,
         drawn_j=drawn_j,
     )

@@ -185,7 +185,6 @@ def serve_kept(
         lives=given,
         weights=weights,
         clock=WallClock(),
-        max_batch=room.serving.max_batch,
         timeline_interval_s=0.01,
     )
     host.play()

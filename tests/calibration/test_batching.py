@@ -201,8 +201,8 @@ def test_without_a_saving_no_batch_is_split_and_all_ride_to_the_end(model) -> No
         outcome = entry.outcome
         left_together = outcome.overheads == 0 and len(outcome.emitted) == outcome.rows
         assert left_together
-    assert host.assignment is not None
-    assert host.assignment.exit_mode is ExitMode.REBATCH
+    assert host.steward.assignment is not None
+    assert host.steward.assignment.exit_mode is ExitMode.REBATCH
 
 
 @pytest.mark.parametrize("on_change", ["drain", "recompute"])
@@ -223,7 +223,7 @@ def test_a_changing_policy_tells_every_request_all_it_asked_for(on_change) -> No
         on_change=on_change,
     )
     assert all(life.generated == life.output_tokens for life in host.lives)
-    assert host.tally.num_evaluations >= 2
+    assert host.steward.num_evaluations >= 2
     assert {entry.event.value for entry in host.decisions} >= {"start", "evaluated"}
 
 

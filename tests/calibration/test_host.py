@@ -132,18 +132,18 @@ def test_the_host_takes_the_simulators_decisions_at_its_times(use, options, serv
     host = serve_by_clockwork(setup, setup.traces, requests, policy_of(use, **options))
     comparable(host, run, data.requests)
     totals = data.totals
-    tally = host.tally
+    tally, steward = host.tally, host.steward
     assert host.end_s == totals.end_s
     for mine, simulated in (
         (tally.spent_s["busy"], totals.busy_s),
         (tally.spent_s["idle"], totals.idle_s),
         (tally.spent_s["load"], totals.load_s),
         (tally.drain_s, totals.drain_s),
-        (tally.switch_time_s, totals.switch_time_s),
+        (steward.switch_time_s, totals.switch_time_s),
         (tally.batch_seconds, totals.batch_seconds),
         (tally.decode_s, totals.decode_s),
         (sum(tally.gaps_s), totals.itl_sum_s),
-        (tally.weight_byte_seconds / host.end_s, totals.mean_weight_bytes),
+        (steward.weight_byte_seconds / host.end_s, totals.mean_weight_bytes),
     ):
         assert mine == pytest.approx(simulated, rel=1e-9, abs=1e-9)
     assert tally.decode_rows == totals.decode_rows
@@ -152,13 +152,13 @@ def test_the_host_takes_the_simulators_decisions_at_its_times(use, options, serv
     assert {name: tuple(counts) for name, counts in tally.exit_counts.items()} == (
         totals.exit_counts
     )
-    assert (tally.num_switches, tally.num_loads, tally.num_evaluations) == (
+    assert (steward.num_switches, steward.num_loads, steward.num_evaluations) == (
         totals.num_switches,
         totals.num_loads,
         totals.num_evaluations,
     )
     assert host.batch.max_running == totals.max_running
-    assert tally.peak_weight_bytes == totals.peak_weight_bytes
+    assert steward.peak_weight_bytes == totals.peak_weight_bytes
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_no_time_is_drained_where_weights_arrive_between_an_iteration_and_the_lo
     monkeypatch.setattr("tests.calibration.clockwork.ClockworkTransfer", Late)
     setup = drifting_setup(on_change="recompute")
     host = serve_by_clockwork(setup, setup.traces, drifting_requests(120), policy_of("always"))
-    assert host.tally.num_switches > 0
+    assert host.steward.num_switches > 0
     assert host.tally.drain_s == 0.0
 
 
@@ -348,7 +348,7 @@ def test_recorded_telemetry_gives_the_same_decisions_in_a_fresh_controller() -> 
     setup = drifting_setup()
     requests = drifting_requests(160)
     host = serve_by_clockwork(setup, setup.traces, requests, policy_of("helios"))
-    controller = Controller(policy_of("helios"), host.cards)
+    controller = Controller(policy_of("helios"), tuple(host.steward.cards.values()))
     assert len(host.decisions) > 10
     for entry in host.decisions:
         seen_then = entry.snapshot
@@ -387,7 +387,6 @@ def host_of(use: str, drawn_j=None, **serving) -> Host:
         lives=lives_of(requests, [[]] * 4),
         weights=ClockworkWeights(setup, setup.traces, requests, clock),
         clock=clock,
-        max_batch=8,
         timeline_interval_s=1.0,
         drawn_j=drawn_j,
     )

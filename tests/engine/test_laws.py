@@ -771,7 +771,7 @@ def test_weights_and_pool_stay_within_memory_also_while_weights_arrive(
     def checked(self: Replica, assignment: Any) -> None:
         take_up(self, assignment)
         pool = int(self.record.pool_blocks) * self.block_bytes
-        assert self.weight_bytes + pool <= usable
+        assert self.steward.weight_bytes + pool <= usable
         assert int(self.record.staged_blocks) == 0
         assert int(self.record.free_blocks) == int(self.record.pool_blocks)
 
@@ -795,7 +795,7 @@ def test_the_peak_of_the_weights_counts_those_that_arrive_beside_running_request
         run, data = play(setup, drifting_requests(), "always", reassess_requests=7)
         assert data.totals.num_switches > 1
         served = [entry.assignment for entry in run.decisions]
-        most = max(run.weight_bytes[one.model, one.depth] for one in served)
+        most = max(run.place(one.model, one.depth).weight_bytes for one in served)
         assert data.totals.peak_weight_bytes == (2 * most if overlap else most)
 
 
