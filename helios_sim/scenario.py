@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
@@ -187,12 +187,35 @@ def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
     except OSError as error:
         raise InputError(f"The file cannot be looked for: {error.strerror}.", str(path)) from error
     data = read_toml(path)
-    if data.get("slo") == {} and (path.parent / TOTALS_FILE).is_file():
-        # A run on record may hold a table without a limit; it was served with none.
-        del data["slo"]
+    if (path.parent / TOTALS_FILE).is_file():
+        data = of_a_run(data)
     for change in changes:
         apply_change(data, change)
     return parse_scenario(data, str(path), path.parent)
+
+
+def of_a_run(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's own scenario as a question of its one policy.
+
+    A run keeps every figure its page may set beside others' runs, and a table of objectives even
+    where it was served with none.
+    """
+    asked = dict(data)
+    if asked.get("slo") == {}:
+        del asked["slo"]
+    labels = [one.get("label") or one.get("use") for one in _tables(asked, "policy")]
+    asked["published"] = [
+        entry
+        for entry in _tables(asked, "published")
+        if entry.get("policy") in labels and entry.get("against") in [None, *labels]
+    ]
+    return asked
+
+
+def _tables(data: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The tables of an array, without what is none."""
+    found = data.get(key)
+    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, Sequence) else []
 
 
 def _near_scenario(path: Path) -> str | None:

@@ -392,6 +392,23 @@ def test_a_run_on_record_with_an_empty_slo_table_is_run_again_without_one(file: 
         load_scenario(file, ["slo={}"])
 
 
+def test_a_run_on_record_keeps_figures_of_other_policies_and_is_run_again_without_them(
+    file: Path,
+) -> None:
+    """In a question they are refused."""
+    figure = '[[published]]\nfigure = "output_throughput"\npolicy = "helios"\nsource = "S"\n'
+    figures = (f"{figure}published = 9.0\n", f'{figure}published = 1.1\nagainst = "wait"\n')
+    text = file.read_text(encoding="utf-8") + "".join(figures)
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="names the policy 'wait'"):
+        load_scenario(file)
+    (file.parent / "totals.json").write_text("{}", encoding="utf-8")
+    assert [entry.published for entry in load_scenario(file).published] == [9.0]
+    file.write_text(text.replace("[[policy]]", "[policy]"), encoding="utf-8")
+    with pytest.raises(InputError, match="policy"):
+        load_scenario(file)
+
+
 def test_a_request_longer_than_the_context_is_an_error_where_asked(file: Path) -> None:
     where, message = told(file, "workload.prompt.tokens=3000", "workload.over_context='error'")
     assert where == f"{file}, workload"

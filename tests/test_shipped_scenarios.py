@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from helios_sim.experiment import prepare, run_policy
+from helios_sim.fidelity.sides import scenario_of
+from helios_sim.records import write_run
 from helios_sim.scenario import load_scenario
 
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
@@ -21,6 +23,18 @@ def test_a_shipped_scenario_asks_a_question_and_can_be_prepared(path: Path) -> N
     assert scenario.question.endswith("?")
     requests, _ = prepare(scenario, path.parent).requests(scenario.seed)
     assert len(requests) >= 1000
+
+
+def test_a_run_of_a_scenario_with_published_figures_is_its_own_question(tmp_path: Path) -> None:
+    scenario = load_scenario(SCENARIOS / "helios_opt.toml", ["workload.num_requests=30"])
+    policy = scenario.policy[0]
+    assert any(entry.policy != policy.name for entry in scenario.published)
+    first = run_policy(prepare(scenario, SCENARIOS), policy)
+    write_run(first.run, first.summary, tmp_path / "first")
+    again = load_scenario(tmp_path / "first" / "scenario.toml")
+    second = run_policy(prepare(again, SCENARIOS), again.policy[0])
+    assert second.summary == first.summary
+    assert scenario_of(first.run, tmp_path / "first") == again
 
 
 @cache

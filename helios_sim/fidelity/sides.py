@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from helios_sim.errors import InputError
 from helios_sim.metrics import columns_of, summarise
 from helios_sim.records import TOTALS_FILE, RunData, flat_items, read_run
-from helios_sim.scenario import Scenario
+from helios_sim.scenario import Scenario, of_a_run
 
 MEASURED: Final = "measured"
 SIMULATED: Final = "simulated"
@@ -148,7 +148,7 @@ def read_sides(reals: Sequence[Path], simulated: Path, *, allow_simulated: bool 
 def scenario_of(run: RunData, folder: Path) -> Scenario:
     """The scenario a run answers, as settings."""
     try:
-        return Scenario.model_validate(run.scenario)
+        return Scenario.model_validate(of_a_run(run.scenario))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
