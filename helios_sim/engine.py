@@ -48,7 +48,7 @@ from helios_sim.state import (
     World,
     live_record,
 )
-from helios_sim.steward import HOLD, Aim, Steward, View
+from helios_sim.steward import HOLD, Aim, Steward, View, event_of
 from helios_sim.workload import Requests
 from helios_sim.world import build_world, parking_lot, trace_tables
 
@@ -141,6 +141,10 @@ class HostLinks:
     in_memory_s: dict[str, float] = field(default_factory=dict)
     """When each model read so far is in host memory."""
 
+    def in_memory(self, now_s: float) -> frozenset[str]:
+        """Models that nobody needs the disk for."""
+        return frozenset(name for name, time_s in self.in_memory_s.items() if time_s <= now_s)
+
 
 class Replica:
     """One serving replica: its controller decides, this carries out and logs."""
@@ -168,13 +172,7 @@ class Replica:
             cause = yield from self.serve(math.inf)
             if cause == OUT_OF_WORK:
                 return
-            event = self.event_of(cause)
-
-    def event_of(self, cause: int) -> Event:
-        """What the batch loop's reason to stop means to the policy."""
-        if cause == BREACHED:
-            return Event.BREACHED
-        return Event.EVALUATED if self.record.evaluating else Event.REASSESS
+            event = event_of(breached=cause == BREACHED, evaluating=bool(self.record.evaluating))
 
     def ask(self, event: Event) -> DecisionEntry:
         """Show the policy a snapshot and log what it decides."""
@@ -184,7 +182,7 @@ class Replica:
         decision, assignment, snapshot = self.steward.ask(
             event,
             self.view(),
-            in_memory=self.host.in_memory_s,
+            in_memory=self.host.in_memory(rep.now_s),
             energy_j=rep.energy_j - self.period_energy_j if has_energy else None,
             idle_energy_j=rep.idle_energy_j - self.period_idle_energy_j if has_energy else None,
             foresight=self.run.foresight(self) if self.policy.sees_future else None,

@@ -14,13 +14,11 @@ import polars as pl
 from helios_sim import __version__
 from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
-from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
+from helios_sim.policy.contract import DECISION_NAMES
+from helios_sim.policy.objective import objective_of
 from helios_sim.records import STATUSES, RunData, RunTotals
 from helios_sim.state import (
     FINISHED,
-    ITL_BINS_PER_OCTAVE,
-    ITL_OCTAVES,
-    ITL_SMALLEST_EXPONENT,
     NLL_UNITS_PER_NAT,
     NOBODY,
     REFUSED,
@@ -28,7 +26,9 @@ from helios_sim.state import (
     STATE_NAMES,
     UNSENT,
     WAITING,
+    itl_edges,
 )
+from helios_sim.steward import evaluation_seconds
 
 _STATUS_OF = np.zeros(5, np.uint32)
 for _code, _name in (
@@ -47,21 +47,13 @@ _AS_THEY_ARE = (
 )
 """Fields of a request's record that are columns of its table without a change."""
 
-_DECISION_NAMES = {
-    Keep: "keep",
-    Evaluate: "evaluate",
-    Serve: "serve",
-    LoadLayers: "load-layers",
-    Switch: "switch",
-}
-
 
 def run_data(run: Run, label: str, policy: str, seed: int, scenario: Mapping[str, Any]) -> RunData:
     """The records of a finished run."""
     return RunData(
         label=label,
         policy=policy,
-        objective=objective_of(run),
+        objective=objective_of(run.policy),
         seed=seed,
         scenario=dict(scenario),
         environment=environment(run),
@@ -71,12 +63,6 @@ def run_data(run: Run, label: str, policy: str, seed: int, scenario: Mapping[str
         totals=totals(run),
         closed_loop=run.requests.user is not None,
     )
-
-
-def objective_of(run: Run) -> str:
-    """What the policy strives for; "none" for one that does not choose."""
-    settings = getattr(run.policy, "settings", run.policy)
-    return str(getattr(settings, "objective", "none"))
 
 
 def environment(run: Run) -> dict[str, Any]:
@@ -170,7 +156,7 @@ def decisions_table(run: Run) -> pl.DataFrame:
             "time_s": column(lambda e: e.time_s),
             "replica": column(lambda e: e.replica),
             "event": column(lambda e: e.event.value),
-            "decision": column(lambda e: _DECISION_NAMES[type(e.decision)]),
+            "decision": column(lambda e: DECISION_NAMES[type(e.decision)]),
             "model": column(lambda e: e.assignment.model),
             "depth": column(lambda e: e.assignment.depth),
             "exit_mode": column(lambda e: e.assignment.exit_mode.value),
@@ -256,7 +242,7 @@ def totals(run: Run) -> RunTotals:
         idle_s=_sum(reps, "idle_s"),
         load_s=math.fsum(part.load_s for part in parts),
         drain_s=math.fsum(part.drain_s for part in parts),
-        evaluation_s=math.fsum(stop - start for start, stop in evaluations(run)),
+        evaluation_s=math.fsum(evaluation_seconds(one, run.end_s) for one in by_replica(run)),
         num_iterations=_count(reps, "num_iterations"),
         num_decode_iterations=_count(reps, "num_decode_iterations"),
         decode_rows=_count(reps, "decode_rows"),
@@ -290,26 +276,12 @@ def totals(run: Run) -> RunTotals:
     )
 
 
-def evaluations(run: Run) -> list[tuple[float, float]]:
-    """Start and end of each evaluation, from the decision to the next one."""
-    spans = []
-    for replica in run.replicas:
-        mine = [entry for entry in run.decisions if entry.replica == replica.index]
-        for k, entry in enumerate(mine):
-            if isinstance(entry.decision, Evaluate):
-                last = k + 1 == len(mine)
-                spans.append((entry.time_s, run.end_s if last else mine[k + 1].time_s))
-    return spans
-
-
-def itl_edges() -> tuple[float, ...]:
-    """Edges of the gap histogram: octaves cut into equal steps of the mantissa."""
-    edges = [
-        math.ldexp(0.5 + step / (2 * ITL_BINS_PER_OCTAVE), ITL_SMALLEST_EXPONENT + octave)
-        for octave in range(ITL_OCTAVES)
-        for step in range(ITL_BINS_PER_OCTAVE)
-    ]
-    return (*edges, math.ldexp(0.5, ITL_SMALLEST_EXPONENT + ITL_OCTAVES))
+def by_replica(run: Run) -> list[list[DecisionEntry]]:
+    """The decisions of each replica, in order of time."""
+    logs: list[list[DecisionEntry]] = [[] for _ in run.replicas]
+    for entry in run.decisions:
+        logs[entry.replica].append(entry)
+    return logs
 
 
 def _assignment(name: str) -> tuple[str, int]:

@@ -78,6 +78,7 @@ NLL_UNITS_PER_NAT: Final = 1024
 ITL_BINS_PER_OCTAVE: Final = 64
 ITL_OCTAVES: Final = 40
 ITL_SMALLEST_EXPONENT: Final = -20
+"""The histogram of gaps between tokens: octaves, each cut into equal steps of the mantissa."""
 
 TIMELINE_CAPACITY: Final = 4096
 
@@ -353,3 +354,13 @@ class Parking(NamedTuple):
     """f8, (R,): when a parked replica is wanted elsewhere"""
     cause: Any
     """i8, (R,): why it stopped"""
+
+
+def itl_edges() -> tuple[float, ...]:
+    """Edges of the gap histogram: octaves cut into equal steps of the mantissa."""
+    edges = [
+        math.ldexp(0.5 + step / (2 * ITL_BINS_PER_OCTAVE), ITL_SMALLEST_EXPONENT + octave)
+        for octave in range(ITL_OCTAVES)
+        for step in range(ITL_BINS_PER_OCTAVE)
+    ]
+    return (*edges, math.ldexp(0.5, ITL_SMALLEST_EXPONENT + ITL_OCTAVES))

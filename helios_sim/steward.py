@@ -7,9 +7,10 @@ may take, when to ask again and how decisions are counted is the same in both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from helios_sim.cards import Room
 from helios_sim.policy.contract import (
@@ -73,6 +74,35 @@ class Aim:
 
 HOLD: Final = Aim()
 """Serve on without asking, while a decision is carried out."""
+
+
+class LoggedDecision(Protocol):
+    """An entry of either host's decision log."""
+
+    @property
+    def time_s(self) -> float:
+        """When the policy was asked."""
+
+    @property
+    def decision(self) -> Decision:
+        """What it decided."""
+
+
+def event_of(*, breached: bool, evaluating: bool) -> Event:
+    """Why a policy is asked: its breach window is over the limit, or enough requests finished."""
+    if breached:
+        return Event.BREACHED
+    return Event.EVALUATED if evaluating else Event.REASSESS
+
+
+def evaluation_seconds(log: Sequence[LoggedDecision], end_s: float) -> float:
+    """Seconds of a replica's evaluations, each from its decision to the next one or to the end."""
+    times_s = [*(entry.time_s for entry in log), end_s]
+    return math.fsum(
+        times_s[place + 1] - entry.time_s
+        for place, entry in enumerate(log)
+        if isinstance(entry.decision, Evaluate)
+    )
 
 
 class Steward:

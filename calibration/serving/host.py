@@ -31,8 +31,9 @@ from helios_sim.policy.contract import (
     Slo,
     Snapshot,
 )
+from helios_sim.policy.objective import objective_of
 from helios_sim.state import NEVER
-from helios_sim.steward import HOLD, Aim, Steward, View
+from helios_sim.steward import HOLD, Aim, Steward, View, event_of
 from helios_sim.workload import Requests
 
 
@@ -158,16 +159,10 @@ class Host(Replica):
             cause = self.serve()
             if cause is Cause.OUT_OF_WORK:
                 break
-            event = self.event_of(cause)
+            event = event_of(breached=cause is Cause.BREACHED, evaluating=self.evaluating)
         self.end_s = self.tally.booked_s
         self.sample(self.state())
         self.steward.close(self.end_s)
-
-    def event_of(self, cause: Cause) -> Event:
-        """What the reason to stop means to the policy."""
-        if cause is Cause.BREACHED:
-            return Event.BREACHED
-        return Event.EVALUATED if self.evaluating else Event.REASSESS
 
     def ask(self, event: Event) -> DecisionEntry:
         """Show the policy a snapshot and log what it decides."""
@@ -443,8 +438,7 @@ def check_policy(policy: Policy, metered: bool, name: str) -> None:
             "serve a policy that sees telemetry only, and simulate this one beside it.",
             f"policy {name}",
         )
-    settings = getattr(policy, "settings", policy)
-    if getattr(settings, "objective", None) == "energy" and not metered:
+    if objective_of(policy) == "energy" and not metered:
         raise InputError(
             f"Policy {name!r} chooses by energy, and there is no energy meter here; give it "
             "another objective, or serve where a meter can be read.",

@@ -13,23 +13,17 @@ import polars as pl
 from numpy.typing import NDArray
 
 from calibration.serving.host import Host
-from calibration.serving.tally import gap_counts, gap_edges
-from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
+from calibration.serving.tally import gap_counts
+from helios_sim.policy.contract import DECISION_NAMES
+from helios_sim.policy.objective import objective_of
 from helios_sim.policy.snapshot_json import SnapshotLog
 from helios_sim.records import RunData, RunTotals
-from helios_sim.state import NLL_UNITS_PER_NAT
+from helios_sim.state import NLL_UNITS_PER_NAT, itl_edges
+from helios_sim.steward import evaluation_seconds
 from helios_sim.workload import Requests
 
 ITERATIONS_FILE: Final = "iterations.parquet"
 TOKENS_FILE: Final = "tokens.parquet"
-
-_DECISION_NAMES: Final = {
-    Keep: "keep",
-    Evaluate: "evaluate",
-    Serve: "serve",
-    LoadLayers: "load-layers",
-    Switch: "switch",
-}
 
 EnergyAt = Callable[[float], float]
 """Joules drawn from the start of the run up to a time; NaN where no meter is."""
@@ -63,11 +57,10 @@ def run_data(
     origin: str,
 ) -> RunData:
     """The records of a served run; `origin` says what it was served on."""
-    settings = getattr(host.policy, "settings", host.policy)
     return RunData(
         label=label,
         policy=policy,
-        objective=str(getattr(settings, "objective", "none")),
+        objective=objective_of(host.policy),
         seed=seed,
         scenario=dict(scenario),
         environment=dict(environment),
@@ -131,7 +124,7 @@ def decisions_table(host: Host) -> pl.DataFrame:
             "time_s": [entry.time_s for entry in entries],
             "replica": [0] * len(entries),
             "event": [entry.event.value for entry in entries],
-            "decision": [_DECISION_NAMES[type(entry.decision)] for entry in entries],
+            "decision": [DECISION_NAMES[type(entry.decision)] for entry in entries],
             "model": [entry.assignment.model for entry in entries],
             "depth": [entry.assignment.depth for entry in entries],
             "exit_mode": [entry.assignment.exit_mode.value for entry in entries],
@@ -204,7 +197,7 @@ def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:
         idle_s=tally.spent_s["idle"],
         load_s=tally.spent_s["load"],
         drain_s=tally.drain_s,
-        evaluation_s=math.fsum(stop - start for start, stop in evaluations(host)),
+        evaluation_s=evaluation_seconds(host.decisions, host.end_s),
         num_iterations=tally.num_iterations,
         num_decode_iterations=tally.num_decode_iterations,
         decode_rows=tally.decode_rows,
@@ -225,21 +218,11 @@ def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:
         depth_seconds=dict(held),
         kv_block_tokens=room.serving.block_tokens,
         mean_kv_use=tally.kv_block_seconds / pool_seconds if pool_seconds else 0.0,
-        itl_bins_s=gap_edges(),
+        itl_bins_s=itl_edges(),
         itl_counts=gap_counts(gaps_s),
         itl_sum_s=math.fsum(gaps_s),
         itl_sum_square_s2=math.fsum(gap * gap for gap in gaps_s),
     )
-
-
-def evaluations(host: Host) -> list[tuple[float, float]]:
-    """Start and end of each evaluation, from the decision to the next one."""
-    starts = [entry.time_s for entry in host.decisions] + [host.end_s]
-    return [
-        (entry.time_s, starts[k + 1])
-        for k, entry in enumerate(host.decisions)
-        if isinstance(entry.decision, Evaluate)
-    ]
 
 
 def iterations_table(host: Host) -> pl.DataFrame:

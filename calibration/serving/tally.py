@@ -236,16 +236,6 @@ def nll_units(answer: Answer) -> int:
     return round(answer.nll_nats * NLL_UNITS_PER_NAT)
 
 
-def gap_edges() -> tuple[float, ...]:
-    """Edges of the gap histogram: octaves cut into equal steps of the mantissa."""
-    edges = [
-        math.ldexp(0.5 + step / (2 * ITL_BINS_PER_OCTAVE), ITL_SMALLEST_EXPONENT + octave)
-        for octave in range(ITL_OCTAVES)
-        for step in range(ITL_BINS_PER_OCTAVE)
-    ]
-    return (*edges, math.ldexp(0.5, ITL_SMALLEST_EXPONENT + ITL_OCTAVES))
-
-
 def gap_counts(gaps_s: Sequence[float]) -> tuple[int, ...]:
     """How many gaps fall into each bin; those beyond the edges are in the outer ones."""
     num_bins = ITL_OCTAVES * ITL_BINS_PER_OCTAVE

@@ -222,6 +222,15 @@ class Switch:
 
 Decision = Keep | Evaluate | Serve | LoadLayers | Switch
 
+DECISION_NAMES: Final = {
+    Keep: "keep",
+    Evaluate: "evaluate",
+    Serve: "serve",
+    LoadLayers: "load-layers",
+    Switch: "switch",
+}
+"""What decisions are called in a run's log."""
+
 
 WindowKind = Literal["tumbling", "sliding"]
 

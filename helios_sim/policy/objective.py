@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from helios_sim.errors import InputError
-from helios_sim.policy.contract import Candidate, Objective, Slo, Telemetry
+from helios_sim.policy.contract import Candidate, Objective, Policy, Slo, Telemetry
 from helios_sim.policy.history import mean_executed_layers
 
 OBJECTIVES: Final[tuple[Objective, ...]] = (
@@ -18,6 +18,11 @@ OBJECTIVES: Final[tuple[Objective, ...]] = (
     "quality",
     "memory",
 )
+
+
+def objective_of(policy: Policy) -> str:
+    """What a policy strives for; "none" for one that does not choose."""
+    return str(getattr(getattr(policy, "settings", policy), "objective", "none"))
 
 
 def interpolate(points: Sequence[int], values: Sequence[float], at: float) -> float:

@@ -11,7 +11,7 @@ import pytest
 from calibration.serving.batching import HotRules
 from calibration.serving.host import Host, lives_of
 from calibration.serving.iteration import split_pays
-from calibration.serving.tally import Sample, Tally, gap_counts, gap_edges
+from calibration.serving.tally import Sample, Tally, gap_counts
 from helios_sim import cost
 from helios_sim.errors import InputError
 from helios_sim.metrics import summarise
@@ -30,7 +30,7 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.helios import Helios
 from helios_sim.records import check_run
-from helios_sim.state import TIMELINE_CAPACITY
+from helios_sim.state import TIMELINE_CAPACITY, itl_edges
 from tests.calibration.clockwork import (
     Clockwork,
     ClockworkHost,
@@ -437,7 +437,7 @@ def test_both_tell_alike_what_was_drawn_while_no_request_was_there() -> None:
 
 
 def test_gaps_are_counted_in_bins_about_one_percent_wide() -> None:
-    edges, gaps = gap_edges(), [0.0, 1e-9, 0.01, 0.0101, 5.0, 1e9]
+    edges, gaps = itl_edges(), [0.0, 1e-9, 0.01, 0.0101, 5.0, 1e9]
     counts = gap_counts(gaps)
     assert len(edges) == len(counts) + 1
     assert sum(counts) == len(gaps)

@@ -28,7 +28,7 @@ from calibration.training.text import ByteTokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
 from helios_sim.policy import Controller, make_policy, read_snapshots
-from helios_sim.policy.contract import Evaluate, Keep, LoadLayers, Serve, Switch
+from helios_sim.policy.contract import DECISION_NAMES
 from helios_sim.profile import load_profile, save_profile
 from helios_sim.records import read_run, read_summary
 from tests.calibration.fake_nvml import FakeNvml
@@ -67,10 +67,6 @@ expected_output_tokens = 8
 timeline_interval_s = 0.05
 {policies}
 """
-NAMES = {Keep: "keep", Evaluate: "evaluate", Serve: "serve"} | {
-    LoadLayers: "load-layers",
-    Switch: "switch",
-}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +144,7 @@ def test_recorded_telemetry_gives_the_same_decisions_in_the_simulators_controlle
             expected_tokens=seen.expected_tokens,
             slo=seen.slo,
         )
-        assert (NAMES[type(decision)], decision.reason) == (row["decision"], row["reason"])
+        assert (DECISION_NAMES[type(decision)], decision.reason) == (row["decision"], row["reason"])
         assert snapshot == seen
 
 
