@@ -247,7 +247,12 @@ def compare(
 
         sides = read_sides(*given, allow_simulated=allow_simulated)
         _compare_sides(sides, files or Path(), attribution, as_json, out)
-        return
+    else:
+        _compare_policies(runs, as_json, out)
+
+
+def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None:
+    """Runs of the same requests beside each other, in a table and on a page."""
     from helios_sim.metrics import compare as compare_runs
     from helios_sim.records import read_run, read_summary
 

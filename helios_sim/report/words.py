@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from helios_sim.slo import parse_slo
@@ -325,76 +326,121 @@ def _most_apart(summaries: Sequence[Summary]) -> str:
 
 def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[str]:
     """What has to be said beside the headline: latency, energy, quality, saturation, refusals."""
-    found = []
-    first = summaries[0]
-    star = _star(summaries)
-    name, against = star["label"], first["label"]
-    compared = star is not first
+    pair = _Pair(_star(summaries), summaries[0])
+    said = (
+        _latencies(pair),
+        _slo_met(pair),
+        _energy(pair),
+        _quality(pair),
+        beyond_measured([str(one["label"]) for one in summaries], summaries),
+        _overloaded(summaries),
+        _refused_by_all(summaries, num_refused_by_all),
+        _refused_by_some(summaries, num_refused_by_all),
+        _one_of_the_seeds(summaries),
+    )
+    return [remark for remark in said if remark is not None]
 
-    def beside(figure: str, scale: float = 1.0, digits: int = 3) -> str:
-        own, other = star[figure], first.get(figure)
+
+@dataclass(frozen=True)
+class _Pair:
+    """The policy that a page is about, beside the first of its policies, maybe the same."""
+
+    star: Summary
+    first: Summary
+
+    @property
+    def is_comparison(self) -> bool:
+        """Whether there are two."""
+        return self.star is not self.first
+
+    def figure(self, key: str, scale: float = 1.0, digits: int = 3) -> str:
+        """A figure of the one, against that of the other where there is one."""
+        own, other = self.star[key], self.first.get(key)
         said = number(own * scale, digits)
-        if not compared or other is None:
+        if not self.is_comparison or other is None:
             return said
         return f"{said} against {number(other * scale, digits)}"
 
-    if compared:
-        latencies = [
-            f"{title} {beside(figure)} ms"
-            for title, figure in (
-                ("median TTFT", "median_ttft_ms"),
-                ("p99 TTFT", "p99_ttft_ms"),
-                ("median TPOT", "median_tpot_ms"),
-            )
-            if star.get(figure) is not None and first.get(figure) is not None
-        ]
-        if latencies:
-            found.append(f"Latency of {name} against {against}: {', '.join(latencies)}.")
-    if star.get("slo") and star.get("slo_attainment") is not None and compared:
-        found.append(
-            f"SLO ({limits(star['slo'])}): met by {beside('slo_attainment', 100.0)} % of the "
-            "requests sent."
-        )
-    if star.get("energy_per_output_token") is not None:
-        found.append(
-            f"Energy: an output token of {name} costs {beside('energy_per_output_token', 1e-3)} J, "
-            "idling included."
-        )
-    agreement = star.get("agreement")
-    if agreement is not None and agreement < 0.9995:
-        said = (
-            f"Quality: {number(100 * agreement)} % of the tokens of {name} equal those of the same "
-            "model at full depth"
-        )
-        if star.get("perplexity") is not None:
-            said += f"; perplexity {beside('perplexity', digits=4)}"
-        found.append(f"{said}.")
-    extrapolated = beyond_measured([str(one["label"]) for one in summaries], summaries)
-    if extrapolated is not None:
-        found.append(extrapolated)
-    overloaded = [one["label"] for one in summaries if one.get("saturation") == "overloaded"]
-    if overloaded:
-        found.append(
-            f"Overloaded: {listed(overloaded)}. The backlog grew while requests arrived, so "
-            "latencies there depend on the length of the run."
-        )
-    if num_refused_by_all:
-        found.append(
-            f"Every policy refuses the same {counted(num_refused_by_all, 'request')} of "
-            f"{number(first['num_requests'])}, longer than the context or than memory holds; no "
-            "SLO forgives a refusal."
-        )
-    refused = [
+
+def _latencies(pair: _Pair) -> str | None:
+    titles = {
+        "median_ttft_ms": "median TTFT",
+        "p99_ttft_ms": "p99 TTFT",
+        "median_tpot_ms": "median TPOT",
+    }
+    told = [
+        f"{title} {pair.figure(key)} ms"
+        for key, title in titles.items()
+        if pair.star.get(key) is not None and pair.first.get(key) is not None
+    ]
+    if not pair.is_comparison or not told:
+        return None
+    labels = f"{pair.star['label']} against {pair.first['label']}"
+    return f"Latency of {labels}: {', '.join(told)}."
+
+
+def _slo_met(pair: _Pair) -> str | None:
+    star = pair.star
+    if not pair.is_comparison or not star.get("slo") or star.get("slo_attainment") is None:
+        return None
+    met = pair.figure("slo_attainment", 100.0)
+    return f"SLO ({limits(star['slo'])}): met by {met} % of the requests sent."
+
+
+def _energy(pair: _Pair) -> str | None:
+    if pair.star.get("energy_per_output_token") is None:
+        return None
+    cost = pair.figure("energy_per_output_token", 1e-3)
+    return f"Energy: an output token of {pair.star['label']} costs {cost} J, idling included."
+
+
+def _quality(pair: _Pair) -> str | None:
+    agreement = pair.star.get("agreement")
+    if agreement is None or agreement >= 0.9995:
+        return None
+    said = (
+        f"Quality: {number(100 * agreement)} % of the tokens of {pair.star['label']} equal those "
+        "of the same model at full depth"
+    )
+    if pair.star.get("perplexity") is not None:
+        said += f"; perplexity {pair.figure('perplexity', digits=4)}"
+    return f"{said}."
+
+
+def _overloaded(summaries: Sequence[Summary]) -> str | None:
+    labels = [one["label"] for one in summaries if one.get("saturation") == "overloaded"]
+    if not labels:
+        return None
+    return (
+        f"Overloaded: {listed(labels)}. The backlog grew while requests arrived, so latencies "
+        "there depend on the length of the run."
+    )
+
+
+def _refused_by_all(summaries: Sequence[Summary], num_refused: int) -> str | None:
+    if not num_refused:
+        return None
+    return (
+        f"Every policy refuses the same {counted(num_refused, 'request')} of "
+        f"{number(summaries[0]['num_requests'])}, longer than the context or than memory holds; "
+        "no SLO forgives a refusal."
+    )
+
+
+def _refused_by_some(summaries: Sequence[Summary], num_refused_by_all: int) -> str | None:
+    told = [
         f"{one['label']} {number(one['num_refused'])}"
         for one in summaries
         if one["num_refused"] > num_refused_by_all
     ]
-    if refused:
-        found.append(f"Refused requests, which no SLO forgives: {listed(refused)}.")
+    return f"Refused requests, which no SLO forgives: {listed(told)}." if told else None
+
+
+def _one_of_the_seeds(summaries: Sequence[Summary]) -> str | None:
     seeds = seeds_of(summaries)
-    if seeds is not None:
-        found.append(f"These are runs of one seed; means over {seeds_said(seeds)} stand below.")
-    return found
+    if seeds is None:
+        return None
+    return f"These are runs of one seed; means over {seeds_said(seeds)} stand below."
 
 
 def _star(summaries: Sequence[Summary]) -> Summary:
