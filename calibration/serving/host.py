@@ -2,7 +2,8 @@
 
 It does what the simulated replica does (`docs/engine.md`), with a wall clock and real weights:
 bring candidates in, partially or whole, drain or recompute at a change, watch breaches, and report
-telemetry. Controller and hot rules are the very same code.
+telemetry. What a decision means is told by the very same code, the steward
+(`helios_sim/steward.py`), and so are the controller and the hot rules.
 """
 
 from __future__ import annotations
@@ -130,7 +131,6 @@ class Host(Replica):
         )
         self.room = room
         self.policy = policy
-        self.slo = slo
         self.lives = list(lives)
         self.weights = weights
         self.on_progress = on_progress
@@ -267,7 +267,6 @@ class Host(Replica):
             raise self.room.no_room(name, depth)
         profile = self.room.profile.model(name)
         level = profile.model.exit_layers.index(depth)
-        since_s = self.tally.booked_s
         # The old machine goes first: two pools need not fit.
         self.machine = self.stepper = None
         self.machine = self.weights.take_up(name, depth, level, pool)
@@ -290,7 +289,8 @@ class Host(Replica):
             max_rows=self.machine.max_rows,
         )
         self.window.clear()
-        self.steward.take_up(assignment, self.weights.loaded_bytes, since_s)
+        # As in the simulator, all of loading is time of the assignment before.
+        self.steward.take_up(assignment, self.weights.loaded_bytes, self.tally.booked_s)
 
     def follow(self, aim: Aim) -> None:
         """Say when the policy is to be asked again."""

@@ -34,6 +34,7 @@ from helios_sim.state import TIMELINE_CAPACITY
 from tests.calibration.clockwork import (
     Clockwork,
     ClockworkHost,
+    ClockworkMachine,
     ClockworkTransfer,
     ClockworkWeights,
     serve_by_clockwork,
@@ -200,6 +201,24 @@ def test_no_time_is_drained_where_weights_arrive_between_an_iteration_and_the_lo
     host = serve_by_clockwork(setup, setup.traces, drifting_requests(120), policy_of("always"))
     assert host.steward.num_switches > 0
     assert host.tally.drain_s == 0.0
+
+
+def test_the_time_to_build_a_machine_is_that_of_the_assignment_before(monkeypatch) -> None:
+    """As all of loading is in the simulator; the first has nothing before it."""
+
+    class Slow(ClockworkWeights):
+        def take_up(self, *wanted) -> ClockworkMachine:
+            self.clock.time_s += 5.0
+            return super().take_up(*wanted)
+
+    monkeypatch.setattr("tests.calibration.clockwork.ClockworkWeights", Slow)
+    setup = drifting_setup(overlap_loads=False)
+    host = serve_by_clockwork(setup, setup.traces, drifting_requests(60), Deeper())
+    first, second = host.decisions[:2]
+    held = host.steward.depth_seconds
+    shallow, deep = held
+    assert held[shallow] == pytest.approx(second.ready_s - first.ready_s)
+    assert held[deep] == pytest.approx(host.end_s - second.ready_s)
 
 
 def test_a_closed_loop_sends_its_users_next_requests_at_the_simulators_times() -> None:
