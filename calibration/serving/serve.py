@@ -508,6 +508,7 @@ def environment(
         "kv_pools": dict(weights.notes),
         "host_copies": list(weights.copies),
         "loads": "beside serving" if weights.overlaps else "serving waits",
+        "loads_waited_for": host.num_loads_waited_for,
         "rebatch_times": "predicted from the profile",
         "meter": meter.source,
         "meter_explanation": meter.explanation,

@@ -24,7 +24,8 @@ from calibration.model.kv import (
     round_up,
 )
 from calibration.model.loading import side_stream
-from calibration.model.memory import available_bytes
+from calibration.model.memory import TooLittleMemory, available_bytes
+from calibration.serving.host import NoRoomBeside
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Clock
 from helios_sim.cards import Room
@@ -137,6 +138,17 @@ class CheckpointWeights:
     def overlaps(self) -> bool:
         """Only a GPU copies beside its work; on a processor loading would take the time of it."""
         return self.settings.device.type == "cuda"
+
+    def fits_beside(self, num_bytes: int) -> bool:
+        """Whether so many bytes can come while requests run on, beside all that is held.
+
+        What an iteration takes in passing stays free for those that run.
+        """
+        if not self.overlaps:
+            return False
+        free_bytes = available_bytes(self.settings.device)
+        passing = 0 if self.name is None else self.room.profile.model(self.name).workspace_bytes
+        return free_bytes is None or num_bytes + passing <= free_bytes
 
     @property
     def notes(self) -> dict[str, str]:
@@ -267,9 +279,12 @@ class CheckpointWeights:
     def load_beside(self, name: str, depth: int) -> None:
         """What the thread does: read, copy, and wait until the copy is there."""
         self._read_ahead(name)
-        with side_stream(self.settings.device):
-            self._load(name, depth)
-            self._arriving = name
+        try:
+            with side_stream(self.settings.device):
+                self._load(name, depth)
+        except (TooLittleMemory, torch.OutOfMemoryError) as error:
+            raise NoRoomBeside(str(error)) from error
+        self._arriving = name
 
     def take_up(self, name: str, depth: int, level: int, pool_blocks: int) -> ModelMachine:
         """The machine of what was brought in, cut to this depth, with an empty pool.
