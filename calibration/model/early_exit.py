@@ -233,6 +233,28 @@ class EarlyExitLM:
             source=loader.origin,
         )
 
+    def read_to_host(self) -> float:
+        """Read the whole model into its copy in host memory; returns the seconds.
+
+        Parts that are there are not read again, and nothing comes onto the device.
+        """
+        assert self._host is not None
+        loader = Loader(self.source, self._host, None, self.dtype, self.device)
+        loader.read_part(0, self._backbone_layout)
+        loader.read_part(1, self._heads_layout)
+        for index in range(self.num_layers):
+            prefix = f"{self.backbone.layer_prefix}{index}."
+            loader.read_part(2 + index, self._layer_layout, prefix)
+        return loader.read_s
+
+    def forget_host_copy(self) -> None:
+        """Let weights be read from their source again; the copy's memory stays for them.
+
+        What the guard has agreed to it agrees to when it is read again: the source is the same.
+        """
+        if self._host is not None:
+            self._host.held.clear()
+
     def shrink(self, depth: int) -> float:
         """Drop the layers beyond `depth` and give their memory back; returns the seconds."""
         self._check_depth(depth)

@@ -94,7 +94,9 @@ class CheckpointWeights:
 
     A candidate's first load reads its whole checkpoint into host memory, as `weights_start =
     "disk"` means it; what later loads copy comes from there, as it does where loads are measured.
-    On a processor that is short of memory it comes from the file, which the system holds.
+    Its memory there, its modules and the guard's consent are got before the clock starts, so that
+    a load is what the profile's links charge: reading and copying. On a processor that is short of
+    memory weights come from the file, which the system holds.
     """
 
     def __init__(
@@ -180,7 +182,8 @@ class CheckpointWeights:
             model.unload()
         from_disk = self.room.fleet.weights_start == "disk"
         if from_disk:
-            self.known.clear()
+            for model in self.known.values():
+                model.forget_host_copy()
         self.read = set() if from_disk else set(self.folders)
         for folder in self.folders.values():
             (forget if from_disk else read_through)(sorted(folder.glob("*.safetensors")))
@@ -408,7 +411,10 @@ class CheckpointWeights:
     def _read_ahead(self, name: str) -> None:
         if name in self.read:
             return
-        read_through(sorted(self.folders[name].glob("*.safetensors")))
+        if self.known[name].host_copy is not None:
+            self.known[name].read_to_host()
+        else:
+            read_through(sorted(self.folders[name].glob("*.safetensors")))
         self.read.add(name)
 
     def _wait_for_device(self) -> None:

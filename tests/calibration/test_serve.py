@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pkgutil
 import shutil
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -18,8 +19,10 @@ from calibration.cli import main
 from calibration.measuring.board import Board, open_board
 from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
 from calibration.measuring.timing import Pace
+from calibration.model import checkpoint
 from calibration.model.early_exit import EarlyExitLM
 from calibration.serving.energy import RunEnergy
+from calibration.serving.host import Host
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.serve import ServeSettings, line_of, prepare, serve, threads_of
 from calibration.serving.slowdown import measured_pace, slowdown_facts, waited_s
@@ -373,6 +376,59 @@ def test_a_processor_short_of_memory_keeps_no_copy_of_the_weights(
     settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=4)
     (one,) = serve(place / "tiny.toml", tmp_path / "run", settings)
     assert read_run(one.folder).environment["host_copies"] == []
+
+
+def test_within_the_clock_a_first_load_reads_the_file_once_and_copies(
+    place, tmp_path, monkeypatch
+) -> None:
+    """Memory for it, its modules and the guard's consent are there before, as a link charges it."""
+    serving: list[str] = []
+    seen: list[str] = []
+    read: dict[tuple[str, int], int] = {}
+
+    def noted(where: str) -> None:
+        owner, _, name = where.rpartition(".")
+        original = getattr(pkgutil.resolve_name(owner), name)
+
+        def note(*arguments, **named):
+            if serving:
+                seen.append(name)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(where, note)
+
+    def read_into(entry, target) -> None:
+        if serving:
+            at = entry.path.parent.name, entry.begin
+            read[at] = read.get(at, 0) + 1
+        return original_read(entry, target)
+
+    def play(host) -> None:
+        serving.append("now")
+        original_play(host)
+        serving.clear()
+
+    original_read, original_play = checkpoint.read_into, Host.play
+    monkeypatch.setattr(checkpoint, "read_into", read_into)
+    monkeypatch.setattr(Host, "play", play)
+    for where in (
+        "calibration.model.checkpoint.open_checkpoint",
+        "calibration.model.early_exit.EarlyExitLM._check_guard",
+        "calibration.model.family.LlamaBackbone.new_layer",
+        "calibration.model.host_copy.HostCopy.__init__",
+        "calibration.serving.weights.read_through",
+    ):
+        noted(where)
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=12)
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings)
+    assert set(read_run(one.folder).decisions["model"]) == {"small", "large"}
+    assert seen == []
+    entries = {
+        (name, entry.begin)
+        for name in ("small", "large")
+        for entry in checkpoint.read_header(place / "family" / name / "model.safetensors").values()
+    }
+    assert read == dict.fromkeys(entries, 1)
 
 
 def test_a_run_keeps_the_machines_pace_around_it_and_how_much_slower_it_is(
