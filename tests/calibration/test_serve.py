@@ -672,7 +672,7 @@ class Steady:
 
     source, explanation, tick_s, min_window_s = "steady", "ten watts", 0.0, 0.0
 
-    def open(self) -> Steady:
+    def open(self, sparing: bool = False) -> Steady:
         return self
 
     def curve(self) -> list[tuple[float, float]]:
@@ -734,3 +734,47 @@ def test_energy_is_read_at_any_time_of_the_run_between_two_readings() -> None:
     without.open()
     assert isinstance(without.close(1.0), Absence)
     assert math.isnan(without.at(0.5))
+
+
+class Ticking:
+    """A counter that moves every 100 ms, of a device that draws `watts` in each second by turns."""
+
+    source, explanation, tick_s, min_window_s = "ticking", "ten ticks a second", 0.1, 0.0
+
+    def __init__(self, *watts: float) -> None:
+        self.watts = watts
+        self.now_s = 0.0
+
+    def joules(self, at_s: float) -> float:
+        whole = int(at_s)
+        drawn = sum(self.watts[second % len(self.watts)] for second in range(whole))
+        return drawn + self.watts[whole % len(self.watts)] * (at_s - whole)
+
+    def open(self, sparing: bool = False) -> Ticking:
+        return self
+
+    def curve(self) -> list[tuple[float, float]]:
+        return [(k / 10, self.joules(k / 10)) for k in range(int(10 * self.now_s + 1e-9) + 1)]
+
+    def close(self, busy_s: float | None = None) -> Absence:
+        return Absence("ticking", "nobody asks")
+
+
+@pytest.mark.parametrize("watts", [(200.0,), (100.0, 300.0)])
+def test_what_a_short_period_is_told_lacks_nothing_that_was_drawn_since_the_last_tick(
+    watts,
+) -> None:
+    meter = Ticking(*watts)
+    energy = RunEnergy(meter)
+    energy.open()
+    energy.started(1.0)
+    begin_s, told_j, drawn_j = 0.0, [], []
+    for period in range(200):
+        end_s = begin_s + 0.13 + 0.01 * (period % 7)
+        meter.now_s = 1.0 + end_s
+        told_j.append(energy.drawn_so_far_j([(begin_s, end_s)]))
+        drawn_j.append(meter.joules(1.0 + end_s) - meter.joules(1.0 + begin_s))
+        begin_s = end_s
+    if len(watts) == 1:
+        assert told_j == pytest.approx(drawn_j)
+    assert sum(told_j) == pytest.approx(sum(drawn_j), rel=0.01)
