@@ -417,7 +417,18 @@ def serve_once(
     weights.drop()
     judged = _reread_all(prepared, host, weights)
     domains = prepared.requests.domain.tolist()
-    judgement = judge(judged, host.lives, host.tally.tokens, host.thresholds, domains)
+    judgement = judge(
+        judged,
+        host.lives,
+        host.tally.tokens,
+        host.thresholds,
+        domains,
+        recomputed_kv=prepared.room.serving.skipped_kv == "recomputed",
+    )
+    facts |= {
+        "full_depth_tokens": judgement.num_whole,
+        "full_depth_tokens_reread_otherwise": judgement.num_reread_otherwise,
+    }
     run = run_data(
         host,
         prepared.requests,
