@@ -73,6 +73,11 @@ _SPIN_S: Final = 0.0005
 """The last stretch of a wait is spent looking at the clock: sleeping overshoots by as much."""
 
 _DTYPES: Final = {4: torch.float32, 2: torch.bfloat16}
+"""What bytes a parameter are where a profile does not name its type."""
+_NAMED_DTYPES: Final = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
 
 Progress = Callable[[str, float], None]
 Tell = Callable[[str], None]
@@ -674,7 +679,7 @@ def _places(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
 
 
 def _dtype(room: Room) -> torch.dtype:
-    """The precision the profile counts bytes in."""
+    """The precision that the profile was measured in, and counts bytes in."""
     sizes = {room.profile.model(name).model.bytes_per_param for name in room.candidates}
     if len(sizes) != 1 or not sizes <= set(_DTYPES):
         raise InputError(
@@ -693,7 +698,18 @@ def _dtype(room: Room) -> torch.dtype:
                 "weights, so both must be alike.",
                 "fleet.profile",
             )
-    return _DTYPES[size]
+    named = room.profile.provenance.environment.get("dtype")
+    if named is None:
+        return _DTYPES[size]
+    found = _NAMED_DTYPES.get(str(named))
+    if found is None or found.itemsize != size:
+        fitting = [name for name, dtype in _NAMED_DTYPES.items() if dtype.itemsize == size]
+        raise InputError(
+            f"Profile {room.profile.name!r} was measured in {named!r} and has {size} bytes a "
+            f"parameter; served are {', '.join(fitting)} of that size.",
+            "fleet.profile, provenance.environment.dtype",
+        )
+    return found
 
 
 def weight_settings(prepared: Prepared) -> WeightSettings:

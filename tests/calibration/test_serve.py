@@ -622,6 +622,39 @@ def test_calibrated_confidence_is_served_and_only_that_of_all_domains(
     assert not np.allclose(traces.confidence["small"][..., 1], 0.75)
 
 
+@pytest.mark.parametrize(
+    ("named", "num_bytes", "wanted"),
+    [
+        (None, 4, torch.float32),
+        (None, 2, torch.bfloat16),
+        ("bfloat16", 2, torch.bfloat16),
+        ("float16", 2, torch.float16),
+        ("float16", 4, "in 'float16' and has 4 bytes a parameter; served are float32 of that size"),
+        ("int8", 2, "in 'int8' and has 2 bytes a parameter; served are bfloat16, float16 of"),
+    ],
+)
+def test_models_are_served_in_the_type_that_the_profile_was_measured_in(
+    place, tmp_path, named, num_bytes, wanted
+) -> None:
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    for entry in document["models"].values():
+        entry |= {"bytes_per_param": num_bytes, "bytes_per_kv_element": num_bytes}
+    if named is not None:
+        document["provenance"].setdefault("environment", {})["dtype"] = named
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    (tmp_path / "tiny.toml").write_text((place / "tiny.toml").read_text())
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=2)
+    if isinstance(wanted, torch.dtype):
+        assert prepare(tmp_path / "tiny.toml", settings).dtype is wanted
+        if wanted is torch.float16:
+            (one,) = serve(tmp_path / "tiny.toml", tmp_path / "run", settings)
+            assert read_run(one.folder).environment["dtype"] == "float16"
+            assert one.summary["completed"] == 2
+        return
+    with pytest.raises(InputError, match=wanted):
+        prepare(tmp_path / "tiny.toml", settings)
+
+
 def test_a_run_is_never_written_over_something_else(place, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     settings = ServeSettings((place / "family",), ("helios",), device="cpu")
