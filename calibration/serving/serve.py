@@ -79,6 +79,8 @@ _NAMED_DTYPES: Final = {
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
 
+_COMPARED_KERNELS: Final = ("fusion", "flash", "telling")
+
 Progress = Callable[[str, float], None]
 Tell = Callable[[str], None]
 
@@ -109,12 +111,13 @@ class Served:
     """A written run: its folder and its figures.
 
     `slowdown` says how many times slower the machine was than while the profile was measured, None
-    where nothing tells.
+    where nothing tells. `other_kernels` are sentences, as `other_kernels` finds them.
     """
 
     folder: Path
     summary: Mapping[str, Any]
     slowdown: float | None = None
+    other_kernels: tuple[str, ...] = ()
 
 
 class WallClock:
@@ -239,6 +242,8 @@ def serve(
             served.append(one)
             if on_served is not None:
                 on_served(one)
+            for said in one.other_kernels:
+                (tell or _unheard)(f"Warning: {said}")
     finally:
         torch.set_num_threads(threads_before)
     return served
@@ -466,7 +471,12 @@ def serve_once(
         write_traces(traces, folder / TRACES_FILE)
         (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
 
-    return Served(write_run(run, summary, out, finish), summary, facts.get("slowdown"))
+    return Served(
+        write_run(run, summary, out, finish),
+        summary,
+        facts.get("slowdown"),
+        tuple(other_kernels(prepared.room.profile, weights.kernels)),
+    )
 
 
 def _play(
@@ -522,6 +532,7 @@ def environment(
         "text_sha256": dict(prepared.prompts.hashes),
         "kv": prepared.kv,
         "kv_pools": dict(weights.notes),
+        "kernels": dict(weights.kernels),
         "host_copies": list(weights.copies),
         "loads": "beside serving" if weights.overlaps else "serving waits",
         "loads_waited_for": host.num_loads_waited_for,
@@ -529,6 +540,27 @@ def environment(
         "meter": meter.source,
         "meter_explanation": meter.explanation,
     }
+
+
+def other_kernels(profile: Profile, kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Where a run took kernels that its profile was not measured with, or went without, and why.
+
+    `kernels` are those by candidate and depth. Nothing is found where the profile does not say; it
+    is measured from slots, so that kernels for pages are not compared.
+    """
+    measured = profile.document.get("measurement", {}).get("models", {})
+    found = []
+    for taken_up, said in kernels.items():
+        before = measured.get(taken_up.partition("@")[0], {}).get("kernels", {})
+        found += [
+            f"{taken_up} was served with the kernel {kernel!r} {now}; while profile "
+            f"{profile.name!r} was measured it was {before[kernel]}."
+            for kernel, now in said.items()
+            if kernel in _COMPARED_KERNELS
+            and kernel in before
+            and now.partition(":")[0] != before[kernel].partition(":")[0]
+        ]
+    return found
 
 
 def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:

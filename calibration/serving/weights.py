@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import torch
 
-from calibration.model.decode import Decoder, generate
+from calibration.model.decode import Decoder, generate, kernels_of
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.file_cache import forget, read_through
 from calibration.model.graphs import CaptureError
@@ -109,6 +109,8 @@ class CheckpointWeights:
         self.read: set[str] = set()
         self.known: dict[str, EarlyExitLM] = {}
         """Candidates met so far, with their weights loaded or not."""
+        self.kernels: dict[str, dict[str, str]] = {}
+        """Which kernels served, by candidate and depth, as `kernels_of` says."""
         self.name: str | None = None
         self.pool: Pool | None = None
         self._rows_said: dict[str, str] = {}
@@ -305,6 +307,7 @@ class CheckpointWeights:
         self.pool = self._new_pool(self.model, depth, pool_blocks)
         decoder = self._new_decoder(self.model, self.pool)
         self._decoder, self._taken_up = decoder, f"{name}@{depth}"
+        self.kernels[self._taken_up] = kernels_of(decoder)
         self._rows_said[self._taken_up] = f"{self.pool.max_rows} rows in {self.settings.kv}"
         self._wait_for_device()
         return ModelMachine(

@@ -655,6 +655,27 @@ def test_models_are_served_in_the_type_that_the_profile_was_measured_in(
         prepare(tmp_path / "tiny.toml", settings)
 
 
+def test_a_run_says_which_kernels_it_took_and_warns_where_the_profile_had_others(
+    place, served, tmp_path
+) -> None:
+    kernels = read_run(served).environment["kernels"]
+    assert {name.partition("@")[0] for name in kernels} == {"small", "large"}
+    assert set(kernels["large@6"]) == {"fusion", "flash", "telling", "varlen"}
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    had = kernels["large@6"] | {"fusion": "usable: it agrees", "varlen": "usable: it agrees"}
+    document["measurement"] = {"models": {"large": {"kernels": had}}}
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    (tmp_path / "tiny.toml").write_text((place / "tiny.toml").read_text())
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=4)
+    heard: list[str] = []
+    serve(tmp_path / "tiny.toml", tmp_path / "run", settings, tell=heard.append)
+    warned = [said for said in heard if "the kernel" in said]
+    assert warned
+    assert all(said.startswith("Warning: large@") for said in warned)
+    assert all("the kernel 'fusion' not usable: " in said for said in warned)
+    assert warned[0].endswith("was measured it was usable: it agrees.")
+
+
 def test_a_run_is_never_written_over_something_else(place, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     settings = ServeSettings((place / "family",), ("helios",), device="cpu")
