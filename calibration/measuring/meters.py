@@ -26,6 +26,10 @@ MIN_WINDOW_S: Final = 5.0
 
 MIN_WINDOW_TICKS: Final = 50
 _POWER_INTERVAL_S: Final = 0.01
+_SPARING_INTERVAL_S: Final = 0.01
+"""Seconds between two readings of a counter at the least, for who must not be slowed by them."""
+_SPARING_POWER_INTERVAL_S: Final = 0.1
+"""A board's power is a new one about as often."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Window(Protocol):
         """Readings so far: seconds of `time.perf_counter` and joules since the first of them.
 
         A counter gives the readings at which it moved. Empty where nothing is measured; it may be
-        asked for while the window is open.
+        asked for while the window is open, which costs what came since it was asked for before.
         """
 
 
@@ -93,8 +97,11 @@ class Meter(Protocol):
     def min_window_s(self) -> float:
         """Shortest window worth trusting; 0 for a meter that never measures."""
 
-    def open(self) -> Window:
-        """Open a window; it counts from now on."""
+    def open(self, sparing: bool = False) -> Window:
+        """Open a window; it counts from now on.
+
+        A `sparing` one is read less often, so as not to slow what it measures: for long windows.
+        """
 
 
 @dataclass(frozen=True)
@@ -217,9 +224,14 @@ class CounterMeter:
         """Five seconds, or fifty ticks where that is longer."""
         return self._min_window_s
 
-    def open(self) -> Window:
-        """Open a window; joules count from the counter's next change."""
+    def open(self, sparing: bool = False) -> Window:
+        """Open a window; joules count from the counter's next change.
+
+        A sparing one reads the counter four times a tick, and every 10 ms at most.
+        """
         interval_s = min(0.01, max(0.001, self.probe.period_s / 10))
+        if sparing:
+            interval_s = max(_SPARING_INTERVAL_S, self.probe.period_s / 4)
         return _CounterWindow(self, _Sampler(self._read, interval_s))
 
 
@@ -227,11 +239,20 @@ class _CounterWindow:
     def __init__(self, meter: CounterMeter, sampler: _Sampler) -> None:
         self._meter = meter
         self._sampler = sampler
+        self._seen = 1
+        self._begun_j: float | None = None
+        self._curve: list[tuple[float, float]] = []
 
     def curve(self) -> list[tuple[float, float]]:
-        samples = list(self._sampler.samples)
-        moved = [later for earlier, later in itertools.pairwise(samples) if later[1] != earlier[1]]
-        return [(at_s, value - moved[0][1]) for at_s, value in moved]
+        samples = self._sampler.samples
+        count = len(samples)
+        for place in range(self._seen, count):
+            at_s, value = samples[place]
+            if value != samples[place - 1][1]:
+                self._begun_j = value if self._begun_j is None else self._begun_j
+                self._curve.append((at_s, value - self._begun_j))
+        self._seen = max(self._seen, count)
+        return self._curve
 
     def close(self, busy_s: float | None = None) -> Measurement | Absence:
         sampler, source = self._sampler, self._meter.source
@@ -298,9 +319,10 @@ class NvmlPower:
                 "edges of a window are smeared by that second"
             )
 
-    def open(self) -> Window:
-        """Open a window; power is sampled every 10 ms."""
-        return _PowerWindow(self.source, self.min_window_s, _Sampler(self._read, _POWER_INTERVAL_S))
+    def open(self, sparing: bool = False) -> Window:
+        """Open a window; power is sampled every 10 ms, every 100 ms in a sparing one."""
+        interval_s = _SPARING_POWER_INTERVAL_S if sparing else _POWER_INTERVAL_S
+        return _PowerWindow(self.source, self.min_window_s, _Sampler(self._read, interval_s))
 
 
 class _PowerWindow:
@@ -308,13 +330,18 @@ class _PowerWindow:
         self._source = source
         self._min_window_s = min_window_s
         self._sampler = sampler
+        self._curve: list[tuple[float, float]] = []
 
     def curve(self) -> list[tuple[float, float]]:
-        samples = list(self._sampler.samples)
-        points = [(samples[0][0], 0.0)] if samples else []
-        for earlier, later in itertools.pairwise(samples):
-            joules = (later[0] - earlier[0]) * (later[1] + earlier[1]) / 2
-            points.append((later[0], points[-1][1] + joules))
+        samples, points = self._sampler.samples, self._curve
+        for place in range(len(points), len(samples)):
+            at_s, watts = samples[place]
+            if place == 0:
+                points.append((at_s, 0.0))
+                continue
+            before_s, watts_before = samples[place - 1]
+            joules = (at_s - before_s) * (watts + watts_before) / 2
+            points.append((at_s, points[-1][1] + joules))
         return points
 
     def close(self, busy_s: float | None = None) -> Measurement | Absence:
@@ -418,7 +445,7 @@ class NoMeter:
         """Why nothing is measured."""
         return f"No energy meter: {self.reason}"
 
-    def open(self) -> Window:
+    def open(self, sparing: bool = False) -> Window:
         """Open a window that measures nothing."""
         return _GivenWindow(Absence(self.source, self.reason))
 
@@ -447,9 +474,9 @@ class CrossChecked:
         self.min_window_s = max(first.min_window_s, second.min_window_s)
         self.explanation = f"{first.explanation}. Beside it: {_lowered(second.explanation)}"
 
-    def open(self) -> Window:
+    def open(self, sparing: bool = False) -> Window:
         """Open a window of both."""
-        return _CrossWindow(self._first.open(), self._second.open())
+        return _CrossWindow(self._first.open(sparing), self._second.open(sparing))
 
 
 class _CrossWindow:
@@ -493,7 +520,7 @@ class Replayed:
         self._left = [from_json(line, f"{file}, line {n}") for n, line in enumerate(lines, 1)]
         self._left.reverse()
 
-    def open(self) -> Window:
+    def open(self, sparing: bool = False) -> Window:
         """The next measurement of the file."""
         if not self._left:
             raise InputError(

@@ -233,6 +233,28 @@ class EarlyExitLM:
             source=loader.origin,
         )
 
+    def read_to_host(self) -> float:
+        """Read the whole model into its copy in host memory; returns the seconds.
+
+        Parts that are there are not read again, and nothing comes onto the device.
+        """
+        assert self._host is not None
+        loader = Loader(self.source, self._host, None, self.dtype, self.device)
+        loader.read_part(0, self._backbone_layout)
+        loader.read_part(1, self._heads_layout)
+        for index in range(self.num_layers):
+            prefix = f"{self.backbone.layer_prefix}{index}."
+            loader.read_part(2 + index, self._layer_layout, prefix)
+        return loader.read_s
+
+    def forget_host_copy(self) -> None:
+        """Let weights be read from their source again; the copy's memory stays for them.
+
+        What the guard has agreed to it agrees to when it is read again: the source is the same.
+        """
+        if self._host is not None:
+            self._host.held.clear()
+
     def shrink(self, depth: int) -> float:
         """Drop the layers beyond `depth` and give their memory back; returns the seconds."""
         self._check_depth(depth)
@@ -280,11 +302,17 @@ class EarlyExitLM:
         return Decision(logits.argmax(-1), self.confidence.of(logits, layer), logits)
 
     @property
+    def telling(self) -> fused.Fusion:
+        """Whether one kernel of our own says what logits say, and why."""
+        kind = self.confidence.kind
+        if kind != "max-softmax":
+            return fused.Fusion(False, f"the kernel says max-softmax, and confidence is {kind}")
+        return fused.choose_telling(self.device, self.dtype)
+
+    @property
     def tells_at_once(self) -> bool:
         """Whether one kernel of our own says what logits say."""
-        return self.confidence.kind == "max-softmax" and (
-            fused.choose_telling(self.device, self.dtype).usable
-        )
+        return self.telling.usable
 
     def tell(self, logits: Tensor, level: int, targets: Tensor | None = None) -> Tensor:
         """Token, confidence and nats [3, N] of logits [N, vocab] at an exit, on the device.

@@ -182,6 +182,13 @@ class Loader:
             self._stage(block, layout, prefix)
         return targets
 
+    def read_part(self, number: int, layout: Layout, prefix: str = "") -> None:
+        """Read a part into the copy in host memory alone, unless it is there."""
+        assert self.host is not None and not self.source.on_device
+        if layout.shapes and not self.host.holds(number):
+            self._read_into(self.host.part(number), layout, prefix)
+            self.host.keep(number)
+
     def finish(self) -> None:
         """Wait until everything has arrived."""
         if self.device.type == "cuda":

@@ -12,6 +12,10 @@ from helios_sim.footprint import available_bytes as available_host_bytes
 GIB: Final = 2**30
 
 
+class TooLittleMemory(InputError):
+    """A device has too little memory; nothing of it was touched."""
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Bytes this process can still take on a device, or None where the system does not say."""
     if device.type != "cuda":
@@ -23,11 +27,11 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def require(device: torch.device, needed_bytes: int, what: str, remedy: str) -> None:
-    """Refuse what does not fit, with needed and available bytes and the remedy."""
+    """Raise `TooLittleMemory` for what does not fit, with needed and available bytes."""
     available = available_bytes(device)
     if available is None or needed_bytes <= available:
         return
-    raise InputError(
+    raise TooLittleMemory(
         f"{what} needs {needed_bytes:,} bytes ({needed_bytes / GIB:.2f} GiB) on {device} and "
         f"{available:,} bytes ({available / GIB:.2f} GiB) are available; {remedy}."
     )

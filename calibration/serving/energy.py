@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, Final
-
-import numpy as np
+from typing import Final
 
 from calibration.measuring.meters import Absence, Measurement, Meter, NoMeter, Window
 
 _MARGIN_TICKS: Final = 3
 """Ticks before the start and after the end, so that the run lies between two readings."""
+_LEAST_MARGIN_S: Final = 0.03
+"""A counter that ticks faster is not read at every tick."""
+_RECENT_READINGS: Final = 2
+"""Joules go on after the last reading as they did over so many before it."""
 
 
 class RunEnergy:
@@ -27,12 +30,11 @@ class RunEnergy:
         self.start_s = 0.0
         self.outcome: Measurement | Absence | None = None
         self._window: Window | None = None
-        self._times: list[float] = []
-        self._joules: list[float] = []
+        self._curve: list[tuple[float, float]] = []
 
     def open(self) -> None:
-        """Begin to read, a little before the run."""
-        self._window = self.meter.open()
+        """Begin to read, a little before the run, and no oftener than it takes."""
+        self._window = self.meter.open(sparing=True)
         self._wait()
 
     def started(self, start_s: float) -> None:
@@ -44,30 +46,44 @@ class RunEnergy:
         assert self._window is not None
         self._wait()
         self.outcome = self._window.close(busy_s)
-        curve = self._window.curve()
-        self._times = [at_s - self.start_s for at_s, _ in curve]
-        self._joules = [joules for _, joules in curve]
+        self._curve = self._window.curve()
         return self.outcome
 
     def drawn_so_far_j(self, spans: Sequence[tuple[float, float]]) -> float:
         """Joules within spans of the run's time, from and to, while a meter is read.
 
-        Between readings they run in a straight line; after the last one nothing is known yet.
+        Between readings they run in a straight line, and after the last one on at the rate of the
+        latest: a span that ends now would miss up to a tick, and no later one would make up for it.
         """
         assert self.measures and self._window is not None
         curve = self._window.curve()
         if not curve or not spans:
             return 0.0
-        times, joules = np.transpose(curve)
-        drawn: Any = np.diff(np.interp(np.array(spans), times - self.start_s, joules))
-        return float(drawn.sum())
+        last_s, last_j = curve[-1]
+        before_s, before_j = curve[max(0, len(curve) - 1 - _RECENT_READINGS)]
+        watts = (last_j - before_j) / (last_s - before_s) if last_s > before_s else 0.0
+
+        def joules_at(time_s: float) -> float:
+            at_s = self.start_s + time_s
+            return _between(curve, at_s) + watts * max(0.0, at_s - last_s)
+
+        return math.fsum(joules_at(stop_s) - joules_at(start_s) for start_s, stop_s in spans)
 
     def at(self, time_s: float) -> float:
         """Joules up to a time of the run, between readings in a straight line; NaN if unknown."""
-        if len(self._times) < 2:
+        if len(self._curve) < 2:
             return math.nan
-        return float(np.interp(time_s, self._times, self._joules))
+        return _between(self._curve, self.start_s + time_s)
 
     def _wait(self) -> None:
         if self.measures:
-            time.sleep(_MARGIN_TICKS * (self.meter.tick_s or 0.02))
+            time.sleep(max(_LEAST_MARGIN_S, _MARGIN_TICKS * (self.meter.tick_s or 0.02)))
+
+
+def _between(curve: Sequence[tuple[float, float]], at_s: float) -> float:
+    """Joules at a time, in a straight line between readings; those of the ends beyond them."""
+    place = bisect_right(curve, (at_s, math.inf))
+    if place in (0, len(curve)):
+        return curve[min(place, len(curve) - 1)][1]
+    (before_s, before_j), (after_s, after_j) = curve[place - 1], curve[place]
+    return before_j + (after_j - before_j) * (at_s - before_s) / (after_s - before_s)

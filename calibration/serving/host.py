@@ -2,7 +2,8 @@
 
 It does what the simulated replica does (`docs/engine.md`), with a wall clock and real weights:
 bring candidates in, partially or whole, drain or recompute at a change, watch breaches, and report
-telemetry. Controller and hot rules are the very same code.
+telemetry. What a decision means is told by the very same code, the steward
+(`helios_sim/steward.py`), and so are the controller and the hot rules.
 """
 
 from __future__ import annotations
@@ -37,11 +38,18 @@ from helios_sim.steward import HOLD, Aim, Steward, View, event_of
 from helios_sim.workload import Requests
 
 
+class NoRoomBeside(Exception):
+    """Weights on their way found too little memory beside what the device holds."""
+
+
 class Transfer(Protocol):
     """Weights on their way while requests run on."""
 
     def done(self) -> bool:
-        """Whether they have arrived; raises what went wrong on the way."""
+        """Whether they have arrived; raises what went wrong on the way.
+
+        `NoRoomBeside` leaves what runs as it was, so that they can be brought in without it.
+        """
 
     def wait(self, until_s: float) -> None:
         """Wait until they have arrived, or until a time."""
@@ -59,15 +67,14 @@ class Weights(Protocol):
         """Candidates whose weights are in host memory, so that the disk is not needed again."""
 
     @property
-    def overlaps(self) -> bool:
-        """Whether weights can move while requests run on."""
-
-    @property
     def loaded_bytes(self) -> int:
         """Measured bytes of the weights that are loaded."""
 
     def bring_in(self, name: str, depth: int) -> None:
         """Load a candidate's missing layers now; another candidate makes way for it first."""
+
+    def fits_beside(self, num_bytes: int) -> bool:
+        """Whether so many bytes can come while requests run on, beside all that is held."""
 
     def begin(self, name: str, depth: int) -> Transfer:
         """Start loading a candidate's missing layers beside what runs."""
@@ -131,7 +138,6 @@ class Host(Replica):
         )
         self.room = room
         self.policy = policy
-        self.slo = slo
         self.lives = list(lives)
         self.weights = weights
         self.on_progress = on_progress
@@ -148,6 +154,8 @@ class Host(Replica):
         self.period_s = 0.0
         self.period_spans = 0
         self.transfer: Transfer | None = None
+        self.num_loads_waited_for = 0
+        """Loads for which serving waited though as many KV blocks were free as they have bytes."""
         self.num_ended = 0
         self.end_s = 0.0
 
@@ -208,31 +216,45 @@ class Host(Replica):
             return self.tally.booked_s
         name, depth = entry.assignment.model, entry.assignment.depth
         staged = math.ceil(entry.moved_bytes / self.block_bytes())
-        overlaps = (
+        if (
             self.room.serving.overlap_loads
-            and self.weights.overlaps
             and self.steward.assignment is not None
             and bool(self.batch.rows)
             and staged <= self.batch.free_blocks
-        )
-        if not overlaps:
-            self.clear_rows(self.tally.booked_s)
-            self.sample(self.state())
-            # The old pool and graphs go before the new weights come.
-            self.machine = self.stepper = None
-            self.weights.bring_in(name, depth)
-            self.tally.book("load", self.clock.now_s())
-            self.sample("loading")
-            return self.tally.booked_s
-        self.steward.stage(entry.moved_bytes)
+        ):
+            # Free blocks are memory too, but the pool's: it cannot be lent to weights.
+            if self.weights.fits_beside(entry.moved_bytes):
+                arrived_s = self.bring_in_beside(entry, staged)
+                if arrived_s is not None:
+                    return arrived_s
+            self.num_loads_waited_for += 1
+        self.clear_rows(self.tally.booked_s)
+        self.sample(self.state())
+        # The old pool and graphs go before the new weights come.
+        self.machine = self.stepper = None
+        self.weights.bring_in(name, depth)
+        self.tally.book("load", self.clock.now_s())
+        self.sample("loading")
+        return self.tally.booked_s
+
+    def bring_in_beside(self, entry: DecisionEntry, staged: int) -> float | None:
+        """Serve on while the weights come; returns when they arrived.
+
+        None if the device had no room for them after all.
+        """
         self.batch.stage(staged)
         self.hold_questions()
-        self.transfer = transfer = self.weights.begin(name, depth)
+        self.transfer = transfer = self.weights.begin(
+            entry.assignment.model, entry.assignment.depth
+        )
         try:
             self.serve()
+        except NoRoomBeside:
+            return None
         finally:
             self.transfer = None
-        self.batch.unstage()
+            self.batch.unstage()
+        self.steward.stage(entry.moved_bytes)
         return transfer.arrived_s
 
     def clear_rows(self, since_s: float) -> None:
@@ -262,7 +284,6 @@ class Host(Replica):
             raise self.room.no_room(name, depth)
         profile = self.room.profile.model(name)
         level = profile.model.exit_layers.index(depth)
-        since_s = self.tally.booked_s
         # The old machine goes first: two pools need not fit.
         self.machine = self.stepper = None
         self.machine = self.weights.take_up(name, depth, level, pool)
@@ -285,7 +306,8 @@ class Host(Replica):
             max_rows=self.machine.max_rows,
         )
         self.window.clear()
-        self.steward.take_up(assignment, self.weights.loaded_bytes, since_s)
+        # As in the simulator, all of loading is time of the assignment before.
+        self.steward.take_up(assignment, self.weights.loaded_bytes, self.tally.booked_s)
 
     def follow(self, aim: Aim) -> None:
         """Say when the policy is to be asked again."""

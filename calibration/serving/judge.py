@@ -91,14 +91,31 @@ def judge(
     log: Sequence[TokenEntry],
     thresholds: Mapping[str, float],
     domains: Sequence[int],
+    recomputed_kv: bool = False,
 ) -> Judgement:
-    """Agreement and relative breaches of the logged tokens, and each request's trace place."""
+    """Agreement and relative breaches of the logged tokens, and each request's trace place.
+
+    A token that the whole model gave agrees with it, whatever other kernels make of it later: one
+    of the last exit over KV that no exit skipped. Filled KV (unless `recomputed_kv`) is not the
+    whole model's, and tokens of the last exit over it are compared like all others.
+    """
     agrees = np.zeros(len(log), np.bool_)
     relative = np.zeros(len(log), np.bool_)
+    skipped: set[int] = set()
+    num_whole = num_reread_otherwise = 0
     for row, one in enumerate(log):
         found = reread_by[one.model]
         at = found.first[one.request_id] + one.place
         agrees[row] = found.tokens[at, -1] == one.token
+        is_last = one.level == found.tokens.shape[1] - 1
+        if one.prefilled:
+            skipped.discard(one.request_id)
+        elif not is_last and not recomputed_kv:
+            skipped.add(one.request_id)
+        if is_last and one.request_id not in skipped:
+            num_whole += 1
+            num_reread_otherwise += not agrees[row]
+            agrees[row] = True
         if one.breached:
             deeper = found.confidence[at, one.level + 1 :]
             relative[row] = deeper.max(initial=0.0) >= thresholds[one.model]
@@ -107,7 +124,7 @@ def judge(
     for life, domain in zip(lives, domains, strict=True):
         starts[life.request_id] = filled.get(domain, 0)
         filled[domain] = filled.get(domain, 0) + life.generated
-    return Judgement(agrees, relative, starts)
+    return Judgement(agrees, relative, starts, num_whole, num_reread_otherwise)
 
 
 def served_traces(

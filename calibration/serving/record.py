@@ -33,7 +33,9 @@ EnergyAt = Callable[[float], float]
 class Judgement:
     """What the full models say of the served tokens; columns follow the log of tokens.
 
-    `agrees`: the token is the one that the model which served it gives at full depth.
+    `agrees`: the token is the one that the model which served it gives at full depth. Of tokens
+    that it gave at full depth itself, over KV that no exit had skipped, `num_reread_otherwise` of
+    `num_whole` are another one when they are read again: noise of the arithmetic, and they agree.
     `relative`: a breach that some deeper exit of that model would have satisfied. `trace_start`
     is the place of each request's first token in the run's exit traces, by request id.
     """
@@ -41,6 +43,8 @@ class Judgement:
     agrees: NDArray[np.bool_]
     relative: NDArray[np.bool_]
     trace_start: NDArray[np.int64]
+    num_whole: int = 0
+    num_reread_otherwise: int = 0
 
 
 def run_data(

@@ -73,6 +73,13 @@ _SPIN_S: Final = 0.0005
 """The last stretch of a wait is spent looking at the clock: sleeping overshoots by as much."""
 
 _DTYPES: Final = {4: torch.float32, 2: torch.bfloat16}
+"""What bytes a parameter are where a profile does not name its type."""
+_NAMED_DTYPES: Final = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+
+_COMPARED_KERNELS: Final = ("fusion", "flash", "telling")
 
 Progress = Callable[[str, float], None]
 Tell = Callable[[str], None]
@@ -104,12 +111,13 @@ class Served:
     """A written run: its folder and its figures.
 
     `slowdown` says how many times slower the machine was than while the profile was measured, None
-    where nothing tells.
+    where nothing tells. `other_kernels` are sentences, as `other_kernels` finds them.
     """
 
     folder: Path
     summary: Mapping[str, Any]
     slowdown: float | None = None
+    other_kernels: tuple[str, ...] = ()
 
 
 class WallClock:
@@ -234,6 +242,8 @@ def serve(
             served.append(one)
             if on_served is not None:
                 on_served(one)
+            for said in one.other_kernels:
+                (tell or _unheard)(f"Warning: {said}")
     finally:
         torch.set_num_threads(threads_before)
     return served
@@ -417,7 +427,18 @@ def serve_once(
     weights.drop()
     judged = _reread_all(prepared, host, weights)
     domains = prepared.requests.domain.tolist()
-    judgement = judge(judged, host.lives, host.tally.tokens, host.thresholds, domains)
+    judgement = judge(
+        judged,
+        host.lives,
+        host.tally.tokens,
+        host.thresholds,
+        domains,
+        recomputed_kv=prepared.room.serving.skipped_kv == "recomputed",
+    )
+    facts |= {
+        "full_depth_tokens": judgement.num_whole,
+        "full_depth_tokens_reread_otherwise": judgement.num_reread_otherwise,
+    }
     run = run_data(
         host,
         prepared.requests,
@@ -450,7 +471,12 @@ def serve_once(
         write_traces(traces, folder / TRACES_FILE)
         (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
 
-    return Served(write_run(run, summary, out, finish), summary, facts.get("slowdown"))
+    return Served(
+        write_run(run, summary, out, finish),
+        summary,
+        facts.get("slowdown"),
+        tuple(other_kernels(prepared.room.profile, weights.kernels)),
+    )
 
 
 def _play(
@@ -506,12 +532,35 @@ def environment(
         "text_sha256": dict(prepared.prompts.hashes),
         "kv": prepared.kv,
         "kv_pools": dict(weights.notes),
+        "kernels": dict(weights.kernels),
         "host_copies": list(weights.copies),
         "loads": "beside serving" if weights.overlaps else "serving waits",
+        "loads_waited_for": host.num_loads_waited_for,
         "rebatch_times": "predicted from the profile",
         "meter": meter.source,
         "meter_explanation": meter.explanation,
     }
+
+
+def other_kernels(profile: Profile, kernels: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Where a run took kernels that its profile was not measured with, or went without, and why.
+
+    `kernels` are those by candidate and depth. Nothing is found where the profile does not say; it
+    is measured from slots, so that kernels for pages are not compared.
+    """
+    measured = profile.document.get("measurement", {}).get("models", {})
+    found = []
+    for taken_up, said in kernels.items():
+        before = measured.get(taken_up.partition("@")[0], {}).get("kernels", {})
+        found += [
+            f"{taken_up} was served with the kernel {kernel!r} {now}; while profile "
+            f"{profile.name!r} was measured it was {before[kernel]}."
+            for kernel, now in said.items()
+            if kernel in _COMPARED_KERNELS
+            and kernel in before
+            and now.partition(":")[0] != before[kernel].partition(":")[0]
+        ]
+    return found
 
 
 def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
@@ -662,7 +711,7 @@ def _places(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
 
 
 def _dtype(room: Room) -> torch.dtype:
-    """The precision the profile counts bytes in."""
+    """The precision that the profile was measured in, and counts bytes in."""
     sizes = {room.profile.model(name).model.bytes_per_param for name in room.candidates}
     if len(sizes) != 1 or not sizes <= set(_DTYPES):
         raise InputError(
@@ -681,7 +730,18 @@ def _dtype(room: Room) -> torch.dtype:
                 "weights, so both must be alike.",
                 "fleet.profile",
             )
-    return _DTYPES[size]
+    named = room.profile.provenance.environment.get("dtype")
+    if named is None:
+        return _DTYPES[size]
+    found = _NAMED_DTYPES.get(str(named))
+    if found is None or found.itemsize != size:
+        fitting = [name for name, dtype in _NAMED_DTYPES.items() if dtype.itemsize == size]
+        raise InputError(
+            f"Profile {room.profile.name!r} was measured in {named!r} and has {size} bytes a "
+            f"parameter; served are {', '.join(fitting)} of that size.",
+            "fleet.profile, provenance.environment.dtype",
+        )
+    return found
 
 
 def weight_settings(prepared: Prepared) -> WeightSettings:

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import torch
 
-from calibration.model.decode import Decoder, generate
+from calibration.model.decode import Decoder, generate, kernels_of
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.model.file_cache import forget, read_through
 from calibration.model.graphs import CaptureError
@@ -24,7 +24,8 @@ from calibration.model.kv import (
     round_up,
 )
 from calibration.model.loading import side_stream
-from calibration.model.memory import available_bytes
+from calibration.model.memory import TooLittleMemory, available_bytes
+from calibration.serving.host import NoRoomBeside
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Clock
 from helios_sim.cards import Room
@@ -93,7 +94,9 @@ class CheckpointWeights:
 
     A candidate's first load reads its whole checkpoint into host memory, as `weights_start =
     "disk"` means it; what later loads copy comes from there, as it does where loads are measured.
-    On a processor that is short of memory it comes from the file, which the system holds.
+    Its memory there, its modules and the guard's consent are got before the clock starts, so that
+    a load is what the profile's links charge: reading and copying. On a processor that is short of
+    memory weights come from the file, which the system holds.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class CheckpointWeights:
         self.read: set[str] = set()
         self.known: dict[str, EarlyExitLM] = {}
         """Candidates met so far, with their weights loaded or not."""
+        self.kernels: dict[str, dict[str, str]] = {}
+        """Which kernels served, by candidate and depth, as `kernels_of` says."""
         self.name: str | None = None
         self.pool: Pool | None = None
         self._rows_said: dict[str, str] = {}
@@ -138,6 +143,17 @@ class CheckpointWeights:
         """Only a GPU copies beside its work; on a processor loading would take the time of it."""
         return self.settings.device.type == "cuda"
 
+    def fits_beside(self, num_bytes: int) -> bool:
+        """Whether so many bytes can come while requests run on, beside all that is held.
+
+        What an iteration takes in passing stays free for those that run.
+        """
+        if not self.overlaps:
+            return False
+        free_bytes = available_bytes(self.settings.device)
+        passing = 0 if self.name is None else self.room.profile.model(self.name).workspace_bytes
+        return free_bytes is None or num_bytes + passing <= free_bytes
+
     @property
     def notes(self) -> dict[str, str]:
         """What there is to say of the machines taken up: rows that fit, graphs."""
@@ -168,7 +184,8 @@ class CheckpointWeights:
             model.unload()
         from_disk = self.room.fleet.weights_start == "disk"
         if from_disk:
-            self.known.clear()
+            for model in self.known.values():
+                model.forget_host_copy()
         self.read = set() if from_disk else set(self.folders)
         for folder in self.folders.values():
             (forget if from_disk else read_through)(sorted(folder.glob("*.safetensors")))
@@ -267,9 +284,12 @@ class CheckpointWeights:
     def load_beside(self, name: str, depth: int) -> None:
         """What the thread does: read, copy, and wait until the copy is there."""
         self._read_ahead(name)
-        with side_stream(self.settings.device):
-            self._load(name, depth)
-            self._arriving = name
+        try:
+            with side_stream(self.settings.device):
+                self._load(name, depth)
+        except (TooLittleMemory, torch.OutOfMemoryError) as error:
+            raise NoRoomBeside(str(error)) from error
+        self._arriving = name
 
     def take_up(self, name: str, depth: int, level: int, pool_blocks: int) -> ModelMachine:
         """The machine of what was brought in, cut to this depth, with an empty pool.
@@ -287,6 +307,7 @@ class CheckpointWeights:
         self.pool = self._new_pool(self.model, depth, pool_blocks)
         decoder = self._new_decoder(self.model, self.pool)
         self._decoder, self._taken_up = decoder, f"{name}@{depth}"
+        self.kernels[self._taken_up] = kernels_of(decoder)
         self._rows_said[self._taken_up] = f"{self.pool.max_rows} rows in {self.settings.kv}"
         self._wait_for_device()
         return ModelMachine(
@@ -393,7 +414,10 @@ class CheckpointWeights:
     def _read_ahead(self, name: str) -> None:
         if name in self.read:
             return
-        read_through(sorted(self.folders[name].glob("*.safetensors")))
+        if self.known[name].host_copy is not None:
+            self.known[name].read_to_host()
+        else:
+            read_through(sorted(self.folders[name].glob("*.safetensors")))
         self.read.add(name)
 
     def _wait_for_device(self) -> None:

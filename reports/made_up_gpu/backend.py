@@ -86,7 +86,7 @@ class DeviceMeter:
     def __init__(self, clock: DeviceClock) -> None:
         self.clock = clock
 
-    def open(self) -> DeviceWindow:
+    def open(self, sparing: bool = False) -> DeviceWindow:
         """Open a window."""
         return DeviceWindow(self.clock)
 

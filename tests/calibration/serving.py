@@ -76,7 +76,6 @@ def profile_for(*models: EarlyExitLM, threshold: float, overhead_s: float = 0.0)
 class KeptWeights:
     """Models that are in memory already; what the host loads is a new pool."""
 
-    overlaps = False
     in_memory: frozenset[str] = frozenset()
     loaded_bytes = 1
 
@@ -91,6 +90,9 @@ class KeptWeights:
 
     def bring_in(self, name: str, depth: int) -> None:
         self.in_memory |= {name}
+
+    def fits_beside(self, num_bytes: int) -> bool:
+        return False
 
     def begin(self, name: str, depth: int) -> Any:
         raise AssertionError("nothing is loaded beside serving here")

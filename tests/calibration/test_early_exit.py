@@ -258,3 +258,17 @@ def test_layers_that_came_before_a_load_failed_hold_no_weights(folder, monkeypat
     assert (model.depth, len(made)) == (1, 3)
     assert all(weight.is_meta for layer in made for weight in layer.parameters())
     assert model.loaded_bytes == model.plan(1).total_bytes
+
+
+def test_what_was_read_to_host_memory_alone_is_what_a_load_copies_unchecked(folder, monkeypatch):
+    model = load(folder, host_copy=True)
+    wanted = tokens(model)
+    model.unload()
+    assert model.host_copy is not None
+    model.host_copy.buffer.fill_(torch.nan)
+    model.forget_host_copy()
+    model.read_to_host()
+    assert model.depth == 0
+    monkeypatch.delattr(early_exit.EarlyExitLM, "_check_guard")
+    assert model.grow(4).source == "host"
+    assert tokens(model) == wanted

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calibration.serving.batching import HotRules
-from calibration.serving.host import Host, lives_of
+from calibration.serving.host import Host, NoRoomBeside, lives_of
 from calibration.serving.iteration import split_pays
 from calibration.serving.tally import Sample, Tally, gap_counts
 from helios_sim import cost
@@ -34,6 +34,7 @@ from helios_sim.state import TIMELINE_CAPACITY, itl_edges
 from tests.calibration.clockwork import (
     Clockwork,
     ClockworkHost,
+    ClockworkMachine,
     ClockworkTransfer,
     ClockworkWeights,
     serve_by_clockwork,
@@ -200,6 +201,55 @@ def test_no_time_is_drained_where_weights_arrive_between_an_iteration_and_the_lo
     host = serve_by_clockwork(setup, setup.traces, drifting_requests(120), policy_of("always"))
     assert host.steward.num_switches > 0
     assert host.tally.drain_s == 0.0
+
+
+class NoRoom(ClockworkTransfer):
+    """Half way there is no more memory."""
+
+    def done(self) -> bool:
+        if self.clock.time_s >= self.arrived_s / 2:
+            raise NoRoomBeside("The device is full.")
+        return False
+
+
+@pytest.mark.parametrize("found", ["before the load", "on the way"])
+def test_where_the_device_has_no_room_for_both_serving_waits_and_loads_are_counted(
+    found, monkeypatch
+) -> None:
+    """The blocks that are free are memory of the pool, which the simulator lends to weights."""
+    setup = drifting_setup()
+    requests = drifting_requests(120)
+    overlapped = serve_by_clockwork(setup, setup.traces, requests, policy_of("always"))
+    assert overlapped.num_loads_waited_for == 0
+    if found == "before the load":
+        monkeypatch.setattr(ClockworkWeights, "fits_beside", lambda *_: False)
+    else:
+        monkeypatch.setattr("tests.calibration.clockwork.ClockworkTransfer", NoRoom)
+    host = serve_by_clockwork(setup, setup.traces, requests, policy_of("always"))
+    assert host.num_loads_waited_for > 0
+    assert {life.status for life in host.lives} == {"finished"}
+    held = [name.split("@") for name in host.steward.depth_seconds]
+    models = {name: setup.profile.model(name).model for name, _ in held}
+    bytes_held = [models[name].weight_bytes(int(depth)) for name, depth in held]
+    assert host.steward.peak_weight_bytes == max(bytes_held)
+
+
+def test_the_time_to_build_a_machine_is_that_of_the_assignment_before(monkeypatch) -> None:
+    """As all of loading is in the simulator; the first has nothing before it."""
+
+    class Slow(ClockworkWeights):
+        def take_up(self, *wanted) -> ClockworkMachine:
+            self.clock.time_s += 5.0
+            return super().take_up(*wanted)
+
+    monkeypatch.setattr("tests.calibration.clockwork.ClockworkWeights", Slow)
+    setup = drifting_setup(overlap_loads=False)
+    host = serve_by_clockwork(setup, setup.traces, drifting_requests(60), Deeper())
+    first, second = host.decisions[:2]
+    held = host.steward.depth_seconds
+    shallow, deep = held
+    assert held[shallow] == pytest.approx(second.ready_s - first.ready_s)
+    assert held[deep] == pytest.approx(host.end_s - second.ready_s)
 
 
 def test_a_closed_loop_sends_its_users_next_requests_at_the_simulators_times() -> None:

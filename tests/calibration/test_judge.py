@@ -46,6 +46,26 @@ def test_a_token_agrees_that_the_whole_model_would_say_at_its_place() -> None:
     assert found.agrees.tolist() == [True, True, True, False]
 
 
+def test_a_token_of_the_whole_model_agrees_with_itself_and_the_noise_is_counted() -> None:
+    """Another kernel's arithmetic may read it otherwise; filled KV is no noise."""
+    whole = [entry(0, 0, 7, 2, False), entry(0, 1, 3, 2, False)]
+    found = judge({"m": READ}, LIVES, whole, {"m": 0.5}, [0, 0, 0])
+    assert found.agrees.tolist() == [True, True]
+    assert (found.num_whole, found.num_reread_otherwise) == (2, 1)
+
+    early = [entry(2, 0, 7, 0, False), entry(2, 1, 1, 2, False)]
+    filled = judge({"m": READ}, LIVES, early, {"m": 0.5}, [0, 0, 0])
+    assert filled.agrees.tolist() == [True, False]
+    assert (filled.num_whole, filled.num_reread_otherwise) == (0, 0)
+    fed_again = judge({"m": READ}, LIVES, early, {"m": 0.5}, [0, 0, 0], recomputed_kv=True)
+    assert fed_again.agrees.tolist() == [True, True]
+    # A preempted request is prefilled anew, and its KV is the whole model's from then on.
+    anew = [early[0], entry(2, 1, 1, 2, False)._replace(prefilled=True), entry(2, 2, 1, 2, False)]
+    again = judge({"m": READ}, LIVES, anew, {"m": 0.5}, [0, 0, 0])
+    assert again.agrees.tolist() == [True, True, True]
+    assert (again.num_whole, again.num_reread_otherwise) == (2, 2)
+
+
 def test_a_model_is_not_asked_about_requests_beyond_its_context() -> None:
     """Another model served it: this one has no position for its last tokens."""
     model = model_of("short", (1, 2), family="opt", positions=16)

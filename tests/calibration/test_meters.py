@@ -107,6 +107,50 @@ def test_what_both_sources_say_is_kept() -> None:
     assert found.cross_watts == pytest.approx(1.1 * found.watts, rel=0.1)
 
 
+def test_a_sparing_window_reads_four_times_a_tick_and_power_every_tenth_of_a_second() -> None:
+    nvml, reads = FakeNvml(tick_s=0.1), {"counter": 0, "power": 0}
+    found = open_board(nvml=nvml)
+    assert isinstance(found, Board)
+    meter = best_meter("cuda", found, min_window_s=0.1)
+    tell_j, tell_w = nvml.nvmlDeviceGetTotalEnergyConsumption, nvml.nvmlDeviceGetFieldValues
+
+    def counted(what: str, tell: Any) -> Any:
+        def read(*arguments: Any) -> Any:
+            reads[what] += 1
+            return tell(*arguments)
+
+        return read
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = counted("counter", tell_j)  # type: ignore[method-assign]
+    nvml.nvmlDeviceGetFieldValues = counted("power", tell_w)  # type: ignore[method-assign]
+    window = meter.open(sparing=True)
+    time.sleep(0.6)
+    outcome = measured(window.close())
+    assert 10 <= reads["counter"] <= 26
+    assert 3 <= reads["power"] <= 8
+    assert outcome.watts == pytest.approx(200.0, rel=0.1)
+    assert outcome.cross_watts == pytest.approx(220.0, rel=0.01)
+
+
+@pytest.mark.parametrize("make", [NvmlCounter, NvmlPower])
+def test_a_curve_goes_on_where_it_was_asked_for_before(make: Any) -> None:
+    window = make(board(tick_s=0.02)).open()
+    curves = []
+    for _ in range(3):
+        time.sleep(0.1)
+        curves.append(list(window.curve()))
+    first, second, third = curves
+    assert 1 < len(first) < len(second) < len(third)
+    assert third[: len(second)] == second
+    assert second[: len(first)] == first
+    assert first[0][1] == 0.0
+    joules = [joules for _, joules in third]
+    assert joules == sorted(joules)
+    # Asked for again, the readings that are known are not gone through.
+    assert window.curve() is window.curve()
+    window.close()
+
+
 def test_without_a_counter_the_power_is_the_meter() -> None:
     meter = best_meter("cuda", board(without=("nvmlDeviceGetTotalEnergyConsumption",)))
     assert meter.source == "nvml-power-instant"

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.metadata import version
 from itertools import pairwise
@@ -31,6 +32,7 @@ from calibration.model.decode import Decoder, generate, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.graphs import WARM_UPS, CaptureError, CudaRecorder
 from calibration.model.host_copy import HostCopy
+from calibration.model.memory import available_bytes
 from calibration.serving.host import Host
 from calibration.serving.serve import ServeSettings, serve
 from helios_sim.profile import load_profile
@@ -472,4 +474,29 @@ def test_an_iteration_captures_what_it_wants_and_what_is_not_there(
 def test_weights_arrive_beside_serving(place: Path, gpu: Gpu) -> None:
     run = read_run(served(place, "helios", "cuda", graphs=False))
     assert run.environment["loads"] == "beside serving"
+    assert run.environment["loads_waited_for"] == 0
+    assert (run.requests["generated_tokens"] == run.requests["output_tokens"]).all()
+
+
+@serves
+@pytest.mark.parametrize("found", ["before the load", "on the way"])
+def test_serving_waits_for_weights_that_the_device_has_no_room_for(
+    place: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    """The simulator would lend them free blocks; here the pool holds its memory."""
+
+    def beside(device: torch.device) -> int | None:
+        is_beside = threading.current_thread().name == "load-weights"
+        return 1000 if is_beside and device.type == "cuda" else available_bytes(device)
+
+    # Some run on whenever the other candidate is wanted.
+    text = (place / "tiny.toml").read_text().replace("num_requests = 5", "num_requests = 16")
+    always = '[[policy]]\nuse = "always"\nreassess_requests = 3\n'
+    (place / "tiny.toml").write_text(text + always)
+    if found == "before the load":
+        monkeypatch.setattr("calibration.serving.weights.available_bytes", lambda _: 100_000)
+    else:
+        monkeypatch.setattr("calibration.model.memory.available_bytes", beside)
+    run = read_run(served(place, "always", "cuda", graphs=False))
+    assert run.environment["loads_waited_for"] > 0
     assert (run.requests["generated_tokens"] == run.requests["output_tokens"]).all()

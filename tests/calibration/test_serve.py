@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pkgutil
 import shutil
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -18,8 +19,10 @@ from calibration.cli import main
 from calibration.measuring.board import Board, open_board
 from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
 from calibration.measuring.timing import Pace
+from calibration.model import checkpoint
 from calibration.model.early_exit import EarlyExitLM
 from calibration.serving.energy import RunEnergy
+from calibration.serving.host import Host
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.serve import ServeSettings, line_of, prepare, serve, threads_of
 from calibration.serving.slowdown import measured_pace, slowdown_facts, waited_s
@@ -371,6 +374,59 @@ def test_a_processor_short_of_memory_keeps_no_copy_of_the_weights(
     assert read_run(one.folder).environment["host_copies"] == []
 
 
+def test_within_the_clock_a_first_load_reads_the_file_once_and_copies(
+    place, tmp_path, monkeypatch
+) -> None:
+    """Memory for it, its modules and the guard's consent are there before, as a link charges it."""
+    serving: list[str] = []
+    seen: list[str] = []
+    read: dict[tuple[str, int], int] = {}
+
+    def noted(where: str) -> None:
+        owner, _, name = where.rpartition(".")
+        original = getattr(pkgutil.resolve_name(owner), name)
+
+        def note(*arguments, **named):
+            if serving:
+                seen.append(name)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(where, note)
+
+    def read_into(entry, target) -> None:
+        if serving:
+            at = entry.path.parent.name, entry.begin
+            read[at] = read.get(at, 0) + 1
+        return original_read(entry, target)
+
+    def play(host) -> None:
+        serving.append("now")
+        original_play(host)
+        serving.clear()
+
+    original_read, original_play = checkpoint.read_into, Host.play
+    monkeypatch.setattr(checkpoint, "read_into", read_into)
+    monkeypatch.setattr(Host, "play", play)
+    for where in (
+        "calibration.model.checkpoint.open_checkpoint",
+        "calibration.model.early_exit.EarlyExitLM._check_guard",
+        "calibration.model.family.LlamaBackbone.new_layer",
+        "calibration.model.host_copy.HostCopy.__init__",
+        "calibration.serving.weights.read_through",
+    ):
+        noted(where)
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=12)
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings)
+    assert set(read_run(one.folder).decisions["model"]) == {"small", "large"}
+    assert seen == []
+    entries = {
+        (name, entry.begin)
+        for name in ("small", "large")
+        for entry in checkpoint.read_header(place / "family" / name / "model.safetensors").values()
+    }
+    assert read == dict.fromkeys(entries, 1)
+
+
 def test_a_run_keeps_the_machines_pace_around_it_and_how_much_slower_it_is(
     place, served, tmp_path, monkeypatch
 ) -> None:
@@ -562,6 +618,60 @@ def test_calibrated_confidence_is_served_and_only_that_of_all_domains(
     assert not np.allclose(traces.confidence["small"][..., 1], 0.75)
 
 
+@pytest.mark.parametrize(
+    ("named", "num_bytes", "wanted"),
+    [
+        (None, 4, torch.float32),
+        (None, 2, torch.bfloat16),
+        ("bfloat16", 2, torch.bfloat16),
+        ("float16", 2, torch.float16),
+        ("float16", 4, "in 'float16' and has 4 bytes a parameter; served are float32 of that size"),
+        ("int8", 2, "in 'int8' and has 2 bytes a parameter; served are bfloat16, float16 of"),
+    ],
+)
+def test_models_are_served_in_the_type_that_the_profile_was_measured_in(
+    place, tmp_path, named, num_bytes, wanted
+) -> None:
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    for entry in document["models"].values():
+        entry |= {"bytes_per_param": num_bytes, "bytes_per_kv_element": num_bytes}
+    if named is not None:
+        document["provenance"].setdefault("environment", {})["dtype"] = named
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    (tmp_path / "tiny.toml").write_text((place / "tiny.toml").read_text())
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=2)
+    if isinstance(wanted, torch.dtype):
+        assert prepare(tmp_path / "tiny.toml", settings).dtype is wanted
+        if wanted is torch.float16:
+            (one,) = serve(tmp_path / "tiny.toml", tmp_path / "run", settings)
+            assert read_run(one.folder).environment["dtype"] == "float16"
+            assert one.summary["completed"] == 2
+        return
+    with pytest.raises(InputError, match=wanted):
+        prepare(tmp_path / "tiny.toml", settings)
+
+
+def test_a_run_says_which_kernels_it_took_and_warns_where_the_profile_had_others(
+    place, served, tmp_path
+) -> None:
+    kernels = read_run(served).environment["kernels"]
+    assert {name.partition("@")[0] for name in kernels} == {"small", "large"}
+    assert set(kernels["large@6"]) == {"fusion", "flash", "telling", "varlen"}
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    had = kernels["large@6"] | {"fusion": "usable: it agrees", "varlen": "usable: it agrees"}
+    document["measurement"] = {"models": {"large": {"kernels": had}}}
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    (tmp_path / "tiny.toml").write_text((place / "tiny.toml").read_text())
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=4)
+    heard: list[str] = []
+    serve(tmp_path / "tiny.toml", tmp_path / "run", settings, tell=heard.append)
+    warned = [said for said in heard if "the kernel" in said]
+    assert warned
+    assert all(said.startswith("Warning: large@") for said in warned)
+    assert all("the kernel 'fusion' not usable: " in said for said in warned)
+    assert warned[0].endswith("was measured it was usable: it agrees.")
+
+
 def test_a_run_is_never_written_over_something_else(place, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     settings = ServeSettings((place / "family",), ("helios",), device="cpu")
@@ -612,7 +722,7 @@ class Steady:
 
     source, explanation, tick_s, min_window_s = "steady", "ten watts", 0.0, 0.0
 
-    def open(self) -> Steady:
+    def open(self, sparing: bool = False) -> Steady:
         return self
 
     def curve(self) -> list[tuple[float, float]]:
@@ -674,3 +784,47 @@ def test_energy_is_read_at_any_time_of_the_run_between_two_readings() -> None:
     without.open()
     assert isinstance(without.close(1.0), Absence)
     assert math.isnan(without.at(0.5))
+
+
+class Ticking:
+    """A counter that moves every 100 ms, of a device that draws `watts` in each second by turns."""
+
+    source, explanation, tick_s, min_window_s = "ticking", "ten ticks a second", 0.1, 0.0
+
+    def __init__(self, *watts: float) -> None:
+        self.watts = watts
+        self.now_s = 0.0
+
+    def joules(self, at_s: float) -> float:
+        whole = int(at_s)
+        drawn = sum(self.watts[second % len(self.watts)] for second in range(whole))
+        return drawn + self.watts[whole % len(self.watts)] * (at_s - whole)
+
+    def open(self, sparing: bool = False) -> Ticking:
+        return self
+
+    def curve(self) -> list[tuple[float, float]]:
+        return [(k / 10, self.joules(k / 10)) for k in range(int(10 * self.now_s + 1e-9) + 1)]
+
+    def close(self, busy_s: float | None = None) -> Absence:
+        return Absence("ticking", "nobody asks")
+
+
+@pytest.mark.parametrize("watts", [(200.0,), (100.0, 300.0)])
+def test_what_a_short_period_is_told_lacks_nothing_that_was_drawn_since_the_last_tick(
+    watts,
+) -> None:
+    meter = Ticking(*watts)
+    energy = RunEnergy(meter)
+    energy.open()
+    energy.started(1.0)
+    begin_s, told_j, drawn_j = 0.0, [], []
+    for period in range(200):
+        end_s = begin_s + 0.13 + 0.01 * (period % 7)
+        meter.now_s = 1.0 + end_s
+        told_j.append(energy.drawn_so_far_j([(begin_s, end_s)]))
+        drawn_j.append(meter.joules(1.0 + end_s) - meter.joules(1.0 + begin_s))
+        begin_s = end_s
+    if len(watts) == 1:
+        assert told_j == pytest.approx(drawn_j)
+    assert sum(told_j) == pytest.approx(sum(drawn_j), rel=0.01)
