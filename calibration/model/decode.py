@@ -36,6 +36,10 @@ Found = TypeVar("Found")
 KEPT_PLACES: Final = 8
 """Places remembered, so that the segments of an iteration compute theirs once."""
 
+USABLE: Final = "usable"
+NOT_USABLE: Final = "not usable"
+"""What `kernels_of` says before the colon and its reason."""
+
 
 @dataclass
 class Place:
@@ -446,6 +450,26 @@ class Decoder:
                 spans.append(Span(begin, count, False, located, width, mask))
             begin += count
         return spans
+
+
+def kernels_of(decoder: Decoder) -> dict[str, str]:
+    """Which kernels a decoder may take: "usable" or "not usable", a colon, and why.
+
+    `fusion` are ours for decoding, `flash` is torch's attention for prompts beside them, `telling`
+    is ours for an exit's word, and `varlen` torch's over pages, where ours are not.
+    """
+    fusion, choice, telling = decoder.fusion, decoder.choice, decoder.model.telling
+    flash_reason = fusion.flash_reason if fusion.usable else "prompts take it beside our kernels"
+    return {
+        "fusion": _usable(fusion.usable, fusion.reason),
+        "flash": _usable(fusion.usable and fusion.flash is not None, flash_reason),
+        "telling": _usable(telling.usable, telling.reason),
+        "varlen": _usable(choice.varlen is not None, choice.reason),
+    }
+
+
+def _usable(usable: bool, reason: str) -> str:
+    return f"{USABLE if usable else NOT_USABLE}: {reason}"
 
 
 def decode_attend(

@@ -280,11 +280,17 @@ class EarlyExitLM:
         return Decision(logits.argmax(-1), self.confidence.of(logits, layer), logits)
 
     @property
+    def telling(self) -> fused.Fusion:
+        """Whether one kernel of our own says what logits say, and why."""
+        kind = self.confidence.kind
+        if kind != "max-softmax":
+            return fused.Fusion(False, f"the kernel says max-softmax, and confidence is {kind}")
+        return fused.choose_telling(self.device, self.dtype)
+
+    @property
     def tells_at_once(self) -> bool:
         """Whether one kernel of our own says what logits say."""
-        return self.confidence.kind == "max-softmax" and (
-            fused.choose_telling(self.device, self.dtype).usable
-        )
+        return self.telling.usable
 
     def tell(self, logits: Tensor, level: int, targets: Tensor | None = None) -> Tensor:
         """Token, confidence and nats [3, N] of logits [N, vocab] at an exit, on the device.

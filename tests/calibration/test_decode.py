@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
+from calibration.model.confidence import Confidence
+from calibration.model.decode import Decoder, generate, kernels_of, paged_pool, slot_pool
 from calibration.model.early_exit import EarlyExitLM, from_stock
+from calibration.model.fused import Fusion
 from calibration.model.kv import PoolExhausted
 from helios_sim.errors import InputError
 from tests.calibration import tiny
@@ -230,3 +232,20 @@ def test_graphs_are_off_with_the_reason_without_a_gpu():
     assert not decoder.use_graphs()
     assert decoder.graphs_off_reason == "CUDA graphs need a CUDA GPU and the pool is on cpu"
     assert "slots are read in place" in decoder.choice.reason
+
+
+def test_a_decoder_says_which_kernels_it_may_take_and_why():
+    model = from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4))
+    decoder = Decoder(model, slot_pool(model, 2, 32))
+    assert kernels_of(decoder) == {
+        "fusion": "not usable: our kernels need a CUDA GPU and this is cpu",
+        "flash": "not usable: prompts take it beside our kernels",
+        "telling": "not usable: our kernels need a CUDA GPU and this is cpu",
+        "varlen": "not usable: slots are read in place by SDPA",
+    }
+    decoder.fusion = Fusion(True, "ours passed", flash_reason="flash attention failed")
+    model.confidence = Confidence("entropy", 0.5)
+    found = kernels_of(decoder)
+    assert found["fusion"] == "usable: ours passed"
+    assert found["flash"] == "not usable: flash attention failed"
+    assert found["telling"] == "not usable: the kernel says max-softmax, and confidence is entropy"
