@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from calibration.fitting.points import (
     of_quantity,
     read_environment,
     read_points,
+    sound,
 )
 from calibration.fitting.regression import Equations
 from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE
@@ -45,6 +47,7 @@ from helios_sim.profile import (
     quantity,
     save_profile,
 )
+from helios_sim.report.words import counted
 
 TRACE_REPORT_FILE: Final = "trace.json"
 """Written by `calibration.training.trace` beside exits.parquet; importing it needs torch."""
@@ -146,13 +149,6 @@ def _save(
     return load_profile(out)
 
 
-def _sound(readings: pl.DataFrame) -> pl.DataFrame:
-    """Without energy windows too short to be trusted, where the quantity has longer ones."""
-    short = pl.col("short_window").fill_null(False)
-    longer = readings.filter(pl.col("joules").is_not_null() & ~short)["quantity"].unique()
-    return readings.filter(~(short & pl.col("quantity").is_in(longer.to_list())))
-
-
 def _object(node: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     found = node.get(key)
     if not isinstance(found, dict) or not found:
@@ -211,7 +207,10 @@ def _document(
     name: str,
 ) -> dict[str, Any]:
     """The content of profile.json without its exits."""
-    points = gather(_sound(readings))
+    kept = sound(readings)
+    points = gather(kept)
+    left_out = _count_by_model(readings)
+    left_out.subtract(_count_by_model(kept))
     where = str(folder / POINTS_FILE)
     device = _object(environment, "device", str(folder / ENVIRONMENT_FILE))
     why_not = _why_no_energy(environment)
@@ -229,7 +228,13 @@ def _document(
             where=where,
         )
         energy[one] = fit_energy(
-            mine, found.model, idle.value, limit, why_not, times[one].padded_share
+            mine,
+            found.model,
+            idle.value,
+            limit,
+            why_not,
+            times[one].padded_share,
+            left_out[one],
         )
     if not all(fit.record["available"] for fit in energy.values()):
         missing = [one for one, fit in energy.items() if not fit.record["available"]]
@@ -254,7 +259,7 @@ def _document(
         "provenance": {
             "origin": "measured",
             "sources": [origin],
-            "notes": _notes(times, energy, neighbours(readings)),
+            "notes": _notes(times, energy, left_out, neighbours(readings)),
             "environment": _plain(environment),
         },
         "measurement": {
@@ -275,13 +280,20 @@ def _document(
     }
 
 
+def _count_by_model(readings: pl.DataFrame) -> Counter[str]:
+    return Counter(readings["model"].to_list())
+
+
 def _plain(environment: Mapping[str, Any]) -> dict[str, Any]:
     """The environment without what the profile says elsewhere."""
     return {key: value for key, value in environment.items() if key != "models"}
 
 
 def _notes(
-    times: Mapping[str, TimesFit], energy: Mapping[str, EnergyFit], busy: str | None
+    times: Mapping[str, TimesFit],
+    energy: Mapping[str, EnergyFit],
+    left_out: Mapping[str, int],
+    busy: str | None,
 ) -> list[str]:
     modes = sorted(
         {fit.modes["decode_layers"] or "the one mode measured" for fit in times.values()}
@@ -295,6 +307,12 @@ def _notes(
         )
     reasons = {fit.record["why"] for fit in energy.values() if not fit.record["available"]}
     notes += [f"Energy is unavailable: {why}." for why in sorted(reasons)]
+    notes += [
+        f"{name}: {counted(left_out[name], 'short energy window')} left out, since longer ones "
+        "suffice."
+        for name in energy
+        if left_out[name]
+    ]
     if busy:
         notes.append(f"{busy}.")
     return notes
