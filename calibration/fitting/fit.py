@@ -259,7 +259,10 @@ def _document(
         "provenance": {
             "origin": "measured",
             "sources": [origin],
-            "notes": _notes(times, energy, left_out, neighbours(readings)),
+            "notes": [
+                *_notes(times, energy, left_out, neighbours(readings)),
+                *_cached_note(link_record["disk"]),
+            ],
             "environment": _plain(environment),
         },
         "measurement": {
@@ -316,6 +319,17 @@ def _notes(
     if busy:
         notes.append(f"{busy}.")
     return notes
+
+
+def _cached_note(disk: Mapping[str, Any]) -> list[str]:
+    """That loads may have met the system's memory in place of the disk, where they may."""
+    if "cached" not in disk:
+        return []
+    cached, points = disk["cached"]
+    return [
+        f"Loading from disk: {cached} of {points} points may be of the system's cache, so that a "
+        "load that meets the disk may take longer."
+    ]
 
 
 def _why_no_energy(environment: Mapping[str, Any]) -> str:
@@ -521,18 +535,23 @@ def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
     if slope <= 0.0:
         # Loads too small to show a rate: all of their time is charged to the bytes.
         slope, alpha = float(np.median(readings.seconds / size)), 0.0
-    source = f"{way}: fitted to {fitted.height} points of {name}"
+    source, grade = f"{way}: fitted to {fitted.height} points of {name}", "measured"
+    cached = int(fitted["cached"].sum())
+    if cached:
+        source += f", of which {cached} may be of the system's cache: assumed to be of the disk"
+        grade = "derived"
     held_out = of_quantity(points, name, purpose=HELD_OUT).filter(pl.col("bytes") > 0)
     measured = held_out["seconds"].to_numpy()
     predicted = alpha + slope * held_out["bytes"].cast(pl.Float64).to_numpy()
     return _Link(
-        Number(float(alpha), "measured", source, float(alpha_error)),
-        Number(1.0 / float(slope), "measured", source, float(slope_error / slope**2)),
+        Number(float(alpha), grade, source, float(alpha_error)),
+        Number(1.0 / float(slope), grade, source, float(slope_error / slope**2)),
         {
+            **({"cached": [cached, fitted.height]} if cached else {}),
             "errors": {
                 "left_out": spread(chosen.left_out.errors),
                 "held_out": spread(regression.relative_errors(predicted, measured)),
-            }
+            },
         },
     )
 

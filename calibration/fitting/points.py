@@ -14,6 +14,7 @@ import polars as pl
 
 from calibration.measuring import readings as raw
 from calibration.measuring.readings import (
+    CACHED,
     CONFIGURATION,
     ENVIRONMENT_FILE,
     LEAST_DECODE_WINDOWS,
@@ -136,8 +137,8 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
     Trials that lost more than a tenth of their time to other processes are left out where the
     configuration has others, and so are those that took a quarter longer than its quickest.
     `noise` is the median absolute deviation among the trials left over their median, null for a
-    single one. A configuration measured for both purposes counts as held out nowhere: it was
-    fitted.
+    single one. `cached` says that a load may have met the system's memory in place of the disk. A
+    configuration measured for both purposes counts as held out nowhere: it was fitted.
     """
     moved = pl.col("quantity").is_in(MOVED)
     deviation = (pl.col("seconds") - pl.col("seconds").median()).abs().median()
@@ -175,6 +176,7 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
             watts=pl.col("watts").median(),
             bytes=pl.col("bytes").max(),
             predicted_bytes=pl.col("predicted_bytes").max(),
+            cached=(pl.col("note") == CACHED).any(),
         )
         .drop("moved_bytes")
     )

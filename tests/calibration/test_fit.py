@@ -27,7 +27,7 @@ from calibration.fitting.fit_times import (
     model_profile,
 )
 from calibration.fitting.points import CAPTURES, LEAVING, PREFILL_ITERATION
-from calibration.measuring.readings import POINTS_FILE, Reading
+from calibration.measuring.readings import CACHED, POINTS_FILE, Reading
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -792,3 +792,20 @@ def test_short_windows_are_left_out_where_long_ones_suffice_and_nobody_judges_by
     judged = compare(profile).filter(WINDOWS & (pl.col("quantity") != "head_energy"))
     assert set(judged["layers"]) == {6, 12}
     assert judged["error"].abs().max() < 1e-3
+
+
+def test_loads_that_may_have_met_the_cache_are_not_called_measured_from_the_disk(
+    tmp_path: Path, exact: Profile
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
+    points = pl.read_parquet(folder / POINTS_FILE).filter(FEW_BATCHES)
+    disk = pl.col("quantity") == "load_disk"
+    noted = pl.when(disk & (pl.col("bytes") > 2**22)).then(pl.lit(CACHED)).otherwise("note")
+    points.with_columns(note=noted).write_parquet(folder / POINTS_FILE)
+    profile = fit_profile(folder, tmp_path / "profile")
+    found = profile.quantities["loading.disk.bytes_per_s"]
+    assert found.grade == "derived"
+    assert "2 may be of the system's cache: assumed to be of the disk" in found.source
+    assert profile.quantities["loading.host.bytes_per_s"].grade == "measured"
+    assert any("disk: 2 of 4 points may be of the" in note for note in profile.provenance.notes)
+    assert exact.quantities["loading.disk.alpha_s"].grade == "measured"
