@@ -624,7 +624,8 @@ class _Session:
             return
         self._say(f"Tracing the exits of {len(folders)} checkpoints on held-out text.")
         try:
-            trace_checkpoints(folders, self.settings.out, device=self.device)
+            out, device, dtype = self.settings.out, self.device, self.dtype
+            trace_checkpoints(folders, out, device=device, dtype=dtype)
         except InputError as error:
             self._note(f"No exits are traced: {error}")
 

@@ -530,6 +530,16 @@ def test_a_disk_that_fills_ends_the_run_in_words(
     assert read_points(tmp_path / "out").height == 4
 
 
+def test_exits_are_traced_in_the_precision_that_is_measured(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(measuring, "trace_checkpoints", lambda *_, **given: asked.append(given))
+    monkeypatch.setattr(measuring._Session, "_model_readings", lambda *_: None)
+    measure(settings(checkpoint, tmp_path / "out", dtype="bfloat16", traces=True))
+    assert asked == [{"device": torch.device("cpu"), "dtype": torch.bfloat16}]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_that_is_absent_is_said_with_the_remedy(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"CUDA was asked for .* --device cpu"):
