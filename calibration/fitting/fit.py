@@ -275,6 +275,7 @@ def _document(
                 one: {
                     **times[one].record,
                     "energy": energy[one].record,
+                    **_kernels(environment["models"][one]),
                     "against_floor": _against_floor(points, found.model, times[one], floors),
                 }
                 for one, found in measured.items()
@@ -319,6 +320,11 @@ def _notes(
     if busy:
         notes.append(f"{busy}.")
     return notes
+
+
+def _kernels(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Which kernels its times stand for, where the measurement says it."""
+    return {"kernels": described["kernels"]} if "kernels" in described else {}
 
 
 def _cached_note(disk: Mapping[str, Any]) -> list[str]:

@@ -311,6 +311,10 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
     written = json.loads((tmp_path / "points" / "environment.json").read_text())
     assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
     assert written["device"]["kind"] == "cuda"
+    for name, said in written["models"]["tiny"]["kernels"].items():
+        assert said.startswith("not usable: "), name
+    notes = [note for note in done.notes if note.startswith("tiny: the kernel ")]
+    assert [note.split()[3] for note in notes] == ["fusion", "flash", "telling"]
     assert (points["bytes"].drop_nulls() >= 0).all()
 
 
