@@ -211,75 +211,100 @@ def _document(
     points = gather(kept)
     left_out = _count_by_model(readings)
     left_out.subtract(_count_by_model(kept))
-    where = str(folder / POINTS_FILE)
     device = _object(environment, "device", str(folder / ENVIRONMENT_FILE))
     why_not = _why_no_energy(environment)
     idle = _idle(readings, why_not)
-    limit = _limit(device)
-    times: dict[str, TimesFit] = {}
-    energy: dict[str, EnergyFit] = {}
-    for one, found in measured.items():
-        mine = points.filter(pl.col("model") == one)
-        times[one] = fit_times(
-            mine,
+    times = {
+        one: fit_times(
+            points.filter(pl.col("model") == one),
             found.model,
             mode=settings.mode,
             buckets=found.buckets,
-            where=where,
+            where=str(folder / POINTS_FILE),
         )
-        energy[one] = fit_energy(
-            mine,
-            found.model,
-            idle.value,
-            limit,
-            why_not,
-            times[one].padded_share,
-            left_out[one],
-        )
-    if not all(fit.record["available"] for fit in energy.values()):
-        missing = [one for one, fit in energy.items() if not fit.record["available"]]
-        why = energy[missing[0]].record["why"]
-        # Energy is known for a profile or it is not: candidates must compare.
-        if len(missing) < len(energy):
-            why = f"not every model's energy was read: {', '.join(missing)} ({why})"
-            energy = dict.fromkeys(energy, no_energy(why, limit))
-    links, link_record = _links(points)
-    floors = _floors(points)
-    models = {
-        one: _model_node(found, times[one], energy[one], points) for one, found in measured.items()
+        for one, found in measured.items()
     }
-    origin = f"readings of {device['name']}"
+    energy = _energies(points, measured, times, idle.value, _limit(device), why_not, left_out)
+    links, link_record = _links(points)
     return {
         "schema_version": SCHEMA_VERSION,
         "name": settings.name or name,
         "description": f"{', '.join(measured)} measured on {device['name']}",
         "device": _device_node(device, idle, energy, points),
         "loading": links,
-        "models": models,
+        "models": {
+            one: _model_node(found, times[one], energy[one], points)
+            for one, found in measured.items()
+        },
         "provenance": {
             "origin": "measured",
-            "sources": [origin],
+            "sources": [f"readings of {device['name']}"],
             "notes": [
                 *_notes(times, energy, left_out, neighbours(readings)),
                 *_cached_note(link_record["disk"]),
             ],
             "environment": _plain(environment),
         },
-        "measurement": {
-            "floors": floors,
-            "loading": link_record,
-            "memory": _memory_record(points, measured),
-            "graph_capture": _median_seconds(points, "graph_capture"),
-            "unload": _median_seconds(points, "unload"),
-            "models": {
-                one: {
-                    **times[one].record,
-                    "energy": energy[one].record,
-                    **_kernels(environment["models"][one]),
-                    "against_floor": _against_floor(points, found.model, times[one], floors),
-                }
-                for one, found in measured.items()
-            },
+        "measurement": _measurement(points, environment, measured, times, energy, link_record),
+    }
+
+
+def _energies(
+    points: pl.DataFrame,
+    measured: Mapping[str, _Measured],
+    times: Mapping[str, TimesFit],
+    idle_w: float | None,
+    limit: Number,
+    why_not: str,
+    left_out: Mapping[str, int],
+) -> dict[str, EnergyFit]:
+    """The energy of every model, or of none: candidates must compare."""
+    energy = {
+        one: fit_energy(
+            points.filter(pl.col("model") == one),
+            found.model,
+            idle_w,
+            limit,
+            why_not,
+            times[one].padded_share,
+            left_out[one],
+        )
+        for one, found in measured.items()
+    }
+    missing = [one for one, fit in energy.items() if not fit.record["available"]]
+    if not missing:
+        return energy
+    why = energy[missing[0]].record["why"]
+    if len(missing) < len(energy):
+        why = f"not every model's energy was read: {', '.join(missing)} ({why})"
+        energy = dict.fromkeys(energy, no_energy(why, limit))
+    return energy
+
+
+def _measurement(
+    points: pl.DataFrame,
+    environment: Mapping[str, Any],
+    measured: Mapping[str, _Measured],
+    times: Mapping[str, TimesFit],
+    energy: Mapping[str, EnergyFit],
+    link_record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a profile keeps of how it was come by."""
+    floors = _floors(points)
+    return {
+        "floors": floors,
+        "loading": link_record,
+        "memory": _memory_record(points, measured),
+        "graph_capture": _median_seconds(points, "graph_capture"),
+        "unload": _median_seconds(points, "unload"),
+        "models": {
+            one: {
+                **times[one].record,
+                "energy": energy[one].record,
+                **_kernels(environment["models"][one]),
+                "against_floor": _against_floor(points, found.model, times[one], floors),
+            }
+            for one, found in measured.items()
         },
     }
 
