@@ -20,6 +20,7 @@ from calibration.fitting.points import (
     gather,
     neighbours,
     read_points,
+    sound,
 )
 from calibration.fitting.predict import predictor_of
 from calibration.measuring.readings import POINTS_FILE
@@ -105,9 +106,10 @@ def compare(profile: Profile) -> pl.DataFrame:
     """Every point of a profile's own readings with what the profile predicts for it.
 
     Columns `measured`, `predicted` (seconds, joules or bytes) and `error` (relative) are added to
-    those of `points.gather`; points of which nothing is predicted are left out.
+    those of `points.gather`; points of which nothing is predicted are left out, and so are windows
+    that the fit leaves out.
     """
-    points = gather(read_points(profile.folder))
+    points = gather(sound(read_points(profile.folder)))
     measurement: Mapping[str, Any] = profile.document.get("measurement") or {}
     predictors = {name: predictor_of(profile, name) for name in profile.models}
     kept_modes = {

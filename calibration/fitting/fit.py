@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from calibration.fitting.points import (
     of_quantity,
     read_environment,
     read_points,
+    sound,
 )
 from calibration.fitting.regression import Equations
 from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE
@@ -45,6 +47,7 @@ from helios_sim.profile import (
     quantity,
     save_profile,
 )
+from helios_sim.report.words import counted
 
 TRACE_REPORT_FILE: Final = "trace.json"
 """Written by `calibration.training.trace` beside exits.parquet; importing it needs torch."""
@@ -146,13 +149,6 @@ def _save(
     return load_profile(out)
 
 
-def _sound(readings: pl.DataFrame) -> pl.DataFrame:
-    """Without energy windows too short to be trusted, where the quantity has longer ones."""
-    short = pl.col("short_window").fill_null(False)
-    longer = readings.filter(pl.col("joules").is_not_null() & ~short)["quantity"].unique()
-    return readings.filter(~(short & pl.col("quantity").is_in(longer.to_list())))
-
-
 def _object(node: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     found = node.get(key)
     if not isinstance(found, dict) or not found:
@@ -211,68 +207,110 @@ def _document(
     name: str,
 ) -> dict[str, Any]:
     """The content of profile.json without its exits."""
-    points = gather(_sound(readings))
-    where = str(folder / POINTS_FILE)
+    kept = sound(readings)
+    points = gather(kept)
+    left_out = _count_by_model(readings)
+    left_out.subtract(_count_by_model(kept))
     device = _object(environment, "device", str(folder / ENVIRONMENT_FILE))
     why_not = _why_no_energy(environment)
     idle = _idle(readings, why_not)
-    limit = _limit(device)
-    times: dict[str, TimesFit] = {}
-    energy: dict[str, EnergyFit] = {}
-    for one, found in measured.items():
-        mine = points.filter(pl.col("model") == one)
-        times[one] = fit_times(
-            mine,
+    times = {
+        one: fit_times(
+            points.filter(pl.col("model") == one),
             found.model,
             mode=settings.mode,
             buckets=found.buckets,
-            where=where,
+            where=str(folder / POINTS_FILE),
         )
-        energy[one] = fit_energy(
-            mine, found.model, idle.value, limit, why_not, times[one].padded_share
-        )
-    if not all(fit.record["available"] for fit in energy.values()):
-        missing = [one for one, fit in energy.items() if not fit.record["available"]]
-        why = energy[missing[0]].record["why"]
-        # Energy is known for a profile or it is not: candidates must compare.
-        if len(missing) < len(energy):
-            why = f"not every model's energy was read: {', '.join(missing)} ({why})"
-            energy = dict.fromkeys(energy, no_energy(why, limit))
-    links, link_record = _links(points)
-    floors = _floors(points)
-    models = {
-        one: _model_node(found, times[one], energy[one], points) for one, found in measured.items()
+        for one, found in measured.items()
     }
-    origin = f"readings of {device['name']}"
+    energy = _energies(points, measured, times, idle.value, _limit(device), why_not, left_out)
+    links, link_record = _links(points)
     return {
         "schema_version": SCHEMA_VERSION,
         "name": settings.name or name,
         "description": f"{', '.join(measured)} measured on {device['name']}",
         "device": _device_node(device, idle, energy, points),
         "loading": links,
-        "models": models,
+        "models": {
+            one: _model_node(found, times[one], energy[one], points)
+            for one, found in measured.items()
+        },
         "provenance": {
             "origin": "measured",
-            "sources": [origin],
-            "notes": _notes(times, energy, neighbours(readings)),
+            "sources": [f"readings of {device['name']}"],
+            "notes": [
+                *_notes(times, energy, left_out, neighbours(readings)),
+                *_cached_note(link_record["disk"]),
+            ],
             "environment": _plain(environment),
         },
-        "measurement": {
-            "floors": floors,
-            "loading": link_record,
-            "memory": _memory_record(points, measured),
-            "graph_capture": _median_seconds(points, "graph_capture"),
-            "unload": _median_seconds(points, "unload"),
-            "models": {
-                one: {
-                    **times[one].record,
-                    "energy": energy[one].record,
-                    "against_floor": _against_floor(points, found.model, times[one], floors),
-                }
-                for one, found in measured.items()
-            },
+        "measurement": _measurement(points, environment, measured, times, energy, link_record),
+    }
+
+
+def _energies(
+    points: pl.DataFrame,
+    measured: Mapping[str, _Measured],
+    times: Mapping[str, TimesFit],
+    idle_w: float | None,
+    limit: Number,
+    why_not: str,
+    left_out: Mapping[str, int],
+) -> dict[str, EnergyFit]:
+    """The energy of every model, or of none: candidates must compare."""
+    energy = {
+        one: fit_energy(
+            points.filter(pl.col("model") == one),
+            found.model,
+            idle_w,
+            limit,
+            why_not,
+            times[one].padded_share,
+            left_out[one],
+        )
+        for one, found in measured.items()
+    }
+    missing = [one for one, fit in energy.items() if not fit.record["available"]]
+    if not missing:
+        return energy
+    why = energy[missing[0]].record["why"]
+    if len(missing) < len(energy):
+        why = f"not every model's energy was read: {', '.join(missing)} ({why})"
+        energy = dict.fromkeys(energy, no_energy(why, limit))
+    return energy
+
+
+def _measurement(
+    points: pl.DataFrame,
+    environment: Mapping[str, Any],
+    measured: Mapping[str, _Measured],
+    times: Mapping[str, TimesFit],
+    energy: Mapping[str, EnergyFit],
+    link_record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a profile keeps of how it was come by."""
+    floors = _floors(points)
+    return {
+        "floors": floors,
+        "loading": link_record,
+        "memory": _memory_record(points, measured),
+        "graph_capture": _median_seconds(points, "graph_capture"),
+        "unload": _median_seconds(points, "unload"),
+        "models": {
+            one: {
+                **times[one].record,
+                "energy": energy[one].record,
+                **_kernels(environment["models"][one]),
+                "against_floor": _against_floor(points, found.model, times[one], floors),
+            }
+            for one, found in measured.items()
         },
     }
+
+
+def _count_by_model(readings: pl.DataFrame) -> Counter[str]:
+    return Counter(readings["model"].to_list())
 
 
 def _plain(environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,7 +319,10 @@ def _plain(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _notes(
-    times: Mapping[str, TimesFit], energy: Mapping[str, EnergyFit], busy: str | None
+    times: Mapping[str, TimesFit],
+    energy: Mapping[str, EnergyFit],
+    left_out: Mapping[str, int],
+    busy: str | None,
 ) -> list[str]:
     modes = sorted(
         {fit.modes["decode_layers"] or "the one mode measured" for fit in times.values()}
@@ -295,9 +336,31 @@ def _notes(
         )
     reasons = {fit.record["why"] for fit in energy.values() if not fit.record["available"]}
     notes += [f"Energy is unavailable: {why}." for why in sorted(reasons)]
+    notes += [
+        f"{name}: {counted(left_out[name], 'short energy window')} left out, since longer ones "
+        "suffice."
+        for name in energy
+        if left_out[name]
+    ]
     if busy:
         notes.append(f"{busy}.")
     return notes
+
+
+def _kernels(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Which kernels its times stand for, where the measurement says it."""
+    return {"kernels": described["kernels"]} if "kernels" in described else {}
+
+
+def _cached_note(disk: Mapping[str, Any]) -> list[str]:
+    """That loads may have met the system's memory in place of the disk, where they may."""
+    if "cached" not in disk:
+        return []
+    cached, points = disk["cached"]
+    return [
+        f"Loading from disk: {cached} of {points} points may be of the system's cache, so that a "
+        "load that meets the disk may take longer."
+    ]
 
 
 def _why_no_energy(environment: Mapping[str, Any]) -> str:
@@ -503,18 +566,23 @@ def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
     if slope <= 0.0:
         # Loads too small to show a rate: all of their time is charged to the bytes.
         slope, alpha = float(np.median(readings.seconds / size)), 0.0
-    source = f"{way}: fitted to {fitted.height} points of {name}"
+    source, grade = f"{way}: fitted to {fitted.height} points of {name}", "measured"
+    cached = int(fitted["cached"].sum())
+    if cached:
+        source += f", of which {cached} may be of the system's cache: assumed to be of the disk"
+        grade = "derived"
     held_out = of_quantity(points, name, purpose=HELD_OUT).filter(pl.col("bytes") > 0)
     measured = held_out["seconds"].to_numpy()
     predicted = alpha + slope * held_out["bytes"].cast(pl.Float64).to_numpy()
     return _Link(
-        Number(float(alpha), "measured", source, float(alpha_error)),
-        Number(1.0 / float(slope), "measured", source, float(slope_error / slope**2)),
+        Number(float(alpha), grade, source, float(alpha_error)),
+        Number(1.0 / float(slope), grade, source, float(slope_error / slope**2)),
         {
+            **({"cached": [cached, fitted.height]} if cached else {}),
             "errors": {
                 "left_out": spread(chosen.left_out.errors),
                 "held_out": spread(regression.relative_errors(predicted, measured)),
-            }
+            },
         },
     )
 

@@ -31,6 +31,7 @@ from calibration.measuring.readings import LEAST_DECODE_WINDOWS
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.model import EarlyExitModel
 from helios_sim.profile import UNAVAILABLE, unit_of
+from helios_sim.report.words import counted
 
 _COLUMNS: Final = (
     "power.active_w",
@@ -73,12 +74,14 @@ def fit_energy(
     limit: Number,
     why_not: str,
     padded_share: float = 0.0,
+    short_left_out: int = 0,
 ) -> EnergyFit:
     """Fit the energy of one model from its gathered points.
 
     `idle_w` is the device's measured idle power, the floor under the active one. `why_not` is
     said where there is nothing to fit. Windows hold rows of equal contexts; `padded_share` is what
     the times say of ragged ones, the share of a context token's cost that goes by padded tokens.
+    `short_left_out` counts the windows that the points lack because longer ones suffice.
     """
     windows = points.filter(
         pl.col("quantity").is_in((*DECODE_WINDOWS, *PREFILL_WINDOWS, HEAD_WINDOW))
@@ -101,6 +104,8 @@ def fit_energy(
     solved = relative_nnls(features, above_idle, joules)
     left_out, errors = _leave_one_out(features, above_idle, joules)
     source = f"regression over {fitted.height} energy windows"
+    if short_left_out:
+        source += f", {counted(short_left_out, 'short window')} left out"
     numbers = {
         name: Number(float(value), "measured", source, float(error))
         for name, value, error in zip(_COLUMNS, solved, errors, strict=True)

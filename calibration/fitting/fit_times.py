@@ -96,6 +96,14 @@ class Number:
     error: float | None = None
 
 
+_NO_OVERHEAD: Final = Number(
+    0.0,
+    "derived",
+    "rows that stay keep their states by one short copy, and the pass they make later is charged "
+    "its own decode.fixed_s",
+)
+
+
 @dataclass(frozen=True)
 class TimesFit:
     """The times of one model: numbers by coefficient, and how they were come by.
@@ -191,15 +199,7 @@ def fit_times(
     captures = pl.concat([fitted[quantity] for quantity in CAPTURES])
     capture = _capture(captures) if modes["decode_layers"] == "graph" and captures.height else None
     numbers |= _capture_numbers(capture, captures, modes["decode_layers"])
-    numbers |= dict.fromkeys(
-        ("rebatch.overhead_s", "rebatch.overhead_s_per_row"),
-        Number(
-            0.0,
-            "derived",
-            "rows that stay keep their states by one short copy, and the pass they make later is "
-            "charged its own decode.fixed_s",
-        ),
-    )
+    numbers |= dict.fromkeys(("rebatch.overhead_s", "rebatch.overhead_s_per_row"), _NO_OVERHEAD)
     overheads = {"decode": decode.stack_s, "prefill": prefill.stack_s}
     batch_residual = _stairs(decode.knots.get(BATCH, ()), buckets)
     depth_residual = decode.knots.get(DEPTH, ())
@@ -229,18 +229,7 @@ def fit_times(
         "planes": {"decode": _planes_said(decode), "prefill": _planes_said(prefill)},
         "batch_residual": _factor_said(decode, BATCH),
         "depth_residual": _factor_said(decode, DEPTH),
-        "errors": {
-            quantity: {
-                "left_out": spread(left_out.get(quantity, np.zeros(0))),
-                "held_out": spread(
-                    errors_of(predictor, of_quantity(points, quantity, modes[quantity], HELD_OUT))
-                ),
-                "noise": _noise(points, quantity, modes[quantity]),
-            }
-            for quantity in TIMES
-            if of_quantity(points, quantity, modes[quantity]).height
-            and (quantity not in CAPTURES or capture is not None)
-        },
+        "errors": _errors(points, modes, predictor, left_out, captured=capture is not None),
         "leaving": leaving.record if leaving is not None else {},
         "launch_bound_share": launch_bound_share(points),
         "falls": falling_time(kept),
@@ -248,6 +237,34 @@ def fit_times(
     return TimesFit(
         numbers, batch_residual, depth_residual, tuple(buckets), hull, overheads, modes, record
     )
+
+
+def _errors(
+    points: pl.DataFrame,
+    modes: Mapping[str, str],
+    predictor: Predictor,
+    left_out: Mapping[str, Floats],
+    *,
+    captured: bool,
+) -> dict[str, Any]:
+    """By quantity that was timed: errors of points left out and held out, and the noise.
+
+    Graphs are judged only where they were captured for the mode that the profile stands for.
+    """
+    found = {}
+    for quantity in TIMES:
+        mode = modes[quantity]
+        if quantity in CAPTURES and not captured:
+            continue
+        if not of_quantity(points, quantity, mode).height:
+            continue
+        held_out = of_quantity(points, quantity, mode, HELD_OUT)
+        found[quantity] = {
+            "left_out": spread(left_out.get(quantity, np.zeros(0))),
+            "held_out": spread(errors_of(predictor, held_out)),
+            "noise": _noise(points, quantity, mode),
+        }
+    return found
 
 
 def _check_points(fitted: Mapping[str, pl.DataFrame], model: EarlyExitModel, where: str) -> None:

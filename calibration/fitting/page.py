@@ -35,6 +35,7 @@ from calibration.fitting.points import (
     gather,
     of_quantity,
     read_points,
+    sound,
 )
 from calibration.fitting.predict import Predictor, predictor_of
 from calibration.measuring.readings import LINK, MEMORY_KINDS
@@ -84,7 +85,7 @@ def render(profile: Profile, points: Path | None = None) -> str:
         )
     compared = compare(profile)
     rows = check_rows(profile, compared)
-    readings = gather(read_points(profile.folder))
+    readings = gather(sound(read_points(profile.folder)))
     drawn: dict[str, Figure] = {}
     sections = [
         _opening(profile, rows),

@@ -14,8 +14,10 @@ import polars as pl
 
 from calibration.measuring import readings as raw
 from calibration.measuring.readings import (
+    CACHED,
     CONFIGURATION,
     ENVIRONMENT_FILE,
+    LEAST_DECODE_WINDOWS,
     MOST_LOST_SHARE,
     MOVED,
     POINTS_FILE,
@@ -37,6 +39,13 @@ PREFILL_WINDOWS: Final = ("prefill_energy", "prefill_iteration_energy")
 WHOLE_WINDOWS: Final = ("iteration_energy", "prefill_iteration_energy")
 HEAD_WINDOW: Final = "head_energy"
 """Energy windows: of decodes and prompts, as stacks of layers and as whole iterations."""
+
+_LONG_WINDOWS: Final = {
+    **dict.fromkeys(DECODE_WINDOWS, LEAST_DECODE_WINDOWS),
+    **dict.fromkeys(PREFILL_WINDOWS, 3),
+    HEAD_WINDOW: 2,
+}
+"""Different long windows that a quantity is fitted to alone: it has as many unknowns."""
 
 MOST_LENGTHENED: Final = 1.25
 """Times the quickest trial of its configuration that an undisturbed one may take.
@@ -95,14 +104,41 @@ def neighbours(readings: pl.DataFrame) -> str | None:
     return busy_machine(timed["idle_share"].drop_nulls().to_list())
 
 
+def _kind() -> pl.Expr:
+    """The quantity of a point: iterations that carry prompts are one of their own."""
+    carries = pl.col("prompt_tokens").fill_null(0) > 0
+    whole = pl.col("quantity").is_in(("iteration", "iteration_energy"))
+    return (
+        pl.when(whole & carries)
+        .then(pl.concat_str(pl.lit("prefill_"), pl.col("quantity")))
+        .otherwise(pl.col("quantity"))
+    )
+
+
+def sound(readings: pl.DataFrame) -> pl.DataFrame:
+    """Without energy windows below the meter's minimum, where the longer ones suffice for a fit.
+
+    Model by model and quantity by quantity: how long windows are goes by the budget of the run
+    that took them, and a resumed run may have another.
+    """
+    short = pl.col("short_window").fill_null(False)
+    kinds = readings.with_row_index("row").with_columns(kind=_kind())
+    longer = kinds.filter((pl.col("joules") > 0.0) & ~short & (pl.col("purpose") == FIT))
+    counts = longer.unique(subset=CONFIGURATION).group_by("model", "kind").len()
+    needed = pl.col("kind").replace_strict(_LONG_WINDOWS, default=1, return_dtype=pl.UInt32)
+    enough = counts.filter(pl.col("len") >= needed)
+    left_out = kinds.filter(short).join(enough, on=("model", "kind"), how="semi")["row"]
+    return readings.filter(~pl.int_range(pl.len()).is_in(left_out.to_list()))
+
+
 def gather(readings: pl.DataFrame) -> pl.DataFrame:
     """One row a configuration: medians over its trials, `num_trials` and their `noise`.
 
     Trials that lost more than a tenth of their time to other processes are left out where the
     configuration has others, and so are those that took a quarter longer than its quickest.
     `noise` is the median absolute deviation among the trials left over their median, null for a
-    single one. A configuration measured for both purposes counts as held out nowhere: it was
-    fitted.
+    single one. `cached` says that a load may have met the system's memory in place of the disk. A
+    configuration measured for both purposes counts as held out nowhere: it was fitted.
     """
     moved = pl.col("quantity").is_in(MOVED)
     deviation = (pl.col("seconds") - pl.col("seconds").median()).abs().median()
@@ -124,12 +160,7 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
     return (
         kept.with_columns(
             moved_bytes=pl.when(moved).then(pl.col("bytes")),
-            quantity=pl.when(
-                pl.col("quantity").is_in(("iteration", "iteration_energy"))
-                & (pl.col("prompt_tokens").fill_null(0) > 0)
-            )
-            .then(pl.concat_str(pl.lit("prefill_"), pl.col("quantity")))
-            .otherwise(pl.col("quantity")),
+            quantity=_kind(),
         )
         .group_by(*CONFIGURATION, "moved_bytes", maintain_order=True)
         .agg(
@@ -145,6 +176,7 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
             watts=pl.col("watts").median(),
             bytes=pl.col("bytes").max(),
             predicted_bytes=pl.col("predicted_bytes").max(),
+            cached=(pl.col("note") == CACHED).any(),
         )
         .drop("moved_bytes")
     )

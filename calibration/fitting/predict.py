@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -100,79 +100,49 @@ class Predictor:
 
     def seconds(self, row: Row) -> float | None:
         """Predicted seconds of a reading; None where the profile predicts no such thing."""
-        c = self.coefficients
-        quantity = row["quantity"]
-        layers, batch = float(row["layers"] or 0), int(row["batch"] or 0)
-        if quantity == "decode_layers":
-            return self.stack_overhead_s.get("decode", 0.0) + layers * self.layer_seconds(row)
-        if quantity == "prefill_layers":
-            tokens, cached, pairs = prefill_load(row)
-            seconds, _ = cost.layer_seconds(c, 0.0, 0.0, 0.0, tokens, cached, pairs)
-            return self.stack_overhead_s.get("prefill", 0.0) + layers * float(seconds)
-        if quantity == PREFILL_ITERATION:
-            tokens, cached, pairs = prefill_load(row)
-            seconds, _ = cost.mixed_seconds(
-                c,
-                0.0,
-                0.0,
-                0.0,
-                tokens,
-                cached,
-                pairs,
-                layers,
-                0.0,
-                float(batch),
-                float(batch),
-                1.0,
-            )
-            return float(seconds)
-        if quantity == "iteration":
-            rows = self.rows(batch, row["mode"])
-            seconds, _ = cost.decode_seconds(
-                c,
-                rows,
-                self.read_tokens(row),
-                self.padded_tokens(row),
-                layers,
-                0.0,
-                1.0,
-                0.0,
-                rows,
-                float(batch),
-                self.factor(row),
-            )
-            return float(seconds)
-        if quantity == EXIT_ITERATION:
-            return self.exit_seconds(row)
-        if quantity == SPLIT_ITERATION:
-            return self.split_seconds(row)
-        if quantity == "head":
-            return float(cost.head_seconds(c, float(batch)))
-        if quantity == "check":
-            return float(cost.check_seconds(c, float(batch)))
-        if quantity == "kv_fill":
-            return float(cost.kv_fill_seconds(c, float(batch), layers))
-        if quantity in CAPTURES:
-            # Where nothing is captured there is nothing to predict.
-            tells, runs, fills = (quantity == f"capture_{kind}" for kind in ("tell", "run", "fill"))
-            counts = (float(not tells), float(tells), layers * runs, layers * fills)
-            return float(cost.capture_seconds(c, *counts)) if self.model.graph_rows else None
-        if self.loading is not None and row["bytes"]:
-            if quantity == "load_disk":
-                return self.loading.disk.seconds(row["bytes"])
-            if quantity in ("load_host", "load_host_pinned"):
-                return self.loading.host.seconds(row["bytes"])
-        return None
+        found = self._SECONDS.get(row["quantity"])
+        return None if found is None else found(self, row)
 
-    def exit_seconds(self, row: Row) -> float:
-        """A decode whose rows all leave at an exit, asked at every exit before."""
-        work, rows = self.leaving_work(row), self.rows(row["batch"], row["mode"])
+    def _decode_layers(self, row: Row) -> float:
+        overhead_s = self.stack_overhead_s.get("decode", 0.0)
+        return overhead_s + float(row["layers"] or 0) * self.layer_seconds(row)
+
+    def _prefill_layers(self, row: Row) -> float:
+        tokens, cached, pairs = prefill_load(row)
+        seconds, _ = cost.layer_seconds(self.coefficients, 0.0, 0.0, 0.0, tokens, cached, pairs)
+        overhead_s = self.stack_overhead_s.get("prefill", 0.0)
+        return overhead_s + float(row["layers"] or 0) * float(seconds)
+
+    def _prefill_iteration(self, row: Row) -> float:
+        tokens, cached, pairs = prefill_load(row)
+        layers, batch = float(row["layers"] or 0), float(row["batch"] or 0)
+        seconds, _ = cost.mixed_seconds(
+            self.coefficients,
+            0.0,
+            0.0,
+            0.0,
+            tokens,
+            cached,
+            pairs,
+            layers,
+            0.0,
+            batch,
+            batch,
+            1.0,
+        )
+        return float(seconds)
+
+    def _decode_iteration(self, row: Row) -> float:
+        """A decode of all its rows: through its layers, or leaving at an exit they all ask for."""
+        plain = row["quantity"] == "iteration"
+        work = LeavingWork(0.0, 1.0, 0.0) if plain else self.leaving_work(row)
+        rows = self.rows(row["batch"], row["mode"])
         seconds, _ = cost.decode_seconds(
             self.coefficients,
             rows,
             self.read_tokens(row),
             self.padded_tokens(row),
-            float(row["layers"]),
+            float(row["layers"] or 0),
             work.checks,
             work.heads,
             work.filled_layers,
@@ -182,7 +152,33 @@ class Predictor:
         )
         return float(seconds)
 
-    def split_seconds(self, row: Row) -> float:
+    def _head(self, row: Row) -> float:
+        return float(cost.head_seconds(self.coefficients, float(row["batch"] or 0)))
+
+    def _check(self, row: Row) -> float:
+        return float(cost.check_seconds(self.coefficients, float(row["batch"] or 0)))
+
+    def _kv_fill(self, row: Row) -> float:
+        layers, batch = float(row["layers"] or 0), float(row["batch"] or 0)
+        return float(cost.kv_fill_seconds(self.coefficients, batch, layers))
+
+    def _capture(self, row: Row) -> float | None:
+        """Of one graph; where nothing is captured there is nothing to predict."""
+        if not self.model.graph_rows:
+            return None
+        layers = float(row["layers"] or 0)
+        kind = row["quantity"]
+        tells, runs, fills = (kind == f"capture_{name}" for name in ("tell", "run", "fill"))
+        counts = (float(not tells), float(tells), layers * runs, layers * fills)
+        return float(cost.capture_seconds(self.coefficients, *counts))
+
+    def _load(self, row: Row) -> float | None:
+        if self.loading is None or not row["bytes"]:
+            return None
+        link = self.loading.disk if row["quantity"] == "load_disk" else self.loading.host
+        return link.seconds(row["bytes"])
+
+    def _split_iteration(self, row: Row) -> float:
         """A token of every row: half of them leave at an exit, the others go on by themselves."""
         c, work = self.coefficients, self.leaving_work(row)
         leaving = row["batch"] // 2
@@ -209,6 +205,21 @@ class Predictor:
         return LeavingWork(
             float(min(level + 1, last)), float(level == last), float(exits[-1] - row["layers"])
         )
+
+    _SECONDS: ClassVar[Mapping[str, Callable[[Predictor, Row], float | None]]] = {
+        "decode_layers": _decode_layers,
+        "prefill_layers": _prefill_layers,
+        "iteration": _decode_iteration,
+        PREFILL_ITERATION: _prefill_iteration,
+        EXIT_ITERATION: _decode_iteration,
+        SPLIT_ITERATION: _split_iteration,
+        "head": _head,
+        "check": _check,
+        "kv_fill": _kv_fill,
+        **dict.fromkeys(CAPTURES, _capture),
+        **dict.fromkeys(("load_disk", "load_host", "load_host_pinned"), _load),
+    }
+    """How a quantity's seconds come about."""
 
     def joules(self, row: Row) -> float | None:
         """Predicted joules of an energy reading of known seconds; None without energy."""

@@ -46,10 +46,11 @@ from calibration.measuring.timing import (
     timed,
     timer_for,
 )
-from calibration.model.decode import Decoder, slot_pool
+from calibration.model.decode import Decoder, kernels_of, slot_pool
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import Recorder
 from calibration.serving.machine import ModelMachine
+from helios_sim.errors import InputError
 from helios_sim.policy.contract import ExitMode
 
 MAX_PREFILL_TOKENS: Final = 4096
@@ -129,12 +130,17 @@ class Bench:
         """How decoding can run here."""
         return tuple(self.decoders)
 
+    @property
+    def kernels(self) -> dict[str, str]:
+        """Which kernels all of its decoders may take, and why, as `kernels_of` says."""
+        return kernels_of(self.decoders["eager"])
+
     def capture_graphs(self, recorder: Recorder | None = None) -> Reading | str:
         """Capture CUDA graphs for every segment and bucket; the reason where that cannot be.
 
         `recorder` captures them in place of CUDA's own.
         """
-        decoder = Decoder(self.model, self.pool)
+        decoder = self._another()
         before = taken_bytes(self.device)
         begin_s = time.perf_counter()
         captured = decoder.use_graphs(max_context=self.max_context, recorder=recorder)
@@ -161,7 +167,7 @@ class Bench:
         As when serving everything has been captured once before, so that kernels are loaded and
         libraries have their workspaces. Every other bucket is held out. Raises CaptureError.
         """
-        decoder = Decoder(self.model, self.pool)
+        decoder = self._another()
         decoder.use_graphs(max_context=self.max_context, on_demand=True, recorder=recorder)
         if decoder.graphs is None:
             return
@@ -307,6 +313,8 @@ class Bench:
             seed=job.trial,
             patience_s=patience_s,
         )
+        # Graphs that were lost meanwhile left the time to the eager path.
+        self._decoder(job)
         for depth, timing in zip(job.depths or (None,), found, strict=True):
             yield job.reading(depth).timed(timing)
 
@@ -323,6 +331,7 @@ class Bench:
         window = meter.open()
         seconds, repetitions = self._repeat(work, chunk, window_s)
         found = window.close(busy_s=seconds)
+        self._decoder(job)
         per_repetition_s = seconds / repetitions
         if not isinstance(found, Measurement):
             return job.reading(
@@ -452,7 +461,25 @@ class Bench:
         return self._wall if job.quantity in _WAITING else self.timer
 
     def _decoder(self, job: Job) -> Decoder:
-        return self.decoders.get(job.mode, self.decoders["eager"])
+        """What runs in a job's mode; raises for a mode that there is not, or no longer."""
+        found = self.decoders.get(job.mode or "eager")
+        if found is None:
+            raise ValueError(
+                f"{self.name} was given a trial in mode {job.mode!r}; it runs in "
+                f"{', '.join(self.modes)}."
+            )
+        if job.mode == "graph" and found.graphs is None:
+            raise InputError(
+                f"{self.name} has lost its CUDA graphs ({found.graphs_off_reason}), so that trials "
+                "from graphs cannot be taken. Go on with --resume."
+            )
+        return found
+
+    def _another(self) -> Decoder:
+        """A decoder with the kernels of the first: their self-test may find no room again."""
+        made, first = Decoder(self.model, self.pool), self.decoders["eager"]
+        made.fusion, made.choice = first.fusion, first.choice
+        return made
 
     def _ranges(self, job: Job, depth: int) -> list[tuple[int, int]]:
         """Layer ranges up to a depth, exit by exit as the serving loop runs, graphs or not."""

@@ -73,6 +73,12 @@ class Board:
         """Watts averaged by the board, over one second from Ampere on (nvmlDeviceGetPowerUsage)."""
         return float(self._ask("nvmlDeviceGetPowerUsage")) / 1e3
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether it is in parts (MIG), so that its figures are those of all of them."""
+        modes = self._tell("nvmlDeviceGetMigMode")
+        return modes is not None and int(modes[0]) == 1
+
     def state(self) -> BoardState:
         """Everything the board tells of its present state."""
         memory = self._tell("nvmlDeviceGetMemoryInfo")
@@ -133,9 +139,10 @@ class NoBoard:
 
 
 def open_board(uuid: str | None = None, nvml: Any = None) -> Board | NoBoard:
-    """The board with this UUID ("GPU-..."), or the first one; its absence is an object.
+    """The board with this UUID ("GPU-..."), or the only one there is; its absence is an object.
 
-    Raises nothing: a missing package or driver is the reason of the `NoBoard`.
+    Raises nothing: a missing package or driver, several boards of which nobody knows the right one,
+    or one that is divided, is the reason of the `NoBoard`.
     """
     if nvml is None:
         try:
@@ -144,13 +151,29 @@ def open_board(uuid: str | None = None, nvml: Any = None) -> Board | NoBoard:
             return NoBoard("nvidia-ml-py is not installed")
     try:
         nvml.nvmlInit()
-        if uuid is not None:
-            return Board(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
-        if int(nvml.nvmlDeviceGetCount()) == 0:
+        count = int(nvml.nvmlDeviceGetCount())
+        if count == 0:
             return NoBoard("the NVIDIA driver lists no GPU")
-        return Board(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
+        found = _board_named(uuid, nvml)
+        if isinstance(found, NoBoard):
+            if count > 1:
+                return NoBoard(f"{found.reason}, and which of {count} boards it is nobody knows")
+            found = Board(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
     except nvml.NVMLError as error:
         return NoBoard(f"the NVIDIA driver does not answer ({error})")
+    if found.is_divided:
+        return NoBoard("the GPU is divided (MIG), and its board counts the joules of all its parts")
+    return found
+
+
+def _board_named(uuid: str | None, nvml: Any) -> Board | NoBoard:
+    """The board with this UUID, or why there is none."""
+    if uuid is None:
+        return NoBoard("torch names no UUID of its GPU")
+    try:
+        return Board(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
+    except nvml.NVMLError as error:
+        return NoBoard(f"the NVIDIA driver finds no board {uuid} ({error})")
 
 
 def board_of(device: torch.device) -> Board | NoBoard:
@@ -158,8 +181,7 @@ def board_of(device: torch.device) -> Board | NoBoard:
     if device.type != "cuda":
         return NoBoard("a processor has no board")
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    found = open_board(None if uuid is None else f"GPU-{uuid}")
-    return open_board() if isinstance(found, NoBoard) and uuid is not None else found
+    return open_board(None if uuid is None else f"GPU-{uuid}")
 
 
 def _number(value: Any) -> float | None:

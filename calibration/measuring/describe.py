@@ -68,6 +68,7 @@ def describe_model(source: Source, bench: Bench) -> dict[str, Any]:
         "weights": "random" if source.folder is None else "checkpoint",
         "loaded_layers": model.depth,
         "heads": model.heads_kind,
+        "kernels": bench.kernels,
         "max_batch": bench.max_batch,
         "max_context_tokens": bench.max_context,
         **bench.buckets,

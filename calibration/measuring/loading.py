@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from calibration.measuring.readings import CACHED
 from calibration.measuring.timing import Work, synchronise
 from calibration.model.checkpoint import open_checkpoint, read_header, read_into
 from calibration.model.early_exit import EarlyExitLM, load
@@ -31,8 +32,6 @@ PART_BYTES: Final = 128 * 2**20
 """Bytes of one part of a stand-in file: a layer of a model of one to two billion parameters."""
 
 _DRAWN_ELEMENTS: Final = 2**22
-
-CACHED: Final = "the file may have been in the system's cache"
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,13 @@ def time_checkpoint(
     Disk counts what was waited for reading; host memory the whole load with everything that a
     load does beside copying. Raises what loading raises.
     """
-    note = "" if forget(folder.glob("*.safetensors")) else CACHED
+    files = sorted(folder.glob("*.safetensors"))
+    note = "" if forget(files) else CACHED
     seconds = _seconds(lambda: open_checkpoint(folder))
     model = load(folder, depth=depth, exits=exits, device=device, dtype=dtype)
     yield StageTime("load_open", seconds, model.plan(depth).total_bytes, note)
     yield StageTime("unload", *_unloaded(model))
-    note = "" if forget(folder.glob("*.safetensors")) else CACHED
+    note = "" if forget(files) else CACHED
     report = model.grow(depth)
     yield StageTime("load_disk", report.read_s, report.bytes, note)
     model.unload()

@@ -65,6 +65,7 @@ from calibration.measuring.readings import (
 )
 from calibration.measuring.sources import Source, find_sources, sample_tokens
 from calibration.measuring.timing import Pace, measure_pace, synchronise, timed, timer_for
+from calibration.model.decode import NOT_USABLE
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError
 from calibration.model.memory import available_bytes, require
@@ -413,10 +414,17 @@ class _Session:
             grid = self._grid_of(source, model, depth)
             tokens = sample_tokens(source.shape.vocab)
             bench = Bench(model, tokens, max_batch=grid.max_batch, max_context=grid.max_context)
+            if changed := self._changed_kernels(bench):
+                self._note(
+                    f"{bench.name} is not measured further, since {changed}: times of the two are "
+                    "not one measurement. Its readings are kept; free memory where a self-test "
+                    "found no room, or measure into another folder"
+                )
+                bench.close()
+                return
             self._graphs(bench)
             # After the graphs, whose buckets are part of the description.
-            self.environment["models"][bench.name] = describe_model(source, bench)
-            self.readings.write_environment(self.environment)
+            self._describe_model(source, bench)
             self._floors(bench)
             self._memory(bench)
             probe = bench.probe()
@@ -429,6 +437,30 @@ class _Session:
             bench.close()
         finally:
             model.unload()
+
+    def _changed_kernels(self, bench: Bench) -> str:
+        """What kernels the run that is resumed had otherwise, as far as it says; empty if none."""
+        earlier = self.environment["models"].get(bench.name, {}).get("kernels", {})
+        for name, said in bench.kernels.items():
+            before = earlier.get(name, said)
+            if before.partition(":")[0] != said.partition(":")[0]:
+                return f"of its kernels {name} was {before}; now it is {said}"
+        return ""
+
+    def _describe_model(self, source: Source, bench: Bench) -> None:
+        """Write down what a model is and runs as, and note kernels that a GPU should have had."""
+        described = describe_model(source, bench)
+        if "graph" not in bench.modes:
+            # Readings from the graphs of an earlier run were padded to its buckets.
+            earlier = self.environment["models"].get(bench.name, {})
+            described |= {key: earlier[key] for key in bench.buckets if earlier.get(key)}
+        self.environment["models"][bench.name] = described
+        self.readings.write_environment(self.environment)
+        if self.device.type == "cuda":
+            for name, said in bench.kernels.items():
+                # A pool of slots has no pages for `varlen` to read.
+                if name != "varlen" and said.startswith(NOT_USABLE):
+                    self._note(f"{bench.name}: the kernel {name} is {said}")
 
     def _load(self, source: Source) -> tuple[EarlyExitLM, int]:
         """The model to its deepest exit that fits; weights at each exit are weighed on the way."""
@@ -574,7 +606,14 @@ class _Session:
 
         Time that is left over when nobody disturbs goes to those that are.
         """
-        left = [(job, self._least_s(bench, probe, job)) for job in jobs if not self._is_done(job)]
+        missing = [job for job in jobs if not self._is_done(job)]
+        possible = [job for job in missing if not job.mode or job.mode in bench.modes]
+        if lost := len(missing) - len(possible):
+            self._note(
+                f"{bench.name}: {counted(lost, 'trial')} of the plan cannot be taken, being from "
+                "CUDA graphs, of which there are none this time; readings before are kept"
+            )
+        left = [(job, self._least_s(bench, probe, job)) for job in possible]
         left_s = sum(least_s for _, least_s in left)
         with self._progress(bench.name, len(left)) as advance:
             while left:
@@ -624,7 +663,8 @@ class _Session:
             return
         self._say(f"Tracing the exits of {len(folders)} checkpoints on held-out text.")
         try:
-            trace_checkpoints(folders, self.settings.out, device=self.device)
+            out, device, dtype = self.settings.out, self.device, self.dtype
+            trace_checkpoints(folders, out, device=device, dtype=dtype)
         except InputError as error:
             self._note(f"No exits are traced: {error}")
 

@@ -86,9 +86,10 @@ class TraceOptions:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """One checkpoint's scores by domain on trace text and on calibration text."""
+    """One checkpoint's scores by domain on trace text and on calibration text, and its type."""
 
     name: str
+    dtype: str
     confidence: Confidence
     own: tuple[str, ...]
     traced: dict[str, Scores]
@@ -113,10 +114,12 @@ def trace_checkpoints(
     out: Path,
     options: TraceOptions | None = None,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Trace checkpoints into `out/exits.parquet` and write the report beside it.
 
-    Confidence is what each checkpoint's early_exit.json says. Raises `InputError` where the
+    They compute in `dtype`, by default what is usual on the device. Confidence is what each
+    checkpoint's early_exit.json says. Raises `InputError` where the
     candidates do not share a tokenizer or a name is there twice. Returns the report.
     """
     chosen = options or TraceOptions()
@@ -136,10 +139,11 @@ def trace_checkpoints(
     }
     encoder = tokenizer_of(tokenizer, folders[0])
     tokens = {domain: text.tokens(encoder) for domain, text in texts.items()}
-    candidates = [_score(folder, tokens, windows, chosen, where) for folder in folders]
+    candidates = [_score(folder, tokens, windows, chosen, where, dtype) for folder in folders]
     traces = _traces(candidates, chosen)
     report = {
         "positions_by_domain": chosen.num_positions,
+        "dtype": candidates[0].dtype,
         "window_tokens": window,
         "min_context_tokens": windows.min_context_tokens,
         "tokenizer": tokenizer,
@@ -197,14 +201,16 @@ def _score(
     windows: Windows,
     options: TraceOptions,
     device: torch.device,
+    dtype: torch.dtype | None,
 ) -> _Candidate:
-    model = load(folder, device=device)
+    model = load(folder, device=device, dtype=dtype)
     settings = open_checkpoint(folder).settings
     kinds = (model.confidence.kind,)
     fitting = replace(options.fitting, domains=options.domains)
     try:
         return _Candidate(
             name=model.name,
+            dtype=str(model.dtype).removeprefix("torch."),
             confidence=model.confidence,
             own=own_domains(settings.corpus if settings else None),
             traced={name: score(model, ids, windows, kinds) for name, ids in tokens.items()},
@@ -344,8 +350,8 @@ def trace_page(report: Mapping[str, Any]) -> str:
         "",
         f"{report['positions_by_domain']:,} positions of each domain, the same for every "
         f"candidate, with at least {report['min_context_tokens']} tokens of context; tokenizer "
-        f"{report['tokenizer']}. The text is the split 'trace', which no model was trained or "
-        "calibrated on.",
+        f"{report['tokenizer']}, computed in {report['dtype']}. The text is the split 'trace', "
+        "which no model was trained or calibrated on.",
         "",
         *(f"- *{name}*: {text}." for name, text in report["definitions"].items()),
         "",

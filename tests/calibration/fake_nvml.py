@@ -10,7 +10,8 @@ from typing import Any
 class FakeNvml:
     """A board that draws `watts` and whose counter ticks every `tick_s`.
 
-    `without` names functions that answer with an error, as boards without a sensor do.
+    `without` names functions that answer with an error, as boards without a sensor do. `count`
+    boards are listed, and `divided` says whether they are in parts.
     """
 
     NVML_FI_DEV_POWER_INSTANT = 186
@@ -19,8 +20,15 @@ class FakeNvml:
         """What every function of pynvml raises."""
 
     def __init__(
-        self, watts: float = 200.0, tick_s: float = 0.01, without: tuple[str, ...] = ()
+        self,
+        watts: float = 200.0,
+        tick_s: float = 0.01,
+        without: tuple[str, ...] = (),
+        count: int = 1,
+        divided: bool = False,
     ) -> None:
+        self.count = count
+        self.divided = divided
         self.watts = watts
         self.tick_s = tick_s
         self.without = without
@@ -45,7 +53,10 @@ class FakeNvml:
         return "580.0"
 
     def nvmlDeviceGetCount(self) -> int:
-        return 1
+        return self.count
+
+    def nvmlDeviceGetMigMode(self, handle: str) -> list[int]:
+        return [int(self.divided), 1]
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
         return f"handle-{index}"

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from calibration.cli import main
-from calibration.fitting.check import check_rows
+from calibration.fitting.check import check_rows, compare
 from calibration.fitting.fit import FitSettings, fit_profile
 from calibration.fitting.fit_energy import EnergyFit, fit_energy
 from calibration.fitting.fit_times import (
@@ -27,7 +27,7 @@ from calibration.fitting.fit_times import (
     model_profile,
 )
 from calibration.fitting.points import CAPTURES, LEAVING, PREFILL_ITERATION
-from calibration.measuring.readings import POINTS_FILE, Reading
+from calibration.measuring.readings import CACHED, POINTS_FILE, Reading
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -244,7 +244,7 @@ def test_disturbed_cells_hardly_move_the_factors() -> None:
         .then(pl.col("seconds") * 1.9)
         .otherwise("seconds")
     )
-    assert 0.03 < (spoilt["seconds"] != points["seconds"]).mean() < 0.2  # type: ignore[operator]
+    assert 0.03 < (spoilt["seconds"] != points["seconds"]).mean() < 0.2
     found = fit_times(spoilt, planted.model())
     assert dict(found.depth_residual) == pytest.approx({3: 0.75, 6: 0.9, 12: 1.0}, rel=0.03)
     assert found.record["errors"]["decode_layers"]["held_out"]["median"] < 0.03
@@ -737,3 +737,75 @@ def test_where_iterations_tell_of_checks_a_floor_of_those_alone_stands_no_more()
     stay = points.filter(~pl.col("quantity").is_in(LEAVING))
     found = fit_times(stay, planted.model()).numbers["check.floor_s"].value
     assert found == pytest.approx(4e-5, rel=0.01)
+
+
+WINDOWS = pl.col("quantity").str.ends_with("_energy") & (pl.col("quantity") != "load_energy")
+
+
+def resumed(path: Path, short: pl.Expr, spoilt: float = 1.0) -> Path:
+    """Readings of two models, some of whose windows were `short`, and these off by a factor."""
+    frames = [planted.frame(Plan(name=name, leaving=False)) for name in ("first", "second")]
+    points = pl.concat([frames[0], frames[1].filter(pl.col("model") == "second")])
+    off = pl.when(WINDOWS & short).then(spoilt).otherwise(1.0)
+    folder = planted.folder(path, Plan(name="first", leaving=False), with_traces=False)
+    points.filter(FEW_BATCHES).with_columns(
+        short_window=pl.when(WINDOWS).then(short), joules=pl.col("joules") * off
+    ).write_parquet(folder / POINTS_FILE)
+    planted.traces(("first", "second")).write_parquet(folder / "exits.parquet")
+    content = planted.environment("first", "second")
+    (folder / "environment.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_short_windows_of_one_model_outlast_the_long_ones_of_another(tmp_path: Path) -> None:
+    """As where a run was resumed with a larger budget between the two."""
+    profile = fit_profile(
+        resumed(tmp_path / "points", pl.col("model") == "second"), tmp_path / "profile"
+    )
+    assert profile.has_energy
+    found = profile.models["second"].coefficients["decode.j_per_layer"]
+    assert found == pytest.approx(GPU_LIKE["decode.j_per_layer"], rel=1e-3)
+    assert not any("left out" in note for note in profile.provenance.notes)
+
+
+def test_a_few_long_windows_do_not_push_out_the_short_ones(tmp_path: Path) -> None:
+    long = (pl.col("batch") == 1) & (pl.col("layers") == 12) & (pl.col("context_tokens") == 128)
+    folder = resumed(tmp_path / "points", ~long.fill_null(False))
+    profile = fit_profile(folder, tmp_path / "profile")
+    number = profile.quantities["models.first.coefficients.decode.j_per_layer"]
+    assert number.value == pytest.approx(GPU_LIKE["decode.j_per_layer"], rel=1e-3)
+    assert "left out" not in number.source
+
+
+def test_short_windows_are_left_out_where_long_ones_suffice_and_nobody_judges_by_them(
+    tmp_path: Path,
+) -> None:
+    folder = resumed(tmp_path / "points", pl.col("layers").fill_null(12) == 3, spoilt=2.0)
+    profile = fit_profile(folder, tmp_path / "profile")
+    number = profile.quantities["models.first.coefficients.decode.j_per_layer"]
+    assert number.value == pytest.approx(GPU_LIKE["decode.j_per_layer"], rel=1e-3)
+    assert "short windows left out" in number.source
+    assert any(
+        note.startswith("first: ") and "short energy windows left out" in note
+        for note in profile.provenance.notes
+    )
+    judged = compare(profile).filter(WINDOWS & (pl.col("quantity") != "head_energy"))
+    assert set(judged["layers"]) == {6, 12}
+    assert judged["error"].abs().max() < 1e-3
+
+
+def test_loads_that_may_have_met_the_cache_are_not_called_measured_from_the_disk(
+    tmp_path: Path, exact: Profile
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
+    points = pl.read_parquet(folder / POINTS_FILE).filter(FEW_BATCHES)
+    disk = pl.col("quantity") == "load_disk"
+    noted = pl.when(disk & (pl.col("bytes") > 2**22)).then(pl.lit(CACHED)).otherwise("note")
+    points.with_columns(note=noted).write_parquet(folder / POINTS_FILE)
+    profile = fit_profile(folder, tmp_path / "profile")
+    found = profile.quantities["loading.disk.bytes_per_s"]
+    assert found.grade == "derived"
+    assert "2 may be of the system's cache: assumed to be of the disk" in found.source
+    assert profile.quantities["loading.host.bytes_per_s"].grade == "measured"
+    assert any("disk: 2 of 4 points may be of the" in note for note in profile.provenance.notes)
+    assert exact.quantities["loading.disk.alpha_s"].grade == "measured"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import mmap
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,10 +20,12 @@ from calibration.measuring.load_trials import (
 )
 from calibration.measuring.loading import load_sizes, parts_file, time_checkpoint
 from calibration.measuring.occupancy import peak_bytes, reserve_bytes, reserved_bytes
-from calibration.measuring.readings import Reading
+from calibration.measuring.readings import CACHED, Reading
 from calibration.measuring.sources import find_sources
 from calibration.measuring.timing import WallTimer
+from calibration.model import file_cache
 from calibration.model.early_exit import from_stock, save
+from calibration.model.file_cache import cached_share, forget, read_through
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.tiny import stock_model
 
@@ -36,6 +40,35 @@ def test_a_stand_in_file_goes_through_every_stage_and_is_gone_afterwards(tmp_pat
     assert all(stage.seconds > 0.0 for stage in found.values())
     assert all(stage.num_bytes == 2**20 for stage in found.values())
     assert list(tmp_path.iterdir()) == []
+
+
+IN_MEMORY = Path("/dev/shm")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what it holds of a file")
+def test_a_file_is_forgotten_only_where_its_pages_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "some"
+    file.write_bytes(bytes(2**20))
+    read_through([file])
+    assert cached_share(file) == 1.0
+    for share, gone in ((0.0, True), (0.005, True), (0.5, False), (None, False)):
+        monkeypatch.setattr(file_cache, "cached_share", lambda _, share=share: share)
+        assert forget([file]) == gone
+    file.write_bytes(b"")
+    assert cached_share(file) == 0.0
+
+
+@pytest.mark.skipif(not IN_MEMORY.is_dir(), reason="this system has no file system in memory")
+def test_loads_from_a_file_system_in_memory_are_said_to_be_of_the_cache() -> None:
+    """There the system takes the wish to forget a file, and keeps all of it."""
+    with (
+        tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder,
+        parts_file(Path(folder), 2**16, torch.float32) as file,
+    ):
+        notes = {stage.quantity: stage.note for stage in file.stages(CPU)}
+    assert notes["load_open"] == notes["load_disk"] == CACHED
 
 
 def test_a_load_is_taken_again_until_every_stage_of_it_is_read(tmp_path: Path) -> None:

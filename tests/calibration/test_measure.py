@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from calibration.cli import main
-from calibration.measuring import load_trials
+from calibration.measuring import load_trials, timing
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
 from calibration.measuring.grid import RICHNESS, Job
@@ -32,6 +32,7 @@ from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
 from calibration.measuring.timing import Pace
 from calibration.model.early_exit import from_stock, save
+from calibration.model.fused import Fusion
 from calibration.options import parse_budget, parse_exits
 from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
@@ -425,6 +426,94 @@ def test_resuming_takes_only_what_is_missing(checkpoint: Path, tmp_path: Path) -
     assert len(keys) == again.num_readings
 
 
+def resumable(measured: Path, out: Path, quantity: str) -> dict[str, Any]:
+    """A measurement that lacks the readings of a quantity; what it says of its model."""
+    shutil.copytree(measured, out)
+    lines = (out / READINGS_FILE).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if f'"{quantity}"' not in line]
+    assert len(kept) < len(lines)
+    (out / READINGS_FILE).write_text("".join(kept))
+    return dict(json.loads((out / ENVIRONMENT_FILE).read_text())["models"]["tiny-4l"])
+
+
+def described(out: Path, **changes: Any) -> dict[str, Any]:
+    """What a measurement says of its model, after some changes."""
+    environment = json.loads((out / ENVIRONMENT_FILE).read_text())
+    environment["models"]["tiny-4l"] |= changes
+    (out / ENVIRONMENT_FILE).write_text(json.dumps(environment))
+    return dict(environment["models"]["tiny-4l"])
+
+
+def test_trials_of_graphs_are_left_out_where_graphs_cannot_be_had_any_more(
+    checkpoint: Path, measured: Path, tmp_path: Path
+) -> None:
+    """They are not taken eagerly in the name of graphs; what was read of graphs keeps its grid."""
+    out = tmp_path / "out"
+    resumable(measured, out, "kv_fill")
+    described(out, batch_buckets=[1, 2, 4])
+    plan = json.loads((out / PLAN_FILE).read_text())
+    stacks = [
+        job for job in plan["models"]["tiny-4l"]["jobs"] if job["quantity"] == "decode_layers"
+    ]
+    assert len(stacks) > 2
+    for job in stacks[:2]:
+        job["mode"] = "graph"
+    (out / PLAN_FILE).write_text(json.dumps(plan))
+    done = measure(settings(checkpoint, out, resume=True))
+    points = read_points(out)
+    assert "graph" not in set(points["mode"])
+    assert "kv_fill" in set(points["quantity"])
+    (note,) = (note for note in done.notes if "CUDA graphs" in note)
+    assert note.startswith("tiny-4l: 2 trials of the plan cannot be taken")
+    assert described(out)["batch_buckets"] == [1, 2, 4]
+
+
+def test_kernels_are_written_down_and_a_model_is_not_measured_on_with_others(
+    checkpoint: Path, measured: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    kernels = resumable(measured, out, "kv_fill")["kernels"]
+    assert kernels["fusion"] == "not usable: our kernels need a CUDA GPU and this is cpu"
+    before = read_points(measured)
+    described(out, kernels=kernels | {"flash": "usable: it passed", "another": "usable: once"})
+    done = measure(settings(checkpoint, out, resume=True))
+    (note,) = (note for note in done.notes if "kernels" in note)
+    assert "since of its kernels flash was usable: it passed; now it is not usable: pro" in note
+    assert "kv_fill" not in set(read_points(out)["quantity"])
+    assert read_points(out).height < before.height
+    assert described(out)["kernels"]["flash"] == "usable: it passed"
+    described(out, kernels=kernels | {"fusion": "not usable: for another reason"})
+    assert not any(
+        "kernels" in note for note in measure(settings(checkpoint, out, resume=True)).notes
+    )
+    assert "kv_fill" in set(read_points(out)["quantity"])
+
+
+def test_a_mode_that_a_bench_has_not_is_refused(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job("decode_layers", "tiny-4l", "graph", (2,), 3, 20, 20)
+    with pytest.raises(ValueError, match=r"trial in mode 'graph'; it runs in eager\."):
+        bench.work(job, 2)
+    bench.capture_graphs(FakeRecorder())
+
+    def losing(*given: Any, **named: Any) -> Any:
+        bench.decoders["graph"].drop_graphs("layers were dropped")
+        return timing.timed(*given, **named)
+
+    monkeypatch.setattr("calibration.measuring.bench.timed", losing)
+    with pytest.raises(InputError, match=r"lost its CUDA graphs \(layers were dropped\)"):
+        list(bench.time(job))
+
+
+def test_graphs_and_the_eager_path_take_the_same_kernels(bench: Bench) -> None:
+    """Also where the self-test finds room only at another time."""
+    bench.decoders["eager"].fusion = Fusion(False, "our kernels found no room for the self-test")
+    bench.capture_graphs(FakeRecorder())
+    assert bench.decoders["graph"].fusion is bench.decoders["eager"].fusion
+    assert bench.kernels["fusion"] == "not usable: our kernels found no room for the self-test"
+
+
 def test_a_folder_of_readings_is_not_overwritten(checkpoint: Path, measured: Path) -> None:
     with pytest.raises(InputError, match="--resume"):
         measure(settings(checkpoint, measured))
@@ -528,6 +617,16 @@ def test_a_disk_that_fills_ends_the_run_in_words(
     with pytest.raises(InputError, match=r"disk is full; 4 readings are kept"):
         measure(settings(checkpoint, tmp_path / "out"))
     assert read_points(tmp_path / "out").height == 4
+
+
+def test_exits_are_traced_in_the_precision_that_is_measured(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(measuring, "trace_checkpoints", lambda *_, **given: asked.append(given))
+    monkeypatch.setattr(measuring._Session, "_model_readings", lambda *_: None)
+    measure(settings(checkpoint, tmp_path / "out", dtype="bfloat16", traces=True))
+    assert asked == [{"device": torch.device("cpu"), "dtype": torch.bfloat16}]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,37 @@ def test_what_a_board_does_not_tell_is_none() -> None:
     assert state.temperature_c is None
     assert state.throttle_reasons is None
     assert state.memory_total_bytes is None
+
+
+UNKNOWN: tuple[str, ...] = ("nvmlDeviceGetHandleByUUID",)
+
+
+def test_a_uuid_that_is_not_found_is_that_of_the_only_board() -> None:
+    assert isinstance(open_board("GPU-1", FakeNvml(without=UNKNOWN)), Board)
+    assert isinstance(open_board(None, FakeNvml()), Board)
+    assert isinstance(open_board("GPU-1", FakeNvml(count=2)), Board)
+
+
+@pytest.mark.parametrize(
+    ("uuid", "said"),
+    [("GPU-1", r"finds no board GPU-1 \(Not Supported\)"), (None, "names no UUID")],
+)
+def test_of_several_boards_none_is_taken_for_another(uuid: str | None, said: str) -> None:
+    found = open_board(uuid, FakeNvml(count=2, without=UNKNOWN))
+    assert isinstance(found, NoBoard)
+    assert re.search(said, found.reason)
+    assert found.reason.endswith("which of 2 boards it is nobody knows")
+    meter = best_meter("cuda", found)
+    assert isinstance(meter, NoMeter)
+    assert found.reason in meter.explanation
+
+
+def test_a_board_in_parts_counts_joules_of_others_and_is_no_meter() -> None:
+    found = open_board("GPU-1", FakeNvml(divided=True))
+    assert isinstance(found, NoBoard)
+    assert "divided (MIG)" in found.reason
+    undivided = open_board("GPU-1", FakeNvml(without=("nvmlDeviceGetMigMode",)))
+    assert isinstance(undivided, Board)
 
 
 def powercap(root: Path, energy_uj: int, range_uj: int = 10_000_000) -> Path:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,8 @@ from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
 from calibration.measuring.floors import COPY_BYTES
 from calibration.measuring.measure import MeasureSettings, measure
-from calibration.measuring.readings import read_points
+from calibration.measuring.meters import NoMeter
+from calibration.measuring.readings import READINGS_FILE, read_points
 from calibration.measuring.sources import sample_tokens
 from calibration.measuring.timing import Captured, NotCaptured, Pace, capture
 from calibration.model import launches
@@ -283,16 +285,16 @@ def test_graphs_count_what_they_keep_and_not_what_was_idle_before(gpu: Gpu) -> N
     bench.close()
 
 
-def test_measuring_gives_eager_and_graph_readings_and_joules(
-    gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def measurement(gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MeasureSettings:
+    """The shortest measurement of a tiny checkpoint, into the folder `points`."""
     monkeypatch.setattr(grid, "RICHNESS", grid.RICHNESS[-1:])
     monkeypatch.setattr(load_trials, "LOAD_TRIALS", 1)
     monkeypatch.setattr(measuring, "_COOL_DOWN_S", 0.0)
     monkeypatch.setattr(measuring, "_LINK_BYTES", 2**18)
     monkeypatch.setitem(measuring._LOAD_BYTES, "cuda", (2**14, 2**18))
     save(from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4), name="tiny"), tmp_path / "tiny")
-    settings = MeasureSettings(
+    return MeasureSettings(
         (str(tmp_path / "tiny"),),
         tmp_path / "points",
         device="cuda",
@@ -301,7 +303,12 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
         max_context=32,
         traces=False,
     )
-    done = measure(settings)
+
+
+def test_measuring_gives_eager_and_graph_readings_and_joules(
+    measurement: MeasureSettings, tmp_path: Path
+) -> None:
+    done = measure(measurement)
     assert done.left_out == 0, done.notes
     points = read_points(tmp_path / "points")
     decode = points.filter(pl.col("quantity") == "decode_layers")
@@ -313,7 +320,35 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
     written = json.loads((tmp_path / "points" / "environment.json").read_text())
     assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
     assert written["device"]["kind"] == "cuda"
+    for name, said in written["models"]["tiny"]["kernels"].items():
+        assert said.startswith("not usable: "), name
+    notes = [note for note in done.notes if note.startswith("tiny: the kernel ")]
+    assert [note.split()[3] for note in notes] == ["fusion", "flash", "telling"]
     assert (points["bytes"].drop_nulls() >= 0).all()
+
+
+def test_what_was_to_be_replayed_is_left_out_where_capturing_fails_when_resumed(
+    measurement: MeasureSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without joules, whose windows take most of the time.
+    monkeypatch.setattr(measuring, "best_meter", lambda *_: NoMeter("not asked here"))
+    out = measurement.out
+    measure(measurement)
+    lines = (out / READINGS_FILE).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if '"quantity": "decode_layers"' not in line]
+    assert len(kept) < len(lines)
+    (out / READINGS_FILE).write_text("".join(kept))
+
+    def refuse(self: CudaRecorder, body: Any, count: int) -> Any:
+        raise CaptureError("no memory is left")
+
+    monkeypatch.setattr(CudaRecorder, "record", refuse)
+    done = measure(replace(measurement, resume=True))
+    decode = read_points(out).filter(pl.col("quantity") == "decode_layers")
+    assert set(decode["mode"]) == {"eager"}
+    assert any("of the plan cannot be taken, being from CUDA graphs" in note for note in done.notes)
+    written = json.loads((out / "environment.json").read_text())
+    assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
 
 
 @pytest.fixture

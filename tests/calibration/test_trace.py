@@ -127,6 +127,8 @@ def test_the_page_prints_what_its_words_mean(traced: Any) -> None:
     page = (out / "trace.md").read_text()
     assert all(text in page for text in report["definitions"].values())
     assert json.loads((out / "trace.json").read_text()) == report
+    assert report["dtype"] == "float32"
+    assert "computed in float32" in page
     for variant in ("raw", "calibrated"):
         pairs = report["complementarity"][variant]["pairs"]
         assert len(pairs) == 2 * len(OPTIONS.domains)
@@ -139,6 +141,17 @@ def test_tracing_twice_writes_the_same_bytes(
     trace_checkpoints(folders, tmp_path, OPTIONS)
     first, second = (path / "exits.parquet" for path in (out, tmp_path))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_traces_are_of_the_precision_that_was_asked_for(
+    traced: Any, folders: list[Path], tmp_path: Path
+) -> None:
+    out, _ = traced
+    report = trace_checkpoints(folders, tmp_path, OPTIONS, dtype=torch.bfloat16)
+    assert report["dtype"] == "bfloat16"
+    whole, rough = (read_traces(path / "exits.parquet") for path in (out, tmp_path))
+    for name, nats in whole.nll_nats.items():
+        assert 0.0 < np.abs(rough.nll_nats[name] - nats).max() < 1.0
 
 
 @pytest.mark.parametrize(
