@@ -534,6 +534,7 @@ def environment(
         "kv_pools": dict(weights.notes),
         "kernels": dict(weights.kernels),
         "host_copies": list(weights.copies),
+        "in_system_cache": list(weights.remembered),
         "loads": "beside serving" if weights.overlaps else "serving waits",
         "loads_waited_for": host.num_loads_waited_for,
         "rebatch_times": "predicted from the profile",

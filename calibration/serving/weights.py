@@ -109,6 +109,8 @@ class CheckpointWeights:
         self.read: set[str] = set()
         self.known: dict[str, EarlyExitLM] = {}
         """Candidates met so far, with their weights loaded or not."""
+        self.remembered: list[str] = []
+        """Candidates whose files the system may still hold: no first load of them need meet the disk."""
         self.kernels: dict[str, dict[str, str]] = {}
         """Which kernels served, by candidate and depth, as `kernels_of` says."""
         self.name: str | None = None
@@ -187,8 +189,12 @@ class CheckpointWeights:
             for model in self.known.values():
                 model.forget_host_copy()
         self.read = set() if from_disk else set(self.folders)
-        for folder in self.folders.values():
-            (forget if from_disk else read_through)(sorted(folder.glob("*.safetensors")))
+        for name, folder in self.folders.items():
+            files = sorted(folder.glob("*.safetensors"))
+            if not from_disk:
+                read_through(files)
+            elif not forget(files):
+                self.remembered.append(name)
 
     def _run_once(self, model: EarlyExitLM) -> None:
         """Decode a little over the kind of pool that serves, and ask every exit."""

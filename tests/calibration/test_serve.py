@@ -374,6 +374,19 @@ def test_a_processor_short_of_memory_keeps_no_copy_of_the_weights(
     assert read_run(one.folder).environment["host_copies"] == []
 
 
+def test_a_run_names_candidates_whose_first_load_may_not_meet_the_disk(
+    place, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        "calibration.serving.weights.forget", lambda files: "large" not in str(files[0])
+    )
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=4)
+    for start, named in (("disk", ["large"]), ("host", [])):
+        change = (f"fleet.weights_start={start}",)
+        (one,) = serve(place / "tiny.toml", tmp_path / start, settings, change)
+        assert read_run(one.folder).environment["in_system_cache"] == named
+
+
 def test_within_the_clock_a_first_load_reads_the_file_once_and_copies(
     place, tmp_path, monkeypatch
 ) -> None:
