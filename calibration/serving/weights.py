@@ -110,7 +110,7 @@ class CheckpointWeights:
         self.known: dict[str, EarlyExitLM] = {}
         """Candidates met so far, with their weights loaded or not."""
         self.remembered: list[str] = []
-        """Candidates whose files the system may still hold: no first load of them need meet the disk."""
+        """Candidates whose files the system may still hold, where a load does not meet the disk."""
         self.kernels: dict[str, dict[str, str]] = {}
         """Which kernels served, by candidate and depth, as `kernels_of` says."""
         self.name: str | None = None
