@@ -258,9 +258,10 @@ def _day(plan: Plan, drawn: dict[str, Figure]) -> str:
             "day",
             drawings.day_figure(plan.hours),
             "Replicas and requests per second by hour",
-            "Reckoned from what a replica carries alone and what it carries in the fleet, the "
-            f"smaller of the two; {counted(each, plan.question.device)} a replica. Starting and "
-            "stopping replicas is not simulated.",
+            "Reckoned from what a replica surely carries alone and what it does in the fleet, the "
+            "smaller of the two; the busiest hour has the fleet that was measured. "
+            f"{counted(each, plan.question.device)} a replica. Starting and stopping replicas is "
+            "not simulated.",
         ),
     )
 

@@ -231,7 +231,7 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
     constraints = parse_constraints(settings.constraints, f"{place}.constraints")
     goals = [bound.goal for bound in constraints.bounds]
     check_countable(goals, True, settings.prices is not None, where, "plan")
-    fleets, skipped = _fleets(scenario, settings, base_dir, place)
+    fleets, skipped = _fleets(scenario, settings, base_dir, where)
     prices = None
     if settings.prices is not None:
         prices = load_prices(settings.prices, base_dir, f"{place}.prices")
@@ -274,9 +274,10 @@ def _within_windows(settings: PlanSettings) -> PlanSettings:
 
 
 def _fleets(
-    scenario: Scenario, settings: PlanSettings, base_dir: Path, place: str
+    scenario: Scenario, settings: PlanSettings, base_dir: Path, where: str
 ) -> tuple[tuple[Fleet, ...], tuple[str, ...]]:
     """Every combination of what the lists name; model sets that a profile lacks are left out."""
+    place = f"{where}, plan"
     routers = settings.routers or (scenario.fleet.router,)
     for router in routers:
         check_word(router, get_args(Router), f"{place}.routers", "router")
@@ -291,9 +292,7 @@ def _fleets(
             profile = load_profile(name, base_dir)
         except InputError as error:
             raise InputError(error.message, f"{place}.profiles, {error.where}") from error
-        own = scenario.fleet.candidates
-        if not own or not set(own) <= set(profile.models):
-            own = tuple(profile.models)
+        own = scenario.fleet.candidates or tuple(profile.models)
         for models in settings.candidates or (own,):
             lacking = [model for model in models if model not in profile.models]
             if lacking:
@@ -308,9 +307,9 @@ def _fleets(
                     )
                 )
     if not found:
+        asked_by = f"{place}.candidates" if settings.candidates else f"{where}, fleet.candidates"
         raise InputError(
-            f"No profile has the models that are asked for: {'; '.join(skipped)}.",
-            f"{place}.candidates",
+            f"No profile has the models that are asked for: {'; '.join(skipped)}.", asked_by
         )
     return tuple(_named(found)), tuple(skipped)
 
@@ -357,7 +356,14 @@ def fleet_scenario(question: PlanQuestion, fleet: Fleet, num_replicas: int) -> S
         }
     )
     return question.scenario.model_copy(
-        update={"fleet": settings, "policy": (fleet.policy,), "plan": None, "search": None}
+        update={
+            "fleet": settings,
+            "policy": (fleet.policy,),
+            # It may be about policies that this fleet does not have.
+            "published": (),
+            "plan": None,
+            "search": None,
+        }
     )
 
 
@@ -792,9 +798,10 @@ def make_plan(question: PlanQuestion, answers: Sequence[FleetAnswer], best: Flee
 def _hours(
     question: PlanQuestion, answers: Sequence[FleetAnswer], best: FleetAnswer
 ) -> tuple[Hour, ...]:
-    """Replicas hour by hour, from what a replica carries alone and what it carries in the fleet.
+    """Replicas hour by hour, from what one surely carries alone and what it does in the fleet.
 
-    The smaller of the two counts, so that neither pooling nor uneven routing is relied on.
+    The smaller of the two counts, so that neither pooling nor uneven routing is relied on. The
+    busiest hour has the fleet that was measured for it.
     """
     weights, target = question.settings.hourly_weights, question.target_per_s
     if not weights or target is None or best.planned is None or best.capacity is None:
@@ -802,13 +809,15 @@ def _hours(
     alone = next(one for one in answers if one.fleet == best.fleet).capacity
     assert alone is not None
     peak = best.planned.num_replicas
-    # The fleet is known to carry the target, whatever its capacity's estimate.
-    together = max(best.capacity.rate_per_s, target) / best.capacity_replicas
-    each = min(alone.rate_per_s, together)
+    # The fleet surely carries the target, whatever the bounds of its capacity.
+    together = max(best.capacity.low_per_s, target) / best.capacity_replicas
+    each = min(alone.low_per_s, together)
     found = []
     for hour, weight in enumerate(weights):
         rate = target * weight / max(weights)
-        num = min(peak, max(1, math.ceil(rate / each - 1e-9)))
+        num = peak
+        if weight < max(weights) and each > 0.0:
+            num = min(peak, max(1, math.ceil(rate / each - 1e-9)))
         per_hour = None if best.cost is None else best.cost.per_hour * num / peak
         found.append(Hour(hour, rate, num, per_hour))
     return tuple(found)
