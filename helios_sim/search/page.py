@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Final
 
+from helios_sim.profile import Profile
 from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.figures import policy_colour
-from helios_sim.report.words import counted, limits, number, span
+from helios_sim.report.words import counted, device_of_all, limits, number, span
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
 from helios_sim.search.goals import in_words
@@ -90,7 +91,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
         ),
         _day(plan, drawn),
         _evidence(plan.best),
-        _notes(question.scenario, plan.question.skipped),
+        _notes(question.scenario),
         section(
             "How it was found",
             "",
@@ -179,12 +180,15 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
     return document(f"{question.scenario.name}: tune", sections, drawn)
 
 
-def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int, device: str) -> str:
-    """The page of a grid; `device` is what the fleets stand on."""
+def whatif_page(
+    scenario: Scenario, cells: Sequence[Cell], replications: int, profiles: Sequence[Profile]
+) -> str:
+    """The page of a grid on these profiles."""
     drawn: dict[str, Figure] = {}
+    device = device_of_all(profile.is_of_processor for profile in profiles)
     num = f"{len(cells)} cells, {replications} run{'s' if replications != 1 else ''} each"
     sections = [
-        _opening(scenario, f"{num}.", whatif_remarks(cells)),
+        _opening(scenario, f"{num}.", whatif_remarks(cells, profiles)),
         section("Side by side", "", _table(whatif_rows(cells))),
         section(
             "Frontiers",
@@ -395,11 +399,10 @@ def _held_out(tuned: Tuned) -> str:
     )
 
 
-def _notes(scenario: Scenario, skipped: Sequence[str] = ()) -> str:
-    notes = [*scenario.notes, *(f"Left out: {text}." for text in skipped)]
-    if not notes:
+def _notes(scenario: Scenario) -> str:
+    if not scenario.notes:
         return ""
-    said = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    said = "".join(f"<li>{escape(note)}</li>" for note in scenario.notes)
     return section("Notes", "", f'<ul class="notes">{said}</ul>')
 
 

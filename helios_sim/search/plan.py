@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar, get_args
 
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.experiment import choose_policies
-from helios_sim.profile import load_profile
+from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import PlanSettings
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import PolicySettings, Router, Scenario
@@ -33,7 +33,7 @@ from helios_sim.search.goals import (
     parse_constraints,
 )
 from helios_sim.search.points import Figures, Point, point_of
-from helios_sim.search.prices import Cost, Prices, cost_of, load_prices
+from helios_sim.search.prices import Cost, Prices, check_prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
 from helios_sim.search.traffic import MAX_RUN_REQUESTS, Traffic, at_rate
 from helios_sim.search.verdict import BACKLOG, Verdict, judge
@@ -183,12 +183,20 @@ class PlanQuestion:
     prices: Prices | None
     constraints: Constraints
     fleets: tuple[Fleet, ...]
+    profiles: Mapping[str, Profile]
     skipped: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
         """What the fleets stand on: GPU, processor, or device where they differ."""
         return device_of_all(one.is_of_processor for one in self.fleets)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that every fleet has a place for: to so many a longer request is shortened."""
+        given = self.scenario.workload.context_tokens
+        least = min(_contexts(self.fleets, self.profiles))
+        return least if given is None else min(given, least)
 
     @property
     def target_per_s(self) -> float | None:
@@ -232,11 +240,13 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
     goals = [bound.goal for bound in constraints.bounds]
     check_countable(goals, True, settings.prices is not None, where, "plan")
     fleets, skipped = _fleets(scenario, settings, base_dir, where)
+    profiles = {fleet.profile: load_profile(fleet.profile, base_dir) for fleet in fleets}
+    scenario = _with_one_context(scenario, _contexts(fleets, profiles))
     prices = None
     if settings.prices is not None:
         prices = load_prices(settings.prices, base_dir, f"{place}.prices")
-        for fleet in fleets:
-            cost_of(prices, fleet.device, 1, None, None, f"{place}.prices")
+        for profile in profiles.values():
+            check_prices(prices, profile, f"{place}.prices")
     traffic = Traffic(
         scenario,
         base_dir,
@@ -259,8 +269,31 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
         )
     traffic.check()
     return PlanQuestion(
-        *(scenario, settings, base_dir, where, slo, traffic, prices, constraints, fleets, skipped)
+        *(scenario, settings, base_dir, where, slo, traffic, prices, constraints),
+        *(fleets, profiles, skipped),
     )
+
+
+def _contexts(fleets: Sequence[Fleet], profiles: Mapping[str, Profile]) -> set[int]:
+    """The tokens that fleets have a place for: the smallest context among the models of each."""
+    return {
+        min(profiles[one.profile].model(name).model.shape.max_positions for name in one.candidates)
+        for one in fleets
+    }
+
+
+def _with_one_context(scenario: Scenario, contexts: set[int]) -> Scenario:
+    """The scenario with requests shortened alike for fleets of several contexts.
+
+    Each would otherwise meet prompts of its own length: the shorter its context, the easier.
+    """
+    workload = scenario.workload
+    if workload.over_context != "truncate" or len(contexts) == 1:
+        return scenario
+    least = min(contexts)
+    tokens = least if workload.context_tokens is None else min(workload.context_tokens, least)
+    shortened = workload.model_copy(update={"context_tokens": tokens})
+    return scenario.model_copy(update={"workload": shortened})
 
 
 def _within_windows(settings: PlanSettings) -> PlanSettings:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from helios_sim.errors import InputError
+from helios_sim.experiment import prepare
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario, resolved
 from helios_sim.search.capacity import Capacity
@@ -140,6 +141,44 @@ def test_one_replica_is_given_its_requests_by_turns_and_several_as_the_fleet_say
     (fleet,) = question.fleets
     assert fleet_scenario(question, fleet, 1).fleet.router == "round-robin"
     assert fleet_scenario(question, fleet, 2).fleet.router == "least-kv"
+
+
+TWO_CONTEXTS: dict[str, Any] = {
+    "fleet": {"profile": "layerskip-a100-40gb", "weights_start": "host"},
+    "workload": {"prompt": {"kind": "constant", "tokens": 6000}, "over_context": "truncate"},
+    "policy": [{"use": "vanilla"}],
+    "plan": {"candidates": [["llama2-7b"], ["llama3-8b"]]},
+}
+"""Prompts of 6,000 tokens, for contexts of 4,096 and of 8,192."""
+
+
+def test_fleets_of_several_contexts_meet_the_same_shortened_requests(tmp_path: Path) -> None:
+    """Cut for one fleet alone, they would ask less of it."""
+    path = write(tmp_path, **TWO_CONTEXTS)
+    question = read_plan(load_scenario(path), tmp_path, "small.toml")
+    met = []
+    for fleet in question.fleets:
+        planned = planned_scenario(question, fleet, Load(1, 4.0, CARRIED, {}))
+        requests, num_shortened = prepare(planned, tmp_path).requests(planned.seed)
+        assert num_shortened == len(requests)
+        assert (requests.prompt_tokens + requests.output_tokens == 4096).all()
+        met.append(requests)
+    assert (met[0].prompt_tokens == met[1].prompt_tokens).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param('plan.candidates=[["llama3-8b"]]', id="one context"),
+        pytest.param('workload.over_context="refuse"', id="nothing is shortened"),
+    ],
+)
+def test_requests_are_left_to_the_context_where_no_fleet_would_meet_others(
+    tmp_path: Path, change: str
+) -> None:
+    path = write(tmp_path, **TWO_CONTEXTS)
+    question = read_plan(load_scenario(path, [change]), tmp_path, "small.toml")
+    assert question.scenario.workload.context_tokens is None
 
 
 TWO_FAMILIES = ["layerskip-a100-40gb", "opt-a100-40gb"]
