@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar, get_args
 
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.experiment import choose_policies
+from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import PlanSettings
 from helios_sim.report.words import device_of_all
@@ -51,6 +52,12 @@ SAMPLE_ANSWERS: Final = 20.0
 A sample begins empty, and a fleet is full only once the first answers end: a shorter sample shows
 it on the way there. A tenth of the sample, two answers, is not measured.
 """
+SAMPLE_ROUNDS: Final = 5
+"""How many rounds of reassessment the measured part of a sample has to hold for each replica.
+
+A policy that reassesses pays for it in each round. A sample that ends before the first one, which
+comes after the warm-up, shows the policy without its main cost.
+"""
 LONGER: Final = 4
 """How many times as long a sample has to agree with an answer before it is given.
 
@@ -82,7 +89,8 @@ class Load:
 
     `saturations` are those of the replications; `beyond` says what the profile can only
     extrapolate. Its samples are `lengthened` times as long as at first and last `sample_s`, in
-    which answers take up to `answer_s`; they are `longer` times as long as answers ask for.
+    which answers take up to `answer_s`; they are `longer` times as long as answers ask for. They
+    hold so many `rounds` of reassessment, infinitely many for a policy that does not reassess.
     """
 
     num_replicas: int
@@ -95,11 +103,23 @@ class Load:
     longer: int = 1
     sample_s: float = math.inf
     answer_s: float = 0.0
+    rounds: float = math.inf
 
     @property
     def is_short(self) -> bool:
         """Whether samples are shorter than answers ask for, so that they flatter the fleet."""
         return self.sample_s < SAMPLE_ANSWERS * self.answer_s
+
+    @property
+    def has_few_rounds(self) -> bool:
+        """Whether samples hold too few rounds of reassessment to show what these cost."""
+        return self.rounds < SAMPLE_ROUNDS * (1.0 - 1e-9)
+
+    @property
+    def enough_s(self) -> float:
+        """How long a run has to last to tell as much as a sample that is no longer than asked."""
+        for_rounds = 0.0 if math.isinf(self.rounds) else SAMPLE_ROUNDS / self.rounds * self.sample_s
+        return min(max(SAMPLE_ANSWERS * self.answer_s, for_rounds), self.sample_s)
 
 
 @dataclass(frozen=True)
@@ -147,6 +167,11 @@ class FleetAnswer:
     def short(self) -> Load | None:
         """The planned load, or that at the capacity, where its samples are too short."""
         return next((load for load in self._shown if load.is_short), None)
+
+    @property
+    def of_few_rounds(self) -> Load | None:
+        """The planned load, or that at the capacity, where its samples hold too few rounds."""
+        return next((load for load in self._shown if load.has_few_rounds), None)
 
     @property
     def _shown(self) -> tuple[Load, ...]:
@@ -414,14 +439,17 @@ class _Bench:
 
     def __init__(self, question: PlanQuestion, fleet: Fleet) -> None:
         self.question, self.fleet = question, fleet
+        policy = fleet.policy
+        made = make_policy(policy.use, policy.options, search_path=question.base_dir)
+        self.reassess_requests = made.watching.reassess_requests
         self.loads: dict[tuple[int, float], Load] = {}
         self.figures: dict[tuple[int, float], list[Figures]] = {}
 
     def measure(self, num_replicas: int, rate_per_s: float, longer: int = 1) -> Measured:
         """Replicated runs at a load, more of them where the first leave doubt.
 
-        They are as long as answers at this load ask for, and `longer` times that unless shorter
-        ones, which flatter, surely miss it already.
+        They are as long as answers at this load and the policy's rounds ask for, and `longer` times
+        as long as answers do unless shorter ones, which flatter, surely miss it already.
         """
         key = num_replicas, rate_per_s
         known = self.loads.get(key)
@@ -448,6 +476,7 @@ class _Bench:
                 lengthened, figures = wanted, []
             if verdict.is_sure:
                 break
+        sample_s = lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas)
         load = Load(
             num_replicas,
             rate_per_s,
@@ -457,8 +486,9 @@ class _Bench:
             clauses_beyond(figures),
             lengthened,
             longer,
-            lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas),
+            sample_s,
             _answer_s(figures),
+            self._rounds(num_replicas, rate_per_s * sample_s),
         )
         self.loads[key], self.figures[key] = load, figures
         return load
@@ -480,8 +510,17 @@ class _Bench:
             return 1
         traffic = self.question.traffic
         sample_s = traffic.sample_s(rate_per_s, num_replicas)
-        wanted = math.ceil(longer * SAMPLE_ANSWERS * _answer_s(figures) / sample_s)
-        return min(max(1, wanted), traffic.most_lengthened(num_replicas))
+        for_answers = longer * SAMPLE_ANSWERS * _answer_s(figures) / sample_s
+        for_rounds = SAMPLE_ROUNDS / self._rounds(num_replicas, rate_per_s * sample_s)
+        wanted = math.ceil(max(1.0, for_answers, for_rounds))
+        return min(wanted, traffic.most_lengthened(num_replicas))
+
+    def _rounds(self, num_replicas: int, num_requests: float) -> float:
+        """Rounds of reassessment that each replica has among the measured of so many requests."""
+        if self.reassess_requests is None:
+            return math.inf
+        measured = (1.0 - self.question.traffic.warmup_share) * num_requests
+        return measured / num_replicas / self.reassess_requests
 
     def _point(
         self,
@@ -562,14 +601,15 @@ class _Bench:
     def as_served(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], list[Figures]]:
         """A run of the planned scenario as it stands, judged by the constraints.
 
-        Where other requests may be drawn, a run that is too short for its answers tells less than
-        samples do; so does one that would hold more requests than a sample may.
+        Where other requests may be drawn, a run that is too short for its answers, or for its
+        policy's rounds, tells less than samples do; so does one that would hold more requests than
+        a sample may.
         """
         question, traffic = self.question, self.question.traffic
         limits = question.constraints.limits or str(question.slo)
         num = traffic.num_in_run(planned.rate_per_s)
-        enough_s = min(SAMPLE_ANSWERS * planned.answer_s, planned.sample_s)
-        is_long = traffic.replays or traffic.is_shaped or num / planned.rate_per_s >= enough_s
+        lasts_s = num / planned.rate_per_s
+        is_long = traffic.replays or traffic.is_shaped or lasts_s >= planned.enough_s
         if num <= MAX_RUN_REQUESTS and is_long:
             scenario = planned_scenario(question, self.fleet, planned)
             points = [point_of(scenario, question.base_dir, limits)]

@@ -10,7 +10,14 @@ from helios_sim.profile import Profile
 from helios_sim.report.words import counted, extrapolated, limits, listed, number, span, worth
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
-from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
+from helios_sim.search.plan import (
+    SAMPLE_ANSWERS,
+    SAMPLE_ROUNDS,
+    FleetAnswer,
+    Load,
+    Plan,
+    miss_in_words,
+)
 from helios_sim.search.prices import grades_of
 from helios_sim.search.traffic import Traffic
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, nearest_miss
@@ -121,8 +128,9 @@ def _breaks_first(plan: Plan) -> list[str]:
 
 def _too_short(plan: Plan) -> list[str]:
     """That the samples behind the answer are too short for it, if they are."""
-    short = plan.best.short
-    return [] if short is None else [short_words(plan.question.traffic, short)]
+    short, few = plan.best.short, plan.best.of_few_rounds
+    found = [] if short is None else [short_words(plan.question.traffic, short)]
+    return found if few is None else [*found, few_rounds_words(plan.question.traffic, few)]
 
 
 def _shortened(plan: Plan) -> list[str]:
@@ -284,17 +292,30 @@ _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
 
 def short_words(traffic: Traffic, load: Load) -> str:
     """That samples are too short for what is served, and what helps."""
-    if traffic.replays:
-        help_by = "a longer trace or fewer plan.windows"
-    elif traffic.is_shaped:
-        help_by = "a longer workload"
-    else:
-        help_by = "a larger plan.num_requests, or none"
     return (
         f"A sample lasts {span(load.sample_s)} and an answer up to {span(load.answer_s)}: samples "
         f"begin empty and fill for too much of their time (at least {SAMPLE_ANSWERS:g} answers are "
-        f"asked for), so the capacity is optimistic. Give {help_by}."
+        f"asked for), so the capacity is optimistic. Give {_longer_by(traffic)}."
     )
+
+
+def few_rounds_words(traffic: Traffic, load: Load) -> str:
+    """That samples are too short for what the policy does only now and then, and what helps."""
+    rounds = f"{load.rounds:.1f}"
+    return (
+        f"A sample holds about {rounds} round{'s' * (rounds != '1.0')} of reassessment for each "
+        f"replica (at least {SAMPLE_ROUNDS} are asked for): what reassessing costs is measured on "
+        f"few. Give {_longer_by(traffic)}."
+    )
+
+
+def _longer_by(traffic: Traffic) -> str:
+    """What makes samples longer."""
+    if traffic.replays:
+        return "a longer trace or fewer plan.windows"
+    if traffic.is_shaped:
+        return "a longer workload"
+    return "a larger plan.num_requests, or none"
 
 
 def whatif_remarks(cells: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:

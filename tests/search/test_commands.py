@@ -247,6 +247,39 @@ def test_a_number_of_requests_is_kept_to_and_said_to_be_too_short_for_the_answer
     assert told.endswith("Give a larger plan.num_requests, or none.")
 
 
+REASSESSING = {
+    "slo": {"text": "ttft:4000"},
+    "policy": [{"use": "helios", "reassess_requests": 900}],
+    "plan": {"max_replications": 2, "precision": 0.5},
+}
+"""Rounds of 900 requests: 2,000, of which the first tenth is not measured, hold two of them."""
+
+
+def test_a_sample_holds_rounds_enough_to_show_what_reassessing_costs(tmp_path: Path) -> None:
+    """Five of 900 are 4,500 measured requests, so 6,000 and not 4,000 in all."""
+    path = write(tmp_path, **REASSESSING)
+    path.write_text(path.read_text().replace("num_requests = 200\n", ""))
+    said = plan(path, [], inline(tmp_path / "out"))
+    carried = [row for row in said.rows if row["carried"]]
+    assert carried
+    assert all(row["num_requests"] >= 6000 for row in carried)
+    assert not any("rounds of reassessment" in one for one in said.sentences)
+
+
+def test_samples_of_few_rounds_are_said_to_be(tmp_path: Path) -> None:
+    """Of 1,000 requests 900 are measured, which is one round."""
+    path = write(tmp_path, **REASSESSING)
+    said = plan(path, ["plan.num_requests=1000"], inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if "of reassessment" in one]
+    assert told == (
+        "A sample holds about 1.0 round of reassessment for each replica (at least 5 are asked "
+        "for): what reassessing costs is measured on few. Give a larger plan.num_requests, or none."
+    )
+    assert told in html.unescape((tmp_path / "out" / "report.html").read_text())
+    said = plan(path, ['policy=[{use="never"}]'], inline(tmp_path / "never"))
+    assert not any("of reassessment" in one for one in said.sentences)
+
+
 def evidence(folder: Path) -> str:
     """The text of the table of evidence on a plan's page."""
     page = (folder / "report.html").read_text()
