@@ -14,14 +14,7 @@ from helios_sim.report.words import counted, device_of_all, limits, number, span
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
 from helios_sim.search.goals import in_words
-from helios_sim.search.plan import (
-    LONGER,
-    SAMPLE_ANSWERS,
-    SAMPLE_ROUNDS,
-    FleetAnswer,
-    Plan,
-    PlanQuestion,
-)
+from helios_sim.search.plan import LONGER, SAMPLE_ANSWERS, FleetAnswer, Plan, PlanQuestion
 from helios_sim.search.prices import words_of
 from helios_sim.search.results import RESULTS
 from helios_sim.search.tables import (
@@ -32,7 +25,7 @@ from helios_sim.search.tables import (
     trial_rows,
     whatif_rows,
 )
-from helios_sim.search.traffic import MAX_RUN_REQUESTS, Traffic
+from helios_sim.search.traffic import FEW_ROUNDS, MAX_RUN_REQUESTS, Traffic
 from helios_sim.search.tune import Tuned
 from helios_sim.search.verdict import Verdict
 from helios_sim.search.whatif import Cell
@@ -460,7 +453,7 @@ def _length(question: PlanQuestion) -> str:
     again = ", a stretch by being played again" if question.traffic.replays else ""
     return (
         f"A sample lasts at least {SAMPLE_ANSWERS:g} times as long as an answer takes from "
-        f"admission to its end (99th percentile){again}, and holds {SAMPLE_ROUNDS} rounds of a "
+        f"admission to its end (99th percentile){again}, and holds {FEW_ROUNDS} rounds of a "
         f"policy that reassesses, as far as {MAX_RUN_REQUESTS:,} requests allow; what is "
         f"recommended is carried by samples of {LONGER * SAMPLE_ANSWERS:g} answers too."
     )

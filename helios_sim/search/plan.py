@@ -36,7 +36,13 @@ from helios_sim.search.goals import (
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import Cost, Prices, check_prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
-from helios_sim.search.traffic import MAX_RUN_REQUESTS, Traffic, at_rate
+from helios_sim.search.traffic import (
+    FEW_ROUNDS,
+    MAX_RUN_REQUESTS,
+    Traffic,
+    at_rate,
+    rounds_in_sample,
+)
 from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
 
@@ -51,12 +57,6 @@ SAMPLE_ANSWERS: Final = 20.0
 
 A sample begins empty, and a fleet is full only once the first answers end: a shorter sample shows
 it on the way there. A tenth of the sample, two answers, is not measured.
-"""
-SAMPLE_ROUNDS: Final = 5
-"""How many rounds of reassessment the measured part of a sample has to hold for each replica.
-
-A policy that reassesses pays for it in each round. A sample that ends before the first one, which
-comes after the warm-up, shows the policy without its main cost.
 """
 LONGER: Final = 4
 """How many times as long a sample has to agree with an answer before it is given.
@@ -113,12 +113,12 @@ class Load:
     @property
     def has_few_rounds(self) -> bool:
         """Whether samples hold too few rounds of reassessment to show what these cost."""
-        return self.rounds < SAMPLE_ROUNDS * (1.0 - 1e-9)
+        return self.rounds < FEW_ROUNDS * (1.0 - 1e-9)
 
     @property
     def enough_s(self) -> float:
         """How long a run has to last to tell as much as a sample that is no longer than asked."""
-        for_rounds = 0.0 if math.isinf(self.rounds) else SAMPLE_ROUNDS / self.rounds * self.sample_s
+        for_rounds = 0.0 if math.isinf(self.rounds) else FEW_ROUNDS / self.rounds * self.sample_s
         return min(max(SAMPLE_ANSWERS * self.answer_s, for_rounds), self.sample_s)
 
 
@@ -511,16 +511,17 @@ class _Bench:
         traffic = self.question.traffic
         sample_s = traffic.sample_s(rate_per_s, num_replicas)
         for_answers = longer * SAMPLE_ANSWERS * _answer_s(figures) / sample_s
-        for_rounds = SAMPLE_ROUNDS / self._rounds(num_replicas, rate_per_s * sample_s)
+        for_rounds = FEW_ROUNDS / self._rounds(num_replicas, rate_per_s * sample_s)
         wanted = math.ceil(max(1.0, for_answers, for_rounds))
         return min(wanted, traffic.most_lengthened(num_replicas))
 
     def _rounds(self, num_replicas: int, num_requests: float) -> float:
-        """Rounds of reassessment that each replica has among the measured of so many requests."""
-        if self.reassess_requests is None:
-            return math.inf
+        """Rounds of reassessment of each replica in a sample of so many requests.
+
+        A sample that ends before the first one would show the policy without its main cost.
+        """
         measured = (1.0 - self.question.traffic.warmup_share) * num_requests
-        return measured / num_replicas / self.reassess_requests
+        return rounds_in_sample(measured, num_replicas, self.reassess_requests)
 
     def _point(
         self,

@@ -10,16 +10,9 @@ from helios_sim.profile import Profile
 from helios_sim.report.words import counted, extrapolated, limits, listed, number, span, worth
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
-from helios_sim.search.plan import (
-    SAMPLE_ANSWERS,
-    SAMPLE_ROUNDS,
-    FleetAnswer,
-    Load,
-    Plan,
-    miss_in_words,
-)
+from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
 from helios_sim.search.prices import grades_of
-from helios_sim.search.traffic import Traffic
+from helios_sim.search.traffic import FEW_ROUNDS, Traffic
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, nearest_miss
 from helios_sim.search.whatif import Cell
 
@@ -304,7 +297,7 @@ def few_rounds_words(traffic: Traffic, load: Load) -> str:
     rounds = f"{load.rounds:.1f}"
     return (
         f"A sample holds about {rounds} round{'s' * (rounds != '1.0')} of reassessment for each "
-        f"replica (at least {SAMPLE_ROUNDS} are asked for): what reassessing costs is measured on "
+        f"replica (at least {FEW_ROUNDS} are asked for): what reassessing costs is measured on "
         f"few. Give {_longer_by(traffic)}."
     )
 
