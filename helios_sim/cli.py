@@ -554,10 +554,13 @@ def _write(results: Sequence[Result], target: Path) -> None:
 
 
 def _show(results: Sequence[Result]) -> None:
+    from helios_sim.report.words import worth
     from helios_sim.terminal import summary_table
 
     summaries = [result.summary for result in results]
-    _say_serving([result.run.environment for result in results], summaries)
+    environments = [result.run.environment for result in results]
+    _say_serving(environments, summaries)
+    _say(worth({str(one["profile"]): one["profile_grades"] for one in environments}, "policies"))
     _console().print(summary_table(summaries))
     replications = summaries[0].get("replications")
     if replications is not None:

@@ -119,7 +119,8 @@ def _requests(
     workload = scenario.workload
     try:
         requests = generate(workload, seed, base_dir, traces.domains)
-        return fit_context(requests, room.context_tokens, workload.over_context)
+        context = min(room.context_tokens, workload.context_tokens or room.context_tokens)
+        return fit_context(requests, context, workload.over_context)
     except InputError as error:
         # An error in the scenario names a key; an error in a file has named the file.
         if error.where and error.where.split(".")[0] == "workload":

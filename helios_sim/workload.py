@@ -320,6 +320,7 @@ class WorkloadSettings(StrictSettings):
     domains: Annotated[tuple[DomainSettings, ...], BeforeValidator(as_tuple)] = ()
     block_requests: Annotated[int, Field(ge=1, le=MAX_REQUESTS)] = 1
     over_context: OverContext = "refuse"
+    context_tokens: Annotated[int | None, Field(ge=2, le=2**31 - 1)] = None
 
     @property
     def replays_arrivals(self) -> bool:
@@ -338,6 +339,11 @@ class WorkloadSettings(StrictSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.context_tokens is not None and self.over_context != "truncate":
+            raise ValueError(
+                "context_tokens says to how many tokens longer requests are shortened, and "
+                f'over_context is "{self.over_context}"; give over_context = "truncate".'
+            )
         self._check_trace()
         self._check_lengths()
         self._check_size()

@@ -44,6 +44,7 @@ from helios_sim.report.words import (
     serving,
     span,
     times,
+    worth,
 )
 from helios_sim.search.drawings import sensitivity_figure
 from helios_sim.search.tune import Sensitivity
@@ -690,6 +691,20 @@ def test_the_top_says_of_which_models_and_device_the_figures_are() -> None:
     ]
     run = make_run()
     assert "Device: NVIDIA" in text_of(make_page([replace(run, environment=a100)]))
+
+
+def test_profiles_without_a_measured_number_are_named_for_what_they_are_worth() -> None:
+    """Grades that no number has are left out; of what is measured nothing more is said."""
+    read = {"measured": 110, "published": 0, "derived": 39, "assumed": 3, "unavailable": 45}
+    told = {"measured": 0, "published": 2, "derived": 0, "assumed": 1}
+    of_read = "110 measured, 39 derived, 3 assumed and 45 unavailable numbers"
+    of_told = "2 published and 1 assumed numbers"
+    end = "is measured: read ratios between fleets, not absolute figures."
+    assert worth({"a": read}, "fleets") == f"Profile a has {of_read}."
+    assert worth({"b": told}, "fleets") == f"Profile b has {of_told}. None {end}"
+    assert worth({"a": read, "b": told}, "fleets") == (
+        f"Profiles: a has {of_read}; b has {of_told}. None of b {end}"
+    )
 
 
 def test_log_ticks_are_round_and_few() -> None:

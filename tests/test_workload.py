@@ -482,6 +482,8 @@ BAD_WORKLOADS = [
     ),
     ({"block_requests": 0}, "greater than or equal to 1"),
     ({"over_context": "drop"}, "'refuse', 'truncate' or 'error'"),
+    ({"context_tokens": 99}, 'over_context is "refuse"; give over_context = "truncate"'),
+    ({"over_context": "truncate", "context_tokens": 1}, "greater than or equal to 2"),
     ({"rate": 5}, "Extra inputs are not permitted"),
     ({"arrivals": None, "trace": {"file": CONV, "format": "tsv"}}, "'auto', 'mooncake', 'azure'"),
     ({"arrivals": None, "trace": {"file": CONV, "rate_scale": 0.0}}, "equal to 0.000001"),

@@ -122,6 +122,24 @@ def serving(environments: Sequence[Mapping[str, Any]], summaries: Sequence[Summa
     return said
 
 
+def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
+    """What the numbers of profiles are, and where none is measured what their figures tell.
+
+    `grades` are how many numbers of each stand at each grade, `compared` what the figures are of.
+    """
+    each, unmeasured = [], []
+    for name, counts in grades.items():
+        held = [f"{number(count)} {grade}" for grade, count in counts.items() if count]
+        each.append(f"{name} has {listed(held)} numbers")
+        if not counts.get("measured"):
+            unmeasured.append(name)
+    said = f"{'Profile' if len(each) == 1 else 'Profiles:'} {'; '.join(each)}."
+    if not unmeasured:
+        return said
+    whose = "" if len(unmeasured) == len(each) else f" of {listed(unmeasured)}"
+    return f"{said} None{whose} is measured: read ratios between {compared}, not absolute figures."
+
+
 def _models(summary: Summary) -> str:
     """The models that served, and of how many candidates where those are more; empty if unknown."""
     served = {place.rpartition("@")[0] for place in summary.get("depth_share") or {}}

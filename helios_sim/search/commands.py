@@ -54,7 +54,7 @@ from helios_sim.search.tables import (
 )
 from helios_sim.search.tune import known_points, nearest_miss, read_tune, tune_study
 from helios_sim.search.tune import recommended as tuned_scenario
-from helios_sim.search.whatif import device_of_cells, parse_vary, whatif_studies
+from helios_sim.search.whatif import parse_vary, profiles_of, whatif_studies
 from helios_sim.search.words import (
     plan_headline,
     plan_remarks,
@@ -211,19 +211,18 @@ def whatif(
             carry_out(mine, workers, store, on_point)
             return _shard_done(running, store, len(mine), len(studies), "cells", out)
         cells = carry_out(studies, workers, store, on_point)
-        device = device_of_cells(scenario, path.parent, cells)
+        profiles = profiles_of(scenario, path.parent, cells)
         write_results(
             out,
             store,
             {
                 RESULTS: parquet_bytes(cell_records(cells)),
-                REPORT_FILE: whatif_page(scenario, cells, num, device).encode(),
+                REPORT_FILE: whatif_page(scenario, cells, num, profiles).encode(),
             },
         )
     cannot = [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]
-    return Said(
-        [*cannot, *whatif_remarks(cells)], [(whatif_rows(cells), False)], cell_records(cells), out
-    )
+    sentences = [*cannot, *whatif_remarks(cells, profiles)]
+    return Said(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)
 
 
 def _all_of(points: Sequence[Point]) -> Study[None]:

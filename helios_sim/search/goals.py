@@ -217,14 +217,15 @@ class Judge:
         summary = figures["summary"]
         if goal.name == "cost":
             assert self.prices is not None
-            return cost_of(
+            cost = cost_of(
                 self.prices,
                 figures["device"],
                 summary["num_gpus"],
                 summary["average_gpu_power"],
                 summary["output_throughput"],
                 self.where,
-            ).per_million_tokens
+            )
+            return None if cost is None else cost.per_million_tokens
         value = summary[goal.key]
         return None if value is None else goal.scale * float(value)
 

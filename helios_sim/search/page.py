@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import Final
 
+from helios_sim.profile import Profile
 from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.figures import policy_colour
-from helios_sim.report.words import counted, limits, number, span
+from helios_sim.report.words import counted, device_of_all, limits, number, span
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
 from helios_sim.search.goals import in_words
@@ -24,7 +25,7 @@ from helios_sim.search.tables import (
     trial_rows,
     whatif_rows,
 )
-from helios_sim.search.traffic import Traffic
+from helios_sim.search.traffic import FEW_ROUNDS, MAX_RUN_REQUESTS, Traffic
 from helios_sim.search.tune import Tuned
 from helios_sim.search.verdict import Verdict
 from helios_sim.search.whatif import Cell
@@ -90,7 +91,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
         ),
         _day(plan, drawn),
         _evidence(plan.best),
-        _notes(question.scenario, plan.question.skipped),
+        _notes(question.scenario),
         section(
             "How it was found",
             "",
@@ -179,12 +180,15 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
     return document(f"{question.scenario.name}: tune", sections, drawn)
 
 
-def whatif_page(scenario: Scenario, cells: Sequence[Cell], replications: int, device: str) -> str:
-    """The page of a grid; `device` is what the fleets stand on."""
+def whatif_page(
+    scenario: Scenario, cells: Sequence[Cell], replications: int, profiles: Sequence[Profile]
+) -> str:
+    """The page of a grid on these profiles."""
     drawn: dict[str, Figure] = {}
+    device = device_of_all(profile.is_of_processor for profile in profiles)
     num = f"{len(cells)} cells, {replications} run{'s' if replications != 1 else ''} each"
     sections = [
-        _opening(scenario, f"{num}.", whatif_remarks(cells)),
+        _opening(scenario, f"{num}.", whatif_remarks(cells, profiles)),
         section("Side by side", "", _table(whatif_rows(cells))),
         section(
             "Frontiers",
@@ -258,9 +262,10 @@ def _day(plan: Plan, drawn: dict[str, Figure]) -> str:
             "day",
             drawings.day_figure(plan.hours),
             "Replicas and requests per second by hour",
-            "Reckoned from what a replica carries alone and what it carries in the fleet, the "
-            f"smaller of the two; {counted(each, plan.question.device)} a replica. Starting and "
-            "stopping replicas is not simulated.",
+            "Reckoned from what a replica surely carries alone and what it does in the fleet, the "
+            "smaller of the two; the busiest hour has the fleet that was measured. "
+            f"{counted(each, plan.question.device)} a replica. Starting and stopping replicas is "
+            "not simulated.",
         ),
     )
 
@@ -394,11 +399,10 @@ def _held_out(tuned: Tuned) -> str:
     )
 
 
-def _notes(scenario: Scenario, skipped: Sequence[str] = ()) -> str:
-    notes = [*scenario.notes, *(f"Left out: {text}." for text in skipped)]
-    if not notes:
+def _notes(scenario: Scenario) -> str:
+    if not scenario.notes:
         return ""
-    said = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    said = "".join(f"<li>{escape(note)}</li>" for note in scenario.notes)
     return section("Notes", "", f'<ul class="notes">{said}</ul>')
 
 
@@ -445,12 +449,13 @@ def _figures_of(plan: Plan) -> str:
 def _length(question: PlanQuestion) -> str:
     """How long the samples are, and why."""
     if not question.traffic.grows:
-        return "Samples are as long as was asked for, however long the answers."
+        return "Samples are as long as was asked for, however long answers and rounds."
     again = ", a stretch by being played again" if question.traffic.replays else ""
     return (
         f"A sample lasts at least {SAMPLE_ANSWERS:g} times as long as an answer takes from "
-        f"admission to its end (99th percentile){again}, and what is recommended is carried by "
-        f"samples {LONGER} times as long too."
+        f"admission to its end (99th percentile){again}, and holds {FEW_ROUNDS} rounds of a "
+        f"policy that reassesses, as far as {MAX_RUN_REQUESTS:,} requests allow; what is "
+        f"recommended is carried by samples of {LONGER * SAMPLE_ANSWERS:g} answers too."
     )
 
 

@@ -13,7 +13,8 @@ from typing import Any, Final, TypeVar, get_args
 
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.experiment import choose_policies
-from helios_sim.profile import load_profile
+from helios_sim.policy.registry import make_policy
+from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import PlanSettings
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import PolicySettings, Router, Scenario
@@ -33,9 +34,15 @@ from helios_sim.search.goals import (
     parse_constraints,
 )
 from helios_sim.search.points import Figures, Point, point_of
-from helios_sim.search.prices import Cost, Prices, cost_of, load_prices
+from helios_sim.search.prices import Cost, Prices, check_prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
-from helios_sim.search.traffic import MAX_RUN_REQUESTS, Traffic, at_rate
+from helios_sim.search.traffic import (
+    FEW_ROUNDS,
+    MAX_RUN_REQUESTS,
+    Traffic,
+    at_rate,
+    rounds_in_sample,
+)
 from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
 
@@ -82,7 +89,8 @@ class Load:
 
     `saturations` are those of the replications; `beyond` says what the profile can only
     extrapolate. Its samples are `lengthened` times as long as at first and last `sample_s`, in
-    which answers take up to `answer_s`; they are `longer` times as long as answers ask for.
+    which answers take up to `answer_s`; they are `longer` times as long as answers ask for. They
+    hold so many `rounds` of reassessment, infinitely many for a policy that does not reassess.
     """
 
     num_replicas: int
@@ -95,11 +103,23 @@ class Load:
     longer: int = 1
     sample_s: float = math.inf
     answer_s: float = 0.0
+    rounds: float = math.inf
 
     @property
     def is_short(self) -> bool:
         """Whether samples are shorter than answers ask for, so that they flatter the fleet."""
         return self.sample_s < SAMPLE_ANSWERS * self.answer_s
+
+    @property
+    def has_few_rounds(self) -> bool:
+        """Whether samples hold too few rounds of reassessment to show what these cost."""
+        return self.rounds < FEW_ROUNDS * (1.0 - 1e-9)
+
+    @property
+    def enough_s(self) -> float:
+        """How long a run has to last to tell as much as a sample that is no longer than asked."""
+        for_rounds = 0.0 if math.isinf(self.rounds) else FEW_ROUNDS / self.rounds * self.sample_s
+        return min(max(SAMPLE_ANSWERS * self.answer_s, for_rounds), self.sample_s)
 
 
 @dataclass(frozen=True)
@@ -149,6 +169,11 @@ class FleetAnswer:
         return next((load for load in self._shown if load.is_short), None)
 
     @property
+    def of_few_rounds(self) -> Load | None:
+        """The planned load, or that at the capacity, where its samples hold too few rounds."""
+        return next((load for load in self._shown if load.has_few_rounds), None)
+
+    @property
     def _shown(self) -> tuple[Load, ...]:
         """The loads that the answer stands on."""
         rate = None if self.capacity is None else self.capacity.rate_per_s
@@ -183,12 +208,20 @@ class PlanQuestion:
     prices: Prices | None
     constraints: Constraints
     fleets: tuple[Fleet, ...]
+    profiles: Mapping[str, Profile]
     skipped: tuple[str, ...] = ()
 
     @property
     def device(self) -> str:
         """What the fleets stand on: GPU, processor, or device where they differ."""
         return device_of_all(one.is_of_processor for one in self.fleets)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that every fleet has a place for: to so many a longer request is shortened."""
+        given = self.scenario.workload.context_tokens
+        least = min(_contexts(self.fleets, self.profiles))
+        return least if given is None else min(given, least)
 
     @property
     def target_per_s(self) -> float | None:
@@ -231,12 +264,14 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
     constraints = parse_constraints(settings.constraints, f"{place}.constraints")
     goals = [bound.goal for bound in constraints.bounds]
     check_countable(goals, True, settings.prices is not None, where, "plan")
-    fleets, skipped = _fleets(scenario, settings, base_dir, place)
+    fleets, skipped = _fleets(scenario, settings, base_dir, where)
+    profiles = {fleet.profile: load_profile(fleet.profile, base_dir) for fleet in fleets}
+    scenario = _with_one_context(scenario, _contexts(fleets, profiles))
     prices = None
     if settings.prices is not None:
         prices = load_prices(settings.prices, base_dir, f"{place}.prices")
-        for fleet in fleets:
-            cost_of(prices, fleet.device, 1, None, None, f"{place}.prices")
+        for profile in profiles.values():
+            check_prices(prices, profile, f"{place}.prices")
     traffic = Traffic(
         scenario,
         base_dir,
@@ -259,8 +294,31 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
         )
     traffic.check()
     return PlanQuestion(
-        *(scenario, settings, base_dir, where, slo, traffic, prices, constraints, fleets, skipped)
+        *(scenario, settings, base_dir, where, slo, traffic, prices, constraints),
+        *(fleets, profiles, skipped),
     )
+
+
+def _contexts(fleets: Sequence[Fleet], profiles: Mapping[str, Profile]) -> set[int]:
+    """The tokens that fleets have a place for: the smallest context among the models of each."""
+    return {
+        min(profiles[one.profile].model(name).model.shape.max_positions for name in one.candidates)
+        for one in fleets
+    }
+
+
+def _with_one_context(scenario: Scenario, contexts: set[int]) -> Scenario:
+    """The scenario with requests shortened alike for fleets of several contexts.
+
+    Each would otherwise meet prompts of its own length: the shorter its context, the easier.
+    """
+    workload = scenario.workload
+    if workload.over_context != "truncate" or len(contexts) == 1:
+        return scenario
+    least = min(contexts)
+    tokens = least if workload.context_tokens is None else min(workload.context_tokens, least)
+    shortened = workload.model_copy(update={"context_tokens": tokens})
+    return scenario.model_copy(update={"workload": shortened})
 
 
 def _within_windows(settings: PlanSettings) -> PlanSettings:
@@ -274,9 +332,10 @@ def _within_windows(settings: PlanSettings) -> PlanSettings:
 
 
 def _fleets(
-    scenario: Scenario, settings: PlanSettings, base_dir: Path, place: str
+    scenario: Scenario, settings: PlanSettings, base_dir: Path, where: str
 ) -> tuple[tuple[Fleet, ...], tuple[str, ...]]:
     """Every combination of what the lists name; model sets that a profile lacks are left out."""
+    place = f"{where}, plan"
     routers = settings.routers or (scenario.fleet.router,)
     for router in routers:
         check_word(router, get_args(Router), f"{place}.routers", "router")
@@ -291,9 +350,7 @@ def _fleets(
             profile = load_profile(name, base_dir)
         except InputError as error:
             raise InputError(error.message, f"{place}.profiles, {error.where}") from error
-        own = scenario.fleet.candidates
-        if not own or not set(own) <= set(profile.models):
-            own = tuple(profile.models)
+        own = scenario.fleet.candidates or tuple(profile.models)
         for models in settings.candidates or (own,):
             lacking = [model for model in models if model not in profile.models]
             if lacking:
@@ -308,9 +365,9 @@ def _fleets(
                     )
                 )
     if not found:
+        asked_by = f"{place}.candidates" if settings.candidates else f"{where}, fleet.candidates"
         raise InputError(
-            f"No profile has the models that are asked for: {'; '.join(skipped)}.",
-            f"{place}.candidates",
+            f"No profile has the models that are asked for: {'; '.join(skipped)}.", asked_by
         )
     return tuple(_named(found)), tuple(skipped)
 
@@ -357,7 +414,14 @@ def fleet_scenario(question: PlanQuestion, fleet: Fleet, num_replicas: int) -> S
         }
     )
     return question.scenario.model_copy(
-        update={"fleet": settings, "policy": (fleet.policy,), "plan": None, "search": None}
+        update={
+            "fleet": settings,
+            "policy": (fleet.policy,),
+            # It may be about policies that this fleet does not have.
+            "published": (),
+            "plan": None,
+            "search": None,
+        }
     )
 
 
@@ -375,14 +439,17 @@ class _Bench:
 
     def __init__(self, question: PlanQuestion, fleet: Fleet) -> None:
         self.question, self.fleet = question, fleet
+        policy = fleet.policy
+        made = make_policy(policy.use, policy.options, search_path=question.base_dir)
+        self.reassess_requests = made.watching.reassess_requests
         self.loads: dict[tuple[int, float], Load] = {}
         self.figures: dict[tuple[int, float], list[Figures]] = {}
 
     def measure(self, num_replicas: int, rate_per_s: float, longer: int = 1) -> Measured:
         """Replicated runs at a load, more of them where the first leave doubt.
 
-        They are as long as answers at this load ask for, and `longer` times that unless shorter
-        ones, which flatter, surely miss it already.
+        They are as long as answers at this load and the policy's rounds ask for, and `longer` times
+        as long as answers do unless shorter ones, which flatter, surely miss it already.
         """
         key = num_replicas, rate_per_s
         known = self.loads.get(key)
@@ -409,6 +476,7 @@ class _Bench:
                 lengthened, figures = wanted, []
             if verdict.is_sure:
                 break
+        sample_s = lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas)
         load = Load(
             num_replicas,
             rate_per_s,
@@ -418,8 +486,9 @@ class _Bench:
             clauses_beyond(figures),
             lengthened,
             longer,
-            lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas),
+            sample_s,
             _answer_s(figures),
+            self._rounds(num_replicas, rate_per_s * sample_s),
         )
         self.loads[key], self.figures[key] = load, figures
         return load
@@ -441,8 +510,18 @@ class _Bench:
             return 1
         traffic = self.question.traffic
         sample_s = traffic.sample_s(rate_per_s, num_replicas)
-        wanted = math.ceil(longer * SAMPLE_ANSWERS * _answer_s(figures) / sample_s)
-        return min(max(1, wanted), traffic.most_lengthened(num_replicas))
+        for_answers = longer * SAMPLE_ANSWERS * _answer_s(figures) / sample_s
+        for_rounds = FEW_ROUNDS / self._rounds(num_replicas, rate_per_s * sample_s)
+        wanted = math.ceil(max(1.0, for_answers, for_rounds))
+        return min(wanted, traffic.most_lengthened(num_replicas))
+
+    def _rounds(self, num_replicas: int, num_requests: float) -> float:
+        """Rounds of reassessment of each replica in a sample of so many requests.
+
+        A sample that ends before the first one would show the policy without its main cost.
+        """
+        measured = (1.0 - self.question.traffic.warmup_share) * num_requests
+        return rounds_in_sample(measured, num_replicas, self.reassess_requests)
 
     def _point(
         self,
@@ -523,14 +602,15 @@ class _Bench:
     def as_served(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], list[Figures]]:
         """A run of the planned scenario as it stands, judged by the constraints.
 
-        Where other requests may be drawn, a run that is too short for its answers tells less than
-        samples do; so does one that would hold more requests than a sample may.
+        Where other requests may be drawn, a run that is too short for its answers, or for its
+        policy's rounds, tells less than samples do; so does one that would hold more requests than
+        a sample may.
         """
         question, traffic = self.question, self.question.traffic
         limits = question.constraints.limits or str(question.slo)
         num = traffic.num_in_run(planned.rate_per_s)
-        enough_s = min(SAMPLE_ANSWERS * planned.answer_s, planned.sample_s)
-        is_long = traffic.replays or traffic.is_shaped or num / planned.rate_per_s >= enough_s
+        lasts_s = num / planned.rate_per_s
+        is_long = traffic.replays or traffic.is_shaped or lasts_s >= planned.enough_s
         if num <= MAX_RUN_REQUESTS and is_long:
             scenario = planned_scenario(question, self.fleet, planned)
             points = [point_of(scenario, question.base_dir, limits)]
@@ -792,9 +872,10 @@ def make_plan(question: PlanQuestion, answers: Sequence[FleetAnswer], best: Flee
 def _hours(
     question: PlanQuestion, answers: Sequence[FleetAnswer], best: FleetAnswer
 ) -> tuple[Hour, ...]:
-    """Replicas hour by hour, from what a replica carries alone and what it carries in the fleet.
+    """Replicas hour by hour, from what one surely carries alone and what it does in the fleet.
 
-    The smaller of the two counts, so that neither pooling nor uneven routing is relied on.
+    The smaller of the two counts, so that neither pooling nor uneven routing is relied on. The
+    busiest hour has the fleet that was measured for it.
     """
     weights, target = question.settings.hourly_weights, question.target_per_s
     if not weights or target is None or best.planned is None or best.capacity is None:
@@ -802,13 +883,15 @@ def _hours(
     alone = next(one for one in answers if one.fleet == best.fleet).capacity
     assert alone is not None
     peak = best.planned.num_replicas
-    # The fleet is known to carry the target, whatever its capacity's estimate.
-    together = max(best.capacity.rate_per_s, target) / best.capacity_replicas
-    each = min(alone.rate_per_s, together)
+    # The fleet surely carries the target, whatever the bounds of its capacity.
+    together = max(best.capacity.low_per_s, target) / best.capacity_replicas
+    each = min(alone.low_per_s, together)
     found = []
     for hour, weight in enumerate(weights):
         rate = target * weight / max(weights)
-        num = min(peak, max(1, math.ceil(rate / each - 1e-9)))
+        num = peak
+        if weight < max(weights) and each > 0.0:
+            num = min(peak, max(1, math.ceil(rate / each - 1e-9)))
         per_hour = None if best.cost is None else best.cost.per_hour * num / peak
         found.append(Hour(hour, rate, num, per_hour))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from helios_sim.arrivals import StrictSettings
 from helios_sim.errors import InputError, did_you_mean
+from helios_sim.profile import Profile
 from helios_sim.toml import read_toml
 
 Grade = Literal["assumed", "quoted", "paid"]
@@ -77,6 +79,32 @@ def load_prices(name: str, base_dir: Path, where: str) -> Prices:
         raise InputError(message, f"{path}, {place}") from error
 
 
+def check_prices(prices: Prices, profile: Profile, where: str) -> None:
+    """Raise `InputError` where prices do not say what a fleet on a profile costs.
+
+    Energy that no meter read costs something all the same.
+    """
+    _gpu_price(prices, profile.device.name, where)
+    if prices.energy is not None and not profile.has_energy:
+        raise InputError(
+            f"The prices file has a price of energy, and the energy of profile {profile.name!r} is "
+            "unavailable: what it costs is unknown. Leave [energy] out of the prices, to count "
+            "GPU hours alone, or take a profile with watts and joules.",
+            where,
+        )
+
+
+def _gpu_price(prices: Prices, device: str, where: str) -> GpuPrice:
+    """The price of a device."""
+    if device not in prices.gpu:
+        raise InputError(
+            f"The prices file has no [gpu.{device!r}].{did_you_mean(device, prices.gpu)} It has "
+            f"{', '.join(map(repr, prices.gpu)) or 'none'}.",
+            where,
+        )
+    return prices.gpu[device]
+
+
 def cost_of(
     prices: Prices,
     device: str,
@@ -84,20 +112,27 @@ def cost_of(
     power_w: float | None,
     tokens_per_s: float | None,
     where: str,
-) -> Cost:
-    """The cost of GPUs that draw a power and give tokens, at a steady rate."""
-    if device not in prices.gpu:
-        raise InputError(
-            f"The prices file has no [gpu.{device!r}].{did_you_mean(device, prices.gpu)} It has "
-            f"{', '.join(map(repr, prices.gpu)) or 'none'}.",
-            where,
-        )
-    per_hour = num_gpus * prices.gpu[device].per_gpu_hour
+) -> Cost | None:
+    """The cost of GPUs that draw a power and give tokens, at a steady rate.
+
+    None where energy has a price and the power is unknown.
+    """
+    per_hour = num_gpus * _gpu_price(prices, device, where).per_gpu_hour
     if prices.energy is not None:
-        per_hour += (power_w or 0.0) / 1e3 * prices.energy.overhead * prices.energy.per_kwh
+        if power_w is None:
+            return None
+        per_hour += power_w / 1e3 * prices.energy.overhead * prices.energy.per_kwh
     if not tokens_per_s:
         return Cost(per_hour, None)
     return Cost(per_hour, per_hour / (tokens_per_s * 3600.0) * 1e6)
+
+
+def grades_of(prices: Prices, devices: Iterable[str]) -> list[str]:
+    """The grades of what a fleet on these devices is charged, each named once."""
+    used = [prices.gpu[device].grade for device in sorted(devices)]
+    if prices.energy is not None:
+        used.append(prices.energy.grade)
+    return list(dict.fromkeys(used))
 
 
 def words_of(prices: Prices) -> str:

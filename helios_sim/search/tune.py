@@ -25,7 +25,7 @@ from helios_sim.search.goals import (
 from helios_sim.search.pareto import best_first, front, ranks
 from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
-from helios_sim.search.prices import cost_of, load_prices
+from helios_sim.search.prices import check_prices, load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
 from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
@@ -132,6 +132,8 @@ class TuneQuestion:
     judge: Judge
     device: str
     """What the fleets stand on: GPU, processor, or device where they differ."""
+    profiles: tuple[Profile, ...] = ()
+    """The profiles that trials may stand on, the scenario's own first."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
     profiles = _profiles(space, place)
     if prices is not None:
         for profile in profiles:
-            cost_of(prices, profile.device.name, 1, None, None, f"{place}.prices")
+            check_prices(prices, profile, f"{place}.prices")
     traffic = Traffic(
         space.base,
         base_dir,
@@ -225,7 +227,9 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
     traffic.check()
     judge = Judge(goals, constraints, prices, f"{place}.prices")
     device = device_of_all(profile.is_of_processor for profile in profiles)
-    return TuneQuestion(scenario, settings, base_dir, where, space, traffic, judge, device)
+    return TuneQuestion(
+        *(scenario, settings, base_dir, where, space, traffic, judge, device), tuple(profiles)
+    )
 
 
 def finals_samples(settings: SearchSettings) -> range:

@@ -10,8 +10,7 @@ from typing import Any, Final
 
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.policy.registry import policy_names, policy_options
-from helios_sim.profile import load_profile
-from helios_sim.report.words import device_of_all
+from helios_sim.profile import Profile, load_profile
 from helios_sim.scenario import PolicySettings, Scenario
 from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Point, point_of
@@ -125,11 +124,11 @@ def whatif_studies(
     return studies
 
 
-def device_of_cells(scenario: Scenario, base_dir: Path, cells: Sequence[Cell]) -> str:
-    """What the fleets of a grid stand on: GPU, processor, or device where they differ."""
+def profiles_of(scenario: Scenario, base_dir: Path, cells: Sequence[Cell]) -> list[Profile]:
+    """The profiles that the cells of a grid stand on."""
     own = scenario.fleet.profile
     names = {str(one.values.get("fleet.profile", own)) for one in cells if one.means is not None}
-    return device_of_all(load_profile(name, base_dir).is_of_processor for name in sorted(names))
+    return [load_profile(name, base_dir) for name in sorted(names)]
 
 
 def _is_for(key: str, policy: PolicySettings, own: Scenario, base_dir: Path, value: Any) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from helios_sim.report.words import counted, extrapolated, limits, listed, number, span
+from helios_sim.profile import Profile
+from helios_sim.report.words import counted, extrapolated, limits, listed, number, span, worth
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
 from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
-from helios_sim.search.traffic import Traffic
+from helios_sim.search.prices import grades_of
+from helios_sim.search.traffic import FEW_ROUNDS, Traffic
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, nearest_miss
 from helios_sim.search.whatif import Cell
 
@@ -75,69 +77,140 @@ def _in_full(plan: Plan) -> str:
 
 def plan_remarks(plan: Plan) -> list[str]:
     """What has to be said beside the headline."""
-    question, best = plan.question, plan.best
-    capacity, planned = best.capacity, best.planned
-    assert capacity is not None and planned is not None
-    settings = question.settings
-    found = [f"SLO: {limits(str(question.slo))}."]
-    if any(limit.percentile is None for limit in question.slo.limits):
-        found[0] = found[0][:-1] + f", by {100 * settings.attainment:g} % of the requests sent."
+    return [text for part in _PLAN_REMARKS for text in part(plan)]
+
+
+def _objective(plan: Plan) -> list[str]:
+    """The SLO, and the share of the requests that it asks for where it names none."""
+    slo, share = plan.question.slo, plan.question.settings.attainment
+    said = f"SLO: {limits(str(slo))}"
+    if any(limit.percentile is None for limit in slo.limits):
+        said += f", by {100 * share:g} % of the requests sent"
+    return [f"{said}."]
+
+
+def _carried(plan: Plan) -> list[str]:
+    """What the recommended fleet carries, against what is asked of it."""
+    capacity, question = plan.best.capacity, plan.question
+    assert capacity is not None
     if question.target_per_s is not None:
-        found.append(
+        return [
             f"That fleet carries {number(capacity.rate_per_s, 4)} requests/s in all "
             f"({bracket(capacity)}): {headroom_words(plan.headroom)}."
-        )
-    else:
-        own = question.traffic.rate_per_s
-        found.append(
-            f"The scenario's own rate is {number(own, 4)} requests/s: "
-            f"{headroom_words(plan.headroom)}."
-        )
+        ]
+    return [
+        f"The scenario's own rate is {number(question.traffic.rate_per_s, 4)} requests/s: "
+        f"{headroom_words(plan.headroom)}."
+    ]
+
+
+def _breaks_first(plan: Plan) -> list[str]:
+    """Which limit is missed at the first rate that is, and what is short there."""
+    capacity, bottleneck = plan.best.capacity, plan.best.bottleneck
+    assert capacity is not None
     if capacity.outcome == "all carried":
-        found.append("No rate tried was missed: the search ended before the SLO broke.")
+        found = ["No rate tried was missed: the search ended before the SLO broke."]
     else:
-        broken = capacity.first_missed.verdict.broken
-        what = listed([one.words for one in broken])
-        found.append(f"First to break, at {number(capacity.first_missed.rate_per_s, 4)}: {what}.")
-    if best.bottleneck is not None:
-        found.append(f"Bottleneck: {best.bottleneck.cause}; {best.bottleneck.evidence}.")
-    if best.short is not None:
-        found.append(short_words(question.traffic, best.short))
-    if question.traffic.replays:
-        found += _peak(plan)
-        found += _unlike_the_trace(plan)
-    if best.agreement is not None and best.agreement < FULL_AGREEMENT and not question.has_floor:
-        found.append(_in_full(plan))
-    if str(question.constraints):
-        found.append(f"Constraints: {question.constraints}; kept by what is recommended.")
-        for one in plan.answers:
-            if one.broken:
-                what = listed([in_words(each) for each in one.broken])
-                found.append(f"Not recommended: {one.fleet.name}, which breaks {what}.")
-    energy = best.figures.get("energy_per_output_token")
-    if energy is not None:
-        quality = best.agreement
-        said = f"Energy: {number(1e-3 * energy)} J an output token at that rate"
-        if quality is not None:
-            said += f"; {number(100 * quality)} % of the tokens equal the full model's"
-        found.append(f"{said}.")
-    if best.cost is not None and question.prices is not None:
-        currency = question.prices.currency
-        found.append(
-            f"Cost: {number(best.cost.per_hour)} {currency} an hour, "
-            f"{number(best.cost.per_million_tokens)} {currency} a million output tokens, at the "
-            f"prices of {settings.prices}."
-        )
-    if plan.hours and best.cost is not None and question.prices is not None:
+        first = capacity.first_missed
+        what = listed([one.words for one in first.verdict.broken])
+        found = [f"First to break, at {number(first.rate_per_s, 4)}: {what}."]
+    if bottleneck is not None:
+        found.append(f"Bottleneck: {bottleneck.cause}; {bottleneck.evidence}.")
+    return found
+
+
+def _too_short(plan: Plan) -> list[str]:
+    """That the samples behind the answer are too short for it, if they are."""
+    short, few = plan.best.short, plan.best.of_few_rounds
+    found = [] if short is None else [short_words(plan.question.traffic, short)]
+    return found if few is None else [*found, few_rounds_words(plan.question.traffic, few)]
+
+
+def _shortened(plan: Plan) -> list[str]:
+    """How many requests are longer than what every fleet has a place for, and are cut."""
+    num, of = (plan.best.figures.get(key) for key in ("num_shortened", "num_requests"))
+    if not num or not of:
+        return []
+    return [
+        f"{number(100 * num / of)} % of the requests are shortened to "
+        f"{number(plan.question.context_tokens)} tokens, for all fleets alike."
+    ]
+
+
+def _quality(plan: Plan) -> list[str]:
+    """What full agreement takes, where nobody has set a floor and the best fleet has less."""
+    agreement = plan.best.agreement
+    if agreement is None or agreement >= FULL_AGREEMENT or plan.question.has_floor:
+        return []
+    return [_in_full(plan)]
+
+
+def _constraints(plan: Plan) -> list[str]:
+    """The constraints, and which fleets break them."""
+    constraints = plan.question.constraints
+    if not str(constraints):
+        return []
+    found = [f"Constraints: {constraints}; kept by what is recommended."]
+    for one in plan.answers:
+        if one.broken:
+            what = listed([in_words(each) for each in one.broken])
+            found.append(f"Not recommended: {one.fleet.name}, which breaks {what}.")
+    return found
+
+
+def _energy(plan: Plan) -> list[str]:
+    """Energy a token, and beside it the quality of those tokens."""
+    energy, agreement = plan.best.figures.get("energy_per_output_token"), plan.best.agreement
+    if energy is None:
+        return []
+    said = f"Energy: {number(1e-3 * energy)} J an output token at that rate"
+    if agreement is not None:
+        said += f"; {number(100 * agreement)} % of the tokens equal the full model's"
+    return [f"{said}."]
+
+
+def _cost(plan: Plan) -> list[str]:
+    """What the fleet costs, at which prices, and what its day does."""
+    cost, prices = plan.best.cost, plan.question.prices
+    if cost is None or prices is None:
+        return []
+    currency = prices.currency
+    grades = listed(grades_of(prices, {one.fleet.device for one in plan.answers}))
+    found = [
+        f"Cost: {number(cost.per_hour)} {currency} an hour, "
+        f"{number(cost.per_million_tokens)} {currency} a million output tokens, at the {grades} "
+        f"prices of {plan.question.settings.prices}."
+    ]
+    if plan.hours:
         day = sum(hour.cost_per_hour or 0.0 for hour in plan.hours)
-        always = 24 * best.cost.per_hour
+        always = 24 * cost.per_hour
         saved = 1.0 - day / always if always else 0.0
         found.append(
-            f"Over the day: {number(day)} {question.prices.currency} instead of {number(always)} "
-            f"with the fleet always on, {100 * saved:.0f} % less."
+            f"Over the day: {number(day)} {currency} instead of {number(always)} with the fleet "
+            f"always on, {100 * saved:.0f} % less."
         )
-    found += [_failure(plan, one) for one in plan.answers if one.planned is None]
-    return found + _beyond([(one.fleet.name, one.beyond) for one in plan.answers])
+    return found
+
+
+def _left_out(plan: Plan) -> list[str]:
+    """Which profiles are not compared, since they lack models."""
+    skipped = plan.question.skipped
+    return [f"Left out: {'; '.join(skipped)}."] if skipped else []
+
+
+def _failures(plan: Plan) -> list[str]:
+    """The fleets that are not enough."""
+    return [_failure(plan, one) for one in plan.answers if one.planned is None]
+
+
+def _grades(plan: Plan) -> list[str]:
+    """What the numbers of the profiles are worth."""
+    return [worth(grades_by_name(plan.question.profiles.values()), "fleets")]
+
+
+def _extrapolations(plan: Plan) -> list[str]:
+    """What the profiles can only extrapolate."""
+    return _beyond([(one.fleet.name, one.beyond) for one in plan.answers])
 
 
 def _failure(plan: Plan, answer: FleetAnswer) -> str:
@@ -161,6 +234,8 @@ def _failure(plan: Plan, answer: FleetAnswer) -> str:
 def _peak(plan: Plan) -> list[str]:
     """That every window is played at one rate, and which mean rate the busiest one allows."""
     assert plan.best.capacity is not None
+    if not plan.question.traffic.replays:
+        return []
     factor = plan.question.traffic.peak_factor
     if factor < 1.0 + ALIKE:
         return []
@@ -174,6 +249,8 @@ def _peak(plan: Plan) -> list[str]:
 
 def _unlike_the_trace(plan: Plan) -> list[str]:
     """That the windows which were tried hold other lengths than the whole trace, if they do."""
+    if not plan.question.traffic.replays:
+        return []
     used = max((load.verdict.num_replications for load in plan.best.loads), default=0)
     tried = plan.question.traffic.mean_lengths(used)
     whole = plan.question.traffic.mean_lengths()
@@ -186,24 +263,63 @@ def _unlike_the_trace(plan: Plan) -> list[str]:
     ]
 
 
+_PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
+    _objective,
+    _carried,
+    _breaks_first,
+    _too_short,
+    _peak,
+    _unlike_the_trace,
+    _shortened,
+    _quality,
+    _constraints,
+    _energy,
+    _cost,
+    _left_out,
+    _failures,
+    _grades,
+    _extrapolations,
+)
+"""What is said of a plan, in this order."""
+
+
 def short_words(traffic: Traffic, load: Load) -> str:
     """That samples are too short for what is served, and what helps."""
-    if traffic.replays:
-        help_by = "a longer trace or fewer plan.windows"
-    elif traffic.is_shaped:
-        help_by = "a longer workload"
-    else:
-        help_by = "a larger plan.num_requests, or none"
     return (
         f"A sample lasts {span(load.sample_s)} and an answer up to {span(load.answer_s)}: samples "
         f"begin empty and fill for too much of their time (at least {SAMPLE_ANSWERS:g} answers are "
-        f"asked for), so the capacity is optimistic. Give {help_by}."
+        f"asked for), so the capacity is optimistic. Give {_longer_by(traffic)}."
     )
 
 
-def whatif_remarks(cells: Sequence[Cell]) -> list[str]:
-    """What has to be said beside a grid."""
-    return _beyond([(cell.name, cell.beyond) for cell in cells])
+def few_rounds_words(traffic: Traffic, load: Load) -> str:
+    """That samples are too short for what the policy does only now and then, and what helps."""
+    rounds = f"{load.rounds:.1f}"
+    return (
+        f"A sample holds about {rounds} round{'s' * (rounds != '1.0')} of reassessment for each "
+        f"replica (at least {FEW_ROUNDS} are asked for): what reassessing costs is measured on "
+        f"few. Give {_longer_by(traffic)}."
+    )
+
+
+def _longer_by(traffic: Traffic) -> str:
+    """What makes samples longer."""
+    if traffic.replays:
+        return "a longer trace or fewer plan.windows"
+    if traffic.is_shaped:
+        return "a longer workload"
+    return "a larger plan.num_requests, or none"
+
+
+def whatif_remarks(cells: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:
+    """What has to be said beside a grid on these profiles."""
+    beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
+    return [*([worth(grades_by_name(profiles), "cells")] if profiles else []), *beyond]
+
+
+def grades_by_name(profiles: Iterable[Profile]) -> dict[str, Mapping[str, int]]:
+    """How many numbers of each profile stand at each grade."""
+    return {one.name: one.grade_counts() for one in profiles}
 
 
 def _beyond(named: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
@@ -314,6 +430,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     tried = [("the scenario as it stands", tuned.base.beyond)]
     if tuned.winner is not None:
         tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
+    found.append(worth(grades_by_name(tuned.question.profiles), "settings"))
     found += _beyond(tried) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:

@@ -21,6 +21,7 @@ import pytest
 from helios_sim.cli import main
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
+from helios_sim.profile import load_profile
 from helios_sim.questions import PlanSettings
 from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
@@ -125,6 +126,79 @@ def test_words_of_a_search_follow_the_kind_of_the_device(tmp_path: Path) -> None
         assert "tokens/s per processor" in shown
 
 
+UNMEASURED = "read ratios between {}, not absolute figures."
+
+
+def test_every_answer_says_what_the_numbers_behind_it_are(tmp_path: Path) -> None:
+    """In the terminal and on the page; of a profile without a measured number, how to read it."""
+    path = write(tmp_path, policy=[{"use": "never"}], search={"num_trials": 4})
+    told = {
+        "fleets": plan(path, [], inline(tmp_path / "plan")),
+        "settings": tune(
+            path, ["search.ranges={'serving.max_batch'=[8,64]}"], inline(tmp_path / "tune")
+        ),
+        "cells": whatif(path, [], ["serving.max_batch=8,64"], [], 1, inline(tmp_path / "whatif")),
+    }
+    for compared, said in told.items():
+        (worth,) = [one for one in said.sentences if one.startswith("Profile opt-a100-40gb has ")]
+        assert worth.endswith(f" numbers. None is measured: {UNMEASURED.format(compared)}")
+        assert worth in html.unescape((said.folder / "report.html").read_text())
+
+
+def test_the_cost_of_a_plan_is_at_prices_of_a_named_grade(tmp_path: Path) -> None:
+    """The energy's too; a device that is not compared has no part in it."""
+    (tmp_path / "prices.toml").write_text(
+        '[gpu."NVIDIA A100-SXM4-40GB"]\nper_gpu_hour = 3.6\ngrade = "quoted"\n'
+        '[gpu.another]\nper_gpu_hour = 1.0\ngrade = "paid"\n'
+        '[energy]\nper_kwh = 0.1\ngrade = "assumed"\n'
+    )
+    path = write(tmp_path, policy=[{"use": "never"}], plan={"prices": "prices.toml"})
+    said = plan(path, [], inline(tmp_path / "out"))
+    (cost,) = [one for one in said.sentences if one.startswith("Cost: ")]
+    assert cost.endswith("at the quoted and assumed prices of prices.toml.")
+
+
+def test_prices_of_energy_are_refused_where_it_is_unavailable(tmp_path: Path) -> None:
+    """Energy that no meter read would be priced at nothing."""
+    (tmp_path / "prices.toml").write_text(
+        f'[gpu."{load_profile("small-family-cpu").device.name}"]\nper_gpu_hour = 1.0\n'
+        'grade = "assumed"\n[energy]\nper_kwh = 0.1\ngrade = "assumed"\n'
+    )
+    asked = {"prices": "prices.toml"}
+    search = {"ranges": {"serving.max_batch": [4, 8]}, "objectives": ["cost"], **asked}
+    path = write(
+        tmp_path,
+        fleet={"profile": "small-family-cpu", "candidates": ["general-12l"]},
+        plan=asked,
+        search=search,
+    )
+    for command, table in ((plan, "plan"), (tune, "search")):
+        with pytest.raises(InputError, match=rf"{table}\.prices: .*energy of profile 'small-fa"):
+            command(path, [], inline(tmp_path / "out"))
+
+
+def test_a_plan_says_which_profiles_it_left_out_and_how_many_requests_it_shortened(
+    tmp_path: Path,
+) -> None:
+    """1,800 + 300 tokens are more than the 2,048 of an OPT model."""
+    workload = {
+        "prompt": {"kind": "constant", "tokens": 1800},
+        "output": {"kind": "values", "values": [20, 300], "weights": [3, 1]},
+        "over_context": "truncate",
+    }
+    asked = {"profiles": ["opt-a100-40gb", "layerskip-a100-40gb"], "candidates": [["opt-1.3b"]]}
+    path = write(tmp_path, workload=workload, policy=[{"use": "never"}], slo={"text": "ttft:9000"})
+    change = [f"plan.{key}={json.dumps(value)}" for key, value in asked.items()]
+    said = plan(path, change, inline(tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    left = "Left out: layerskip-a100-40gb has no opt-1.3b."
+    assert said.sentences.count(left) == page.count(left) == 1
+    (cut,) = [one for one in said.sentences if "shortened" in one]
+    assert re.fullmatch(
+        r"2\d(\.\d)? % of the requests are shortened to 2,048 tokens, for all fleets alike\.", cut
+    )
+
+
 SLOW = {
     "workload": {
         "num_requests": 60,
@@ -171,6 +245,39 @@ def test_a_number_of_requests_is_kept_to_and_said_to_be_too_short_for_the_answer
     (told,) = [sentence for sentence in said.sentences if "optimistic" in sentence]
     assert re.match(r"A sample lasts [\d.]+ s and an answer up to [\d.]+ s: samples begin", told)
     assert told.endswith("Give a larger plan.num_requests, or none.")
+
+
+REASSESSING = {
+    "slo": {"text": "ttft:4000"},
+    "policy": [{"use": "helios", "reassess_requests": 900}],
+    "plan": {"max_replications": 2, "precision": 0.5},
+}
+"""Rounds of 900 requests: 2,000, of which the first tenth is not measured, hold two of them."""
+
+
+def test_a_sample_holds_rounds_enough_to_show_what_reassessing_costs(tmp_path: Path) -> None:
+    """Five of 900 are 4,500 measured requests, so 6,000 and not 4,000 in all."""
+    path = write(tmp_path, **REASSESSING)
+    path.write_text(path.read_text().replace("num_requests = 200\n", ""))
+    said = plan(path, [], inline(tmp_path / "out"))
+    carried = [row for row in said.rows if row["carried"]]
+    assert carried
+    assert all(row["num_requests"] >= 6000 for row in carried)
+    assert not any("rounds of reassessment" in one for one in said.sentences)
+
+
+def test_samples_of_few_rounds_are_said_to_be(tmp_path: Path) -> None:
+    """Of 1,000 requests 900 are measured, which is one round."""
+    path = write(tmp_path, **REASSESSING)
+    said = plan(path, ["plan.num_requests=1000"], inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if "of reassessment" in one]
+    assert told == (
+        "A sample holds about 1.0 round of reassessment for each replica (at least 5 are asked "
+        "for): what reassessing costs is measured on few. Give a larger plan.num_requests, or none."
+    )
+    assert told in html.unescape((tmp_path / "out" / "report.html").read_text())
+    said = plan(path, ['policy=[{use="never"}]'], inline(tmp_path / "never"))
+    assert not any("of reassessment" in one for one in said.sentences)
 
 
 def evidence(folder: Path) -> str:

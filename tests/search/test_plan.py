@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-from helios_sim.scenario import load_scenario
+from helios_sim.errors import InputError
+from helios_sim.experiment import prepare
+from helios_sim.records import toml_text
+from helios_sim.scenario import load_scenario, resolved
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.plan import (
     FleetAnswer,
@@ -17,6 +20,7 @@ from helios_sim.search.plan import (
     fleet_scenario,
     make_plan,
     mean_figures,
+    planned_scenario,
     ranked,
     read_plan,
 )
@@ -60,23 +64,38 @@ def names(answers: tuple[FleetAnswer, ...]) -> list[str]:
     ("together_per_s", "replicas"),
     [
         pytest.param(36.0, [4, 2, 1, 1], id="four carry nine each, one alone carries ten"),
-        pytest.param(60.0, [3, 2, 1, 1], id="one alone carries ten, four carry fifteen each"),
+        pytest.param(60.0, [4, 2, 1, 1], id="one alone carries ten, four carry fifteen each"),
         pytest.param(28.0, [4, 2, 1, 1], id="four are known to carry the target all the same"),
     ],
 )
-def test_each_hour_has_the_replicas_for_its_rate_at_the_less_that_one_carries(
+def test_each_hour_has_the_replicas_for_its_rate_at_the_less_that_one_surely_carries(
     tmp_path: Path, together_per_s: float, replicas: list[int]
 ) -> None:
-    """30, 15, 0 and 7.5 requests/s; an hour costs its replicas' part of the peak's 8."""
+    """30, 15, 0 and 7.5 requests/s; an hour costs its replicas' part of the peak's 8.
+
+    The capacities themselves, half as much again, count for nothing; and the busiest hour has the
+    fleet that is recommended, even where three such replicas would do by this reckoning.
+    """
     question = question_of(tmp_path, target_rate_per_s=30.0, hourly_weights=DAY)
     alone = answer_of(question, 4, cost=Cost(8.0, 1.0))
-    together = Capacity(together_per_s, together_per_s, together_per_s, ())
+    alone = replace(alone, capacity=Capacity(15.0, 10.0, 20.0, ()))
+    together = Capacity(1.5 * together_per_s, together_per_s, 2.0 * together_per_s, ())
     best = replace(alone, capacity=together, capacity_replicas=4)
     plan = make_plan(question, [alone], best)
     assert [hour.rate_per_s for hour in plan.hours[:4]] == [30.0, 15.0, 0.0, 7.5]
     assert [hour.num_replicas for hour in plan.hours[:4]] == replicas
     assert [hour.cost_per_hour for hour in plan.hours[:4]] == [2.0 * num for num in replicas]
-    assert plan.headroom == pytest.approx(together_per_s / 30.0 - 1.0)
+    assert plan.headroom == pytest.approx(1.5 * together_per_s / 30.0 - 1.0)
+
+
+def test_where_one_replica_surely_carries_no_rate_every_hour_has_the_whole_fleet(
+    tmp_path: Path,
+) -> None:
+    question = question_of(tmp_path, target_rate_per_s=30.0, hourly_weights=DAY)
+    alone = replace(answer_of(question, 4), capacity=Capacity(10.0, 0.0, 20.0, ()))
+    best = replace(alone, capacity=Capacity(40.0, 36.0, 44.0, ()), capacity_replicas=4)
+    plan = make_plan(question, [alone], best)
+    assert {hour.num_replicas for hour in plan.hours} == {4}
 
 
 def test_under_a_target_the_cheapest_fleet_wins_then_the_fewest_gpus_then_the_least_energy(
@@ -122,6 +141,74 @@ def test_one_replica_is_given_its_requests_by_turns_and_several_as_the_fleet_say
     (fleet,) = question.fleets
     assert fleet_scenario(question, fleet, 1).fleet.router == "round-robin"
     assert fleet_scenario(question, fleet, 2).fleet.router == "least-kv"
+
+
+TWO_CONTEXTS: dict[str, Any] = {
+    "fleet": {"profile": "layerskip-a100-40gb", "weights_start": "host"},
+    "workload": {"prompt": {"kind": "constant", "tokens": 6000}, "over_context": "truncate"},
+    "policy": [{"use": "vanilla"}],
+    "plan": {"candidates": [["llama2-7b"], ["llama3-8b"]]},
+}
+"""Prompts of 6,000 tokens, for contexts of 4,096 and of 8,192."""
+
+
+def test_fleets_of_several_contexts_meet_the_same_shortened_requests(tmp_path: Path) -> None:
+    """Cut for one fleet alone, they would ask less of it."""
+    path = write(tmp_path, **TWO_CONTEXTS)
+    question = read_plan(load_scenario(path), tmp_path, "small.toml")
+    met = []
+    for fleet in question.fleets:
+        planned = planned_scenario(question, fleet, Load(1, 4.0, CARRIED, {}))
+        requests, num_shortened = prepare(planned, tmp_path).requests(planned.seed)
+        assert num_shortened == len(requests)
+        assert (requests.prompt_tokens + requests.output_tokens == 4096).all()
+        met.append(requests)
+    assert (met[0].prompt_tokens == met[1].prompt_tokens).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param('plan.candidates=[["llama3-8b"]]', id="one context"),
+        pytest.param('workload.over_context="refuse"', id="nothing is shortened"),
+    ],
+)
+def test_requests_are_left_to_the_context_where_no_fleet_would_meet_others(
+    tmp_path: Path, change: str
+) -> None:
+    path = write(tmp_path, **TWO_CONTEXTS)
+    question = read_plan(load_scenario(path, [change]), tmp_path, "small.toml")
+    assert question.scenario.workload.context_tokens is None
+
+
+TWO_FAMILIES = ["layerskip-a100-40gb", "opt-a100-40gb"]
+
+
+def test_a_profile_without_the_scenario_s_models_is_left_out_by_name(tmp_path: Path) -> None:
+    """Its other models are not what was asked about."""
+    fleet = {"profile": "layerskip-a100-40gb", "candidates": ["llama2-7b"]}
+    path = write(tmp_path, fleet=fleet, plan={"profiles": TWO_FAMILIES})
+    question = read_plan(load_scenario(path), tmp_path, "small.toml")
+    assert [fleet.profile for fleet in question.fleets] == ["layerskip-a100-40gb"]
+    assert question.skipped == ("opt-a100-40gb has no llama2-7b",)
+    assert read_plan(load_scenario(path, ["fleet.candidates=[]"]), tmp_path, "x").skipped == ()
+    with pytest.raises(InputError, match=r"^small\.toml, fleet\.candidates: No profile has the"):
+        read_plan(load_scenario(path, ['plan.profiles=["opt-a100-40gb"]']), tmp_path, "small.toml")
+
+
+def test_a_fleet_s_scenario_can_be_read_again_whatever_was_published(tmp_path: Path) -> None:
+    """A published figure of a policy that the fleet does not have stands in its way otherwise."""
+    published = [
+        {"figure": "output_throughput", "policy": name, "published": 1.0, "source": "a paper"}
+        for name in ("helios", "vanilla")
+    ]
+    path = write(tmp_path, policy=[{"use": "helios"}, {"use": "vanilla"}], published=published)
+    question = read_plan(load_scenario(path), tmp_path, "small.toml")
+    for fleet in question.fleets:
+        planned = planned_scenario(question, fleet, Load(1, 4.0, CARRIED, {}))
+        file = tmp_path / "found.toml"
+        file.write_text(toml_text(resolved(planned)))
+        assert load_scenario(file) == planned
 
 
 def test_a_figure_that_one_run_lacks_has_no_mean() -> None:

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_sim.errors import InputError
+from helios_sim.profile import load_profile
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.goals import parse_constraints, parse_goal
 from helios_sim.search.pareto import best_first, dominates, front, ranks
-from helios_sim.search.prices import Prices, cost_of, load_prices
+from helios_sim.search.prices import Cost, Prices, check_prices, cost_of, load_prices
 from helios_sim.search.samplers import sobol_shares
 from helios_sim.search.space import Range, read_space
 from helios_sim.search.whatif import parse_vary
@@ -225,11 +226,29 @@ def test_costs_by_pencil() -> None:
         }
     )
     cost = cost_of(prices, "X", 3, 1000.0, 1000.0, "here")
+    assert cost is not None
     assert cost.per_hour == pytest.approx(6.3)
     assert cost.per_million_tokens == pytest.approx(6.3 / 3.6)
-    assert cost_of(prices, "X", 3, None, None, "here").per_million_tokens is None
     with pytest.raises(InputError, match="Did you mean 'X'"):
         cost_of(prices, "XX", 1, None, None, "here")
+    without = prices.model_copy(update={"energy": None})
+    assert cost_of(without, "X", 3, None, None, "here") == Cost(6.0, None)
+
+
+def test_energy_that_nobody_read_is_not_free() -> None:
+    """A cost with a price of energy is unknown; without one it is that of the hours."""
+    profile = load_profile("small-family-cpu")
+    device = profile.device.name
+    prices = Prices.model_validate(
+        {
+            "gpu": {device: {"per_gpu_hour": 2.0, "grade": "assumed"}},
+            "energy": {"per_kwh": 0.2, "grade": "assumed"},
+        }
+    )
+    assert cost_of(prices, device, 3, None, 1000.0, "here") is None
+    with pytest.raises(InputError, match=r"^here: .*'small-family-cpu' is unavailable"):
+        check_prices(prices, profile, "here")
+    check_prices(prices.model_copy(update={"energy": None}), profile, "here")
 
 
 def test_a_prices_file_is_read_strictly(tmp_path: Path) -> None:
