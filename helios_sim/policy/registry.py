@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, get_args, get_type_hints
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, UnknownOption
 from helios_sim.policy import rules
 from helios_sim.policy.baselines import (
     Always,
@@ -80,7 +80,7 @@ def make_policy(
         _check_protocol(use, policy)
         hot_rules_of(policy)
     except InputError as error:
-        raise InputError(error.message, where or error.where or f"policy {use}") from error
+        raise error.at(where or error.where or f"policy {use}") from error
     return policy
 
 
@@ -248,7 +248,7 @@ def _build(use: str, policy_class: type[Any], given: dict[str, Any]) -> Policy:
     for name in given:
         if name not in known:
             allowed = f"its options are {listed(known)}" if known else "it has no options"
-            raise InputError(
+            raise UnknownOption(
                 f"Policy {use!r} was given the unknown option {name!r}; {allowed}."
                 f"{nearest(str(name), known)}"
             )

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from helios_sim.errors import InputError, did_you_mean
+from helios_sim.errors import InputError, UnknownSetting, did_you_mean
 from helios_sim.experiment import choose_policies
 from helios_sim.scenario import Scenario, apply_value, parse_scenario, resolved
 from helios_sim.search.samplers import sobol_shares
@@ -277,11 +277,10 @@ def _check_key(space: Space, one: Range, where: str) -> None:
     """Raise `InputError` if no setting has this key; a value may still need others beside it."""
     try:
         space.scenario({one.key: one.grid()[0]})
-    except InputError as error:
-        if error.message.startswith("Unknown key") or "unknown option" in error.message:
-            raise InputError(error.message, where) from error
-        if "goes into" in error.message or "index" in error.message:
-            raise InputError(error.message, where) from error
+    except UnknownSetting as error:
+        raise error.at(where) from error
+    except InputError:
+        return
 
 
 def _check_some_work(space: Space, where: str) -> None:

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_sim.errors import InputError
-from helios_sim.scenario import Scenario, parse_scenario
+from helios_sim.scenario import PolicySettings, Scenario, parse_scenario
 from helios_sim.search.goals import parse_constraints, parse_goal
 from helios_sim.search.pareto import best_first, dominates, front, ranks
 from helios_sim.search.prices import Prices, cost_of, load_prices
 from helios_sim.search.samplers import sobol_shares
 from helios_sim.search.space import Range, read_space
-from helios_sim.search.whatif import parse_vary
+from helios_sim.search.whatif import parse_vary, whatif_studies
 
 
 def scenario(ranges: dict[str, Any], **search: Any) -> Scenario:
@@ -51,6 +51,46 @@ def test_an_unknown_option_names_the_nearest_and_the_range() -> None:
 
 def test_an_unknown_setting_names_the_nearest() -> None:
     assert "Did you mean 'max_batch'?" in told({"serving.max_bach": [1, 2]})
+
+
+PICKY = """
+from helios_sim.policy.baselines import Vanilla
+
+class Picky(Vanilla):
+    def __init__(self, place=2):
+        if place < 2:
+            raise IndexError("no options: an unknown option goes into no index")
+"""
+"""A policy of the user's own that chooses words of ours for a value it does not take."""
+
+
+def picky(folder: Path, ranges: dict[str, Any]) -> Scenario:
+    (folder / "picky.py").write_text(PICKY)
+    policy = PolicySettings(use="picky:Picky")
+    return scenario(ranges).model_copy(update={"policy": (policy,)})
+
+
+def test_a_value_that_is_refused_in_any_words_is_no_unknown_setting(tmp_path: Path) -> None:
+    """The first value cannot be and the others can, so that the range stands."""
+    base = picky(tmp_path, {"policy.place": {"low": 1, "high": 9}})
+    assert [one.key for one in read_space(base, tmp_path, "x.toml").ranges] == ["policy.place"]
+    with pytest.raises(InputError, match="could not be built from the options"):
+        whatif_studies(base, tmp_path, "x.toml", base.policy, {"policy.place": [1]}, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("policy.breach_limit.deeper", "goes into 'policy.0.breach_limit', which is a plain value"),
+        ("policy.7.breach_limit", "needs an index from 0 to 0 in place of '7'"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_told_at_its_range(key: str, said: str) -> None:
+    data = scenario({key: [1, 2]})
+    policy = PolicySettings(use="helios", breach_limit=10)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match=said) as error:
+        read_space(data.model_copy(update={"policy": (policy,)}), Path(), "x.toml")
+    assert error.value.where == f"x.toml, search.ranges.{key}"
 
 
 @pytest.mark.parametrize(
