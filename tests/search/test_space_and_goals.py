@@ -133,6 +133,42 @@ def test_a_dotted_key_may_stand_without_quotes() -> None:
     assert space.own("serving.max_batch") == 256
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "policy.confidence_threshold",
+        "serving.watermark",
+        "fleet.memory_utilisation",
+        "workload.arrivals.rate_per_s",
+    ],
+)
+def test_whole_bounds_of_a_setting_that_takes_any_number_hold_all_between(key: str) -> None:
+    """A utilisation of 0 is refused, which leaves its kind to be told by the scenario's own."""
+    (one,) = read_space(scenario({key: {"low": 0, "high": 1}}), Path(), "x.toml").ranges
+    assert one.grid() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert {type(value) for value in one.grid()} == {float}
+    stepped = {key: {"low": 0, "high": 1, "step": 0.5}}
+    (one,) = read_space(scenario(stepped), Path(), "x.toml").ranges
+    assert one.grid() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("key", ["policy.breach_limit", "serving.max_batch", "seed"])
+def test_a_setting_of_whole_numbers_takes_whole_bounds_and_gives_whole_values(key: str) -> None:
+    (one,) = read_space(scenario({key: {"low": 10, "high": 90}}), Path(), "x.toml").ranges
+    assert one.grid() == [10, 30, 50, 70, 90]
+    said = told({key: {"low": 10.5, "high": 90.0}})
+    assert "low is 10.5 and high is 90.0; this setting takes whole numbers" in said
+    assert "a whole range takes a whole step" in told({key: {"low": 1, "high": 9, "step": 0.5}})
+
+
+def test_bounds_tell_the_kind_of_an_option_that_declares_none(tmp_path: Path) -> None:
+    for low, values in ((2, [2, 3, 4]), (2.0, [2.0, 2.5, 3.0, 3.5, 4.0])):
+        base = picky(tmp_path, {"policy.place": {"low": low, "high": 4}})
+        (one,) = read_space(base, tmp_path, "x.toml").ranges
+        assert one.grid() == values
+        assert {type(value) for value in one.grid()} == {type(low)}
+
+
 ranges = st.one_of(
     st.tuples(st.integers(1, 50), st.integers(0, 500), st.booleans()).map(
         lambda t: Range("k", t[0], t[0] + t[1], t[2], is_whole=True)
