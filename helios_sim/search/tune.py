@@ -40,6 +40,18 @@ RANKED_TRIALS: Final = 500
 
 
 @dataclass(frozen=True)
+class First:
+    """What a trial gave on the first sample, the one that every trial meets.
+
+    Stretches of a trace differ in pace and lengths, so figures of one sample and means over several
+    do not compare: what ranks trials of both kinds, or learns from them, takes these.
+    """
+
+    scores: tuple[float, ...]
+    violation: float = 0.0
+
+
+@dataclass(frozen=True)
 class Trial:
     """Settings and what they gave.
 
@@ -51,7 +63,7 @@ class Trial:
     number: int
     values: Values
     state: State
-    first: tuple[float, ...] | None = None
+    first: First | None = None
     scores: tuple[float, ...] | None = None
     broken: tuple[Broken, ...] = ()
     means: Means | None = None
@@ -333,16 +345,17 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
     own = figures_of(
         (yield samples_of(question, question.space.base, range(settings.replications)))
     )
-    base = _full_trial(judge, -1, {}, own)
+    base = _trial(judge, -1, {}, "full", own)
     trials: list[Trial] = []
     while len(trials) < num_trials:
         proposed = sampler.propose(min(settings.batch, num_trials - len(trials)))
         if not proposed:
             break
         batch = yield from _judge_batch(question, proposed, trials)
+        firsts = [trial.first for trial in batch]
         sampler.learn(
-            [trial.scores for trial in batch],
-            [sum(one.violation for one in trial.broken) for trial in batch],
+            [None if first is None else first.scores for first in firsts],
+            [0.0 if first is None else first.violation for first in firsts],
         )
         trials += batch
     feasible = [trial for trial in trials if trial.is_feasible]
@@ -362,7 +375,7 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         for scale in settings.held_out_rates:
             held_out.append((yield from _hold_out(question, winner, scale)))
         sensitivity = yield from _vary(question, winner)
-    told = [(one.values, one.first[0]) for one in trials if one.first is not None]
+    told = [(one.values, one.first.scores[0]) for one in trials if one.first is not None]
     importance = importances(question.space, told, judge.goals[0].better)
     return Tuned(
         question,
@@ -399,23 +412,9 @@ def _judge_batch(
         if isinstance(outcome, InputError):
             found[place] = Trial(number, values, "impossible", why=str(outcome))
             continue
-        scores = _known(judge.scores([outcome]))
-        if scores is None:
-            found[place] = Trial(number, values, "impossible", why="An objective is undefined.")
-            continue
-        first[place] = outcome
-        broken = judge.broken([outcome])
-        means = mean_figures([outcome])
-        found[place] = Trial(
-            number,
-            values,
-            "stopped",
-            scores,
-            scores,
-            broken,
-            means,
-            reached=_reached(judge, [outcome]),
-        )
+        found[place] = _trial(judge, number, values, "stopped", [outcome])
+        if found[place].state == "stopped":
+            first[place] = outcome
     if settings.replications == 1:
         chosen = list(first)
     else:
@@ -430,19 +429,23 @@ def _judge_batch(
         if refused is not None:
             found[place] = Trial(number, values, "impossible", why=str(refused))
             continue
-        found[place] = _full_trial(judge, number, values, [first[place], *figures_of(mine)])
+        figures = [first[place], *figures_of(mine)]
+        found[place] = _trial(judge, number, values, "full", figures)
     return [found[place] for place in range(len(proposed))]
 
 
-def _full_trial(judge: Judge, number: int, values: Values, figures: list[Figures]) -> Trial:
-    scores = _known(judge.scores(figures))
-    if scores is None:
+def _trial(
+    judge: Judge, number: int, values: Values, state: State, figures: list[Figures]
+) -> Trial:
+    """A trial by its figures, the first sample's first."""
+    first, scores = _known(judge.scores(figures[:1])), _known(judge.scores(figures))
+    if first is None or scores is None:
         return Trial(number, values, "impossible", why="An objective is undefined.")
     return Trial(
         number,
         values,
-        "full",
-        _known(judge.scores(figures[:1])),
+        state,
+        First(first, sum(one.violation for one in judge.broken(figures[:1]))),
         scores,
         judge.broken(figures),
         mean_figures(figures),
@@ -478,22 +481,25 @@ def _promising(
     Trials that keep the constraints come before those that do not, which rank by how much they
     break; within the kept ones fronts count.
     """
-    mine = [(place, trial) for place, trial in batch.items() if trial.state == "stopped"]
-    others = [trial for trial in before if trial.first is not None][-RANKED_TRIALS:]
-    everyone = [*(trial for _, trial in mine), *others]
-    costs = [
-        tuple(goal.cost(score) for goal, score in zip(judge.goals, trial.first or (), strict=True))
-        for trial in everyone
+    mine = [
+        (place, trial.number, trial.first)
+        for place, trial in batch.items()
+        if trial.first is not None
     ]
-    fronts = ranks(costs)
-    keys = [
-        (sum(one.violation for one in trial.broken), rank)
-        for trial, rank in zip(everyone, fronts, strict=True)
+    others = [(one.number, one.first) for one in before if one.first is not None]
+    everyone = [*((number, first) for _, number, first in mine), *others[-RANKED_TRIALS:]]
+    costs = [
+        tuple(goal.cost(score) for goal, score in zip(judge.goals, first.scores, strict=True))
+        for _, first in everyone
     ]
     # Of equals the earlier trial ranks first: a tie is no reason to spend runs on a later one.
-    order = sorted(range(len(everyone)), key=lambda at: (keys[at], everyone[at].number))
+    keys = [
+        (first.violation, rank, number)
+        for (number, first), rank in zip(everyone, ranks(costs), strict=True)
+    ]
+    order = sorted(range(len(everyone)), key=keys.__getitem__)
     kept = set(order[: max(1, math.ceil(share * len(everyone)))])
-    return sorted(place for at, (place, _) in enumerate(mine) if at in kept)
+    return sorted(place for at, (place, _, _) in enumerate(mine) if at in kept)
 
 
 def _best(judge: Judge, feasible: Sequence[Trial], most: int) -> list[Trial]:
@@ -645,12 +651,20 @@ def recommended(tuned: Tuned) -> Scenario:
     )
 
 
+def by_violation(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that break constraints, those of all samples first and of them the nearest."""
+    return sorted(
+        (trial for trial in trials if trial.broken),
+        key=lambda trial: (trial.state != "full", sum(one.violation for one in trial.broken)),
+    )
+
+
 def nearest_miss(tuned: Tuned) -> str:
     """Where no trial keeps the constraints: the trial that comes nearest, in words."""
-    tried = [trial for trial in tuned.trials if trial.broken]
+    tried = by_violation(tuned.trials)
     if not tried:
         return "no trial could be run"
-    best = min(tried, key=lambda trial: sum(one.violation for one in trial.broken))
+    best = tried[0]
     return f"trial {best.number} comes nearest and breaks " + ", ".join(
         in_words(one) for one in best.broken
     )

@@ -13,6 +13,8 @@ from helios_sim.scenario import parse_scenario
 from helios_sim.search.drawings import against_energy, tune_frontiers
 from helios_sim.search.page import tune_page
 from helios_sim.search.points import Point
+from helios_sim.search.samplers import Listed, Sampler
+from helios_sim.search.space import Space
 from helios_sim.search.tables import trial_records, trial_rows
 from helios_sim.search.tune import Tuned, read_tune, recommended, tune_study
 from helios_sim.search.words import tune_headline, tune_remarks
@@ -159,6 +161,32 @@ def test_of_a_winner_and_a_scenario_that_both_break_the_constraints_the_nearer_i
     assert "trial 0, the best of 4, breaks agreement>=0.9 (reached 0.895, 0.56 % off)" in said
     assert "stays as it is and breaks agreement>=0.9 (reached 0.5, 44 % off) there." in said
     assert said.endswith("Trial 0 comes nearer to keeping the constraints.")
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_sampler_learns_from_the_first_sample_alone_however_many_a_trial_met(
+    monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The second sample takes five times the joules and agrees less; half of the trials meet it."""
+    told: list[tuple[Any, float]] = []
+
+    class Learning(Listed):
+        def learn(self, scores: Any, violations: Any) -> None:
+            told.extend(zip(scores, violations, strict=True))
+
+    def made(space: Space, *_: Any) -> Sampler:
+        return Learning(space.grid())
+
+    def answer(batch: int, sample: int) -> tuple[float, float, float]:
+        energy = 1.0 + 0.01 * BATCHES.index(min(batch, 64))
+        return (5.0 * energy, 0.7, 1.0) if sample == 1 else (energy, 0.95, 1.0)
+
+    monkeypatch.setattr("helios_sim.search.tune.make_sampler", made)
+    found = tuned(answer, go_on_share=share)
+    full = [one for one in found.trials if one.state == "full"]
+    assert len(full) == len(BATCHES) * share
+    assert all(one.broken for one in full)
+    assert told == [((pytest.approx(1.0 + 0.01 * place),), 0.0) for place in range(len(BATCHES))]
 
 
 def test_settings_that_change_nothing_on_the_tuning_traffic_are_one_finalist() -> None:

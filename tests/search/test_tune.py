@@ -11,6 +11,7 @@ import pytest
 from helios_sim.scenario import load_scenario
 from helios_sim.search.goals import Broken, Judge, parse_constraints, parse_goal
 from helios_sim.search.tune import (
+    First,
     HeldOut,
     Trial,
     Tuned,
@@ -31,7 +32,7 @@ def judge_of(constraints: str = "") -> Judge:
 def trial(number: int, first: tuple[float, float], violation: float = 0.0) -> Trial:
     """A trial that ran on the first sample."""
     broken = (Broken("ttft<=1ms", 2.0, violation),) if violation else ()
-    return Trial(number, {}, "stopped", first, first, broken)
+    return Trial(number, {}, "stopped", First(first, violation), first, broken)
 
 
 def figures(throughput: float, ttft_ms: float, agreement: float = 1.0) -> dict[str, Any]:
@@ -70,6 +71,14 @@ def test_of_equals_the_earlier_goes_on_and_who_breaks_less_before_who_is_better(
     }
     assert _promising(judge_of(), broken, (), 0.3) == [2]
     assert _promising(judge_of(), broken, (), 0.6) == [1, 2]
+
+
+def test_trials_rank_by_what_they_break_on_the_sample_that_all_have_met() -> None:
+    """The earlier trial breaks nothing on the first sample and much on the others."""
+    later = (Broken("ttft<=1ms", 9.0, 8.0),)
+    before = [replace(trial(0, (50.0, 5.0)), state="full", broken=later)]
+    batch = {0: trial(1, (40.0, 6.0)), 1: trial(2, (60.0, 4.0))}
+    assert _promising(judge_of(), batch, before, 0.6) == [1]
 
 
 def test_what_cannot_be_run_never_goes_on() -> None:
@@ -167,10 +176,17 @@ def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_p
 
 
 def test_the_nearest_miss_is_the_trial_whose_violations_add_up_to_least() -> None:
+    """Of those that ran on all samples: one that was stopped has met the first alone."""
     nothing: Any = None
     two = Trial(
         1, {}, "full", broken=(Broken("ttft<=1ms", 1.2, 0.2), Broken("agreement>=0.9", 0.7, 0.2))
     )
-    trials = (trial(0, (1.0, 1.0), 0.5), two, trial(2, (1.0, 1.0), 0.3))
+    near = replace(trial(2, (1.0, 1.0), 0.3), state="full")
+    trials = (
+        replace(trial(0, (1.0, 1.0), 0.5), state="full"),
+        two,
+        near,
+        trial(3, (1.0, 1.0), 0.1),
+    )
     said = nearest_miss(Tuned(nothing, two, trials, (), None, (), (), {}))
     assert said.startswith("trial 2 comes nearest and breaks ttft<=1ms (reached 2, 30 % off)")
