@@ -16,6 +16,7 @@ from helios_sim.report.words import device_of_all, listed
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import (
     Broken,
+    Goal,
     Judge,
     check_countable,
     in_words,
@@ -103,6 +104,15 @@ class Finalist:
 Interval = tuple[float, float, float]
 """A mean and its bounds."""
 
+TuneVerdict = Literal["better", "unsure", "no better"]
+
+SAID: Final[Mapping[TuneVerdict, str]] = {
+    "better": "Settings found by helios tune",
+    "unsure": "Settings found by helios tune, not shown to be better than the scenario as it stood",
+    "no better": "As it stood: helios tune found nothing better",
+}
+"""What the scenario file of a search says of itself."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -119,6 +129,9 @@ class HeldOut:
     gains: tuple[Interval | None, ...]
     """For each objective the mean paired gain with its 95 % interval; positive is better, and None
     is where either has no value."""
+    worth: Interval | None = None
+    """The gains as shares of what the scenario has, added up over the objectives, in the same way;
+    None where one of them is."""
 
 
 @dataclass(frozen=True)
@@ -175,23 +188,24 @@ class Tuned:
         return None if found is None or found.keeps else found
 
     @property
-    def is_better(self) -> bool:
-        """Whether the winner is to be recommended: better on held-out traffic, within bounds.
+    def verdict(self) -> TuneVerdict:
+        """What held-out traffic says of the winner against the scenario as it stands.
 
-        It keeps the constraints on the traffic that it was chosen on too. A scenario that breaks
-        its constraints as it stands is worse than one that keeps them, and one without a value of
-        an objective is worse than one with.
+        A winner is no better if it breaks the constraints there or on the traffic that it was
+        chosen on. A scenario that breaks its constraints as it stands is worse than one that keeps
+        them, and one without a value of an objective is worse than one with. Otherwise a gain
+        counts as shown where its whole interval is one.
         """
         held = self.own_rate
         if held is None or self.lost is not None or held.tuned_broken or None in held.tuned:
-            return False
+            return "no better"
         if held.base_broken or None in held.base:
-            return True
-        relative = 0.0
-        for gain, base in zip(held.gains, held.base, strict=True):
-            assert gain is not None
-            relative += gain[0] / abs(base) if base else gain[0]
-        return relative > 0.0
+            return "better"
+        assert held.worth is not None
+        mean, low, _ = held.worth
+        if mean <= 0.0:
+            return "no better"
+        return "better" if low > 0.0 else "unsure"
 
 
 def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
@@ -561,22 +575,38 @@ def _hold_out(
     tuned = samples_of(question, question.space.scenario(winner.values), samples, scale)
     figures = figures_of((yield [*base, *tuned]))
     own, won = figures[: len(base)], figures[len(base) :]
-    gains = []
-    for goal in judge.goals:
-        paired = []
-        for before, after in zip(own, won, strict=True):
-            a, b = judge.value(goal, [before]), judge.value(goal, [after])
-            if a is not None and b is not None:
-                paired.append(goal.cost(a) - goal.cost(b))
-        gains.append(_interval(paired) if len(paired) == len(own) else None)
+    gains = [_paired(judge, goal, own, won) for goal in judge.goals]
+    scores = judge.scores(own)
+    shares = [
+        [one / (abs(score) or 1.0) for one in paired]
+        for paired, score in zip(gains, scores, strict=True)
+        if paired is not None and score is not None
+    ]
+    worth = None
+    if len(shares) == len(gains):
+        worth = _interval([sum(one) for one in zip(*shares, strict=True)])
     return HeldOut(
         scale,
-        judge.scores(own),
+        scores,
         judge.scores(won),
         judge.broken(own),
         judge.broken(won),
-        tuple(gains),
+        tuple(None if paired is None else _interval(paired) for paired in gains),
+        worth,
     )
+
+
+def _paired(
+    judge: Judge, goal: Goal, own: Sequence[Figures], won: Sequence[Figures]
+) -> list[float] | None:
+    """What an objective gains on each sample; None where one of them leaves it undefined."""
+    found = []
+    for before, after in zip(own, won, strict=True):
+        was, now = judge.value(goal, [before]), judge.value(goal, [after])
+        if was is None or now is None:
+            return None
+        found.append(goal.cost(was) - goal.cost(now))
+    return found
 
 
 def _interval(values: Sequence[float]) -> Interval:
@@ -632,22 +662,19 @@ def _vary(
 
 
 def recommended(tuned: Tuned) -> Scenario:
-    """The scenario with the winner's settings, or as it stands where that is not shown better."""
+    """The scenario with the winner's settings, or as it stands where they are no better.
+
+    Settings that are not shown to be better are still the best guess that there is.
+    """
     question = tuned.question
-    base = question.space.base
-    if tuned.winner is None or not tuned.is_better:
-        said = "helios tune found no setting that is better on held-out traffic: as it stood."
-        scenario = base
-    else:
-        scenario = with_settings(base, tuned.winner.values, question.base_dir, question.where)
-        said = "Settings found by helios tune: " + ", ".join(
-            f"{key} = {value}" for key, value in tuned.winner.values.items()
-        )
+    scenario = base = question.space.base
+    said = SAID[tuned.verdict]
+    if tuned.winner is not None and tuned.verdict != "no better":
+        values = tuned.winner.values
+        scenario = with_settings(base, values, question.base_dir, question.where)
+        said += ": " + ", ".join(f"{key} = {value}" for key, value in values.items())
     return scenario.model_copy(
-        update={
-            "name": f"{base.name}_tuned",
-            "notes": (*scenario.notes, f"{said}.".replace("..", ".")),
-        }
+        update={"name": f"{base.name}_tuned", "notes": (*scenario.notes, f"{said}.")}
     )
 
 

@@ -231,7 +231,7 @@ def tune_headline(tuned: Tuned) -> str:
     )
     change = f"{was} to {now} {goal.unit}".strip()
     own = listed([in_words(one) for one in held.base_broken])
-    if not tuned.is_better:
+    if tuned.verdict == "no better":
         stays = "The scenario stays as it is."
         if own:
             stays = f"The scenario stays as it is and breaks {own} there."
@@ -258,7 +258,32 @@ def tune_headline(tuned: Tuned) -> str:
             f"Trial {tuned.winner.number} keeps the constraints on traffic not tuned on, where the "
             f"scenario as it stands breaks {own}; {goal.name} goes from {change}."
         )
-    return f"Trial {tuned.winner.number} takes {goal.name} from {change}, on traffic not tuned on."
+    said = f"Trial {tuned.winner.number} takes {goal.name} from {change}, on traffic not tuned on"
+    return f"{said}{_unshown(tuned) if tuned.verdict == 'unsure' else '.'}"
+
+
+def _unshown(tuned: Tuned) -> str:
+    """Why a gain is not shown to be one, and what becomes of the settings; ends a sentence."""
+    judge, settings = tuned.question.judge, tuned.question.settings
+    if settings.held_out == 1:
+        why = "one sample tells no interval (give search.held_out 2 or more)"
+    elif len(judge.goals) == 1:
+        why = "the 95 % interval of the gain holds 0"
+    else:
+        why = "the 95 % interval of its gains together holds 0"
+    return f", but is not shown to be better: {why}. Its settings are written all the same."
+
+
+def _together(tuned: Tuned) -> list[str]:
+    """What several objectives gain together, by which the winner is judged."""
+    held = tuned.own_rate
+    if held is None or held.worth is None or len(held.gains) == 1:
+        return []
+    gain, low, high = (_signed(100 * one) for one in held.worth)
+    return [
+        "Together its gains, as shares of what the scenario as it stands has, add up to "
+        f"{gain} % [{low}, {high}]."
+    ]
 
 
 def _nearer(number_of: int, held: HeldOut) -> str:
@@ -340,6 +365,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
             f"[{_signed(ends[0])}, {_signed(ends[1])}] against the scenario as it stands"
             f"{'' if sure else ', which shows no difference'}; {_loss(tuned, place)}."
         )
+    found += _together(tuned)
     if held.tuned_broken:
         found.append(
             "On held-out traffic the winner breaks "

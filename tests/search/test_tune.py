@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,33 +126,43 @@ def tuned(held: HeldOut | None) -> Tuned:
     return Tuned(nothing, first, (first,), (first,), first, others, (), {})
 
 
-def held_out(*gains: float, **changes: Any) -> HeldOut:
-    """A scenario of 100 tokens/s and 10 ms, and what the winner gains on either."""
-    won = (100.0 + gains[0], 10.0 - gains[1])
-    intervals = tuple((gain, -1e3, 1e3) for gain in gains)
-    return replace(HeldOut(1.0, (100.0, 10.0), won, (), (), intervals), **changes)
+def held_out(mean: float, half: float, **changes: Any) -> HeldOut:
+    """A winner whose gains add up to so much, give or take."""
+    worth = (mean, mean - half, mean + half)
+    return replace(HeldOut(1.0, (100.0,), (110.0,), (), (), (worth,), worth), **changes)
 
 
-def test_a_winner_is_better_where_its_gains_as_shares_add_up_to_one() -> None:
-    """Ten tokens/s are a tenth and make up for half a millisecond, a twentieth, not for two."""
-    assert tuned(held_out(10.0, -0.5)).is_better
-    assert not tuned(held_out(10.0, -2.0)).is_better
-    assert not tuned(held_out(0.0, 0.0)).is_better
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"),
+    [
+        (0.1, 0.09, "better"),
+        (0.1, 0.11, "unsure"),
+        (0.1, math.inf, "unsure"),
+        (0.0, 0.0, "no better"),
+        (-0.1, 0.3, "no better"),
+    ],
+)
+def test_a_winner_is_better_where_the_whole_interval_of_its_gains_is_a_gain(
+    mean: float, half: float, verdict: str
+) -> None:
+    assert tuned(held_out(mean, half)).verdict == verdict
 
 
 def test_who_keeps_the_constraints_is_better_than_who_does_not() -> None:
     broken = (Broken("ttft<=1ms", 2.0, 1.0),)
-    assert not tuned(held_out(10.0, 1.0, tuned_broken=broken)).is_better
-    assert tuned(held_out(-10.0, -1.0, base_broken=broken)).is_better
-    assert not tuned(held_out(10.0, 1.0, tuned_broken=broken, base_broken=broken)).is_better
-    assert not tuned(None).is_better
+    assert tuned(held_out(0.1, 0.0, tuned_broken=broken)).verdict == "no better"
+    assert tuned(held_out(-0.1, 0.0, base_broken=broken)).verdict == "better"
+    both = held_out(0.1, 0.0, tuned_broken=broken, base_broken=broken)
+    assert tuned(both).verdict == "no better"
+    assert tuned(None).verdict == "no better"
 
 
 def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_path: Path) -> None:
     """Tokens gain 10 and 20 a second; the TTFT rises by 2 and 4 ms: mean gains of 15 and -3.
 
-    Two pairs have a quantile of 12.706, so that the bounds are 12.706 x 5 and 12.706 x 1 away. The
-    traffic comes after the two samples of the tuning and the two of the finals.
+    Two pairs have a quantile of 12.706, so that the bounds are 12.706 x 5 and 12.706 x 1 away. Of
+    means of 105 and 11 the gains are 10/105 - 2/11 and 20/105 - 4/11, or -0.0866 and twice that.
+    The traffic comes after the two samples of the tuning and the two of the finals.
     """
     changes = {"objectives": ["throughput", "ttft:p95"], "constraints": "agreement>=0.5"}
     path = write(tmp_path, search=changes)
@@ -171,6 +182,7 @@ def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_p
     assert (held.base, held.tuned) == ((105.0, 11.0), (120.0, 14.0))
     assert held.gains[0] == pytest.approx((15.0, 15.0 - 63.531, 15.0 + 63.531), abs=1e-3)
     assert held.gains[1] == pytest.approx((-3.0, -3.0 - 12.706, -3.0 + 12.706), abs=1e-3)
+    assert held.worth == pytest.approx((-0.1299, -0.1299 - 0.5501, -0.1299 + 0.5501), abs=1e-4)
     assert held.base_broken == ()
     assert [one.constraint for one in held.tuned_broken] == ["agreement>=0.5"]
 
