@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helios_sim.scenario import load_scenario
-from helios_sim.search.goals import Broken, Judge, parse_constraints, parse_goal
+from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, parse_goal
 from helios_sim.search.tune import (
     First,
     HeldOut,
@@ -96,6 +96,11 @@ def test_a_constraint_is_broken_on_average_and_by_how_much_of_its_limit() -> Non
     assert [one.reached for one in found] == pytest.approx([150.0, 0.72])
     assert [one.violation for one in found] == pytest.approx([0.5, 0.2])
     assert judge.broken([figures(1.0, 80.0, 0.86), figures(1.0, 120.0, 0.96)]) == ()
+
+
+def test_a_limit_without_a_percentile_says_that_every_request_is_held_to_it() -> None:
+    (found,) = judge_of("ttft<100ms").broken([figures(1.0, 150.0)])
+    assert in_words(found) == "ttft<=100ms by every request (reached 150, 50 % off)"
 
 
 def test_a_mean_that_misses_its_bound_by_rounding_keeps_it() -> None:
