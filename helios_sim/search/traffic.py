@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -20,6 +21,22 @@ from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
 MIN_WINDOW_REQUESTS = 40
 MAX_RUN_REQUESTS: Final = 200_000
 """Requests of one run of a large fleet; beyond, each replica sees fewer."""
+
+
+FEW_ROUNDS: Final = 5
+"""Rounds of reassessment in a sample, below which what they cost or buy is measured on few."""
+
+
+def rounds_in_sample(
+    num_measured: float, num_replicas: float, reassess_requests: int | None
+) -> float:
+    """Rounds of reassessment that each replica has among the measured requests of a sample.
+
+    Infinitely many for a policy that never reassesses: no sample is too short for it.
+    """
+    if reassess_requests is None:
+        return math.inf
+    return num_measured / num_replicas / reassess_requests
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
 from helios_sim.errors import InputError
+from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import SearchSettings
 from helios_sim.report.words import device_of_all, listed
@@ -30,7 +31,7 @@ from helios_sim.search.prices import cost_of, load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
 from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
-from helios_sim.search.traffic import Traffic, at_rate
+from helios_sim.search.traffic import FEW_ROUNDS, Traffic, at_rate, rounds_in_sample
 from helios_sim.search.verdict import t_quantile
 
 State = Literal["full", "stopped", "impossible"]
@@ -105,6 +106,9 @@ Interval = tuple[float, float, float]
 """A mean and its bounds."""
 
 TuneVerdict = Literal["better", "unsure", "no better"]
+
+REASSESSING: Final = "policy.reassess_requests"
+"""The setting that says how often a policy reassesses."""
 
 SAID: Final[Mapping[TuneVerdict, str]] = {
     "better": "Settings found by helios tune",
@@ -659,6 +663,40 @@ def _vary(
         )
         for key, pairs in found.items()
     ]
+
+
+def few_rounds(tuned: Tuned) -> list[tuple[str, float]]:
+    """Whose samples hold few rounds of reassessment, and how many for each replica.
+
+    Asked for the winner and for the largest value that the search may give the setting: where a
+    sample ends after a round or two, a longer interval is hardly another one.
+    """
+    question, base = tuned.question, tuned.base
+    found = []
+    if tuned.winner is not None:
+        rounds = _rounds(question, tuned.winner.values, tuned.winner)
+        found.append((f"trial {tuned.winner.number}", rounds))
+    for one in question.space.ranges:
+        numbers = [value for value in one.grid() if isinstance(value, int)]
+        if one.key == REASSESSING and numbers:
+            value = max(numbers)
+            rounds = _rounds(question, {one.key: value}, base)
+            found.append((f"{one.key} = {value:,}", rounds))
+    return [(name, rounds) for name, rounds in found if rounds < FEW_ROUNDS]
+
+
+def _rounds(question: TuneQuestion, values: Values, met: Trial) -> float:
+    """Rounds of reassessment of these settings in a sample as a trial met it."""
+    try:
+        policy = question.space.scenario(values).policy[0]
+    except InputError:
+        # The value goes together with others alone.
+        return math.inf
+    made = make_policy(policy.use, policy.options, search_path=question.base_dir)
+    assert met.means is not None
+    measured, num_replicas = met.means["num_measured"], met.means["num_replicas"]
+    assert measured is not None and num_replicas is not None
+    return rounds_in_sample(measured, num_replicas, made.watching.reassess_requests)
 
 
 def recommended(tuned: Tuned) -> Scenario:

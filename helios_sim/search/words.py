@@ -10,8 +10,8 @@ from helios_sim.report.words import counted, extrapolated, limits, listed, numbe
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
 from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
-from helios_sim.search.traffic import Traffic
-from helios_sim.search.tune import Finalist, HeldOut, Tuned, nearest_miss
+from helios_sim.search.traffic import FEW_ROUNDS, Traffic
+from helios_sim.search.tune import Finalist, HeldOut, Tuned, few_rounds, nearest_miss
 from helios_sim.search.whatif import Cell
 
 FULL_AGREEMENT: Final = 0.9995
@@ -274,6 +274,18 @@ def _unshown(tuned: Tuned) -> str:
     return f", but is not shown to be better: {why}. Its settings are written all the same."
 
 
+def _few_rounds(tuned: Tuned) -> list[str]:
+    """That samples end before reassessing has shown what it is worth, where they do."""
+    few = few_rounds(tuned)
+    if not few:
+        return []
+    each = listed([f"{number(rounds)} with {name}" for name, rounds in few])
+    return [
+        f"A sample holds few rounds of reassessment for each replica, {each}: what reassessing "
+        f"costs or buys is measured on fewer than {FEW_ROUNDS}."
+    ]
+
+
 def _together(tuned: Tuned) -> list[str]:
     """What several objectives gain together, by which the winner is judged."""
     held = tuned.own_rate
@@ -339,7 +351,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     tried = [("the scenario as it stands", tuned.base.beyond)]
     if tuned.winner is not None:
         tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
-    found += _beyond(tried) + _finals(tuned)
+    found += _beyond(tried) + _few_rounds(tuned) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:
         return found

@@ -22,6 +22,8 @@ from helios_sim.search.words import tune_headline, tune_remarks
 BATCHES = (8, 16, 32, 64)
 TUNED, FINALS, HELD_OUT = (0, 1), (2, 3), (4, 5)
 """Samples of the traffic."""
+MEASURED = 54
+"""Requests of a sample after its warm-up."""
 OWN = 256
 """The batch of the scenario as it stands."""
 
@@ -29,7 +31,7 @@ Answer = Callable[[int, int], tuple[float, float, float]]
 """Joules a token, agreement and TPOT p90 in ms of a batch on a sample."""
 
 
-def tuned(answer: Answer, **search: Any) -> Tuned:
+def tuned(answer: Answer, policy: str = "helios", **search: Any) -> Tuned:
     """A search over batches for the least energy, with these figures for answers."""
     data = {
         "name": "pencil",
@@ -41,7 +43,7 @@ def tuned(answer: Answer, **search: Any) -> Tuned:
             "output": {"kind": "constant", "tokens": 40},
         },
         "fleet": {"profile": "opt-a100-40gb"},
-        "policy": [{"use": "helios"}],
+        "policy": [{"use": policy}],
         "search": {
             "sampler": "grid",
             "replications": 2,
@@ -66,6 +68,8 @@ def tuned(answer: Answer, **search: Any) -> Tuned:
                 "output_throughput": 100.0,
                 "agreement": agreement,
                 "p99_ttft_ms": 300.0,
+                "num_measured": MEASURED,
+                "num_replicas": point.scenario.fleet.num_replicas,
                 "p99_tpot_ms": 2 * tpot_ms,
             },
             "device": "",
@@ -174,6 +178,29 @@ def test_several_objectives_are_judged_by_their_gains_together() -> None:
     found = tuned(answer, objectives=["energy", "agreement"])
     assert found.verdict == "better"
     assert any("add up to +49 % [+49, +49]." in one for one in tune_remarks(found))
+
+
+def few_in_words(ranges: dict[str, Any], policy: str = "helios") -> list[str]:
+    """What is said of rounds where every trial takes as many joules."""
+    found = tuned(lambda batch, sample: (1.0, 0.95, 1.0), policy, ranges=ranges)
+    return [one for one in tune_remarks(found) if "rounds of reassessment" in one]
+
+
+def test_a_sample_that_holds_few_rounds_of_reassessment_says_how_many() -> None:
+    """Of 54 requests a round takes 20 with the first trial, the winner, and at most 108."""
+    (said,) = few_in_words({"policy.reassess_requests": [20, 10, 108]})
+    assert "2.70 with trial 0 and 0.5 with policy.reassess_requests = 108: what" in said
+    (said,) = few_in_words({"policy.reassess_requests": [10, 27]})
+    assert "for each replica, 2 with policy.reassess_requests = 27: what" in said
+
+
+def test_rounds_are_those_of_each_replica_and_of_who_reassesses() -> None:
+    """Ten replicas share the requests of which one has 5.4 rounds."""
+    assert few_in_words({"policy.reassess_requests": [10, "off"]}) == []
+    assert few_in_words({"serving.max_batch": [8]}, "vanilla") == []
+    ten = {"policy.reassess_requests": [10], "fleet.num_replicas": [10]}
+    (said,) = few_in_words(ten)
+    assert "for each replica, 0.54 with trial 0: what" in said
 
 
 def test_where_no_finalist_keeps_the_constraints_the_nearest_is_named_and_nothing_changed() -> None:
