@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Self
 
 TRACEBACK = "HELIOS_TRACEBACK"
 """The environment variable that has the commands print the traceback of a mistake too."""
@@ -23,6 +24,18 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message
+
+    def at(self, where: str | None) -> Self:
+        """The same mistake, of the same kind, at another place."""
+        return type(self)(self.message, where)
+
+
+class UnknownSetting(InputError):
+    """A key or a path that leads to no setting, whatever value it is given."""
+
+
+class UnknownOption(UnknownSetting):
+    """An option that a policy does not have."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

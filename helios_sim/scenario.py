@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from helios_sim.arrivals import StrictSettings, as_tuple
-from helios_sim.errors import InputError, did_you_mean
+from helios_sim.errors import InputError, UnknownSetting, did_you_mean
 from helios_sim.policy.controller import rebatches_recomputed
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, Replicas, SearchSettings
@@ -254,7 +254,7 @@ def parse_scenario(data: Mapping[str, Any], where: str, base_dir: Path) -> Scena
                 where=f"policy.{index} ({policy.name})",
             )
     except InputError as error:
-        raise InputError(error.message, f"{where}, {error.where}") from error
+        raise error.at(f"{where}, {error.where}") from error
     _check_together(scenario, where)
     return scenario
 
@@ -306,7 +306,7 @@ def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -
         last = depth == len(path) - 1
         if isinstance(node, list):
             if not _is_index(part, len(node)):
-                raise InputError(
+                raise UnknownSetting(
                     f"{key!r} needs an index from 0 to {len(node) - 1} in place of {part!r}.",
                     where,
                 )
@@ -320,7 +320,7 @@ def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -
             else:
                 node = node.setdefault(part, {})
         else:
-            raise InputError(
+            raise UnknownSetting(
                 f"{key!r} goes into {'.'.join(path[:depth])!r}, which is a plain value.", where
             )
 
@@ -389,7 +389,7 @@ def _first_error(error: ValidationError, data: Mapping[str, Any], where: str) ->
         allowed = _allowed_keys(first["loc"][:-1])
         hint = did_you_mean(unknown, allowed)
         listed = f" Allowed are {', '.join(allowed)}." if allowed else ""
-        return InputError(f"Unknown key {unknown!r}.{hint}{listed}", f"{where}, {place}")
+        return UnknownSetting(f"Unknown key {unknown!r}.{hint}{listed}", f"{where}, {place}")
     if kind == "missing":
         return InputError(f"The key {str(location[-1])!r} is required.", f"{where}, {place}")
     if kind == "value_error":

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, get_args, get_type_hints
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, UnknownOption
 from helios_sim.policy import rules
 from helios_sim.policy.baselines import (
     Always,
@@ -75,12 +75,12 @@ def make_policy(
     try:
         policy_class = _find_class(use, search_path)
         if use not in SHIPPED:
-            _check_types(use, policy_class, given)
+            _check_types(use, given, search_path)
         policy = _build(use, policy_class, given)
         _check_protocol(use, policy)
         hot_rules_of(policy)
     except InputError as error:
-        raise InputError(error.message, where or error.where or f"policy {use}") from error
+        raise error.at(where or error.where or f"policy {use}") from error
     return policy
 
 
@@ -109,6 +109,16 @@ def policy_options(
         for name, parameter in _keyword_parameters(target).items()
         if name not in fixed
     }
+
+
+def option_types(use: str, *, search_path: str | Path | None = None) -> dict[str, Any]:
+    """What a policy declares its options to be; empty where it does not, or not readably."""
+    target, _ = _settings_of(_find_class(use, search_path))
+    try:
+        return get_type_hints(vars(target).get("__init__", target.__init__))
+    except Exception:
+        # A type that only a type checker can look up tells nothing here.
+        return {}
 
 
 def option_grades(use: str) -> dict[str, str]:
@@ -248,7 +258,7 @@ def _build(use: str, policy_class: type[Any], given: dict[str, Any]) -> Policy:
     for name in given:
         if name not in known:
             allowed = f"its options are {listed(known)}" if known else "it has no options"
-            raise InputError(
+            raise UnknownOption(
                 f"Policy {use!r} was given the unknown option {name!r}; {allowed}."
                 f"{nearest(str(name), known)}"
             )
@@ -278,17 +288,12 @@ _PLAIN: Final[dict[Any, tuple[tuple[type, ...], str]]] = {
 """What a scenario may give for an option that its class declares with a plain type."""
 
 
-def _check_types(use: str, policy_class: type[Any], given: Mapping[str, Any]) -> None:
+def _check_types(use: str, given: Mapping[str, Any], search_path: str | Path | None) -> None:
     """Refuse an option of another type than the user's class declares, where that is a plain one.
 
     A class that gives its options no types, or others, checks them itself.
     """
-    target, _ = _settings_of(policy_class)
-    try:
-        declared = get_type_hints(vars(target).get("__init__", target.__init__))
-    except Exception:
-        # A type that only a type checker can look up tells nothing here.
-        return
+    declared = option_types(use, search_path=search_path)
     for name, value in given.items():
         allowed, said = _PLAIN.get(declared.get(name), ((), ""))
         is_right = isinstance(value, allowed) and isinstance(value, bool) == (allowed == (bool,))

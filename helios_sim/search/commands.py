@@ -52,7 +52,7 @@ from helios_sim.search.tables import (
     tune_front,
     whatif_rows,
 )
-from helios_sim.search.tune import known_points, nearest_miss, read_tune, tune_study
+from helios_sim.search.tune import SAID, known_points, nearest_miss, read_tune, tune_study
 from helios_sim.search.tune import recommended as tuned_scenario
 from helios_sim.search.whatif import parse_vary, profiles_of, whatif_studies
 from helios_sim.search.words import (
@@ -162,12 +162,7 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Said:
                 f"{path}, search",
             )
         scenario = tuned_scenario(found)
-        better = found.winner is not None and found.is_better
-        header = (
-            "Settings found by helios tune."
-            if better
-            else "As it stood: helios tune found nothing better."
-        )
+        header = f"{SAID[found.verdict]}."
         write_results(
             out,
             store,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Final
 
@@ -26,7 +26,7 @@ from helios_sim.search.tables import (
     whatif_rows,
 )
 from helios_sim.search.traffic import FEW_ROUNDS, MAX_RUN_REQUESTS, Traffic
-from helios_sim.search.tune import Tuned
+from helios_sim.search.tune import Tuned, TuneVerdict
 from helios_sim.search.verdict import Verdict
 from helios_sim.search.whatif import Cell
 from helios_sim.search.words import (
@@ -107,12 +107,19 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
     return document(f"{question.scenario.name}: plan", sections, drawn)
 
 
+_NAMES: Final[Mapping[TuneVerdict, str]] = {
+    "better": "The recommended scenario",
+    "unsure": "The scenario with the winner's settings, not shown to be better",
+    "no better": "The scenario as it stands",
+}
+
+
 def tune_page(tuned: Tuned, scenario: Scenario) -> str:
-    """The page of a search; `scenario` is the recommended one, or as it stands."""
+    """The page of a search; `scenario` has the winner's settings, or stands as it is."""
     question = tuned.question
     goal = question.judge.goals[0]
     drawn: dict[str, Figure] = {}
-    name = "The recommended scenario" if tuned.is_better else "The scenario as it stands"
+    name = _NAMES[tuned.verdict]
     sections = [
         _opening(question.scenario, tune_headline(tuned), tune_remarks(tuned)),
         section(

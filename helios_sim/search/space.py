@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from helios_sim.errors import InputError, did_you_mean
+from helios_sim.errors import InputError, UnknownSetting, did_you_mean
 from helios_sim.experiment import choose_policies
+from helios_sim.policy.registry import option_types
 from helios_sim.scenario import Scenario, apply_value, parse_scenario, resolved
 from helios_sim.search.samplers import sobol_shares
 
@@ -187,6 +188,8 @@ def read_space(scenario: Scenario, base_dir: Path, where: str) -> Space:
     space = Space(base, base_dir, where, ranges)
     for one in ranges:
         _check_key(space, one, f"{place}.ranges.{one.key}")
+    typed = tuple(_typed(space, one, f"{place}.ranges.{one.key}") for one in ranges)
+    space = replace(space, ranges=typed)
     _check_some_work(space, place)
     return space
 
@@ -256,9 +259,7 @@ def _range(key: str, given: Any, where: str) -> Range:
         raise InputError(
             f"points was given {points!r}; allowed is a whole number from 1 on.", where
         )
-    is_whole = all(isinstance(one, int) for one in (low, high) if one is not None)
-    if is_whole and step is not None and not isinstance(step, int):
-        raise InputError(f"step was given {step}; a whole range takes a whole step.", where)
+    is_whole = isinstance(low, int) and isinstance(high, int)
     return Range(key, low, high, log, step, points, is_whole=is_whole)
 
 
@@ -277,11 +278,52 @@ def _check_key(space: Space, one: Range, where: str) -> None:
     """Raise `InputError` if no setting has this key; a value may still need others beside it."""
     try:
         space.scenario({one.key: one.grid()[0]})
-    except InputError as error:
-        if error.message.startswith("Unknown key") or "unknown option" in error.message:
-            raise InputError(error.message, where) from error
-        if "goes into" in error.message or "index" in error.message:
-            raise InputError(error.message, where) from error
+    except UnknownSetting as error:
+        raise error.at(where) from error
+    except InputError:
+        return
+
+
+def _typed(space: Space, one: Range, where: str) -> Range:
+    """The range as one of the numbers that its setting takes, whole or any.
+
+    Where the setting does not tell, whole bounds mean whole numbers.
+    """
+    if one.choices:
+        return one
+    kind = _kind_of(space, one)
+    if kind is int and not one.is_whole:
+        raise InputError(
+            f"low is {one.low} and high is {one.high}; this setting takes whole numbers, so give "
+            "whole bounds.",
+            where,
+        )
+    is_whole = one.is_whole if kind is None else kind is int
+    if is_whole and one.step is not None and not isinstance(one.step, int):
+        raise InputError(f"step was given {one.step}; a whole range takes a whole step.", where)
+    if is_whole:
+        return replace(one, is_whole=True)
+    return replace(one, low=float(one.low), high=float(one.high), is_whole=False)
+
+
+def _kind_of(space: Space, one: Range) -> type[int] | type[float] | None:
+    """`int` or `float` where a setting is known to take whole numbers alone, or any; else None."""
+    path = _path(one.key)
+    if path[0] == "policy":
+        declared = option_types(space.base.policy[0].use, search_path=space.base_dir)
+        hint = declared.get(path[-1])
+        found = {part for part in (*get_args(hint), hint) if part in (int, float)}
+    else:
+        try:
+            held = replace(space, base=space.scenario({one.key: one.grid()[0]})).own(one.key)
+        except InputError:
+            # The value needs others beside it; what the scenario itself says is of the same kind.
+            held = space.own(one.key)
+        # A checked scenario holds a float wherever it takes any number.
+        found = {type(held)} & {int, float}
+    if float in found:
+        return float
+    return int if found else None
 
 
 def _check_some_work(space: Space, where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -77,11 +77,105 @@ class _Course(Generic[T]):
         self.num_points += len(self.asked)
 
     @property
+    def is_answered(self) -> bool:
+        """Whether the outcomes of all that it asked for are here."""
+        return len(self.outcomes) == len(self.asked)
+
+    @property
+    def answers(self) -> list[Outcome]:
+        """The outcomes in the order of asking."""
+        return [self.outcomes[place] for place in range(len(self.asked))]
+
+    @property
     def expected(self) -> int:
         """Points in all, as far as one can tell."""
         if self.ended:
             return self.num_points
         return max(self.study.expected_points, self.num_points)
+
+
+class _Desk(Generic[T]):
+    """Studies under way and the points that they wait for: each runs once, however many ask."""
+
+    def __init__(self, studies: Sequence[Study[T]], workers: Workers, store: Store) -> None:
+        self._workers, self._store = workers, store
+        self._courses = [_Course(study) for study in studies]
+        self._waiting: dict[str, list[tuple[_Course[T], int]]] = {}
+        self._pending: deque[Point] = deque()
+        self._running: dict[Future[Any], str] = {}
+        self._num_run = 0
+        self._started_s = time.monotonic()
+        for course in self._courses:
+            self._move(course, None)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether points are still to come."""
+        return bool(self._pending or self._running)
+
+    @property
+    def standing(self) -> Standing:
+        """How far the studies are."""
+        expected = sum(course.expected for course in self._courses)
+        asked = sum(course.num_points for course in self._courses)
+        known = asked - sum(map(len, self._waiting.values()))
+        left = max(expected - known, len(self._waiting))
+        return Standing(self._num_run, self._num_run + left, time.monotonic() - self._started_s)
+
+    @property
+    def results(self) -> list[T]:
+        """What the studies returned, once all have ended."""
+        return [course.result for course in self._courses]  # type: ignore[misc]
+
+    def submit_some(self) -> None:
+        """Give the workers as many points as they take."""
+        while self._pending and len(self._running) < self._workers.max_in_flight:
+            point = self._pending.popleft()
+            self._running[_submit(self._workers, point, self._store)] = point.key
+
+    def collect(self) -> Iterator[Standing]:
+        """Wait until points are finished, and hand each one's outcome to the studies."""
+        done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        for future in done:
+            key = self._running.pop(future)
+            self._num_run += 1
+            self._answer(key, _outcome(future, key, self._store))
+            yield self.standing
+
+    def cancel(self) -> None:
+        """Call back the points that no worker has begun."""
+        for future in self._running:
+            future.cancel()
+
+    def _move(self, course: _Course[T], outcomes: list[Outcome] | None) -> None:
+        """Step a study for as long as all it asks for is known; then ask for what is not."""
+        while True:
+            course.step(outcomes)
+            if course.ended:
+                return
+            for place, point in enumerate(course.asked):
+                found = self._store.get(point.key)
+                if found is not None:
+                    course.outcomes[place] = found
+            if not course.is_answered:
+                break
+            outcomes = course.answers
+        for place, point in enumerate(course.asked):
+            if place in course.outcomes:
+                continue
+            if point.key not in self._waiting:
+                self._pending.append(point)
+            self._waiting.setdefault(point.key, []).append((course, place))
+
+    def _answer(self, key: str, outcome: Outcome) -> None:
+        """Give an outcome to all who wait for it, and move on those that wait for no other."""
+        ready: list[_Course[T]] = []
+        for course, place in self._waiting.pop(key):
+            course.outcomes[place] = outcome
+            if course.is_answered:
+                ready.append(course)
+        for course in ready:
+            self._move(course, course.answers)
 
 
 def carry_out(
@@ -95,69 +189,18 @@ def carry_out(
     A study sees its own points alone, so neither the number of workers nor the order in which
     they finish changes any result. Finished points are kept as they come.
     """
-    courses = [_Course(study) for study in studies]
-    waiting: dict[str, list[tuple[_Course[T], int]]] = {}
-    pending: deque[Point] = deque()
-    running: dict[Future[Any], str] = {}
-    started_s = time.monotonic()
-    num_run = 0
-
-    def tell() -> None:
-        if on_point is not None:
-            expected = sum(course.expected for course in courses)
-            known = sum(course.num_points for course in courses) - sum(map(len, waiting.values()))
-            left = max(expected - known, len(waiting))
-            on_point(Standing(num_run, num_run + left, time.monotonic() - started_s))
-
-    def move(course: _Course[T], outcomes: list[Outcome] | None) -> None:
-        """Step a study for as long as all it asks for is known; then run what is not."""
-        while True:
-            course.step(outcomes)
-            if course.ended:
-                return
-            for place, point in enumerate(course.asked):
-                found = store.get(point.key)
-                if found is not None:
-                    course.outcomes[place] = found
-            if len(course.outcomes) == len(course.asked):
-                outcomes = [course.outcomes[place] for place in range(len(course.asked))]
-                continue
-            for place, point in enumerate(course.asked):
-                if place in course.outcomes:
-                    continue
-                if point.key not in waiting:
-                    pending.append(point)
-                waiting.setdefault(point.key, []).append((course, place))
-            return
-
-    def answer(key: str, outcome: Outcome) -> None:
-        ready: list[_Course[T]] = []
-        for course, place in waiting.pop(key):
-            course.outcomes[place] = outcome
-            if len(course.outcomes) == len(course.asked):
-                ready.append(course)
-        for course in ready:
-            move(course, [course.outcomes[place] for place in range(len(course.asked))])
-
-    for course in courses:
-        move(course, None)
-    tell()
+    desk = _Desk(studies, workers, store)
+    tell = on_point or (lambda _standing: None)
+    tell(desk.standing)
     try:
-        while pending or running:
-            while pending and len(running) < workers.max_in_flight:
-                point = pending.popleft()
-                running[_submit(workers, point, store)] = point.key
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                key = running.pop(future)
-                num_run += 1
-                answer(key, _outcome(future, key, store))
-                tell()
+        while desk.is_busy:
+            desk.submit_some()
+            for standing in desk.collect():
+                tell(standing)
     except BaseException:
-        for future in running:
-            future.cancel()
+        desk.cancel()
         raise
-    return [course.result for course in courses]  # type: ignore[misc]
+    return desk.results
 
 
 def _submit(workers: Workers, point: Point, store: Store) -> Future[Figures]:

@@ -14,7 +14,7 @@ from helios_sim.search.drawings import gpu_rate, joules, limit_words, user_rate
 from helios_sim.search.goals import in_words
 from helios_sim.search.pareto import front
 from helios_sim.search.plan import FleetAnswer, Load, Means, Plan
-from helios_sim.search.tune import Trial, Tuned
+from helios_sim.search.tune import Trial, Tuned, by_violation
 from helios_sim.search.whatif import Cell
 from helios_sim.search.words import bracket
 from helios_sim.terminal import FittedTable
@@ -124,8 +124,7 @@ def trial_rows(tuned: Tuned, most: int = 10, with_settings: bool = False) -> Cel
     shown = [one for one in tuned.trials if one.is_feasible]
     shown.sort(key=lambda one: (goal.cost((one.scores or (0.0,))[0]), one.number))
     if not shown:
-        shown = [one for one in tuned.trials if one.broken]
-        shown.sort(key=lambda one: (sum(part.violation for part in one.broken), one.number))
+        shown = by_violation(tuned.trials)
     if tuned.winner is not None:
         shown = [tuned.winner, *(one for one in shown if one is not tuned.winner)]
     columns = _figure_columns(tuned)

@@ -10,12 +10,14 @@ from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
 from helios_sim.errors import InputError
+from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import SearchSettings
 from helios_sim.report.words import device_of_all, listed
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import (
     Broken,
+    Goal,
     Judge,
     check_countable,
     in_words,
@@ -29,7 +31,7 @@ from helios_sim.search.prices import check_prices, load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
 from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
-from helios_sim.search.traffic import Traffic, at_rate
+from helios_sim.search.traffic import FEW_ROUNDS, Traffic, at_rate, rounds_in_sample
 from helios_sim.search.verdict import t_quantile
 
 State = Literal["full", "stopped", "impossible"]
@@ -37,6 +39,18 @@ State = Literal["full", "stopped", "impossible"]
 SENSITIVITY_POINTS: Final = 5
 RANKED_TRIALS: Final = 500
 """Trials that a new one is ranked among: peeling fronts takes time that grows with their square."""
+
+
+@dataclass(frozen=True)
+class First:
+    """What a trial gave on the first sample, the one that every trial meets.
+
+    Stretches of a trace differ in pace and lengths, so figures of one sample and means over several
+    do not compare: what ranks trials of both kinds, or learns from them, takes these.
+    """
+
+    scores: tuple[float, ...]
+    violation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Trial:
     number: int
     values: Values
     state: State
-    first: tuple[float, ...] | None = None
+    first: First | None = None
     scores: tuple[float, ...] | None = None
     broken: tuple[Broken, ...] = ()
     means: Means | None = None
@@ -91,6 +105,18 @@ class Finalist:
 Interval = tuple[float, float, float]
 """A mean and its bounds."""
 
+TuneVerdict = Literal["better", "unsure", "no better"]
+
+REASSESSING: Final = "policy.reassess_requests"
+"""The setting that says how often a policy reassesses."""
+
+SAID: Final[Mapping[TuneVerdict, str]] = {
+    "better": "Settings found by helios tune",
+    "unsure": "Settings found by helios tune, not shown to be better than the scenario as it stood",
+    "no better": "As it stood: helios tune found nothing better",
+}
+"""What the scenario file of a search says of itself."""
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -107,6 +133,9 @@ class HeldOut:
     gains: tuple[Interval | None, ...]
     """For each objective the mean paired gain with its 95 % interval; positive is better, and None
     is where either has no value."""
+    worth: Interval | None = None
+    """The gains as shares of what the scenario has, added up over the objectives, in the same way;
+    None where one of them is."""
 
 
 @dataclass(frozen=True)
@@ -165,23 +194,24 @@ class Tuned:
         return None if found is None or found.keeps else found
 
     @property
-    def is_better(self) -> bool:
-        """Whether the winner is to be recommended: better on held-out traffic, within bounds.
+    def verdict(self) -> TuneVerdict:
+        """What held-out traffic says of the winner against the scenario as it stands.
 
-        It keeps the constraints on the traffic that it was chosen on too. A scenario that breaks
-        its constraints as it stands is worse than one that keeps them, and one without a value of
-        an objective is worse than one with.
+        A winner is no better if it breaks the constraints there or on the traffic that it was
+        chosen on. A scenario that breaks its constraints as it stands is worse than one that keeps
+        them, and one without a value of an objective is worse than one with. Otherwise a gain
+        counts as shown where its whole interval is one.
         """
         held = self.own_rate
         if held is None or self.lost is not None or held.tuned_broken or None in held.tuned:
-            return False
+            return "no better"
         if held.base_broken or None in held.base:
-            return True
-        relative = 0.0
-        for gain, base in zip(held.gains, held.base, strict=True):
-            assert gain is not None
-            relative += gain[0] / abs(base) if base else gain[0]
-        return relative > 0.0
+            return "better"
+        assert held.worth is not None
+        mean, low, _ = held.worth
+        if mean <= 0.0:
+            return "no better"
+        return "better" if low > 0.0 else "unsure"
 
 
 def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
@@ -337,16 +367,17 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
     own = figures_of(
         (yield samples_of(question, question.space.base, range(settings.replications)))
     )
-    base = _full_trial(judge, -1, {}, own)
+    base = _trial(judge, -1, {}, "full", own)
     trials: list[Trial] = []
     while len(trials) < num_trials:
         proposed = sampler.propose(min(settings.batch, num_trials - len(trials)))
         if not proposed:
             break
         batch = yield from _judge_batch(question, proposed, trials)
+        firsts = [trial.first for trial in batch]
         sampler.learn(
-            [trial.scores for trial in batch],
-            [sum(one.violation for one in trial.broken) for trial in batch],
+            [None if first is None else first.scores for first in firsts],
+            [0.0 if first is None else first.violation for first in firsts],
         )
         trials += batch
     feasible = [trial for trial in trials if trial.is_feasible]
@@ -366,7 +397,7 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         for scale in settings.held_out_rates:
             held_out.append((yield from _hold_out(question, winner, scale)))
         sensitivity = yield from _vary(question, winner)
-    told = [(one.values, one.first[0]) for one in trials if one.first is not None]
+    told = [(one.values, one.first.scores[0]) for one in trials if one.first is not None]
     importance = importances(question.space, told, judge.goals[0].better)
     return Tuned(
         question,
@@ -403,23 +434,9 @@ def _judge_batch(
         if isinstance(outcome, InputError):
             found[place] = Trial(number, values, "impossible", why=str(outcome))
             continue
-        scores = _known(judge.scores([outcome]))
-        if scores is None:
-            found[place] = Trial(number, values, "impossible", why="An objective is undefined.")
-            continue
-        first[place] = outcome
-        broken = judge.broken([outcome])
-        means = mean_figures([outcome])
-        found[place] = Trial(
-            number,
-            values,
-            "stopped",
-            scores,
-            scores,
-            broken,
-            means,
-            reached=_reached(judge, [outcome]),
-        )
+        found[place] = _trial(judge, number, values, "stopped", [outcome])
+        if found[place].state == "stopped":
+            first[place] = outcome
     if settings.replications == 1:
         chosen = list(first)
     else:
@@ -434,19 +451,23 @@ def _judge_batch(
         if refused is not None:
             found[place] = Trial(number, values, "impossible", why=str(refused))
             continue
-        found[place] = _full_trial(judge, number, values, [first[place], *figures_of(mine)])
+        figures = [first[place], *figures_of(mine)]
+        found[place] = _trial(judge, number, values, "full", figures)
     return [found[place] for place in range(len(proposed))]
 
 
-def _full_trial(judge: Judge, number: int, values: Values, figures: list[Figures]) -> Trial:
-    scores = _known(judge.scores(figures))
-    if scores is None:
+def _trial(
+    judge: Judge, number: int, values: Values, state: State, figures: list[Figures]
+) -> Trial:
+    """A trial by its figures, the first sample's first."""
+    first, scores = _known(judge.scores(figures[:1])), _known(judge.scores(figures))
+    if first is None or scores is None:
         return Trial(number, values, "impossible", why="An objective is undefined.")
     return Trial(
         number,
         values,
-        "full",
-        _known(judge.scores(figures[:1])),
+        state,
+        First(first, sum(one.violation for one in judge.broken(figures[:1]))),
         scores,
         judge.broken(figures),
         mean_figures(figures),
@@ -482,22 +503,25 @@ def _promising(
     Trials that keep the constraints come before those that do not, which rank by how much they
     break; within the kept ones fronts count.
     """
-    mine = [(place, trial) for place, trial in batch.items() if trial.state == "stopped"]
-    others = [trial for trial in before if trial.first is not None][-RANKED_TRIALS:]
-    everyone = [*(trial for _, trial in mine), *others]
-    costs = [
-        tuple(goal.cost(score) for goal, score in zip(judge.goals, trial.first or (), strict=True))
-        for trial in everyone
+    mine = [
+        (place, trial.number, trial.first)
+        for place, trial in batch.items()
+        if trial.first is not None
     ]
-    fronts = ranks(costs)
-    keys = [
-        (sum(one.violation for one in trial.broken), rank)
-        for trial, rank in zip(everyone, fronts, strict=True)
+    others = [(one.number, one.first) for one in before if one.first is not None]
+    everyone = [*((number, first) for _, number, first in mine), *others[-RANKED_TRIALS:]]
+    costs = [
+        tuple(goal.cost(score) for goal, score in zip(judge.goals, first.scores, strict=True))
+        for _, first in everyone
     ]
     # Of equals the earlier trial ranks first: a tie is no reason to spend runs on a later one.
-    order = sorted(range(len(everyone)), key=lambda at: (keys[at], everyone[at].number))
+    keys = [
+        (first.violation, rank, number)
+        for (number, first), rank in zip(everyone, ranks(costs), strict=True)
+    ]
+    order = sorted(range(len(everyone)), key=keys.__getitem__)
     kept = set(order[: max(1, math.ceil(share * len(everyone)))])
-    return sorted(place for at, (place, _) in enumerate(mine) if at in kept)
+    return sorted(place for at, (place, _, _) in enumerate(mine) if at in kept)
 
 
 def _best(judge: Judge, feasible: Sequence[Trial], most: int) -> list[Trial]:
@@ -559,22 +583,38 @@ def _hold_out(
     tuned = samples_of(question, question.space.scenario(winner.values), samples, scale)
     figures = figures_of((yield [*base, *tuned]))
     own, won = figures[: len(base)], figures[len(base) :]
-    gains = []
-    for goal in judge.goals:
-        paired = []
-        for before, after in zip(own, won, strict=True):
-            a, b = judge.value(goal, [before]), judge.value(goal, [after])
-            if a is not None and b is not None:
-                paired.append(goal.cost(a) - goal.cost(b))
-        gains.append(_interval(paired) if len(paired) == len(own) else None)
+    gains = [_paired(judge, goal, own, won) for goal in judge.goals]
+    scores = judge.scores(own)
+    shares = [
+        [one / (abs(score) or 1.0) for one in paired]
+        for paired, score in zip(gains, scores, strict=True)
+        if paired is not None and score is not None
+    ]
+    worth = None
+    if len(shares) == len(gains):
+        worth = _interval([sum(one) for one in zip(*shares, strict=True)])
     return HeldOut(
         scale,
-        judge.scores(own),
+        scores,
         judge.scores(won),
         judge.broken(own),
         judge.broken(won),
-        tuple(gains),
+        tuple(None if paired is None else _interval(paired) for paired in gains),
+        worth,
     )
+
+
+def _paired(
+    judge: Judge, goal: Goal, own: Sequence[Figures], won: Sequence[Figures]
+) -> list[float] | None:
+    """What an objective gains on each sample; None where one of them leaves it undefined."""
+    found = []
+    for before, after in zip(own, won, strict=True):
+        was, now = judge.value(goal, [before]), judge.value(goal, [after])
+        if was is None or now is None:
+            return None
+        found.append(goal.cost(was) - goal.cost(now))
+    return found
 
 
 def _interval(values: Sequence[float]) -> Interval:
@@ -629,32 +669,71 @@ def _vary(
     ]
 
 
+def few_rounds(tuned: Tuned) -> list[tuple[str, float]]:
+    """Whose samples hold few rounds of reassessment, and how many for each replica.
+
+    Asked for the winner and for the largest value that the search may give the setting: where a
+    sample ends after a round or two, a longer interval is hardly another one.
+    """
+    question, base = tuned.question, tuned.base
+    found = []
+    if tuned.winner is not None:
+        rounds = _rounds(question, tuned.winner.values, tuned.winner)
+        found.append((f"trial {tuned.winner.number}", rounds))
+    for one in question.space.ranges:
+        numbers = [value for value in one.grid() if isinstance(value, int)]
+        if one.key == REASSESSING and numbers:
+            value = max(numbers)
+            rounds = _rounds(question, {one.key: value}, base)
+            found.append((f"{one.key} = {value:,}", rounds))
+    return [(name, rounds) for name, rounds in found if rounds < FEW_ROUNDS]
+
+
+def _rounds(question: TuneQuestion, values: Values, met: Trial) -> float:
+    """Rounds of reassessment of these settings in a sample as a trial met it."""
+    try:
+        policy = question.space.scenario(values).policy[0]
+    except InputError:
+        # The value goes together with others alone.
+        return math.inf
+    made = make_policy(policy.use, policy.options, search_path=question.base_dir)
+    assert met.means is not None
+    measured, num_replicas = met.means["num_measured"], met.means["num_replicas"]
+    assert measured is not None and num_replicas is not None
+    return rounds_in_sample(measured, num_replicas, made.watching.reassess_requests)
+
+
 def recommended(tuned: Tuned) -> Scenario:
-    """The scenario with the winner's settings, or as it stands where that is not shown better."""
+    """The scenario with the winner's settings, or as it stands where they are no better.
+
+    Settings that are not shown to be better are still the best guess that there is.
+    """
     question = tuned.question
-    base = question.space.base
-    if tuned.winner is None or not tuned.is_better:
-        said = "helios tune found no setting that is better on held-out traffic: as it stood."
-        scenario = base
-    else:
-        scenario = with_settings(base, tuned.winner.values, question.base_dir, question.where)
-        said = "Settings found by helios tune: " + ", ".join(
-            f"{key} = {value}" for key, value in tuned.winner.values.items()
-        )
+    scenario = base = question.space.base
+    said = SAID[tuned.verdict]
+    if tuned.winner is not None and tuned.verdict != "no better":
+        values = tuned.winner.values
+        scenario = with_settings(base, values, question.base_dir, question.where)
+        said += ": " + ", ".join(f"{key} = {value}" for key, value in values.items())
     return scenario.model_copy(
-        update={
-            "name": f"{base.name}_tuned",
-            "notes": (*scenario.notes, f"{said}.".replace("..", ".")),
-        }
+        update={"name": f"{base.name}_tuned", "notes": (*scenario.notes, f"{said}.")}
+    )
+
+
+def by_violation(trials: Sequence[Trial]) -> list[Trial]:
+    """Trials that break constraints, those of all samples first and of them the nearest."""
+    return sorted(
+        (trial for trial in trials if trial.broken),
+        key=lambda trial: (trial.state != "full", sum(one.violation for one in trial.broken)),
     )
 
 
 def nearest_miss(tuned: Tuned) -> str:
     """Where no trial keeps the constraints: the trial that comes nearest, in words."""
-    tried = [trial for trial in tuned.trials if trial.broken]
+    tried = by_violation(tuned.trials)
     if not tried:
         return "no trial could be run"
-    best = min(tried, key=lambda trial: sum(one.violation for one in trial.broken))
+    best = tried[0]
     return f"trial {best.number} comes nearest and breaks " + ", ".join(
         in_words(one) for one in best.broken
     )

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from helios_sim.errors import InputError, did_you_mean
+from helios_sim.errors import InputError, UnknownOption, did_you_mean
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.profile import Profile, load_profile
 from helios_sim.scenario import PolicySettings, Scenario
@@ -137,8 +137,11 @@ def _is_for(key: str, policy: PolicySettings, own: Scenario, base_dir: Path, val
         return True
     try:
         with_settings(own, {key: value}, base_dir, "--vary")
-    except InputError as error:
-        return "unknown option" not in error.message and "no options" not in error.message
+    except UnknownOption:
+        return False
+    except InputError:
+        # The option is there; what is wrong with its value is said where the cell is made.
+        return True
     return True
 
 

@@ -13,7 +13,7 @@ from helios_sim.search.goals import in_words
 from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
 from helios_sim.search.prices import grades_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic
-from helios_sim.search.tune import Finalist, HeldOut, Tuned, nearest_miss
+from helios_sim.search.tune import Finalist, HeldOut, Tuned, few_rounds, nearest_miss
 from helios_sim.search.whatif import Cell
 
 FULL_AGREEMENT: Final = 0.9995
@@ -347,7 +347,7 @@ def tune_headline(tuned: Tuned) -> str:
     )
     change = f"{was} to {now} {goal.unit}".strip()
     own = listed([in_words(one) for one in held.base_broken])
-    if not tuned.is_better:
+    if tuned.verdict == "no better":
         stays = "The scenario stays as it is."
         if own:
             stays = f"The scenario stays as it is and breaks {own} there."
@@ -374,7 +374,44 @@ def tune_headline(tuned: Tuned) -> str:
             f"Trial {tuned.winner.number} keeps the constraints on traffic not tuned on, where the "
             f"scenario as it stands breaks {own}; {goal.name} goes from {change}."
         )
-    return f"Trial {tuned.winner.number} takes {goal.name} from {change}, on traffic not tuned on."
+    said = f"Trial {tuned.winner.number} takes {goal.name} from {change}, on traffic not tuned on"
+    return f"{said}{_unshown(tuned) if tuned.verdict == 'unsure' else '.'}"
+
+
+def _unshown(tuned: Tuned) -> str:
+    """Why a gain is not shown to be one, and what becomes of the settings; ends a sentence."""
+    judge, settings = tuned.question.judge, tuned.question.settings
+    if settings.held_out == 1:
+        why = "one sample tells no interval (give search.held_out 2 or more)"
+    elif len(judge.goals) == 1:
+        why = "the 95 % interval of the gain holds 0"
+    else:
+        why = "the 95 % interval of its gains together holds 0"
+    return f", but is not shown to be better: {why}. Its settings are written all the same."
+
+
+def _few_rounds(tuned: Tuned) -> list[str]:
+    """That samples end before reassessing has shown what it is worth, where they do."""
+    few = few_rounds(tuned)
+    if not few:
+        return []
+    each = listed([f"{number(rounds)} with {name}" for name, rounds in few])
+    return [
+        f"A sample holds few rounds of reassessment for each replica, {each}: what reassessing "
+        f"costs or buys is measured on fewer than {FEW_ROUNDS}."
+    ]
+
+
+def _together(tuned: Tuned) -> list[str]:
+    """What several objectives gain together, by which the winner is judged."""
+    held = tuned.own_rate
+    if held is None or held.worth is None or len(held.gains) == 1:
+        return []
+    gain, low, high = (_signed(100 * one) for one in held.worth)
+    return [
+        "Together its gains, as shares of what the scenario as it stands has, add up to "
+        f"{gain} % [{low}, {high}]."
+    ]
 
 
 def _nearer(number_of: int, held: HeldOut) -> str:
@@ -431,7 +468,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     if tuned.winner is not None:
         tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
     found.append(worth(grades_by_name(tuned.question.profiles), "settings"))
-    found += _beyond(tried) + _finals(tuned)
+    found += _beyond(tried) + _few_rounds(tuned) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:
         return found
@@ -457,6 +494,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
             f"[{_signed(ends[0])}, {_signed(ends[1])}] against the scenario as it stands"
             f"{'' if sure else ', which shows no difference'}; {_loss(tuned, place)}."
         )
+    found += _together(tuned)
     if held.tuned_broken:
         found.append(
             "On held-out traffic the winner breaks "

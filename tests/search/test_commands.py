@@ -888,6 +888,8 @@ def test_only_what_is_recommended_is_called_so(tmp_path: Path) -> None:
         name: re.findall(r"<summary>(.*?)</summary>", (tmp_path / name / "report.html").read_text())
         for name in ("whatif", "tune", "plan")
     }
+    header = (tmp_path / "tune" / "scenario.toml").read_text().splitlines()[0]
+    assert header == "# As it stood: helios tune found nothing better."
     assert named == {
         "whatif": ["As it stands, in full"],
         "tune": ["The scenario as it stands"],

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from helios_sim.errors import InputError
 from helios_sim.profile import load_profile
-from helios_sim.scenario import Scenario, parse_scenario
+from helios_sim.scenario import PolicySettings, Scenario, parse_scenario
 from helios_sim.search.goals import parse_constraints, parse_goal
 from helios_sim.search.pareto import best_first, dominates, front, ranks
 from helios_sim.search.prices import Cost, Prices, check_prices, cost_of, load_prices
 from helios_sim.search.samplers import sobol_shares
 from helios_sim.search.space import Range, read_space
-from helios_sim.search.whatif import parse_vary
+from helios_sim.search.whatif import parse_vary, whatif_studies
 
 
 def scenario(ranges: dict[str, Any], **search: Any) -> Scenario:
@@ -52,6 +52,46 @@ def test_an_unknown_option_names_the_nearest_and_the_range() -> None:
 
 def test_an_unknown_setting_names_the_nearest() -> None:
     assert "Did you mean 'max_batch'?" in told({"serving.max_bach": [1, 2]})
+
+
+PICKY = """
+from helios_sim.policy.baselines import Vanilla
+
+class Picky(Vanilla):
+    def __init__(self, place=2):
+        if place < 2:
+            raise IndexError("no options: an unknown option goes into no index")
+"""
+"""A policy of the user's own that chooses words of ours for a value it does not take."""
+
+
+def picky(folder: Path, ranges: dict[str, Any]) -> Scenario:
+    (folder / "picky.py").write_text(PICKY)
+    policy = PolicySettings(use="picky:Picky")
+    return scenario(ranges).model_copy(update={"policy": (policy,)})
+
+
+def test_a_value_that_is_refused_in_any_words_is_no_unknown_setting(tmp_path: Path) -> None:
+    """The first value cannot be and the others can, so that the range stands."""
+    base = picky(tmp_path, {"policy.place": {"low": 1, "high": 9}})
+    assert [one.key for one in read_space(base, tmp_path, "x.toml").ranges] == ["policy.place"]
+    with pytest.raises(InputError, match="could not be built from the options"):
+        whatif_studies(base, tmp_path, "x.toml", base.policy, {"policy.place": [1]}, 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("policy.breach_limit.deeper", "goes into 'policy.0.breach_limit', which is a plain value"),
+        ("policy.7.breach_limit", "needs an index from 0 to 0 in place of '7'"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_told_at_its_range(key: str, said: str) -> None:
+    data = scenario({key: [1, 2]})
+    policy = PolicySettings(use="helios", breach_limit=10)  # type: ignore[call-arg]
+    with pytest.raises(InputError, match=said) as error:
+        read_space(data.model_copy(update={"policy": (policy,)}), Path(), "x.toml")
+    assert error.value.where == f"x.toml, search.ranges.{key}"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +132,42 @@ def test_a_dotted_key_may_stand_without_quotes() -> None:
     assert changed.policy[0].options["breach_limit"] == 33
     assert changed.serving.max_batch == 9
     assert space.own("serving.max_batch") == 256
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "policy.confidence_threshold",
+        "serving.watermark",
+        "fleet.memory_utilisation",
+        "workload.arrivals.rate_per_s",
+    ],
+)
+def test_whole_bounds_of_a_setting_that_takes_any_number_hold_all_between(key: str) -> None:
+    """A utilisation of 0 is refused, which leaves its kind to be told by the scenario's own."""
+    (one,) = read_space(scenario({key: {"low": 0, "high": 1}}), Path(), "x.toml").ranges
+    assert one.grid() == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert {type(value) for value in one.grid()} == {float}
+    stepped = {key: {"low": 0, "high": 1, "step": 0.5}}
+    (one,) = read_space(scenario(stepped), Path(), "x.toml").ranges
+    assert one.grid() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("key", ["policy.breach_limit", "serving.max_batch", "seed"])
+def test_a_setting_of_whole_numbers_takes_whole_bounds_and_gives_whole_values(key: str) -> None:
+    (one,) = read_space(scenario({key: {"low": 10, "high": 90}}), Path(), "x.toml").ranges
+    assert one.grid() == [10, 30, 50, 70, 90]
+    said = told({key: {"low": 10.5, "high": 90.0}})
+    assert "low is 10.5 and high is 90.0; this setting takes whole numbers" in said
+    assert "a whole range takes a whole step" in told({key: {"low": 1, "high": 9, "step": 0.5}})
+
+
+def test_bounds_tell_the_kind_of_an_option_that_declares_none(tmp_path: Path) -> None:
+    for low, values in ((2, [2, 3, 4]), (2.0, [2.0, 2.5, 3.0, 3.5, 4.0])):
+        base = picky(tmp_path, {"policy.place": {"low": low, "high": 4}})
+        (one,) = read_space(base, tmp_path, "x.toml").ranges
+        assert one.grid() == values
+        assert {type(value) for value in one.grid()} == {type(low)}
 
 
 ranges = st.one_of(

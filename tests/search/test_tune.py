@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from helios_sim.scenario import load_scenario
-from helios_sim.search.goals import Broken, Judge, parse_constraints, parse_goal
+from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, parse_goal
 from helios_sim.search.tune import (
+    First,
     HeldOut,
     Trial,
     Tuned,
@@ -31,7 +33,7 @@ def judge_of(constraints: str = "") -> Judge:
 def trial(number: int, first: tuple[float, float], violation: float = 0.0) -> Trial:
     """A trial that ran on the first sample."""
     broken = (Broken("ttft<=1ms", 2.0, violation),) if violation else ()
-    return Trial(number, {}, "stopped", first, first, broken)
+    return Trial(number, {}, "stopped", First(first, violation), first, broken)
 
 
 def figures(throughput: float, ttft_ms: float, agreement: float = 1.0) -> dict[str, Any]:
@@ -72,6 +74,14 @@ def test_of_equals_the_earlier_goes_on_and_who_breaks_less_before_who_is_better(
     assert _promising(judge_of(), broken, (), 0.6) == [1, 2]
 
 
+def test_trials_rank_by_what_they_break_on_the_sample_that_all_have_met() -> None:
+    """The earlier trial breaks nothing on the first sample and much on the others."""
+    later = (Broken("ttft<=1ms", 9.0, 8.0),)
+    before = [replace(trial(0, (50.0, 5.0)), state="full", broken=later)]
+    batch = {0: trial(1, (40.0, 6.0)), 1: trial(2, (60.0, 4.0))}
+    assert _promising(judge_of(), batch, before, 0.6) == [1]
+
+
 def test_what_cannot_be_run_never_goes_on() -> None:
     batch = {0: Trial(0, {}, "impossible"), 1: trial(1, (1.0, 1.0))}
     assert _promising(judge_of(), batch, [Trial(2, {}, "impossible")], 1.0) == [1]
@@ -86,6 +96,11 @@ def test_a_constraint_is_broken_on_average_and_by_how_much_of_its_limit() -> Non
     assert [one.reached for one in found] == pytest.approx([150.0, 0.72])
     assert [one.violation for one in found] == pytest.approx([0.5, 0.2])
     assert judge.broken([figures(1.0, 80.0, 0.86), figures(1.0, 120.0, 0.96)]) == ()
+
+
+def test_a_limit_without_a_percentile_says_that_every_request_is_held_to_it() -> None:
+    (found,) = judge_of("ttft<100ms").broken([figures(1.0, 150.0)])
+    assert in_words(found) == "ttft<=100ms by every request (reached 150, 50 % off)"
 
 
 def test_a_mean_that_misses_its_bound_by_rounding_keeps_it() -> None:
@@ -116,33 +131,43 @@ def tuned(held: HeldOut | None) -> Tuned:
     return Tuned(nothing, first, (first,), (first,), first, others, (), {})
 
 
-def held_out(*gains: float, **changes: Any) -> HeldOut:
-    """A scenario of 100 tokens/s and 10 ms, and what the winner gains on either."""
-    won = (100.0 + gains[0], 10.0 - gains[1])
-    intervals = tuple((gain, -1e3, 1e3) for gain in gains)
-    return replace(HeldOut(1.0, (100.0, 10.0), won, (), (), intervals), **changes)
+def held_out(mean: float, half: float, **changes: Any) -> HeldOut:
+    """A winner whose gains add up to so much, give or take."""
+    worth = (mean, mean - half, mean + half)
+    return replace(HeldOut(1.0, (100.0,), (110.0,), (), (), (worth,), worth), **changes)
 
 
-def test_a_winner_is_better_where_its_gains_as_shares_add_up_to_one() -> None:
-    """Ten tokens/s are a tenth and make up for half a millisecond, a twentieth, not for two."""
-    assert tuned(held_out(10.0, -0.5)).is_better
-    assert not tuned(held_out(10.0, -2.0)).is_better
-    assert not tuned(held_out(0.0, 0.0)).is_better
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"),
+    [
+        (0.1, 0.09, "better"),
+        (0.1, 0.11, "unsure"),
+        (0.1, math.inf, "unsure"),
+        (0.0, 0.0, "no better"),
+        (-0.1, 0.3, "no better"),
+    ],
+)
+def test_a_winner_is_better_where_the_whole_interval_of_its_gains_is_a_gain(
+    mean: float, half: float, verdict: str
+) -> None:
+    assert tuned(held_out(mean, half)).verdict == verdict
 
 
 def test_who_keeps_the_constraints_is_better_than_who_does_not() -> None:
     broken = (Broken("ttft<=1ms", 2.0, 1.0),)
-    assert not tuned(held_out(10.0, 1.0, tuned_broken=broken)).is_better
-    assert tuned(held_out(-10.0, -1.0, base_broken=broken)).is_better
-    assert not tuned(held_out(10.0, 1.0, tuned_broken=broken, base_broken=broken)).is_better
-    assert not tuned(None).is_better
+    assert tuned(held_out(0.1, 0.0, tuned_broken=broken)).verdict == "no better"
+    assert tuned(held_out(-0.1, 0.0, base_broken=broken)).verdict == "better"
+    both = held_out(0.1, 0.0, tuned_broken=broken, base_broken=broken)
+    assert tuned(both).verdict == "no better"
+    assert tuned(None).verdict == "no better"
 
 
 def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_path: Path) -> None:
     """Tokens gain 10 and 20 a second; the TTFT rises by 2 and 4 ms: mean gains of 15 and -3.
 
-    Two pairs have a quantile of 12.706, so that the bounds are 12.706 x 5 and 12.706 x 1 away. The
-    traffic comes after the two samples of the tuning and the two of the finals.
+    Two pairs have a quantile of 12.706, so that the bounds are 12.706 x 5 and 12.706 x 1 away. Of
+    means of 105 and 11 the gains are 10/105 - 2/11 and 20/105 - 4/11, or -0.0866 and twice that.
+    The traffic comes after the two samples of the tuning and the two of the finals.
     """
     changes = {"objectives": ["throughput", "ttft:p95"], "constraints": "agreement>=0.5"}
     path = write(tmp_path, search=changes)
@@ -162,15 +187,23 @@ def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_p
     assert (held.base, held.tuned) == ((105.0, 11.0), (120.0, 14.0))
     assert held.gains[0] == pytest.approx((15.0, 15.0 - 63.531, 15.0 + 63.531), abs=1e-3)
     assert held.gains[1] == pytest.approx((-3.0, -3.0 - 12.706, -3.0 + 12.706), abs=1e-3)
+    assert held.worth == pytest.approx((-0.1299, -0.1299 - 0.5501, -0.1299 + 0.5501), abs=1e-4)
     assert held.base_broken == ()
     assert [one.constraint for one in held.tuned_broken] == ["agreement>=0.5"]
 
 
 def test_the_nearest_miss_is_the_trial_whose_violations_add_up_to_least() -> None:
+    """Of those that ran on all samples: one that was stopped has met the first alone."""
     nothing: Any = None
     two = Trial(
         1, {}, "full", broken=(Broken("ttft<=1ms", 1.2, 0.2), Broken("agreement>=0.9", 0.7, 0.2))
     )
-    trials = (trial(0, (1.0, 1.0), 0.5), two, trial(2, (1.0, 1.0), 0.3))
+    near = replace(trial(2, (1.0, 1.0), 0.3), state="full")
+    trials = (
+        replace(trial(0, (1.0, 1.0), 0.5), state="full"),
+        two,
+        near,
+        trial(3, (1.0, 1.0), 0.1),
+    )
     said = nearest_miss(Tuned(nothing, two, trials, (), None, (), (), {}))
     assert said.startswith("trial 2 comes nearest and breaks ttft<=1ms (reached 2, 30 % off)")
