@@ -6,9 +6,7 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from helios_sim.errors import InputError
+from helios_sim.folders import folder_in_place
 from helios_sim.toml import read_toml
 
 SCHEMA_VERSION = 1
@@ -511,19 +510,10 @@ def write_run(
     """
     target = out_dir.resolve()
     check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    )
-    try:
-        _write_files(run, summary, partial)
+    with folder_in_place(target) as draft:
+        _write_files(run, summary, draft)
         if finish is not None:
-            finish(partial)
-        partial.chmod(0o777 & ~_umask())
-        move_into_place(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            finish(draft)
     return target
 
 
@@ -616,31 +606,6 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(one) for one in value]
     return value
-
-
-def move_into_place(partial: Path, target: Path) -> None:
-    """Give a finished folder its name; what had the name before is removed, or kept on failure."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    kept = aside / target.name
-    try:
-        target.rename(kept)
-        partial.rename(target)
-    except BaseException:
-        if kept.exists() and not target.exists():
-            kept.rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def flat_items(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
