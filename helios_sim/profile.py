@@ -11,11 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from helios_sim.cost import CAPTURE_COEFFICIENTS, COEFFICIENTS, OPTIONAL_COEFFICIENTS
 from helios_sim.errors import InputError, did_you_mean
+from helios_sim.folders import folder_in_place
 from helios_sim.model import EarlyExitModel, Family, ModelShape
 
 SCHEMA_VERSION: Final = 1
@@ -53,6 +53,8 @@ FAMILIES: Final = ("opt", "llama")
 PROFILE_FILE: Final = "profile.json"
 POINTS_FILE: Final = "points.parquet"
 TRACES_FILE: Final = "exits.parquet"
+PROFILE_FILES: Final = (PROFILE_FILE, POINTS_FILE, TRACES_FILE)
+"""All that `save_profile` writes."""
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -449,33 +451,55 @@ def save_profile(
     points: Path | None = None,
     traces: Path | None = None,
     overwrite: bool = False,
+    check: Callable[[Profile], object] | None = None,
 ) -> Profile:
     """Write a profile folder whole or not at all, and return it as loaded.
 
     `document` is the content of `profile.json`; `points` and `traces` are parquet files copied
-    beside it. The document is checked as on loading before anything appears under `folder`.
+    beside it. The document is checked as on loading before anything appears under `folder`, and
+    so is what else `check` raises an error for. What may be written over, `check_target` says.
     """
-    if folder.exists() and not overwrite:
-        raise InputError(
-            "The profile folder exists already; give another folder or ask to overwrite it.",
-            where=str(folder),
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.parent / f".{folder.name}.{os.getpid()}.part"
-    try:
-        draft.mkdir()
+    check_target(folder, overwrite)
+    with folder_in_place(folder) as draft:
         (draft / PROFILE_FILE).write_text(document_text(document), encoding="utf-8")
         for source, name in ((points, POINTS_FILE), (traces, TRACES_FILE)):
             if source is not None:
                 shutil.copyfile(source, draft / name)
-        _parse(_read_json(draft / PROFILE_FILE), draft, "")
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    finally:
-        if draft.exists():
-            shutil.rmtree(draft)
+        written = _parse(_read_json(draft / PROFILE_FILE), draft, "")
+        if check is not None:
+            check(written)
     return load_profile(folder)
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise `InputError` unless a profile may be written here.
+
+    Allowed are a new folder, an empty one and, where asked to overwrite, one that holds a profile
+    and nothing else.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir():
+        raise InputError(
+            "It is a file; allowed is a new folder, an empty one or a profile to replace.",
+            where=str(folder),
+        )
+    present = sorted(entry.name for entry in folder.iterdir())
+    foreign = [name for name in present if name not in PROFILE_FILES]
+    if foreign or (present and PROFILE_FILE not in present):
+        named = ", ".join((foreign or present)[:3])
+        raise InputError(
+            f"The folder is not a profile alone: it holds {named}; allowed is a new folder, an "
+            f"empty one or one that holds {PROFILE_FILE} and at most "
+            f"{' and '.join(PROFILE_FILES[1:])} beside it.",
+            where=str(folder),
+        )
+    if present and not overwrite:
+        raise InputError(
+            "The profile folder exists already; give another folder, or --overwrite to replace "
+            "the profile in it.",
+            where=str(folder),
+        )
 
 
 def document_text(document: Mapping[str, Any]) -> str:
