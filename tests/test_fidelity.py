@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -889,7 +890,7 @@ def test_the_command_refuses_what_it_cannot_take(
     assert run_cli("compare", real, simulated, "--out", str(tmp_path / "file" / "found")) == 2
     said = capsys.readouterr()
     assert "No results can be written there" in said.err and not said.out
-    (tmp_path / ".page.html.partial").mkdir()
+    (tmp_path / f".page.html.{os.getpid()}.partial").mkdir()
     page = ("--no-attribution", "--out", str(tmp_path / "page.html"))
     assert run_cli("compare", real, simulated, *page) == 2
     assert "The page cannot be written" in capsys.readouterr().err

@@ -43,6 +43,7 @@ from calibration.training.thresholds import (
 )
 from helios_sim.errors import InputError
 from helios_sim.exits import NLL_STEPS_PER_NAT, ExitTraces, write_traces
+from helios_sim.folders import file_in_place, write_whole
 from helios_sim.profile import TRACES_FILE
 
 REPORT_FILE: Final = "trace.json"
@@ -154,13 +155,10 @@ def trace_checkpoints(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / f".{TRACES_FILE}.partial"
-        write_traces(traces, partial)
-        write_json(out / REPORT_FILE, report)
-        page = out / f".{PAGE_FILE}.partial"
-        page.write_text(trace_page(report), encoding="utf-8")
-        page.replace(out / PAGE_FILE)
-        partial.replace(out / TRACES_FILE)
+        with file_in_place(out / TRACES_FILE) as partial:
+            write_traces(traces, partial)
+            write_json(out / REPORT_FILE, report)
+            write_whole(out / PAGE_FILE, trace_page(report).encode())
     except OSError as error:
         raise InputError(f"The traces cannot be written: {error.strerror}.", str(out)) from error
     return report
