@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import polars as pl
-from numpy.random import PCG64, Generator, SeedSequence
+from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from helios_sim.arrivals import stream
 from helios_sim.errors import InputError
 from helios_sim.policy.rules import leaves_here
 from helios_sim.profile import MarkovCandidate, MarkovExits, Profile
@@ -273,8 +273,7 @@ def _leaving(confidence: Confidence, threshold: float) -> Flags:
 
 def _stream(spec: MarkovExits, *names: str) -> Generator:
     """The random numbers of a named stream."""
-    key = zlib.crc32("/".join(("exit-trace", *names)).encode())
-    return Generator(PCG64(SeedSequence([spec.seed, key])))
+    return stream(spec.seed, "/".join(("exit-trace", *names)))
 
 
 def _normal(uniform: FloatArray) -> FloatArray:
