@@ -23,14 +23,12 @@ from helios_sim.arrivals import stream
 from helios_sim.errors import InputError
 from helios_sim.policy.rules import leaves_here
 from helios_sim.profile import MarkovCandidate, MarkovExits, Profile
+from helios_sim.state import NLL_UNITS_PER_NAT
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Confidence: TypeAlias = NDArray[np.float32]
 Flags: TypeAlias = NDArray[np.bool_]
 Levels: TypeAlias = NDArray[np.int8]
-
-NLL_STEPS_PER_NAT: Final = 1024
-"""Negative log-likelihoods are kept in steps of 1/1024 nat, so that sums of them are exact."""
 
 _MAX_EXITS: Final = 127
 _COLUMN: Final = re.compile(r"^(?P<candidate>.+)\|L(?P<layer>\d+)\|(?P<field>[a-z_]+)$")
@@ -352,7 +350,8 @@ def _candidate_trace(
     agrees[:, -1] = True
     nll = text.surprise[:, None] * math.log(candidate.perplexity)
     nll = nll + np.where(agrees, 0.0, spec.disagreement_penalty_nats)
-    nll = np.round(nll * NLL_STEPS_PER_NAT) / NLL_STEPS_PER_NAT
+    # Whole units, as the engine sums them.
+    nll = np.round(nll * NLL_UNITS_PER_NAT) / NLL_UNITS_PER_NAT
     return confidence, agrees, nll.astype(np.float32)
 
 

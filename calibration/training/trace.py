@@ -42,9 +42,10 @@ from calibration.training.thresholds import (
     own_domains,
 )
 from helios_sim.errors import InputError
-from helios_sim.exits import NLL_STEPS_PER_NAT, ExitTraces, write_traces
+from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.folders import file_in_place, write_whole
 from helios_sim.profile import TRACES_FILE
+from helios_sim.state import NLL_UNITS_PER_NAT
 
 REPORT_FILE: Final = "trace.json"
 PAGE_FILE: Final = "trace.md"
@@ -229,8 +230,8 @@ def _traces(candidates: Sequence[_Candidate], options: TraceOptions) -> ExitTrac
                 parts.append(scores.agrees)
             else:
                 # In the simulator's steps, so that its sums are exact.
-                steps = np.round(scores.nll_nats.astype(np.float64) * NLL_STEPS_PER_NAT)
-                parts.append((steps / NLL_STEPS_PER_NAT).astype(np.float32))
+                steps = np.round(scores.nll_nats.astype(np.float64) * NLL_UNITS_PER_NAT)
+                parts.append((steps / NLL_UNITS_PER_NAT).astype(np.float32))
         return np.stack(parts)
 
     return ExitTraces(
