@@ -218,11 +218,11 @@ class ModelProfile:
         """
         batches = np.arange(max_batch + 1, dtype=np.float64)
         depth = np.array([loaded_layers], dtype=np.float64)
-        return _curve(self.batch_residual, batches) * _curve(self.depth_residual, depth)
+        return curve(self.batch_residual, batches) * curve(self.depth_residual, depth)
 
 
-def _curve(knots: Sequence[tuple[float, float]], at: Array) -> Array:
-    """The factors of a residual: 1 without knots, else through all of them.
+def curve(knots: Sequence[tuple[float, float]], at: Array) -> Array:
+    """The factors of a residual at some places: 1 without knots, else through all of them.
 
     Monotone between knots (PCHIP) and constant beyond the first and the last.
     """
