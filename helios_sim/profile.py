@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from helios_sim.cost import CAPTURE_COEFFICIENTS, COEFFICIENTS, OPTIONAL_COEFFICIENTS
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.folders import folder_in_place
-from helios_sim.model import EarlyExitModel, Family, ModelShape
+from helios_sim.model import SHAPE_COUNTS, EarlyExitModel, Family, ModelShape
 
 SCHEMA_VERSION: Final = 1
 UNAVAILABLE: Final = "unavailable"
@@ -58,16 +58,6 @@ PROFILE_FILES: Final = (PROFILE_FILE, POINTS_FILE, TRACES_FILE)
 
 Array: TypeAlias = NDArray[np.float64]
 
-_SHAPE_INTS: Final = (
-    "layers",
-    "hidden",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "ffn",
-    "vocab",
-    "max_positions",
-)
 _WATTS: Final = ("idle_w", "active_w", "load_w")
 _SHIPPED: Final = Path(__file__).parent / "profiles"
 
@@ -912,7 +902,7 @@ def _parse_early_exit_model(
     shape_table = reader.table(
         table["shape"],
         spot,
-        ("family", *_SHAPE_INTS, "tied_head", "grade", "source"),
+        ("family", *SHAPE_COUNTS, "tied_head", "grade", "source"),
         ("final_norm",),
     )
     for key in ("tied_head", "final_norm"):
@@ -922,7 +912,7 @@ def _parse_early_exit_model(
     grade = reader.text(shape_table["grade"], f"{spot}.grade", GRADES)
     source = reader.text(shape_table["source"], f"{spot}.source")
     counts = {}
-    for key in _SHAPE_INTS:
+    for key in SHAPE_COUNTS:
         counts[key] = reader.whole(shape_table[key], f"{spot}.{key}", 1)
         reader.quantities[f"{spot}.{key}"] = Quantity(float(counts[key]), "1", grade, source)
     shape = ModelShape(

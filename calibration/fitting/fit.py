@@ -33,7 +33,7 @@ from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINT
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
-from helios_sim.model import EarlyExitModel, ModelShape
+from helios_sim.model import SHAPE_COUNTS, EarlyExitModel, ModelShape
 from helios_sim.profile import (
     CONFIDENCE_KINDS,
     FAMILIES,
@@ -53,16 +53,6 @@ TRACE_REPORT_FILE: Final = "trace.json"
 """Written by `calibration.training.trace` beside exits.parquet; importing it needs torch."""
 
 MODES: Final = ("auto", "graph", "eager")
-_SHAPE_INTS: Final = (
-    "layers",
-    "hidden",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "ffn",
-    "vocab",
-    "max_positions",
-)
 _ASSUMED_RATE_BYTES_PER_S: Final = 3e9
 
 
@@ -162,7 +152,7 @@ def _measured_model(name: str, node: Any, where: str) -> _Measured:
                 family=shape["family"],
                 tied_head=bool(shape["tied_head"]),
                 final_norm=bool(shape.get("final_norm", True)),
-                **{key: int(shape[key]) for key in _SHAPE_INTS},
+                **{key: int(shape[key]) for key in SHAPE_COUNTS},
             ),
             exit_layers=tuple(int(layer) for layer in node["exit_layers"]),
             tokenizer=str(node["tokenizer"]),
