@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.cost import CAPTURE_COEFFICIENTS, COEFFICIENTS, OPTIONAL_COEFFICIENTS
-from helios_sim.errors import InputError, did_you_mean
+from helios_sim.errors import InputError, did_you_mean, listed, shown
 from helios_sim.folders import folder_in_place
 from helios_sim.model import SHAPE_COUNTS, EarlyExitModel, Family, ModelShape
 
@@ -314,7 +314,7 @@ class Profile:
         if name not in self.models:
             raise InputError(
                 f"Model {name!r} is not in profile {self.name!r}."
-                f"{did_you_mean(name, self.models)} It has {_listed(self.models)}.",
+                f"{did_you_mean(name, self.models)} It has {listed(self.models)}.",
                 where=str(self.folder / PROFILE_FILE),
             )
         return self.models[name]
@@ -543,7 +543,7 @@ def _find(name_or_path: str | Path, search_path: Path | None) -> Path:
             )
     raise InputError(
         f"Profile {str(name_or_path)!r} was not found.{did_you_mean(str(name_or_path), shipped)} "
-        f"Give a profile folder or one of the shipped profiles {_listed(shipped)}.",
+        f"Give a profile folder or one of the shipped profiles {listed(shipped)}.",
         where=str(places[0]),
     )
 
@@ -572,11 +572,6 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"The file cannot be read: {error}.", where=str(path)) from error
 
 
-def _listed(names: Iterable[str]) -> str:
-    """Names for a sentence."""
-    return ", ".join(repr(name) for name in names) or "none"
-
-
 _KNOT_PLACES: Final = {"batch_residual": "batch", "depth_residual": "loaded layers"}
 
 
@@ -596,7 +591,7 @@ class _Reader:
     ) -> dict[str, Any]:
         """An object with exactly the keys allowed."""
         if not isinstance(node, dict):
-            raise self.fail(place, f"An object was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"An object was expected, {shown(node)} was given.")
         known = [*required, *optional]
         for key in node:
             if key not in known:
@@ -610,22 +605,22 @@ class _Reader:
     def named(self, node: Any, place: str) -> dict[str, Any]:
         """An object whose keys are names, at least one."""
         if not isinstance(node, dict) or not node:
-            raise self.fail(place, f"An object by name was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"An object by name was expected, {shown(node)} was given.")
         return cast(dict[str, Any], node)
 
     def text(self, node: Any, place: str, allowed: Sequence[str] = ()) -> str:
         """A text that is not empty, one of `allowed` if any are named."""
         if not isinstance(node, str) or not node.strip():
-            raise self.fail(place, f"A text was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"A text was expected, {shown(node)} was given.")
         if allowed and node not in allowed:
             hint = did_you_mean(node, allowed)
-            raise self.fail(place, f"{node!r} was given.{hint} Allowed are {_listed(allowed)}.")
+            raise self.fail(place, f"{node!r} was given.{hint} Allowed are {listed(allowed)}.")
         return node
 
     def texts(self, node: Any, place: str) -> tuple[str, ...]:
         """A list of texts."""
         if not isinstance(node, list):
-            raise self.fail(place, f"A list of texts was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"A list of texts was expected, {shown(node)} was given.")
         return tuple(self.text(item, f"{place}[{index}]") for index, item in enumerate(node))
 
     def whole(self, node: Any, place: str, minimum: int = 0) -> int:
@@ -633,14 +628,14 @@ class _Reader:
         if isinstance(node, bool) or not isinstance(node, int) or node < minimum:
             raise self.fail(
                 place,
-                f"A whole number of at least {minimum} was expected, {_shown(node)} was given.",
+                f"A whole number of at least {minimum} was expected, {shown(node)} was given.",
             )
         return node
 
     def number(self, node: Any, place: str, minimum: float = 0.0) -> float:
         """A finite number of at least `minimum`."""
         if isinstance(node, bool) or not isinstance(node, (int, float)):
-            raise self.fail(place, f"A number was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"A number was expected, {shown(node)} was given.")
         # The bound leaves out NaN, infinities and whole numbers that no float holds.
         if not abs(node) <= sys.float_info.max:
             raise self.fail(place, f"The value {node} was given; it must be finite.")
@@ -669,7 +664,7 @@ class _Reader:
         if (value is None) != (grade == UNAVAILABLE):
             raise self.fail(
                 f"{place}.value",
-                f"The value {_shown(value)} was given with the grade {grade!r}; null and "
+                f"The value {shown(value)} was given with the grade {grade!r}; null and "
                 "'unavailable' belong together.",
             )
         return value, unit, grade, source, error
@@ -705,7 +700,7 @@ class _Reader:
         """The values of a quantity that is a list."""
         values, unit, grade, source, error = self._entry(node, place, name)
         if not isinstance(values, list) or not values:
-            raise self.fail(place, f"A list of numbers was expected, {_shown(values)} was given.")
+            raise self.fail(place, f"A list of numbers was expected, {shown(values)} was given.")
         numbers = []
         for index, value in enumerate(values):
             spot = f"{place}[{index}]"
@@ -718,13 +713,13 @@ class _Reader:
         place_name = _KNOT_PLACES[name]
         values, unit, grade, source, error = self._entry(node, place, name)
         if not isinstance(values, list):
-            raise self.fail(place, f"A list of knots was expected, {_shown(values)} was given.")
+            raise self.fail(place, f"A list of knots was expected, {shown(values)} was given.")
         knots: list[tuple[float, float]] = []
         for index, pair in enumerate(values):
             spot = f"{place}[{index}]"
             if not isinstance(pair, list) or len(pair) != 2:
                 raise self.fail(
-                    spot, f"A knot [{place_name}, factor] was expected, not {_shown(pair)}."
+                    spot, f"A knot [{place_name}, factor] was expected, not {shown(pair)}."
                 )
             at = self.number(pair[0], spot, 1.0)
             factor = self.number(pair[1], spot)
@@ -747,21 +742,15 @@ class _Reader:
         return int(value)
 
 
-def _shown(node: Any) -> str:
-    """What was given, short enough for a sentence."""
-    text = json.dumps(node, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _allowed(known: Sequence[str]) -> str:
-    return f"Allowed are {_listed(known)}" if known else "None is allowed"
+    return f"Allowed are {listed(known)}" if known else "None is allowed"
 
 
 def _parse(document: Any, folder: Path, content_hash: str) -> Profile:
     """A checked profile from its document."""
     reader = _Reader(folder / PROFILE_FILE)
     if isinstance(document, dict) and document.get("schema_version") != SCHEMA_VERSION:
-        given = _shown(document.get("schema_version"))
+        given = shown(document.get("schema_version"))
         raise reader.fail(
             "schema_version",
             f"Version {given} was given; this release reads version {SCHEMA_VERSION}.",
@@ -953,7 +942,7 @@ def _parse_early_exit_model(
 
 def _parse_buckets(reader: _Reader, node: Any, place: str) -> tuple[int, ...]:
     if not isinstance(node, list):
-        raise reader.fail(place, f"A list of batch sizes was expected, {_shown(node)} was given.")
+        raise reader.fail(place, f"A list of batch sizes was expected, {shown(node)} was given.")
     buckets = tuple(reader.whole(item, f"{place}[{index}]", 1) for index, item in enumerate(node))
     if list(buckets) != sorted(set(buckets)):
         raise reader.fail(place, f"The batch sizes {list(buckets)} were given; they must rise.")

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, shown
 from helios_sim.folders import folder_in_place
 from helios_sim.toml import read_toml
 
@@ -783,7 +783,7 @@ def _check_kind(name: str, value: Any, kind: Kind, optional: bool, where: str) -
     """Raise `InputError` unless a value out of JSON is of a kind, or null where that may be."""
     if not (optional if value is None else _is_of_kind(value, kind)):
         raise InputError(
-            f"The value of {name} is {_shortened(value)}; allowed is {_KIND_WORDS[kind]}"
+            f"The value of {name} is {shown(value)}; allowed is {_KIND_WORDS[kind]}"
             f"{', or null' if optional else ''}.",
             where,
         )
@@ -827,12 +827,6 @@ def _is_limit(value: Any) -> bool:
     )
 
 
-def _shortened(value: Any) -> str:
-    """A value as JSON, cut where it would fill the line."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _check_snapshots(decisions: pl.DataFrame, where: str) -> None:
     """Raise `InputError` unless every decision's snapshot is a JSON object."""
     for row, text in enumerate(decisions["snapshot"]):
@@ -842,8 +836,7 @@ def _check_snapshots(decisions: pl.DataFrame, where: str) -> None:
             sound = False
         if not sound:
             raise InputError(
-                f"The snapshot of row {row} (from 0) is {_shortened(text)}; "
-                "allowed is a JSON object.",
+                f"The snapshot of row {row} (from 0) is {shown(text)}; allowed is a JSON object.",
                 where,
             )
 
