@@ -488,7 +488,10 @@ def another_depth(run: RunData) -> RunData:
             "column domain differs",
         ),
         (lambda run: replace(run, origin="simulated"), "the real side must be 'measured'"),
-        (lambda run: replace(run, scenario={"name": "mine"}), "scenario cannot be read, at work"),
+        (
+            lambda run: replace(run, scenario={"name": "mine"}),
+            r"toml, workload: .* required",
+        ),
     ],
 )
 def test_runs_of_different_questions_are_refused(
