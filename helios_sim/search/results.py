@@ -16,9 +16,10 @@ from helios_sim.errors import InputError
 from helios_sim.folders import write_whole
 from helios_sim.metrics import rounded_figures
 from helios_sim.profile import shipped_names
-from helios_sim.records import REPORT_FILE, toml_text
+from helios_sim.records import REPORT_FILE
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search.store import POINTS, Store
+from helios_sim.toml_writer import toml_text
 
 RESULTS: Final = "results.parquet"
 PARETO: Final = "pareto.csv"
