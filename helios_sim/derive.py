@@ -19,8 +19,6 @@ from typing import Any, Final, Literal
 from helios_sim.errors import InputError
 from helios_sim.profile import (
     GRADES,
-    POINTS_FILE,
-    PROFILE_FILE,
     TRACES_FILE,
     UNAVAILABLE,
     Profile,
@@ -187,17 +185,8 @@ def write_derived(
 ) -> Profile:
     """Derive a profile and write its folder, with the exit traces of the given one."""
     document = derive(profile, name, device)
-    if overwrite and folder.exists():
-        known = {PROFILE_FILE, POINTS_FILE, TRACES_FILE}
-        if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - known:
-            raise InputError("It is no folder of a profile, so it is not replaced.", str(folder))
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(
-            "It exists already; give another folder, or --overwrite to replace a profile.",
-            str(folder),
-        )
     traces = profile.exits.path if isinstance(profile.exits, TraceExits) else None
-    return save_profile(document, folder, traces=traces, overwrite=folder.exists())
+    return save_profile(document, folder, traces=traces, overwrite=overwrite)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
+from helios_sim.laws import check_run
 from helios_sim.metrics import aggregate, summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile
-from helios_sim.records import SUMMARY_KINDS, RunData, check_run
+from helios_sim.records import SUMMARY_KINDS, RunData
 from helios_sim.scenario import (
     EXPECTED_LENGTHS,
     PolicySettings,

@@ -12,11 +12,12 @@ import numpy as np
 import polars as pl
 
 from helios_sim import __version__
+from helios_sim.columns import STATUSES
 from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
 from helios_sim.policy.contract import DECISION_NAMES
 from helios_sim.policy.objective import objective_of
-from helios_sim.records import STATUSES, RunData, RunTotals
+from helios_sim.records import RunData, RunTotals
 from helios_sim.state import (
     FINISHED,
     NLL_UNITS_PER_NAT,

@@ -266,12 +266,12 @@ def test_a_folder_is_replaced_only_if_asked_and_only_if_it_is_a_profile(
     command = ("profiles", "derive", "--from", "opt-a100-40gb", "--out", out)
     assert run(*command, "--bandwidth", "2TB/s") == 0
     assert run(*command, "--bandwidth", "3TB/s") == 2
-    assert "--overwrite to replace a profile" in capsys.readouterr().err
+    assert "--overwrite to replace the profile" in capsys.readouterr().err
     assert run(*command, "--bandwidth", "3TB/s", "--overwrite") == 0
     assert "1555 / 3000 GB/s" in (out / "profile.json").read_text(encoding="utf-8")
     (out / "letter.txt").write_text("kept", encoding="utf-8")
     assert run(*command, "--bandwidth", "4TB/s", "--overwrite") == 2
-    assert "no folder of a profile" in capsys.readouterr().err
+    assert "it holds letter.txt" in capsys.readouterr().err
     assert (out / "letter.txt").exists()
 
 

@@ -14,7 +14,6 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies, folder_name, prepare, run_policy
 from helios_sim.policy.contract import Slo
 from helios_sim.policy.registry import policy_names
-from helios_sim.records import toml_text
 from helios_sim.scenario import (
     Scenario,
     apply_change,
@@ -24,6 +23,7 @@ from helios_sim.scenario import (
     scenario_schema,
 )
 from helios_sim.slo import parse_slo
+from helios_sim.toml_writer import toml_text
 
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "scenarios").glob("*.toml"))
 BASE = """\

@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
+from helios_sim.columns import REQUEST_COLUMNS
 from helios_sim.errors import InputError
-from helios_sim.records import REQUEST_COLUMNS
 from helios_sim.traces import Trace, TraceSettings, read_trace, spread_equal
 from helios_sim.workload import WorkloadSettings, generate
 

@@ -46,18 +46,12 @@ from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces, write_traces
 from helios_sim.garbage import uncollected
+from helios_sim.laws import check_run
 from helios_sim.metrics import summarise
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import TRACES_FILE, Profile
-from helios_sim.records import (
-    REPORT_FILE,
-    TOTALS_FILE,
-    RunData,
-    check_run,
-    check_target,
-    write_run,
-)
+from helios_sim.records import REPORT_FILE, TOTALS_FILE, RunData, check_target, write_run
 from helios_sim.report import render
 from helios_sim.scenario import (
     PolicySettings,

@@ -20,10 +20,11 @@ from helios_sim.fidelity.words import (
     signed_percent,
     spread_text,
 )
-from helios_sim.records import flat_items, toml_text
+from helios_sim.records import flat_items
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.thinning import thinned_decisions
 from helios_sim.report.words import number
+from helios_sim.toml_writer import toml_text
 
 _MEANINGS: Final = (
     ("Real", "the median over the real runs"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, listed
 from helios_sim.policy.contract import (
     USUAL_REASSESS_REQUESTS,
     Assignment,
@@ -25,7 +25,6 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.failure import failure_of
 from helios_sim.policy.history import PerformanceHistory
-from helios_sim.policy.options import listed
 from helios_sim.policy.shortlist import NothingFits
 
 

@@ -26,7 +26,7 @@ from helios_sim.metrics import (
     paired_differences,
     shown_in,
 )
-from helios_sim.records import RunData, flat_items, toml_text
+from helios_sim.records import RunData, flat_items
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, section
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
@@ -46,6 +46,7 @@ from helios_sim.report.words import (
     times,
 )
 from helios_sim.slo import parse_slo
+from helios_sim.toml_writer import toml_text
 
 Summary = Mapping[str, Any]
 

@@ -7,7 +7,6 @@ from html import escape
 from typing import Final
 
 from helios_sim.profile import Profile
-from helios_sim.records import toml_text
 from helios_sim.report.document import Figure, add_figure, document, section
 from helios_sim.report.figures import policy_colour
 from helios_sim.report.words import counted, device_of_all, limits, number, span
@@ -36,6 +35,7 @@ from helios_sim.search.words import (
     tune_remarks,
     whatif_remarks,
 )
+from helios_sim.toml_writer import toml_text
 
 MAX_TRIALS: Final = 20
 """Trials in the table of a page."""

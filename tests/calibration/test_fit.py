@@ -492,6 +492,23 @@ def test_an_existing_profile_is_replaced_only_when_asked(tmp_path: Path) -> None
     fit_profile(folder, tmp_path / "profile", FitSettings(overwrite=True))
 
 
+def test_nothing_but_a_profile_is_replaced_by_one(tmp_path: Path) -> None:
+    folder = planted.folder(tmp_path / "study" / "points", Plan())
+    before = sorted(entry.name for entry in folder.iterdir())
+    for out in (folder, folder.parent):
+        with pytest.raises(InputError, match="give a folder for the profile that does not hold"):
+            fit_profile(folder, out, FitSettings(overwrite=True))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    # What cannot be written is refused before any reading is looked at.
+    for readings in (folder, tmp_path / "none"):
+        with pytest.raises(InputError, match=r"it holds notes\.txt; allowed is a new folder"):
+            fit_profile(readings, mine, FitSettings(overwrite=True))
+    assert (mine / "notes.txt").read_text() == "mine"
+    assert sorted(entry.name for entry in folder.iterdir()) == before
+
+
 def spoil(folder: Path, how: str) -> None:
     """Damage a folder of readings."""
     points, environment = folder / "points.parquet", folder / "environment.json"

@@ -23,12 +23,12 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.profile import load_profile
 from helios_sim.questions import PlanSettings
-from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
 from helios_sim.search.points import point_of, run_point
 from helios_sim.search.tune import read_tune, samples_of
 from helios_sim.search.words import TIMES
+from helios_sim.toml_writer import toml_text
 
 RANGES = {
     "policy.breach_limit": {"low": 10, "high": 90},
