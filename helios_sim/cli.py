@@ -247,8 +247,16 @@ def compare(
 
         sides = read_sides(*given, allow_simulated=allow_simulated)
         _compare_sides(sides, files or Path(), attribution, as_json, out)
-    else:
-        _compare_policies(runs, as_json, out)
+        return
+    for option, is_given in (("--files", files is not None), ("--no-attribution", not attribution)):
+        if is_given:
+            raise InputError(
+                f"{option} applies to real runs beside a simulated one, and the runs given are all "
+                f"of one origin; name the simulated one with --simulated, or leave {option} out to "
+                "compare policies.",
+                "compare",
+            )
+    _compare_policies(runs, as_json, out)
 
 
 def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None:

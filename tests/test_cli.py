@@ -349,6 +349,19 @@ def test_simulated_runs_are_taken_for_real_ones_only_beside_a_named_one(
     assert "name it with --simulated, or leave --allow-simulated out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--files", "."), ("--no-attribution",)])
+def test_options_of_the_two_sides_are_refused_where_policies_are_compared(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+) -> None:
+    assert run("simulate", scenario, "--out", tmp_path / "out", "--policy", "vanilla") == 0
+    simulated = tmp_path / "out" / "vanilla"
+    capsys.readouterr()
+    assert run("compare", simulated, simulated, *option) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"leave {option[0]} out to compare policies" in told.err
+
+
 def test_a_page_replaces_no_other_file(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
