@@ -105,7 +105,8 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a scenario's policies on the same requests, compare them and write a page."""
-    from helios_sim.experiment import choose_policies, folder_name, prepare, run_policy
+    from helios_sim.experiment import choose_policies, prepare, run_policy
+    from helios_sim.folders import folder_name
 
     all_changes = [*(changes or []), *([] if seed is None else [f"seed={seed}"])]
     question = _load(scenario, all_changes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +44,7 @@ from helios_sim.cards import Room, check_room, expecting, policy_slo, room_of
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces, write_traces
+from helios_sim.folders import folder_names
 from helios_sim.garbage import uncollected
 from helios_sim.metrics import summarise
 from helios_sim.policy.contract import Policy
@@ -218,7 +218,7 @@ def serve(
     meter = best_meter(prepared.device.type, board_of(prepared.device))
     for policy in chosen:
         check_policy(prepared.policy(policy), not isinstance(meter, NoMeter), policy.name)
-    places = _places(out, [policy.name for policy in chosen], settings.repeat)
+    places = places_of(out, [policy.name for policy in chosen], settings.repeat)
     if places != [out] and (out / TOTALS_FILE).exists():
         raise InputError(
             "This is a run, and several runs are to be written into folders within it; give "
@@ -697,15 +697,9 @@ def _choose(scenario: Scenario, names: Sequence[str]) -> list[PolicySettings]:
     return [known[name] for name in names]
 
 
-def _places(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
-    """A folder for every run, in order."""
-    folders = [out]
-    if len(labels) > 1:
-        folders = []
-        for label in labels:
-            name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.") or "run"
-            taken = [folder.name for folder in folders]
-            folders.append(out / (name if name not in taken else f"{name}-{len(folders) + 1}"))
+def places_of(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
+    """A folder for every run, in order, called as `helios simulate` calls it."""
+    folders = [out / name for name in folder_names(labels)] if len(labels) > 1 else [out]
     if repeat == 1:
         return folders
     return [folder / f"repeat-{k}" for folder in folders for k in range(1, repeat + 1)]

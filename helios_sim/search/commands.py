@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
-from helios_sim.experiment import choose_policies, folder_name
+from helios_sim.experiment import choose_policies
+from helios_sim.folders import folder_name
 from helios_sim.records import REPORT_FILE
 from helios_sim.report.words import span
 from helios_sim.scenario import load_scenario
@@ -62,8 +63,6 @@ from helios_sim.search.words import (
     tune_remarks,
     whatif_remarks,
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,14 @@ POINT_SCHEMA: Final = 3
 
 _PACKAGE: Final = Path(__file__).parent.parent
 _NO_PART: Final = (
-    *("search", "report", "__main__.py", "cli.py", "command.py", "publish.py", "terminal.py"),
+    "search",
+    "report",
+    "__main__.py",
+    "cli.py",
+    "command.py",
+    "folders.py",
+    "publish.py",
+    "terminal.py",
 )
 """Sources that change no figure of a point: what proposes points, and what shows results."""
 _JUDGES: Final = "search/points.py"

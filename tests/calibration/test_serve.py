@@ -24,7 +24,14 @@ from calibration.model.early_exit import EarlyExitLM
 from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
-from calibration.serving.serve import ServeSettings, line_of, prepare, serve, threads_of
+from calibration.serving.serve import (
+    ServeSettings,
+    line_of,
+    places_of,
+    prepare,
+    serve,
+    threads_of,
+)
 from calibration.serving.slowdown import measured_pace, slowdown_facts, waited_s
 from calibration.serving.weights import KvChoice
 from calibration.training.text import ByteTokenizer, corpus
@@ -264,6 +271,13 @@ def test_a_static_batch_in_blocks_finds_room_however_many_of_its_rows_leave_one_
     (one,) = serve(place / "tiny.toml", tmp_path / "run", settings, changes)
     assert one.summary["completed"] == 8
     assert one.summary["num_preemptions"] >= 7
+
+
+def test_a_served_run_has_the_folder_of_the_simulated_one(tmp_path) -> None:
+    labels = ["early_exit", "HELIOS, RI 600", "helios ri 600"]
+    names = ["early_exit", "helios-ri-600", "helios-ri-600-2"]
+    assert places_of(tmp_path, labels, 1) == [tmp_path / name for name in names]
+    assert places_of(tmp_path, labels[:1], 2) == [tmp_path / f"repeat-{k}" for k in (1, 2)]
 
 
 def test_every_exit_is_asked_before_the_clock_starts(place, monkeypatch) -> None:
