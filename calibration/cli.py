@@ -56,16 +56,13 @@ def doctor(device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "au
 @app.command()
 def measure(
     out: Annotated[Path, typer.Option(help="The folder for readings; new, or with --resume.")],
-    more: Annotated[
+    models: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="MODEL...",
             help="Checkpoint folders, folders of them, or public shapes such as llama3-8b.",
             show_default=False,
         ),
-    ] = None,
-    models: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="The same; may be repeated.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[
@@ -105,7 +102,7 @@ def measure(
     from calibration.measuring.measure import command
 
     command(
-        [*(models or []), *(more or [])],
+        models or [],
         out,
         device=device,
         dtype=dtype,
@@ -366,7 +363,3 @@ def serve(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
     run_app(app, "helios-calibrate", arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -633,7 +633,3 @@ def _say(text: str) -> None:
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, allow_nan=False))
-
-
-if __name__ == "__main__":
-    main()

@@ -616,16 +616,16 @@ def _drain_seconds(
 
 
 def batch_interval(
-    numerator: Floats, denominator: Floats | None = None, num_batches: int = NUM_BATCHES
+    numerator: Floats, denominator: Floats | None = None
 ) -> dict[str, float | int] | None:
     """Mean and its 95 % interval from batches of consecutive values.
 
     With a denominator the figure is the ratio of sums, and a batch's value its own ratio. None
     with fewer than two values a batch, or a batch without a denominator.
     """
-    if len(numerator) < 2 * num_batches:
+    if len(numerator) < 2 * NUM_BATCHES:
         return None
-    starts = np.arange(num_batches) * len(numerator) // num_batches
+    starts = np.arange(NUM_BATCHES) * len(numerator) // NUM_BATCHES
     sums = np.add.reduceat(numerator, starts)
     if denominator is None:
         weights = np.diff(np.append(starts, len(numerator))).astype(np.float64)
@@ -636,11 +636,11 @@ def batch_interval(
     batches = sums / weights
     mean = float(sums.sum() / weights.sum())
     half = (
-        float(stdtrit(num_batches - 1, 0.5 + CONFIDENCE / 2))
+        float(stdtrit(NUM_BATCHES - 1, 0.5 + CONFIDENCE / 2))
         * float(batches.std(ddof=1))
-        / math.sqrt(num_batches)
+        / math.sqrt(NUM_BATCHES)
     )
-    return {"mean": mean, "low": mean - half, "high": mean + half, "num_batches": num_batches}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "num_batches": NUM_BATCHES}
 
 
 def _intervals(

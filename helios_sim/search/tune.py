@@ -24,7 +24,7 @@ from helios_sim.search.goals import (
     parse_constraints,
     parse_goal,
 )
-from helios_sim.search.pareto import best_first, front, ranks
+from helios_sim.search.pareto import best_first, ranks
 from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import check_prices, load_prices
@@ -175,7 +175,6 @@ class Tuned:
     question: TuneQuestion
     base: Trial
     trials: tuple[Trial, ...]
-    front: tuple[Trial, ...]
     winner: Trial | None
     held_out: tuple[HeldOut, ...]
     sensitivity: tuple[Sensitivity, ...]
@@ -358,9 +357,6 @@ def samples_of(
     ]
 
 
-Asked = Generator[Sequence[Point], list[Outcome], list[Figures]]
-
-
 def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> Steps[Tuned]:
     settings = question.settings
     judge = question.judge
@@ -381,8 +377,6 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         )
         trials += batch
     feasible = [trial for trial in trials if trial.is_feasible]
-    costs = [_costs(judge, trial) for trial in feasible]
-    on_front = tuple(feasible[place] for place in front(costs))
     finalists: tuple[Finalist, ...] = ()
     winner = None
     if feasible:
@@ -403,7 +397,6 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         question,
         base,
         tuple(trials),
-        on_front,
         winner,
         tuple(held_out),
         tuple(sensitivity),
