@@ -262,7 +262,7 @@ def compare(
 
 def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None:
     """Runs of the same requests beside each other, in a table and on a page."""
-    from helios_sim.metrics import compare as compare_runs
+    from helios_sim.comparison import compare as compare_runs
     from helios_sim.records import read_run, read_summary
 
     if len(runs) < 2:

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from helios_sim.comparison import ComparisonRow
 from helios_sim.errors import InputError
 from helios_sim.experiment import Result
 from helios_sim.folders import folder_names
-from helios_sim.metrics import ComparisonRow
 from helios_sim.records import (
     REPORT_FILE,
     RUN_FILES,

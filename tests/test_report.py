@@ -18,8 +18,9 @@ import plotly.graph_objects as go
 import polars as pl
 import pytest
 
+from helios_sim.columns import columns_of
 from helios_sim.errors import InputError
-from helios_sim.metrics import columns_of, summarise
+from helios_sim.metrics import summarise
 from helios_sim.publish import write_page
 from helios_sim.records import REPORT_FILE, RunData, write_run
 from helios_sim.report import render

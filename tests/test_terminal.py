@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from helios_sim.metrics import COMPARED
+from helios_sim.comparison import COMPARED
 from helios_sim.profile import list_profiles
 from helios_sim.report.words import number
 from helios_sim.search.tables import terminal_table

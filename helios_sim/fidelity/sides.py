@@ -12,8 +12,9 @@ from typing import Any, Final
 import numpy as np
 from pydantic import ValidationError
 
+from helios_sim.columns import columns_of
 from helios_sim.errors import InputError
-from helios_sim.metrics import columns_of, summarise
+from helios_sim.metrics import summarise
 from helios_sim.records import TOTALS_FILE, RunData, flat_items, read_run
 from helios_sim.scenario import Scenario, of_a_run
 

@@ -12,20 +12,19 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from helios_sim.errors import InputError
-from helios_sim.metrics import (
+from helios_sim.columns import columns_of
+from helios_sim.comparison import (
     COMPARED,
-    DEFINITIONS,
     ComparisonRow,
     check_comparable,
-    columns_of,
     comparison_rows,
     distinct_labels,
-    figure_at,
     gain,
     paired_differences,
     shown_in,
 )
+from helios_sim.errors import InputError
+from helios_sim.metrics import DEFINITIONS, figure_at
 from helios_sim.records import RunData, flat_items, toml_text
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, section
