@@ -47,6 +47,7 @@ from calibration.measuring.load_trials import Loading, checkpoint_loads, stand_i
 from calibration.measuring.loading import StageTime, load_sizes, pinned_copies
 from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.measuring.occupancy import reserve_bytes
+from calibration.measuring.pace import Pace
 from calibration.measuring.plan_file import (
     PLAN_FILE,
     Grid,
@@ -64,7 +65,7 @@ from calibration.measuring.readings import (
     busy_machine,
 )
 from calibration.measuring.sources import Source, find_sources, sample_tokens
-from calibration.measuring.timing import Pace, measure_pace, synchronise, timed, timer_for
+from calibration.measuring.timing import measure_pace, synchronise, timed, timer_for
 from calibration.model.decode import NOT_USABLE
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError

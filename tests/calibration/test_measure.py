@@ -21,6 +21,7 @@ from calibration.measuring.bench import Bench
 from calibration.measuring.grid import RICHNESS, Job
 from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
+from calibration.measuring.pace import Pace
 from calibration.measuring.plan_file import PLAN_FILE, check_same, earlier_plan
 from calibration.measuring.readings import (
     ENVIRONMENT_FILE,
@@ -30,7 +31,6 @@ from calibration.measuring.readings import (
 )
 from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
-from calibration.measuring.timing import Pace
 from calibration.model.early_exit import from_stock, save
 from calibration.model.fused import Fusion
 from calibration.options import parse_budget, parse_exits
@@ -51,7 +51,8 @@ def quick() -> Iterator[None]:
         patch.setattr("calibration.measuring.grid.RICHNESS", RICHNESS[-1:])
         patch.setattr("calibration.measuring.timing.CPU_SAMPLE_S", 2e-4)
         patch.setattr("calibration.measuring.timing.DISTURBED_SHARE", 1.0)
-        patch.setattr("calibration.measuring.timing._MOST_SETTLING", 1)
+        for module in ("pace", "timing"):
+            patch.setattr(f"calibration.measuring.{module}.MOST_SETTLING", 1)
         patch.setitem(measuring.COPY_BYTES, "cpu", 2**20)
         patch.setattr(load_trials, "LOAD_TRIALS", 1)
         yield

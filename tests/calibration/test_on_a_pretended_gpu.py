@@ -22,12 +22,13 @@ from calibration import doctor
 from calibration.measuring import grid, load_trials
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
+from calibration.measuring.capture import Captured, NotCaptured, capture
 from calibration.measuring.floors import COPY_BYTES
 from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.meters import NoMeter
+from calibration.measuring.pace import Pace
 from calibration.measuring.readings import READINGS_FILE, read_points
 from calibration.measuring.sources import sample_tokens
-from calibration.measuring.timing import Captured, NotCaptured, Pace, capture
 from calibration.model import launches
 from calibration.model.confidence import Confidence
 from calibration.model.decode import Decoder, generate, slot_pool

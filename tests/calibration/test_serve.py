@@ -18,7 +18,7 @@ import torch
 from calibration.cli import main
 from calibration.measuring.board import Board, open_board
 from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
-from calibration.measuring.timing import Pace
+from calibration.measuring.pace import Pace
 from calibration.model import checkpoint
 from calibration.model.early_exit import EarlyExitLM
 from calibration.serving.energy import RunEnergy
