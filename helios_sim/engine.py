@@ -16,7 +16,6 @@ import numpy as np
 import simpy
 from simpy.events import NORMAL, URGENT
 
-from helios_sim.arrivals import stream
 from helios_sim.cards import Room, candidate_card, confidence_thresholds
 from helios_sim.exits import ExitTraces
 from helios_sim.garbage import uncollected
@@ -49,6 +48,7 @@ from helios_sim.state import (
     live_record,
 )
 from helios_sim.steward import HOLD, Aim, Steward, View, event_of
+from helios_sim.streams import stream
 from helios_sim.workload import Requests
 from helios_sim.world import build_world, parking_lot, trace_tables
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from helios_sim.arrivals import StrictSettings, as_tuple
 from helios_sim.errors import InputError, UnknownSetting, did_you_mean
 from helios_sim.policy.controller import rebatches_recomputed
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.records import TOTALS_FILE
+from helios_sim.settings import StrictSettings, as_tuple
 from helios_sim.slo import SloSpec, slo_from_table
 from helios_sim.toml import read_toml, toml_value
 from helios_sim.workload import Requests, WorkloadSettings

@@ -17,16 +17,10 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from helios_sim.arrivals import (
-    MAX_RATE_PER_S,
-    MAX_REQUESTS,
-    Floats,
-    Renewal,
-    StrictSettings,
-    stream,
-    whole_ns,
-)
+from helios_sim.arrivals import MAX_RATE_PER_S, MAX_REQUESTS, Renewal
 from helios_sim.errors import InputError
+from helios_sim.settings import StrictSettings
+from helios_sim.streams import Floats, stream, whole_ns
 
 FORMATS: dict[str, str] = {
     "mooncake": "JSON lines with timestamp (ms), input_length and output_length",

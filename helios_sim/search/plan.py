@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Final, TypeVar, get_args
 
 from helios_sim.errors import InputError, did_you_mean
@@ -33,6 +32,7 @@ from helios_sim.search.goals import (
     in_words,
     parse_constraints,
 )
+from helios_sim.search.means import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import Cost, Prices, check_prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
@@ -46,7 +46,6 @@ from helios_sim.search.traffic import (
 from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
 
-Means = dict[str, float | None]
 Asked = TypeVar("Asked", int, float)
 Found = TypeVar("Found")
 
@@ -715,28 +714,6 @@ def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:
         f"{question.where}, plan.prices",
     )
     return replace(answer, cost=cost)
-
-
-def mean_figures(figures: Sequence[Figures]) -> Means:
-    """The mean over replications of every plain figure; None where one of them has none."""
-    summaries = [one["summary"] for one in figures]
-    means: Means = {}
-    for key, first in summaries[0].items():
-        if isinstance(first, bool | str | list | Mapping):
-            continue
-        values = [summary[key] for summary in summaries]
-        known = [float(value) for value in values if isinstance(value, int | float)]
-        means[key] = fmean(known) if len(known) == len(values) else None
-    return means
-
-
-def clauses_beyond(figures: Sequence[Figures]) -> tuple[str, ...]:
-    """What of replications a profile can only extrapolate: the first clause about each model."""
-    found: dict[str, str] = {}
-    for one in figures:
-        for clause in one["summary"].get("beyond_measured", ()):
-            found.setdefault(clause.partition(":")[0], clause)
-    return tuple(found.values())
 
 
 def ranked(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> tuple[FleetAnswer, ...]:

@@ -12,8 +12,9 @@ from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.report.words import number
 from helios_sim.search.drawings import gpu_rate, joules, limit_words, user_rate
 from helios_sim.search.goals import in_words
+from helios_sim.search.means import Means
 from helios_sim.search.pareto import front
-from helios_sim.search.plan import FleetAnswer, Load, Means, Plan
+from helios_sim.search.plan import FleetAnswer, Load, Plan
 from helios_sim.search.tune import Trial, Tuned, by_violation
 from helios_sim.search.whatif import Cell
 from helios_sim.search.words import bracket

@@ -24,8 +24,8 @@ from helios_sim.search.goals import (
     parse_constraints,
     parse_goal,
 )
+from helios_sim.search.means import Means, clauses_beyond, mean_figures
 from helios_sim.search.pareto import best_first, ranks
-from helios_sim.search.plan import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import check_prices, load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
