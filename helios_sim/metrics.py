@@ -115,8 +115,15 @@ DEFINITIONS: Final[dict[str, str]] = {
 
 _SHARES: Final = frozenset(
     {
-        *("slo_attainment", "slo_attainment_by_metric", "agreement", "breach_rate"),
-        *("breach_rate_observed", "mean_kv_use", "exit_histogram", "depth_share", "regime"),
+        "slo_attainment",
+        "slo_attainment_by_metric",
+        "agreement",
+        "breach_rate",
+        "breach_rate_observed",
+        "mean_kv_use",
+        "exit_histogram",
+        "depth_share",
+        "regime",
         "time_shares",
     }
 )

@@ -447,9 +447,14 @@ def test_check_says_how_many_requests_will_be_refused(
 ) -> None:
     """As many as a run refuses then: of those that may be refused, where the least is served."""
     changes = (
-        *("--set", 'workload.prompt={kind = "uniform", min_tokens = 500, max_tokens = 4000}'),
-        *("--set", f"fleet.memory_bytes={memory_bytes}", "--set", "policy.0.model=opt-6.7b"),
-        *("--set", "serving.expected_prompt_tokens=512"),
+        "--set",
+        'workload.prompt={kind = "uniform", min_tokens = 500, max_tokens = 4000}',
+        "--set",
+        f"fleet.memory_bytes={memory_bytes}",
+        "--set",
+        "policy.0.model=opt-6.7b",
+        "--set",
+        "serving.expected_prompt_tokens=512",
     )
     assert run("scenario", "check", scenario, *changes) == 0
     lines = capsys.readouterr().out.splitlines()

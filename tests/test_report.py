@@ -128,7 +128,9 @@ def test_a_processor_is_not_called_a_gpu() -> None:
         told = replace(run, environment=run.environment | said)
         assert f"to 2 replicas (2 {called}s)." in text_of(make_page([told]))
     assert [device_of_all(kinds) for kinds in ([False], [True, True], [True, False])] == [
-        *("GPU", "processor", "device")
+        "GPU",
+        "processor",
+        "device",
     ]
 
 

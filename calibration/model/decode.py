@@ -422,8 +422,14 @@ class Decoder:
             )
         if self.fusion.usable and self.fusion.flash is not None:
             return fused.extend(
-                *(self.fusion, pool, place.addresses, place.positions, self.rotary()),
-                *(place.rows, place.starts, place.counts),
+                self.fusion,
+                pool,
+                place.addresses,
+                place.positions,
+                self.rotary(),
+                place.rows,
+                place.starts,
+                place.counts,
             )
         if self.choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
             return varlen.extend_attend(

@@ -126,8 +126,14 @@ def _requests(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
         for row in fidelity.requests
     ]
     titles = (
-        *("Latency", "Requests", "MAPE %", "Median %", "Bias"),
-        *("Pearson", "Spearman", "Repeats %"),
+        "Latency",
+        "Requests",
+        "MAPE %",
+        "Median %",
+        "Bias",
+        "Pearson",
+        "Spearman",
+        "Repeats %",
     )
     return section(
         "Request by request",

@@ -293,8 +293,17 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
         )
     traffic.check()
     return PlanQuestion(
-        *(scenario, settings, base_dir, where, slo, traffic, prices, constraints),
-        *(fleets, profiles, skipped),
+        scenario=scenario,
+        settings=settings,
+        base_dir=base_dir,
+        where=where,
+        slo=slo,
+        traffic=traffic,
+        prices=prices,
+        constraints=constraints,
+        fleets=fleets,
+        profiles=profiles,
+        skipped=skipped,
     )
 
 
@@ -359,8 +368,14 @@ def _fleets(
                 device = profile.device
                 found.append(
                     Fleet(
-                        *("", name, device.name, device.num_gpus),
-                        *(models, policy, router, profile.is_of_processor),
+                        name="",
+                        profile=name,
+                        device=device.name,
+                        gpus_per_replica=device.num_gpus,
+                        candidates=models,
+                        policy=policy,
+                        router=router,
+                        is_of_processor=profile.is_of_processor,
                     )
                 )
     if not found:
@@ -477,17 +492,17 @@ class _Bench:
                 break
         sample_s = lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas)
         load = Load(
-            num_replicas,
-            rate_per_s,
-            verdict,
-            mean_figures(figures),
-            tuple(one["summary"]["saturation"] for one in figures),
-            clauses_beyond(figures),
-            lengthened,
-            longer,
-            sample_s,
-            _answer_s(figures),
-            self._rounds(num_replicas, rate_per_s * sample_s),
+            num_replicas=num_replicas,
+            rate_per_s=rate_per_s,
+            verdict=verdict,
+            means=mean_figures(figures),
+            saturations=tuple(one["summary"]["saturation"] for one in figures),
+            beyond=clauses_beyond(figures),
+            lengthened=lengthened,
+            longer=longer,
+            sample_s=sample_s,
+            answer_s=_answer_s(figures),
+            rounds=self._rounds(num_replicas, rate_per_s * sample_s),
         )
         self.loads[key], self.figures[key] = load, figures
         return load

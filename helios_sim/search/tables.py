@@ -322,9 +322,18 @@ def plan_front(plan: Plan) -> Rows:
     known = [row for row in rows if all(row[key] is not None for key in keys)]
     costs = [(row[keys[0]], -row[keys[1]], -row[keys[2]]) for row in known]
     shown = (
-        *("policy", "profile", "candidates", "router", "num_replicas", "num_gpus", "rate_per_s"),
-        *("request_goodput", "energy_per_output_token", "tokens_per_s_per_user"),
-        *("tokens_per_s_per_gpu", "agreement"),
+        "policy",
+        "profile",
+        "candidates",
+        "router",
+        "num_replicas",
+        "num_gpus",
+        "rate_per_s",
+        "request_goodput",
+        "energy_per_output_token",
+        "tokens_per_s_per_user",
+        "tokens_per_s_per_gpu",
+        "agreement",
     )
     return [{key: known[place][key] for key in shown} for place in front(costs)]
 

@@ -257,7 +257,15 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
     judge = Judge(goals, constraints, prices, f"{place}.prices")
     device = device_of_all(profile.is_of_processor for profile in profiles)
     return TuneQuestion(
-        *(scenario, settings, base_dir, where, space, traffic, judge, device), tuple(profiles)
+        scenario=scenario,
+        settings=settings,
+        base_dir=base_dir,
+        where=where,
+        space=space,
+        traffic=traffic,
+        judge=judge,
+        device=device,
+        profiles=tuple(profiles),
     )
 
 
@@ -394,14 +402,14 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
     told = [(one.values, one.first.scores[0]) for one in trials if one.first is not None]
     importance = importances(question.space, told, judge.goals[0].better)
     return Tuned(
-        question,
-        base,
-        tuple(trials),
-        winner,
-        tuple(held_out),
-        tuple(sensitivity),
-        importance,
-        finalists,
+        question=question,
+        base=base,
+        trials=tuple(trials),
+        winner=winner,
+        held_out=tuple(held_out),
+        sensitivity=tuple(sensitivity),
+        importance=importance,
+        finalists=finalists,
     )
 
 

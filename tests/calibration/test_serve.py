@@ -204,9 +204,21 @@ def test_the_runs_own_exit_traces_hold_what_each_served_token_would_do(served) -
 
 def test_serving_again_gives_the_same_tokens_but_not_the_same_times(place, capsys) -> None:
     main_arguments = [
-        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family")),
-        *("--out", str(place / "twice"), "--policy", "ee-single", "--limit", "6"),
-        *("--repeat", "2", "--device", "cpu", "--kv", "pages"),
+        str(place / "tiny.toml"),
+        "--checkpoints",
+        str(place / "family"),
+        "--out",
+        str(place / "twice"),
+        "--policy",
+        "ee-single",
+        "--limit",
+        "6",
+        "--repeat",
+        "2",
+        "--device",
+        "cpu",
+        "--kv",
+        "pages",
     ]
     code, _ = told(capsys, *main_arguments)
     assert code == 0
@@ -260,11 +272,17 @@ def test_a_static_batch_in_blocks_finds_room_however_many_of_its_rows_leave_one_
     blocks = 24
     memory = spec.weight_bytes(4) + blocks * spec.kv_bytes_per_token(4)
     changes = [
-        *("serving.batching=static", "serving.block_tokens=1", "serving.max_batch=8"),
-        *("serving.watermark=0.0", "serving.expected_prompt_tokens=1"),
-        *("fleet.candidates=['small']", f"fleet.memory_bytes={memory}"),
-        *("fleet.memory_utilisation=1.0", "workload.num_requests=8"),
-        *("workload.arrivals.rate_per_s=1e6", "workload.prompt={kind='constant',tokens=1}"),
+        "serving.batching=static",
+        "serving.block_tokens=1",
+        "serving.max_batch=8",
+        "serving.watermark=0.0",
+        "serving.expected_prompt_tokens=1",
+        "fleet.candidates=['small']",
+        f"fleet.memory_bytes={memory}",
+        "fleet.memory_utilisation=1.0",
+        "workload.num_requests=8",
+        "workload.arrivals.rate_per_s=1e6",
+        "workload.prompt={kind='constant',tokens=1}",
         f"workload.output={{kind='constant',tokens={blocks}}}",
     ]
     settings = ServeSettings((place / "family",), ("ee-single",), device="cpu", kv="pages")
@@ -527,8 +545,15 @@ def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
     monkeypatch.setattr("calibration.serving.host.Host.emit", interrupted)
     code, said = told(
         capsys,
-        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family")),
-        *("--out", str(place / "never"), "--policy", "helios", "--device", "cpu"),
+        str(place / "tiny.toml"),
+        "--checkpoints",
+        str(place / "family"),
+        "--out",
+        str(place / "never"),
+        "--policy",
+        "helios",
+        "--device",
+        "cpu",
     )
     assert code == 130
     assert "the run under way was not written" in said
@@ -564,7 +589,11 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(place, capsys, arguments
     out = place / "refused"
     code, error = told(
         capsys,
-        *(str(scenario), "--checkpoints", str(place / "family"), "--out", str(out)),
+        str(scenario),
+        "--checkpoints",
+        str(place / "family"),
+        "--out",
+        str(out),
         *arguments,
     )
     assert code == 2
@@ -575,8 +604,11 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(place, capsys, arguments
 def test_a_candidate_without_a_checkpoint_is_named(place, capsys) -> None:
     code, error = told(
         capsys,
-        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family" / "small")),
-        *("--out", str(place / "refused")),
+        str(place / "tiny.toml"),
+        "--checkpoints",
+        str(place / "family" / "small"),
+        "--out",
+        str(place / "refused"),
     )
     assert code == 2
     assert "candidate 'large' has no checkpoint" in error

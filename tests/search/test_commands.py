@@ -742,18 +742,34 @@ def test_a_dask_cluster_of_two_workers_gives_the_bytes_of_processes(
     quiet["cwd"] = tmp_path / "elsewhere"
     scheduler = subprocess.Popen(
         [
-            *(sys.executable, "-m", "distributed.cli.dask_scheduler"),
-            *("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-jupyter"),
-            *("--scheduler-file", str(scheduler_file)),
+            sys.executable,
+            "-m",
+            "distributed.cli.dask_scheduler",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--no-dashboard",
+            "--no-jupyter",
+            "--scheduler-file",
+            str(scheduler_file),
         ],
         **quiet,
     )
     workers = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "distributed.cli.dask_worker"),
-                *("--scheduler-file", str(scheduler_file), "--nthreads", "1", "--no-nanny"),
-                *("--no-dashboard", "--local-directory", str(tmp_path / f"worker{number}")),
+                sys.executable,
+                "-m",
+                "distributed.cli.dask_worker",
+                "--scheduler-file",
+                str(scheduler_file),
+                "--nthreads",
+                "1",
+                "--no-nanny",
+                "--no-dashboard",
+                "--local-directory",
+                str(tmp_path / f"worker{number}"),
             ],
             **quiet,
         )
