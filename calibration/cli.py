@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
 
 @app.callback()
 def options(version: WithVersion = False) -> None:
@@ -44,7 +46,7 @@ def environment() -> None:
 
 
 @app.command()
-def doctor(device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto") -> None:
+def doctor(device: Device = "auto") -> None:
     """Run small models in every way this machine can, within seconds; they must agree."""
     from calibration.device import device_of
     from calibration.doctor import command
@@ -64,7 +66,7 @@ def measure(
             show_default=False,
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -125,7 +127,6 @@ Threshold = Annotated[
     typer.Option(help="One threshold for all models.", show_default="chosen on held-out text"),
 ]
 KIND_HELP = "max-softmax, top2-margin or entropy; with calibrated- before it, fitted on text."
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Domains = Annotated[
     list[str] | None,
     typer.Option(help="code, prose or tables; may be repeated.", show_default="all"),
@@ -324,7 +325,7 @@ def serve(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, max=100, help="Serve each policy so often.")] = 1,
     kv: Annotated[str, typer.Option(help="The KV cache: auto, slots or pages.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs on a GPU.")] = True,
     free_running: Annotated[
         bool, typer.Option("--free-running", help="Feed a model its own tokens, not the true text.")
