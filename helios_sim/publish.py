@@ -89,15 +89,7 @@ def write_page(
     runs: Sequence[RunData], summaries: Sequence[Mapping[str, Any]], target: Path
 ) -> None:
     """Write the page of one run or of several compared, under a temporary name first."""
-    scenario = runs[0].scenario
-    text = render(
-        runs,
-        summaries,
-        title=str(scenario.get("name", runs[0].label)),
-        question=str(scenario.get("question", "")),
-        notes=[str(note) for note in scenario.get("notes", [])],
-    )
-    write_page_text(text, target)
+    write_page_text(render(runs, summaries), target)
 
 
 def write_page_text(text: str, target: Path) -> None:

@@ -53,7 +53,6 @@ from helios_sim.profile import TRACES_FILE, Profile
 from helios_sim.records import (
     REPORT_FILE,
     TOTALS_FILE,
-    RunData,
     check_run,
     check_target,
     write_run,
@@ -469,7 +468,7 @@ def serve_once(
     def finish(folder: Path) -> None:
         write_extras(host, judgement, folder)
         write_traces(traces, folder / TRACES_FILE)
-        (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
+        (folder / REPORT_FILE).write_text(render([run], [summary]), encoding="utf-8", newline="\n")
 
     return Served(
         write_run(run, summary, out, finish),
@@ -766,17 +765,6 @@ def _said(outcome: Any) -> dict[str, Any]:
         for name, value in fields.items()
         if not (isinstance(value, float) and math.isnan(value))
     }
-
-
-def _page(run: RunData, summary: Mapping[str, Any]) -> str:
-    scenario = run.scenario
-    return render(
-        [run],
-        [dict(summary)],
-        title=str(scenario.get("name", run.label)),
-        question=str(scenario.get("question", "")),
-        notes=[str(note) for note in scenario.get("notes", [])],
-    )
 
 
 def _plain(value: object) -> str:

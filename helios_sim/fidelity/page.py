@@ -21,7 +21,7 @@ from helios_sim.fidelity.words import (
     spread_text,
 )
 from helios_sim.records import flat_items, toml_text
-from helios_sim.report.document import Figure, add_figure, document, section
+from helios_sim.report.document import Figure, add_figure, document, opening, section
 from helios_sim.report.thinning import thinned_decisions
 from helios_sim.report.words import number
 
@@ -46,7 +46,7 @@ def render(fidelity: Fidelity) -> str:
     return document(
         title,
         [
-            _opening(fidelity, title),
+            opening(title, headline(fidelity), remarks(fidelity), question=scenario.question),
             _figures(fidelity, drawn),
             _requests(fidelity, drawn),
             _attribution(fidelity, drawn),
@@ -57,17 +57,6 @@ def render(fidelity: Fidelity) -> str:
             _provenance(fidelity),
         ],
         drawn,
-    )
-
-
-def _opening(fidelity: Fidelity, title: str) -> str:
-    said = "".join(f"<li>{escape(text)}</li>" for text in remarks(fidelity))
-    question = fidelity.sides.scenario.question
-    asked = f'<p class="question">{escape(question)}</p>' if question else ""
-    return (
-        f"<header><h1>{escape(title)}</h1>{asked}"
-        f'<p class="headline">{escape(headline(fidelity))}</p>'
-        f'<ul class="remarks">{said}</ul></header>'
     )
 
 
