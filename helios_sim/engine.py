@@ -31,7 +31,7 @@ from helios_sim.policy.contract import (
     Policy,
     Slo,
 )
-from helios_sim.policy.failure import asked_rules, told
+from helios_sim.policy.failure import asked_rules, failures_in_words
 from helios_sim.policy.registry import hot_rules_of
 from helios_sim.policy.snapshot_json import SnapshotLog
 from helios_sim.scenario import MeasureSettings
@@ -427,8 +427,12 @@ class Run:
         rules = hot_rules_of(self.policy)
         self.loop = loop_with(rules)
         # Only these two ask rules; ours raise nothing.
-        self.advance = told(self.policy, rules, self.loop.advance) if rules else self.loop.advance
-        self.route = told(self.policy, rules, self.loop.route) if rules else self.loop.route
+        self.advance = (
+            failures_in_words(self.policy, rules, self.loop.advance) if rules else self.loop.advance
+        )
+        self.route = (
+            failures_in_words(self.policy, rules, self.loop.route) if rules else self.loop.route
+        )
         tables = trace_tables(setup.traces, names, self.thresholds, asked_rules(self.policy, rules))
         self.world: World = build_world(
             requests,

@@ -185,7 +185,7 @@ def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
             hint = f"; did you mean {near!r}?" if near else "."
             raise InputError(f"There is no scenario file{hint}", str(path))
     except OSError as error:
-        raise InputError(f"The file cannot be looked for: {error.strerror}.", str(path)) from error
+        raise InputError(f"The file cannot be accessed: {error.strerror}.", str(path)) from error
     data = read_toml(path)
     if (path.parent / TOTALS_FILE).is_file():
         data = of_a_run(data)

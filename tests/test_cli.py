@@ -493,7 +493,7 @@ def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(
     (tmp_path / "b.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
     change = ("--set", 'workload={trace={file="b.csv"}}')
     assert run("scenario", "check", scenario, *change) == 0
-    assert "left out, since they are no requests: 1.\n" in capsys.readouterr().out
+    assert "left out because they hold no request: 1.\n" in capsys.readouterr().out
     assert run("simulate", scenario, "--json", "--policy", "vanilla", *change) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["num_dropped"], summary["completed"]) == (1, 2)

@@ -214,7 +214,7 @@ def test_exit_traces_travel_with_the_profile_and_its_readings_do_not(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "Nothing that tells the device from that of 'layerskip-a100-40gb' was given"),
+        ([], "Nothing was given that tells the device from that of 'layerskip-a100-40gb'"),
         (["--bandwidth", "-1"], "--bandwidth: '-1' was given; allowed is a number above 0"),
         (["--bandwidth", "nan"], "allowed is a number above 0 of bytes a second, such as 864GB/s"),
         (["--bandwidth", "864"], "allowed is up to 1000 times more or less"),

@@ -444,7 +444,7 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
                 summary("helios", 301.0, 10.0, saturation="overloaded"),
             ],
             "Neither policy carries the whole load of 500 tokens/s offered: vanilla and helios are "
-            "overloaded; served are 300 to 301 tokens/s.",
+            "overloaded; they serve 300 to 301 tokens/s.",
         ),
         (
             [
@@ -458,7 +458,7 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
         (
             [summary(name, 0.0, 1.0, num_refused=400) for name in ("vanilla", "helios")],
             "Neither policy carries the whole load of 500 tokens/s offered: vanilla and helios "
-            "refuse every request; served are 0 tokens/s.",
+            "refuse every request; they serve 0 tokens/s.",
         ),
         (
             [

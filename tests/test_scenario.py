@@ -446,7 +446,7 @@ def test_a_missing_file_is_told_the_nearest_one(file: Path) -> None:
     with pytest.raises(InputError, match="There is no scenario file"):
         load_scenario(file.parent / "nowhere" / "base.toml")
     for long in (file.parent / ("x" * 300), file.parent / ("x" * 300) / "base.toml"):
-        with pytest.raises(InputError, match=r"The file cannot be looked for: File name too long"):
+        with pytest.raises(InputError, match=r"The file cannot be accessed: File name too long"):
             load_scenario(long)
 
 

@@ -349,7 +349,7 @@ class _PowerWindow:
         try:
             sampler.stop()
         except (BoardError, OSError, ValueError) as error:
-            return Absence(self._source, f"power stopped being told: {error}")
+            return Absence(self._source, f"the power sensor stopped answering: {error}")
         samples = sampler.samples
         seconds = samples[-1][0] - samples[0][0]
         if len(samples) < 2 or seconds <= 0.0:

@@ -710,7 +710,7 @@ def _dtype(room: Room) -> torch.dtype:
     if len(sizes) != 1 or not sizes <= set(_DTYPES):
         raise InputError(
             f"The candidates have {sorted(sizes)} bytes a parameter in profile "
-            f"{room.profile.name!r}; served are models of 4 (float32) or of 2 (bfloat16), all "
+            f"{room.profile.name!r}; models of 4 (float32) or 2 (bfloat16) can be served, all "
             "candidates alike.",
             "fleet.profile",
         )
@@ -732,7 +732,7 @@ def _dtype(room: Room) -> torch.dtype:
         fitting = [name for name, dtype in _NAMED_DTYPES.items() if dtype.itemsize == size]
         raise InputError(
             f"Profile {room.profile.name!r} was measured in {named!r} and has {size} bytes a "
-            f"parameter; served are {', '.join(fitting)} of that size.",
+            f"parameter; of that size {', '.join(fitting)} can be served.",
             "fleet.profile, provenance.environment.dtype",
         )
     return found

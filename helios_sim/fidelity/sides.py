@@ -229,8 +229,8 @@ def _differences(run: RunData, folder: Path, ours: RunData) -> list[str]:
         late_s = np.abs(columns_of(run).arrival_s - columns_of(ours).arrival_s)
         if float(late_s.max()) > 1e-3:
             notes.append(
-                f"Requests of {folder.name} were sent up to {1e3 * float(late_s.max()):.3g} ms off "
-                f"their time, {1e3 * float(late_s.mean()):.3g} ms on average."
+                f"Requests of {folder.name} were sent up to {1e3 * float(late_s.max()):.3g} ms "
+                f"away from their time, {1e3 * float(late_s.mean()):.3g} ms on average."
             )
     return notes
 

@@ -93,8 +93,8 @@ def render(
     """
     if not runs or len(runs) != len(summaries):
         raise InputError(
-            f"A report was asked of {len(runs)} runs with {len(summaries)} summaries; needed is at "
-            "least one run, with a summary each."
+            f"A report was asked of {len(runs)} runs with {len(summaries)} summaries; at "
+            "least one run is needed, with a summary each."
         )
     scenario = runs[0].scenario
     title = str(scenario.get("name", runs[0].label)) if title is None else title

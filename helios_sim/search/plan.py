@@ -762,7 +762,7 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
         near = min(able, key=lambda one: sum(broken.violation for broken in one.broken))
         raise InputError(
             f"None of {len(able)} fleet{'s' if len(able) != 1 else ''} that meet the SLO keeps the "
-            f"constraints {question.constraints}. Nearest comes {near.fleet.name!r} and breaks "
+            f"constraints {question.constraints}. {near.fleet.name!r} comes nearest and breaks "
             f"{', '.join(in_words(one) for one in near.broken)}. Give a looser constraint, or "
             "other policies.",
             f"{question.where}, plan.constraints",
@@ -776,14 +776,14 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
         raise InputError(
             f"No fleet of up to {question.settings.max_replicas} replicas carries "
             f"{question.target_per_s:.4g} requests/s; one replica of {best.fleet.name!r} carries "
-            f"{best.capacity.rate_per_s:.4g}. Give more max_replicas.",
+            f"{best.capacity.rate_per_s:.4g}. Raise max_replicas.",
             f"{question.where}, plan.max_replicas",
         )
     missed = [one for one in answers if one.capacity is not None and one.capacity.probes]
     nearest = min(missed, key=lambda one: _lowest(one).verdict.worst.shortfall)
     raise InputError(
         f"The SLO is met by none of {len(answers)} fleet{'s' if len(answers) != 1 else ''}, even "
-        f"at the lowest rate. Nearest comes {nearest.fleet.name!r}: {miss_in_words(nearest)}. "
+        f"at the lowest rate. {nearest.fleet.name!r} comes nearest: {miss_in_words(nearest)}. "
         "Give a looser limit, or models and devices that answer sooner.",
         f"{question.where}, slo",
     )

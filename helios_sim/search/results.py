@@ -82,7 +82,7 @@ def write_results(out: Path, store: Store, files: Mapping[str, bytes]) -> None:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise InputError(
-                f"{name} cannot be written: {error.strerror}. {store.kept()} Make room and give "
+                f"{name} cannot be written: {error.strerror}. {store.kept()} Make room and run "
                 "the command again with --resume.",
                 str(out),
             ) from error

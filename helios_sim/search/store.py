@@ -60,7 +60,7 @@ class Store:
                 partial.unlink(missing_ok=True)
             raise InputError(
                 f"A finished point cannot be written: {error.strerror}. {self.kept()} Make room "
-                "and give the command again with --resume.",
+                "and run the command again with --resume.",
                 str(path.parent),
             ) from error
 

@@ -169,7 +169,7 @@ def test_the_command_says_what_heads_gain(
     for more, code, said in (
         (["--exits", "2", "--iterations", "2"], 0, "L2"),
         ([], 2, "--exits 6,12"),
-        (["--exits", "2", "--budget", "9m"], 2, "--budget: It is of a family"),
+        (["--exits", "2", "--budget", "9m"], 2, "--budget: It applies to a family only"),
         (["--exits", "two"], 2, "write them like 8,16,32"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -479,7 +479,7 @@ def test_kernels_are_written_down_and_a_model_is_not_measured_on_with_others(
     described(out, kernels=kernels | {"flash": "usable: it passed", "another": "usable: once"})
     done = measure(settings(checkpoint, out, resume=True))
     (note,) = (note for note in done.notes if "kernels" in note)
-    assert "since of its kernels flash was usable: it passed; now it is not usable: pro" in note
+    assert "since its kernel flash was usable: it passed; now it is not usable: pro" in note
     assert "kv_fill" not in set(read_points(out)["quantity"])
     assert read_points(out).height < before.height
     assert described(out)["kernels"]["flash"] == "usable: it passed"

@@ -257,7 +257,7 @@ def test_of_several_boards_none_is_taken_for_another(uuid: str | None, said: str
     found = open_board(uuid, FakeNvml(count=2, without=UNKNOWN))
     assert isinstance(found, NoBoard)
     assert re.search(said, found.reason)
-    assert found.reason.endswith("which of 2 boards it is nobody knows")
+    assert found.reason.endswith("which of 2 boards it is cannot be told")
     meter = best_meter("cuda", found)
     assert isinstance(meter, NoMeter)
     assert found.reason in meter.explanation

@@ -347,7 +347,7 @@ def test_what_was_to_be_replayed_is_left_out_where_capturing_fails_when_resumed(
     done = measure(replace(measurement, resume=True))
     decode = read_points(out).filter(pl.col("quantity") == "decode_layers")
     assert set(decode["mode"]) == {"eager"}
-    assert any("of the plan cannot be taken, being from CUDA graphs" in note for note in done.notes)
+    assert any("of the plan cannot be taken: they need CUDA graphs" in note for note in done.notes)
     written = json.loads((out / "environment.json").read_text())
     assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
 

@@ -684,8 +684,8 @@ def test_calibrated_confidence_is_served_and_only_that_of_all_domains(
         (None, 2, torch.bfloat16),
         ("bfloat16", 2, torch.bfloat16),
         ("float16", 2, torch.float16),
-        ("float16", 4, "in 'float16' and has 4 bytes a parameter; served are float32 of that size"),
-        ("int8", 2, "in 'int8' and has 2 bytes a parameter; served are bfloat16, float16 of"),
+        ("float16", 4, "in 'float16' and has 4 bytes a parameter; of that size float32 can be"),
+        ("int8", 2, "in 'int8' and has 2 bytes a parameter; of that size bfloat16, float16 can"),
     ],
 )
 def test_models_are_served_in_the_type_that_the_profile_was_measured_in(

@@ -377,7 +377,7 @@ def test_a_fleet_that_breaks_a_constraint_is_shown_and_not_recommended(tmp_path:
 
 def test_constraints_that_no_fleet_keeps_are_told_with_the_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"constraints": "tpot:p99<1ms"})
-    with pytest.raises(InputError, match=r"Nearest comes 'vanilla' and breaks tpot:p99<=1ms \(r"):
+    with pytest.raises(InputError, match=r"'vanilla' comes nearest and breaks tpot:p99<=1ms \(r"):
         plan(path, [], inline(tmp_path / "out"))
 
 
