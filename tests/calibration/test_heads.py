@@ -127,7 +127,7 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(tmp_path: Path) -> No
         train_heads(folder, (2, 9), OPTIONS)
     with pytest.raises(InputError, match="name an exit before it"):
         train_heads(folder, (4,), OPTIONS)
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="exists already"):
         train_heads(folder, (2,), OPTIONS, out=tmp_path)
     with pytest.raises(InputError, match="lies within the checkpoint"):
         train_heads(folder, (2,), OPTIONS, out=folder / "heads")

@@ -525,7 +525,7 @@ def test_a_folder_of_readings_is_not_overwritten(checkpoint: Path, measured: Pat
     [
         ({"exits": (2, 4)}, r"was measured with exits \[1, 2, 4\] and now has \[2, 4\]"),
         ({"max_batch": 8}, "at most 4 rows of 64 tokens and now has 8 rows of 64 tokens"),
-        ({"seed": 3}, "readings are of seed 0 and now 3 is asked for"),
+        ({"seed": 3}, "readings were taken with seed 0 and 3 is asked for now"),
     ],
     ids=lambda one: str(one)[:20],
 )
