@@ -540,7 +540,7 @@ def test_resuming_with_other_threads_is_refused(checkpoint: Path, measured: Path
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        with pytest.raises(InputError, match=f"threads {before} and now {before + 1} is asked"):
+        with pytest.raises(InputError, match=f"threads {before} and {before + 1} is asked for now"):
             measure(settings(checkpoint, measured, resume=True))
     finally:
         torch.set_num_threads(before)
@@ -716,7 +716,7 @@ def test_budgets_and_exits_are_read_as_people_write_them() -> None:
     for wrong in ("", "ten minutes", "-5m"):
         with pytest.raises(InputError, match="no duration"):
             parse_budget(wrong)
-    with pytest.raises(InputError, match="no layers"):
+    with pytest.raises(InputError, match="not layer numbers"):
         parse_exits("8;16")
 
 
