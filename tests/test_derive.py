@@ -226,7 +226,10 @@ def test_exit_traces_travel_with_the_profile_and_its_readings_do_not(tmp_path: P
         (["--watts", "100", "--active-watts", "110"], "110 W is not below the power limit of 100"),
         (["--idle-watts", "200"], "The idle power of 200 W is above the active power of 110 W"),
         (["--load-watts", "10"], "is above the power while weights move of 10 W"),
-        (["--bandwidth", "864GB/s", "--name", "opt-a100-40gb"], "is the name of an existing profile"),
+        (
+            ["--bandwidth", "864GB/s", "--name", "opt-a100-40gb"],
+            "is the name of an existing",
+        ),
         (["--bandwidth", "864GB/s", "--name", "a/b"], "'a/b' was given; allowed is a name without"),
         (["--flops", "1PFLOP/s", "--name", " "], "' ' was given; allowed is a name without"),
     ],
