@@ -42,9 +42,22 @@ for _code, _name in (
     _STATUS_OF[_code] = STATUSES.index(_name)
 
 _AS_THEY_ARE = (
-    *("replica", "arrival_s", "admitted_s", "first_token_s", "finished_s", "prompt", "output"),
-    *("generated", "trace_start", "depth", "preemptions", "decoded", "executed_layers", "agree"),
-    *("breaches", "relative_breaches"),
+    "replica",
+    "arrival_s",
+    "admitted_s",
+    "first_token_s",
+    "finished_s",
+    "prompt",
+    "output",
+    "generated",
+    "trace_start",
+    "depth",
+    "preemptions",
+    "decoded",
+    "executed_layers",
+    "agree",
+    "breaches",
+    "relative_breaches",
 )
 """Fields of a request's record that are columns of its table without a change."""
 

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from helios_sim.comparison import ComparisonRow
 from helios_sim.errors import InputError
-from helios_sim.experiment import Result, folder_names
+from helios_sim.experiment import Result
+from helios_sim.folder_names import folder_names
 from helios_sim.folders import folder_in_place, write_whole
-from helios_sim.metrics import ComparisonRow
 from helios_sim.records import (
     REPORT_FILE,
     RUN_FILES,
@@ -70,15 +71,7 @@ def write_page(
     runs: Sequence[RunData], summaries: Sequence[Mapping[str, Any]], target: Path
 ) -> None:
     """Write the page of one run or of several compared, under a temporary name first."""
-    scenario = runs[0].scenario
-    text = render(
-        runs,
-        summaries,
-        title=str(scenario.get("name", runs[0].label)),
-        question=str(scenario.get("question", "")),
-        notes=[str(note) for note in scenario.get("notes", [])],
-    )
-    write_page_text(text, target)
+    write_page_text(render(runs, summaries), target)
 
 
 def write_page_text(text: str, target: Path) -> None:

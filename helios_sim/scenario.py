@@ -10,13 +10,12 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from helios_sim.arrivals import StrictSettings, as_tuple
 from helios_sim.errors import InputError, UnknownSetting
 from helios_sim.policy.controller import rebatches_recomputed
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.records import TOTALS_FILE
-from helios_sim.settings import first_flaw
+from helios_sim.settings import StrictSettings, as_tuple, first_flaw
 from helios_sim.slo import SloSpec, slo_from_table
 from helios_sim.toml import read_toml, toml_value
 from helios_sim.workload import Requests, WorkloadSettings
@@ -185,7 +184,7 @@ def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
             hint = f"; did you mean {near!r}?" if near else "."
             raise InputError(f"There is no scenario file{hint}", str(path))
     except OSError as error:
-        raise InputError(f"The file cannot be looked for: {error.strerror}.", str(path)) from error
+        raise InputError(f"The file cannot be accessed: {error.strerror}.", str(path)) from error
     data = read_toml(path)
     if (path.parent / TOTALS_FILE).is_file():
         data = of_a_run(data)

@@ -1,14 +1,30 @@
-"""What is wrong with data that is not of the settings it was checked against, in one sentence."""
+"""What every table of a settings file is made of, and what is wrong with one in a sentence."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final, get_args, get_origin
+from typing import Annotated, Any, Final, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from helios_sim.errors import InputError, UnknownSetting, did_you_mean
+
+
+class StrictSettings(BaseModel):
+    """A table of a scenario: unknown keys, loose types and infinities are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def as_tuple(value: Any) -> Any:
+    """TOML arrays become tuples, so that frozen settings hold nothing that can change."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
+Pairs = Annotated[tuple[Pair, ...], BeforeValidator(as_tuple)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 
 _TOML_RULES: Final = {
     "tuple_type": "it must be an array",

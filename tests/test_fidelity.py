@@ -869,8 +869,14 @@ def test_the_command_tells_sides_by_their_origin(
     assert "--allow-simulated" in capsys.readouterr().err
     assert (
         run_cli(
-            *("compare", simulated, "--simulated", simulated, "--allow-simulated"),
-            *("--no-attribution", "--out", str(tmp_path / "one.html")),
+            "compare",
+            simulated,
+            "--simulated",
+            simulated,
+            "--allow-simulated",
+            "--no-attribution",
+            "--out",
+            str(tmp_path / "one.html"),
         )
         == 0
     )

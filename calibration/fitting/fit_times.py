@@ -778,7 +778,15 @@ def falling_time(model: ModelProfile) -> str | None:
     def seconds(batch: int, context: float, longest: float, layers: float, factor: float) -> float:
         rows = float(padded_rows[batch])
         found, _ = cost.decode_seconds(
-            *(c, rows, context, rows * longest, layers, 0.0, 1.0, 0.0, rows),
+            c,
+            rows,
+            context,
+            rows * longest,
+            layers,
+            0.0,
+            1.0,
+            0.0,
+            rows,
             float(batch),
             factor,
         )

@@ -318,5 +318,5 @@ def busy_machine(lost_shares: Sequence[float]) -> str | None:
     return (
         f"Others disturbed {len(disturbed)} of {len(lost_shares)} timed trials, half of them by "
         f"more than {statistics.median(disturbed):.0%} of their time: what is fitted to them "
-        "speaks of a busy machine, so measure again on a quieter one"
+        "describes a busy machine, so measure again on a quieter one"
     )

@@ -417,7 +417,7 @@ def _check_guard_tokens(settings: EarlyExitSettings, vocab: int, where: str) -> 
     strange = [token for token in ids if not 0 <= token < vocab]
     if strange or not ids:
         raise InputError(
-            f"The guard's token_ids are {list(ids)}; needed are some of 0 to {vocab - 1}.", where
+            f"The guard's token_ids are {list(ids)}; they must be some of 0 to {vocab - 1}.", where
         )
 
 

@@ -107,7 +107,7 @@ def train_heads(
             str(checkpoint),
         )
     if out is not None and out.exists():
-        raise InputError("The folder is there already; give a new one.", str(out))
+        raise InputError("The folder exists already; give a new one.", str(out))
     if out is not None and out.resolve().is_relative_to(checkpoint.resolve()):
         raise InputError(
             "The folder lies within the checkpoint that is copied into it; give one outside.",

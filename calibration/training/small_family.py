@@ -73,7 +73,7 @@ class FamilyOptions:
         kind_of(self.confidence, "--confidence")
         check_choice(self.threshold, self.target_agreement)
         if self.seed < 0:
-            raise InputError(f"The seed {self.seed} was given; it is 0 or more.", "--seed")
+            raise InputError(f"The seed {self.seed} was given; it must be 0 or more.", "--seed")
 
 
 def train_family(

@@ -339,7 +339,7 @@ def _finished(target: Path, alike: Mapping[str, Any]) -> dict[str, Any] | None:
         document = None
     if not isinstance(document, dict) or document.get("settings") != alike:
         raise InputError(
-            "The folder is there and was not made by a training with these settings and this "
+            "The folder exists and was not made by a training with these settings and this "
             "text; remove it or give another --out.",
             where=str(target),
         )

@@ -45,10 +45,10 @@ def _asked(policy: object, name: str, rule: Callable[..., Any]) -> Callable[...,
             return int(seen), int(breaches), bool(tripped)
         return bool(answer)
 
-    return told(policy, {name: rule}, ask)
+    return failures_in_words(policy, {name: rule}, ask)
 
 
-def told(
+def failures_in_words(
     policy: object, replaced: Mapping[str, Callable[..., Any]], asks: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A function that asks a policy's own hot rules; what they raise becomes a sentence."""

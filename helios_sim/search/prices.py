@@ -9,10 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from helios_sim.arrivals import StrictSettings
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.profile import Profile
-from helios_sim.settings import first_flaw
+from helios_sim.settings import StrictSettings, first_flaw
 from helios_sim.toml import read_toml
 
 Grade = Literal["assumed", "quoted", "paid"]

@@ -78,7 +78,7 @@ def write_results(out: Path, store: Store, files: Mapping[str, bytes]) -> None:
             write_whole(out / name, files[name])
         except OSError as error:
             raise InputError(
-                f"{name} cannot be written: {error.strerror}. {store.kept()} Make room and give "
+                f"{name} cannot be written: {error.strerror}. {store.kept()} Make room and run "
                 "the command again with --resume.",
                 str(out),
             ) from error

@@ -55,7 +55,7 @@ class Store:
         except OSError as error:
             raise InputError(
                 f"A finished point cannot be written: {error.strerror}. {self.kept()} Make room "
-                "and give the command again with --resume.",
+                "and run the command again with --resume.",
                 str(path.parent),
             ) from error
 

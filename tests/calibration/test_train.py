@@ -220,8 +220,8 @@ def test_bad_input_is_told_with_what_is_allowed(capsys: pytest.CaptureFixture[st
             call()
     for words, said in (
         ((), "--out"),
-        (("--exits", "2,4"), "--exits: It is of exit heads"),
-        (("--domain", "code"), "--domain: It is of exit heads"),
+        (("--exits", "2,4"), "--exits: It applies to exit heads only"),
+        (("--domain", "code"), "--domain: It applies to exit heads only"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["train", "--preset", "tiny", *words])

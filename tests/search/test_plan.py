@@ -12,13 +12,13 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.scenario import load_scenario, resolved
 from helios_sim.search.capacity import Capacity
+from helios_sim.search.means import mean_figures
 from helios_sim.search.plan import (
     FleetAnswer,
     Load,
     PlanQuestion,
     fleet_scenario,
     make_plan,
-    mean_figures,
     planned_scenario,
     ranked,
     read_plan,

@@ -16,7 +16,7 @@ import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
-from helios_sim.metrics import columns_of
+from helios_sim.latencies import columns_of
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.executors import InlineExecutor, Workers, open_workers
 from helios_sim.search.points import Point, _judged, code_files, point_of, run_point
