@@ -53,6 +53,8 @@ FAMILIES: Final = ("opt", "llama")
 PROFILE_FILE: Final = "profile.json"
 POINTS_FILE: Final = "points.parquet"
 TRACES_FILE: Final = "exits.parquet"
+STAND_INS: Final = "stand_ins"
+"""Where a profile's environment names the models that leave as another one does."""
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -346,6 +348,16 @@ class Profile:
         """Whether the device is a processor, as its measurement says; all others are GPUs."""
         device = self.provenance.environment.get("device")
         return isinstance(device, Mapping) and device.get("kind") == "cpu"
+
+    @property
+    def stand_ins(self) -> Mapping[str, str]:
+        """Models that nobody observed, each with the one whose exits stand in for its own."""
+        named = self.provenance.environment.get(STAND_INS)
+        return (
+            {name: str(like) for name, like in named.items() if name in self.models}
+            if isinstance(named, Mapping)
+            else {}
+        )
 
     def grade_counts(self) -> dict[str, int]:
         """How many numbers stand at each grade; `unavailable` is named only where it occurs."""
