@@ -90,6 +90,7 @@ RULES: Final[Mapping[str, Rule]] = {
 }
 """What bounds each coefficient, and so what it scales by; joules also scale by the power."""
 
+
 @dataclass(frozen=True)
 class Part:
     """A part of a model's work that coefficients are counted in, in words; bytes and flops of it.

@@ -113,8 +113,8 @@ def shape_of(config: Mapping[str, Any], where: str = CONFIG_FILE) -> StatedShape
             counts["head_dim"] = _count(config, "head_dim", where)
         elif hidden % heads:
             raise InputError(
-                f"A 'hidden_size' of {hidden} was given with {heads} 'num_attention_heads'; without "
-                "a 'head_dim' the heads must divide it.",
+                f"A 'hidden_size' of {hidden} was given with {heads} 'num_attention_heads'; "
+                "without a 'head_dim' the heads must divide it.",
                 where,
             )
         else:
@@ -139,14 +139,19 @@ def shape_of(config: Mapping[str, Any], where: str = CONFIG_FILE) -> StatedShape
     )
     remarks = [_NEGLECTED[model_type]] if model_type in _NEGLECTED else []
     remarks += _window(config, shape)
-    return StatedShape(shape, "; ".join([f"its {CONFIG_FILE}, model_type {model_type!r}", *remarks]))
+    return StatedShape(
+        shape, "; ".join([f"its {CONFIG_FILE}, model_type {model_type!r}", *remarks])
+    )
 
 
 def _model_type(config: Mapping[str, Any], where: str) -> str:
     """The kind of model, once it is known to be one whose shape can be told."""
     for key, reason in (
-        ("quantization_config", "its weights take fewer bytes than the profile's; give the "
-         "configuration of the model as it was before it was quantised"),
+        (
+            "quantization_config",
+            "its weights take fewer bytes than the profile's; give the "
+            "configuration of the model as it was before it was quantised",
+        ),
         ("text_config", "it reads more than text; give the configuration of its language model"),
     ):
         if config.get(key):

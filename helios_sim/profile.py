@@ -442,6 +442,17 @@ def shipped_names() -> list[str]:
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{PROFILE_FILE}"))
 
 
+def where_to_find(model: str, profile: str) -> str:
+    """A space and where a model is that a profile lacks: in a shipped one, or in its shape."""
+    holding = [one.name for one in list_profiles() if model in one.models]
+    if holding:
+        return f" {_listed(holding)} {'has' if len(holding) == 1 else 'have'} it."
+    return (
+        f" A model that no profile has can be added from its config.json: helios profiles derive "
+        f"--from {profile} --model {model}=config.json --out FOLDER."
+    )
+
+
 def load_profile(name_or_path: str | Path, search_path: Path | None = None) -> Profile:
     """Read a profile: a folder, or the name of a shipped one.
 
