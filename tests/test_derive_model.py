@@ -10,9 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helios_sim import cost
 from helios_sim.cli import main
 from helios_sim.derive import RULES, Device
-from helios_sim.derive_model import Wanted, derive_with_models, wanted_of, write_with_models
+from helios_sim.derive_model import (
+    Wanted,
+    derive_with_models,
+    figures_of,
+    wanted_of,
+    write_with_models,
+)
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
 from helios_sim.model import PUBLIC_SHAPES, ModelShape
@@ -271,6 +278,28 @@ def test_the_command_says_what_it_made_and_the_answers_say_what_is_assumed(
     chosen = ("--set", f"fleet.profile={out}", "--set", 'fleet.candidates=["llama3-8b"]')
     assert run("simulate", tmp_path / "s.toml", *chosen, "--out", tmp_path / "other") == 0
     assert "Exits are assumed" not in capsys.readouterr().out
+
+
+def test_the_worked_example_in_the_documentation_is_what_the_profile_says(
+    tmp_path: Path,
+) -> None:
+    given = load_profile(H100)
+    wanted = Wanted("qwen2-7b", written(tmp_path, QWEN2))
+    derived = write_with_models(given, "mine", same_device(H100), [wanted], tmp_path / "mine")
+    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    section = page.split("## A model that is not here")[1].split("\n## ")[0]
+    for one in figures_of(derived, ["llama3-8b", "qwen2-7b"]):
+        own = derived.models[one.name]
+        assert one.bytes_s is not None
+        figures = (
+            f"{1e-6 * own.model.layer_weight_bytes():.1f} MB",
+            f"{1e3 * (own.coefficients['decode.memory_s_per_layer'] or 0.0):.5f} ms",
+            f"{1e3 * cost.head_seconds(own.coefficient_array(), 1.0):.3f} ms",
+            f"= {1e3 * one.decode_s:.2f} ms",
+            f"= {1e3 * one.bytes_s:.2f} ms",
+            f"= {one.kv_bytes_per_token:,} B",
+        )
+        assert [figure for figure in figures if figure not in section] == []
 
 
 def test_a_model_that_no_profile_has_is_answered_with_the_way_to_add_it(
