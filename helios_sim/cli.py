@@ -385,16 +385,61 @@ def derive(
         str | None, _amount("--from-bandwidth", "Memory bandwidth of the given device.")
     ] = None,
     from_flops: Annotated[str | None, _amount("--from-flops", "Peak of the given device.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="NAME=FILE",
+            help="A model that no profile has, from its config.json; repeatable.",
+        ),
+    ] = None,
+    like: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--like",
+            metavar="[NAME=]MODEL",
+            help="The model whose numbers are scaled and whose exits stand in.",
+            show_default="the nearest by bytes of a layer",
+        ),
+    ] = None,
+    exits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exits",
+            metavar="[NAME=]LAYERS",
+            help="Exit layers, such as 8,16,24.",
+            show_default="the relative depths of the model that it is like",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="[NAME=]TOKENIZER",
+            help="Models of one tokenizer are compared by perplexity.",
+            show_default="its own",
+        ),
+    ] = None,
+    replacing: Annotated[
+        bool, typer.Option("--replace", help="Let --model replace a model of the profile.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a profile that is there.")
     ] = False,
 ) -> None:
-    """Make a profile of a device that is not here, by scaling one of another device."""
-    from helios_sim.derive import device_of, write_derived
+    """Make a profile of a device or of models that are not here, by scaling those of another."""
+    from dataclasses import replace
+
+    from helios_sim.derive import device_of, tells_a_device, write_derived
+    from helios_sim.derive_model import figures_of, wanted_of, write_with_models
     from helios_sim.profile import load_profile
-    from helios_sim.terminal import profiles_table
+    from helios_sim.report.words import standing_in
+    from helios_sim.terminal import model_figures_table, profiles_table
 
     own_name = name if name is not None else out.resolve().name
+    wanted = wanted_of(model or [], like or [], exits or [], tokenizer or [])
+    if replacing and not wanted:
+        raise InputError("--replace is of models; give a --model too.", "--replace")
     device = device_of(
         device_name if device_name is not None else own_name,
         {
@@ -413,8 +458,29 @@ def derive(
             "from_flops_per_s": from_flops,
         },
     )
-    derived = write_derived(load_profile(source), own_name, device, out, overwrite)
+    given = load_profile(source)
+    if not wanted:
+        derived = write_derived(given, own_name, device, out, overwrite)
+        _console().print(profiles_table([derived.summary()]))
+        _say(f"Profile: {out}")
+        return
+    if device_name is None and not tells_a_device(device):
+        device = replace(device, name=given.device.name)
+    derived = write_with_models(
+        given, own_name, device, wanted, out, overwrite=overwrite, replacing=replacing
+    )
     _console().print(profiles_table([derived.summary()]))
+    names = [one.name for one in wanted]
+    likes = {one: derived.stand_ins[one] for one in names}
+    figures = figures_of(derived, list(dict.fromkeys([*names, *likes.values()])))
+    _console().print(model_figures_table(figures))
+    for one in wanted:
+        if one.like is None:
+            _say(
+                f"{one.name} is like {likes[one.name]}, whose layers are nearest in bytes; --like "
+                "names another."
+            )
+    _say(standing_in(likes))
     _say(f"Profile: {out}")
 
 
@@ -564,13 +630,17 @@ def _write(results: Sequence[Result], target: Path) -> None:
 
 
 def _show(results: Sequence[Result]) -> None:
-    from helios_sim.report.words import worth
+    from helios_sim.profile import STAND_INS
+    from helios_sim.report.words import standing_in, worth
     from helios_sim.terminal import summary_table
 
     summaries = [result.summary for result in results]
     environments = [result.run.environment for result in results]
     _say_serving(environments, summaries)
     _say(worth({str(one["profile"]): one["profile_grades"] for one in environments}, "policies"))
+    assumed = {name: like for one in environments for name, like in one.get(STAND_INS, {}).items()}
+    if assumed:
+        _say(standing_in(assumed))
     _console().print(summary_table(summaries))
     replications = summaries[0].get("replications")
     if replications is not None:

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 from helios_sim.errors import InputError
 from helios_sim.profile import (
     GRADES,
+    STAND_INS,
     TRACES_FILE,
     UNAVAILABLE,
     Profile,
@@ -86,6 +87,49 @@ RULES: Final[Mapping[str, Rule]] = {
     "kv_fill.j_per_row_layer": "both",
 }
 """What bounds each coefficient, and so what it scales by; joules also scale by the power."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model's work that coefficients are counted in, in words; bytes and flops of it.
+
+    A number of the part grows with the bytes where they bound it, with the flops where those do.
+    """
+
+    words: str
+    num_bytes: int
+    flops: int
+
+
+def part_of(key: str, work: published.Work) -> Part:
+    """The part of a model's work that a coefficient is the price of."""
+    where, _, what = key.partition(".")
+    is_weights = what in ("base_s", "j_base") or what.endswith(("s_per_layer", "j_per_layer"))
+    if where in ("head", "check"):
+        if is_weights:
+            return Part("the output head's weights", work.head_bytes, work.head_row_flops)
+        return Part("a row of the output head", work.head_row_bytes, work.head_row_flops)
+    if where == "kv_fill":
+        if is_weights:
+            return Part("the weights of keys and values", work.fill_bytes, work.fill_row_flops)
+        return Part("a row's keys and values", work.fill_row_bytes, work.fill_row_flops)
+    if is_weights:
+        return Part("a layer's weights", work.layer_bytes, work.row_flops)
+    if any(word in what for word in ("context", "padded", "pair")):
+        return Part("a KV token", work.kv_bytes, work.pair_flops)
+    return Part("a row", work.row_bytes, work.row_flops)
+
+
+def share_of_bytes(part: Part, peaks: tuple[float, float]) -> float:
+    """The share of a part's time that bytes take on a device, by its roofline.
+
+    `peaks` are its bytes and flops a second; both are reached to the shares that the shipped
+    profiles assume (`helios_sim.profiles.published`).
+    """
+    memory_s = part.num_bytes / (peaks[0] * published.MEMORY_EFFICIENCY)
+    compute_s = part.flops / (peaks[1] * published.COMPUTE_EFFICIENCY)
+    return memory_s / (memory_s + compute_s)
+
 
 MOST: Final = 1000.0
 """How many times another device may differ: beyond it a unit was forgotten."""
@@ -180,6 +224,35 @@ def derive(profile: Profile, name: str, device: Device) -> dict[str, Any]:
     return _Derivation(profile, name, device).document()
 
 
+def check_name(name: str, profile: Profile) -> None:
+    """Refuse a name that a profile derived from this one cannot have."""
+    if not name.strip() or "/" in name:
+        raise InputError(f"{name!r} was given; allowed is a name without a slash.", "--name")
+    if name == profile.name or name in shipped_names():
+        raise InputError(
+            f"{name!r} is the name of an existing profile; give another one.", "--name"
+        )
+
+
+def tells_a_device(device: Device) -> bool:
+    """Whether any number of a device is given, beside what is said of the given profile's."""
+    return any(getattr(device, key) is not None for key in OPTIONS if not key.startswith("from_"))
+
+
+def peaks_of(profile: Profile, device: Device) -> tuple[float, float] | None:
+    """Bytes and flops a second of a profile's device; None where nobody says both."""
+    said = profile.provenance.environment.get("peaks")
+    board = published.BOARDS.get(profile.device.name)
+    bytes_per_s = flops_per_s = None
+    if isinstance(said, Mapping):
+        bytes_per_s, flops_per_s = said.get("memory_bytes_per_s"), said.get("flops_per_s")
+    elif board is not None:
+        bytes_per_s, flops_per_s = board.memory_bytes_per_s.value, board.flops_per_s.value
+    bytes_per_s = device.from_bytes_per_s or bytes_per_s
+    flops_per_s = device.from_flops_per_s or flops_per_s
+    return (float(bytes_per_s), float(flops_per_s)) if bytes_per_s and flops_per_s else None
+
+
 def write_derived(
     profile: Profile, name: str, device: Device, folder: Path, overwrite: bool = False
 ) -> Profile:
@@ -235,16 +308,8 @@ class _Derivation:
 
     def _check(self) -> None:
         """Refuse what makes no profile."""
-        if not self.name.strip() or "/" in self.name:
-            raise InputError(
-                f"{self.name!r} was given; allowed is a name without a slash.", "--name"
-            )
-        if self.name == self.profile.name or self.name in shipped_names():
-            raise InputError(
-                f"{self.name!r} is the name of an existing profile; give another one.",
-                "--name",
-            )
-        if all(getattr(self.device, key) is None for key in OPTIONS if not key.startswith("from_")):
+        check_name(self.name, self.profile)
+        if not tells_a_device(self.device):
             allowed = ", ".join(
                 option for key, (option, _) in OPTIONS.items() if not key.startswith("from_")
             )
@@ -272,19 +337,11 @@ class _Derivation:
         )
 
     def _peaks(self) -> tuple[float, float] | None:
-        """Bytes and flops a second of the given profile's device; None where nobody says them."""
+        """The peaks of the given profile's device, which are needed where others are given."""
         device = self.device
-        said = self.profile.provenance.environment.get("peaks")
-        board = published.BOARDS.get(self.profile.device.name)
-        bytes_per_s = flops_per_s = None
-        if isinstance(said, Mapping):
-            bytes_per_s, flops_per_s = said.get("memory_bytes_per_s"), said.get("flops_per_s")
-        elif board is not None:
-            bytes_per_s, flops_per_s = board.memory_bytes_per_s.value, board.flops_per_s.value
-        bytes_per_s = device.from_bytes_per_s or bytes_per_s
-        flops_per_s = device.from_flops_per_s or flops_per_s
-        if bytes_per_s and flops_per_s:
-            return float(bytes_per_s), float(flops_per_s)
+        peaks = peaks_of(self.profile, device)
+        if peaks is not None:
+            return peaks
         for key in ("bytes_per_s", "flops_per_s"):
             if getattr(device, key) is not None:
                 raise InputError(
@@ -452,19 +509,8 @@ class _Derivation:
         by_bytes, by_flops = self.by_bytes, self.by_flops
         if self.peaks is None or (by_bytes.factor == 1.0 and by_flops.factor == 1.0):
             return _UNCHANGED
-        work = published.work_of(self.profile.models[model].model)
-        part = key.split(".")[0]
-        if part in ("head", "check"):
-            num_bytes, flops = work.head_row_bytes, work.head_row_flops
-        elif part == "kv_fill":
-            num_bytes, flops = work.fill_row_bytes, work.fill_row_flops
-        elif "context" in key or "padded" in key:
-            num_bytes, flops = work.kv_bytes, work.pair_flops
-        else:
-            num_bytes, flops = work.row_bytes, work.row_flops
-        memory_s = num_bytes / (self.peaks[0] * published.MEMORY_EFFICIENCY)
-        compute_s = flops / (self.peaks[1] * published.COMPUTE_EFFICIENCY)
-        share = memory_s / (memory_s + compute_s)
+        part = part_of(key, published.work_of(self.profile.models[model].model))
+        share = share_of_bytes(part, self.peaks)
         told = [one.how for one in (by_bytes, by_flops) if one.factor != 1.0]
         return _Scaled(
             f"{share:.0%} bytes and {1.0 - share:.0%} flops (roofline, assumed) "
@@ -497,6 +543,8 @@ class _Derivation:
                 "memory_bytes_per_s": self.device.bytes_per_s or self.peaks[0],
                 "flops_per_s": self.device.flops_per_s or self.peaks[1],
             }
+        if given.stand_ins:
+            environment[STAND_INS] = dict(given.provenance.environment[STAND_INS])
         if given.is_of_processor:
             environment["device"] = {"name": self.device.name, "kind": "cpu"}
         return {

@@ -55,6 +55,8 @@ POINTS_FILE: Final = "points.parquet"
 TRACES_FILE: Final = "exits.parquet"
 PROFILE_FILES: Final = (PROFILE_FILE, POINTS_FILE, TRACES_FILE)
 """All that `save_profile` writes."""
+STAND_INS: Final = "stand_ins"
+"""Where a profile's environment names the models that leave as another one does."""
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -339,6 +341,16 @@ class Profile:
         device = self.provenance.environment.get("device")
         return isinstance(device, Mapping) and device.get("kind") == "cpu"
 
+    @property
+    def stand_ins(self) -> Mapping[str, str]:
+        """Models that nobody observed, each with the one whose exits stand in for its own."""
+        named = self.provenance.environment.get(STAND_INS)
+        return (
+            {name: str(like) for name, like in named.items() if name in self.models}
+            if isinstance(named, Mapping)
+            else {}
+        )
+
     def grade_counts(self) -> dict[str, int]:
         """How many numbers stand at each grade; `unavailable` is named only where it occurs."""
         grades = [quantity.grade for quantity in self.quantities.values()]
@@ -420,6 +432,17 @@ def list_profiles() -> list[ProfileSummary]:
 def shipped_names() -> list[str]:
     """Names of the profiles that come with the package."""
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{PROFILE_FILE}"))
+
+
+def where_to_find(model: str, profile: str) -> str:
+    """A space and where a model is that a profile lacks: in a shipped one, or in its shape."""
+    holding = [one.name for one in list_profiles() if model in one.models]
+    if holding:
+        return f" {listed(holding)} {'has' if len(holding) == 1 else 'have'} it."
+    return (
+        f" A model that no profile has can be added from its config.json: helios profiles derive "
+        f"--from {profile} --model {model}=config.json --out FOLDER."
+    )
 
 
 def load_profile(name_or_path: str | Path, search_path: Path | None = None) -> Profile:

@@ -25,6 +25,7 @@ from helios_sim.comparison import (
 from helios_sim.errors import InputError
 from helios_sim.latencies import columns_of
 from helios_sim.metrics import DEFINITIONS, figure_at
+from helios_sim.profile import STAND_INS
 from helios_sim.records import RunData, flat_items
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
@@ -42,6 +43,7 @@ from helios_sim.report.words import (
     serving,
     size,
     span,
+    standing_in,
     times,
 )
 from helios_sim.slo import parse_slo
@@ -668,6 +670,11 @@ def _provenance(runs: Sequence[RunData]) -> str:
             f"<p>Of the {number(sum(grades.values()))} numbers in the profile behind this page, "
             f"{escape(said)}.</p>"
         )
+    likes = {
+        name: like for run in runs for name, like in (run.environment.get(STAND_INS) or {}).items()
+    }
+    if likes:
+        parts.append(f"<p>{escape(standing_in(likes))}</p>")
     origins = listed(list(dict.fromkeys(run.origin for run in runs)))
     seeds = listed(list(dict.fromkeys(str(run.seed) for run in runs)))
     facts = [("origin", origins), ("seed", seeds), ("schema", str(runs[0].schema_version))]

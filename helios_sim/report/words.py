@@ -140,6 +140,16 @@ def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
     return f"{said} None{whose} is measured: read ratios between {compared}, not absolute figures."
 
 
+def standing_in(likes: Mapping[str, str]) -> str:
+    """What is assumed of models that leave as another one does; `likes` names it for each."""
+    said = listed([f"{name} leaves as {like} does" for name, like in likes.items()])
+    sources = listed(list(dict.fromkeys(likes.values())))
+    return (
+        f"Exits are assumed: {said}, exit by exit, and nobody observed it; the other numbers of "
+        f"{listed(list(likes))} are scaled from those of {sources}."
+    )
+
+
 def _models(summary: Summary) -> str:
     """The models that served, and of how many candidates where those are more; empty if unknown."""
     served = {place.rpartition("@")[0] for place in summary.get("depth_share") or {}}
