@@ -283,6 +283,7 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
     told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
     _say_serving([run.environment for run in data], told)
     _console().print(comparison_table(rows, labels))
+    _say_changed(told)
     _say_extrapolated(labels, summaries)
     if page is not None:
         _say(f"Page: {page}")
@@ -569,7 +570,16 @@ def _show(results: Sequence[Result]) -> None:
             f"These are the runs of seed {first}; means and 95 % intervals over the seeds {first} "
             f"to {last} stand on the page and under replications in the summary.json of each run."
         )
+    _say_changed(summaries)
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
+
+
+def _say_changed(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Say below a table how many requests were not sent as the workload has them."""
+    from helios_sim.report.words import changed_requests
+
+    for text in changed_requests(summaries):
+        _say(text)
 
 
 def _say_serving(

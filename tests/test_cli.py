@@ -479,6 +479,11 @@ def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(
     assert run("simulate", scenario, "--json", "--policy", "vanilla", *change) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["num_dropped"], summary["completed"]) == (1, 2)
+    out = tmp_path / "dropped"
+    assert run("simulate", scenario, "--policy", "vanilla", *change, "--out", out) == 0
+    told = "Left out of the trace: 1 row beside 2 requests"
+    assert told in capsys.readouterr().out
+    assert told in (out / "report.html").read_text(encoding="utf-8")
     assert run("scenario", "check", scenario) == 0
     assert "left out" not in capsys.readouterr().out
 

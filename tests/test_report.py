@@ -653,6 +653,25 @@ def test_remarks_name_the_price() -> None:
     assert "helios 3" in said
 
 
+def test_remarks_say_how_many_requests_were_shortened_or_left_out_and_why() -> None:
+    """Once where it holds for all runs, else with the runs it holds for."""
+    plain = summary("vanilla", 100.0, 20.0, num_shortened=0, num_dropped=0)
+    cut = summary("helios", 100.0, 20.0, num_shortened=62, num_dropped=1)
+    both = "62 of 400 requests"
+    why = (
+        ', longer than the context (workload.over_context = "truncate"); figures are of what is '
+        "left of them."
+    )
+    said = remarks([cut, cut | {"label": "again"}])
+    assert f"Shortened: {both}{why}" in said
+    assert (
+        "Left out of the trace: 1 row beside 400 requests, since a row without output tokens or "
+        "without an arrival is no request (num_dropped)."
+    ) in said
+    assert f"Shortened: {both} (helios){why}" in remarks([plain, cut])
+    assert not [one for one in remarks([plain]) if "Shortened" in one or "Left out" in one]
+
+
 def test_one_limit_is_drawn_once_and_of_several_their_meeting_too() -> None:
     runs = make_runs()
     for text, rows in (

@@ -149,12 +149,13 @@ def _models(summary: Summary) -> str:
 
 
 def _by_label(texts: Sequence[str], summaries: Sequence[Summary]) -> str:
-    """A text that holds for all runs, or each with the runs that it holds for."""
+    """A text that holds for all runs, or each but the empty one with the runs it holds for."""
     held: dict[str, list[str]] = {}
     for text, summary in zip(texts, summaries, strict=True):
         held.setdefault(text, []).append(str(summary["label"]))
     if len(held) == 1:
         return texts[0]
+    held.pop("", None)
     return "; ".join(f"{text} ({', '.join(labels)})" for text, labels in held.items())
 
 
@@ -354,6 +355,7 @@ def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[s
         _overloaded(summaries),
         _refused_by_all(summaries, num_refused_by_all),
         _refused_by_some(summaries, num_refused_by_all),
+        *changed_requests(summaries),
         _one_of_the_seeds(summaries),
     )
     return [remark for remark in said if remark is not None]
@@ -452,6 +454,29 @@ def _refused_by_some(summaries: Sequence[Summary], num_refused_by_all: int) -> s
         if one["num_refused"] > num_refused_by_all
     ]
     return f"Refused requests, which no SLO forgives: {listed(told)}." if told else None
+
+
+def changed_requests(summaries: Sequence[Summary]) -> list[str]:
+    """Which requests were not sent as the workload has them: shortened, or left out."""
+    shortened, dropped = [], []
+    for one in summaries:
+        cut, left_out = one.get("num_shortened"), one.get("num_dropped")
+        num = number(one["num_requests"])
+        shortened.append(f"{number(cut)} of {num} requests" if isinstance(cut, int) and cut else "")
+        rows = counted(left_out, "row") if isinstance(left_out, int) and left_out else ""
+        dropped.append(f"{rows} beside {num} requests" if rows else "")
+    said = []
+    if any(shortened):
+        said.append(
+            f"Shortened: {_by_label(shortened, summaries)}, longer than the context "
+            '(workload.over_context = "truncate"); figures are of what is left of them.'
+        )
+    if any(dropped):
+        said.append(
+            f"Left out of the trace: {_by_label(dropped, summaries)}, since a row without output "
+            "tokens or without an arrival is no request (num_dropped)."
+        )
+    return said
 
 
 def _one_of_the_seeds(summaries: Sequence[Summary]) -> str | None:
