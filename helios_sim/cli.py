@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from helios_sim.fidelity import Sides
     from helios_sim.scenario import Scenario
     from helios_sim.search.commands import Running, Said
+    from helios_sim.workload import Requests
 
 app = typer.Typer(
     name="helios",
@@ -426,6 +427,13 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
         read_tune(question, scenario.parent, str(scenario))
     policies = ", ".join(f"{policy.name!r}" for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
+    _say(_arrivals(requests))
+    if question.workload.trace is not None and question.workload.replays_arrivals:
+        from helios_sim.traces import doubtful_times
+
+        doubt = doubtful_times(question.workload.trace, scenario.parent)
+        if doubt is not None:
+            _say(doubt)
     if requests.num_dropped:
         _say(
             "Rows of the trace that are left out, since they are no requests: "
@@ -454,6 +462,18 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
             f"Up to {by_some:,}{' more' if by_all else ''} will be refused where a candidate or a "
             f"depth serves that cannot hold them; the least holds {least:,} tokens."
         )
+
+
+def _arrivals(requests: Requests) -> str:
+    """Within what time requests arrive and how many a second, which shows a mistaken unit."""
+    from helios_sim.report.words import number, span
+
+    if requests.user is not None:
+        return "Users send them in a closed loop, as they are answered."
+    if requests.span_s <= 0.0:
+        return "They arrive at one moment."
+    rate = number(len(requests) / requests.span_s)
+    return f"They arrive within {span(requests.span_s)}, {rate} requests/s on average."
 
 
 @scenario_app.command("schema")

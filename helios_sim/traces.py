@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 import polars as pl
@@ -140,6 +140,7 @@ class Trace:
 
     `domain` (an index into `domains`) and `trace_start` are there only for a run of our own;
     `num_dropped` counts rows of the file that are no requests (an answer of no tokens).
+    `latest` is the last time that a file of plain numbers gives, before its first is taken for 0.
     """
 
     format: str
@@ -151,6 +152,7 @@ class Trace:
     domains: tuple[str, ...] = ()
     trace_start: NDArray[np.int32] | None = None
     num_dropped: int = 0
+    latest: float = 0.0
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -198,6 +200,30 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
         read = _any_csv(settings.columns) if settings.columns else _TEXT_READERS[name]
         trace = _trace_of(name, path, read(raw, path), settings)
     return _stretch(_cut(trace, settings), settings)
+
+
+_EPOCHS: Final = ((1e17, "nanoseconds", 1e9), (1e14, "microseconds", 1e6), (1e11, "milliseconds", 1e3))
+"""From what number on a time since 1970 is of which unit, and how many of it are a second.
+
+As seconds the least of them is 3,000 years, and now is 2e9.
+"""
+
+
+def doubtful_times(settings: TraceSettings, base_dir: Path) -> str | None:
+    """That times read as seconds look like those of a smaller unit since 1970; None otherwise."""
+    path = _locate(base_dir / settings.file)
+    name, _ = _recognise(path, "csv" if settings.columns else settings.format)
+    if name not in ("csv", "burstgpt"):
+        return None
+    latest = read_trace(settings, base_dir, 0).latest
+    unit, per_s = next((found[1:] for found in _EPOCHS if latest >= found[0]), ("", 1.0))
+    if not unit or settings.rate_scale >= per_s / 10:
+        return None
+    scaled = f"or set rate_scale = {per_s:.0f}" if per_s <= 1e6 else "and write the file anew"
+    return (
+        f"The trace's times look like {unit} since 1970 and are read as seconds: the last is "
+        f"{latest:,.0f}. Divide them by {per_s:,.0f}, {scaled}."
+    )
 
 
 def _locate(path: Path) -> Path:
@@ -504,6 +530,7 @@ def _trace_of(name: str, path: Path, rows: _Rows, settings: TraceSettings) -> Tr
         prompt_tokens=rows.prompt_tokens[order].astype(np.int32),
         output_tokens=rows.output_tokens[order].astype(np.int32),
         num_dropped=rows.num_dropped,
+        latest=float(rows.time_s.max()),
     )
 
 

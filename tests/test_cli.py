@@ -463,6 +463,48 @@ def test_check_says_what_policies_reckon_with_beside_what_is_sent(
     )
 
 
+@pytest.mark.parametrize(
+    ("arrivals", "said"),
+    [
+        ('{kind="constant", rate_per_s=0.5}', "They arrive within 78 s, 0.513 requests/s on average."),
+        ('{kind="closed", num_users=4, think_s=1}', "Users send them in a closed loop, as they are"),
+    ],
+)
+def test_check_says_within_what_time_and_how_often_requests_arrive(
+    scenario: Path, capsys: pytest.CaptureFixture[str], arrivals: str, said: str
+) -> None:
+    changes = ("--set", "workload.num_requests=40", "--set", f"workload.arrivals={arrivals}")
+    assert run("scenario", "check", scenario, *changes) == 0
+    assert said in _out(capsys)
+
+
+@pytest.mark.parametrize(
+    ("now", "rate_scale", "said"),
+    [
+        (1_740_000_000_000, 1, "look like milliseconds since 1970 .* last is 1,740,000,000,005"),
+        (1_740_000_000_000_000, 1, "microseconds since 1970 .* 1,000,000, or set rate_scale = 1000"),
+        (1.74e18, 1, "nanoseconds since 1970 .* and write the file anew"),
+        (1_740_000_000_000, 1000, ""),
+        (1_740_000_000, 1, ""),
+    ],
+)
+def test_check_warns_of_times_that_are_no_seconds(
+    scenario: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    now: float,
+    rate_scale: int,
+    said: str,
+) -> None:
+    text = f"ts,in,out\n{now:.0f},2,3\n{now + 5:.0f},2,3\n"
+    (tmp_path / "epoch.csv").write_text(text, encoding="utf-8")
+    columns = 'columns={arrival="ts", prompt="in", output="out"}'
+    trace = f'workload={{trace={{file="epoch.csv", {columns}, rate_scale={rate_scale}}}}}'
+    assert run("scenario", "check", scenario, "--set", trace) == 0
+    out = _out(capsys)
+    assert re.search(said, out) if said else "1970" not in out
+
+
 def _out(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
