@@ -7,7 +7,7 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -26,7 +26,7 @@ from helios_sim.arrivals import (
     stream,
     whole_ns,
 )
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean
 
 FORMATS: dict[str, str] = {
     "mooncake": "JSON lines with timestamp (ms), input_length and output_length",
@@ -202,7 +202,11 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
     return _stretch(_cut(trace, settings), settings)
 
 
-_EPOCHS: Final = ((1e17, "nanoseconds", 1e9), (1e14, "microseconds", 1e6), (1e11, "milliseconds", 1e3))
+_EPOCHS: Final = (
+    (1e17, "nanoseconds", 1e9),
+    (1e14, "microseconds", 1e6),
+    (1e11, "milliseconds", 1e3),
+)
 """From what number on a time since 1970 is of which unit, and how many of it are a second.
 
 As seconds the least of them is 3,000 years, and now is 2e9.
@@ -316,14 +320,11 @@ def _csv(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     try:
         frame = pl.read_csv(io.BytesIO(raw), infer_schema=False)
     except (pl.exceptions.PolarsError, ValueError) as error:
-        raise _ragged(raw, path, error) from error
+        raise _ragged(raw, path, columns, error) from error
     names = [name.strip() for name in frame.columns]
     missing = [name for name in columns if name not in names]
     if missing:
-        raise InputError(
-            f"The header lacks {', '.join(missing)}; it must name {', '.join(columns)}.",
-            where=_at(path, 1),
-        )
+        raise _without(missing, raw, path, columns)
     # Polars gives the second of two columns of one name another name.
     _, given = _header(raw)
     twice = [name for name in columns if given.count(name) > 1]
@@ -345,6 +346,33 @@ def _csv(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     return wanted.filter(~blank)
 
 
+def _without(
+    missing: Sequence[str], raw: bytes, path: Path, columns: tuple[str, ...]
+) -> InputError:
+    """That the header lacks names, what it has instead, and what the mistake may be."""
+    head, given = _header(raw)
+    where = _at(path, 1)
+    wanted = f"it must name {', '.join(columns)}"
+    separator = next((one for one in ";\t|" if one in head), "")
+    if len(given) == 1 and separator:
+        return InputError(
+            f"The header {head[:80]!r} is one column, since {separator!r} stands where commas are "
+            f"expected; {wanted}, with commas between them.",
+            where,
+        )
+    by_case = {name.casefold(): name for name in given}
+    alike = [by_case[name.casefold()] for name in missing if name.casefold() in by_case]
+    hint = did_you_mean(missing[0], [name for name in given if name not in columns])
+    if alike:
+        hint = f" Did you mean {', '.join(map(repr, alike))}? Upper and lower case differ."
+    shown = given if len(given) <= 12 else [*given[:12], f"{len(given) - 12} more"]
+    return InputError(
+        f"The header names {', '.join(shown)[:400]}, and lacks {', '.join(missing)}; {wanted}."
+        f"{hint}",
+        where,
+    )
+
+
 def _malformed(line: str, width: int, path: Path, number: int) -> InputError:
     return InputError(
         f"The line {line[:80]!r} is malformed; {width} comma-separated fields of plain "
@@ -353,12 +381,27 @@ def _malformed(line: str, width: int, path: Path, number: int) -> InputError:
     )
 
 
-def _ragged(raw: bytes, path: Path, error: Exception) -> InputError:
-    """The first line whose number of fields differs from the header's."""
-    lines = raw.decode("utf-8", errors="replace").splitlines()
+def _ragged(raw: bytes, path: Path, columns: tuple[str, ...], error: Exception) -> InputError:
+    """What is wrong with a CSV that cannot be read, with its line.
+
+    A byte that is no UTF-8, a header that is one column, or the first line whose number of fields
+    differs from the header's.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        number = raw.count(b"\n", 0, wrong.start) + 1
+        return InputError(
+            f"The line holds the byte 0x{raw[wrong.start]:02x}, which is no UTF-8; the file must "
+            "be text in UTF-8.",
+            where=_at(path, number),
+        )
+    if len(_header(raw)[1]) == 1:
+        return _without(columns, raw, path, columns)
+    lines = text.splitlines()
     width = lines[0].count(",") + 1
     for number, line in enumerate(lines, 1):
-        if '"' in line or "\ufffd" in line or (line.strip() and line.count(",") + 1 != width):
+        if '"' in line or (line.strip() and line.count(",") + 1 != width):
             return _malformed(line, width, path, number)
     return InputError(f"The file is not readable as CSV: {_first_line(error)}.", where=str(path))
 
@@ -370,8 +413,10 @@ def _column(
     bad = parsed.is_null().arg_true()
     if len(bad):
         row = int(bad[0])
+        text = frame[name][row]
+        said = f"{text!r}" if text and text.strip() else "an empty cell"
         raise InputError(
-            f"{name} is {frame[name][row]!r}; expected is a column of {expected}.",
+            f"{name} is {said}; expected is a column of {expected}.",
             where=_at(path, int(frame["line"][row])),
         )
     return parsed

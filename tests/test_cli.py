@@ -466,8 +466,14 @@ def test_check_says_what_policies_reckon_with_beside_what_is_sent(
 @pytest.mark.parametrize(
     ("arrivals", "said"),
     [
-        ('{kind="constant", rate_per_s=0.5}', "They arrive within 78 s, 0.513 requests/s on average."),
-        ('{kind="closed", num_users=4, think_s=1}', "Users send them in a closed loop, as they are"),
+        (
+            '{kind="constant", rate_per_s=0.5}',
+            "They arrive within 78 s, 0.513 requests/s on average.",
+        ),
+        (
+            '{kind="closed", num_users=4, think_s=1}',
+            "Users send them in a closed loop, as they are",
+        ),
     ],
 )
 def test_check_says_within_what_time_and_how_often_requests_arrive(
@@ -482,7 +488,11 @@ def test_check_says_within_what_time_and_how_often_requests_arrive(
     ("now", "rate_scale", "said"),
     [
         (1_740_000_000_000, 1, "look like milliseconds since 1970 .* last is 1,740,000,000,005"),
-        (1_740_000_000_000_000, 1, "microseconds since 1970 .* 1,000,000, or set rate_scale = 1000"),
+        (
+            1_740_000_000_000_000,
+            1,
+            "microseconds since 1970 .* 1,000,000, or set rate_scale = 1000",
+        ),
         (1.74e18, 1, "nanoseconds since 1970 .* and write the file anew"),
         (1_740_000_000_000, 1000, ""),
         (1_740_000_000, 1, ""),
