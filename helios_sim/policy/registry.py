@@ -365,8 +365,8 @@ def _check_watching(use: str, watching: Watching) -> None:
     window = watching.breach_window_tokens
     if window is not None and watching.breach_limit >= window:
         raise InputError(
-            f"Policy {use!r} watches breach_limit = {watching.breach_limit!r}; it must be below the "
-            f"{window} tokens of breach_window_tokens, or no window could exceed it."
+            f"Policy {use!r} watches breach_limit = {watching.breach_limit!r}; it must be below "
+            f"the {window} tokens of breach_window_tokens, or no window could exceed it."
         )
     if watching.window_kind not in get_args(WindowKind):
         raise InputError(
