@@ -379,7 +379,7 @@ def derive(
     ] = False,
 ) -> None:
     """Make a profile of a device that is not here, by scaling one of another device."""
-    from helios_sim.derive import device_of, write_derived
+    from helios_sim.derive import changes, device_of, write_derived
     from helios_sim.profile import load_profile
     from helios_sim.terminal import profiles_table
 
@@ -402,8 +402,11 @@ def derive(
             "from_flops_per_s": from_flops,
         },
     )
-    derived = write_derived(load_profile(source), own_name, device, out, overwrite)
+    given = load_profile(source)
+    derived = write_derived(given, own_name, device, out, overwrite)
     _console().print(profiles_table([derived.summary()]))
+    for text in changes(given, derived, device):
+        _say(text)
     _say(f"Profile: {out}")
 
 
