@@ -608,11 +608,14 @@ def _say_changed(summaries: Sequence[Mapping[str, Any]]) -> None:
 def _say_serving(
     environments: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Say above a table on which device its runs are, and of which models."""
-    from helios_sim.report.words import serving
+    """Say above a table on which device its runs are, of which models, and judged by what."""
+    from helios_sim.report.words import judged_by, serving
 
     for text in serving(environments, summaries):
         _say(text)
+    slo = judged_by(summaries)
+    if slo is not None:
+        _say(slo)
 
 
 def _say_extrapolated(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> None:

@@ -75,6 +75,21 @@ def test_simulate_writes_a_folder_a_policy_and_one_page(
     assert "Profile opt-a100-40gb has 35 published, 69 derived and 33 assumed numbers. " in printed
 
 
+def test_figures_are_told_with_the_limits_that_they_are_judged_by(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    one = ("--policy", "vanilla", "--set", 'slo.text="ttft:2s tpot:p95<60ms"', "--out", out)
+    assert run("simulate", scenario, *one) == 0
+    told = "SLO: TTFT ≤ 2 s, TPOT p95 ≤ 60 ms."
+    assert f"\n{told}\n" in capsys.readouterr().out
+    assert f"<li>{told}</li>" in (out / "report.html").read_text(encoding="utf-8")
+    assert run("compare", out / "vanilla", out / "vanilla") == 0
+    assert f"\n{told}\n" in capsys.readouterr().out
+    assert run("simulate", scenario, "--policy", "vanilla", "--out", out) == 0
+    assert "SLO" not in capsys.readouterr().out
+
+
 def test_json_of_two_policies_is_a_list_and_nothing_else(
     scenario: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,7 @@ from helios_sim.report.thinning import MAX_TIMELINE_POINTS
 from helios_sim.report.words import (
     device_of_all,
     headline,
+    judged_by,
     limits,
     number,
     remarks,
@@ -651,6 +652,17 @@ def test_remarks_name_the_price() -> None:
     assert "92 % of the tokens of helios" in said
     assert "Overloaded: vanilla." in said
     assert "helios 3" in said
+
+
+def test_one_run_is_told_the_limits_that_it_is_judged_by() -> None:
+    """Several are told them with what was met; runs of different limits are told apart."""
+    run = summary("vanilla", 100.0, 20.0, slo="ttft<2000ms;tpot:p95<50ms", slo_attainment=0.5)
+    assert remarks([run])[0] == "SLO: TTFT ≤ 2 s, TPOT p95 ≤ 50 ms."
+    assert not [text for text in remarks([summary("vanilla", 100.0, 20.0)]) if "SLO" in text]
+    other = run | {"label": "helios", "slo": "ttft<1s"}
+    assert judged_by([run, other]) == (
+        "SLO: TTFT ≤ 2 s, TPOT p95 ≤ 50 ms (vanilla); TTFT ≤ 1 s (helios)."
+    )
 
 
 def test_remarks_say_how_many_requests_were_shortened_or_left_out_and_why() -> None:

@@ -122,6 +122,12 @@ def serving(environments: Sequence[Mapping[str, Any]], summaries: Sequence[Summa
     return said
 
 
+def judged_by(summaries: Sequence[Summary]) -> str | None:
+    """The limits that goodput and attainment judge by; None where no run has any."""
+    told = [limits(one["slo"]) if one.get("slo") else "" for one in summaries]
+    return f"SLO: {_by_label(told, summaries)}." if any(told) else None
+
+
 def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
     """What the numbers of profiles are, and where none is measured what their figures tell.
 
@@ -402,7 +408,7 @@ def _latencies(pair: _Pair) -> str | None:
 def _slo_met(pair: _Pair) -> str | None:
     star = pair.star
     if not pair.is_comparison or not star.get("slo") or star.get("slo_attainment") is None:
-        return None
+        return judged_by([star])
     met = pair.figure("slo_attainment", 100.0)
     return f"SLO ({limits(star['slo'])}): met by {met} % of the requests sent."
 
