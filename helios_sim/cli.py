@@ -256,6 +256,7 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
     """Runs of the same requests beside each other, in a table and on a page."""
     from helios_sim.metrics import compare as compare_runs
     from helios_sim.records import read_run, read_summary
+    from helios_sim.report.words import labels_apart
 
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run was given; a comparison needs at least two.", "compare")
@@ -266,11 +267,18 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
     data = [read_run(path) for path in runs]
     summaries = [read_summary(path) for path in runs]
     rows = compare_runs(data, summaries, [str(path) for path in runs])
+    labels = labels_apart(
+        [run.label for run in data], [run.environment for run in data], [str(path) for path in runs]
+    )
+    told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
     page = None
     if out is not None:
+        from dataclasses import replace
+
         from helios_sim.publish import write_comparison
 
-        page = write_comparison(data, summaries, rows, out)
+        named = [replace(run, label=label) for run, label in zip(data, labels, strict=True)]
+        page = write_comparison(named, told, rows, out)
     if as_json:
         from dataclasses import asdict
 
@@ -278,10 +286,6 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
         return
     from helios_sim.terminal import comparison_table
 
-    labels = [run.label for run in data]
-    if len(set(labels)) < len(labels):
-        labels = [str(path) for path in runs]
-    told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
     _say_serving([run.environment for run in data], told)
     _console().print(comparison_table(rows, labels))
     _say_changed(told)

@@ -23,6 +23,7 @@ from helios_sim.records import (
     write_run,
 )
 from helios_sim.report import render
+from helios_sim.report.words import listed
 
 
 def check_results_target(out_dir: Path) -> None:
@@ -88,15 +89,25 @@ def write_page(
     runs: Sequence[RunData], summaries: Sequence[Mapping[str, Any]], target: Path
 ) -> None:
     """Write the page of one run or of several compared, under a temporary name first."""
-    scenario = runs[0].scenario
+    scenario = _common_scenario(runs)
+    labels = [run.label for run in runs]
+    compared = listed(labels) if len(labels) <= 3 else f"{len(labels)} runs"
     text = render(
         runs,
         summaries,
-        title=str(scenario.get("name", runs[0].label)),
+        title=str(scenario.get("name", compared if len(labels) == 1 else f"{compared} compared")),
         question=str(scenario.get("question", "")),
         notes=[str(note) for note in scenario.get("notes", [])],
     )
     write_page_text(text, target)
+
+
+def _common_scenario(runs: Sequence[RunData]) -> Mapping[str, Any]:
+    """The scenario of runs that differ in their policies alone; nothing of runs of several."""
+    first, *others = (
+        {key: value for key, value in run.scenario.items() if key != "policy"} for run in runs
+    )
+    return first if all(other == first for other in others) else {}
 
 
 def write_page_text(text: str, target: Path) -> None:

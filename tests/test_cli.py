@@ -154,6 +154,30 @@ def test_runs_can_be_compared_and_reported_again(
     assert {"output_throughput", "mean_ttft_ms"} <= {row["key"] for row in rows}
 
 
+def test_a_comparison_of_one_policy_on_two_devices_names_the_devices_and_no_scenario(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for name in ("opt-a100-40gb", "fast"):
+        if name == "fast":
+            command = ("profiles", "derive", "--from", "opt-a100-40gb", "--launch", "0.1ms")
+            assert run(*command, "--out", tmp_path / name) == 0
+        changes = ("--set", f"fleet.profile={name}", "--set", "question=Does it carry?")
+        one = ("--policy", "vanilla", *changes, "--out", tmp_path / f"on-{name}")
+        assert run("simulate", scenario, *one) == 0
+        runs.append(tmp_path / f"on-{name}" / "vanilla")
+    capsys.readouterr()
+    assert run("compare", *runs, "--out", tmp_path / "page.html") == 0
+    said = capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Serving: opt-6.7b of 2 candidates.\n" in said
+    assert "vanilla on opt-a100-40gb" in said
+    assert "<h1>vanilla on opt-a100-40gb and vanilla on fast compared</h1>" in page
+    assert "Both runs carry the load" in page
+    assert "vanilla on fast answers fastest" in page
+    assert 'class="question"' not in page
+
+
 def test_runs_of_different_workloads_are_refused_by_the_names_of_their_folders(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

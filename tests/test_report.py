@@ -39,6 +39,7 @@ from helios_sim.report.words import (
     device_of_all,
     headline,
     judged_by,
+    labels_apart,
     limits,
     number,
     remarks,
@@ -308,6 +309,32 @@ def test_runs_of_one_name_are_told_apart() -> None:
     """Two runs of one policy get a number in tables and figures."""
     page = make_page([make_run("vanilla"), make_run("vanilla", tpot_s=0.02)])
     assert "vanilla (2)" in text_of(page)
+
+
+def test_runs_are_told_apart_by_what_differs() -> None:
+    """By their labels, else by profile or device, else by their folders."""
+    same = {"profile": "a", "device": "A"}
+    folders = ["x/vanilla", "y/vanilla"]
+    assert labels_apart(["vanilla", "helios"], [same, same], folders) == ["vanilla", "helios"]
+    alike = ["vanilla", "vanilla"]
+    other = {"profile": "l40s", "device": "L40S"}
+    assert labels_apart(alike, [same, other], folders) == ["vanilla on a", "vanilla on l40s"]
+    board = {"profile": "a", "device": "B"}
+    assert labels_apart(alike, [same, board], folders) == ["vanilla on A", "vanilla on B"]
+    assert labels_apart(alike, [same, same], folders) == folders
+    assert labels_apart(alike, [same, {}], folders) == folders
+
+
+def test_runs_of_one_policy_are_called_runs() -> None:
+    runs = [
+        summary("vanilla on a", 100.0, 20.0, policy="vanilla", num_refused=1),
+        summary("vanilla on l40s", 100.0, 10.0, policy="vanilla", num_refused=1),
+    ]
+    assert headline(runs, 100.0, 1).startswith("Both runs carry the load of 100 tokens/s; ")
+    assert any(text.startswith("Every run refuses the same 1 req") for text in remarks(runs, 1))
+    for one in runs:
+        one["saturation"] = "overloaded"
+    assert headline(runs).startswith("Neither run carries the whole load")
 
 
 def test_runs_of_different_workloads_are_shown_unpaired() -> None:

@@ -36,6 +36,7 @@ from helios_sim.report.words import (
     headline,
     limits,
     listed,
+    noun_of,
     number,
     remarks,
     seeds_of,
@@ -204,7 +205,7 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     paired, same = _paired(runs, summaries)
     lead = _sent(runs, summaries)
     if same:
-        lead += " Every policy met the same requests."
+        lead += f" Every {noun_of(summaries)} met the same requests."
     return section("Comparison", lead, table, paired)
 
 

@@ -181,7 +181,7 @@ def headline(
     values = [summary[key] or 0.0 for summary in summaries]
     differ = max(values) > 1.02 * min(values)
     if not any(_carries(summary) for summary in summaries):
-        none = _none_carries(len(summaries), offered_tokens_per_s)
+        none = _none_carries(len(summaries), noun_of(summaries), offered_tokens_per_s)
         if differ:
             return f"{_unequal_load(summaries, values, noun, unit)}; {none}."
         served = [summary["output_throughput"] or 0.0 for summary in summaries]
@@ -204,11 +204,35 @@ def _carries(summary: Summary) -> bool:
     return summary["saturation"] != "overloaded" and _refused(summary) != "every request"
 
 
-def _none_carries(num: int, offered_tokens_per_s: float | None) -> str:
+def noun_of(summaries: Sequence[Summary]) -> str:
+    """What is compared: policies, or runs of one policy on other devices or with other settings."""
+    policies = {one.get("policy") for one in summaries}
+    return "run" if len(policies) == 1 and None not in policies else "policy"
+
+
+def _plural(noun: str) -> str:
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+
+
+def labels_apart(
+    labels: Sequence[str], environments: Sequence[Mapping[str, Any]], folders: Sequence[str]
+) -> list[str]:
+    """Labels that tell runs apart: their own, else with the profile or device, else the folder."""
+    told = list(labels)
+    for key in ("profile", "device"):
+        if len(set(told)) < len(told) and all(one.get(key) for one in environments):
+            told = [
+                f"{label} on {environment[key]}"
+                for label, environment in zip(labels, environments, strict=True)
+            ]
+    return told if len(set(told)) == len(told) else list(folders)
+
+
+def _none_carries(num: int, noun: str, offered_tokens_per_s: float | None) -> str:
     of_load = ""
     if offered_tokens_per_s is not None:
         of_load = f" of {number(offered_tokens_per_s)} tokens/s offered"
-    nobody = "neither policy" if num == 2 else f"none of the {num} policies"
+    nobody = f"neither {noun}" if num == 2 else f"none of the {num} {_plural(noun)}"
     return f"{nobody} carries the whole load{of_load}"
 
 
@@ -288,7 +312,7 @@ def _equal_load(
         verb = "carries" if len(carriers) == 1 else "carry"
         return f"{_labels(carriers)} {verb} the load{load}{but}; {_shortfalls(summaries)}"
     everyone = "Both" if len(summaries) == 2 else f"All {len(summaries)}"
-    carried = f"{everyone} policies carry the load{load}{but}"
+    carried = f"{everyone} {_plural(noun_of(summaries))} carry the load{load}{but}"
     figure = "median_tpot_ms"
     timed = [summary for summary in summaries if summary.get(figure) is not None]
     if not timed or first.get(figure) is None:
@@ -447,7 +471,7 @@ def _refused_by_all(summaries: Sequence[Summary], num_refused: int) -> str | Non
     if not num_refused:
         return None
     return (
-        f"Every policy refuses the same {counted(num_refused, 'request')} of "
+        f"Every {noun_of(summaries)} refuses the same {counted(num_refused, 'request')} of "
         f"{number(summaries[0]['num_requests'])}, longer than the context or than memory holds; "
         "no SLO forgives a refusal."
     )
