@@ -786,9 +786,12 @@ COMPARED: Final[tuple[tuple[str, str, str, str, Better | None], ...]] = (
     ("num_evaluations", "Evaluations", "", "Decisions", None),
     ("num_switches", "Switches", "", "Decisions", None),
     ("num_loads", "Loads of more layers", "", "Decisions", None),
-    ("switch_time_s", "Serves, switches, loads", "s", "Decisions", "lower"),
+    ("switch_time_s", "Serves, switches, loads", "s", "Decisions", None),
 )
 """Figures that a comparison shows: key, title, unit, group, and which direction is better."""
+
+_OF_OTHER_WORK: Final = frozenset({"switch_time_s"})
+"""Figures without a ratio: a first load counts where a policy serves at once, not in evaluations."""
 
 _LESS_IS_BETTER: Final = frozenset(
     (
@@ -868,7 +871,7 @@ def comparison_rows(
         if all(value is None for value in values):
             continue
         numbers = [value if isinstance(value, int | float) else None for value in values]
-        base = numbers[0]
+        base = None if key in _OF_OTHER_WORK else numbers[0]
         ratios = tuple(value / base if value is not None and base else None for value in numbers)
         rows.append(
             ComparisonRow(
