@@ -457,6 +457,23 @@ def test_memory_for_no_candidate_names_the_key_what_was_given_and_what_suffices(
         assert ("No candidate fits" in capsys.readouterr().err) == refused
 
 
+def test_a_device_too_small_for_every_candidate_is_reported_under_its_profile(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scenario sets no memory, so that key is not where the mistake is."""
+    command = ("profiles", "derive", "--from", "opt-a100-40gb", "--memory", "0.5GB")
+    assert run(*command, "--out", tmp_path / "tiny") == 0
+    capsys.readouterr()
+    assert run("scenario", "check", scenario, "--set", "fleet.profile=tiny") == 2
+    error = capsys.readouterr().err
+    assert f"{scenario}, fleet.profile: No candidate fits at any exit" in error
+    assert re.search(
+        r"device's memory, 500,000,000 .*; name a smaller candidate or a device of at least [0-9,]+ "
+        r"bytes\.",
+        error,
+    )
+
+
 # A context of 2,048 tokens, and a pool that holds 1,217 beside the whole OPT-6.7B.
 @pytest.mark.parametrize(
     ("memory_bytes", "said"),
