@@ -791,7 +791,7 @@ COMPARED: Final[tuple[tuple[str, str, str, str, Better | None], ...]] = (
 """Figures that a comparison shows: key, title, unit, group, and which direction is better."""
 
 _OF_OTHER_WORK: Final = frozenset({"switch_time_s"})
-"""Figures without a ratio: a first load counts where a policy serves at once, not in evaluations."""
+"""Figures without a ratio, since they leave out what a policy that evaluates first loads for it."""
 
 _LESS_IS_BETTER: Final = frozenset(
     (

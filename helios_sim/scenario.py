@@ -415,7 +415,7 @@ _SIZE: Final = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kKMGT]?)(i?)[bB]")
 
 
 def _in_toml(given: str, kind: str, place: str) -> str:
-    """The rule with an example of how a text is meant to be written; empty where none is at hand."""
+    """The rule with an example of how the text is to be written; empty where there is none."""
     if kind == "tuple_type" and len(given) <= 60:
         words = [word.strip(" \"'") for word in given.strip(" []").split(",")]
         array = f"[{', '.join(json.dumps(word, ensure_ascii=False) for word in words)}]"

@@ -468,8 +468,8 @@ def test_a_device_too_small_for_every_candidate_is_reported_under_its_profile(
     error = capsys.readouterr().err
     assert f"{scenario}, fleet.profile: No candidate fits at any exit" in error
     assert re.search(
-        r"device's memory, 500,000,000 .*; name a smaller candidate or a device of at least [0-9,]+ "
-        r"bytes\.",
+        r"device's memory, 500,000,000 .*; name a smaller candidate or a device of at least "
+        r"[0-9,]+ bytes\.",
         error,
     )
 

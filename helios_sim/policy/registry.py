@@ -339,7 +339,7 @@ def _check_protocol(use: str, policy: object) -> None:
         )
     assert isinstance(watching, Watching)
     # No confidence lies outside of this, so such a threshold would turn exits off without a word.
-    if threshold is not None and not 0.0 <= threshold <= 1.0:
+    if isinstance(threshold, (int, float)) and not 0.0 <= threshold <= 1.0:
         raise InputError(
             f"Policy {use!r} has confidence_threshold = {threshold!r}; it must be a number from 0 "
             "to 1, or None (the profile's)."
