@@ -189,10 +189,13 @@ def check_room(room: Room, where: str) -> None:
         if int(total * fleet.memory_utilisation) < utilised:  # by a rounding
             total += 1
         key, enough = "memory_bytes", f"at least {total:,}"
+    mend = f"give fleet.{key} of {enough}"
+    if key == "memory_bytes" and fleet.memory_bytes is None:
+        key, mend = "profile", f"name a smaller candidate or a device of {enough} bytes"
     name, depth = smallest
     raise InputError(
         f"No candidate fits at any exit, not even {name!r} at depth {depth}: "
-        f"{room.shortage(name, depth)}; give fleet.{key} of {enough}.",
+        f"{room.shortage(name, depth)}; {mend}.",
         f"{where}, fleet.{key}",
     )
 

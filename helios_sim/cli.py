@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from helios_sim.fidelity import Sides
     from helios_sim.scenario import Scenario
     from helios_sim.search.commands import Output, Running
+    from helios_sim.workload import Requests
 
 app = typer.Typer(
     name="helios",
@@ -264,6 +265,7 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
     """Runs of the same requests beside each other, in a table and on a page."""
     from helios_sim.comparison import compare as compare_runs
     from helios_sim.records import read_run, read_summary
+    from helios_sim.report.words import labels_apart
 
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run was given; a comparison needs at least two.", "compare")
@@ -274,11 +276,18 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
     data = [read_run(path) for path in runs]
     summaries = [read_summary(path) for path in runs]
     rows = compare_runs(data, summaries, [str(path) for path in runs])
+    labels = labels_apart(
+        [run.label for run in data], [run.environment for run in data], [str(path) for path in runs]
+    )
+    told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
     page = None
     if out is not None:
+        from dataclasses import replace
+
         from helios_sim.publish import write_comparison
 
-        page = write_comparison(data, summaries, rows, out)
+        named = [replace(run, label=label) for run, label in zip(data, labels, strict=True)]
+        page = write_comparison(named, told, rows, out)
     if as_json:
         from dataclasses import asdict
 
@@ -286,12 +295,9 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
         return
     from helios_sim.terminal import comparison_table
 
-    labels = [run.label for run in data]
-    if len(set(labels)) < len(labels):
-        labels = [str(path) for path in runs]
-    told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
     _say_serving([run.environment for run in data], told)
     _console().print(comparison_table(rows, labels))
+    _say_changed(told)
     _say_extrapolated(labels, summaries)
     if page is not None:
         _say(f"Page: {page}")
@@ -430,7 +436,7 @@ def derive(
     """Make a profile of a device or of models that are not here, by scaling those of another."""
     from dataclasses import replace
 
-    from helios_sim.derive import device_of, tells_a_device, write_derived
+    from helios_sim.derive import changes, device_of, tells_a_device, write_derived
     from helios_sim.derive_model import figures_of, wanted_of, write_with_models
     from helios_sim.profile import load_profile
     from helios_sim.report.words import standing_in
@@ -462,6 +468,8 @@ def derive(
     if not wanted:
         derived = write_derived(given, own_name, device, out, overwrite)
         _console().print(profiles_table([derived.summary()]))
+        for text in changes(given, derived, device):
+            _say(text)
         _say(f"Profile: {out}")
         return
     if device_name is None and not tells_a_device(device):
@@ -474,6 +482,8 @@ def derive(
     likes = {one: derived.stand_ins[one] for one in names}
     figures = figures_of(derived, list(dict.fromkeys([*names, *likes.values()])))
     _console().print(model_figures_table(figures))
+    for text in changes(given, derived, device):
+        _say(text)
     for one in wanted:
         if one.like is None:
             _say(
@@ -504,6 +514,13 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
         read_tune(question, scenario.parent, str(scenario))
     policies = ", ".join(f"{policy.name!r}" for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
+    _say(_arrivals(requests))
+    if question.workload.trace is not None and question.workload.replays_arrivals:
+        from helios_sim.traces import doubtful_times
+
+        doubt = doubtful_times(question.workload.trace, scenario.parent)
+        if doubt is not None:
+            _say(doubt)
     if requests.num_dropped:
         _say(f"Rows of the trace left out because they hold no request: {requests.num_dropped:,}.")
     if shortened:
@@ -529,6 +546,18 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
             f"Up to {by_some:,}{' more' if by_all else ''} will be refused where a candidate or a "
             f"depth serves that cannot hold them; the least holds {least:,} tokens."
         )
+
+
+def _arrivals(requests: Requests) -> str:
+    """Within what time requests arrive and how many a second, which shows a mistaken unit."""
+    from helios_sim.report.words import number, span
+
+    if requests.user is not None:
+        return "Users send them in a closed loop, as they are answered."
+    if requests.span_s <= 0.0:
+        return "They arrive at one moment."
+    rate = number(len(requests) / requests.span_s)
+    return f"They arrive within {span(requests.span_s)}, {rate} requests/s on average."
 
 
 @scenario_app.command("schema")
@@ -649,17 +678,29 @@ def _show(results: Sequence[Result]) -> None:
             f"These are the runs of seed {first}; means and 95 % intervals over the seeds {first} "
             f"to {last} are on the page and under replications in the summary.json of each run."
         )
+    _say_changed(summaries)
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
+
+
+def _say_changed(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Say below a table how many requests were not sent as the workload has them."""
+    from helios_sim.report.words import changed_requests
+
+    for text in changed_requests(summaries):
+        _say(text)
 
 
 def _say_serving(
     environments: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Say above a table on which device its runs are, and of which models."""
-    from helios_sim.report.words import serving
+    """Say above a table on which device its runs are, of which models, and judged by what."""
+    from helios_sim.report.words import judged_by, serving
 
     for text in serving(environments, summaries):
         _say(text)
+    slo = judged_by(summaries)
+    if slo is not None:
+        _say(slo)
 
 
 def _say_extrapolated(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> None:

@@ -134,6 +134,20 @@ def share_of_bytes(part: Part, peaks: tuple[float, float]) -> float:
 MOST: Final = 1000.0
 """How many times another device may differ: beyond it a unit was forgotten."""
 
+_POSSIBLE: Final[Mapping[str, tuple[float, float, str]]] = {
+    "launch_s": (1e-7, 5e-3, "a layer's floor is some 34 launches, of about 0.01 ms each eagerly"),
+    "fixed_s": (1e-7, 0.05, "an iteration takes about 1 ms beside its layers"),
+    **{
+        key: (0.5, 5000.0, "boards draw from a few watts to a few kilowatts")
+        for key in ("limit_w", "idle_w", "active_w", "load_w")
+    },
+}
+"""Between which values a device can be at all, and why; watts are of one GPU.
+
+Milliseconds taken for seconds, or kilowatts for watts, lie outside, though not a thousand times
+from the given profile. The upper bar of launches is ten times what eager PyTorch needs.
+"""
+
 _DECIMAL: Final = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY: Final = {f"{prefix}i": 2.0 ** (10 * at) for at, prefix in enumerate("KMGT", start=1)}
 _UNITS: Final[dict[str, dict[str, float]]] = {
@@ -141,8 +155,24 @@ _UNITS: Final[dict[str, dict[str, float]]] = {
     "bytes/s": {f"{prefix}B/s": size for prefix, size in (_DECIMAL | _BINARY).items()},
     "flops": {f"{prefix}FLOP/s": size for prefix, size in _DECIMAL.items()},
     "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
-    "watts": {"W": 1.0},
+    "watts": {"W": 1.0, "kW": 1e3},
 }
+_WORDS: Final = {"G": "giga", "T": "tera", "P": "peta"}
+_SPELT: Final[dict[str, dict[str, float]]] = {
+    "bytes": {
+        said: size
+        for unit, size in _UNITS["bytes"].items()
+        for said in (unit.lower(), unit.upper())
+    },
+    "flops": {
+        f"{said}{flops}": size
+        for prefix, size in _DECIMAL.items()
+        for said in (prefix, prefix.lower(), _WORDS.get(prefix, prefix))
+        for flops in ("FLOPS", "FLOPs", "flops", "FLOP/s", "flop/s")
+    },
+    "watts": {"w": 1.0, "kw": 1e3, "KW": 1e3},
+}
+"""How data sheets spell units too. `Gb` is left out, which are bits, and so are rates in `gb/s`."""
 _EXAMPLES: Final = {
     "bytes": "bytes, such as 48GiB",
     "bytes/s": "bytes a second, such as 864GB/s or 864e9",
@@ -207,7 +237,7 @@ def amount(text: str, option: str, kind: str) -> float:
     found = _AMOUNT.fullmatch(text)
     units = _UNITS[kind]
     try:
-        value = float(found[1]) * units[found[2]] if found and found[2] else float(text)
+        value = float(found[1]) * _size(found[2], kind) if found and found[2] else float(text)
     except (KeyError, ValueError):
         value = math.nan
     if not 0.0 < value < math.inf:
@@ -217,6 +247,11 @@ def amount(text: str, option: str, kind: str) -> float:
             option,
         )
     return value
+
+
+def _size(unit: str, kind: str) -> float:
+    """How many base units a unit is; KeyError where it is none of its kind."""
+    return (_UNITS[kind] | _SPELT.get(kind, {}))[unit]
 
 
 def derive(profile: Profile, name: str, device: Device) -> dict[str, Any]:
@@ -260,6 +295,59 @@ def write_derived(
     document = derive(profile, name, device)
     traces = profile.exits.path if isinstance(profile.exits, TraceExits) else None
     return save_profile(document, folder, traces=traces, overwrite=overwrite)
+
+
+_SHOWN: Final = {
+    "bytes": ("GiB", 2.0**30),
+    "bytes/s": ("GB/s", 1e9),
+    "flops": ("TFLOP/s", 1e12),
+    "seconds": ("ms", 1e-3),
+    "watts": ("W", 1.0),
+}
+"""The unit in which a kind of amount is told, and its size."""
+
+
+def changes(given: Profile, derived: Profile, device: Device) -> list[str]:
+    """What each figure of the device was and what it is now; what stayed is left out."""
+    told: list[tuple[str, str, float | None, float | None]] = []
+    was = _Derivation(given, derived.name, device).peaks
+    if was is not None:
+        told.append(("memory bandwidth", "bytes/s", was[0], device.bytes_per_s or was[0]))
+        told.append(("peak", "flops", was[1], device.flops_per_s or was[1]))
+    told.append(
+        ("memory", "bytes", float(given.device.memory_bytes), float(derived.device.memory_bytes))
+    )
+    for what, link in (("link from the host", "host"), ("disk", "disk")):
+        rates = [getattr(one.loading, link).bytes_per_s for one in (given, derived)]
+        told.append((what, "bytes/s", rates[0], rates[1]))
+    for what, key, kind in (
+        ("launch floor of a layer", "decode.launch_s", "seconds"),
+        ("fixed part of an iteration", "decode.fixed_s", "seconds"),
+        ("power limit", "power.limit_w", "watts"),
+    ):
+        for model, entry in given.models.items():
+            if model in derived.models:
+                there = derived.models[model].coefficients[key]
+                told.append((what, kind, entry.coefficients[key], there))
+    told += [
+        ("idle power", "watts", given.device.idle_w, derived.device.idle_w),
+        ("active power", "watts", given.device.active_w, derived.device.active_w),
+        ("power while weights move", "watts", given.device.load_w, derived.device.load_w),
+    ]
+    # Models whose figures are alike share a line.
+    return list(
+        dict.fromkeys(
+            f"{what[0].upper()}{what[1:]}: {_shown(own, kind)}, where {given.name} has "
+            f"{_shown(there, kind)}."
+            for what, kind, there, own in told
+            if own != there
+        )
+    )
+
+
+def _shown(value: float | None, kind: str) -> str:
+    unit, size = _SHOWN[kind]
+    return "none" if value is None else f"{value / size:.5g} {unit}"
 
 
 @dataclass(frozen=True)
@@ -318,11 +406,30 @@ class _Derivation:
                 f"allowed are {allowed}.",
                 "helios profiles derive",
             )
+        for key in _POSSIBLE:
+            self._check_possible(key)
         for model in self.profile.models.values():
             self._check_near("fixed_s", model.coefficients["decode.fixed_s"] or 0.0)
         self._check_near("memory_bytes", self.profile.device.memory_bytes)
         self._check_near("host_bytes_per_s", self.profile.loading.host.bytes_per_s)
         self._check_near("disk_bytes_per_s", self.profile.loading.disk.bytes_per_s)
+
+    def _check_possible(self, key: str) -> None:
+        """Refuse a number that no device has, whatever the given profile says."""
+        value = getattr(self.device, key)
+        option, kind = OPTIONS[key]
+        least, most, why = _POSSIBLE[key]
+        if kind == "watts":
+            num = self.profile.device.num_gpus
+            least, most = least * num, most * num
+        if value is None or least <= value <= most:
+            return
+        unit = _base_unit(kind)
+        raise InputError(
+            f"{value:g} {unit} was given, which no device has: {why}; allowed is {least:g} to "
+            f"{most:g} {unit}, so give {_EXAMPLES[kind]}.",
+            option,
+        )
 
     def _check_near(self, key: str, there: float) -> None:
         """Refuse a number that is out of all proportion to that of the given profile."""

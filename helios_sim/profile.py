@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -565,10 +566,22 @@ def _find(name_or_path: str | Path, search_path: Path | None) -> Path:
                 where=str(place),
             )
     raise InputError(
-        f"Profile {str(name_or_path)!r} was not found.{did_you_mean(str(name_or_path), shipped)} "
+        f"Profile {str(name_or_path)!r} was not found."
+        f"{did_you_mean(str(given), [*_folders_beside(given, places), *shipped])} "
         f"Give a profile folder or one of the shipped profiles {listed(shipped)}.",
         where=str(places[0]),
     )
+
+
+def _folders_beside(given: Path, places: list[Path]) -> list[str]:
+    """Profiles in the folders where a path was looked up, by paths like the one that was given."""
+    found: list[str] = []
+    for folder in dict.fromkeys(place.parent for place in places):
+        # A folder that cannot be listed, or a path without a name, has nothing near it.
+        with suppress(OSError, ValueError):
+            names = [entry.name for entry in folder.iterdir() if (entry / PROFILE_FILE).is_file()]
+            found += [str(given.with_name(name)) for name in sorted(names)]
+    return found
 
 
 def _read_json(path: Path) -> Any:

@@ -36,6 +36,7 @@ from helios_sim.report.words import (
     headline,
     limits,
     listed,
+    noun_of,
     number,
     remarks,
     seeds_of,
@@ -92,15 +93,15 @@ def render(
 ) -> str:
     """The page of one run, or of several policies compared; the first is what ratios refer to.
 
-    Title, question and notes are those of its scenario unless given.
+    Title, question and notes are those of their scenario unless given, if they share one.
     """
     if not runs or len(runs) != len(summaries):
         raise InputError(
             f"A report was asked of {len(runs)} runs with {len(summaries)} summaries; at "
             "least one run is needed, with a summary each."
         )
-    scenario = runs[0].scenario
-    title = str(scenario.get("name", runs[0].label)) if title is None else title
+    scenario = _common_scenario(runs)
+    title = str(scenario.get("name", _title_of(runs))) if title is None else title
     question = str(scenario.get("question", "")) if question is None else question
     told = [str(note) for note in scenario.get("notes", [])] if notes is None else notes
     runs, summaries = _told_apart(runs, summaries)
@@ -121,6 +122,22 @@ def render(
         _provenance(runs),
     ]
     return document(title, sections, drawn)
+
+
+def _common_scenario(runs: Sequence[RunData]) -> Mapping[str, Any]:
+    """The scenario of runs that differ in their policies alone; nothing of runs of several."""
+    first, *others = (
+        {key: value for key, value in run.scenario.items() if key != "policy"} for run in runs
+    )
+    return first if all(other == first for other in others) else {}
+
+
+def _title_of(runs: Sequence[RunData]) -> str:
+    """What the page of runs of several scenarios is called."""
+    labels = [run.label for run in runs]
+    if len(labels) == 1:
+        return labels[0]
+    return f"{listed(labels) if len(labels) <= 3 else f'{len(labels)} runs'} compared"
 
 
 def _told_apart(
@@ -210,7 +227,7 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     paired, same = _paired(runs, summaries)
     lead = _sent(runs, summaries)
     if same:
-        lead += " Every policy met the same requests."
+        lead += f" Every {noun_of(summaries)} met the same requests."
     return section("Comparison", lead, table, paired)
 
 
