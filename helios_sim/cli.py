@@ -482,8 +482,9 @@ def derive(
     likes = {one: derived.stand_ins[one] for one in names}
     figures = figures_of(derived, list(dict.fromkeys([*names, *likes.values()])))
     _console().print(model_figures_table(figures))
-    for text in changes(given, derived, device):
-        _say(text)
+    if tells_a_device(device):
+        for text in changes(given, derived, device):
+            _say(text)
     for one in wanted:
         if one.like is None:
             _say(
