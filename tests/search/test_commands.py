@@ -19,6 +19,7 @@ import polars as pl
 import pytest
 
 from helios_sim.cli import main
+from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.profile import load_profile
@@ -829,6 +830,24 @@ def test_an_unfinished_search_is_not_thrown_away_without_a_word(tmp_path: Path) 
         tune(path, [], inline(out))
     tune(path, [], inline(out, resume=True))
     assert results(out) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_no_result_of_an_earlier_search_outlives_the_start_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """The next one is killed before its first point; what it left is no finished search."""
+    path, out = write(tmp_path), tmp_path / "out"
+    plan(path, [], inline(out))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helios_sim.search.commands.carry_out", killed)
+    with pytest.raises(Interrupted):
+        plan(path, ["plan.precision=0.2"], inline(out, resume=resume))
+    assert [file.name for file in out.iterdir()] == ["points"]
+    assert bool(list((out / "points").iterdir())) is resume
 
 
 def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path: Path) -> None:
