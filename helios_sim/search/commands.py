@@ -22,6 +22,7 @@ from helios_sim.search.plan import (
     check_answerable,
     headroom_study,
     make_plan,
+    no_plan,
     plan_studies,
     read_plan,
 )
@@ -121,7 +122,16 @@ def plan(path: Path, changes: Sequence[str], running: Running) -> Said:
             carry_out(mine, workers, store, on_point)
             return _shard_done(running, store, len(mine), len(studies), "fleets", out)
         answers = carry_out(studies, workers, store, on_point)
-        best = check_answerable(question, answers)
+        try:
+            best = check_answerable(question, answers)
+        except InputError as error:
+            found = no_plan(question, answers, error.message)
+            page = plan_page(found).encode()
+            files = {RESULTS: parquet_bytes(plan_records(found)), REPORT_FILE: page}
+            write_results(out, store, files)
+            raise InputError(
+                f"{error.message} All loads are in {out}.\nPage: {out / REPORT_FILE}", error.where
+            ) from error
         (best,) = carry_out([headroom_study(question, best)], workers, store, on_point)
         found = make_plan(question, answers, best)
         scenario = planned_scenario(found)

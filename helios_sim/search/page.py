@@ -41,13 +41,16 @@ MAX_TRIALS: Final = 20
 """Trials in the table of a page."""
 
 
-def plan_page(plan: Plan, scenario: Scenario) -> str:
-    """The page of a plan; `scenario` is the recommended one."""
+def plan_page(plan: Plan, scenario: Scenario | None = None) -> str:
+    """The page of a plan; `scenario` is the recommended one, if one is."""
     question = plan.question
     drawn: dict[str, Figure] = {}
     settings = question.settings
     sized = question.target_per_s is not None
     compared = [one for one in plan.answers if one.loads]
+    shown = ": the recommended one whole, one replica of the others." if sized else "."
+    if plan.why_none:
+        shown = ": one replica of each." if sized else "."
     sections = [
         _opening(question.scenario, plan_headline(plan), plan_remarks(plan)),
         section(
@@ -63,8 +66,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
         ),
         section(
             "Attainment against rate",
-            "Where each fleet stops carrying its load"
-            + (": the recommended one whole, one replica of the others." if sized else "."),
+            f"Where each fleet stops carrying its load{shown}",
             add_figure(
                 drawn,
                 "attainment",
@@ -74,7 +76,9 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 f"{100 * settings.confidence:g} % bounds on either side. Dotted: the share that "
                 "is needed" + (", and the target rate." if sized else "."),
             ),
-        ),
+        )
+        if compared
+        else "",
         section(
             "Frontiers",
             f"What a rate costs in energy, and what users see against what a {question.device} "
@@ -88,9 +92,11 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 "Every rate that was measured; open marks miss the SLO. Up and to the left is "
                 "better in the first, up and to the right in the second.",
             ),
-        ),
+        )
+        if compared
+        else "",
         _day(plan, drawn),
-        _evidence(plan.best),
+        _evidence(plan.best) if plan.best.loads else "",
         _notes(question.scenario),
         section(
             "How it was found",
@@ -101,7 +107,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 if question.prices is not None
                 else []
             ),
-            _scenario("The recommended scenario", scenario),
+            _scenario("The recommended scenario", scenario) if scenario is not None else "",
         ),
     ]
     return document(f"{question.scenario.name}: plan", sections, drawn)
@@ -247,6 +253,8 @@ def _table(cells: Cells, swatches: bool = False) -> str:
 
 def _ranking(plan: Plan) -> str:
     device, has_prices = plan.question.device, plan.question.prices is not None
+    if plan.why_none:
+        return "None is enough; the nearest comes first. Capacities have their bounds."
     if plan.question.target_per_s is None:
         by = "cost a million tokens" if has_prices else f"requests/s carried by a {device}"
         return f"Ranked by {by}; capacities with their bounds."
@@ -444,6 +452,8 @@ def _method(plan: Plan) -> str:
 
 def _figures_of(plan: Plan) -> str:
     """Where the figures of the planned fleets come from."""
+    if all(one.planned is None for one in plan.answers):
+        return ""
     alike = "Energy, agreement and cost of a fleet are those of"
     if all(one.is_one_run for one in plan.answers if one.planned is not None):
         return f"{alike} one run of its whole scenario at the planned rate."

@@ -38,6 +38,8 @@ def bracket(capacity: Capacity) -> str:
 
 def plan_headline(plan: Plan) -> str:
     """The answer in one sentence."""
+    if plan.why_none:
+        return plan.why_none
     best, target = plan.best, plan.question.target_per_s
     assert best.capacity is not None and best.planned is not None
     agreement = best.agreement
@@ -77,7 +79,8 @@ def _in_full(plan: Plan) -> str:
 
 def plan_remarks(plan: Plan) -> list[str]:
     """What has to be said beside the headline."""
-    return [text for part in _PLAN_REMARKS for text in part(plan)]
+    parts = _NO_PLAN_REMARKS if plan.why_none else _PLAN_REMARKS
+    return [text for part in parts for text in part(plan)]
 
 
 def _objective(plan: Plan) -> list[str]:
@@ -150,7 +153,8 @@ def _constraints(plan: Plan) -> list[str]:
     constraints = plan.question.constraints
     if not str(constraints):
         return []
-    found = [f"Constraints: {constraints}; kept by what is recommended."]
+    kept = "" if plan.why_none else "; kept by what is recommended"
+    found = [f"Constraints: {constraints}{kept}."]
     for one in plan.answers:
         if one.broken:
             what = listed([in_words(each) for each in one.broken])
@@ -226,7 +230,7 @@ def _failure(plan: Plan, answer: FleetAnswer) -> str:
     most = plan.question.settings.max_replicas
     why = "" if answer.bottleneck is None else f": {answer.bottleneck.evidence}"
     return (
-        f"{name} does not surely carry it with {most} replicas; one carries "
+        f"{name} does not surely carry it with {counted(most, 'replica')}; one carries "
         f"{number(capacity.rate_per_s, 4)} requests/s{why}."
     )
 
@@ -281,6 +285,16 @@ _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
     _extrapolations,
 )
 """What is said of a plan, in this order."""
+
+_NO_PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
+    _objective,
+    _constraints,
+    _left_out,
+    _failures,
+    _grades,
+    _extrapolations,
+)
+"""What is said of a plan that recommends nothing, in this order."""
 
 
 def short_words(traffic: Traffic, load: Load) -> str:

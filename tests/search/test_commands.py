@@ -380,6 +380,63 @@ def test_constraints_that_no_fleet_keeps_are_told_with_the_nearest(tmp_path: Pat
     path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"constraints": "tpot:p99<1ms"})
     with pytest.raises(InputError, match=r"Nearest comes 'vanilla' and breaks tpot:p99<=1ms \(r"):
         plan(path, [], inline(tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Not recommended: vanilla, which breaks tpot:p99&lt;=1ms (reached" in page
+    assert "kept by what is recommended" not in page
+
+
+TOO_SMALL = {"target_rate_per_s": 60.0, "max_replicas": 1}
+"""A target that one replica carries at no rate that a policy of the tests has."""
+
+
+def test_a_plan_that_finds_no_fleet_ends_with_a_page_that_says_why_each_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line says that it found none by its exit code too."""
+    policies = [{"use": "vanilla", "model": "opt-6.7b"}, {"use": "static-depth", "depth": 31}]
+    path, out = write(tmp_path, policy=policies, plan=TOO_SMALL), tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(path), "--out", str(out), "--processes", "1"])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    no = "No fleet of up to 1 replica carries 60 requests/s; one replica of"
+    assert told.startswith(f"helios: {path}, plan.max_replicas: {no}")
+    assert told.endswith(f" All loads are in {out}.\nPage: {out / 'report.html'}\n")
+    page = (out / "report.html").read_text()
+    assert f'<p class="headline">{no}' in page
+    for name in ("vanilla", "static-depth"):
+        assert f"<li>{name} " in page
+    for title in ("Attainment against rate", "Evidence", "How it was found"):
+        assert f"<h2>{title}</h2>" in page
+    assert "recommended" not in re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.DOTALL)
+    frame = pl.read_parquet(out / "results.parquet")
+    assert set(frame["policy"]) == {"vanilla", "static-depth"}
+    assert not frame["planned"].any()
+    assert sorted(file.name for file in out.iterdir()) == [
+        *("points", "report.html", "results.parquet")
+    ]
+
+
+def test_a_plan_that_found_no_fleet_is_ended_and_may_be_corrected_in_its_folder(
+    tmp_path: Path,
+) -> None:
+    policy = [{"use": "vanilla", "model": "opt-6.7b"}]
+    path, out = write(tmp_path, policy=policy, plan=TOO_SMALL), tmp_path / "out"
+    with pytest.raises(InputError, match="Give more max_replicas"):
+        plan(path, [], inline(out))
+    said = plan(path, ["plan.max_replicas=64"], inline(out))
+    assert said.sentences[0].startswith("60 requests/s take ")
+    assert (out / "scenario.toml").is_file()
+
+
+def test_fleets_that_cannot_serve_at_all_are_on_the_page_with_their_reasons(tmp_path: Path) -> None:
+    policies = [{"use": "vanilla", "model": "opt-66b"}, {"use": "static-depth", "depth": 7}]
+    with pytest.raises(InputError, match="No fleet can serve this at all"):
+        plan(write(tmp_path, policy=policies), [], inline(tmp_path / "out"))
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert re.search(r"<li>vanilla cannot serve this: .*'opt-66b'", page)
+    assert re.search(r"<li>static-depth cannot serve this: .*'depth' was given 7", page)
+    assert "<h2>Evidence</h2>" not in page
 
 
 def test_a_fleet_that_fails_since_it_evaluates_is_said_to_in_one_line(tmp_path: Path) -> None:
