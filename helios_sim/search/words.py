@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from helios_sim.profile import Profile
+from helios_sim.questions import MAX_PEAK_FACTOR
 from helios_sim.report.words import counted, extrapolated, limits, listed, number, span, worth
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
@@ -235,6 +236,32 @@ def _failure(plan: Plan, answer: FleetAnswer) -> str:
     )
 
 
+def _peak_missed(plan: Plan) -> list[str]:
+    """That the busiest window is not carried at the mean rate asked for, where it is not.
+
+    A peak factor says how far above the mean the target lies, so that the mean is below it.
+    """
+    question, capacity = plan.question, plan.best.capacity
+    assert capacity is not None
+    if not question.traffic.replays:
+        return []
+    target, settings = question.target_per_s, question.settings
+    mean = question.traffic.rate_per_s if target is None else target / settings.peak_factor
+    factor = question.traffic.peak_factor
+    if factor < 1.0 + ALIKE or mean * factor <= capacity.rate_per_s:
+        return []
+    whose = "The scenario's own rate is a mean of" if target is None else "The target is a mean of"
+    helps = ""
+    if factor <= MAX_PEAK_FACTOR:
+        asked = f"plan.target_rate_per_s = {mean:.4g} and " if target is None else ""
+        peak = f"plan.peak_factor = {math.ceil(100 * factor) / 100:g}"
+        helps = f"; give {asked}{peak} for a fleet that carries that window too"
+    return [
+        f"{whose} {number(mean, 4)} requests/s, at which the busiest window of the trace has "
+        f"{number(mean * factor, 4)} and is not carried{helps}."
+    ]
+
+
 def _peak(plan: Plan) -> list[str]:
     """That every window is played at one rate, and which mean rate the busiest one allows."""
     assert plan.best.capacity is not None
@@ -270,6 +297,7 @@ def _unlike_the_trace(plan: Plan) -> list[str]:
 _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
     _objective,
     _carried,
+    _peak_missed,
     _breaks_first,
     _too_short,
     _peak,

@@ -504,7 +504,7 @@ def test_the_peak_of_a_trace_is_said_beside_a_capacity_of_even_windows(tmp_path:
     """300 requests in 100 s and 100 in 6.67 s: 3.75 a second on average, 15 in the last window."""
     changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4", "plan.max_replications=3"]
     said = plan(bursty(tmp_path), changes, inline(tmp_path / "out"))
-    (told,) = [one for one in said.sentences if "busiest" in one]
+    (told,) = [one for one in said.sentences if "busiest has" in one]
     found = re.search(
         r"busiest has ([\d.]+) times the mean rate of the trace: a mean of (\S+)", told
     )
@@ -513,6 +513,36 @@ def test_the_peak_of_a_trace_is_said_beside_a_capacity_of_even_windows(tmp_path:
     (carried,) = [row["rate_per_s"] for row in said.rows if row["planned"]]
     assert factor == pytest.approx(4.0, rel=0.02)
     assert factor * mean == pytest.approx(carried, rel=0.01)
+    assert carried < 15.0
+    (told,) = [one for one in said.sentences if "not carried" in one]
+    assert re.match(r"The scenario's own rate is a mean of 3\.7\d* requests/s, at which", told)
+    assert re.search(
+        r"give plan\.target_rate_per_s = 3\.7\d* and plan\.peak_factor = \S+ for", told
+    )
+
+
+def test_a_peak_that_is_not_carried_at_the_mean_asked_for_is_said_with_what_carries_it(
+    tmp_path: Path,
+) -> None:
+    """The busiest window has four times the mean rate: with that as peak factor it is carried."""
+    path, target = bursty(tmp_path), 40.0
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4"]
+    changes.append(f"plan.target_rate_per_s={target}")
+    said = plan(path, changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if "not carried" in one]
+    found = re.fullmatch(
+        r"The target is a mean of 40 requests/s, at which the busiest window of the trace has "
+        r"(\S+) and is not carried; give (plan\.peak_factor) = (\S+) for a fleet that carries that "
+        r"window too\.",
+        told,
+    )
+    assert found is not None
+    busiest, key, factor = float(found[1]), found[2], float(found[3])
+    assert busiest == pytest.approx(4 * target, rel=0.02)
+    assert factor == pytest.approx(busiest / target, abs=0.01)
+    assert told in (tmp_path / "out" / "report.html").read_text()
+    said = plan(path, [*changes, f"{key}={factor}"], inline(tmp_path / "peak"))
+    assert not any("not carried" in one for one in said.sentences)
 
 
 def test_replications_nobody_asked_for_give_way_to_the_windows(tmp_path: Path) -> None:
