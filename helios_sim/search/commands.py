@@ -61,6 +61,7 @@ from helios_sim.search.words import (
     plan_remarks,
     tune_headline,
     tune_remarks,
+    whatif_headline,
     whatif_remarks,
 )
 
@@ -225,8 +226,8 @@ def whatif(
                 REPORT_FILE: whatif_page(scenario, cells, num, profiles).encode(),
             },
         )
-    cannot = [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]
-    sentences = [*cannot, *whatif_remarks(cells, profiles)]
+    said = whatif_headline(cells, num)
+    sentences = [said, *whatif_remarks(scenario, cells, num, profiles)]
     return Said(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from html import escape
 from typing import Final
 
@@ -23,6 +23,7 @@ from helios_sim.search.tables import (
     fleet_rows,
     setting_rows,
     trial_rows,
+    whatif_best,
     whatif_rows,
 )
 from helios_sim.search.traffic import FEW_ROUNDS, MAX_RUN_REQUESTS, Traffic
@@ -34,6 +35,7 @@ from helios_sim.search.words import (
     plan_remarks,
     tune_headline,
     tune_remarks,
+    whatif_headline,
     whatif_remarks,
 )
 
@@ -199,10 +201,15 @@ def whatif_page(
     """The page of a grid on these profiles."""
     drawn: dict[str, Figure] = {}
     device = device_of_all(profile.is_of_processor for profile in profiles)
-    num = f"{len(cells)} cells, {replications} run{'s' if replications != 1 else ''} each"
+    said = whatif_headline(cells, replications)
+    best = whatif_best(cells)
     sections = [
-        _opening(scenario, f"{num}.", whatif_remarks(cells, profiles)),
-        section("Side by side", "", _table(whatif_rows(cells))),
+        _opening(scenario, said, whatif_remarks(scenario, cells, replications, profiles)),
+        section(
+            "Side by side",
+            "Bold: the best of a column, and what is level with it." if best else "",
+            _table(whatif_rows(cells), best=best),
+        ),
         section(
             "Frontiers",
             f"What throughput costs in energy, and what users see against what a {device} gives.",
@@ -211,9 +218,11 @@ def whatif_page(
                 "cells",
                 drawings.cells_figure(cells, device),
                 f"Throughput against energy, and tokens per second per user against per {device}",
-                "A mark a cell; hover for its settings.",
+                "A mark a cell; hover for its settings and figures.",
             ),
-        ),
+        )
+        if best
+        else "",
         _notes(scenario),
         section("The scenario", "", _scenario("As it stands, in full", scenario)),
     ]
@@ -229,8 +238,13 @@ def _opening(scenario: Scenario, headline: str, remarks: Sequence[str]) -> str:
     )
 
 
-def _table(cells: Cells, swatches: bool = False) -> str:
-    """A table whose first column is a heading and whose others are figures."""
+def _table(
+    cells: Cells, swatches: bool = False, best: Container[tuple[int, int]] = frozenset()
+) -> str:
+    """A table whose first column is a heading and whose others are figures.
+
+    `best` are the figures that are marked, by row and column.
+    """
     titles, rows = cells
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     body = []
@@ -241,7 +255,12 @@ def _table(cells: Cells, swatches: bool = False) -> str:
             mark = f'<span class="swatch" style="background:var(--{colour})"></span>'
         named = f"{mark}{escape(row[0])}"
         first = f'<th scope="row" style="white-space:normal;min-width:11rem">{named}</th>'
-        rest = "".join(f"<td>{escape(value)}</td>" for value in row[1:])
+        rest = "".join(
+            f'<td class="best">{escape(value)}<span class="hidden"> (best)</span></td>'
+            if (place, column) in best
+            else f"<td>{escape(value)}</td>"
+            for column, value in enumerate(row[1:], 1)
+        )
         body.append(f"<tr>{first}{rest}</tr>")
     width = 240 + 72 * (len(titles) - 1)
     return (

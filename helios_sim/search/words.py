@@ -9,18 +9,21 @@ from typing import Final
 from helios_sim.profile import Profile
 from helios_sim.questions import MAX_PEAK_FACTOR
 from helios_sim.report.words import counted, extrapolated, limits, listed, number, span, worth
+from helios_sim.scenario import Scenario
 from helios_sim.search.capacity import Capacity
-from helios_sim.search.goals import in_words
+from helios_sim.search.goals import Goal, in_words
 from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
 from helios_sim.search.prices import grades_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, few_rounds, nearest_miss
-from helios_sim.search.whatif import Cell
+from helios_sim.search.whatif import Cell, compared_by, leaders, short_names
 
 FULL_AGREEMENT: Final = 0.9995
 """Agreement that is shown as 100 %."""
 ALIKE: Final = 0.03
 """By how much of it mean lengths may differ and still be alike."""
+MAX_NAMED: Final = 4
+"""Cells that one clause names, at most."""
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
@@ -353,10 +356,77 @@ def _longer_by(traffic: Traffic) -> str:
     return "a larger plan.num_requests, or none"
 
 
-def whatif_remarks(cells: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:
+def whatif_headline(cells: Sequence[Cell], replications: int) -> str:
+    """Which cell is best in which figure, in one sentence."""
+    able = [cell for cell in cells if cell.means is not None]
+    if not able:
+        return f"None of {counted(len(cells), 'cell')} can be."
+    names, goals = short_names(able), compared_by(able)
+    if len(able) == 1:
+        figures = [f"{goal.name} {_best_value(able[0], goal)}" for goal in goals]
+        return f"{names[0]} has {listed(figures)}; there is no other to compare it with."
+    best: dict[tuple[int, ...], list[str]] = {}
+    level: list[str] = []
+    for goal in goals:
+        places = leaders(able, goal)
+        if len(places) == len(able):
+            level.append(goal.name)
+        else:
+            told = f"{goal.name} ({_best_value(able[places[0]], goal)})"
+            best.setdefault(tuple(places), []).append(told)
+    intervals = " beyond their 95 % intervals" if replications > 1 else ""
+    if not best:
+        return f"The {len(able)} cells do not differ{intervals} in {listed(level)}."
+    clauses = []
+    for top, figures in sorted(best.items(), key=lambda pair: len(pair[0])):
+        who = [names[place] for place in top]
+        if len(who) > MAX_NAMED:
+            who = [*who[: MAX_NAMED - 1], f"{len(who) - MAX_NAMED + 1} more"]
+        verb = "is best" if len(who) == 1 else "are level at the top"
+        clauses.append(f"{listed(who)} {verb} in {listed(figures)}")
+    said = "; ".join(clauses)
+    if level:
+        said += f"; the cells do not differ{intervals} in {listed(level)}"
+    return f"{said}."
+
+
+def _best_value(cell: Cell, goal: Goal) -> str:
+    """A cell's figure in its unit."""
+    value = (cell.means or {}).get(goal.key)
+    return f"{number(None if value is None else goal.scale * value)} {goal.unit}"
+
+
+def whatif_remarks(
+    scenario: Scenario, cells: Sequence[Cell], replications: int, profiles: Sequence[Profile]
+) -> list[str]:
     """What has to be said beside a grid on these profiles."""
+    runs = f"means over {replications} runs each"
+    if replications == 1:
+        runs = "one run each: what is chance shows only over several, which --replications gives"
+    found = [f"{counted(len(cells), 'cell')}, {runs}."]
+    slo = scenario.slo_spec
+    if slo is not None and not any(key.startswith("slo") for cell in cells for key in cell.values):
+        found.append(f"SLO: {limits(str(slo))}; a request that meets all of it is good.")
+    found += [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]
+    found += _agreements([cell for cell in cells if cell.means is not None])
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
-    return [*([worth(grades_by_name(profiles), "cells")] if profiles else []), *beyond]
+    return [*found, *([worth(grades_by_name(profiles), "cells")] if profiles else []), *beyond]
+
+
+def _agreements(able: Sequence[Cell]) -> list[str]:
+    """That some cells emit tokens which the full model would not, where cells differ in that."""
+    known = []
+    for name, cell in zip(short_names(able), able, strict=True):
+        agreement = (cell.means or {}).get("agreement")
+        if agreement is not None:
+            known.append((agreement, name))
+    if not known or max(known)[0] - min(known)[0] < 1.0 - FULL_AGREEMENT:
+        return []
+    (low, least), (high, most) = min(known), max(known)
+    return [
+        f"Quality differs: {number(100 * low)} % of the tokens equal the full model's with "
+        f"{least}, {number(100 * high)} % with {most}."
+    ]
 
 
 def grades_by_name(profiles: Iterable[Profile]) -> dict[str, Mapping[str, int]]:

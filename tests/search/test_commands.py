@@ -116,7 +116,7 @@ def test_words_of_a_search_follow_the_kind_of_the_device(tmp_path: Path) -> None
     told = (
         plan(path, [], inline(tmp_path / "plan")),
         tune(path, ["search.replications=1"], inline(tmp_path / "tune")),
-        whatif(path, [], ["serving.max_batch=4,8"], [], 1, inline(tmp_path / "whatif")),
+        whatif(path, [], ["serving.max_batch=1,8"], [], 1, inline(tmp_path / "whatif")),
     )
     assert "take 1 processor: " in told[0].sentences[0]
     assert "processors" in told[0].tables[0][0][0]
