@@ -14,7 +14,7 @@ from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies, folder_name
 from helios_sim.records import REPORT_FILE
-from helios_sim.report.words import span
+from helios_sim.report.words import counted, span
 from helios_sim.scenario import load_scenario
 from helios_sim.search.executors import Workers, open_workers
 from helios_sim.search.page import plan_page, tune_page, whatif_page
@@ -166,12 +166,6 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Said:
             return _shard_done(running, store, len(mine), len(points), "points", out)
         study = tune_study(question, out / JOURNAL)
         (found,) = carry_out([study], workers, store, on_point)
-        if all(trial.state == "impossible" for trial in found.trials):
-            raise InputError(
-                f"None of {len(found.trials)} trials can be run; the first says: "
-                f"{found.trials[0].why}",
-                f"{path}, search",
-            )
         scenario = tuned_scenario(found)
         header = f"{SAID[found.verdict]}."
         write_results(
@@ -184,9 +178,11 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Said:
                 REPORT_FILE: tune_page(found, scenario).encode(),
             },
         )
+    if all(trial.state == "impossible" for trial in found.trials):
+        raise InputError(f"{tune_headline(found)}\nPage: {out / REPORT_FILE}", f"{path}, search")
     if found.winner is None:
         raise InputError(
-            f"None of {len(found.trials)} trials keeps the constraints "
+            f"None of {counted(len(found.trials), 'trial')} keeps the constraints "
             f"{question.judge.constraints}: {nearest_miss(found)}. All trials are in {out}.\n"
             f"Page: {out / REPORT_FILE}",
             f"{path}, search.constraints",

@@ -33,6 +33,7 @@ from helios_sim.search.whatif import Cell
 from helios_sim.search.words import (
     plan_headline,
     plan_remarks,
+    signed,
     tune_headline,
     tune_remarks,
     whatif_headline,
@@ -412,7 +413,7 @@ def _held_out(tuned: Tuned) -> str:
             if (known := held.gains[place]) is not None:
                 gain, low, high = known
                 ends = sorted((sign * low, sign * high))
-                difference = f"{sign * gain:+.3g} [{ends[0]:+.3g}, {ends[1]:+.3g}]"
+                difference = f"{signed(sign * gain)} [{signed(ends[0])}, {signed(ends[1])}]"
             row += [number(held.base[place], 4), number(held.tuned[place], 4), difference]
         broken = [in_words(one) for one in held.tuned_broken]
         row.append("breaks " + ", ".join(broken) if broken else "kept")
@@ -421,7 +422,7 @@ def _held_out(tuned: Tuned) -> str:
         row = ["tuned on, rate \N{MULTIPLICATION SIGN} 1"]
         for place in range(len(judge.goals)):
             mine, own = tuned.winner.scores[place], tuned.base.scores[place]
-            row += [number(own, 4), number(mine, 4), f"{mine - own:+.3g}"]
+            row += [number(own, 4), number(mine, 4), signed(mine - own)]
         rows.append([*row, "kept"])
     settings = tuned.question.settings
     return section(

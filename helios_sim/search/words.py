@@ -450,7 +450,10 @@ def tune_headline(tuned: Tuned) -> str:
     """The answer in one sentence."""
     judge = tuned.question.judge
     if tuned.winner is None:
-        return f"None of {len(tuned.trials):,} trials keeps the constraints: {nearest_miss(tuned)}."
+        tried = counted(len(tuned.trials), "trial")
+        if all(trial.state == "impossible" for trial in tuned.trials):
+            return f"None of {tried} can be run; the first says: {tuned.trials[0].why}"
+        return f"None of {tried} keeps the constraints: {nearest_miss(tuned)}."
     held = tuned.own_rate
     assert held is not None
     goal = judge.goals[0]
@@ -519,7 +522,7 @@ def _together(tuned: Tuned) -> list[str]:
     held = tuned.own_rate
     if held is None or held.worth is None or len(held.gains) == 1:
         return []
-    gain, low, high = (_signed(100 * one) for one in held.worth)
+    gain, low, high = (signed(100 * one) for one in held.worth)
     return [
         "Together its gains, as shares of what the scenario as it stands has, add up to "
         f"{gain} % [{low}, {high}]."
@@ -565,14 +568,15 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     states = [trial.state for trial in tuned.trials]
     judge = tuned.question.judge
     found = [
-        f"{len(tuned.trials):,} trials by {tuned.question.settings.sampler}: "
+        f"{counted(len(tuned.trials), 'trial')} by {tuned.question.settings.sampler}: "
         f"{states.count('full'):,} on all samples of the tuning traffic, "
         f"{states.count('stopped'):,} stopped after the first, "
-        f"{states.count('impossible'):,} combinations that cannot be."
+        f"{counted(states.count('impossible'), 'combination')} that cannot be."
     ]
     if str(judge.constraints):
         kept = sum(one.is_feasible for one in tuned.trials)
-        found.append(f"Constraints: {judge.constraints}; {kept:,} trials keep them.")
+        keep = f"{counted(kept, 'trial')} keep{'s' * (kept == 1)}"
+        found.append(f"Constraints: {judge.constraints}; {keep} them.")
     if tuned.base.broken:
         broken = listed([in_words(one) for one in tuned.base.broken])
         found.append(f"The scenario as it stands breaks {broken}.")
@@ -602,8 +606,8 @@ def tune_remarks(tuned: Tuned) -> list[str]:
         sign = 1.0 if goal.better == "higher" else -1.0
         ends = sorted((sign * low, sign * high))
         found.append(
-            f"On held-out traffic {goal.name} changes by {_signed(sign * gain)} {goal.unit} "
-            f"[{_signed(ends[0])}, {_signed(ends[1])}] against the scenario as it stands"
+            f"On held-out traffic {goal.name} changes by {signed(sign * gain)} {goal.unit} "
+            f"[{signed(ends[0])}, {signed(ends[1])}] against the scenario as it stands"
             f"{'' if sure else ', which shows no difference'}; {_loss(tuned, place)}."
         )
     found += _together(tuned)
@@ -623,13 +627,16 @@ def _loss(tuned: Tuned, place: int) -> str:
     if base is None or best is None or not base[place] or not was or now is None:
         return "nothing to compare it with on the tuning traffic"
     on, off = best[place] / base[place], now / was
+    share = 100 * (off / on - 1)
+    than = f"{abs(share):.0f} % {'more' if share > 0 else 'less'} than"
     return (
-        f"it is {off:.3g} times that, where the tuning traffic promised {on:.3g} times "
-        f"({100 * (off / on - 1):+.0f} %)"
+        f"it is {off:.3g} times that, {'as much as' if abs(share) < 0.5 else than} the {on:.3g} "
+        "times that the tuning traffic promised"
     )
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """A difference with its sign, and a minus as wide as the plus."""
     if math.isinf(value):
         return "unknown"
     return f"{'+' if value >= 0 else chr(0x2212)}{number(abs(value))}"

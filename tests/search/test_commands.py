@@ -634,6 +634,47 @@ def test_constraints_that_no_trial_keeps_are_told_with_the_nearest(tmp_path: Pat
     assert pl.read_parquet(tmp_path / "out" / "results.parquet").height == 5
 
 
+def test_a_search_none_of_whose_trials_can_be_run_is_ended_and_says_what_the_first_lacks(
+    tmp_path: Path,
+) -> None:
+    """OPT-1.3B has no exit at layer 7; the same folder takes the corrected search."""
+    policy = [{"use": "static-depth", "model": "opt-1.3b", "depth": 24}]
+    search = {"sampler": "grid", "ranges": {"policy.depth": [7]}, "constraints": ""}
+    path, out = write(tmp_path, policy=policy, search=search), tmp_path / "out"
+    with pytest.raises(InputError, match=r"None of 1 trial can be run; the first says: .*'depth'"):
+        tune(path, [], inline(out))
+    page = html.unescape((out / "report.html").read_text())
+    assert "None of 1 trial can be run; the first says:" in page
+    said = tune(path, ["search.ranges={policy={depth=[24]}}"], inline(out))
+    assert "1 trial by grid: 1 on all samples" in said.sentences[1]
+
+
+def test_differences_of_a_search_have_one_kind_of_minus_and_say_of_what_they_are(
+    tmp_path: Path,
+) -> None:
+    path, out = write(tmp_path, search={"num_trials": 4}), tmp_path / "out"
+    said = tune(path, [], inline(out))
+    page = (out / "report.html").read_text()
+    table = page.split("<h2>On traffic it was not tuned on</h2>")[1].split("</section>")[0]
+    assert not re.search(r"[>\[ ]-\d", table)
+    (told,) = [one for one in said.sentences if one.startswith("On held-out traffic goodput")]
+    assert re.search(
+        r"it is \S+ times that, (as much as|\d+ % (more|less) than) the \S+ times that the tuning "
+        r"traffic promised\.",
+        told,
+    )
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_prices_without_a_name_are_refused_in_a_sentence(tmp_path: Path, given: str) -> None:
+    path = write(tmp_path, plan={"prices": given})
+    with pytest.raises(InputError, match=r"plan\.prices: It names no file; give the name of a p"):
+        plan(path, [], inline(tmp_path / "out"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"plan\.prices, .*folder: It is a folder; allowed is a T"):
+        plan(path, ["plan.prices=folder"], inline(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
