@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from helios_sim.experiment import Progress, Result
     from helios_sim.fidelity import Sides
     from helios_sim.scenario import Scenario
-    from helios_sim.search.commands import Running, Said
+    from helios_sim.search.commands import Output, Running
 
 app = typer.Typer(
     name="helios",
@@ -105,7 +105,8 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a scenario's policies on the same requests, compare them and write a page."""
-    from helios_sim.experiment import choose_policies, folder_name, prepare, run_policy
+    from helios_sim.experiment import choose_policies, prepare, run_policy
+    from helios_sim.folder_names import folder_name
 
     all_changes = [*(changes or []), *([] if seed is None else [f"seed={seed}"])]
     question = _load(scenario, all_changes)
@@ -192,8 +193,8 @@ def whatif(
     from helios_sim.search.commands import whatif as whatif_command
 
     running = _running(out, resume, processes, scheduler, shard)
-    said = whatif_command(scenario, changes or [], vary, policy or [], replications, running)
-    _show_search(said, as_json)
+    output = whatif_command(scenario, changes or [], vary, policy or [], replications, running)
+    _show_search(output, as_json)
 
 
 @app.command()
@@ -247,13 +248,21 @@ def compare(
 
         sides = read_sides(*given, allow_simulated=allow_simulated)
         _compare_sides(sides, files or Path(), attribution, as_json, out)
-    else:
-        _compare_policies(runs, as_json, out)
+        return
+    for option, is_given in (("--files", files is not None), ("--no-attribution", not attribution)):
+        if is_given:
+            raise InputError(
+                f"{option} applies to real runs beside a simulated one, and the runs given are all "
+                f"of one origin; name the simulated one with --simulated, or leave {option} out to "
+                "compare policies.",
+                "compare",
+            )
+    _compare_policies(runs, as_json, out)
 
 
 def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None:
     """Runs of the same requests beside each other, in a table and on a page."""
-    from helios_sim.metrics import compare as compare_runs
+    from helios_sim.comparison import compare as compare_runs
     from helios_sim.records import read_run, read_summary
 
     if len(runs) < 2:
@@ -309,7 +318,7 @@ def profiles(context: typer.Context, as_json: AsJson = False) -> None:
     """List the profiles that are shipped, with where their numbers come from; derive others."""
     if context.invoked_subcommand is not None:
         if as_json:
-            raise InputError("--json is of the list of profiles.", "helios profiles")
+            raise InputError("--json applies only to the list of profiles.", "helios profiles")
         return
     from dataclasses import asdict
 
@@ -358,16 +367,20 @@ def derive(
     ] = None,
     watts: Annotated[str | None, _amount("--watts", "Power limit, such as 350.")] = None,
     idle_watts: Annotated[
-        str | None, _amount("--idle-watts", "Idle power; otherwise by the limit.")
+        str | None, _amount("--idle-watts", "Idle power; scaled with the power limit unless given.")
     ] = None,
     active_watts: Annotated[
-        str | None, _amount("--active-watts", "Power while working, at least.")
+        str | None, _amount("--active-watts", "Least power while working.")
     ] = None,
-    load_watts: Annotated[str | None, _amount("--load-watts", "Power while weights move.")] = None,
+    load_watts: Annotated[
+        str | None, _amount("--load-watts", "Power while weights are loaded.")
+    ] = None,
     load_bandwidth: Annotated[
-        str | None, _amount("--load-bandwidth", "Link that weights take from the host.")
+        str | None, _amount("--load-bandwidth", "Bandwidth of the link from host memory.")
     ] = None,
-    disk_bandwidth: Annotated[str | None, _amount("--disk-bandwidth", "Disk.")] = None,
+    disk_bandwidth: Annotated[
+        str | None, _amount("--disk-bandwidth", "Bandwidth of the disk.")
+    ] = None,
     from_bandwidth: Annotated[
         str | None, _amount("--from-bandwidth", "Memory bandwidth of the given device.")
     ] = None,
@@ -426,10 +439,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     policies = ", ".join(f"{policy.name!r}" for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
     if requests.num_dropped:
-        _say(
-            "Rows of the trace that are left out, since they are no requests: "
-            f"{requests.num_dropped:,}."
-        )
+        _say(f"Rows of the trace left out because they hold no request: {requests.num_dropped:,}.")
     if shortened:
         _say(
             f"{shortened:,} of {len(requests):,} requests are shortened to "
@@ -437,7 +447,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
         )
     setup = experiment.setup
     _say(
-        f"Policies reckon with prompts of {setup.expected_prompt_tokens:,} and outputs of "
+        f"Policies expect prompts of {setup.expected_prompt_tokens:,} and outputs of "
         f"{setup.expected_output_tokens:,} tokens; the workload's means are "
         f"{requests.mean_prompt_tokens:,.1f} and {requests.mean_output_tokens:,.1f}."
     )
@@ -517,21 +527,21 @@ def _running(
     return Running(out, resume, processes, scheduler, shard)
 
 
-def _show_search(said: Said, as_json: bool) -> None:
+def _show_search(output: Output, as_json: bool) -> None:
     if as_json:
         from helios_sim.metrics import rounded_figures
 
-        _print_json(rounded_figures(said.rows))
+        _print_json(rounded_figures(output.rows))
         return
     from helios_sim.search.tables import terminal_table
 
-    for sentence in said.sentences:
+    for sentence in output.sentences:
         _say(sentence)
-    for cells, best_first in said.tables:
+    for cells, best_first in output.tables:
         _say("")
         _console().print(terminal_table(cells, best_first))
-    if said.has_page:
-        _say(f"\nPage: {said.folder / 'report.html'}")
+    if output.has_page:
+        _say(f"\nPage: {output.folder / 'report.html'}")
 
 
 def _entries(folder: Path | None) -> set[str]:
@@ -567,7 +577,7 @@ def _show(results: Sequence[Result]) -> None:
         first, *_, last = replications["seeds"]
         _say(
             f"These are the runs of seed {first}; means and 95 % intervals over the seeds {first} "
-            f"to {last} stand on the page and under replications in the summary.json of each run."
+            f"to {last} are on the page and under replications in the summary.json of each run."
         )
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
 
@@ -624,7 +634,3 @@ def _say(text: str) -> None:
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, allow_nan=False))
-
-
-if __name__ == "__main__":
-    main()

@@ -19,8 +19,6 @@ from typing import Any, Final, Literal
 from helios_sim.errors import InputError
 from helios_sim.profile import (
     GRADES,
-    POINTS_FILE,
-    PROFILE_FILE,
     TRACES_FILE,
     UNAVAILABLE,
     Profile,
@@ -187,17 +185,8 @@ def write_derived(
 ) -> Profile:
     """Derive a profile and write its folder, with the exit traces of the given one."""
     document = derive(profile, name, device)
-    if overwrite and folder.exists():
-        known = {PROFILE_FILE, POINTS_FILE, TRACES_FILE}
-        if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - known:
-            raise InputError("It is no folder of a profile, so it is not replaced.", str(folder))
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(
-            "It exists already; give another folder, or --overwrite to replace a profile.",
-            str(folder),
-        )
     traces = profile.exits.path if isinstance(profile.exits, TraceExits) else None
-    return save_profile(document, folder, traces=traces, overwrite=folder.exists())
+    return save_profile(document, folder, traces=traces, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -252,7 +241,7 @@ class _Derivation:
             )
         if self.name == self.profile.name or self.name in shipped_names():
             raise InputError(
-                f"{self.name!r} is the name of a profile that there is; give another one.",
+                f"{self.name!r} is the name of an existing profile; give another one.",
                 "--name",
             )
         if all(getattr(self.device, key) is None for key in OPTIONS if not key.startswith("from_")):
@@ -260,7 +249,7 @@ class _Derivation:
                 option for key, (option, _) in OPTIONS.items() if not key.startswith("from_")
             )
             raise InputError(
-                f"Nothing that tells the device from that of {self.profile.name!r} was given; "
+                f"Nothing was given that tells the device from that of {self.profile.name!r}; "
                 f"allowed are {allowed}.",
                 "helios profiles derive",
             )
@@ -299,7 +288,7 @@ class _Derivation:
         for key in ("bytes_per_s", "flops_per_s"):
             if getattr(device, key) is not None:
                 raise InputError(
-                    f"Neither {self.profile.name!r} nor a data sheet at hand says the peaks of "
+                    f"Neither {self.profile.name!r} nor a known data sheet states the peaks of "
                     f"its device {self.profile.device.name!r}, so there is nothing to scale "
                     "from; give --from-bandwidth and --from-flops too.",
                     OPTIONS[key][0],
@@ -331,8 +320,8 @@ class _Derivation:
         asked = [key for key in ("limit_w", "idle_w", "active_w", "load_w") if _has(device, key)]
         if asked and not profile.has_energy:
             raise InputError(
-                f"{profile.name!r} has no energy to scale: nobody could read it; leave the watts "
-                "out.",
+                f"{profile.name!r} has no energy to scale, since no meter could be read; "
+                "leave the watts out.",
                 OPTIONS[asked[0]][0],
             )
         limit = self._limit_w()

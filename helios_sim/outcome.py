@@ -12,11 +12,12 @@ import numpy as np
 import polars as pl
 
 from helios_sim import __version__
+from helios_sim.columns import STATUSES
 from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
 from helios_sim.policy.contract import DECISION_NAMES
 from helios_sim.policy.objective import objective_of
-from helios_sim.records import STATUSES, RunData, RunTotals
+from helios_sim.records import RunData, RunTotals
 from helios_sim.state import (
     FINISHED,
     NLL_UNITS_PER_NAT,
@@ -41,9 +42,22 @@ for _code, _name in (
     _STATUS_OF[_code] = STATUSES.index(_name)
 
 _AS_THEY_ARE = (
-    *("replica", "arrival_s", "admitted_s", "first_token_s", "finished_s", "prompt", "output"),
-    *("generated", "trace_start", "depth", "preemptions", "decoded", "executed_layers", "agree"),
-    *("breaches", "relative_breaches"),
+    "replica",
+    "arrival_s",
+    "admitted_s",
+    "first_token_s",
+    "finished_s",
+    "prompt",
+    "output",
+    "generated",
+    "trace_start",
+    "depth",
+    "preemptions",
+    "decoded",
+    "executed_layers",
+    "agree",
+    "breaches",
+    "relative_breaches",
 )
 """Fields of a request's record that are columns of its table without a change."""
 

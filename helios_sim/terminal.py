@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-from helios_sim.metrics import ComparisonRow, comparison_rows
+from helios_sim.comparison import ComparisonRow, comparison_rows
 from helios_sim.profile import ProfileSummary
 from helios_sim.report.words import number, times
 

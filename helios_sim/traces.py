@@ -17,16 +17,10 @@ import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from helios_sim.arrivals import (
-    MAX_RATE_PER_S,
-    MAX_REQUESTS,
-    Floats,
-    Renewal,
-    StrictSettings,
-    stream,
-    whole_ns,
-)
+from helios_sim.arrivals import MAX_RATE_PER_S, MAX_REQUESTS, Renewal
 from helios_sim.errors import InputError
+from helios_sim.settings import StrictSettings
+from helios_sim.streams import Floats, stream, whole_ns
 
 FORMATS: dict[str, str] = {
     "mooncake": "JSON lines with timestamp (ms), input_length and output_length",
@@ -345,7 +339,7 @@ def _column(
     if len(bad):
         row = int(bad[0])
         raise InputError(
-            f"{name} is {frame[name][row]!r}; expected is a column of {expected}.",
+            f"{name} is {frame[name][row]!r}; the column must hold {expected}.",
             where=_at(path, int(frame["line"][row])),
         )
     return parsed
@@ -353,7 +347,7 @@ def _column(
 
 def _count_column(frame: pl.DataFrame, name: str, path: Path) -> Ints:
     parsed = frame[name].str.strip_chars().cast(pl.Int64, strict=False)
-    return _column(frame, name, parsed, "a whole number of tokens", path).to_numpy()
+    return _column(frame, name, parsed, "whole numbers of tokens", path).to_numpy()
 
 
 def _azure(raw: bytes, path: Path) -> _Rows:
@@ -361,7 +355,7 @@ def _azure(raw: bytes, path: Path) -> _Rows:
     frame = _csv(raw, path, _AZURE)
     text = frame["TIMESTAMP"].str.strip_chars().str.strip_suffix("+00:00")
     return _Rows(
-        time_s=_calendar_s(frame, "TIMESTAMP", text, "a time such as", path),
+        time_s=_calendar_s(frame, "TIMESTAMP", text, "times such as", path),
         prompt_tokens=_count_column(frame, "ContextTokens", path),
         output_tokens=_count_column(frame, "GeneratedTokens", path),
         line=frame["line"].to_numpy(),
@@ -397,7 +391,7 @@ def _any_csv(columns: TraceColumns) -> Callable[[bytes, Path], _Rows]:
         is_calendar = len(text) > 0 and "-" in (text[0] or "")[1:] and ":" in (text[0] or "")
         if is_calendar:
             text = text.str.strip_suffix("Z").str.strip_suffix("+00:00").str.replace("T", " ")
-            time_s = _calendar_s(frame, name, text, "a naive or UTC time such as", path)
+            time_s = _calendar_s(frame, name, text, "naive or UTC times such as", path)
         else:
             expected = "seconds of at least 0, or of times such as 2023-11-16 18:15:46.680"
             time_s = _plain_s(frame, name, expected, path)
@@ -409,7 +403,7 @@ def _any_csv(columns: TraceColumns) -> Callable[[bytes, Path], _Rows]:
 def _burstgpt(raw: bytes, path: Path) -> _Rows:
     """BurstGPT: seconds; rows answered with no token are failures and are left out."""
     frame = _csv(raw, path, _BURSTGPT)
-    expected = "a finite number of seconds of at least 0"
+    expected = "finite numbers of seconds of at least 0"
     return _answered(frame, _plain_s(frame, "Timestamp", expected, path), _BURSTGPT, path)
 
 
@@ -439,7 +433,7 @@ def _mooncake(raw: bytes, path: Path) -> _Rows:
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"The line {text[:80].decode('utf-8', errors='replace')!r} is no JSON object; "
-                f"expected are {FORMATS['mooncake']}.",
+                f"the file must hold {FORMATS['mooncake']}.",
                 where=_at(path, number),
             ) from error
         times.append(_json_number(row, "timestamp", (int, float), path, number) / 1000)
@@ -456,7 +450,7 @@ def _json_number(row: Any, key: str, types: tuple[type, ...], path: Path, line: 
         number: int | float = value
         return number
     what = "a whole number" if types == (int,) else "a finite number"
-    raise InputError(f"{key} is {value!r}; expected is {what}.", where=_at(path, line))
+    raise InputError(f"{key} is {value!r}; it must be {what}.", where=_at(path, line))
 
 
 _TEXT_READERS: dict[str, Callable[[bytes, Path], _Rows]] = {
@@ -536,8 +530,7 @@ def _parquet(path: Path, columns: dict[str, str]) -> pl.DataFrame:
         for name, expected in columns.items():
             if not _holds(present[name], expected):
                 raise InputError(
-                    f"The column {name} has the type {present[name]}; expected is a column of "
-                    f"{expected}.",
+                    f"The column {name} has the type {present[name]}; it must hold {expected}.",
                     where=f"{path}, column {name}",
                 )
         if not columns:

@@ -272,9 +272,8 @@ def test_without_a_command_there_is_help_and_exit_code_2(
     assert "whatif" in said.out + said.err
 
 
-@pytest.mark.parametrize("module", ["helios_sim", "helios_sim.cli"])
-def test_the_command_is_there_where_nothing_is_installed(module: str) -> None:
-    command = [sys.executable, "-m", module, "conquer"]
+def test_the_command_is_there_where_nothing_is_installed() -> None:
+    command = [sys.executable, "-m", "helios_sim", "conquer"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("helios: No such command 'conquer'. Allowed are simulate, ")
@@ -347,6 +346,19 @@ def test_simulated_runs_are_taken_for_real_ones_only_beside_a_named_one(
 ) -> None:
     assert run("compare", "a", "b", "--allow-simulated") == 2
     assert "name it with --simulated, or leave --allow-simulated out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--files", "."), ("--no-attribution",)])
+def test_options_of_the_two_sides_are_refused_where_policies_are_compared(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+) -> None:
+    assert run("simulate", scenario, "--out", tmp_path / "out", "--policy", "vanilla") == 0
+    simulated = tmp_path / "out" / "vanilla"
+    capsys.readouterr()
+    assert run("compare", simulated, simulated, *option) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"leave {option[0]} out to compare policies" in told.err
 
 
 def test_a_page_replaces_no_other_file(
@@ -434,9 +446,14 @@ def test_check_says_how_many_requests_will_be_refused(
 ) -> None:
     """As many as a run refuses then: of those that may be refused, where the least is served."""
     changes = (
-        *("--set", 'workload.prompt={kind = "uniform", min_tokens = 500, max_tokens = 4000}'),
-        *("--set", f"fleet.memory_bytes={memory_bytes}", "--set", "policy.0.model=opt-6.7b"),
-        *("--set", "serving.expected_prompt_tokens=512"),
+        "--set",
+        'workload.prompt={kind = "uniform", min_tokens = 500, max_tokens = 4000}',
+        "--set",
+        f"fleet.memory_bytes={memory_bytes}",
+        "--set",
+        "policy.0.model=opt-6.7b",
+        "--set",
+        "serving.expected_prompt_tokens=512",
     )
     assert run("scenario", "check", scenario, *changes) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -475,7 +492,7 @@ def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(
     (tmp_path / "b.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
     change = ("--set", 'workload={trace={file="b.csv"}}')
     assert run("scenario", "check", scenario, *change) == 0
-    assert "left out, since they are no requests: 1.\n" in capsys.readouterr().out
+    assert "left out because they hold no request: 1.\n" in capsys.readouterr().out
     assert run("simulate", scenario, "--json", "--policy", "vanilla", *change) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["num_dropped"], summary["completed"]) == (1, 2)

@@ -214,7 +214,7 @@ def test_exit_traces_travel_with_the_profile_and_its_readings_do_not(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "Nothing that tells the device from that of 'layerskip-a100-40gb' was given"),
+        ([], "Nothing was given that tells the device from that of 'layerskip-a100-40gb'"),
         (["--bandwidth", "-1"], "--bandwidth: '-1' was given; allowed is a number above 0"),
         (["--bandwidth", "nan"], "allowed is a number above 0 of bytes a second, such as 864GB/s"),
         (["--bandwidth", "864"], "allowed is up to 1000 times more or less"),
@@ -226,7 +226,10 @@ def test_exit_traces_travel_with_the_profile_and_its_readings_do_not(tmp_path: P
         (["--watts", "100", "--active-watts", "110"], "110 W is not below the power limit of 100"),
         (["--idle-watts", "200"], "The idle power of 200 W is above the active power of 110 W"),
         (["--load-watts", "10"], "is above the power while weights move of 10 W"),
-        (["--bandwidth", "864GB/s", "--name", "opt-a100-40gb"], "is the name of a profile that"),
+        (
+            ["--bandwidth", "864GB/s", "--name", "opt-a100-40gb"],
+            "is the name of an existing",
+        ),
         (["--bandwidth", "864GB/s", "--name", "a/b"], "'a/b' was given; allowed is a name without"),
         (["--flops", "1PFLOP/s", "--name", " "], "' ' was given; allowed is a name without"),
     ],
@@ -266,12 +269,12 @@ def test_a_folder_is_replaced_only_if_asked_and_only_if_it_is_a_profile(
     command = ("profiles", "derive", "--from", "opt-a100-40gb", "--out", out)
     assert run(*command, "--bandwidth", "2TB/s") == 0
     assert run(*command, "--bandwidth", "3TB/s") == 2
-    assert "--overwrite to replace a profile" in capsys.readouterr().err
+    assert "--overwrite to replace the profile" in capsys.readouterr().err
     assert run(*command, "--bandwidth", "3TB/s", "--overwrite") == 0
     assert "1555 / 3000 GB/s" in (out / "profile.json").read_text(encoding="utf-8")
     (out / "letter.txt").write_text("kept", encoding="utf-8")
     assert run(*command, "--bandwidth", "4TB/s", "--overwrite") == 2
-    assert "no folder of a profile" in capsys.readouterr().err
+    assert "it holds letter.txt" in capsys.readouterr().err
     assert (out / "letter.txt").exists()
 
 
@@ -291,4 +294,4 @@ def test_the_list_of_profiles_takes_json_and_a_derivation_does_not(
     assert [one["name"] for one in json.loads(capsys.readouterr().out)] == shipped_names()
     words = ("--from", "opt-a100-40gb", "--out", "x", "--flops", "1e15")
     assert run("profiles", "--json", "derive", *words) == 2
-    assert "--json is of the list" in capsys.readouterr().err
+    assert "--json applies only to the list" in capsys.readouterr().err

@@ -13,23 +13,20 @@ import numpy as np
 import polars as pl
 import pytest
 
+from helios_sim.comparison import compare, distinct_labels, gain
 from helios_sim.errors import InputError
+from helios_sim.latencies import columns_of, meets_all
 from helios_sim.metrics import (
     DEFINITIONS,
     aggregate,
     batch_interval,
-    columns_of,
-    compare,
-    distinct_labels,
     figure_at,
-    gain,
     gap_percentile_s,
-    meets_all,
     rounded_figures,
-    saturation_of,
     summarise,
 )
 from helios_sim.records import RunData, conformed
+from helios_sim.saturation import saturation_of
 from helios_sim.slo import parse_slo
 from tests.factories import ITL_EDGES_S, fifo_admission, make_run
 

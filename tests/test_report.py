@@ -19,7 +19,8 @@ import polars as pl
 import pytest
 
 from helios_sim.errors import InputError
-from helios_sim.metrics import columns_of, summarise
+from helios_sim.latencies import columns_of
+from helios_sim.metrics import summarise
 from helios_sim.publish import write_page
 from helios_sim.records import REPORT_FILE, RunData, write_run
 from helios_sim.report import render
@@ -127,7 +128,9 @@ def test_a_processor_is_not_called_a_gpu() -> None:
         told = replace(run, environment=run.environment | said)
         assert f"to 2 replicas (2 {called}s)." in text_of(make_page([told]))
     assert [device_of_all(kinds) for kinds in ([False], [True, True], [True, False])] == [
-        *("GPU", "processor", "device")
+        "GPU",
+        "processor",
+        "device",
     ]
 
 
@@ -441,7 +444,7 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
                 summary("helios", 301.0, 10.0, saturation="overloaded"),
             ],
             "Neither policy carries the whole load of 500 tokens/s offered: vanilla and helios are "
-            "overloaded; served are 300 to 301 tokens/s.",
+            "overloaded; they serve 300 to 301 tokens/s.",
         ),
         (
             [
@@ -455,7 +458,7 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
         (
             [summary(name, 0.0, 1.0, num_refused=400) for name in ("vanilla", "helios")],
             "Neither policy carries the whole load of 500 tokens/s offered: vanilla and helios "
-            "refuse every request; served are 0 tokens/s.",
+            "refuse every request; they serve 0 tokens/s.",
         ),
         (
             [

@@ -11,10 +11,9 @@ import pytest
 
 from helios_sim.cards import policy_slo
 from helios_sim.errors import InputError
-from helios_sim.experiment import choose_policies, folder_name, prepare, run_policy
+from helios_sim.experiment import choose_policies, prepare, run_policy
 from helios_sim.policy.contract import Slo
 from helios_sim.policy.registry import policy_names
-from helios_sim.records import toml_text
 from helios_sim.scenario import (
     Scenario,
     apply_change,
@@ -24,6 +23,7 @@ from helios_sim.scenario import (
     scenario_schema,
 )
 from helios_sim.slo import parse_slo
+from helios_sim.toml_writer import toml_text
 
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "scenarios").glob("*.toml"))
 BASE = """\
@@ -446,7 +446,7 @@ def test_a_missing_file_is_told_the_nearest_one(file: Path) -> None:
     with pytest.raises(InputError, match="There is no scenario file"):
         load_scenario(file.parent / "nowhere" / "base.toml")
     for long in (file.parent / ("x" * 300), file.parent / ("x" * 300) / "base.toml"):
-        with pytest.raises(InputError, match=r"The file cannot be looked for: File name too long"):
+        with pytest.raises(InputError, match=r"The file cannot be accessed: File name too long"):
             load_scenario(long)
 
 
@@ -586,9 +586,3 @@ def test_requests_beyond_the_context_are_expected_by_nobody(file: Path) -> None:
         prompts = experiment.requests(experiment.scenario.seed)[0].prompt_tokens
         wanted = round(float(prompts.mean())) if expected is None else expected
         assert experiment.setup.expected_prompt_tokens == wanted
-
-
-def test_a_label_becomes_a_plain_folder_name() -> None:
-    assert folder_name("EE-single (wait), 1.3B") == "ee-single-wait-1.3b"
-    assert folder_name("azure_chat") == "azure_chat"
-    assert folder_name("...") == "run"

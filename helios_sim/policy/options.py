@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal
 
-from helios_sim.errors import InputError, UnfitValue
+from helios_sim.errors import InputError, UnfitValue, did_you_mean, listed
 from helios_sim.policy.contract import ExitMode
 
 Grade = Literal["paper", "open", "ours"]
@@ -33,17 +32,6 @@ def unfit(name: str, value: object, allowed: str) -> UnfitValue:
     """The error for an option whose value is not allowed beside any others."""
     error = refused(name, value, allowed)
     return UnfitValue(error.message)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A leading space and "Did you mean ...?", or nothing where no known word is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as they appear in a sentence."""
-    return ", ".join(repr(str(name)) for name in names)
 
 
 def check_whole_number(
@@ -108,7 +96,7 @@ def check_model_name(name: str, value: object) -> None:
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Refuse anything but one of the `allowed` words."""
     if not isinstance(value, str) or value not in allowed:
-        hint = nearest(value, allowed) if isinstance(value, str) else ""
+        hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
         raise UnfitValue(
             f"Option {name!r} was given {value!r}; it must be one of {listed(allowed)}.{hint}"
         )

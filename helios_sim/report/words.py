@@ -180,7 +180,7 @@ def headline(
         served = [summary["output_throughput"] or 0.0 for summary in summaries]
         ends = list(dict.fromkeys((number(min(served)), number(max(served)))))
         return (
-            f"{none[0].upper()}{none[1:]}: {_shortfalls(summaries)}; served are "
+            f"{none[0].upper()}{none[1:]}: {_shortfalls(summaries)}; they serve "
             f"{' to '.join(ends)} tokens/s."
         )
     if differ:

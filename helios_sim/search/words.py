@@ -360,7 +360,7 @@ def whatif_headline(cells: Sequence[Cell], replications: int) -> str:
     """Which cell is best in which figure, in one sentence."""
     able = [cell for cell in cells if cell.means is not None]
     if not able:
-        return f"None of {counted(len(cells), 'cell')} can be."
+        return f"None of {counted(len(cells), 'cell')} can be run."
     names, goals = short_names(able), compared_by(able)
     if len(able) == 1:
         figures = [f"{goal.name} {_best_value(able[0], goal)}" for goal in goals]
@@ -407,7 +407,7 @@ def whatif_remarks(
     slo = scenario.slo_spec
     if slo is not None and not any(key.startswith("slo") for cell in cells for key in cell.values):
         found.append(f"SLO: {limits(str(slo))}; a request that meets all of it is good.")
-    found += [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]
+    found += [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
     found += _agreements([cell for cell in cells if cell.means is not None])
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
     return [*found, *([worth(grades_by_name(profiles), "cells")] if profiles else []), *beyond]

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from calibration.measuring.capture import Captured, capture
 from calibration.measuring.floors import COPY_BYTES, count_launches, time_copy, time_launches
-from calibration.measuring.timing import Captured, capture, timed, timer_for
+from calibration.measuring.timing import timed, timer_for
 from calibration.model import launches
 from calibration.model.attention import DecodeAttend
 from calibration.model.decode import Decoder, slot_pool

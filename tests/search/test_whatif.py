@@ -105,7 +105,7 @@ def test_a_grid_of_one_cell_or_of_none_that_can_be_says_so() -> None:
         "vanilla: model opt-1.3b, batching chunked has goodput 5 requests/s and TTFT p99 20 ms; "
         "there is no other to compare it with."
     )
-    assert whatif_headline([Cell({}, "vanilla", why="No.")], 1) == "None of 1 cell can be."
+    assert whatif_headline([Cell({}, "vanilla", why="No.")], 1) == "None of 1 cell can be run."
 
 
 def test_the_remarks_of_a_grid_say_its_slo_unless_that_is_what_varies(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_cells_that_cannot_be_have_their_reasons_in_the_answer_and_on_the_page(
     said = whatif(path, [], ["policy.depth=7,24"], [], 2, inline(tmp_path / "out"))
     assert said.sentences[0].startswith("static-depth: depth 24 has goodput ")
     (why,) = [one for one in said.sentences if "cannot be" in one]
-    assert why.startswith("static-depth: depth 7 cannot be: ")
+    assert why.startswith("static-depth: depth 7 cannot be run: ")
     assert why in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
