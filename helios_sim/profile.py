@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -55,6 +56,8 @@ POINTS_FILE: Final = "points.parquet"
 TRACES_FILE: Final = "exits.parquet"
 PROFILE_FILES: Final = (PROFILE_FILE, POINTS_FILE, TRACES_FILE)
 """All that `save_profile` writes."""
+STAND_INS: Final = "stand_ins"
+"""Where a profile's environment names the models that leave as another one does."""
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -339,6 +342,16 @@ class Profile:
         device = self.provenance.environment.get("device")
         return isinstance(device, Mapping) and device.get("kind") == "cpu"
 
+    @property
+    def stand_ins(self) -> Mapping[str, str]:
+        """Models that nobody observed, each with the one whose exits stand in for its own."""
+        named = self.provenance.environment.get(STAND_INS)
+        return (
+            {name: str(like) for name, like in named.items() if name in self.models}
+            if isinstance(named, Mapping)
+            else {}
+        )
+
     def grade_counts(self) -> dict[str, int]:
         """How many numbers stand at each grade; `unavailable` is named only where it occurs."""
         grades = [quantity.grade for quantity in self.quantities.values()]
@@ -420,6 +433,17 @@ def list_profiles() -> list[ProfileSummary]:
 def shipped_names() -> list[str]:
     """Names of the profiles that come with the package."""
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{PROFILE_FILE}"))
+
+
+def where_to_find(model: str, profile: str) -> str:
+    """A space and where a model is that a profile lacks: in a shipped one, or in its shape."""
+    holding = [one.name for one in list_profiles() if model in one.models]
+    if holding:
+        return f" {listed(holding)} {'has' if len(holding) == 1 else 'have'} it."
+    return (
+        f" A model that no profile has can be added from its config.json: helios profiles derive "
+        f"--from {profile} --model {model}=config.json --out FOLDER."
+    )
 
 
 def load_profile(name_or_path: str | Path, search_path: Path | None = None) -> Profile:
@@ -542,10 +566,22 @@ def _find(name_or_path: str | Path, search_path: Path | None) -> Path:
                 where=str(place),
             )
     raise InputError(
-        f"Profile {str(name_or_path)!r} was not found.{did_you_mean(str(name_or_path), shipped)} "
+        f"Profile {str(name_or_path)!r} was not found."
+        f"{did_you_mean(str(given), [*_folders_beside(given, places), *shipped])} "
         f"Give a profile folder or one of the shipped profiles {listed(shipped)}.",
         where=str(places[0]),
     )
+
+
+def _folders_beside(given: Path, places: list[Path]) -> list[str]:
+    """Profiles in the folders where a path was looked up, by paths like the one that was given."""
+    found: list[str] = []
+    for folder in dict.fromkeys(place.parent for place in places):
+        # A folder that cannot be listed, or a path without a name, has nothing near it.
+        with suppress(OSError, ValueError):
+            names = [entry.name for entry in folder.iterdir() if (entry / PROFILE_FILE).is_file()]
+            found += [str(given.with_name(name)) for name in sorted(names)]
+    return found
 
 
 def _read_json(path: Path) -> Any:

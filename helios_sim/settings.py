@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, get_args, get_origin
@@ -68,7 +69,27 @@ def first_flaw(
         )
     shown = f" was given {_shown(given)};"
     rule = _TOML_RULES.get(kind, first["msg"][0].lower() + first["msg"][1:])
+    if isinstance(given, str):
+        rule = _in_toml(given, kind, place) or rule
     return InputError(f"{place}{shown} {rule}.", f"{where}, {place}")
+
+
+_SIZE: Final = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kKMGT]?)(i?)[bB]")
+"""Bytes as people write them: the number, the prefix and whether it is a binary one."""
+
+
+def _in_toml(given: str, kind: str, place: str) -> str:
+    """The rule with an example of how the text is to be written; empty where there is none."""
+    if kind == "tuple_type" and len(given) <= 60:
+        words = [word.strip(" \"'") for word in given.strip(" []").split(",")]
+        array = f"[{', '.join(json.dumps(word, ensure_ascii=False) for word in words)}]"
+        return f"it must be an array, such as {array}; in a shell --set '{place}={array}'"
+    size = _SIZE.fullmatch(given.strip())
+    if kind == "int_type" and place.endswith("_bytes") and size is not None:
+        prefix, binary = size[2].upper(), bool(size[3])
+        unit = (1024 if binary else 1000) ** (" KMGT".index(prefix) if prefix else 0)
+        return f"it must be a whole number of bytes, such as {round(float(size[1]) * unit)}"
+    return ""
 
 
 def _shown(given: Any) -> str:

@@ -132,9 +132,21 @@ def test_the_keys_allowed_are_those_of_the_kind_that_was_chosen(file: Path) -> N
         ("fleet.memory_utilisation=1.5", "was given 1.5; input should be less than or equal to 1"),
         ("fleet.memory_utilisation=0", "was given 0; input should be greater than 0"),
         ("fleet.memory_utilisation=90", "was given 90; input should be less than or equal to 1"),
-        ("fleet.memory_bytes='40GB'", "was given '40GB'; input should be a valid integer"),
+        ("fleet.memory_bytes='40GB'", "a whole number of bytes, such as 40000000000"),
+        (
+            "fleet.memory_bytes=40GiB",
+            "was given '40GiB'; it must be a whole number of bytes, such as 42949672960",
+        ),
+        ("fleet.reserve_bytes=1.5 GiB", "a whole number of bytes, such as 1610612736"),
+        ("fleet.memory_bytes=much", "was given 'much'; input should be a valid integer"),
         ("fleet.reserve_bytes=-1", "was given -1; input should be greater than or equal to 0"),
-        ("fleet.candidates='opt-1.3b'", "was given 'opt-1.3b'; it must be an array"),
+        (
+            "fleet.candidates='opt-1.3b'",
+            "was given 'opt-1.3b'; it must be an array, such as [\"opt-1.3b\"]; in a shell --set "
+            "'fleet.candidates=[\"opt-1.3b\"]'",
+        ),
+        ("fleet.candidates=[a, b]", 'in a shell --set \'fleet.candidates=["a", "b"]\''),
+        ("fleet.candidates=3", "was given 3; it must be an array"),
         ("serving.max_batch=5000", "was given 5000; input should be less than or equal to 4096"),
         ("serving.block_tokens=0", "was given 0; input should be greater than or equal to 1"),
         ("serving.watermark=1", "was given 1; input should be less than 1"),
@@ -326,6 +338,19 @@ def test_an_unknown_profile_is_told_the_nearest_and_all(file: Path) -> None:
     assert where.startswith(f"{file}, fleet.profile, ")
     assert message.startswith("Profile 'opt-a100' was not found. Did you mean 'opt-a100-40gb'?")
     assert "'layerskip-h100-80gb'" in message
+
+
+def test_an_unknown_profile_is_told_the_folder_beside_the_scenario_that_it_may_mean(
+    file: Path,
+) -> None:
+    (file.parent / "mine" / "l40s").mkdir(parents=True)
+    (file.parent / "mine" / "l40").mkdir()
+    (file.parent / "mine" / "l40s" / "profile.json").write_text("{}")
+    _, message = told(file, "fleet.profile=mine/l40q")
+    assert "Did you mean 'mine/l40s'?" in message
+    for given in ("..", "nowhere/l40s", "\0"):
+        with pytest.raises(InputError):
+            prepare(load_scenario(file, [f"fleet.profile='{given}'"]), file.parent)
 
 
 def test_an_unknown_or_doubled_candidate_is_refused(file: Path) -> None:

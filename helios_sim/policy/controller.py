@@ -147,6 +147,7 @@ class Controller:
         if isinstance(decision, Keep):
             if assignment is None:
                 raise self._invalid("Keep at the start", "serve or evaluate: nothing is loaded yet")
+            self._check_reason(decision)
             return
         if not isinstance(decision, (Evaluate, Serve, LoadLayers, Switch)):
             raise self._invalid(
@@ -174,6 +175,16 @@ class Controller:
             self._check_load(decision, assignment)
         else:
             self._check_switch(decision, assignment)
+        self._check_reason(decision)
+
+    def _check_reason(self, decision: Decision) -> None:
+        """Refuse a reason that is no text, or says nothing: the log and the page show it."""
+        reason: object = decision.reason
+        if not isinstance(reason, str) or not reason.strip():
+            raise self._invalid(
+                f"{type(decision).__name__} with the reason {reason!r}",
+                "give a text that says why",
+            )
 
     def _check_load(self, decision: LoadLayers, assignment: Assignment | None) -> None:
         if assignment is None:

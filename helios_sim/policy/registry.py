@@ -338,6 +338,12 @@ def _check_protocol(use: str, policy: object) -> None:
             f"Policy {use!r} is not a policy: it lacks, or has of another kind, {', '.join(wrong)}."
         )
     assert isinstance(watching, Watching)
+    # No confidence lies outside of this, so such a threshold would turn exits off without a word.
+    if isinstance(threshold, (int, float)) and not 0.0 <= threshold <= 1.0:
+        raise InputError(
+            f"Policy {use!r} has confidence_threshold = {threshold!r}; it must be a number from 0 "
+            "to 1, or None (the profile's)."
+        )
     _check_watching(use, watching)
 
 
@@ -356,6 +362,12 @@ def _check_watching(use: str, watching: Watching) -> None:
                 f"Policy {use!r} watches {name} = {value!r}; it must be a whole number of at least "
                 f"{least}{none}."
             )
+    window = watching.breach_window_tokens
+    if window is not None and watching.breach_limit >= window:
+        raise InputError(
+            f"Policy {use!r} watches breach_limit = {watching.breach_limit!r}; it must be below "
+            f"the {window} tokens of breach_window_tokens, or no window could exceed it."
+        )
     if watching.window_kind not in get_args(WindowKind):
         raise InputError(
             f"Policy {use!r} watches window_kind = {watching.window_kind!r}; it must be one of "

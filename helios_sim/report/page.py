@@ -25,6 +25,7 @@ from helios_sim.comparison import (
 from helios_sim.errors import InputError
 from helios_sim.latencies import columns_of
 from helios_sim.metrics import DEFINITIONS, figure_at
+from helios_sim.profile import STAND_INS
 from helios_sim.records import RunData, flat_items
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
@@ -35,6 +36,7 @@ from helios_sim.report.words import (
     headline,
     limits,
     listed,
+    noun_of,
     number,
     remarks,
     seeds_of,
@@ -42,6 +44,7 @@ from helios_sim.report.words import (
     serving,
     size,
     span,
+    standing_in,
     times,
 )
 from helios_sim.slo import parse_slo
@@ -90,15 +93,15 @@ def render(
 ) -> str:
     """The page of one run, or of several policies compared; the first is what ratios refer to.
 
-    Title, question and notes are those of its scenario unless given.
+    Title, question and notes are those of their scenario unless given, if they share one.
     """
     if not runs or len(runs) != len(summaries):
         raise InputError(
             f"A report was asked of {len(runs)} runs with {len(summaries)} summaries; at "
             "least one run is needed, with a summary each."
         )
-    scenario = runs[0].scenario
-    title = str(scenario.get("name", runs[0].label)) if title is None else title
+    scenario = _common_scenario(runs)
+    title = str(scenario.get("name", _title_of(runs))) if title is None else title
     question = str(scenario.get("question", "")) if question is None else question
     told = [str(note) for note in scenario.get("notes", [])] if notes is None else notes
     runs, summaries = _told_apart(runs, summaries)
@@ -119,6 +122,22 @@ def render(
         _provenance(runs),
     ]
     return document(title, sections, drawn)
+
+
+def _common_scenario(runs: Sequence[RunData]) -> Mapping[str, Any]:
+    """The scenario of runs that differ in their policies alone; nothing of runs of several."""
+    first, *others = (
+        {key: value for key, value in run.scenario.items() if key != "policy"} for run in runs
+    )
+    return first if all(other == first for other in others) else {}
+
+
+def _title_of(runs: Sequence[RunData]) -> str:
+    """What the page of runs of several scenarios is called."""
+    labels = [run.label for run in runs]
+    if len(labels) == 1:
+        return labels[0]
+    return f"{listed(labels) if len(labels) <= 3 else f'{len(labels)} runs'} compared"
 
 
 def _told_apart(
@@ -208,7 +227,7 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     paired, same = _paired(runs, summaries)
     lead = _sent(runs, summaries)
     if same:
-        lead += " Every policy met the same requests."
+        lead += f" Every {noun_of(summaries)} met the same requests."
     return section("Comparison", lead, table, paired)
 
 
@@ -668,6 +687,11 @@ def _provenance(runs: Sequence[RunData]) -> str:
             f"<p>Of the {number(sum(grades.values()))} numbers in the profile behind this page, "
             f"{escape(said)}.</p>"
         )
+    likes = {
+        name: like for run in runs for name, like in (run.environment.get(STAND_INS) or {}).items()
+    }
+    if likes:
+        parts.append(f"<p>{escape(standing_in(likes))}</p>")
     origins = listed(list(dict.fromkeys(run.origin for run in runs)))
     seeds = listed(list(dict.fromkeys(str(run.seed) for run in runs)))
     facts = [("origin", origins), ("seed", seeds), ("schema", str(runs[0].schema_version))]

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar, get_args
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.experiment import choose_policies
 from helios_sim.policy.registry import make_policy
-from helios_sim.profile import Profile, load_profile
+from helios_sim.profile import Profile, load_profile, where_to_find
 from helios_sim.questions import PlanSettings
 from helios_sim.report.words import counted, device_of_all
 from helios_sim.scenario import PolicySettings, Router, Scenario
@@ -357,6 +357,7 @@ def _fleets(
         raise InputError(error.message, f"{place}.policies") from error
     found: list[Fleet] = []
     skipped: list[str] = []
+    absent: list[tuple[str, str]] = []
     for name in settings.profiles or (scenario.fleet.profile,):
         try:
             profile = load_profile(name, base_dir)
@@ -367,6 +368,7 @@ def _fleets(
             lacking = [model for model in models if model not in profile.models]
             if lacking:
                 skipped.append(f"{name} has no {', '.join(lacking)}")
+                absent += [(model, name) for model in lacking]
                 continue
             for policy, router in product(policies, routers):
                 device = profile.device
@@ -384,8 +386,9 @@ def _fleets(
                 )
     if not found:
         asked_by = f"{place}.candidates" if settings.candidates else f"{where}, fleet.candidates"
+        hint = where_to_find(*absent[0]) if absent else ""
         raise InputError(
-            f"No profile has the models that are asked for: {'; '.join(skipped)}.", asked_by
+            f"No profile has the models that are asked for: {'; '.join(skipped)}.{hint}", asked_by
         )
     return tuple(_named(found)), tuple(skipped)
 

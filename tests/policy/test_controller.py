@@ -159,6 +159,11 @@ NOW = Assignment(SMALL.name, 12, PARTIAL)
         (Switch("opt-13b", 9, PARTIAL, ""), NOW, "Switch of model 'opt-13b'"),
         (Serve("tight", 24, PARTIAL, ""), NOW, "choose what fits"),
         (Evaluate("tight", 5, PARTIAL, ""), NOW, "choose what fits"),
+        (Keep(""), NOW, "decided Keep with the reason ''; it must give a text that says why"),
+        (Serve(SMALL.name, 6, PARTIAL, " "), NOW, "Serve with the reason ' '; .* a text"),
+        (Evaluate(LARGE.name, 5, PARTIAL, 5), NOW, "with the reason 5"),  # type: ignore[arg-type]
+        (LoadLayers(24, PARTIAL, None), NOW, "with the reason None"),  # type: ignore[arg-type]
+        (Switch(LARGE.name, 9, PARTIAL, b"x"), NOW, "reason b'x'"),  # type: ignore[arg-type]
     ],
 )
 def test_a_decision_that_cannot_be_carried_out_is_refused_in_a_sentence(
@@ -186,11 +191,11 @@ def test_a_host_that_knows_its_memory_says_what_is_needed_and_what_is_there() ->
 @pytest.mark.parametrize(
     "decision",
     [
-        Keep(""),
-        Serve(SMALL.name, 6, PARTIAL, ""),
-        Evaluate(LARGE.name, 1, ExitMode.WAIT, ""),
-        LoadLayers(24, ExitMode.WAIT, ""),
-        Switch(LARGE.name, 17, PARTIAL, ""),
+        Keep("Why."),
+        Serve(SMALL.name, 6, PARTIAL, "Why."),
+        Evaluate(LARGE.name, 1, ExitMode.WAIT, "Why."),
+        LoadLayers(24, ExitMode.WAIT, "Why."),
+        Switch(LARGE.name, 17, PARTIAL, "Why."),
     ],
 )
 def test_a_decision_that_can_be_carried_out_passes(decision: Decision) -> None:
