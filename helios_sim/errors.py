@@ -39,6 +39,10 @@ class UnknownOption(UnknownSetting):
     """An option that a policy does not have."""
 
 
+class UnfitValue(InputError):
+    """A value that its option does not take, whatever the other options are."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A space and "Did you mean ...?", or nothing where no known word is near."""
     near = get_close_matches(word, list(known), n=1)

@@ -11,6 +11,8 @@ from helios_sim.settings import StrictSettings, as_tuple
 MAX_REPLICAS: Final = 10_000
 """Replicas of a fleet, planned or run: a request's record holds its replica in 16 bits."""
 
+MAX_PEAK_FACTOR: Final = 100.0
+
 DEFAULT_LEAST: Final = 3
 DEFAULT_MOST: Final = 6
 """Replications of a plan's load, where it does not say: at first, and where those leave doubt."""
@@ -47,7 +49,7 @@ class PlanSettings(StrictSettings):
     target_rate_per_s: PerSecond | None = None
     users: Annotated[int | None, Field(ge=1, le=10**9)] = None
     requests_per_user_per_min: Annotated[float | None, Field(gt=0, le=1e6)] = None
-    peak_factor: Annotated[float, Field(ge=1, le=100)] = 1.0
+    peak_factor: Annotated[float, Field(ge=1, le=MAX_PEAK_FACTOR)] = 1.0
     hourly_weights: Weights = ()
     max_replicas: Replicas = 64
     constraints: str = ""

@@ -21,6 +21,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError("This is not UTF-8 text.", where) from error
     except RecursionError as error:
         raise InputError("The values are nested too deeply.", where) from error
+    except IsADirectoryError as error:
+        raise InputError("It is a folder; allowed is a TOML file.", where) from error
     except OSError as error:
         raise InputError(f"The file cannot be read: {error.strerror}.", where) from error
     except ValueError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from helios_sim.errors import InputError, did_you_mean, listed
+from helios_sim.errors import InputError, UnfitValue, did_you_mean, listed
 from helios_sim.policy.contract import ExitMode
 
 Grade = Literal["paper", "open", "ours"]
@@ -28,6 +28,12 @@ def refused(name: str, value: object, allowed: str) -> InputError:
     return InputError(f"Option {name!r} was given {value!r}; it must be {allowed}.")
 
 
+def unfit(name: str, value: object, allowed: str) -> UnfitValue:
+    """The error for an option whose value is not allowed beside any others."""
+    error = refused(name, value, allowed)
+    return UnfitValue(error.message)
+
+
 def check_whole_number(
     name: str,
     value: object,
@@ -44,7 +50,7 @@ def check_whole_number(
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         none = f', or "{OFF}" ({off_means})' if off_means else _or_left_out(unset_means)
-        raise refused(name, value, f"a whole number of at least {minimum}{none}")
+        raise unfit(name, value, f"a whole number of at least {minimum}{none}")
 
 
 def check_share(
@@ -61,7 +67,7 @@ def check_share(
     ):
         return
     bounds = "a number from 0 to 1" if zero_allowed else "a number above 0 and at most 1"
-    raise refused(name, value, bounds + _or_left_out(unset_means))
+    raise unfit(name, value, bounds + _or_left_out(unset_means))
 
 
 def _or_left_out(unset_means: str | None) -> str:
@@ -78,20 +84,20 @@ def check_threshold(value: object) -> None:
 def check_flag(name: str, value: object) -> None:
     """Refuse anything but true or false."""
     if not isinstance(value, bool):
-        raise refused(name, value, "true or false")
+        raise unfit(name, value, "true or false")
 
 
 def check_model_name(name: str, value: object) -> None:
     """Refuse anything but a model's name or None."""
     if value is not None and (not isinstance(value, str) or not value):
-        raise refused(name, value, "the name of a candidate model")
+        raise unfit(name, value, "the name of a candidate model")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Refuse anything but one of the `allowed` words."""
     if not isinstance(value, str) or value not in allowed:
         hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
-        raise InputError(
+        raise UnfitValue(
             f"Option {name!r} was given {value!r}; it must be one of {listed(allowed)}.{hint}"
         )
 

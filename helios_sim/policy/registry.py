@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, get_args, get_type_hints
 
-from helios_sim.errors import InputError, UnknownOption, did_you_mean, listed
+from helios_sim.errors import InputError, UnfitValue, UnknownOption, did_you_mean, listed
 from helios_sim.policy import rules
 from helios_sim.policy.baselines import (
     Always,
@@ -298,7 +298,7 @@ def _check_types(use: str, given: Mapping[str, Any], search_path: str | Path | N
         allowed, said = _PLAIN.get(declared.get(name), ((), ""))
         is_right = isinstance(value, allowed) and isinstance(value, bool) == (allowed == (bool,))
         if allowed and not is_right:
-            raise InputError(f"Policy {use!r} was given {name} = {value!r}; it must be {said}.")
+            raise UnfitValue(f"Policy {use!r} was given {name} = {value!r}; it must be {said}.")
 
 
 def _off_becomes_none(target: type[Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -245,14 +245,14 @@ def _sent(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     """What was asked of the system, and what the figures leave out."""
     first = summaries[0]
     text = (
-        f"{number(first['num_requests'])} requests sent {_sending(runs)} to "
+        f"{counted(first['num_requests'], 'request')} sent {_sending(runs)} to "
         f"{counted(first['num_replicas'], 'replica')} "
         f"({counted(first['num_gpus'], device_of(runs[0].environment))})."
     )
     cut = first["num_requests"] - first["num_measured"]
     if cut:
         text += (
-            f" Latencies and attainment leave out the first {number(cut)} requests (warm-up); "
+            f" Latencies and attainment leave out the first {counted(cut, 'request')} (warm-up); "
             "throughput and energy are of the whole run."
         )
     return text

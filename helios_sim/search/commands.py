@@ -15,7 +15,7 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies
 from helios_sim.folder_names import folder_name
 from helios_sim.records import REPORT_FILE
-from helios_sim.report.words import span
+from helios_sim.report.words import counted, span
 from helios_sim.scenario import load_scenario
 from helios_sim.search.executors import Workers, open_workers
 from helios_sim.search.page import plan_page, tune_page, whatif_page
@@ -23,6 +23,7 @@ from helios_sim.search.plan import (
     check_answerable,
     headroom_study,
     make_plan,
+    no_plan,
     plan_studies,
     read_plan,
 )
@@ -61,6 +62,7 @@ from helios_sim.search.words import (
     plan_remarks,
     tune_headline,
     tune_remarks,
+    whatif_headline,
     whatif_remarks,
 )
 
@@ -120,7 +122,16 @@ def plan(path: Path, changes: Sequence[str], running: Running) -> Output:
             carry_out(mine, workers, store, on_point)
             return _shard_done(running, store, len(mine), len(studies), "fleets", out)
         answers = carry_out(studies, workers, store, on_point)
-        best = check_answerable(question, answers)
+        try:
+            best = check_answerable(question, answers)
+        except InputError as error:
+            found = no_plan(question, answers, error.message)
+            page = plan_page(found).encode()
+            files = {RESULTS: parquet_bytes(plan_records(found)), REPORT_FILE: page}
+            write_results(out, store, files)
+            raise InputError(
+                f"{error.message} All loads are in {out}.\nPage: {out / REPORT_FILE}", error.where
+            ) from error
         (best,) = carry_out([headroom_study(question, best)], workers, store, on_point)
         found = make_plan(question, answers, best)
         scenario = planned_scenario(found)
@@ -154,12 +165,6 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Output:
             return _shard_done(running, store, len(mine), len(points), "points", out)
         study = tune_study(question, out / JOURNAL)
         (found,) = carry_out([study], workers, store, on_point)
-        if all(trial.state == "impossible" for trial in found.trials):
-            raise InputError(
-                f"None of {len(found.trials)} trials can be run; the first says: "
-                f"{found.trials[0].why}",
-                f"{path}, search",
-            )
         scenario = tuned_scenario(found)
         header = f"{SAID[found.verdict]}."
         write_results(
@@ -172,9 +177,11 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Output:
                 REPORT_FILE: tune_page(found, scenario).encode(),
             },
         )
+    if all(trial.state == "impossible" for trial in found.trials):
+        raise InputError(f"{tune_headline(found)}\nPage: {out / REPORT_FILE}", f"{path}, search")
     if found.winner is None:
         raise InputError(
-            f"None of {len(found.trials)} trials keeps the constraints "
+            f"None of {counted(len(found.trials), 'trial')} keeps the constraints "
             f"{question.judge.constraints}: {nearest_miss(found)}. All trials are in {out}.\n"
             f"Page: {out / REPORT_FILE}",
             f"{path}, search.constraints",
@@ -214,8 +221,10 @@ def whatif(
                 REPORT_FILE: whatif_page(scenario, cells, num, profiles).encode(),
             },
         )
-    cannot = [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
-    sentences = [*cannot, *whatif_remarks(cells, profiles)]
+    sentences = [
+        whatif_headline(cells, num),
+        *whatif_remarks(scenario, cells, num, profiles),
+    ]
     return Output(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)
 
 

@@ -20,9 +20,13 @@ from helios_sim.report.figures import (
 from helios_sim.report.words import number
 from helios_sim.search.plan import FleetAnswer, Hour, Load
 from helios_sim.search.tune import Sensitivity, Trial, Tuned
-from helios_sim.search.whatif import Cell
+from helios_sim.search.whatif import Cell, short_names
 from helios_sim.slo import SloLimit
 
+MAX_LABELS: Final = 12
+"""Cells whose marks have their names beside them: those of more would cover one another."""
+NEAR_HEIGHT: Final = 0.08
+"""Share of a panel's height within which two labels beside each other would touch."""
 MAX_FLEETS: Final = 8
 """Fleets that a figure shows: as many as there are colours."""
 
@@ -464,31 +468,35 @@ def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Fi
 def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
     """The cells of a grid by energy and throughput, and by tokens per user and per device."""
     known = [cell for cell in cells if cell.means is not None]
+    labels = short_names(known) if len(known) <= MAX_LABELS else [""] * len(known)
     policies = list(dict.fromkeys(cell.policy for cell in known))
     data: list[Figure] = []
+    points = {
+        "": [(joules(one.means), (one.means or {}).get("output_throughput")) for one in known],
+        "2": [(user_rate(one.means), gpu_rate(one.means)) for one in known],
+    }
     for place, policy in enumerate(policies):
-        mine = [cell for cell in known if cell.policy == policy]
-        for axis in ("", "2"):
-            pairs = [
-                (joules(one.means), (one.means or {}).get("output_throughput"))
-                if axis == ""
-                else (user_rate(one.means), gpu_rate(one.means))
-                for one in mine
-            ]
+        mine = [at for at, cell in enumerate(known) if cell.policy == policy]
+        for axis, every in points.items():
+            pairs, sides = [every[at] for at in mine], _sides(every)
             data.append(
                 {
                     "type": "scatter",
-                    "mode": "markers",
+                    "mode": "markers+text",
                     "name": escape(policy),
                     "legendgroup": policy,
-                    "showlegend": axis == "",
+                    "showlegend": axis == "" and len(policies) > 1,
                     "x": rounded([float("nan") if x is None else x for x, _ in pairs]),
                     "y": rounded([float("nan") if y is None else y for _, y in pairs]),
                     "xaxis": f"x{axis}",
                     "yaxis": f"y{axis}",
                     "marker": {"color": policy_colour(place), "size": 9},
-                    "text": [escape(one.name) for one in mine],
-                    "hovertemplate": "<b>%{text}</b><br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
+                    "text": [escape(labels[at]) for at in mine],
+                    "textposition": [sides[at] for at in mine],
+                    "textfont": {"size": 11, "color": "@ink"},
+                    "cliponaxis": False,
+                    "customdata": [escape(known[at].name) for at in mine],
+                    "hovertemplate": "<b>%{customdata}</b><br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
                 }
             )
     layout = _two_panels(
@@ -496,3 +504,23 @@ def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
         ("tokens/s per user", f"tokens/s per {device}"),
     )
     return {"data": data, "layout": layout}
+
+
+def _sides(points: Sequence[tuple[float | None, float | None]]) -> list[str]:
+    """Where the labels of marks stand: to their inner sides, so that none leaves its panel.
+
+    Of two marks at nearly one height the higher has its label above, the lower below.
+    """
+    xs = [0.0 if x is None else x for x, _ in points]
+    ys = [0.0 if y is None else y for _, y in points]
+    middle, near = (min(xs) + max(xs)) / 2, NEAR_HEIGHT * max(ys)
+    sides = []
+    for at, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        beside = [
+            (ys[other], other)
+            for other in range(len(points))
+            if other != at and (xs[other] <= middle) == (x <= middle) and abs(ys[other] - y) < near
+        ]
+        height = "middle" if not beside else "top" if (y, at) > max(beside) else "bottom"
+        sides.append(f"{height} {'right' if x <= middle else 'left'}")
+    return sides

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from html import escape
 from typing import Final
 
@@ -22,6 +22,7 @@ from helios_sim.search.tables import (
     fleet_rows,
     setting_rows,
     trial_rows,
+    whatif_best,
     whatif_rows,
 )
 from helios_sim.search.traffic import FEW_ROUNDS, MAX_RUN_REQUESTS, Traffic
@@ -31,8 +32,10 @@ from helios_sim.search.whatif import Cell
 from helios_sim.search.words import (
     plan_headline,
     plan_remarks,
+    signed,
     tune_headline,
     tune_remarks,
+    whatif_headline,
     whatif_remarks,
 )
 from helios_sim.toml_writer import toml_text
@@ -41,13 +44,16 @@ MAX_TRIALS: Final = 20
 """Trials in the table of a page."""
 
 
-def plan_page(plan: Plan, scenario: Scenario) -> str:
-    """The page of a plan; `scenario` is the recommended one."""
+def plan_page(plan: Plan, scenario: Scenario | None = None) -> str:
+    """The page of a plan; `scenario` is the recommended one, if one is."""
     question = plan.question
     drawn: dict[str, Figure] = {}
     settings = question.settings
     sized = question.target_per_s is not None
     compared = [one for one in plan.answers if one.loads]
+    shown = ": the recommended one whole, one replica of the others." if sized else "."
+    if plan.why_none:
+        shown = ": one replica of each." if sized else "."
     sections = [
         _opening(question.scenario, plan_headline(plan), plan_remarks(plan)),
         section(
@@ -63,8 +69,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
         ),
         section(
             "Attainment against rate",
-            "Where each fleet stops carrying its load"
-            + (": the recommended one whole, one replica of the others." if sized else "."),
+            f"Where each fleet stops carrying its load{shown}",
             add_figure(
                 drawn,
                 "attainment",
@@ -74,7 +79,9 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 f"{100 * settings.confidence:g} % bounds on either side. Dotted: the share that "
                 "is needed" + (", and the target rate." if sized else "."),
             ),
-        ),
+        )
+        if compared
+        else "",
         section(
             "Frontiers",
             f"What a rate costs in energy, and what users see against what a {question.device} "
@@ -88,9 +95,11 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 "Every rate that was measured; open marks miss the SLO. Up and to the left is "
                 "better in the first, up and to the right in the second.",
             ),
-        ),
+        )
+        if compared
+        else "",
         _day(plan, drawn),
-        _evidence(plan.best),
+        _evidence(plan.best) if plan.best.loads else "",
         notes_section(question.scenario.notes),
         section(
             "How it was found",
@@ -101,7 +110,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
                 if question.prices is not None
                 else []
             ),
-            _scenario("The recommended scenario", scenario),
+            _scenario("The recommended scenario", scenario) if scenario is not None else "",
         ),
     ]
     return document(f"{question.scenario.name}: plan", sections, drawn)
@@ -193,10 +202,15 @@ def whatif_page(
     """The page of a grid on these profiles."""
     drawn: dict[str, Figure] = {}
     device = device_of_all(profile.is_of_processor for profile in profiles)
-    num = f"{len(cells)} cells, {replications} run{'s' if replications != 1 else ''} each"
+    said = whatif_headline(cells, replications)
+    best = whatif_best(cells)
     sections = [
-        _opening(scenario, f"{num}.", whatif_remarks(cells, profiles)),
-        section("Side by side", "", _table(whatif_rows(cells))),
+        _opening(scenario, said, whatif_remarks(scenario, cells, replications, profiles)),
+        section(
+            "Side by side",
+            "Bold: the best of a column, and what is level with it." if best else "",
+            _table(whatif_rows(cells), best=best),
+        ),
         section(
             "Frontiers",
             f"What throughput costs in energy, and what users see against what a {device} gives.",
@@ -205,9 +219,11 @@ def whatif_page(
                 "cells",
                 drawings.cells_figure(cells, device),
                 f"Throughput against energy, and tokens per second per user against per {device}",
-                "A mark a cell; hover for its settings.",
+                "A mark a cell; hover for its settings and figures.",
             ),
-        ),
+        )
+        if best
+        else "",
         notes_section(scenario.notes),
         section("The scenario", "", _scenario("As it stands, in full", scenario)),
     ]
@@ -218,8 +234,13 @@ def _opening(scenario: Scenario, headline: str, remarks: Sequence[str]) -> str:
     return opening(scenario.name, headline, remarks, question=scenario.question)
 
 
-def _table(cells: Cells, swatches: bool = False) -> str:
-    """A table whose first column is a heading and whose others are figures."""
+def _table(
+    cells: Cells, swatches: bool = False, best: Container[tuple[int, int]] = frozenset()
+) -> str:
+    """A table whose first column is a heading and whose others are figures.
+
+    `best` are the figures that are marked, by row and column.
+    """
     titles, rows = cells
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     body = []
@@ -230,7 +251,12 @@ def _table(cells: Cells, swatches: bool = False) -> str:
             mark = f'<span class="swatch" style="background:var(--{colour})"></span>'
         named = f"{mark}{escape(row[0])}"
         first = f'<th scope="row" style="white-space:normal;min-width:11rem">{named}</th>'
-        rest = "".join(f"<td>{escape(value)}</td>" for value in row[1:])
+        rest = "".join(
+            f'<td class="best">{escape(value)}<span class="hidden"> (best)</span></td>'
+            if (place, column) in best
+            else f"<td>{escape(value)}</td>"
+            for column, value in enumerate(row[1:], 1)
+        )
         body.append(f"<tr>{first}{rest}</tr>")
     width = 240 + 72 * (len(titles) - 1)
     return (
@@ -242,6 +268,8 @@ def _table(cells: Cells, swatches: bool = False) -> str:
 
 def _ranking(plan: Plan) -> str:
     device, has_prices = plan.question.device, plan.question.prices is not None
+    if plan.why_none:
+        return "None is enough; the nearest comes first. Capacities have their bounds."
     if plan.question.target_per_s is None:
         by = "cost a million tokens" if has_prices else f"requests/s carried by a {device}"
         return f"Ranked by {by}; capacities with their bounds."
@@ -380,7 +408,7 @@ def _held_out(tuned: Tuned) -> str:
             if (known := held.gains[place]) is not None:
                 gain, low, high = known
                 ends = sorted((sign * low, sign * high))
-                difference = f"{sign * gain:+.3g} [{ends[0]:+.3g}, {ends[1]:+.3g}]"
+                difference = f"{signed(sign * gain)} [{signed(ends[0])}, {signed(ends[1])}]"
             row += [number(held.base[place], 4), number(held.tuned[place], 4), difference]
         broken = [in_words(one) for one in held.tuned_broken]
         row.append("breaks " + ", ".join(broken) if broken else "kept")
@@ -389,7 +417,7 @@ def _held_out(tuned: Tuned) -> str:
         row = ["tuned on, rate \N{MULTIPLICATION SIGN} 1"]
         for place in range(len(judge.goals)):
             mine, own = tuned.winner.scores[place], tuned.base.scores[place]
-            row += [number(own, 4), number(mine, 4), f"{mine - own:+.3g}"]
+            row += [number(own, 4), number(mine, 4), signed(mine - own)]
         rows.append([*row, "kept"])
     settings = tuned.question.settings
     return section(
@@ -432,6 +460,8 @@ def _method(plan: Plan) -> str:
 
 def _figures_of(plan: Plan) -> str:
     """Where the figures of the planned fleets come from."""
+    if all(one.planned is None for one in plan.answers):
+        return ""
     alike = "Energy, agreement and cost of a fleet are those of"
     if all(one.is_one_run for one in plan.answers if one.planned is not None):
         return f"{alike} one run of its whole scenario at the planned rate."

@@ -15,7 +15,7 @@ from helios_sim.experiment import choose_policies
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile, load_profile, where_to_find
 from helios_sim.questions import PlanSettings
-from helios_sim.report.words import device_of_all
+from helios_sim.report.words import counted, device_of_all
 from helios_sim.scenario import PolicySettings, Router, Scenario
 from helios_sim.search.bottleneck import Bottleneck, find_bottleneck
 from helios_sim.search.capacity import (
@@ -240,13 +240,17 @@ class PlanQuestion:
 
 @dataclass(frozen=True)
 class Plan:
-    """Answers in order of merit, the first recommended, with its own capacity and its day."""
+    """Answers in order of merit, the first recommended, with its own capacity and its day.
+
+    Where none is enough, `why_none` says so, and the first is the one that comes nearest.
+    """
 
     question: PlanQuestion
     answers: tuple[FleetAnswer, ...]
     best: FleetAnswer
     headroom: float
     hours: tuple[Hour, ...] = field(default=())
+    why_none: str = ""
 
 
 def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
@@ -777,7 +781,7 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
         raise _no_fleet(question, refusals)
     if best.capacity is not None and best.capacity.rate_per_s > 0.0:
         raise InputError(
-            f"No fleet of up to {question.settings.max_replicas} replicas carries "
+            f"No fleet of up to {counted(question.settings.max_replicas, 'replica')} carries "
             f"{question.target_per_s:.4g} requests/s; one replica of {best.fleet.name!r} carries "
             f"{best.capacity.rate_per_s:.4g}. Raise max_replicas.",
             f"{question.where}, plan.max_replicas",
@@ -862,6 +866,12 @@ def make_plan(question: PlanQuestion, answers: Sequence[FleetAnswer], best: Flee
     asked = question.target_per_s or question.traffic.rate_per_s
     headroom = best.capacity.rate_per_s / asked - 1.0
     return Plan(question, (best, *others), best, headroom, _hours(question, answers, best))
+
+
+def no_plan(question: PlanQuestion, answers: Sequence[FleetAnswer], why: str) -> Plan:
+    """The plan that recommends nothing, with what was found of every fleet."""
+    every = ranked(question, answers)
+    return Plan(question, every, every[0], -1.0, why_none=why)
 
 
 def _hours(

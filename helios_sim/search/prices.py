@@ -55,6 +55,12 @@ class Cost:
 
 def load_prices(name: str, base_dir: Path, where: str) -> Prices:
     """Read a prices file, strictly; `where` names the key that asked for it."""
+    if not name.strip():
+        raise InputError(
+            'It names no file; give the name of a prices file, such as "prices.toml", or leave it '
+            "out.",
+            where,
+        )
     path = base_dir / name
     try:
         data = read_toml(path)

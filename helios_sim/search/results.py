@@ -32,8 +32,9 @@ _OURS: Final = (RESULTS, PARETO, SCENARIO, REPORT_FILE, JOURNAL, f"{JOURNAL}.loc
 def open_folder(out: Path, resume: bool) -> Store:
     """The store of a search's folder.
 
-    Results of a finished search are replaced. Points of an unfinished one are used with `resume`
-    and never thrown away without a word.
+    Results of a finished search are replaced: all of them go before anything runs, so that no
+    answer stands beside points of another question. Points of an unfinished one are used with
+    `resume` and never thrown away without a word.
     """
     if out.exists() and not out.is_dir():
         raise InputError("It is a file; allowed is a new folder.", str(out))
@@ -62,8 +63,13 @@ def open_folder(out: Path, resume: bool) -> Store:
                 "The results of an earlier search in %s are replaced; --resume uses its points.",
                 out,
             )
-            shutil.rmtree(points)
-            (out / RESULTS).unlink()
+        if points.is_dir() or (out / RESULTS).is_file():
+            for name in (PARETO, SCENARIO, REPORT_FILE, JOURNAL, f"{JOURNAL}.lock"):
+                (out / name).unlink(missing_ok=True)
+            if num_points and not resume:
+                shutil.rmtree(points)
+            # The table goes last: until then the folder is that of a finished search.
+            (out / RESULTS).unlink(missing_ok=True)
     return Store(out / POINTS)
 
 

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from helios_sim.errors import InputError, UnknownSetting, did_you_mean
+from helios_sim.errors import InputError, UnfitValue, UnknownSetting, did_you_mean
 from helios_sim.experiment import choose_policies
 from helios_sim.policy.registry import option_types
 from helios_sim.scenario import Scenario, apply_value, parse_scenario, resolved
@@ -20,6 +20,8 @@ Values = dict[str, Any]
 """A setting for each range, by its key."""
 
 _RANGE_KEYS: Final = ("low", "high", "log", "step", "points", "choices")
+BOUND_SHARE: Final = 1e-3
+"""How much of a range of any numbers may lie beyond what its setting takes: a bound left out."""
 GRID_POINTS: Final = 5
 """Values that a grid takes of a range which does not say how many."""
 
@@ -189,6 +191,8 @@ def read_space(scenario: Scenario, base_dir: Path, where: str) -> Space:
     for one in ranges:
         _check_key(space, one, f"{place}.ranges.{one.key}")
     typed = tuple(_typed(space, one, f"{place}.ranges.{one.key}") for one in ranges)
+    for one in typed:
+        _check_values(space, one, f"{place}.ranges.{one.key}")
     space = replace(space, ranges=typed)
     _check_some_work(space, place)
     return space
@@ -282,6 +286,38 @@ def _check_key(space: Space, one: Range, where: str) -> None:
         raise error.at(where) from error
     except InputError:
         return
+
+
+def _check_values(space: Space, one: Range, where: str) -> None:
+    """Raise `InputError` for an end, or a choice, that the setting takes beside no others.
+
+    An end may be a bound that the setting itself leaves out: all between are taken.
+    """
+    if one.choices:
+        tried = [("a choice", value, value) for value in one.choices]
+    else:
+        low, high = one.low, one.high
+        if not one.is_whole:
+            anywhere = replace(one, step=None)
+            low, high = anywhere.at(BOUND_SHARE), anywhere.at(1.0 - BOUND_SHARE)
+        tried = [("low", one.low, low), ("high", one.high, high)]
+    for name, value, within in tried:
+        error = _own_error(space, one.key, value)
+        if error is not None and _own_error(space, one.key, within) is not None:
+            raise InputError(
+                f"{name} is {value}, which the setting never takes: {error.message}", where
+            ) from error
+
+
+def _own_error(space: Space, key: str, value: Any) -> InputError | None:
+    """What is wrong with a setting's value whatever the others are; None where nothing is."""
+    try:
+        space.scenario({key: value})
+    except InputError as error:
+        own = f"{space.where}, {'.'.join(_path(key))}"
+        if isinstance(error, UnfitValue) or f"{error.where}.".startswith(f"{own}."):
+            return error
+    return None
 
 
 def _typed(space: Space, one: Range, where: str) -> Range:

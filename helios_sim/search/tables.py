@@ -16,7 +16,7 @@ from helios_sim.search.means import Means
 from helios_sim.search.pareto import front
 from helios_sim.search.plan import FleetAnswer, Load, Plan
 from helios_sim.search.tune import Trial, Tuned, by_violation
-from helios_sim.search.whatif import Cell
+from helios_sim.search.whatif import Cell, compared_by, leaders
 from helios_sim.search.words import bracket
 from helios_sim.terminal import FittedTable
 
@@ -245,6 +245,29 @@ def whatif_rows(cells: Sequence[Cell]) -> Cells:
         ]
         rows.append(row)
     return titles, rows
+
+
+_COLUMNS = {
+    "goodput": "goodput req/s",
+    "throughput": "tok/s",
+    "TTFT p99": "TTFT p99 ms",
+    "TPOT p50": "TPOT p50 ms",
+    "energy a token": "J/tok",
+}
+"""The titles under which the main figures of cells stand."""
+
+
+def whatif_best(cells: Sequence[Cell]) -> set[tuple[int, int]]:
+    """Rows and columns of the best main figures, where not all cells are level."""
+    titles, _ = whatif_rows(cells)
+    num_able = sum(cell.means is not None for cell in cells)
+    found: set[tuple[int, int]] = set()
+    for goal in compared_by(cells):
+        places, title = leaders(cells, goal), _COLUMNS[goal.name]
+        if len(places) < num_able and title in titles:
+            column = list(titles).index(title)
+            found |= {(place, column) for place in places}
+    return found
 
 
 def _percent(share: float | None) -> str:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, Final
 
 from helios_sim.errors import InputError, UnknownOption, did_you_mean
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.profile import Profile, load_profile
 from helios_sim.scenario import PolicySettings, Scenario
+from helios_sim.search.goals import Goal
 from helios_sim.search.means import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Point, point_of
 from helios_sim.search.space import with_settings
 from helios_sim.search.studies import Outcome, Study, figures_of
+from helios_sim.search.verdict import t_quantile
 from helios_sim.toml import toml_value
 
 MAX_CELLS: Final = 1000
+GOODPUT: Final = Goal("goodput", "request_goodput", "higher", "requests/s")
+MAIN: Final = (
+    GOODPUT,
+    Goal("throughput", "output_throughput", "higher", "tokens/s"),
+    Goal("TTFT p99", "p99_ttft_ms", "lower", "ms"),
+    Goal("TPOT p50", "median_tpot_ms", "lower", "ms"),
+    Goal("energy a token", "energy_per_output_token", "lower", "J", 1e-3),
+)
+"""The figures by which cells are compared; throughput only where there is no goodput."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """Settings, a policy, and what they give.
 
-    `why` says what cannot be, `beyond` what the profile can only extrapolate.
+    `why` says what cannot be, `beyond` what the profile can only extrapolate. `runs` are the main
+    figures of each seed, which is the same in every cell.
     """
 
     values: dict[str, Any]
@@ -34,6 +48,7 @@ class Cell:
     saturation: str = ""
     why: str = ""
     beyond: tuple[str, ...] = ()
+    runs: tuple[Means, ...] = ()
 
     @property
     def name(self) -> str:
@@ -170,4 +185,54 @@ def _steps(
         key=("stable", "backlogged", "overloaded").index,
     )
     means = mean_figures(figures)
-    return Cell(cell.values, cell.policy, means, worst, beyond=clauses_beyond(figures))
+    runs = tuple({goal.key: one["summary"].get(goal.key) for goal in MAIN} for one in figures)
+    return Cell(cell.values, cell.policy, means, worst, beyond=clauses_beyond(figures), runs=runs)
+
+
+def short_names(cells: Sequence[Cell]) -> list[str]:
+    """The cells by what tells them apart alone."""
+    keys = dict.fromkeys(key for cell in cells for key in cell.values)
+    differing = [key for key in keys if len({str(cell.values.get(key)) for cell in cells}) > 1]
+    has_policies = len({cell.policy for cell in cells}) > 1
+    names = []
+    for cell in cells:
+        parts = [cell.policy] if has_policies else []
+        for key in differing:
+            if key in cell.values:
+                parts.append(f"{key.split('.')[-1].replace('_', ' ')} {cell.values[key]}")
+        names.append(", ".join(parts) or cell.name)
+    return names
+
+
+def compared_by(cells: Sequence[Cell]) -> list[Goal]:
+    """The main figures that some cell has."""
+    known = [goal for goal in MAIN if any(_mean(cell, goal) is not None for cell in cells)]
+    return [goal for goal in known if goal.name != "throughput" or GOODPUT not in known]
+
+
+def leaders(cells: Sequence[Cell], goal: Goal) -> list[int]:
+    """The places of the best cell by a figure and, behind it, of those level with it.
+
+    Level is who differs from the best by no more than the 95 % interval of the differences seed by
+    seed; of one run alone, who has the same figure.
+    """
+    known = [(place, _mean(cell, goal)) for place, cell in enumerate(cells)]
+    costs = {place: goal.cost(mean) for place, mean in known if mean is not None}
+    if not costs:
+        return []
+    best = min(costs, key=lambda place: costs[place])
+    others = [place for place in costs if place != best]
+    return [best, *(one for one in others if _is_level(cells[one], cells[best], goal))]
+
+
+def _mean(cell: Cell, goal: Goal) -> float | None:
+    return None if cell.means is None else cell.means.get(goal.key)
+
+
+def _is_level(other: Cell, best: Cell, goal: Goal) -> bool:
+    pairs = [(one[goal.key], own[goal.key]) for one, own in zip(other.runs, best.runs, strict=True)]
+    gaps = [goal.cost(one) - goal.cost(own) for one, own in pairs if None not in (one, own)]  # type: ignore[arg-type]
+    if len(gaps) < 2:
+        return not any(gaps)
+    half = t_quantile(len(gaps) - 1, 0.975) * stdev(gaps) / math.sqrt(len(gaps))
+    return fmean(gaps) <= half

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from helios_sim.profile import Profile
+from helios_sim.questions import MAX_PEAK_FACTOR
 from helios_sim.report.words import (
     counted,
     extrapolated,
@@ -17,18 +18,21 @@ from helios_sim.report.words import (
     standing_in,
     worth,
 )
+from helios_sim.scenario import Scenario
 from helios_sim.search.capacity import Capacity
-from helios_sim.search.goals import in_words
+from helios_sim.search.goals import Goal, in_words
 from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
 from helios_sim.search.prices import grades_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, few_rounds, nearest_miss
-from helios_sim.search.whatif import Cell
+from helios_sim.search.whatif import Cell, compared_by, leaders, short_names
 
 FULL_AGREEMENT: Final = 0.9995
 """Agreement that is shown as 100 %."""
 ALIKE: Final = 0.03
 """By how much of it mean lengths may differ and still be alike."""
+MAX_NAMED: Final = 4
+"""Cells that one clause names, at most."""
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 
@@ -47,6 +51,8 @@ def bracket(capacity: Capacity) -> str:
 
 def plan_headline(plan: Plan) -> str:
     """The answer in one sentence."""
+    if plan.why_none:
+        return plan.why_none
     best, target = plan.best, plan.question.target_per_s
     assert best.capacity is not None and best.planned is not None
     agreement = best.agreement
@@ -86,7 +92,8 @@ def _in_full(plan: Plan) -> str:
 
 def plan_remarks(plan: Plan) -> list[str]:
     """What has to be said beside the headline."""
-    return [text for part in _PLAN_REMARKS for text in part(plan)]
+    parts = _NO_PLAN_REMARKS if plan.why_none else _PLAN_REMARKS
+    return [text for part in parts for text in part(plan)]
 
 
 def _objective(plan: Plan) -> list[str]:
@@ -159,7 +166,8 @@ def _constraints(plan: Plan) -> list[str]:
     constraints = plan.question.constraints
     if not str(constraints):
         return []
-    found = [f"Constraints: {constraints}; kept by what is recommended."]
+    kept = "" if plan.why_none else "; kept by what is recommended"
+    found = [f"Constraints: {constraints}{kept}."]
     for one in plan.answers:
         if one.broken:
             what = listed([in_words(each) for each in one.broken])
@@ -237,9 +245,35 @@ def _failure(plan: Plan, answer: FleetAnswer) -> str:
     most = plan.question.settings.max_replicas
     why = "" if answer.bottleneck is None else f": {answer.bottleneck.evidence}"
     return (
-        f"{name} does not surely carry it with {most} replicas; one carries "
+        f"{name} does not surely carry it with {counted(most, 'replica')}; one carries "
         f"{number(capacity.rate_per_s, 4)} requests/s{why}."
     )
+
+
+def _peak_missed(plan: Plan) -> list[str]:
+    """That the busiest window is not carried at the mean rate asked for, where it is not.
+
+    A peak factor says how far above the mean the target lies, so that the mean is below it.
+    """
+    question, capacity = plan.question, plan.best.capacity
+    assert capacity is not None
+    if not question.traffic.replays:
+        return []
+    target, settings = question.target_per_s, question.settings
+    mean = question.traffic.rate_per_s if target is None else target / settings.peak_factor
+    factor = question.traffic.peak_factor
+    if factor < 1.0 + ALIKE or mean * factor <= capacity.rate_per_s:
+        return []
+    whose = "The scenario's own rate is a mean of" if target is None else "The target is a mean of"
+    helps = ""
+    if factor <= MAX_PEAK_FACTOR:
+        asked = f"plan.target_rate_per_s = {mean:.4g} and " if target is None else ""
+        peak = f"plan.peak_factor = {math.ceil(100 * factor) / 100:g}"
+        helps = f"; give {asked}{peak} for a fleet that carries that window too"
+    return [
+        f"{whose} {number(mean, 4)} requests/s, at which the busiest window of the trace has "
+        f"{number(mean * factor, 4)} and is not carried{helps}."
+    ]
 
 
 def _peak(plan: Plan) -> list[str]:
@@ -277,6 +311,7 @@ def _unlike_the_trace(plan: Plan) -> list[str]:
 _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
     _objective,
     _carried,
+    _peak_missed,
     _breaks_first,
     _too_short,
     _peak,
@@ -292,6 +327,16 @@ _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
     _extrapolations,
 )
 """What is said of a plan, in this order."""
+
+_NO_PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
+    _objective,
+    _constraints,
+    _left_out,
+    _failures,
+    _grades,
+    _extrapolations,
+)
+"""What is said of a plan that recommends nothing, in this order."""
 
 
 def short_words(traffic: Traffic, load: Load) -> str:
@@ -322,11 +367,78 @@ def _longer_by(traffic: Traffic) -> str:
     return "a larger plan.num_requests, or none"
 
 
-def whatif_remarks(cells: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:
+def whatif_headline(cells: Sequence[Cell], replications: int) -> str:
+    """Which cell is best in which figure, in one sentence."""
+    able = [cell for cell in cells if cell.means is not None]
+    if not able:
+        return f"None of {counted(len(cells), 'cell')} can be run."
+    names, goals = short_names(able), compared_by(able)
+    if len(able) == 1:
+        figures = [f"{goal.name} {_best_value(able[0], goal)}" for goal in goals]
+        return f"{names[0]} has {listed(figures)}; there is no other to compare it with."
+    best: dict[tuple[int, ...], list[str]] = {}
+    level: list[str] = []
+    for goal in goals:
+        places = leaders(able, goal)
+        if len(places) == len(able):
+            level.append(goal.name)
+        else:
+            told = f"{goal.name} ({_best_value(able[places[0]], goal)})"
+            best.setdefault(tuple(places), []).append(told)
+    intervals = " beyond their 95 % intervals" if replications > 1 else ""
+    if not best:
+        return f"The {len(able)} cells do not differ{intervals} in {listed(level)}."
+    clauses = []
+    for top, figures in sorted(best.items(), key=lambda pair: len(pair[0])):
+        who = [names[place] for place in top]
+        if len(who) > MAX_NAMED:
+            who = [*who[: MAX_NAMED - 1], f"{len(who) - MAX_NAMED + 1} more"]
+        verb = "is best" if len(who) == 1 else "are level at the top"
+        clauses.append(f"{listed(who)} {verb} in {listed(figures)}")
+    said = "; ".join(clauses)
+    if level:
+        said += f"; the cells do not differ{intervals} in {listed(level)}"
+    return f"{said}."
+
+
+def _best_value(cell: Cell, goal: Goal) -> str:
+    """A cell's figure in its unit."""
+    value = (cell.means or {}).get(goal.key)
+    return f"{number(None if value is None else goal.scale * value)} {goal.unit}"
+
+
+def whatif_remarks(
+    scenario: Scenario, cells: Sequence[Cell], replications: int, profiles: Sequence[Profile]
+) -> list[str]:
     """What has to be said beside a grid on these profiles."""
+    runs = f"means over {replications} runs each"
+    if replications == 1:
+        runs = "one run each: what is chance shows only over several, which --replications gives"
+    found = [f"{counted(len(cells), 'cell')}, {runs}."]
+    slo = scenario.slo_spec
+    if slo is not None and not any(key.startswith("slo") for cell in cells for key in cell.values):
+        found.append(f"SLO: {limits(str(slo))}; a request that meets all of it is good.")
+    found += [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
+    found += _agreements([cell for cell in cells if cell.means is not None])
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
     grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
-    return [*grades, *_standing_in(profiles), *beyond]
+    return [*found, *grades, *_standing_in(profiles), *beyond]
+
+
+def _agreements(able: Sequence[Cell]) -> list[str]:
+    """That some cells emit tokens which the full model would not, where cells differ in that."""
+    known = []
+    for name, cell in zip(short_names(able), able, strict=True):
+        agreement = (cell.means or {}).get("agreement")
+        if agreement is not None:
+            known.append((agreement, name))
+    if not known or max(known)[0] - min(known)[0] < 1.0 - FULL_AGREEMENT:
+        return []
+    (low, least), (high, most) = min(known), max(known)
+    return [
+        f"Quality differs: {number(100 * low)} % of the tokens equal the full model's with "
+        f"{least}, {number(100 * high)} % with {most}."
+    ]
 
 
 def grades_by_name(profiles: Iterable[Profile]) -> dict[str, Mapping[str, int]]:
@@ -361,7 +473,10 @@ def tune_headline(tuned: Tuned) -> str:
     """The answer in one sentence."""
     judge = tuned.question.judge
     if tuned.winner is None:
-        return f"None of {len(tuned.trials):,} trials keeps the constraints: {nearest_miss(tuned)}."
+        tried = counted(len(tuned.trials), "trial")
+        if all(trial.state == "impossible" for trial in tuned.trials):
+            return f"None of {tried} can be run; the first says: {tuned.trials[0].why}"
+        return f"None of {tried} keeps the constraints: {nearest_miss(tuned)}."
     held = tuned.own_rate
     assert held is not None
     goal = judge.goals[0]
@@ -430,7 +545,7 @@ def _together(tuned: Tuned) -> list[str]:
     held = tuned.own_rate
     if held is None or held.worth is None or len(held.gains) == 1:
         return []
-    gain, low, high = (_signed(100 * one) for one in held.worth)
+    gain, low, high = (signed(100 * one) for one in held.worth)
     return [
         "Together its gains, as shares of what the scenario as it stands has, add up to "
         f"{gain} % [{low}, {high}]."
@@ -476,14 +591,15 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     states = [trial.state for trial in tuned.trials]
     judge = tuned.question.judge
     found = [
-        f"{len(tuned.trials):,} trials by {tuned.question.settings.sampler}: "
+        f"{counted(len(tuned.trials), 'trial')} by {tuned.question.settings.sampler}: "
         f"{states.count('full'):,} on all samples of the tuning traffic, "
         f"{states.count('stopped'):,} stopped after the first, "
-        f"{states.count('impossible'):,} combinations that cannot be."
+        f"{counted(states.count('impossible'), 'combination')} that cannot be."
     ]
     if str(judge.constraints):
         kept = sum(one.is_feasible for one in tuned.trials)
-        found.append(f"Constraints: {judge.constraints}; {kept:,} trials keep them.")
+        keep = f"{counted(kept, 'trial')} keep{'s' * (kept == 1)}"
+        found.append(f"Constraints: {judge.constraints}; {keep} them.")
     if tuned.base.broken:
         broken = listed([in_words(one) for one in tuned.base.broken])
         found.append(f"The scenario as it stands breaks {broken}.")
@@ -514,8 +630,8 @@ def tune_remarks(tuned: Tuned) -> list[str]:
         sign = 1.0 if goal.better == "higher" else -1.0
         ends = sorted((sign * low, sign * high))
         found.append(
-            f"On held-out traffic {goal.name} changes by {_signed(sign * gain)} {goal.unit} "
-            f"[{_signed(ends[0])}, {_signed(ends[1])}] against the scenario as it stands"
+            f"On held-out traffic {goal.name} changes by {signed(sign * gain)} {goal.unit} "
+            f"[{signed(ends[0])}, {signed(ends[1])}] against the scenario as it stands"
             f"{'' if sure else ', which shows no difference'}; {_loss(tuned, place)}."
         )
     found += _together(tuned)
@@ -535,13 +651,16 @@ def _loss(tuned: Tuned, place: int) -> str:
     if base is None or best is None or not base[place] or not was or now is None:
         return "nothing to compare it with on the tuning traffic"
     on, off = best[place] / base[place], now / was
+    share = 100 * (off / on - 1)
+    than = f"{abs(share):.0f} % {'more' if share > 0 else 'less'} than"
     return (
-        f"it is {off:.3g} times that, where the tuning traffic promised {on:.3g} times "
-        f"({100 * (off / on - 1):+.0f} %)"
+        f"it is {off:.3g} times that, {'as much as' if abs(share) < 0.5 else than} the {on:.3g} "
+        "times that the tuning traffic promised"
     )
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """A difference with its sign, and a minus as wide as the plus."""
     if math.isinf(value):
         return "unknown"
     return f"{'+' if value >= 0 else chr(0x2212)}{number(abs(value))}"

@@ -19,6 +19,7 @@ import polars as pl
 import pytest
 
 from helios_sim.cli import main
+from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.profile import load_profile
@@ -115,7 +116,7 @@ def test_words_of_a_search_follow_the_kind_of_the_device(tmp_path: Path) -> None
     told = (
         plan(path, [], inline(tmp_path / "plan")),
         tune(path, ["search.replications=1"], inline(tmp_path / "tune")),
-        whatif(path, [], ["serving.max_batch=4,8"], [], 1, inline(tmp_path / "whatif")),
+        whatif(path, [], ["serving.max_batch=1,8"], [], 1, inline(tmp_path / "whatif")),
     )
     assert "take 1 processor: " in told[0].sentences[0]
     assert "processors" in told[0].tables[0][0][0]
@@ -379,6 +380,63 @@ def test_constraints_that_no_fleet_keeps_are_told_with_the_nearest(tmp_path: Pat
     path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"constraints": "tpot:p99<1ms"})
     with pytest.raises(InputError, match=r"'vanilla' comes nearest and breaks tpot:p99<=1ms \(r"):
         plan(path, [], inline(tmp_path / "out"))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Not recommended: vanilla, which breaks tpot:p99&lt;=1ms (reached" in page
+    assert "kept by what is recommended" not in page
+
+
+TOO_SMALL = {"target_rate_per_s": 60.0, "max_replicas": 1}
+"""A target that one replica carries at no rate that a policy of the tests has."""
+
+
+def test_a_plan_that_finds_no_fleet_ends_with_a_page_that_says_why_each_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line says that it found none by its exit code too."""
+    policies = [{"use": "vanilla", "model": "opt-6.7b"}, {"use": "static-depth", "depth": 31}]
+    path, out = write(tmp_path, policy=policies, plan=TOO_SMALL), tmp_path / "out"
+    with pytest.raises(SystemExit) as end:
+        main(["plan", str(path), "--out", str(out), "--processes", "1"])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    no = "No fleet of up to 1 replica carries 60 requests/s; one replica of"
+    assert told.startswith(f"helios: {path}, plan.max_replicas: {no}")
+    assert told.endswith(f" All loads are in {out}.\nPage: {out / 'report.html'}\n")
+    page = (out / "report.html").read_text()
+    assert f'<p class="headline">{no}' in page
+    for name in ("vanilla", "static-depth"):
+        assert f"<li>{name} " in page
+    for title in ("Attainment against rate", "Evidence", "How it was found"):
+        assert f"<h2>{title}</h2>" in page
+    assert "recommended" not in re.sub(r"<(script|style)>.*?</\1>", "", page, flags=re.DOTALL)
+    frame = pl.read_parquet(out / "results.parquet")
+    assert set(frame["policy"]) == {"vanilla", "static-depth"}
+    assert not frame["planned"].any()
+    assert sorted(file.name for file in out.iterdir()) == [
+        *("points", "report.html", "results.parquet")
+    ]
+
+
+def test_a_plan_that_found_no_fleet_is_ended_and_may_be_corrected_in_its_folder(
+    tmp_path: Path,
+) -> None:
+    policy = [{"use": "vanilla", "model": "opt-6.7b"}]
+    path, out = write(tmp_path, policy=policy, plan=TOO_SMALL), tmp_path / "out"
+    with pytest.raises(InputError, match="Raise max_replicas"):
+        plan(path, [], inline(out))
+    said = plan(path, ["plan.max_replicas=64"], inline(out))
+    assert said.sentences[0].startswith("60 requests/s take ")
+    assert (out / "scenario.toml").is_file()
+
+
+def test_fleets_that_cannot_serve_at_all_are_on_the_page_with_their_reasons(tmp_path: Path) -> None:
+    policies = [{"use": "vanilla", "model": "opt-66b"}, {"use": "static-depth", "depth": 7}]
+    with pytest.raises(InputError, match="No fleet can serve this at all"):
+        plan(write(tmp_path, policy=policies), [], inline(tmp_path / "out"))
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert re.search(r"<li>vanilla cannot serve this: .*'opt-66b'", page)
+    assert re.search(r"<li>static-depth cannot serve this: .*'depth' was given 7", page)
+    assert "<h2>Evidence</h2>" not in page
 
 
 def test_a_fleet_that_fails_since_it_evaluates_is_said_to_in_one_line(tmp_path: Path) -> None:
@@ -446,7 +504,7 @@ def test_the_peak_of_a_trace_is_said_beside_a_capacity_of_even_windows(tmp_path:
     """300 requests in 100 s and 100 in 6.67 s: 3.75 a second on average, 15 in the last window."""
     changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4", "plan.max_replications=3"]
     said = plan(bursty(tmp_path), changes, inline(tmp_path / "out"))
-    (told,) = [one for one in said.sentences if "busiest" in one]
+    (told,) = [one for one in said.sentences if "busiest has" in one]
     found = re.search(
         r"busiest has ([\d.]+) times the mean rate of the trace: a mean of (\S+)", told
     )
@@ -455,6 +513,36 @@ def test_the_peak_of_a_trace_is_said_beside_a_capacity_of_even_windows(tmp_path:
     (carried,) = [row["rate_per_s"] for row in said.rows if row["planned"]]
     assert factor == pytest.approx(4.0, rel=0.02)
     assert factor * mean == pytest.approx(carried, rel=0.01)
+    assert carried < 15.0
+    (told,) = [one for one in said.sentences if "not carried" in one]
+    assert re.match(r"The scenario's own rate is a mean of 3\.7\d* requests/s, at which", told)
+    assert re.search(
+        r"give plan\.target_rate_per_s = 3\.7\d* and plan\.peak_factor = \S+ for", told
+    )
+
+
+def test_a_peak_that_is_not_carried_at_the_mean_asked_for_is_said_with_what_carries_it(
+    tmp_path: Path,
+) -> None:
+    """The busiest window has four times the mean rate: with that as peak factor it is carried."""
+    path, target = bursty(tmp_path), 40.0
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4"]
+    changes.append(f"plan.target_rate_per_s={target}")
+    said = plan(path, changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if "not carried" in one]
+    found = re.fullmatch(
+        r"The target is a mean of 40 requests/s, at which the busiest window of the trace has "
+        r"(\S+) and is not carried; give (plan\.peak_factor) = (\S+) for a fleet that carries that "
+        r"window too\.",
+        told,
+    )
+    assert found is not None
+    busiest, key, factor = float(found[1]), found[2], float(found[3])
+    assert busiest == pytest.approx(4 * target, rel=0.02)
+    assert factor == pytest.approx(busiest / target, abs=0.01)
+    assert told in (tmp_path / "out" / "report.html").read_text()
+    said = plan(path, [*changes, f"{key}={factor}"], inline(tmp_path / "peak"))
+    assert not any("not carried" in one for one in said.sentences)
 
 
 def test_replications_nobody_asked_for_give_way_to_the_windows(tmp_path: Path) -> None:
@@ -544,6 +632,47 @@ def test_constraints_that_no_trial_keeps_are_told_with_the_nearest(tmp_path: Pat
     page = (tmp_path / "out" / "report.html").read_text()
     assert "The trials that break the constraints least, and the scenario as it stands" in page
     assert pl.read_parquet(tmp_path / "out" / "results.parquet").height == 5
+
+
+def test_a_search_none_of_whose_trials_can_be_run_is_ended_and_says_what_the_first_lacks(
+    tmp_path: Path,
+) -> None:
+    """OPT-1.3B has no exit at layer 7; the same folder takes the corrected search."""
+    policy = [{"use": "static-depth", "model": "opt-1.3b", "depth": 24}]
+    search = {"sampler": "grid", "ranges": {"policy.depth": [7]}, "constraints": ""}
+    path, out = write(tmp_path, policy=policy, search=search), tmp_path / "out"
+    with pytest.raises(InputError, match=r"None of 1 trial can be run; the first says: .*'depth'"):
+        tune(path, [], inline(out))
+    page = html.unescape((out / "report.html").read_text())
+    assert "None of 1 trial can be run; the first says:" in page
+    said = tune(path, ["search.ranges={policy={depth=[24]}}"], inline(out))
+    assert "1 trial by grid: 1 on all samples" in said.sentences[1]
+
+
+def test_differences_of_a_search_have_one_kind_of_minus_and_say_of_what_they_are(
+    tmp_path: Path,
+) -> None:
+    path, out = write(tmp_path, search={"num_trials": 4}), tmp_path / "out"
+    said = tune(path, [], inline(out))
+    page = (out / "report.html").read_text()
+    table = page.split("<h2>On traffic it was not tuned on</h2>")[1].split("</section>")[0]
+    assert not re.search(r"[>\[ ]-\d", table)
+    (told,) = [one for one in said.sentences if one.startswith("On held-out traffic goodput")]
+    assert re.search(
+        r"it is \S+ times that, (as much as|\d+ % (more|less) than) the \S+ times that the tuning "
+        r"traffic promised\.",
+        told,
+    )
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_prices_without_a_name_are_refused_in_a_sentence(tmp_path: Path, given: str) -> None:
+    path = write(tmp_path, plan={"prices": given})
+    with pytest.raises(InputError, match=r"plan\.prices: It names no file; give the name of a p"):
+        plan(path, [], inline(tmp_path / "out"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"plan\.prices, .*folder: It is a folder; allowed is a T"):
+        plan(path, ["plan.prices=folder"], inline(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -845,6 +974,24 @@ def test_an_unfinished_search_is_not_thrown_away_without_a_word(tmp_path: Path) 
         tune(path, [], inline(out))
     tune(path, [], inline(out, resume=True))
     assert results(out) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_no_result_of_an_earlier_search_outlives_the_start_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    """The next one is killed before its first point; what it left is no finished search."""
+    path, out = write(tmp_path), tmp_path / "out"
+    plan(path, [], inline(out))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("helios_sim.search.commands.carry_out", killed)
+    with pytest.raises(Interrupted):
+        plan(path, ["plan.precision=0.2"], inline(out, resume=resume))
+    assert [file.name for file in out.iterdir()] == ["points"]
+    assert bool(list((out / "points").iterdir())) is resume
 
 
 def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path: Path) -> None:

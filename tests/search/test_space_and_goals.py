@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,42 @@ def test_a_path_that_leads_nowhere_is_told_at_its_range(key: str, said: str) -> 
 )
 def test_a_range_that_cannot_be_says_why(given: Any, said: str) -> None:
     assert said in told({"policy.breach_limit": given})
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "said"),
+    [
+        ("serving.max_batch", {"low": 8, "high": 100_000}, "high is 100000, "),
+        ("serving.max_batch", {"low": 0, "high": 64}, "low is 0, "),
+        ("serving.max_batch", {"low": 8, "high": 8192, "log": True}, "high is 8192, "),
+        ("serving.max_batch", [8, 100_000, 16], "a choice is 100000, "),
+        ("serving.watermark", {"low": 0, "high": 2}, "high is 2.0, "),
+        ("workload.arrivals.rate_per_s", {"low": 1e-9, "high": 9, "log": True}, "low is 1e-09, "),
+        ("serving.batching", ["chunked", "chunky"], "a choice is chunky, "),
+        ("policy.depth_quantile", {"low": 0.5, "high": 1.5}, "high is 1.5, "),
+        ("policy.breach_limit", {"low": -5, "high": 50}, "low is -5, "),
+        ("policy.window_kind", ["sliding", "slidng"], "a choice is slidng, "),
+    ],
+)
+def test_a_range_beyond_what_its_setting_takes_is_refused_at_either_end_and_at_any_choice(
+    key: str, given: Any, said: str
+) -> None:
+    """With the range's key, what was given and what is allowed."""
+    text = told({key: given})
+    assert text.startswith(f"x.toml, search.ranges.{key}: {said}which the setting never takes: ")
+    assert re.search(r"input should be|it must be", text)
+
+
+def test_a_range_whose_end_needs_another_setting_beside_it_stands() -> None:
+    """A breach limit of 150 needs a longer window than the default of 100."""
+    ranges = {
+        "policy.breach_limit": {"low": 10, "high": 150},
+        "policy.breach_window_tokens": {"low": 50, "high": 500},
+        "policy.fixed_depth": {"low": 8, "high": 16},
+        "policy.depth_rule": ["fixed", "dominant"],
+    }
+    space = read_space(scenario(ranges), Path(), "x.toml")
+    assert [one.key for one in space.ranges] == list(ranges)
 
 
 def test_a_search_without_ranges_or_without_a_table_says_so() -> None:

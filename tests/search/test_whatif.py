@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import html
 from pathlib import Path
 
 import pytest
 
 from helios_sim.scenario import load_scenario
+from helios_sim.search.commands import whatif
+from helios_sim.search.drawings import MAX_LABELS, cells_figure
+from helios_sim.search.page import whatif_page
 from helios_sim.search.studies import Outcome
-from helios_sim.search.whatif import Cell, whatif_studies
-from tests.search.test_commands import write
+from helios_sim.search.tables import whatif_best
+from helios_sim.search.whatif import Cell, short_names, whatif_studies
+from helios_sim.search.words import whatif_headline, whatif_remarks
+from tests.search.test_commands import inline, write
 
 
 @pytest.mark.parametrize(
@@ -38,3 +44,117 @@ def test_a_cell_is_as_saturated_as_the_worst_of_its_seeds(
     assert cell.saturation == told
     assert cell.means is not None
     assert cell.means["mean_ttft_ms"] == 10.0
+
+
+def cell(batching: str, goodputs: list[float], ttft_ms: float, agreement: float = 1.0) -> Cell:
+    """A cell of so many runs, which differ in goodput alone."""
+    runs = tuple({"request_goodput": one, "p99_ttft_ms": ttft_ms} for one in goodputs)
+    means = {
+        "request_goodput": sum(goodputs) / len(goodputs),
+        "p99_ttft_ms": ttft_ms,
+        "agreement": agreement,
+        "slo_attainment": 0.5,
+        "output_throughput": 100.0,
+    }
+    values = {"policy.model": "opt-1.3b", "serving.batching": batching}
+    return Cell(values, "vanilla", means, "stable", runs=runs)
+
+
+def test_the_conclusion_names_the_best_cell_of_each_figure_and_who_is_level_with_it() -> None:
+    """Goodputs differ by 0.1, 0.3 and -0.1 seed by seed: 0.1 with an interval of +-0.5."""
+    cells = [
+        cell("static", [1.0, 1.0, 1.0], 90.0),
+        cell("chunked", [5.0, 6.0, 7.0], 20.0),
+        cell("continuous", [4.9, 5.7, 7.1], 30.0),
+    ]
+    assert whatif_headline(cells, 3) == (
+        "batching chunked is best in TTFT p99 (20 ms); batching chunked and batching continuous "
+        "are level at the top in goodput (6 requests/s)."
+    )
+    # Columns: policy, model, batching, tok/s, goodput, SLO met, TTFT.
+    assert whatif_best(cells) == {(1, 4), (2, 4), (1, 6)}
+
+
+def test_cells_that_differ_by_no_more_than_their_intervals_are_said_not_to_differ(
+    tmp_path: Path,
+) -> None:
+    """There is nothing to mark then, and nothing to draw."""
+    cells = [cell("chunked", [5.0, 6.0, 7.0], 20.0), cell("static", [4.9, 5.7, 7.1], 20.0)]
+    said = "The 2 cells do not differ beyond their 95 % intervals in goodput and TTFT p99."
+    assert whatif_headline(cells, 3) == said
+    assert not whatif_best(cells)
+    page = whatif_page(load_scenario(write(tmp_path)), cells, 3, [])
+    assert "<h2>Frontiers</h2>" not in page
+    assert f'<p class="headline">{said}' in page
+
+
+def test_cells_of_one_run_are_ranked_by_it_and_a_remark_says_that_it_may_be_chance(
+    tmp_path: Path,
+) -> None:
+    cells = [cell("chunked", [5.0], 20.0), cell("static", [4.9], 20.0)]
+    assert whatif_headline(cells, 1) == (
+        "batching chunked is best in goodput (5 requests/s); the cells do not differ in TTFT p99."
+    )
+    first = whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [])[0]
+    assert first.startswith("2 cells, one run each: what is chance shows only over several")
+
+
+def test_a_grid_of_one_cell_or_of_none_that_can_be_says_so() -> None:
+    one = cell("chunked", [5.0], 20.0)
+    assert whatif_headline([one], 1) == (
+        "vanilla: model opt-1.3b, batching chunked has goodput 5 requests/s and TTFT p99 20 ms; "
+        "there is no other to compare it with."
+    )
+    assert whatif_headline([Cell({}, "vanilla", why="No.")], 1) == "None of 1 cell can be run."
+
+
+def test_the_remarks_of_a_grid_say_its_slo_unless_that_is_what_varies(tmp_path: Path) -> None:
+    scenario = load_scenario(write(tmp_path))
+    said = "SLO: TTFT \N{LESS-THAN OR EQUAL TO} 1 s, TPOT \N{LESS-THAN OR EQUAL TO} 30 ms; "
+    remarks = whatif_remarks(scenario, [cell("chunked", [5.0], 20.0)], 1, [])
+    assert [one.startswith(said) for one in remarks] == [False, True]
+    varied = [Cell({"slo.text": "ttft:9"}, "vanilla", {"agreement": 1.0})]
+    assert not any("SLO" in one for one in whatif_remarks(scenario, varied, 1, []))
+
+
+def test_a_grid_whose_cells_differ_in_quality_says_so(tmp_path: Path) -> None:
+    cells = [cell("chunked", [5.0], 20.0, 0.75), cell("static", [4.0], 20.0)]
+    (said,) = [
+        one
+        for one in whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [])
+        if one.startswith("Quality differs: ")
+    ]
+    assert said.endswith(
+        "75 % of the tokens equal the full model's with batching chunked, 100 % "
+        "with batching static."
+    )
+
+
+def test_cells_that_cannot_be_have_their_reasons_in_the_answer_and_on_the_page(
+    tmp_path: Path,
+) -> None:
+    """OPT-1.3B has no exit at layer 7 and has 24 layers."""
+    path = write(tmp_path, policy=[{"use": "static-depth", "model": "opt-1.3b"}])
+    said = whatif(path, [], ["policy.depth=7,24"], [], 2, inline(tmp_path / "out"))
+    assert said.sentences[0].startswith("static-depth: depth 24 has goodput ")
+    (why,) = [one for one in said.sentences if "cannot be" in one]
+    assert why.startswith("static-depth: depth 7 cannot be run: ")
+    assert why in html.unescape((tmp_path / "out" / "report.html").read_text())
+
+
+def test_the_best_of_a_grid_is_marked_and_its_marks_are_labelled_on_the_page(
+    tmp_path: Path,
+) -> None:
+    cells = [cell("chunked", [5.0, 5.0], 20.0), cell("static", [4.0, 4.0], 20.0)]
+    page = whatif_page(load_scenario(write(tmp_path)), cells, 2, [])
+    assert page.count('<td class="best">') == 1
+    assert '<td class="best">5<span class="hidden"> (best)</span></td>' in page
+    (left, right) = cells_figure(cells, "GPU")["data"]
+    assert left["text"] == right["text"] == ["batching chunked", "batching static"]
+    many = [cell(str(place), [5.0], 20.0) for place in range(MAX_LABELS + 1)]
+    assert set(cells_figure(many, "GPU")["data"][0]["text"]) == {""}
+
+
+def test_a_cell_is_told_by_its_policy_where_several_are_compared() -> None:
+    cells = [Cell({"serving.max_batch": 8}, "vanilla"), Cell({"serving.max_batch": 8}, "helios")]
+    assert short_names(cells) == ["vanilla", "helios"]
