@@ -2,7 +2,7 @@
 
 A layer's products stay torch's. Between them torch needs some twenty launches a layer, each a
 microsecond of a GPU however little it does, and its attention with masks reads a row's context on
-one multiprocessor. Here a layer takes four products and five or six launches, and every row reads
+one multiprocessor. Here a layer takes four products and four to six launches, and every row reads
 its own tokens, in slots or in pages, in as many shares as keep the device busy.
 
 A 16-bit type on a CUDA GPU with Triton is needed; a self-test against the stock steps decides

@@ -212,7 +212,7 @@ def add_norm_kernel(
     epsilon,
     BLOCK: tl.constexpr,
 ):
-    """One token: its state with a product added, rounded as it is kept, and that sum's layer norm."""
+    """One token: its state with a product added, rounded as it is kept, and the sum's norm."""
     unit = tl.arange(0, BLOCK)
     there = unit < width
     place = tl.program_id(0).to(tl.int64) * width + unit
