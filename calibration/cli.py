@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
 
 @app.callback()
 def options(version: WithVersion = False) -> None:
@@ -44,7 +46,7 @@ def environment() -> None:
 
 
 @app.command()
-def doctor(device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto") -> None:
+def doctor(device: Device = "auto") -> None:
     """Run small models in every way this machine can, within seconds; they must agree."""
     from calibration.device import device_of
     from calibration.doctor import command
@@ -56,7 +58,7 @@ def doctor(device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "au
 @app.command()
 def measure(
     out: Annotated[Path, typer.Option(help="The folder for readings; new, or with --resume.")],
-    more: Annotated[
+    models: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="MODEL...",
@@ -64,10 +66,7 @@ def measure(
             show_default=False,
         ),
     ] = None,
-    models: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="The same; may be repeated.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -94,9 +93,11 @@ def measure(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads of a processor.", show_default="1 on cpu"),
+        typer.Option(min=1, help="Threads to use on a processor.", show_default="1 on cpu"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Order of trials and held-out loads.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the order of trials and of held-out loads.")
+    ] = 0,
     traces: Annotated[
         bool, typer.Option(help="Trace the exits of checkpoints at the end, beyond the budget.")
     ] = True,
@@ -105,7 +106,7 @@ def measure(
     from calibration.measuring.measure import command
 
     command(
-        [*(models or []), *(more or [])],
+        models or [],
         out,
         device=device,
         dtype=dtype,
@@ -121,14 +122,13 @@ def measure(
 
 
 Target = Annotated[
-    float, typer.Option(help="Early tokens that equal the full model's, for the threshold.")
+    float, typer.Option(help="Share of early tokens to equal the full model's; sets the threshold.")
 ]
 Threshold = Annotated[
     float | None,
     typer.Option(help="One threshold for all models.", show_default="chosen on held-out text"),
 ]
-KIND_HELP = "max-softmax, top2-margin or entropy; with calibrated- before it, fitted on text."
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+KIND_HELP = "max-softmax, top2-margin or entropy; prefix calibrated- to fit it on text."
 Domains = Annotated[
     list[str] | None,
     typer.Option(help="code, prose or tables; may be repeated.", show_default="all"),
@@ -142,7 +142,9 @@ CheckpointFolders = Annotated[
 def train(
     out: Annotated[Path | None, typer.Option(help="The folder for the models.")] = None,
     preset: Annotated[str, typer.Option(help="tiny, cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(min=0, help="Weights and order of the text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the weights and of the order of the text.")
+    ] = 0,
     device: Device = "auto",
     budget: Annotated[
         str | None,
@@ -165,7 +167,9 @@ def train(
         str | None, typer.Option(metavar="K,K,...", help="Layers that get a head of their own.")
     ] = None,
     domain: Domains = None,
-    iterations: Annotated[int, typer.Option(min=1, help="Iterations of exit heads.")] = 400,
+    iterations: Annotated[
+        int, typer.Option(min=1, help="Training iterations of exit heads.")
+    ] = 400,
 ) -> None:
     """Train a small family of early-exit models on text that ships with Python."""
     from calibration.training import training_commands as commands
@@ -250,7 +254,10 @@ def fit(
     points: Annotated[Path, typer.Argument(help="The folder of readings that measure wrote.")],
     out: Annotated[Path, typer.Option(help="The profile folder to write.")],
     mode: Annotated[
-        str, typer.Option(help="What times stand for: graph, eager, or auto (graph if measured).")
+        str,
+        typer.Option(
+            help="Which times the profile gives: graph, eager, or auto (graph if measured)."
+        ),
     ] = "auto",
     model: Annotated[
         list[str] | None, typer.Option(help="A model to keep; may be repeated. All by default.")
@@ -320,14 +327,17 @@ def serve(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Serve only the first so many requests.")
+        int | None, typer.Option(min=1, help="Serve only this many requests, the first.")
     ] = None,
     duration: Annotated[
-        float | None, typer.Option(min=0.0, help="Serve only what arrives in so many seconds.")
+        float | None,
+        typer.Option(min=0.0, help="Serve only what arrives within this many seconds."),
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, max=100, help="Serve each policy so often.")] = 1,
+    repeat: Annotated[
+        int, typer.Option(min=1, max=100, help="Times that each policy is served.")
+    ] = 1,
     kv: Annotated[str, typer.Option(help="The KV cache: auto, slots or pages.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     graphs: Annotated[bool, typer.Option(help="Replay CUDA graphs on a GPU.")] = True,
     free_running: Annotated[
         bool, typer.Option("--free-running", help="Feed a model its own tokens, not the true text.")
@@ -335,7 +345,7 @@ def serve(
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Threads of a processor.", show_default="as the profile was measured"
+            min=1, help="Threads to use on a processor.", show_default="as the profile was measured"
         ),
     ] = None,
     changes: Annotated[
@@ -366,7 +376,3 @@ def serve(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; a user's mistake is one sentence and exit code 2."""
     run_app(app, "helios-calibrate", arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ def device_of(name: str) -> torch.device:
             else f"torch is built for CUDA {torch.version.cuda} and finds no device"
         )
         raise InputError(
-            f"CUDA was asked for and cannot be had: {built}. Give --device cpu, or install a "
+            f"CUDA was asked for but is not available: {built}. Give --device cpu, or install a "
             "torch that fits the machine's driver.",
             "--device",
         )

@@ -28,5 +28,5 @@ def parse_exits(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise InputError(
-            f"The exits {text!r} are no layers; write them like 8,16,32.", "--exits"
+            f"The exits {text!r} are not layer numbers; write them like 8,16,32.", "--exits"
         ) from None

@@ -6,15 +6,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
-from zlib import crc32
+from typing import Annotated, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from scipy.special import gammaincinv, gammaln
 
 from helios_sim.errors import InputError
+from helios_sim.settings import Numbers, Pairs, StrictSettings
+from helios_sim.streams import NS_PER_S, Floats, stream, whole_ns
 
 MAX_REQUESTS = 50_000_000
 """Requests of one workload; columns beyond this no longer fit a usual machine."""
@@ -22,43 +23,11 @@ MAX_REQUESTS = 50_000_000
 MAX_RATE_PER_S = 1e6
 """Requests per second of one source of arrivals."""
 
-Floats = NDArray[np.float64]
-
 _DAY_S = 86_400.0
-_NS_PER_S = 1e9
 _CHUNK = 1 << 21
 
-
-class StrictSettings(BaseModel):
-    """A table of a scenario: unknown keys, loose types and infinities are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def as_tuple(value: Any) -> Any:
-    """TOML arrays become tuples, so that frozen settings hold nothing that can change."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
-Pairs = Annotated[tuple[Pair, ...], BeforeValidator(as_tuple)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 Rate = Annotated[float, Field(ge=1e-6, le=MAX_RATE_PER_S)]
 Cv = Annotated[float, Field(ge=0.01, le=50)]
-
-
-def stream(seed: int, name: str, *keys: int) -> np.random.Generator:
-    """The random stream called `name`: other streams and their use never shift it."""
-    if seed < 0:
-        raise InputError(f"The seed is {seed}; it must be an integer of at least 0.")
-    sequence = np.random.SeedSequence([seed, crc32(name.encode()), *keys])
-    return np.random.Generator(np.random.PCG64(sequence))
-
-
-def whole_ns(seconds: Floats) -> Floats:
-    """Seconds rounded to whole nanoseconds, where a last-digit difference no longer shows."""
-    rounded: Floats = np.round(seconds * _NS_PER_S) / _NS_PER_S
-    return rounded
 
 
 class PoissonArrivals(StrictSettings):
@@ -271,19 +240,19 @@ class Renewal:
         ticks: list[NDArray[np.int64]] = []
         last = 0
         if not self.is_memoryless and num != 0:
-            last = round(self.first(phase.random(2)) * _NS_PER_S)
+            last = round(self.first(phase.random(2)) * NS_PER_S)
             ticks.append(np.array([last], dtype=np.int64))
         drawn = len(ticks)
-        while (num is None and last / _NS_PER_S < before) or (num is not None and drawn < num):
-            left = before - last / _NS_PER_S
+        while (num is None and last / NS_PER_S < before) or (num is not None and drawn < num):
+            left = before - last / NS_PER_S
             wanted = left + 4 * self.cv * math.sqrt(left) + 16 if num is None else num - drawn
             size = int(min(_CHUNK, wanted))
-            gaps = np.rint(self.intervals(intervals.random(size)) * _NS_PER_S).astype(np.int64)
+            gaps = np.rint(self.intervals(intervals.random(size)) * NS_PER_S).astype(np.int64)
             chunk = last + np.cumsum(gaps)
             last = int(chunk[-1])
             drawn += size
             ticks.append(chunk)
-        units = np.concatenate(ticks) / _NS_PER_S if ticks else np.empty(0)
+        units = np.concatenate(ticks) / NS_PER_S if ticks else np.empty(0)
         return units[:num] if num is not None else units[: np.searchsorted(units, before)]
 
 

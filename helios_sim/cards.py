@@ -16,7 +16,7 @@ from helios_sim import cost
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.model import kv_pool_blocks
 from helios_sim.policy.contract import Candidate, Policy, Slo
-from helios_sim.profile import Profile, load_profile
+from helios_sim.profile import Profile, load_profile, where_to_find
 from helios_sim.scenario import EXPECTED_LENGTHS, FleetSettings, Scenario, ServingSettings
 from helios_sim.slo import SloSpec
 from helios_sim.workload import Requests
@@ -145,7 +145,7 @@ def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room
             hint = did_you_mean(name, profile.models)
             raise InputError(
                 f"Profile {profile.name!r} has no model {name!r}.{hint} It has "
-                f"{', '.join(profile.models)}.",
+                f"{', '.join(profile.models)}.{where_to_find(name, fleet.profile)}",
                 f"{where}, fleet.candidates.{index}",
             )
     if len(set(candidates)) != len(candidates):
@@ -189,10 +189,13 @@ def check_room(room: Room, where: str) -> None:
         if int(total * fleet.memory_utilisation) < utilised:  # by a rounding
             total += 1
         key, enough = "memory_bytes", f"at least {total:,}"
+    mend = f"give fleet.{key} of {enough}"
+    if key == "memory_bytes" and fleet.memory_bytes is None:
+        key, mend = "profile", f"name a smaller candidate or a device of {enough} bytes"
     name, depth = smallest
     raise InputError(
         f"No candidate fits at any exit, not even {name!r} at depth {depth}: "
-        f"{room.shortage(name, depth)}; give fleet.{key} of {enough}.",
+        f"{room.shortage(name, depth)}; {mend}.",
         f"{where}, fleet.{key}",
     )
 

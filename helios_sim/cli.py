@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from helios_sim.experiment import Progress, Result
     from helios_sim.fidelity import Sides
     from helios_sim.scenario import Scenario
-    from helios_sim.search.commands import Running, Said
+    from helios_sim.search.commands import Output, Running
+    from helios_sim.workload import Requests
 
 app = typer.Typer(
     name="helios",
@@ -105,7 +106,8 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a scenario's policies on the same requests, compare them and write a page."""
-    from helios_sim.experiment import choose_policies, folder_name, prepare, run_policy
+    from helios_sim.experiment import choose_policies, prepare, run_policy
+    from helios_sim.folder_names import folder_name
 
     all_changes = [*(changes or []), *([] if seed is None else [f"seed={seed}"])]
     question = _load(scenario, all_changes)
@@ -192,8 +194,8 @@ def whatif(
     from helios_sim.search.commands import whatif as whatif_command
 
     running = _running(out, resume, processes, scheduler, shard)
-    said = whatif_command(scenario, changes or [], vary, policy or [], replications, running)
-    _show_search(said, as_json)
+    output = whatif_command(scenario, changes or [], vary, policy or [], replications, running)
+    _show_search(output, as_json)
 
 
 @app.command()
@@ -247,14 +249,23 @@ def compare(
 
         sides = read_sides(*given, allow_simulated=allow_simulated)
         _compare_sides(sides, files or Path(), attribution, as_json, out)
-    else:
-        _compare_policies(runs, as_json, out)
+        return
+    for option, is_given in (("--files", files is not None), ("--no-attribution", not attribution)):
+        if is_given:
+            raise InputError(
+                f"{option} applies to real runs beside a simulated one, and the runs given are all "
+                f"of one origin; name the simulated one with --simulated, or leave {option} out to "
+                "compare policies.",
+                "compare",
+            )
+    _compare_policies(runs, as_json, out)
 
 
 def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None:
     """Runs of the same requests beside each other, in a table and on a page."""
-    from helios_sim.metrics import compare as compare_runs
+    from helios_sim.comparison import compare as compare_runs
     from helios_sim.records import read_run, read_summary
+    from helios_sim.report.words import labels_apart
 
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run was given; a comparison needs at least two.", "compare")
@@ -265,11 +276,18 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
     data = [read_run(path) for path in runs]
     summaries = [read_summary(path) for path in runs]
     rows = compare_runs(data, summaries, [str(path) for path in runs])
+    labels = labels_apart(
+        [run.label for run in data], [run.environment for run in data], [str(path) for path in runs]
+    )
+    told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
     page = None
     if out is not None:
+        from dataclasses import replace
+
         from helios_sim.publish import write_comparison
 
-        page = write_comparison(data, summaries, rows, out)
+        named = [replace(run, label=label) for run, label in zip(data, labels, strict=True)]
+        page = write_comparison(named, told, rows, out)
     if as_json:
         from dataclasses import asdict
 
@@ -277,12 +295,9 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
         return
     from helios_sim.terminal import comparison_table
 
-    labels = [run.label for run in data]
-    if len(set(labels)) < len(labels):
-        labels = [str(path) for path in runs]
-    told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
     _say_serving([run.environment for run in data], told)
     _console().print(comparison_table(rows, labels))
+    _say_changed(told)
     _say_extrapolated(labels, summaries)
     if page is not None:
         _say(f"Page: {page}")
@@ -309,7 +324,7 @@ def profiles(context: typer.Context, as_json: AsJson = False) -> None:
     """List the profiles that are shipped, with where their numbers come from; derive others."""
     if context.invoked_subcommand is not None:
         if as_json:
-            raise InputError("--json is of the list of profiles.", "helios profiles")
+            raise InputError("--json applies only to the list of profiles.", "helios profiles")
         return
     from dataclasses import asdict
 
@@ -358,30 +373,79 @@ def derive(
     ] = None,
     watts: Annotated[str | None, _amount("--watts", "Power limit, such as 350.")] = None,
     idle_watts: Annotated[
-        str | None, _amount("--idle-watts", "Idle power; otherwise by the limit.")
+        str | None, _amount("--idle-watts", "Idle power; scaled with the power limit unless given.")
     ] = None,
     active_watts: Annotated[
-        str | None, _amount("--active-watts", "Power while working, at least.")
+        str | None, _amount("--active-watts", "Least power while working.")
     ] = None,
-    load_watts: Annotated[str | None, _amount("--load-watts", "Power while weights move.")] = None,
+    load_watts: Annotated[
+        str | None, _amount("--load-watts", "Power while weights are loaded.")
+    ] = None,
     load_bandwidth: Annotated[
-        str | None, _amount("--load-bandwidth", "Link that weights take from the host.")
+        str | None, _amount("--load-bandwidth", "Bandwidth of the link from host memory.")
     ] = None,
-    disk_bandwidth: Annotated[str | None, _amount("--disk-bandwidth", "Disk.")] = None,
+    disk_bandwidth: Annotated[
+        str | None, _amount("--disk-bandwidth", "Bandwidth of the disk.")
+    ] = None,
     from_bandwidth: Annotated[
         str | None, _amount("--from-bandwidth", "Memory bandwidth of the given device.")
     ] = None,
     from_flops: Annotated[str | None, _amount("--from-flops", "Peak of the given device.")] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="NAME=FILE",
+            help="A model that no profile has, from its config.json; repeatable.",
+        ),
+    ] = None,
+    like: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--like",
+            metavar="[NAME=]MODEL",
+            help="The model whose numbers are scaled and whose exits stand in.",
+            show_default="the nearest by bytes of a layer",
+        ),
+    ] = None,
+    exits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exits",
+            metavar="[NAME=]LAYERS",
+            help="Exit layers, such as 8,16,24.",
+            show_default="the relative depths of the model that it is like",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="[NAME=]TOKENIZER",
+            help="Models of one tokenizer are compared by perplexity.",
+            show_default="its own",
+        ),
+    ] = None,
+    replacing: Annotated[
+        bool, typer.Option("--replace", help="Let --model replace a model of the profile.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a profile that is there.")
     ] = False,
 ) -> None:
-    """Make a profile of a device that is not here, by scaling one of another device."""
-    from helios_sim.derive import device_of, write_derived
+    """Make a profile of a device or of models that are not here, by scaling those of another."""
+    from dataclasses import replace
+
+    from helios_sim.derive import changes, device_of, tells_a_device, write_derived
+    from helios_sim.derive_model import figures_of, wanted_of, write_with_models
     from helios_sim.profile import load_profile
-    from helios_sim.terminal import profiles_table
+    from helios_sim.report.words import standing_in
+    from helios_sim.terminal import model_figures_table, profiles_table
 
     own_name = name if name is not None else out.resolve().name
+    wanted = wanted_of(model or [], like or [], exits or [], tokenizer or [])
+    if replacing and not wanted:
+        raise InputError("--replace is of models; give a --model too.", "--replace")
     device = device_of(
         device_name if device_name is not None else own_name,
         {
@@ -400,8 +464,33 @@ def derive(
             "from_flops_per_s": from_flops,
         },
     )
-    derived = write_derived(load_profile(source), own_name, device, out, overwrite)
+    given = load_profile(source)
+    if not wanted:
+        derived = write_derived(given, own_name, device, out, overwrite)
+        _console().print(profiles_table([derived.summary()]))
+        for text in changes(given, derived, device):
+            _say(text)
+        _say(f"Profile: {out}")
+        return
+    if device_name is None and not tells_a_device(device):
+        device = replace(device, name=given.device.name)
+    derived = write_with_models(
+        given, own_name, device, wanted, out, overwrite=overwrite, replacing=replacing
+    )
     _console().print(profiles_table([derived.summary()]))
+    names = [one.name for one in wanted]
+    likes = {one: derived.stand_ins[one] for one in names}
+    figures = figures_of(derived, list(dict.fromkeys([*names, *likes.values()])))
+    _console().print(model_figures_table(figures))
+    for text in changes(given, derived, device):
+        _say(text)
+    for one in wanted:
+        if one.like is None:
+            _say(
+                f"{one.name} is like {likes[one.name]}, whose layers are nearest in bytes; --like "
+                "names another."
+            )
+    _say(standing_in(likes))
     _say(f"Profile: {out}")
 
 
@@ -425,11 +514,15 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
         read_tune(question, scenario.parent, str(scenario))
     policies = ", ".join(f"{policy.name!r}" for policy in question.policy)
     _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
+    _say(_arrivals(requests))
+    if question.workload.trace is not None and question.workload.replays_arrivals:
+        from helios_sim.traces import doubtful_times
+
+        doubt = doubtful_times(question.workload.trace, scenario.parent)
+        if doubt is not None:
+            _say(doubt)
     if requests.num_dropped:
-        _say(
-            "Rows of the trace that are left out, since they are no requests: "
-            f"{requests.num_dropped:,}."
-        )
+        _say(f"Rows of the trace left out because they hold no request: {requests.num_dropped:,}.")
     if shortened:
         _say(
             f"{shortened:,} of {len(requests):,} requests are shortened to "
@@ -437,7 +530,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
         )
     setup = experiment.setup
     _say(
-        f"Policies reckon with prompts of {setup.expected_prompt_tokens:,} and outputs of "
+        f"Policies expect prompts of {setup.expected_prompt_tokens:,} and outputs of "
         f"{setup.expected_output_tokens:,} tokens; the workload's means are "
         f"{requests.mean_prompt_tokens:,.1f} and {requests.mean_output_tokens:,.1f}."
     )
@@ -453,6 +546,18 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
             f"Up to {by_some:,}{' more' if by_all else ''} will be refused where a candidate or a "
             f"depth serves that cannot hold them; the least holds {least:,} tokens."
         )
+
+
+def _arrivals(requests: Requests) -> str:
+    """Within what time requests arrive and how many a second, which shows a mistaken unit."""
+    from helios_sim.report.words import number, span
+
+    if requests.user is not None:
+        return "Users send them in a closed loop, as they are answered."
+    if requests.span_s <= 0.0:
+        return "They arrive at one moment."
+    rate = number(len(requests) / requests.span_s)
+    return f"They arrive within {span(requests.span_s)}, {rate} requests/s on average."
 
 
 @scenario_app.command("schema")
@@ -517,21 +622,21 @@ def _running(
     return Running(out, resume, processes, scheduler, shard)
 
 
-def _show_search(said: Said, as_json: bool) -> None:
+def _show_search(output: Output, as_json: bool) -> None:
     if as_json:
         from helios_sim.metrics import rounded_figures
 
-        _print_json(rounded_figures(said.rows))
+        _print_json(rounded_figures(output.rows))
         return
     from helios_sim.search.tables import terminal_table
 
-    for sentence in said.sentences:
+    for sentence in output.sentences:
         _say(sentence)
-    for cells, best_first in said.tables:
+    for cells, best_first in output.tables:
         _say("")
         _console().print(terminal_table(cells, best_first))
-    if said.has_page:
-        _say(f"\nPage: {said.folder / 'report.html'}")
+    if output.has_page:
+        _say(f"\nPage: {output.folder / 'report.html'}")
 
 
 def _entries(folder: Path | None) -> set[str]:
@@ -554,32 +659,48 @@ def _write(results: Sequence[Result], target: Path) -> None:
 
 
 def _show(results: Sequence[Result]) -> None:
-    from helios_sim.report.words import worth
+    from helios_sim.profile import STAND_INS
+    from helios_sim.report.words import standing_in, worth
     from helios_sim.terminal import summary_table
 
     summaries = [result.summary for result in results]
     environments = [result.run.environment for result in results]
     _say_serving(environments, summaries)
     _say(worth({str(one["profile"]): one["profile_grades"] for one in environments}, "policies"))
+    assumed = {name: like for one in environments for name, like in one.get(STAND_INS, {}).items()}
+    if assumed:
+        _say(standing_in(assumed))
     _console().print(summary_table(summaries))
     replications = summaries[0].get("replications")
     if replications is not None:
         first, *_, last = replications["seeds"]
         _say(
             f"These are the runs of seed {first}; means and 95 % intervals over the seeds {first} "
-            f"to {last} stand on the page and under replications in the summary.json of each run."
+            f"to {last} are on the page and under replications in the summary.json of each run."
         )
+    _say_changed(summaries)
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)
+
+
+def _say_changed(summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Say below a table how many requests were not sent as the workload has them."""
+    from helios_sim.report.words import changed_requests
+
+    for text in changed_requests(summaries):
+        _say(text)
 
 
 def _say_serving(
     environments: Sequence[Mapping[str, Any]], summaries: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Say above a table on which device its runs are, and of which models."""
-    from helios_sim.report.words import serving
+    """Say above a table on which device its runs are, of which models, and judged by what."""
+    from helios_sim.report.words import judged_by, serving
 
     for text in serving(environments, summaries):
         _say(text)
+    slo = judged_by(summaries)
+    if slo is not None:
+        _say(slo)
 
 
 def _say_extrapolated(names: Sequence[str], summaries: Sequence[dict[str, Any]]) -> None:
@@ -624,7 +745,3 @@ def _say(text: str) -> None:
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data, indent=2, allow_nan=False))
-
-
-if __name__ == "__main__":
-    main()

@@ -70,8 +70,13 @@ def rarely_collected() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -> None:
-    """Run a command line to its exit, with a user's mistake in words on standard error."""
+def run_app(
+    commands: typer.Typer, name: str, arguments: Sequence[str] | None, known: object = None
+) -> None:
+    """Run a command line to its exit, with a user's mistake in words on standard error.
+
+    `known` is the `obj` of its context.
+    """
     given = sys.argv[1:] if arguments is None else list(arguments)
     # What the process still holds at its end goes with it; looking for garbage in it would take a
     # sixth of a short run.
@@ -81,7 +86,7 @@ def run_app(commands: typer.Typer, name: str, arguments: Sequence[str] | None) -
     program.handlers[:] = [OnStandardError()]
     try:
         with rarely_collected():
-            code = commands(args=given, prog_name=name, standalone_mode=False)
+            code = commands(args=given, prog_name=name, standalone_mode=False, obj=known)
         # A command returns nothing; what ends one early, as --help does, returns its exit code.
         raise SystemExit(code or 0)
     except _USAGE_ERROR as error:

@@ -19,8 +19,7 @@ from typing import Any, Final, Literal
 from helios_sim.errors import InputError
 from helios_sim.profile import (
     GRADES,
-    POINTS_FILE,
-    PROFILE_FILE,
+    STAND_INS,
     TRACES_FILE,
     UNAVAILABLE,
     Profile,
@@ -89,8 +88,65 @@ RULES: Final[Mapping[str, Rule]] = {
 }
 """What bounds each coefficient, and so what it scales by; joules also scale by the power."""
 
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model's work that coefficients are counted in, in words; bytes and flops of it.
+
+    A number of the part grows with the bytes where they bound it, with the flops where those do.
+    """
+
+    words: str
+    num_bytes: int
+    flops: int
+
+
+def part_of(key: str, work: published.Work) -> Part:
+    """The part of a model's work that a coefficient is the price of."""
+    where, _, what = key.partition(".")
+    is_weights = what in ("base_s", "j_base") or what.endswith(("s_per_layer", "j_per_layer"))
+    if where in ("head", "check"):
+        if is_weights:
+            return Part("the output head's weights", work.head_bytes, work.head_row_flops)
+        return Part("a row of the output head", work.head_row_bytes, work.head_row_flops)
+    if where == "kv_fill":
+        if is_weights:
+            return Part("the weights of keys and values", work.fill_bytes, work.fill_row_flops)
+        return Part("a row's keys and values", work.fill_row_bytes, work.fill_row_flops)
+    if is_weights:
+        return Part("a layer's weights", work.layer_bytes, work.row_flops)
+    if any(word in what for word in ("context", "padded", "pair")):
+        return Part("a KV token", work.kv_bytes, work.pair_flops)
+    return Part("a row", work.row_bytes, work.row_flops)
+
+
+def share_of_bytes(part: Part, peaks: tuple[float, float]) -> float:
+    """The share of a part's time that bytes take on a device, by its roofline.
+
+    `peaks` are its bytes and flops a second; both are reached to the shares that the shipped
+    profiles assume (`helios_sim.profiles.published`).
+    """
+    memory_s = part.num_bytes / (peaks[0] * published.MEMORY_EFFICIENCY)
+    compute_s = part.flops / (peaks[1] * published.COMPUTE_EFFICIENCY)
+    return memory_s / (memory_s + compute_s)
+
+
 MOST: Final = 1000.0
 """How many times another device may differ: beyond it a unit was forgotten."""
+
+_POSSIBLE: Final[Mapping[str, tuple[float, float, str]]] = {
+    "launch_s": (1e-7, 5e-3, "a layer's floor is some 34 launches, of about 0.01 ms each eagerly"),
+    "fixed_s": (1e-7, 0.05, "an iteration takes about 1 ms beside its layers"),
+    **{
+        key: (0.5, 5000.0, "boards draw from a few watts to a few kilowatts")
+        for key in ("limit_w", "idle_w", "active_w", "load_w")
+    },
+}
+"""Between which values a device can be at all, and why; watts are of one GPU.
+
+Milliseconds taken for seconds, or kilowatts for watts, lie outside, though not a thousand times
+from the given profile. The upper bar of launches is ten times what eager PyTorch needs.
+"""
 
 _DECIMAL: Final = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _BINARY: Final = {f"{prefix}i": 2.0 ** (10 * at) for at, prefix in enumerate("KMGT", start=1)}
@@ -99,8 +155,24 @@ _UNITS: Final[dict[str, dict[str, float]]] = {
     "bytes/s": {f"{prefix}B/s": size for prefix, size in (_DECIMAL | _BINARY).items()},
     "flops": {f"{prefix}FLOP/s": size for prefix, size in _DECIMAL.items()},
     "seconds": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
-    "watts": {"W": 1.0},
+    "watts": {"W": 1.0, "kW": 1e3},
 }
+_WORDS: Final = {"G": "giga", "T": "tera", "P": "peta"}
+_SPELT: Final[dict[str, dict[str, float]]] = {
+    "bytes": {
+        said: size
+        for unit, size in _UNITS["bytes"].items()
+        for said in (unit.lower(), unit.upper())
+    },
+    "flops": {
+        f"{said}{flops}": size
+        for prefix, size in _DECIMAL.items()
+        for said in (prefix, prefix.lower(), _WORDS.get(prefix, prefix))
+        for flops in ("FLOPS", "FLOPs", "flops", "FLOP/s", "flop/s")
+    },
+    "watts": {"w": 1.0, "kw": 1e3, "KW": 1e3},
+}
+"""How data sheets spell units too. `Gb` is left out, which are bits, and so are rates in `gb/s`."""
 _EXAMPLES: Final = {
     "bytes": "bytes, such as 48GiB",
     "bytes/s": "bytes a second, such as 864GB/s or 864e9",
@@ -165,7 +237,7 @@ def amount(text: str, option: str, kind: str) -> float:
     found = _AMOUNT.fullmatch(text)
     units = _UNITS[kind]
     try:
-        value = float(found[1]) * units[found[2]] if found and found[2] else float(text)
+        value = float(found[1]) * _size(found[2], kind) if found and found[2] else float(text)
     except (KeyError, ValueError):
         value = math.nan
     if not 0.0 < value < math.inf:
@@ -177,9 +249,43 @@ def amount(text: str, option: str, kind: str) -> float:
     return value
 
 
+def _size(unit: str, kind: str) -> float:
+    """How many base units a unit is; KeyError where it is none of its kind."""
+    return (_UNITS[kind] | _SPELT.get(kind, {}))[unit]
+
+
 def derive(profile: Profile, name: str, device: Device) -> dict[str, Any]:
     """The document of a profile of another device, from that of a given one."""
     return _Derivation(profile, name, device).document()
+
+
+def check_name(name: str, profile: Profile) -> None:
+    """Refuse a name that a profile derived from this one cannot have."""
+    if not name.strip() or "/" in name:
+        raise InputError(f"{name!r} was given; allowed is a name without a slash.", "--name")
+    if name == profile.name or name in shipped_names():
+        raise InputError(
+            f"{name!r} is the name of an existing profile; give another one.", "--name"
+        )
+
+
+def tells_a_device(device: Device) -> bool:
+    """Whether any number of a device is given, beside what is said of the given profile's."""
+    return any(getattr(device, key) is not None for key in OPTIONS if not key.startswith("from_"))
+
+
+def peaks_of(profile: Profile, device: Device) -> tuple[float, float] | None:
+    """Bytes and flops a second of a profile's device; None where nobody says both."""
+    said = profile.provenance.environment.get("peaks")
+    board = published.BOARDS.get(profile.device.name)
+    bytes_per_s = flops_per_s = None
+    if isinstance(said, Mapping):
+        bytes_per_s, flops_per_s = said.get("memory_bytes_per_s"), said.get("flops_per_s")
+    elif board is not None:
+        bytes_per_s, flops_per_s = board.memory_bytes_per_s.value, board.flops_per_s.value
+    bytes_per_s = device.from_bytes_per_s or bytes_per_s
+    flops_per_s = device.from_flops_per_s or flops_per_s
+    return (float(bytes_per_s), float(flops_per_s)) if bytes_per_s and flops_per_s else None
 
 
 def write_derived(
@@ -187,17 +293,61 @@ def write_derived(
 ) -> Profile:
     """Derive a profile and write its folder, with the exit traces of the given one."""
     document = derive(profile, name, device)
-    if overwrite and folder.exists():
-        known = {PROFILE_FILE, POINTS_FILE, TRACES_FILE}
-        if not folder.is_dir() or {entry.name for entry in folder.iterdir()} - known:
-            raise InputError("It is no folder of a profile, so it is not replaced.", str(folder))
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(
-            "It exists already; give another folder, or --overwrite to replace a profile.",
-            str(folder),
-        )
     traces = profile.exits.path if isinstance(profile.exits, TraceExits) else None
-    return save_profile(document, folder, traces=traces, overwrite=folder.exists())
+    return save_profile(document, folder, traces=traces, overwrite=overwrite)
+
+
+_SHOWN: Final = {
+    "bytes": ("GiB", 2.0**30),
+    "bytes/s": ("GB/s", 1e9),
+    "flops": ("TFLOP/s", 1e12),
+    "seconds": ("ms", 1e-3),
+    "watts": ("W", 1.0),
+}
+"""The unit in which a kind of amount is told, and its size."""
+
+
+def changes(given: Profile, derived: Profile, device: Device) -> list[str]:
+    """What each figure of the device was and what it is now; what stayed is left out."""
+    told: list[tuple[str, str, float | None, float | None]] = []
+    was = _Derivation(given, derived.name, device).peaks
+    if was is not None:
+        told.append(("memory bandwidth", "bytes/s", was[0], device.bytes_per_s or was[0]))
+        told.append(("peak", "flops", was[1], device.flops_per_s or was[1]))
+    told.append(
+        ("memory", "bytes", float(given.device.memory_bytes), float(derived.device.memory_bytes))
+    )
+    for what, link in (("link from the host", "host"), ("disk", "disk")):
+        rates = [getattr(one.loading, link).bytes_per_s for one in (given, derived)]
+        told.append((what, "bytes/s", rates[0], rates[1]))
+    for what, key, kind in (
+        ("launch floor of a layer", "decode.launch_s", "seconds"),
+        ("fixed part of an iteration", "decode.fixed_s", "seconds"),
+        ("power limit", "power.limit_w", "watts"),
+    ):
+        for model, entry in given.models.items():
+            if model in derived.models:
+                there = derived.models[model].coefficients[key]
+                told.append((what, kind, entry.coefficients[key], there))
+    told += [
+        ("idle power", "watts", given.device.idle_w, derived.device.idle_w),
+        ("active power", "watts", given.device.active_w, derived.device.active_w),
+        ("power while weights move", "watts", given.device.load_w, derived.device.load_w),
+    ]
+    # Models whose figures are alike share a line.
+    return list(
+        dict.fromkeys(
+            f"{what[0].upper()}{what[1:]}: {_shown(own, kind)}, where {given.name} has "
+            f"{_shown(there, kind)}."
+            for what, kind, there, own in told
+            if own != there
+        )
+    )
+
+
+def _shown(value: float | None, kind: str) -> str:
+    unit, size = _SHOWN[kind]
+    return "none" if value is None else f"{value / size:.5g} {unit}"
 
 
 @dataclass(frozen=True)
@@ -246,29 +396,40 @@ class _Derivation:
 
     def _check(self) -> None:
         """Refuse what makes no profile."""
-        if not self.name.strip() or "/" in self.name:
-            raise InputError(
-                f"{self.name!r} was given; allowed is a name without a slash.", "--name"
-            )
-        if self.name == self.profile.name or self.name in shipped_names():
-            raise InputError(
-                f"{self.name!r} is the name of a profile that there is; give another one.",
-                "--name",
-            )
-        if all(getattr(self.device, key) is None for key in OPTIONS if not key.startswith("from_")):
+        check_name(self.name, self.profile)
+        if not tells_a_device(self.device):
             allowed = ", ".join(
                 option for key, (option, _) in OPTIONS.items() if not key.startswith("from_")
             )
             raise InputError(
-                f"Nothing that tells the device from that of {self.profile.name!r} was given; "
+                f"Nothing was given that tells the device from that of {self.profile.name!r}; "
                 f"allowed are {allowed}.",
                 "helios profiles derive",
             )
+        for key in _POSSIBLE:
+            self._check_possible(key)
         for model in self.profile.models.values():
             self._check_near("fixed_s", model.coefficients["decode.fixed_s"] or 0.0)
         self._check_near("memory_bytes", self.profile.device.memory_bytes)
         self._check_near("host_bytes_per_s", self.profile.loading.host.bytes_per_s)
         self._check_near("disk_bytes_per_s", self.profile.loading.disk.bytes_per_s)
+
+    def _check_possible(self, key: str) -> None:
+        """Refuse a number that no device has, whatever the given profile says."""
+        value = getattr(self.device, key)
+        option, kind = OPTIONS[key]
+        least, most, why = _POSSIBLE[key]
+        if kind == "watts":
+            num = self.profile.device.num_gpus
+            least, most = least * num, most * num
+        if value is None or least <= value <= most:
+            return
+        unit = _base_unit(kind)
+        raise InputError(
+            f"{value:g} {unit} was given, which no device has: {why}; allowed is {least:g} to "
+            f"{most:g} {unit}, so give {_EXAMPLES[kind]}.",
+            option,
+        )
 
     def _check_near(self, key: str, there: float) -> None:
         """Refuse a number that is out of all proportion to that of the given profile."""
@@ -283,23 +444,15 @@ class _Derivation:
         )
 
     def _peaks(self) -> tuple[float, float] | None:
-        """Bytes and flops a second of the given profile's device; None where nobody says them."""
+        """The peaks of the given profile's device, which are needed where others are given."""
         device = self.device
-        said = self.profile.provenance.environment.get("peaks")
-        board = published.BOARDS.get(self.profile.device.name)
-        bytes_per_s = flops_per_s = None
-        if isinstance(said, Mapping):
-            bytes_per_s, flops_per_s = said.get("memory_bytes_per_s"), said.get("flops_per_s")
-        elif board is not None:
-            bytes_per_s, flops_per_s = board.memory_bytes_per_s.value, board.flops_per_s.value
-        bytes_per_s = device.from_bytes_per_s or bytes_per_s
-        flops_per_s = device.from_flops_per_s or flops_per_s
-        if bytes_per_s and flops_per_s:
-            return float(bytes_per_s), float(flops_per_s)
+        peaks = peaks_of(self.profile, device)
+        if peaks is not None:
+            return peaks
         for key in ("bytes_per_s", "flops_per_s"):
             if getattr(device, key) is not None:
                 raise InputError(
-                    f"Neither {self.profile.name!r} nor a data sheet at hand says the peaks of "
+                    f"Neither {self.profile.name!r} nor a known data sheet states the peaks of "
                     f"its device {self.profile.device.name!r}, so there is nothing to scale "
                     "from; give --from-bandwidth and --from-flops too.",
                     OPTIONS[key][0],
@@ -331,8 +484,8 @@ class _Derivation:
         asked = [key for key in ("limit_w", "idle_w", "active_w", "load_w") if _has(device, key)]
         if asked and not profile.has_energy:
             raise InputError(
-                f"{profile.name!r} has no energy to scale: nobody could read it; leave the watts "
-                "out.",
+                f"{profile.name!r} has no energy to scale, since no meter could be read; "
+                "leave the watts out.",
                 OPTIONS[asked[0]][0],
             )
         limit = self._limit_w()
@@ -463,19 +616,8 @@ class _Derivation:
         by_bytes, by_flops = self.by_bytes, self.by_flops
         if self.peaks is None or (by_bytes.factor == 1.0 and by_flops.factor == 1.0):
             return _UNCHANGED
-        work = published.work_of(self.profile.models[model].model)
-        part = key.split(".")[0]
-        if part in ("head", "check"):
-            num_bytes, flops = work.head_row_bytes, work.head_row_flops
-        elif part == "kv_fill":
-            num_bytes, flops = work.fill_row_bytes, work.fill_row_flops
-        elif "context" in key or "padded" in key:
-            num_bytes, flops = work.kv_bytes, work.pair_flops
-        else:
-            num_bytes, flops = work.row_bytes, work.row_flops
-        memory_s = num_bytes / (self.peaks[0] * published.MEMORY_EFFICIENCY)
-        compute_s = flops / (self.peaks[1] * published.COMPUTE_EFFICIENCY)
-        share = memory_s / (memory_s + compute_s)
+        part = part_of(key, published.work_of(self.profile.models[model].model))
+        share = share_of_bytes(part, self.peaks)
         told = [one.how for one in (by_bytes, by_flops) if one.factor != 1.0]
         return _Scaled(
             f"{share:.0%} bytes and {1.0 - share:.0%} flops (roofline, assumed) "
@@ -508,6 +650,8 @@ class _Derivation:
                 "memory_bytes_per_s": self.device.bytes_per_s or self.peaks[0],
                 "flops_per_s": self.device.flops_per_s or self.peaks[1],
             }
+        if given.stand_ins:
+            environment[STAND_INS] = dict(given.provenance.environment[STAND_INS])
         if given.is_of_processor:
             environment["device"] = {"name": self.device.name, "kind": "cpu"}
         return {

@@ -16,7 +16,6 @@ import numpy as np
 import simpy
 from simpy.events import NORMAL, URGENT
 
-from helios_sim.arrivals import stream
 from helios_sim.cards import Room, candidate_card, confidence_thresholds
 from helios_sim.exits import ExitTraces
 from helios_sim.garbage import uncollected
@@ -32,7 +31,7 @@ from helios_sim.policy.contract import (
     Policy,
     Slo,
 )
-from helios_sim.policy.failure import asked_rules, told
+from helios_sim.policy.failure import asked_rules, failures_in_words
 from helios_sim.policy.registry import hot_rules_of
 from helios_sim.policy.snapshot_json import SnapshotLog
 from helios_sim.scenario import MeasureSettings
@@ -49,6 +48,7 @@ from helios_sim.state import (
     live_record,
 )
 from helios_sim.steward import HOLD, Aim, Steward, View, event_of
+from helios_sim.streams import stream
 from helios_sim.workload import Requests
 from helios_sim.world import build_world, parking_lot, trace_tables
 
@@ -427,8 +427,12 @@ class Run:
         rules = hot_rules_of(self.policy)
         self.loop = loop_with(rules)
         # Only these two ask rules; ours raise nothing.
-        self.advance = told(self.policy, rules, self.loop.advance) if rules else self.loop.advance
-        self.route = told(self.policy, rules, self.loop.route) if rules else self.loop.route
+        self.advance = (
+            failures_in_words(self.policy, rules, self.loop.advance) if rules else self.loop.advance
+        )
+        self.route = (
+            failures_in_words(self.policy, rules, self.loop.route) if rules else self.loop.route
+        )
         tables = trace_tables(setup.traces, names, self.thresholds, asked_rules(self.policy, rules))
         self.world: World = build_world(
             requests,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Self
@@ -42,6 +43,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A space and "Did you mean ...?", or nothing where no known word is near."""
     near = get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names in quotes as they appear in a sentence, or "none"."""
+    return ", ".join(repr(str(name)) for name in names) or "none"
+
+
+def shown(value: object) -> str:
+    """A value as JSON, cut where it would fill the line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def install_command(*extras: str) -> str:

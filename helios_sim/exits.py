@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +15,20 @@ from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 import polars as pl
-from numpy.random import PCG64, Generator, SeedSequence
+from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from helios_sim.errors import InputError
 from helios_sim.policy.rules import leaves_here
 from helios_sim.profile import MarkovCandidate, MarkovExits, Profile
+from helios_sim.state import NLL_UNITS_PER_NAT
+from helios_sim.streams import stream
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Confidence: TypeAlias = NDArray[np.float32]
 Flags: TypeAlias = NDArray[np.bool_]
 Levels: TypeAlias = NDArray[np.int8]
-
-NLL_STEPS_PER_NAT: Final = 1024
-"""Negative log-likelihoods are kept in steps of 1/1024 nat, so that sums of them are exact."""
 
 _MAX_EXITS: Final = 127
 _COLUMN: Final = re.compile(r"^(?P<candidate>.+)\|L(?P<layer>\d+)\|(?P<field>[a-z_]+)$")
@@ -273,8 +271,7 @@ def _leaving(confidence: Confidence, threshold: float) -> Flags:
 
 def _stream(spec: MarkovExits, *names: str) -> Generator:
     """The random numbers of a named stream."""
-    key = zlib.crc32("/".join(("exit-trace", *names)).encode())
-    return Generator(PCG64(SeedSequence([spec.seed, key])))
+    return stream(spec.seed, "/".join(("exit-trace", *names)))
 
 
 def _normal(uniform: FloatArray) -> FloatArray:
@@ -353,7 +350,8 @@ def _candidate_trace(
     agrees[:, -1] = True
     nll = text.surprise[:, None] * math.log(candidate.perplexity)
     nll = nll + np.where(agrees, 0.0, spec.disagreement_penalty_nats)
-    nll = np.round(nll * NLL_STEPS_PER_NAT) / NLL_STEPS_PER_NAT
+    # Whole units, as the engine sums them.
+    nll = np.round(nll * NLL_UNITS_PER_NAT) / NLL_UNITS_PER_NAT
     return confidence, agrees, nll.astype(np.float32)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,13 @@ from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
+from helios_sim.laws import check_run
 from helios_sim.metrics import aggregate, summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile
-from helios_sim.records import SUMMARY_KINDS, RunData, check_run
+from helios_sim.records import SUMMARY_KINDS, RunData
 from helios_sim.scenario import (
     EXPECTED_LENGTHS,
     PolicySettings,
@@ -283,22 +283,3 @@ def _beyond_measured(profile: Profile, run: RunData, max_batch: int) -> list[str
         for name, tokens in lengths.iter_rows()
     ]
     return [clause for clause in clauses if clause]
-
-
-def folder_name(label: str) -> str:
-    """A label as the name of a folder: lower case, with hyphens for what file systems dislike."""
-    name = re.sub(r"[^a-z0-9._]+", "-", label.lower()).strip("-.") or "run"
-    return name[:80] if not name.endswith(".html") else f"{name[:80]}-run"
-
-
-def folder_names(labels: Sequence[str]) -> list[str]:
-    """A folder for each label, numbered where two labels would share one."""
-    names: list[str] = []
-    for label in labels:
-        name = folder_name(label)
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{folder_name(label)}-{number}"
-        names.append(name)
-    return names

@@ -56,15 +56,15 @@ def loop_with(replaced: Mapping[str, Callable[..., Any]]) -> Any:
     """
     if not replaced:
         return batch
-    print_of_rules = fingerprint(replaced)
-    if print_of_rules is None:
+    rules_hash = fingerprint(replaced)
+    if rules_hash is None:
         return _bind(replaced, "")
-    if print_of_rules not in _loops:
-        _loops[print_of_rules] = _bind(replaced, print_of_rules)
-    return _loops[print_of_rules]
+    if rules_hash not in _loops:
+        _loops[rules_hash] = _bind(replaced, rules_hash)
+    return _loops[rules_hash]
 
 
-def _bind(replaced: Mapping[str, Callable[..., Any]], print_of_rules: str) -> ModuleType:
+def _bind(replaced: Mapping[str, Callable[..., Any]], rules_hash: str) -> ModuleType:
     """Execute the loop's source with these rules in place of ours."""
     uncompilable = [name for name, rule in replaced.items() if not _compiles(name, rule)]
     if uncompilable:
@@ -74,19 +74,19 @@ def _bind(replaced: Mapping[str, Callable[..., Any]], print_of_rules: str) -> Mo
             InterpretedRuleWarning,
             stacklevel=3,
         )
-    elif not print_of_rules:
+    elif not rules_hash:
         _log.info(
             "The simulator is compiled with the policy's own rules, for each run, since they refer "
             "to more than numbers and functions: it takes a minute or two."
         )
-    name = f"helios_sim.batch_with_own_rules{print_of_rules and '_'}{print_of_rules}"
+    name = f"helios_sim.batch_with_own_rules{rules_hash and '_'}{rules_hash}"
     spec = importlib.util.spec_from_file_location(name, batch.__file__)
     assert spec is not None and spec.loader is not None
     variant = importlib.util.module_from_spec(spec)
     # What numba keeps on disk looks its module up by name.
     sys.modules[name] = variant
-    mode: Mode = "interpreted" if uncompilable else "cached" if print_of_rules else "uncached"
-    with _in_place(replaced), compiling(mode, print_of_rules and f"rules-{print_of_rules}"):
+    mode: Mode = "interpreted" if uncompilable else "cached" if rules_hash else "uncached"
+    with _in_place(replaced), compiling(mode, rules_hash and f"rules-{rules_hash}"):
         spec.loader.exec_module(variant)
     return variant
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import polars as pl
 from scipy.special import stdtrit
 
 from helios_sim.errors import InputError
+from helios_sim.latencies import Columns, Floats, columns_of, meets, meets_all
 from helios_sim.records import SCHEMA_VERSION, RunData
-from helios_sim.slo import SloLimit, SloSpec, parse_slo, reaches
-
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
+from helios_sim.saturation import saturation_of
+from helios_sim.slo import SloSpec, reaches
 
 NUM_BATCHES: Final = 20
 CONFIDENCE: Final = 0.95
@@ -118,141 +115,19 @@ DEFINITIONS: Final[dict[str, str]] = {
 
 _SHARES: Final = frozenset(
     {
-        *("slo_attainment", "slo_attainment_by_metric", "agreement", "breach_rate"),
-        *("breach_rate_observed", "mean_kv_use", "exit_histogram", "depth_share", "regime"),
+        "slo_attainment",
+        "slo_attainment_by_metric",
+        "agreement",
+        "breach_rate",
+        "breach_rate_observed",
+        "mean_kv_use",
+        "exit_histogram",
+        "depth_share",
+        "regime",
         "time_shares",
     }
 )
 """Figures between 0 and 1, and groups of such."""
-
-Saturation = Literal["stable", "backlogged", "overloaded"]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """A run's request columns as numpy arrays, in order of arrival, times NaN where null."""
-
-    request_id: npt.NDArray[np.int64]
-    arrival_s: Floats
-    admitted_s: Floats
-    first_token_s: Floats
-    finished_s: Floats
-    generated: npt.NDArray[np.int64]
-    finished: Bools
-    refused: Bools
-    measured: Bools
-    ttft_s: Floats
-    tpot_s: Floats
-    e2e_s: Floats
-
-    @property
-    def several_tokens(self) -> Bools:
-        """Requests that emitted two tokens or more, so that they have a TPOT."""
-        return self.generated > 1
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the system carried the load, and the two numbers that say so."""
-
-    saturation: Saturation
-    growth_per_s: float
-    drain_s: float
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """Mean difference to the first run on the same requests, with its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One figure across runs.
-
-    `better` is "higher" or "lower", or None where neither is better. `ratios` are to the first
-    run; `best` are the positions of the best value; `differences` are paired by request and None
-    where the figure is not a mean over requests.
-    """
-
-    key: str
-    title: str
-    unit: str
-    group: str
-    better: Literal["higher", "lower"] | None
-    values: tuple[float | str | None, ...]
-    ratios: tuple[float | None, ...]
-    best: tuple[int, ...]
-    differences: tuple[PairedDifference | None, ...]
-
-
-def columns_of(run: RunData, warmup_s: float = 0.0, warmup_requests: int = 0) -> Columns:
-    """Take what the figures need out of the request table."""
-    requests = run.requests
-    if requests.height == 0:
-        raise InputError("The run is empty: it holds no request.", run.label)
-    if not (math.isfinite(warmup_s) and warmup_s >= 0.0) or warmup_requests < 0:
-        raise InputError(
-            f"The warm-up was given as measure.warmup_s = {warmup_s} and measure.warmup_requests = "
-            f"{warmup_requests}; allowed are 0 or more of each.",
-            run.label,
-        )
-    arrival_s = requests["arrival_s"].to_numpy()
-    if bool(np.any(arrival_s[1:] < arrival_s[:-1])):
-        requests = requests.sort("arrival_s", "request_id", maintain_order=True)
-        arrival_s = requests["arrival_s"].to_numpy()
-
-    def times(name: str) -> Floats:
-        return requests[name].cast(pl.Float64).fill_null(math.nan).to_numpy()
-
-    admitted_s, first_s, finished_s = (
-        times("admitted_s"),
-        times("first_token_s"),
-        times("finished_s"),
-    )
-    generated = requests["generated_tokens"].cast(pl.Int64).to_numpy()
-    e2e_s = finished_s - arrival_s
-    ttft_s = first_s - arrival_s
-    return Columns(
-        request_id=requests["request_id"].cast(pl.Int64).to_numpy(),
-        arrival_s=arrival_s,
-        admitted_s=admitted_s,
-        first_token_s=first_s,
-        finished_s=finished_s,
-        generated=generated,
-        finished=(requests["status"] == "finished").to_numpy(),
-        refused=(requests["status"] == "refused").to_numpy(),
-        measured=(arrival_s >= warmup_s) & (np.arange(len(arrival_s)) >= warmup_requests),
-        ttft_s=ttft_s,
-        tpot_s=(finished_s - first_s) / np.maximum(generated - 1, 1),
-        e2e_s=e2e_s,
-    )
-
-
-def meets(columns: Columns, limit: SloLimit) -> Bools:
-    """Which requests finished within one limit; one-token requests have a TPOT and ITL of 0.
-
-    A request's ITL is judged by its mean gap, which is its TPOT.
-    """
-    if limit.metric == "ttft":
-        value = columns.ttft_s
-    elif limit.metric == "e2e":
-        value = columns.e2e_s
-    else:
-        value = np.where(columns.several_tokens, columns.tpot_s, 0.0)
-    met: Bools = columns.finished & (np.nan_to_num(value, nan=math.inf) <= limit.limit_s)
-    return met
-
-
-def meets_all(columns: Columns, slo: SloSpec) -> Bools:
-    """Which requests finished within every limit."""
-    met = columns.finished.copy()
-    for limit in slo.limits:
-        met &= meets(columns, limit)
-    return met
 
 
 def summarise(
@@ -525,107 +400,23 @@ def _time_shares(run: RunData) -> dict[str, float] | None:
     }
 
 
-def _departures(columns: Columns) -> Floats:
-    """When each request left the system: refused on arrival, unfinished never."""
-    left = np.where(columns.finished, columns.finished_s, math.inf)
-    return np.sort(np.where(columns.refused, columns.arrival_s, left))
-
-
 def _max_outstanding(columns: Columns) -> int:
     arrived = np.arange(1, len(columns.arrival_s) + 1)
-    left = np.searchsorted(_departures(columns), columns.arrival_s, "right")
+    left = np.searchsorted(columns.departures_s, columns.arrival_s, "right")
     return int((arrived - left).max())
 
 
-def saturation_of(columns: Columns, end_s: float, closed_loop: bool = False) -> Verdict:
-    """Judge the curve of outstanding requests (arrived, neither finished nor refused).
-
-    *Overloaded*: over the arrival span the backlog grows (regression over ten slices, t above the
-    one-sided 97.5 % point) and after the last arrival it takes long to drain: longer than any
-    request takes from admission to finish, and than the share min(10 %, 2 max(1, CV) / sqrt(n))
-    of the arrival span, the bad luck of n arrivals whose gaps have the coefficient of variation
-    CV. *Backlogged*: not that, but requests wait longer on
-    average than they are served. *Stable*: neither. A closed loop limits its own backlog and
-    is never overloaded.
-    """
-    arrivals = columns.arrival_s
-    departures = _departures(columns)
-    first_s, last_s = float(arrivals[0]), float(arrivals[-1])
-    span_s = last_s - first_s
-    drain_s = _drain_seconds(columns, departures, last_s, span_s, end_s)
-    served = columns.finished & ~np.isnan(columns.admitted_s)
-    service_s = (columns.finished_s - columns.admitted_s)[served]
-    growth = 0.0
-    if span_s > 0.0 and len(arrivals) >= NUM_BATCHES:
-        growth, score = _backlog_growth(arrivals, departures, first_s, last_s)
-        gaps = np.diff(arrivals)
-        variation = max(1.0, float(gaps.std() / gaps.mean()))
-        luck_s = span_s * min(0.10, 2.0 * variation / math.sqrt(len(arrivals)))
-        longest_s = float(service_s.max()) if service_s.size else 0.0
-        grows = score > float(stdtrit(8, 0.975))
-        if grows and drain_s > max(luck_s, longest_s) and not closed_loop:
-            return Verdict("overloaded", growth, drain_s)
-    waited = ~columns.refused
-    admitted_s = np.where(np.isnan(columns.admitted_s), end_s, columns.admitted_s)
-    waits_s = (admitted_s - arrivals)[waited]
-    mean_wait_s = float(waits_s.mean()) if waits_s.size else 0.0
-    mean_service_s = float(service_s.mean()) if service_s.size else 0.0
-    if mean_wait_s > mean_service_s:
-        return Verdict("backlogged", growth, drain_s)
-    return Verdict("stable", growth, drain_s)
-
-
-def _backlog_growth(
-    arrivals: Floats, departures: Floats, from_s: float, to_s: float
-) -> tuple[float, float]:
-    """Slope of the backlog (requests per second) and its t value, over ten slices' means.
-
-    Slices of 20 points each take most of the correlation between neighbouring points out.
-    """
-    edges = np.linspace(from_s, to_s, 201)
-    points = (edges[1:] + edges[:-1]) / 2
-    backlog = np.searchsorted(arrivals, points, "right") - np.searchsorted(
-        departures, points, "right"
-    )
-    y = backlog.reshape(10, 20).mean(axis=1)
-    x = points.reshape(10, 20).mean(axis=1)
-    x_off, y_off = x - x.mean(), y - y.mean()
-    spread = float(x_off @ x_off)
-    slope = float(x_off @ y_off) / spread
-    rest = y_off - slope * x_off
-    error = math.sqrt(float(rest @ rest) / 8 / spread)
-    if error <= 1e-12 * max(1.0, abs(slope)):
-        return slope, math.copysign(math.inf, slope) if slope else 0.0
-    return slope, slope / error
-
-
-def _drain_seconds(
-    columns: Columns, departures: Floats, last_s: float, span_s: float, end_s: float
-) -> float:
-    """Seconds from the last arrival until the system is empty."""
-    known = departures[np.isfinite(departures)]
-    left = len(departures) - len(known)
-    if left == 0:
-        return max(0.0, float(known[-1]) - last_s)
-    half_s = last_s - span_s / 2
-    finishes = int(np.count_nonzero((known > half_s) & (known <= end_s)))
-    observed_s = max(0.0, end_s - last_s)
-    if finishes == 0 or end_s <= half_s:
-        return math.inf
-    return observed_s + left * (end_s - half_s) / finishes
-
-
 def batch_interval(
-    numerator: Floats, denominator: Floats | None = None, num_batches: int = NUM_BATCHES
+    numerator: Floats, denominator: Floats | None = None
 ) -> dict[str, float | int] | None:
     """Mean and its 95 % interval from batches of consecutive values.
 
     With a denominator the figure is the ratio of sums, and a batch's value its own ratio. None
     with fewer than two values a batch, or a batch without a denominator.
     """
-    if len(numerator) < 2 * num_batches:
+    if len(numerator) < 2 * NUM_BATCHES:
         return None
-    starts = np.arange(num_batches) * len(numerator) // num_batches
+    starts = np.arange(NUM_BATCHES) * len(numerator) // NUM_BATCHES
     sums = np.add.reduceat(numerator, starts)
     if denominator is None:
         weights = np.diff(np.append(starts, len(numerator))).astype(np.float64)
@@ -636,11 +427,11 @@ def batch_interval(
     batches = sums / weights
     mean = float(sums.sum() / weights.sum())
     half = (
-        float(stdtrit(num_batches - 1, 0.5 + CONFIDENCE / 2))
+        float(stdtrit(NUM_BATCHES - 1, 0.5 + CONFIDENCE / 2))
         * float(batches.std(ddof=1))
-        / math.sqrt(num_batches)
+        / math.sqrt(NUM_BATCHES)
     )
-    return {"mean": mean, "low": mean - half, "high": mean + half, "num_batches": num_batches}
+    return {"mean": mean, "low": mean - half, "high": mean + half, "num_batches": NUM_BATCHES}
 
 
 def _intervals(
@@ -753,62 +544,6 @@ def _same(summaries: Sequence[Mapping[str, Any]], key: str, rule: str) -> None:
         raise InputError(f"{key} differs ({', '.join(map(str, values))}); {rule}.")
 
 
-Better = Literal["higher", "lower"]
-
-COMPARED: Final[tuple[tuple[str, str, str, str, Better | None], ...]] = (
-    ("output_throughput", "Output tokens", "tokens/s", "Load", "higher"),
-    ("request_throughput", "Requests finished", "requests/s", "Load", "higher"),
-    ("request_goodput", "Goodput", "requests/s", "Load", "higher"),
-    ("slo_attainment", "SLO attainment", "%", "Load", "higher"),
-    ("num_refused", "Refused", "", "Load", "lower"),
-    ("num_unfinished", "Unfinished", "", "Load", "lower"),
-    ("saturation", "Saturation", "", "Load", None),
-    ("mean_ttft_ms", "TTFT, mean", "ms", "Latency", "lower"),
-    ("median_ttft_ms", "TTFT, median", "ms", "Latency", "lower"),
-    ("p99_ttft_ms", "TTFT, p99", "ms", "Latency", "lower"),
-    ("mean_tpot_ms", "TPOT, mean", "ms", "Latency", "lower"),
-    ("median_tpot_ms", "TPOT, median", "ms", "Latency", "lower"),
-    ("p99_tpot_ms", "TPOT, p99", "ms", "Latency", "lower"),
-    ("p99_itl_ms", "ITL, p99", "ms", "Latency", "lower"),
-    ("mean_e2el_ms", "E2E, mean", "ms", "Latency", "lower"),
-    ("median_e2el_ms", "E2E, median", "ms", "Latency", "lower"),
-    ("p99_e2el_ms", "E2E, p99", "ms", "Latency", "lower"),
-    ("energy_per_output_token", "Energy per output token", "J", "Energy", "lower"),
-    ("average_gpu_power", "Power, mean", "W", "Energy", "lower"),
-    ("mean_batch_size", "Batch size, mean", "", "Memory and batching", None),
-    ("max_batch_size_supported", "Batch size supported", "", "Memory and batching", "higher"),
-    ("weight_bytes_loaded", "Weights loaded, mean", "GiB", "Memory and batching", "lower"),
-    ("num_preemptions", "Preemptions", "", "Memory and batching", "lower"),
-    ("mean_executed_layers", "Executed layers, mean", "", "Exits and quality", "lower"),
-    ("agreement", "Agreement with full depth", "%", "Exits and quality", "higher"),
-    ("perplexity", "Perplexity", "", "Exits and quality", "lower"),
-    ("breach_rate", "Breaches, relative", "%", "Exits and quality", "lower"),
-    ("num_evaluations", "Evaluations", "", "Decisions", None),
-    ("num_switches", "Switches", "", "Decisions", None),
-    ("num_loads", "Loads of more layers", "", "Decisions", None),
-    ("switch_time_s", "Serves, switches, loads", "s", "Decisions", "lower"),
-)
-"""Figures that a comparison shows: key, title, unit, group, and which direction is better."""
-
-_LESS_IS_BETTER: Final = frozenset(
-    (
-        *("failed", "duration", "max_concurrent_requests", "mean_running", "weight_bytes_peak"),
-        *("total_gpu_energy", "energy_per_request", "energy_idle_j", "energy_load_j"),
-        *("breach_rate", "breach_rate_observed", "num_breach_events", "num_switches", "num_loads"),
-        *("num_evaluations", "switch_time_s", "backlog_growth_per_s", "drain_after_arrivals_s"),
-    )
-)
-"""Of figures that are not compared; where neither is better, more counts as the gain."""
-
-
-def gain(key: str, own: float, other: float) -> float | None:
-    """How many times better a figure is than another one's; None over nothing."""
-    better = next((one[4] for one in COMPARED if one[0] == key), None)
-    lower = better == "lower" or key.endswith("_ms") or key in _LESS_IS_BETTER
-    below, above = (own, other) if lower else (other, own)
-    return above / below if below else None
-
-
 def figure_at(node: Any, path: str) -> float | None:
     """The number of a summary at keys joined by dots, which may be in keys too; None elsewhere."""
     if not isinstance(node, Mapping):
@@ -820,206 +555,3 @@ def figure_at(node: Any, path: str) -> float | None:
         figure_at(node[key], path[len(key) + 1 :]) for key in node if path.startswith(f"{key}.")
     )
     return next((value for value in found if value is not None), None)
-
-
-SCALE: Final = {
-    "slo_attainment": 100.0,
-    "agreement": 100.0,
-    "breach_rate": 100.0,
-    "mean_kv_use": 100.0,
-    "breach_rate_observed": 100.0,
-    "energy_per_output_token": 1e-3,
-}
-"""Factors from a summary's unit to the unit a comparison shows; bytes are in `BYTES_IN`."""
-
-BYTES_IN: Final = {"GiB": 2.0**-30, "MiB": 2.0**-20}
-
-
-def factor_to(unit: str, key: str) -> float:
-    """The factor from a value of a summary to a unit that comparisons show it in."""
-    return BYTES_IN.get(unit, SCALE.get(key, 1.0))
-
-
-def shown_in(key: str, unit: str, values: Iterable[Any]) -> tuple[str, float]:
-    """The unit in which a row shows these values of a summary, and the factor to it.
-
-    Weights are shown in GiB, in MiB where none of the row fills one.
-    """
-    if unit == "GiB":
-        most = max((one for one in values if one is not None), default=0.0)
-        if 0.0 < most < 2.0**30:
-            unit = "MiB"
-    return unit, factor_to(unit, key)
-
-
-def comparison_rows(
-    summaries: Sequence[Mapping[str, Any]],
-    differences: Mapping[str, tuple[PairedDifference | None, ...]] | None = None,
-) -> list[ComparisonRow]:
-    """The figures of several runs side by side, the first being the one ratios refer to."""
-    rows = []
-    for key, title, usual, group, better in COMPARED:
-        unit, scale = shown_in(key, usual, [summary.get(key) for summary in summaries])
-        values: list[float | str | None] = []
-        for summary in summaries:
-            value = summary.get(key)
-            number = isinstance(value, int | float)
-            values.append(value * scale if number and value is not None else value)
-        if all(value is None for value in values):
-            continue
-        numbers = [value if isinstance(value, int | float) else None for value in values]
-        base = numbers[0]
-        ratios = tuple(value / base if value is not None and base else None for value in numbers)
-        rows.append(
-            ComparisonRow(
-                key,
-                title,
-                unit,
-                group,
-                better,
-                tuple(values),
-                ratios,
-                _best(numbers, better),
-                (differences or {}).get(key, (None,) * len(values)),
-            )
-        )
-    return rows
-
-
-def _best(values: Sequence[float | None], better: Better | None) -> tuple[int, ...]:
-    """Positions of the best value and of those within 0.1 % of it; none where all are."""
-    known = [value for value in values if value is not None]
-    if better is None or len(known) < 2:
-        return ()
-    best = max(known) if better == "higher" else min(known)
-    places = tuple(i for i, value in enumerate(values) if value is not None and _level(value, best))
-    return () if len(places) == len(known) else places
-
-
-def _level(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-3)
-
-
-def compare(
-    runs: Sequence[RunData],
-    summaries: Sequence[Mapping[str, Any]] | None = None,
-    names: Sequence[str] | None = None,
-) -> list[ComparisonRow]:
-    """Compare runs of one workload figure by figure, paired request by request where possible.
-
-    Runs of different workloads or schema versions are refused: their requests are not the same.
-    Errors call the runs by `names`, such as their folders, or else by their labels.
-    """
-    check_comparable(runs, names)
-    given = [summarise(run) for run in runs] if summaries is None else list(summaries)
-    if len(given) != len(runs):
-        raise InputError(f"{len(runs)} runs were given with {len(given)} summaries.")
-    return comparison_rows(given, paired_differences(runs, given))
-
-
-def check_comparable(runs: Sequence[RunData], names: Sequence[str] | None = None) -> None:
-    """Raise `InputError` with the reason unless the runs served the same requests."""
-    if not runs:
-        raise InputError("There is nothing to compare: no run was given.")
-    first = runs[0]
-    labels = names or distinct_labels([run.label for run in runs])
-    columns = ["request_id", "domain", "prompt_tokens", "output_tokens", "trace_start"]
-    if not any(run.closed_loop for run in runs):
-        columns.append("arrival_s")
-    for run, label in zip(runs, labels, strict=True):
-        if run.requests.height == 0:
-            raise InputError("The run is empty: it holds no request.", label)
-        if run.schema_version != first.schema_version:
-            raise InputError(
-                f"{label} has schema version {run.schema_version} and {labels[0]} has "
-                f"{first.schema_version}; runs are compared within one version."
-            )
-        if run.requests.height != first.requests.height:
-            raise InputError(
-                f"{label} holds {_counted(run.requests.height)} and {labels[0]} holds "
-                f"{_counted(first.requests.height)}; runs are compared on the same requests."
-            )
-    reference = first.requests.select(columns).sort("request_id")
-    for run, label in zip(runs[1:], labels[1:], strict=True):
-        other = run.requests.select(columns).sort("request_id")
-        for name in columns:
-            if not other[name].equals(reference[name]):
-                raise InputError(
-                    f"The column {name} of {label} differs from that of {labels[0]}, so the runs "
-                    "are of different workloads; runs are compared on the same requests."
-                )
-
-
-def distinct_labels(labels: Sequence[str]) -> list[str]:
-    """The labels in order, those met before with a number: vanilla, vanilla (2)."""
-    told: list[str] = []
-    for label in labels:
-        own, again = label, 1
-        while own in told:
-            again += 1
-            own = f"{label} ({again})"
-        told.append(own)
-    return told
-
-
-def _counted(num_requests: int) -> str:
-    return f"{num_requests} request{'s' if num_requests != 1 else ''}"
-
-
-def paired_differences(
-    runs: Sequence[RunData], summaries: Sequence[Mapping[str, Any]]
-) -> dict[str, tuple[PairedDifference | None, ...]]:
-    """For each figure that is a mean over requests, its paired difference to the first run.
-
-    A pair is a request measured in both runs; for latencies, finished in both. Intervals come
-    from batches of consecutive arrivals, since neighbours in a queue are not independent.
-    """
-    tables = [
-        _per_request(run, summary).sort("request_id")
-        for run, summary in zip(runs, summaries, strict=True)
-    ]
-    order = np.argsort(runs[0].requests.sort("request_id")["arrival_s"].to_numpy(), kind="stable")
-    found: dict[str, tuple[PairedDifference | None, ...]] = {}
-    for key in tables[0].columns:
-        if key == "request_id":
-            continue
-        base = tables[0][key].to_numpy()[order]
-        row: list[PairedDifference | None] = [None]
-        for table in tables[1:]:
-            if key not in table.columns:
-                row.append(None)
-                continue
-            difference = table[key].to_numpy()[order] - base
-            pairs = difference[~np.isnan(difference)]
-            row.append(_paired_difference(key, pairs))
-        found[key] = tuple(row)
-    return found
-
-
-def _paired_difference(key: str, pairs: Floats) -> PairedDifference | None:
-    """Mean and interval of a figure's differences, in the unit that a comparison shows."""
-    interval = batch_interval(pairs)
-    if interval is None:
-        return None
-    least, most = possible_range(key)
-    # Two values of a figure are at most its whole range apart.
-    low = max(least - most, interval["low"])
-    high = min(most - least, interval["high"])
-    scale = SCALE.get(key, 1.0)
-    return PairedDifference(interval["mean"] * scale, low * scale, high * scale)
-
-
-def _per_request(run: RunData, summary: Mapping[str, Any]) -> pl.DataFrame:
-    columns = columns_of(run, summary.get("warmup_s", 0.0), summary.get("warmup_requests", 0))
-    counted = columns.measured & columns.finished
-    values: dict[str, Any] = {
-        "request_id": columns.request_id,
-        "mean_ttft_ms": np.where(counted, 1e3 * columns.ttft_s, math.nan),
-        "mean_tpot_ms": np.where(counted & columns.several_tokens, 1e3 * columns.tpot_s, math.nan),
-        "mean_e2el_ms": np.where(counted, 1e3 * columns.e2e_s, math.nan),
-    }
-    text = summary.get("slo")
-    if text:
-        good = meets_all(columns, parse_slo(text)).astype(np.float64)
-        values["slo_attainment"] = np.where(columns.measured, good, math.nan)
-    return pl.DataFrame(values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
 Family = Literal["opt", "llama"]
@@ -67,9 +67,9 @@ class ModelShape:
             0 if self.tied_head else self.vocab * self.hidden
         )
 
-    def total_params(self) -> int:
-        """All weights of the full model, without separate exit heads."""
-        return self.embedding_params() + self.layers * self.layer_params() + self.head_params()
+
+SHAPE_COUNTS: Final = tuple(one.name for one in fields(ModelShape) if one.type == "int")
+"""The whole numbers of a shape, in the order in which a profile's table has them."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ import numpy as np
 import polars as pl
 
 from helios_sim import __version__
+from helios_sim.columns import STATUSES
 from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
 from helios_sim.policy.contract import DECISION_NAMES
 from helios_sim.policy.objective import objective_of
-from helios_sim.records import STATUSES, RunData, RunTotals
+from helios_sim.profile import STAND_INS
+from helios_sim.records import RunData, RunTotals
 from helios_sim.state import (
     FINISHED,
     NLL_UNITS_PER_NAT,
@@ -41,9 +43,22 @@ for _code, _name in (
     _STATUS_OF[_code] = STATUSES.index(_name)
 
 _AS_THEY_ARE = (
-    *("replica", "arrival_s", "admitted_s", "first_token_s", "finished_s", "prompt", "output"),
-    *("generated", "trace_start", "depth", "preemptions", "decoded", "executed_layers", "agree"),
-    *("breaches", "relative_breaches"),
+    "replica",
+    "arrival_s",
+    "admitted_s",
+    "first_token_s",
+    "finished_s",
+    "prompt",
+    "output",
+    "generated",
+    "trace_start",
+    "depth",
+    "preemptions",
+    "decoded",
+    "executed_layers",
+    "agree",
+    "breaches",
+    "relative_breaches",
 )
 """Fields of a request's record that are columns of its table without a change."""
 
@@ -66,8 +81,14 @@ def run_data(run: Run, label: str, policy: str, seed: int, scenario: Mapping[str
 
 
 def environment(run: Run) -> dict[str, Any]:
-    """Versions and the profile's identity: what a reader needs to get the same bytes again."""
+    """Versions and the profile's identity: what a reader needs to get the same bytes again.
+
+    Candidates whose exits are another model's are named under `stand_ins`, where there are any.
+    """
     profile = run.setup.profile
+    stand_ins = {
+        name: like for name, like in profile.stand_ins.items() if name in run.setup.candidates
+    }
     packages = ("simpy", "numpy", "scipy", "polars", "numba")
     return {
         "versions": {"helios-sim": __version__}
@@ -80,6 +101,7 @@ def environment(run: Run) -> dict[str, Any]:
         "profile_origin": profile.provenance.origin,
         "profile_grades": profile.grade_counts(),
         "exit_traces": run.setup.traces.origin,
+        **({STAND_INS: stand_ins} if stand_ins else {}),
         "confidence_thresholds": dict(run.thresholds),
     }
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim.cost import CAPTURE_COEFFICIENTS, COEFFICIENTS, OPTIONAL_COEFFICIENTS
-from helios_sim.errors import InputError, did_you_mean
-from helios_sim.model import EarlyExitModel, Family, ModelShape
+from helios_sim.errors import InputError, did_you_mean, listed, shown
+from helios_sim.folders import folder_in_place
+from helios_sim.model import SHAPE_COUNTS, EarlyExitModel, Family, ModelShape
 
 SCHEMA_VERSION: Final = 1
 UNAVAILABLE: Final = "unavailable"
@@ -53,19 +54,13 @@ FAMILIES: Final = ("opt", "llama")
 PROFILE_FILE: Final = "profile.json"
 POINTS_FILE: Final = "points.parquet"
 TRACES_FILE: Final = "exits.parquet"
+PROFILE_FILES: Final = (PROFILE_FILE, POINTS_FILE, TRACES_FILE)
+"""All that `save_profile` writes."""
+STAND_INS: Final = "stand_ins"
+"""Where a profile's environment names the models that leave as another one does."""
 
 Array: TypeAlias = NDArray[np.float64]
 
-_SHAPE_INTS: Final = (
-    "layers",
-    "hidden",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "ffn",
-    "vocab",
-    "max_positions",
-)
 _WATTS: Final = ("idle_w", "active_w", "load_w")
 _SHIPPED: Final = Path(__file__).parent / "profiles"
 
@@ -216,11 +211,11 @@ class ModelProfile:
         """
         batches = np.arange(max_batch + 1, dtype=np.float64)
         depth = np.array([loaded_layers], dtype=np.float64)
-        return _curve(self.batch_residual, batches) * _curve(self.depth_residual, depth)
+        return curve(self.batch_residual, batches) * curve(self.depth_residual, depth)
 
 
-def _curve(knots: Sequence[tuple[float, float]], at: Array) -> Array:
-    """The factors of a residual: 1 without knots, else through all of them.
+def curve(knots: Sequence[tuple[float, float]], at: Array) -> Array:
+    """The factors of a residual at some places: 1 without knots, else through all of them.
 
     Monotone between knots (PCHIP) and constant beyond the first and the last.
     """
@@ -322,7 +317,7 @@ class Profile:
         if name not in self.models:
             raise InputError(
                 f"Model {name!r} is not in profile {self.name!r}."
-                f"{did_you_mean(name, self.models)} It has {_listed(self.models)}.",
+                f"{did_you_mean(name, self.models)} It has {listed(self.models)}.",
                 where=str(self.folder / PROFILE_FILE),
             )
         return self.models[name]
@@ -346,6 +341,16 @@ class Profile:
         """Whether the device is a processor, as its measurement says; all others are GPUs."""
         device = self.provenance.environment.get("device")
         return isinstance(device, Mapping) and device.get("kind") == "cpu"
+
+    @property
+    def stand_ins(self) -> Mapping[str, str]:
+        """Models that nobody observed, each with the one whose exits stand in for its own."""
+        named = self.provenance.environment.get(STAND_INS)
+        return (
+            {name: str(like) for name, like in named.items() if name in self.models}
+            if isinstance(named, Mapping)
+            else {}
+        )
 
     def grade_counts(self) -> dict[str, int]:
         """How many numbers stand at each grade; `unavailable` is named only where it occurs."""
@@ -430,6 +435,17 @@ def shipped_names() -> list[str]:
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{PROFILE_FILE}"))
 
 
+def where_to_find(model: str, profile: str) -> str:
+    """A space and where a model is that a profile lacks: in a shipped one, or in its shape."""
+    holding = [one.name for one in list_profiles() if model in one.models]
+    if holding:
+        return f" {listed(holding)} {'has' if len(holding) == 1 else 'have'} it."
+    return (
+        f" A model that no profile has can be added from its config.json: helios profiles derive "
+        f"--from {profile} --model {model}=config.json --out FOLDER."
+    )
+
+
 def load_profile(name_or_path: str | Path, search_path: Path | None = None) -> Profile:
     """Read a profile: a folder, or the name of a shipped one.
 
@@ -449,33 +465,55 @@ def save_profile(
     points: Path | None = None,
     traces: Path | None = None,
     overwrite: bool = False,
+    check: Callable[[Profile], object] | None = None,
 ) -> Profile:
     """Write a profile folder whole or not at all, and return it as loaded.
 
     `document` is the content of `profile.json`; `points` and `traces` are parquet files copied
-    beside it. The document is checked as on loading before anything appears under `folder`.
+    beside it. The document is checked as on loading before anything appears under `folder`, and
+    so is what else `check` raises an error for. What may be written over, `check_target` says.
     """
-    if folder.exists() and not overwrite:
-        raise InputError(
-            "The profile folder exists already; give another folder or ask to overwrite it.",
-            where=str(folder),
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.parent / f".{folder.name}.{os.getpid()}.part"
-    try:
-        draft.mkdir()
+    check_target(folder, overwrite)
+    with folder_in_place(folder) as draft:
         (draft / PROFILE_FILE).write_text(document_text(document), encoding="utf-8")
         for source, name in ((points, POINTS_FILE), (traces, TRACES_FILE)):
             if source is not None:
                 shutil.copyfile(source, draft / name)
-        _parse(_read_json(draft / PROFILE_FILE), draft, "")
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    finally:
-        if draft.exists():
-            shutil.rmtree(draft)
+        written = _parse(_read_json(draft / PROFILE_FILE), draft, "")
+        if check is not None:
+            check(written)
     return load_profile(folder)
+
+
+def check_target(folder: Path, overwrite: bool) -> None:
+    """Raise `InputError` unless a profile may be written here.
+
+    Allowed are a new folder, an empty one and, where asked to overwrite, one that holds a profile
+    and nothing else.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir():
+        raise InputError(
+            "It is a file; allowed is a new folder, an empty one or a profile to replace.",
+            where=str(folder),
+        )
+    present = sorted(entry.name for entry in folder.iterdir())
+    foreign = [name for name in present if name not in PROFILE_FILES]
+    if foreign or (present and PROFILE_FILE not in present):
+        named = ", ".join((foreign or present)[:3])
+        raise InputError(
+            f"The folder is not a profile alone: it holds {named}; allowed is a new folder, an "
+            f"empty one or one that holds {PROFILE_FILE} and at most "
+            f"{' and '.join(PROFILE_FILES[1:])} beside it.",
+            where=str(folder),
+        )
+    if present and not overwrite:
+        raise InputError(
+            "The profile folder exists already; give another folder, or --overwrite to replace "
+            "the profile in it.",
+            where=str(folder),
+        )
 
 
 def document_text(document: Mapping[str, Any]) -> str:
@@ -528,10 +566,22 @@ def _find(name_or_path: str | Path, search_path: Path | None) -> Path:
                 where=str(place),
             )
     raise InputError(
-        f"Profile {str(name_or_path)!r} was not found.{did_you_mean(str(name_or_path), shipped)} "
-        f"Give a profile folder or one of the shipped profiles {_listed(shipped)}.",
+        f"Profile {str(name_or_path)!r} was not found."
+        f"{did_you_mean(str(given), [*_folders_beside(given, places), *shipped])} "
+        f"Give a profile folder or one of the shipped profiles {listed(shipped)}.",
         where=str(places[0]),
     )
+
+
+def _folders_beside(given: Path, places: list[Path]) -> list[str]:
+    """Profiles in the folders where a path was looked up, by paths like the one that was given."""
+    found: list[str] = []
+    for folder in dict.fromkeys(place.parent for place in places):
+        # A folder that cannot be listed, or a path without a name, has nothing near it.
+        with suppress(OSError, ValueError):
+            names = [entry.name for entry in folder.iterdir() if (entry / PROFILE_FILE).is_file()]
+            found += [str(given.with_name(name)) for name in sorted(names)]
+    return found
 
 
 def _read_json(path: Path) -> Any:
@@ -558,11 +608,6 @@ def _read_json(path: Path) -> Any:
         raise InputError(f"The file cannot be read: {error}.", where=str(path)) from error
 
 
-def _listed(names: Iterable[str]) -> str:
-    """Names for a sentence."""
-    return ", ".join(repr(name) for name in names) or "none"
-
-
 _KNOT_PLACES: Final = {"batch_residual": "batch", "depth_residual": "loaded layers"}
 
 
@@ -582,7 +627,7 @@ class _Reader:
     ) -> dict[str, Any]:
         """An object with exactly the keys allowed."""
         if not isinstance(node, dict):
-            raise self.fail(place, f"An object was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"An object was expected, {shown(node)} was given.")
         known = [*required, *optional]
         for key in node:
             if key not in known:
@@ -596,22 +641,22 @@ class _Reader:
     def named(self, node: Any, place: str) -> dict[str, Any]:
         """An object whose keys are names, at least one."""
         if not isinstance(node, dict) or not node:
-            raise self.fail(place, f"An object by name was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"An object by name was expected, {shown(node)} was given.")
         return cast(dict[str, Any], node)
 
     def text(self, node: Any, place: str, allowed: Sequence[str] = ()) -> str:
         """A text that is not empty, one of `allowed` if any are named."""
         if not isinstance(node, str) or not node.strip():
-            raise self.fail(place, f"A text was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"A text was expected, {shown(node)} was given.")
         if allowed and node not in allowed:
             hint = did_you_mean(node, allowed)
-            raise self.fail(place, f"{node!r} was given.{hint} Allowed are {_listed(allowed)}.")
+            raise self.fail(place, f"{node!r} was given.{hint} Allowed are {listed(allowed)}.")
         return node
 
     def texts(self, node: Any, place: str) -> tuple[str, ...]:
         """A list of texts."""
         if not isinstance(node, list):
-            raise self.fail(place, f"A list of texts was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"A list of texts was expected, {shown(node)} was given.")
         return tuple(self.text(item, f"{place}[{index}]") for index, item in enumerate(node))
 
     def whole(self, node: Any, place: str, minimum: int = 0) -> int:
@@ -619,14 +664,14 @@ class _Reader:
         if isinstance(node, bool) or not isinstance(node, int) or node < minimum:
             raise self.fail(
                 place,
-                f"A whole number of at least {minimum} was expected, {_shown(node)} was given.",
+                f"A whole number of at least {minimum} was expected, {shown(node)} was given.",
             )
         return node
 
     def number(self, node: Any, place: str, minimum: float = 0.0) -> float:
         """A finite number of at least `minimum`."""
         if isinstance(node, bool) or not isinstance(node, (int, float)):
-            raise self.fail(place, f"A number was expected, {_shown(node)} was given.")
+            raise self.fail(place, f"A number was expected, {shown(node)} was given.")
         # The bound leaves out NaN, infinities and whole numbers that no float holds.
         if not abs(node) <= sys.float_info.max:
             raise self.fail(place, f"The value {node} was given; it must be finite.")
@@ -655,7 +700,7 @@ class _Reader:
         if (value is None) != (grade == UNAVAILABLE):
             raise self.fail(
                 f"{place}.value",
-                f"The value {_shown(value)} was given with the grade {grade!r}; null and "
+                f"The value {shown(value)} was given with the grade {grade!r}; null and "
                 "'unavailable' belong together.",
             )
         return value, unit, grade, source, error
@@ -691,7 +736,7 @@ class _Reader:
         """The values of a quantity that is a list."""
         values, unit, grade, source, error = self._entry(node, place, name)
         if not isinstance(values, list) or not values:
-            raise self.fail(place, f"A list of numbers was expected, {_shown(values)} was given.")
+            raise self.fail(place, f"A list of numbers was expected, {shown(values)} was given.")
         numbers = []
         for index, value in enumerate(values):
             spot = f"{place}[{index}]"
@@ -704,13 +749,13 @@ class _Reader:
         place_name = _KNOT_PLACES[name]
         values, unit, grade, source, error = self._entry(node, place, name)
         if not isinstance(values, list):
-            raise self.fail(place, f"A list of knots was expected, {_shown(values)} was given.")
+            raise self.fail(place, f"A list of knots was expected, {shown(values)} was given.")
         knots: list[tuple[float, float]] = []
         for index, pair in enumerate(values):
             spot = f"{place}[{index}]"
             if not isinstance(pair, list) or len(pair) != 2:
                 raise self.fail(
-                    spot, f"A knot [{place_name}, factor] was expected, not {_shown(pair)}."
+                    spot, f"A knot [{place_name}, factor] was expected, not {shown(pair)}."
                 )
             at = self.number(pair[0], spot, 1.0)
             factor = self.number(pair[1], spot)
@@ -733,21 +778,15 @@ class _Reader:
         return int(value)
 
 
-def _shown(node: Any) -> str:
-    """What was given, short enough for a sentence."""
-    text = json.dumps(node, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _allowed(known: Sequence[str]) -> str:
-    return f"Allowed are {_listed(known)}" if known else "None is allowed"
+    return f"Allowed are {listed(known)}" if known else "None is allowed"
 
 
 def _parse(document: Any, folder: Path, content_hash: str) -> Profile:
     """A checked profile from its document."""
     reader = _Reader(folder / PROFILE_FILE)
     if isinstance(document, dict) and document.get("schema_version") != SCHEMA_VERSION:
-        given = _shown(document.get("schema_version"))
+        given = shown(document.get("schema_version"))
         raise reader.fail(
             "schema_version",
             f"Version {given} was given; this release reads version {SCHEMA_VERSION}.",
@@ -888,7 +927,7 @@ def _parse_early_exit_model(
     shape_table = reader.table(
         table["shape"],
         spot,
-        ("family", *_SHAPE_INTS, "tied_head", "grade", "source"),
+        ("family", *SHAPE_COUNTS, "tied_head", "grade", "source"),
         ("final_norm",),
     )
     for key in ("tied_head", "final_norm"):
@@ -898,7 +937,7 @@ def _parse_early_exit_model(
     grade = reader.text(shape_table["grade"], f"{spot}.grade", GRADES)
     source = reader.text(shape_table["source"], f"{spot}.source")
     counts = {}
-    for key in _SHAPE_INTS:
+    for key in SHAPE_COUNTS:
         counts[key] = reader.whole(shape_table[key], f"{spot}.{key}", 1)
         reader.quantities[f"{spot}.{key}"] = Quantity(float(counts[key]), "1", grade, source)
     shape = ModelShape(
@@ -939,7 +978,7 @@ def _parse_early_exit_model(
 
 def _parse_buckets(reader: _Reader, node: Any, place: str) -> tuple[int, ...]:
     if not isinstance(node, list):
-        raise reader.fail(place, f"A list of batch sizes was expected, {_shown(node)} was given.")
+        raise reader.fail(place, f"A list of batch sizes was expected, {shown(node)} was given.")
     buckets = tuple(reader.whole(item, f"{place}[{index}]", 1) for index, item in enumerate(node))
     if list(buckets) != sorted(set(buckets)):
         raise reader.fail(place, f"The batch sizes {list(buckets)} were given; they must rise.")

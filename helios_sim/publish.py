@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from helios_sim.comparison import ComparisonRow
 from helios_sim.errors import InputError
-from helios_sim.experiment import Result, folder_names
-from helios_sim.metrics import ComparisonRow
+from helios_sim.experiment import Result
+from helios_sim.folder_names import folder_names
+from helios_sim.folders import folder_in_place, write_whole
 from helios_sim.records import (
     REPORT_FILE,
     RUN_FILES,
     TOTALS_FILE,
     RunData,
-    move_into_place,
     write_run,
 )
 from helios_sim.report import render
@@ -56,61 +55,32 @@ def check_writable(out_dir: Path) -> None:
 
 def write_results(results: Sequence[Result], out_dir: Path) -> None:
     """Write one folder a policy and the page that compares them, and move all into place."""
-    target = out_dir.resolve()
-    check_results_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    )
-    try:
-        labels = [result.run.label for result in results]
+    check_results_target(out_dir.resolve())
+    labels = [result.run.label for result in results]
+    with folder_in_place(out_dir) as draft:
         for result, name in zip(results, folder_names(labels), strict=True):
-            folder = partial / name
-            write_run(
-                result.run,
-                result.summary,
-                folder,
-                _page_of(result),
-            )
+            write_run(result.run, result.summary, draft / name, _page_of(result))
         write_page(
             [result.run for result in results],
             [result.summary for result in results],
-            partial / REPORT_FILE,
+            draft / REPORT_FILE,
         )
-        partial.chmod(0o755)
-        move_into_place(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_page(
     runs: Sequence[RunData], summaries: Sequence[Mapping[str, Any]], target: Path
 ) -> None:
     """Write the page of one run or of several compared, under a temporary name first."""
-    scenario = runs[0].scenario
-    text = render(
-        runs,
-        summaries,
-        title=str(scenario.get("name", runs[0].label)),
-        question=str(scenario.get("question", "")),
-        notes=[str(note) for note in scenario.get("notes", [])],
-    )
-    write_page_text(text, target)
+    write_page_text(render(runs, summaries), target)
 
 
 def write_page_text(text: str, target: Path) -> None:
     """Write a page under a temporary name and move it into place."""
     check_page_target(target)
-    partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
+        write_whole(target, text.encode())
     except OSError as error:
         raise InputError(f"The page cannot be written: {error.strerror}.", str(target)) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 COMPARISON_FILE: Final = "comparison.json"
@@ -165,21 +135,6 @@ def write_comparison(
         write_page(runs, summaries, draft / REPORT_FILE)
         (draft / COMPARISON_FILE).write_text(f"{text}\n", encoding="utf-8", newline="\n")
     return target / REPORT_FILE
-
-
-@contextmanager
-def folder_in_place(target: Path) -> Iterator[Path]:
-    """A folder to write to that takes the place of `target` once it is whole, or is gone."""
-    folder = target.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)
-        move_into_place(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def check_page_target(target: Path) -> None:

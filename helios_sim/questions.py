@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from helios_sim.arrivals import StrictSettings, as_tuple
+from helios_sim.settings import StrictSettings, as_tuple
 
 MAX_REPLICAS: Final = 10_000
 """Replicas of a fleet, planned or run: a request's record holds its replica in 16 bits."""

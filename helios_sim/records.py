@@ -6,10 +6,8 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
@@ -18,127 +16,21 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
-from helios_sim.errors import InputError
+from helios_sim.columns import (
+    DECISION_COLUMNS,
+    ITL_COLUMNS,
+    REQUEST_COLUMNS,
+    TIMELINE_COLUMNS,
+    Column,
+    conform,
+)
+from helios_sim.errors import InputError, shown
+from helios_sim.folders import folder_in_place
+from helios_sim.laws import run_violations
 from helios_sim.toml import read_toml
+from helios_sim.toml_writer import toml_text
 
 SCHEMA_VERSION = 1
-
-STATUSES = ("finished", "refused", "running", "waiting")
-
-REQUEST_COLUMNS: dict[str, str] = {
-    "request_id": "position in the workload, from 0",
-    "replica": "replica that served it",
-    "domain": "domain of its text",
-    "arrival_s": "when it was sent",
-    "admitted_s": "when its first prefill began; null if never",
-    "first_token_s": "when its first token was emitted; null if never",
-    "finished_s": "when its last token was emitted; null if never",
-    "prompt_tokens": "tokens of the prompt as served",
-    "output_tokens": "tokens asked for",
-    "generated_tokens": "tokens emitted",
-    "trace_start": "place in its domain's exit trace where it starts",
-    "status": "finished, refused, running or waiting at the end of the run",
-    "model": "model that emitted its last token; null if never admitted",
-    "depth": "loaded layers of that model",
-    "evaluated": "whether it was served in an evaluation",
-    "num_preemptions": "times it was preempted or recomputed",
-    "decoded_tokens": "tokens emitted by decode iterations (all but those a prefill emits)",
-    "executed_layers": "layers executed for its decoded tokens",
-    "agree_tokens": "emitted tokens equal to the full model's",
-    "nll_nats": "negative log-likelihood of the emitted tokens' true text, summed",
-    "breaches": "tokens emitted below the confidence threshold at a loaded depth under full depth",
-    "breaches_relative": "those of them that a deeper exit of the same model would have satisfied",
-}
-
-TIMELINE_COLUMNS: dict[str, str] = {
-    "replica": "replica",
-    "time_s": "end of the interval",
-    "interval_s": "length of the interval",
-    "mean_running": "running requests, averaged over the interval",
-    "waiting": "waiting requests at its end",
-    "kv_blocks_used": "KV blocks in use at its end",
-    "kv_blocks": "KV blocks of the pool at its end",
-    "model": "model loaded at its end; null before the first one is",
-    "depth": "layers loaded at its end",
-    "state": "serving, evaluating, draining, loading or idle at its end",
-    "power_w": "mean power over the interval",
-    "tokens": "tokens emitted in the interval",
-    "breaches": "confidence breaches in the interval",
-}
-
-DECISION_COLUMNS: dict[str, str] = {
-    "time_s": "when the policy was asked",
-    "replica": "replica it was asked for",
-    "event": "why it was asked",
-    "decision": "what it decided: keep, evaluate, serve, load-layers or switch",
-    "model": "model that serves from then on",
-    "depth": "layers loaded from then on",
-    "exit_mode": "how tokens leave from then on",
-    "reason": "the policy's own words",
-    "ready_s": "when the decision was carried out; null if the run ended before",
-    "moved_bytes": "weight bytes brought in for it",
-    "snapshot": "the snapshot the policy saw, as JSON, without what it shares with the replica's "
-    "last one",
-}
-
-
-REQUEST_SCHEMA: Final[dict[str, pl.DataType]] = {
-    "request_id": pl.Int64(),
-    "replica": pl.Int32(),
-    "domain": pl.String(),
-    "arrival_s": pl.Float64(),
-    "admitted_s": pl.Float64(),
-    "first_token_s": pl.Float64(),
-    "finished_s": pl.Float64(),
-    "prompt_tokens": pl.Int32(),
-    "output_tokens": pl.Int32(),
-    "generated_tokens": pl.Int32(),
-    "trace_start": pl.Int32(),
-    "status": pl.String(),
-    "model": pl.String(),
-    "depth": pl.Int32(),
-    "evaluated": pl.Boolean(),
-    "num_preemptions": pl.Int32(),
-    "decoded_tokens": pl.Int32(),
-    "executed_layers": pl.Int64(),
-    "agree_tokens": pl.Int32(),
-    "nll_nats": pl.Float64(),
-    "breaches": pl.Int32(),
-    "breaches_relative": pl.Int32(),
-}
-TIMELINE_SCHEMA: Final[dict[str, pl.DataType]] = {
-    "replica": pl.Int32(),
-    "time_s": pl.Float64(),
-    "interval_s": pl.Float64(),
-    "mean_running": pl.Float64(),
-    "waiting": pl.Int32(),
-    "kv_blocks_used": pl.Int64(),
-    "kv_blocks": pl.Int64(),
-    "model": pl.String(),
-    "depth": pl.Int32(),
-    "state": pl.String(),
-    "power_w": pl.Float64(),
-    "tokens": pl.Int64(),
-    "breaches": pl.Int64(),
-}
-DECISION_SCHEMA: Final[dict[str, pl.DataType]] = {
-    "time_s": pl.Float64(),
-    "replica": pl.Int32(),
-    "event": pl.String(),
-    "decision": pl.String(),
-    "model": pl.String(),
-    "depth": pl.Int32(),
-    "exit_mode": pl.String(),
-    "reason": pl.String(),
-    "ready_s": pl.Float64(),
-    "moved_bytes": pl.Int64(),
-    "snapshot": pl.String(),
-}
-ITL_SCHEMA: Final[dict[str, pl.DataType]] = {
-    "lower_s": pl.Float64(),
-    "upper_s": pl.Float64(),
-    "count": pl.Int64(),
-}
 
 Kind = Literal["text", "whole", "number", "flag", "list", "numbers", "tables", "wholes", "object"]
 
@@ -320,182 +212,6 @@ class RunData:
     schema_version: int = SCHEMA_VERSION
 
 
-class IntegrityError(ValueError):
-    """A run that breaks one of its own laws: the host that recorded it is wrong."""
-
-    def __init__(self, violations: Sequence[str]) -> None:
-        self.violations = tuple(violations)
-        super().__init__("The run breaks its own laws: " + " ".join(violations))
-
-
-def conform(frame: pl.DataFrame, schema: Mapping[str, pl.DataType], table: str) -> pl.DataFrame:
-    """The frame with exactly the schema's columns and types, in its order.
-
-    Narrower or wider numbers and categorical text are converted when no value changes; a missing
-    or unknown column, or a value that does not fit, is an `InputError` that names it.
-    """
-    missing = [name for name in schema if name not in frame.columns]
-    if missing:
-        raise InputError(
-            f"The columns {', '.join(missing)} are missing; needed are {', '.join(schema)}.",
-            table,
-        )
-    unknown = [name for name in frame.columns if name not in schema]
-    if unknown:
-        raise InputError(
-            f"The columns {', '.join(unknown)} are unknown; allowed are {', '.join(schema)}.",
-            table,
-        )
-    fitted = []
-    for name, dtype in schema.items():
-        try:
-            fitted.append(frame[name].cast(dtype))
-        except PolarsError:
-            raise InputError(
-                f"The column {name} is of type {frame.schema[name]} and holds a value that does "
-                f"not fit {dtype}; needed is {dtype}.",
-                table,
-            ) from None
-    return pl.DataFrame(fitted)
-
-
-def run_violations(run: RunData) -> list[str]:
-    """What is wrong with a run, one sentence a law; empty for a sound run."""
-    return [
-        *_status_violations(run.requests),
-        *_time_violations(run.requests, run.totals),
-        *_token_violations(run.requests, run.totals),
-        *_energy_violations(run.timeline, run.totals),
-    ]
-
-
-def check_run(run: RunData) -> None:
-    """Raise `IntegrityError` unless the run obeys the laws of status, time, tokens and energy."""
-    violations = run_violations(run)
-    if violations:
-        raise IntegrityError(violations)
-
-
-def _broken(frame: pl.DataFrame, laws: Mapping[str, pl.Expr]) -> list[str]:
-    """For each law the number of rows that break it and the first of them; nulls break nothing."""
-    counts = frame.select(
-        (~law).fill_null(value=False).sum().alias(sentence) for sentence, law in laws.items()
-    ).row(0, named=True)
-    found = []
-    for sentence, count in counts.items():
-        if count:
-            first = frame.filter((~laws[sentence]).fill_null(value=False)).row(0, named=True)
-            place = first.get("request_id", first.get("time_s"))
-            found.append(f"{sentence} ({count} rows do not, the first at {place}).")
-    return found
-
-
-def _status_violations(requests: pl.DataFrame) -> list[str]:
-    status = pl.col("status")
-    found = _broken(
-        requests,
-        {
-            f"Every status is one of {', '.join(STATUSES)}": status.is_in(list(STATUSES)),
-            "A finished request was admitted, emitted and ended": (status != "finished")
-            | (
-                pl.col("admitted_s").is_not_null()
-                & pl.col("first_token_s").is_not_null()
-                & pl.col("finished_s").is_not_null()
-            ),
-            "Only a finished request has a finish time": (status == "finished")
-            | pl.col("finished_s").is_null(),
-            # One that was preempted may meet another model, or a pool of other weights.
-            "A refused request was never admitted, or was preempted": (status != "refused")
-            | (pl.col("admitted_s").is_null() & (pl.col("generated_tokens") == 0))
-            | (pl.col("num_preemptions") > 0),
-            "A running request was admitted": (status != "running")
-            | pl.col("admitted_s").is_not_null(),
-        },
-    )
-    if requests["request_id"].n_unique() != requests.height:
-        found.append("Every request is recorded once (a request_id is repeated).")
-    return found
-
-
-def _time_violations(requests: pl.DataFrame, totals: RunTotals) -> list[str]:
-    end_s = totals.end_s
-    return _broken(
-        requests,
-        {
-            "A request is admitted at or after its arrival": pl.col("arrival_s")
-            <= pl.col("admitted_s"),
-            "A first token follows its admission": pl.col("admitted_s") <= pl.col("first_token_s"),
-            "A finish follows the first token": pl.col("first_token_s") <= pl.col("finished_s"),
-            "Nothing finishes after the end of the run": pl.col("finished_s") <= end_s + 1e-9,
-            "Nothing arrives before the start of the run": pl.col("arrival_s") >= 0.0,
-        },
-    )
-
-
-def _token_violations(requests: pl.DataFrame, totals: RunTotals) -> list[str]:
-    generated = pl.col("generated_tokens")
-    found = _broken(
-        requests,
-        {
-            "A finished request emitted what was asked for": (pl.col("status") != "finished")
-            | (generated == pl.col("output_tokens")),
-            "No request emits more than was asked for": generated <= pl.col("output_tokens"),
-            "A request emits a token exactly if it has a first-token time": (generated > 0)
-            == pl.col("first_token_s").is_not_null(),
-            "Decoded tokens are among the emitted ones": pl.col("decoded_tokens").is_between(
-                0, generated
-            ),
-            "A decoded token executes at least one layer": pl.col("executed_layers")
-            >= pl.col("decoded_tokens"),
-            "Agreeing tokens are among the emitted ones": pl.col("agree_tokens").is_between(
-                0, generated
-            ),
-            "Breaches are among the emitted tokens": pl.col("breaches").is_between(0, generated),
-            "Relative breaches are among the breaches": pl.col("breaches_relative").is_between(
-                0, pl.col("breaches")
-            ),
-            "Negative log-likelihoods are not negative": pl.col("nll_nats") >= 0.0,
-        },
-    )
-    decoded = int(requests["decoded_tokens"].sum())
-    left = sum(sum(counts) for counts in totals.exit_counts.values())
-    if left != decoded:
-        found.append(f"Exits count every decoded token ({left} counted, {decoded} decoded).")
-    gaps = int((requests["generated_tokens"] - 1).clip(lower_bound=0).sum())
-    if sum(totals.itl_counts) != gaps:
-        found.append(f"Gaps lie between tokens ({sum(totals.itl_counts)} counted, {gaps} there).")
-    if totals.itl_counts and len(totals.itl_bins_s) != len(totals.itl_counts) + 1:
-        found.append("A gap histogram has one edge more than counts.")
-    return found
-
-
-def _energy_violations(timeline: pl.DataFrame, totals: RunTotals) -> list[str]:
-    found = []
-    for name in ("energy_j", "energy_idle_j", "energy_load_j"):
-        if getattr(totals, name) < 0.0:
-            found.append(f"Energies are not negative ({name} is {getattr(totals, name)}).")
-    found += _broken(
-        timeline,
-        {
-            "Power is not negative": pl.col("power_w") >= 0.0,
-            "Used KV blocks are within the pool": pl.col("kv_blocks_used").is_between(
-                0, pl.col("kv_blocks")
-            ),
-            "An interval has a length": pl.col("interval_s") >= 0.0,
-        },
-    )
-    covered_s = float(timeline["interval_s"].sum())
-    whole = math.isclose(covered_s, totals.end_s * totals.num_replicas, rel_tol=1e-9)
-    if whole and math.isfinite(totals.energy_j) and timeline["power_w"].null_count() == 0:
-        summed_j = float((timeline["power_w"] * timeline["interval_s"]).sum())
-        if not math.isclose(summed_j, totals.energy_j, rel_tol=1e-6, abs_tol=1e-6):
-            found.append(
-                f"The run's energy is the sum of its intervals ({totals.energy_j} J against "
-                f"{summed_j} J)."
-            )
-    return found
-
-
 def write_run(
     run: RunData,
     summary: Mapping[str, Any],
@@ -511,19 +227,10 @@ def write_run(
     """
     target = out_dir.resolve()
     check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(
-        tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-    )
-    try:
-        _write_files(run, summary, partial)
+    with folder_in_place(target) as draft:
+        _write_files(run, summary, draft)
         if finish is not None:
-            finish(partial)
-        partial.chmod(0o777 & ~_umask())
-        move_into_place(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            finish(draft)
     return target
 
 
@@ -548,13 +255,6 @@ def check_target(out_dir: Path) -> None:
             "a run to replace.",
             str(out_dir),
         )
-
-
-def toml_text(data: Mapping[str, Any]) -> str:
-    """Plain data as TOML, in the order given; a type TOML does not have is a `TypeError`."""
-    lines: list[str] = []
-    _toml_table(data, (), lines)
-    return "\n".join(lines).strip("\n") + "\n"
 
 
 def _write_files(run: RunData, summary: Mapping[str, Any], folder: Path) -> None:
@@ -585,15 +285,15 @@ def _write_files(run: RunData, summary: Mapping[str, Any], folder: Path) -> None
             "upper_s": run.totals.itl_bins_s[1:],
             "count": run.totals.itl_counts,
         },
-        schema=ITL_SCHEMA,
+        schema={name: column.dtype for name, column in ITL_COLUMNS.items()},
     )
-    for name, frame, schema in (
-        ("requests", run.requests, REQUEST_SCHEMA),
-        ("decisions", run.decisions, DECISION_SCHEMA),
-        ("timeline", run.timeline, TIMELINE_SCHEMA),
-        ("itl", itl, ITL_SCHEMA),
+    for name, frame, columns in (
+        ("requests", run.requests, REQUEST_COLUMNS),
+        ("decisions", run.decisions, DECISION_COLUMNS),
+        ("timeline", run.timeline, TIMELINE_COLUMNS),
+        ("itl", itl, ITL_COLUMNS),
     ):
-        conform(frame, schema, name).write_parquet(
+        conform(frame, columns, name).write_parquet(
             folder / f"{name}.parquet",
             compression="zstd",
             compression_level=3,
@@ -618,31 +318,6 @@ def _without_nan(value: Any) -> Any:
     return value
 
 
-def move_into_place(partial: Path, target: Path) -> None:
-    """Give a finished folder its name; what had the name before is removed, or kept on failure."""
-    if not target.exists():
-        partial.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    kept = aside / target.name
-    try:
-        target.rename(kept)
-        partial.rename(target)
-    except BaseException:
-        if kept.exists() and not target.exists():
-            kept.rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def flat_items(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested plain data as dotted names and text, in order."""
     items: list[tuple[str, str]] = []
@@ -655,69 +330,6 @@ def flat_items(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
         else:
             items.append((name, str(value)))
     return items
-
-
-def _toml_table(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    """A table's own values first, then its tables: TOML's order."""
-    inner: list[tuple[str, Any]] = []
-    for key, value in table.items():
-        if not isinstance(key, str):
-            raise TypeError(f"The key {key!r} of {'.'.join(path) or 'the top'} is not text.")
-        if isinstance(value, Mapping) or _is_table_array(value):
-            inner.append((key, value))
-        else:
-            lines.append(f"{_toml_key(key)} = {_toml_value(value, (*path, key))}")
-    for key, value in inner:
-        here = (*path, key)
-        name = ".".join(_toml_key(part) for part in here)
-        if isinstance(value, Mapping):
-            lines += ["", f"[{name}]"]
-            _toml_table(value, here, lines)
-        else:
-            for element in value:
-                lines += ["", f"[[{name}]]"]
-                _toml_table(element, here, lines)
-
-
-def _is_table_array(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) > 0
-        and all(isinstance(one, Mapping) for one in value)
-    )
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_string(key)
-
-
-def _toml_string(text: str) -> str:
-    short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-    escaped = (
-        short.get(one) or (f"\\u{ord(one):04X}" if ord(one) < 32 or ord(one) == 127 else one)
-        for one in text
-    )
-    return '"' + "".join(escaped) + '"'
-
-
-def _toml_value(value: Any, path: tuple[str, ...]) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return _toml_string(str(value))
-    if isinstance(value, int):
-        return str(int(value))
-    if isinstance(value, float):
-        return repr(float(value))
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml_value(one, path) for one in value) + "]"
-    if isinstance(value, Mapping):
-        pairs = (f"{_toml_key(key)} = {_toml_value(one, path)}" for key, one in value.items())
-        return "{" + ", ".join(pairs) + "}"
-    raise TypeError(
-        f"{'.'.join(path)} is {value!r} of type {type(value).__name__}; TOML has text, integers, "
-        "floats, booleans, arrays and tables."
-    )
 
 
 def read_run(path: Path) -> RunData:
@@ -752,11 +364,11 @@ def read_run(path: Path) -> RunData:
         raise InputError(f"The keys {', '.join(absent)} are missing.", where)
     for name, kind in kinds.items():
         _check_kind(name, facts[name], kind, False, where)
-    requests = _read_table(path / "requests.parquet", REQUEST_SCHEMA)
+    requests = _read_table(path / "requests.parquet", REQUEST_COLUMNS)
     if requests.height == 0:
         raise InputError("The run is empty: it holds no request.", str(path / "requests.parquet"))
-    itl = _read_table(path / "itl.parquet", ITL_SCHEMA)
-    decisions = _read_table(path / "decisions.parquet", DECISION_SCHEMA)
+    itl = _read_table(path / "itl.parquet", ITL_COLUMNS)
+    decisions = _read_table(path / "decisions.parquet", DECISION_COLUMNS)
     _check_snapshots(decisions, str(path / "decisions.parquet"))
     run = RunData(
         **{name: facts[name] for name in _IDENTITY},
@@ -764,7 +376,7 @@ def read_run(path: Path) -> RunData:
         environment=facts["environment"],
         requests=requests,
         decisions=decisions,
-        timeline=_read_table(path / "timeline.parquet", TIMELINE_SCHEMA),
+        timeline=_read_table(path / "timeline.parquet", TIMELINE_COLUMNS),
         totals=_read_totals(facts["totals"], itl, where),
     )
     violations = run_violations(run)
@@ -818,7 +430,7 @@ def _check_kind(name: str, value: Any, kind: Kind, optional: bool, where: str) -
     """Raise `InputError` unless a value out of JSON is of a kind, or null where that may be."""
     if not (optional if value is None else _is_of_kind(value, kind)):
         raise InputError(
-            f"The value of {name} is {_shortened(value)}; allowed is {_KIND_WORDS[kind]}"
+            f"The value of {name} is {shown(value)}; allowed is {_KIND_WORDS[kind]}"
             f"{', or null' if optional else ''}.",
             where,
         )
@@ -862,12 +474,6 @@ def _is_limit(value: Any) -> bool:
     )
 
 
-def _shortened(value: Any) -> str:
-    """A value as JSON, cut where it would fill the line."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
 def _check_snapshots(decisions: pl.DataFrame, where: str) -> None:
     """Raise `InputError` unless every decision's snapshot is a JSON object."""
     for row, text in enumerate(decisions["snapshot"]):
@@ -877,8 +483,7 @@ def _check_snapshots(decisions: pl.DataFrame, where: str) -> None:
             sound = False
         if not sound:
             raise InputError(
-                f"The snapshot of row {row} (from 0) is {_shortened(text)}; "
-                "allowed is a JSON object.",
+                f"The snapshot of row {row} (from 0) is {shown(text)}; allowed is a JSON object.",
                 where,
             )
 
@@ -893,19 +498,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_table(path: Path, schema: Mapping[str, pl.DataType]) -> pl.DataFrame:
+def _read_table(path: Path, columns: Mapping[str, Column]) -> pl.DataFrame:
     try:
         frame = pl.read_parquet(path)
     except (PolarsError, OSError) as error:
         first = str(error).partition("\n")[0]
         raise InputError(f"The file is not a Parquet table: {first}.", str(path)) from None
-    for name, dtype in schema.items():
+    for name, (dtype, _) in columns.items():
         if name in frame.columns and frame.schema[name] != dtype:
             raise InputError(
                 f"The column {name} is of type {frame.schema[name]}; needed is {dtype}.",
                 str(path),
             )
-    return conform(frame, schema, str(path))
+    return conform(frame, columns, str(path))
 
 
 def _read_totals(data: dict[str, Any], itl: pl.DataFrame, where: str) -> RunTotals:
@@ -946,7 +551,7 @@ def conformed(run: RunData) -> RunData:
     """The run with every table in the schema's types, as reading it back gives it."""
     return replace(
         run,
-        requests=conform(run.requests, REQUEST_SCHEMA, "requests"),
-        decisions=conform(run.decisions, DECISION_SCHEMA, "decisions"),
-        timeline=conform(run.timeline, TIMELINE_SCHEMA, "timeline"),
+        requests=conform(run.requests, REQUEST_COLUMNS, "requests"),
+        decisions=conform(run.decisions, DECISION_COLUMNS, "decisions"),
+        timeline=conform(run.timeline, TIMELINE_COLUMNS, "timeline"),
     )

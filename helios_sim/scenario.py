@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, get_args
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from helios_sim.arrivals import StrictSettings, as_tuple
-from helios_sim.errors import InputError, UnknownSetting, did_you_mean
+from helios_sim.errors import InputError, UnknownSetting
 from helios_sim.policy.controller import rebatches_recomputed
 from helios_sim.policy.registry import make_policy, policy_names, policy_options
 from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.records import TOTALS_FILE
+from helios_sim.settings import StrictSettings, as_tuple, first_flaw
 from helios_sim.slo import SloSpec, slo_from_table
 from helios_sim.toml import read_toml, toml_value
 from helios_sim.workload import Requests, WorkloadSettings
@@ -185,7 +184,7 @@ def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
             hint = f"; did you mean {near!r}?" if near else "."
             raise InputError(f"There is no scenario file{hint}", str(path))
     except OSError as error:
-        raise InputError(f"The file cannot be looked for: {error.strerror}.", str(path)) from error
+        raise InputError(f"The file cannot be accessed: {error.strerror}.", str(path)) from error
     data = read_toml(path)
     if (path.parent / TOTALS_FILE).is_file():
         data = of_a_run(data)
@@ -242,7 +241,7 @@ def parse_scenario(data: Mapping[str, Any], where: str, base_dir: Path) -> Scena
     try:
         scenario = Scenario.model_validate(data)
     except ValidationError as error:
-        raise _first_error(error, data, where) from error
+        raise first_flaw(error, Scenario, data, where) from error
     try:
         if scenario.slo is not None:
             slo_from_table(scenario.slo, "slo")
@@ -362,105 +361,3 @@ def _option_schema(default: Any, meaning: str) -> dict[str, Any]:
     plain = list(default) if isinstance(default, tuple) else default
     known = plain if isinstance(plain, (bool, int, float, str, list)) else None
     return {"description": meaning} | ({} if known is None else {"default": known})
-
-
-_TOML_RULES: Final = {
-    "tuple_type": "it must be an array",
-    "list_type": "it must be an array",
-    "model_type": "it must be a table",
-    "dict_type": "it must be a table",
-    "model_attributes_type": "it must be a table",
-}
-"""Rules in the words of TOML where the checker speaks of Python's types."""
-
-
-def _first_error(error: ValidationError, data: Mapping[str, Any], where: str) -> InputError:
-    """The first thing wrong with a scenario, said in one sentence."""
-    errors = error.errors(include_url=False)
-    # A misspelt key is also a missing one; the spelling is what to mend.
-    unknown_keys = [one for one in errors if one["type"] == "extra_forbidden"]
-    first = [*unknown_keys, *errors][0]
-    location = _place(first["loc"], data)
-    place = ".".join(str(part) for part in location) or "the file"
-    kind = first["type"]
-    given = first.get("input")
-    if kind == "extra_forbidden":
-        unknown = str(location[-1])
-        allowed = _allowed_keys(first["loc"][:-1])
-        hint = did_you_mean(unknown, allowed)
-        listed = f" Allowed are {', '.join(allowed)}." if allowed else ""
-        return UnknownSetting(f"Unknown key {unknown!r}.{hint}{listed}", f"{where}, {place}")
-    if kind == "missing":
-        return InputError(f"The key {str(location[-1])!r} is required.", f"{where}, {place}")
-    if kind == "value_error":
-        return InputError(str(first["ctx"]["error"]), f"{where}, {place}")
-    if kind == "union_tag_not_found":
-        return InputError("The key 'kind' is required.", f"{where}, {place}")
-    if kind == "union_tag_invalid":
-        tag, allowed_tags = str(first["ctx"]["tag"]), str(first["ctx"]["expected_tags"])
-        hint = did_you_mean(tag, re.findall(r"'([^']+)'", allowed_tags))
-        return InputError(
-            f"The kind {tag!r} is unknown.{hint} Allowed are {allowed_tags}.", f"{where}, {place}"
-        )
-    shown = f" was given {_shown(given)};"
-    rule = _TOML_RULES.get(kind, first["msg"][0].lower() + first["msg"][1:])
-    return InputError(f"{place}{shown} {rule}.", f"{where}, {place}")
-
-
-def _shown(given: Any) -> str:
-    """A value as an error names it."""
-    if isinstance(given, Mapping):
-        return "a table"
-    if isinstance(given, (list, tuple)):
-        return "an array"
-    text = repr(given)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _place(location: tuple[int | str, ...], data: Any) -> tuple[int | str, ...]:
-    """The part of pydantic's location that exists in the file: union tags are left out."""
-    node = data
-    place: list[int | str] = []
-    for index, part in enumerate(location):
-        if isinstance(node, Mapping) and part in node:
-            node = node[str(part)]
-        elif isinstance(node, (list, tuple)) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        elif index < len(location) - 1:
-            continue
-        place.append(part)
-    return tuple(place)
-
-
-def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys a table of the scenario may have; where it has a kind, the keys of that kind."""
-    models: list[type[BaseModel]] = [Scenario]
-    for part in location:
-        if isinstance(part, int):
-            continue
-        of_kind = [model for model in models if part in _kinds_of(model)]
-        if of_kind:
-            models = of_kind
-            continue
-        found: list[type[BaseModel]] = []
-        for model in models:
-            field = model.model_fields.get(str(part))
-            if field is not None:
-                found += _models_in(field.annotation)
-        models = found
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _kinds_of(model: type[BaseModel]) -> tuple[Any, ...]:
-    """The values of `kind` that choose this table among others."""
-    field = model.model_fields.get("kind")
-    return () if field is None else get_args(field.annotation)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The settings tables that an annotation can hold."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    inner = getattr(annotation, "__value__", None)
-    parts = get_args(annotation) if inner is None else (inner,)
-    return [model for part in parts for model in _models_in(part)]

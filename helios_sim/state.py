@@ -73,7 +73,7 @@ OBSERVED_BREACH: Final = 2
 RELATIVE_BREACH: Final = 3
 
 NLL_UNITS_PER_NAT: Final = 1024
-"""Likelihoods are summed as whole units, so that no order of summation shows."""
+"""Likelihoods are traced and summed as whole units, so that no order of summation shows."""
 
 ITL_BINS_PER_OCTAVE: Final = 64
 ITL_OCTAVES: Final = 40

@@ -5,15 +5,18 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
-from helios_sim.metrics import ComparisonRow, comparison_rows
+from helios_sim.comparison import ComparisonRow, comparison_rows
 from helios_sim.profile import ProfileSummary
-from helios_sim.report.words import number, times
+from helios_sim.report.words import number, size, times
+
+if TYPE_CHECKING:
+    from helios_sim.derive_model import ModelFigures
 
 _SHORT: Final[Mapping[str, str]] = {
     "output_throughput": "Tokens/s",
@@ -261,3 +264,34 @@ def profiles_table(profiles: Sequence[ProfileSummary]) -> FittedTable:
         rows.append([Text(cell) for cell in cells])
     titles = ("profile", "device", "models", "numbers")
     return FittedTable(titles, rows, names_above=True, words=frozenset(range(len(titles))))
+
+
+def model_figures_table(figures: Sequence[ModelFigures]) -> FittedTable:
+    """Models beside each other: what they take of memory and time, and how well that is known."""
+    rows = []
+    for one in figures:
+        grades = [
+            f"{count}{_KEPT_SPACE}{grade}" for grade, count in one.grade_counts.items() if count
+        ]
+        cells = (
+            one.name,
+            " ".join(str(layer) for layer in one.exit_layers),
+            size(one.weight_bytes).replace(" ", _KEPT_SPACE),
+            f"{one.kv_bytes_per_token:,}",
+            f"{1e3 * one.decode_s:.2f}",
+            "" if one.bytes_s is None else f"{1e3 * one.bytes_s:.2f}",
+            ", ".join(grades),
+        )
+        rows.append([Text(cell) for cell in cells])
+    context = figures[0].context_tokens
+    titles = (
+        "model",
+        "exits",
+        "weights",
+        "KV bytes a token",
+        f"decode of one row at {context} tokens, ms",
+        "its bytes at full bandwidth, ms",
+        "numbers",
+    )
+    words = frozenset({0, 1, len(titles) - 1})
+    return FittedTable(titles, rows, names_above=True, words=words)

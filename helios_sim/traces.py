@@ -7,26 +7,20 @@ import io
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from helios_sim.arrivals import (
-    MAX_RATE_PER_S,
-    MAX_REQUESTS,
-    Floats,
-    Renewal,
-    StrictSettings,
-    stream,
-    whole_ns,
-)
-from helios_sim.errors import InputError
+from helios_sim.arrivals import MAX_RATE_PER_S, MAX_REQUESTS, Renewal
+from helios_sim.errors import InputError, did_you_mean
+from helios_sim.settings import StrictSettings
+from helios_sim.streams import Floats, stream, whole_ns
 
 FORMATS: dict[str, str] = {
     "mooncake": "JSON lines with timestamp (ms), input_length and output_length",
@@ -140,6 +134,7 @@ class Trace:
 
     `domain` (an index into `domains`) and `trace_start` are there only for a run of our own;
     `num_dropped` counts rows of the file that are no requests (an answer of no tokens).
+    `latest` is the last time that a file of plain numbers gives, before its first is taken for 0.
     """
 
     format: str
@@ -151,6 +146,7 @@ class Trace:
     domains: tuple[str, ...] = ()
     trace_start: NDArray[np.int32] | None = None
     num_dropped: int = 0
+    latest: float = 0.0
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -198,6 +194,34 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
         read = _any_csv(settings.columns) if settings.columns else _TEXT_READERS[name]
         trace = _trace_of(name, path, read(raw, path), settings)
     return _stretch(_cut(trace, settings), settings)
+
+
+_EPOCHS: Final = (
+    (1e17, "nanoseconds", 1e9),
+    (1e14, "microseconds", 1e6),
+    (1e11, "milliseconds", 1e3),
+)
+"""From what number on a time since 1970 is of which unit, and how many of it are a second.
+
+As seconds the least of them is 3,000 years, and now is 2e9.
+"""
+
+
+def doubtful_times(settings: TraceSettings, base_dir: Path) -> str | None:
+    """That times read as seconds look like those of a smaller unit since 1970; None otherwise."""
+    path = _locate(base_dir / settings.file)
+    name, _ = _recognise(path, "csv" if settings.columns else settings.format)
+    if name not in ("csv", "burstgpt"):
+        return None
+    latest = read_trace(settings, base_dir, 0).latest
+    unit, per_s = next((found[1:] for found in _EPOCHS if latest >= found[0]), ("", 1.0))
+    if not unit or settings.rate_scale >= per_s / 10:
+        return None
+    scaled = f"or set rate_scale = {per_s:.0f}" if per_s <= 1e6 else "and write the file anew"
+    return (
+        f"The trace's times look like {unit} since 1970 and are read as seconds: the last is "
+        f"{latest:,.0f}. Divide them by {per_s:,.0f}, {scaled}."
+    )
 
 
 def _locate(path: Path) -> Path:
@@ -290,14 +314,11 @@ def _csv(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     try:
         frame = pl.read_csv(io.BytesIO(raw), infer_schema=False)
     except (pl.exceptions.PolarsError, ValueError) as error:
-        raise _ragged(raw, path, error) from error
+        raise _ragged(raw, path, columns, error) from error
     names = [name.strip() for name in frame.columns]
     missing = [name for name in columns if name not in names]
     if missing:
-        raise InputError(
-            f"The header lacks {', '.join(missing)}; it must name {', '.join(columns)}.",
-            where=_at(path, 1),
-        )
+        raise _without(missing, raw, path, columns)
     # Polars gives the second of two columns of one name another name.
     _, given = _header(raw)
     twice = [name for name in columns if given.count(name) > 1]
@@ -319,6 +340,33 @@ def _csv(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     return wanted.filter(~blank)
 
 
+def _without(
+    missing: Sequence[str], raw: bytes, path: Path, columns: tuple[str, ...]
+) -> InputError:
+    """That the header lacks names, what it has instead, and what the mistake may be."""
+    head, given = _header(raw)
+    where = _at(path, 1)
+    wanted = f"it must name {', '.join(columns)}"
+    separator = next((one for one in ";\t|" if one in head), "")
+    if len(given) == 1 and separator:
+        return InputError(
+            f"The header {head[:80]!r} is one column, since {separator!r} stands where commas are "
+            f"expected; {wanted}, with commas between them.",
+            where,
+        )
+    by_case = {name.casefold(): name for name in given}
+    alike = [by_case[name.casefold()] for name in missing if name.casefold() in by_case]
+    hint = did_you_mean(missing[0], [name for name in given if name not in columns])
+    if alike:
+        hint = f" Did you mean {', '.join(map(repr, alike))}? Upper and lower case differ."
+    shown = given if len(given) <= 12 else [*given[:12], f"{len(given) - 12} more"]
+    return InputError(
+        f"The header names {', '.join(shown)[:400]}, and lacks {', '.join(missing)}; {wanted}."
+        f"{hint}",
+        where,
+    )
+
+
 def _malformed(line: str, width: int, path: Path, number: int) -> InputError:
     return InputError(
         f"The line {line[:80]!r} is malformed; {width} comma-separated fields of plain "
@@ -327,12 +375,27 @@ def _malformed(line: str, width: int, path: Path, number: int) -> InputError:
     )
 
 
-def _ragged(raw: bytes, path: Path, error: Exception) -> InputError:
-    """The first line whose number of fields differs from the header's."""
-    lines = raw.decode("utf-8", errors="replace").splitlines()
+def _ragged(raw: bytes, path: Path, columns: tuple[str, ...], error: Exception) -> InputError:
+    """What is wrong with a CSV that cannot be read, with its line.
+
+    A byte that is no UTF-8, a header that is one column, or the first line whose number of fields
+    differs from the header's.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        number = raw.count(b"\n", 0, wrong.start) + 1
+        return InputError(
+            f"The line holds the byte 0x{raw[wrong.start]:02x}, which is no UTF-8; the file must "
+            "be text in UTF-8.",
+            where=_at(path, number),
+        )
+    if len(_header(raw)[1]) == 1:
+        return _without(columns, raw, path, columns)
+    lines = text.splitlines()
     width = lines[0].count(",") + 1
     for number, line in enumerate(lines, 1):
-        if '"' in line or "\ufffd" in line or (line.strip() and line.count(",") + 1 != width):
+        if '"' in line or (line.strip() and line.count(",") + 1 != width):
             return _malformed(line, width, path, number)
     return InputError(f"The file is not readable as CSV: {_first_line(error)}.", where=str(path))
 
@@ -344,8 +407,10 @@ def _column(
     bad = parsed.is_null().arg_true()
     if len(bad):
         row = int(bad[0])
+        text = frame[name][row]
+        said = f"{text!r}" if text and text.strip() else "an empty cell"
         raise InputError(
-            f"{name} is {frame[name][row]!r}; expected is a column of {expected}.",
+            f"{name} is {said}; the column must hold {expected}.",
             where=_at(path, int(frame["line"][row])),
         )
     return parsed
@@ -353,7 +418,7 @@ def _column(
 
 def _count_column(frame: pl.DataFrame, name: str, path: Path) -> Ints:
     parsed = frame[name].str.strip_chars().cast(pl.Int64, strict=False)
-    return _column(frame, name, parsed, "a whole number of tokens", path).to_numpy()
+    return _column(frame, name, parsed, "whole numbers of tokens", path).to_numpy()
 
 
 def _azure(raw: bytes, path: Path) -> _Rows:
@@ -361,7 +426,7 @@ def _azure(raw: bytes, path: Path) -> _Rows:
     frame = _csv(raw, path, _AZURE)
     text = frame["TIMESTAMP"].str.strip_chars().str.strip_suffix("+00:00")
     return _Rows(
-        time_s=_calendar_s(frame, "TIMESTAMP", text, "a time such as", path),
+        time_s=_calendar_s(frame, "TIMESTAMP", text, "times such as", path),
         prompt_tokens=_count_column(frame, "ContextTokens", path),
         output_tokens=_count_column(frame, "GeneratedTokens", path),
         line=frame["line"].to_numpy(),
@@ -397,7 +462,7 @@ def _any_csv(columns: TraceColumns) -> Callable[[bytes, Path], _Rows]:
         is_calendar = len(text) > 0 and "-" in (text[0] or "")[1:] and ":" in (text[0] or "")
         if is_calendar:
             text = text.str.strip_suffix("Z").str.strip_suffix("+00:00").str.replace("T", " ")
-            time_s = _calendar_s(frame, name, text, "a naive or UTC time such as", path)
+            time_s = _calendar_s(frame, name, text, "naive or UTC times such as", path)
         else:
             expected = "seconds of at least 0, or of times such as 2023-11-16 18:15:46.680"
             time_s = _plain_s(frame, name, expected, path)
@@ -409,7 +474,7 @@ def _any_csv(columns: TraceColumns) -> Callable[[bytes, Path], _Rows]:
 def _burstgpt(raw: bytes, path: Path) -> _Rows:
     """BurstGPT: seconds; rows answered with no token are failures and are left out."""
     frame = _csv(raw, path, _BURSTGPT)
-    expected = "a finite number of seconds of at least 0"
+    expected = "finite numbers of seconds of at least 0"
     return _answered(frame, _plain_s(frame, "Timestamp", expected, path), _BURSTGPT, path)
 
 
@@ -439,7 +504,7 @@ def _mooncake(raw: bytes, path: Path) -> _Rows:
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"The line {text[:80].decode('utf-8', errors='replace')!r} is no JSON object; "
-                f"expected are {FORMATS['mooncake']}.",
+                f"the file must hold {FORMATS['mooncake']}.",
                 where=_at(path, number),
             ) from error
         times.append(_json_number(row, "timestamp", (int, float), path, number) / 1000)
@@ -456,7 +521,7 @@ def _json_number(row: Any, key: str, types: tuple[type, ...], path: Path, line: 
         number: int | float = value
         return number
     what = "a whole number" if types == (int,) else "a finite number"
-    raise InputError(f"{key} is {value!r}; expected is {what}.", where=_at(path, line))
+    raise InputError(f"{key} is {value!r}; it must be {what}.", where=_at(path, line))
 
 
 _TEXT_READERS: dict[str, Callable[[bytes, Path], _Rows]] = {
@@ -504,6 +569,7 @@ def _trace_of(name: str, path: Path, rows: _Rows, settings: TraceSettings) -> Tr
         prompt_tokens=rows.prompt_tokens[order].astype(np.int32),
         output_tokens=rows.output_tokens[order].astype(np.int32),
         num_dropped=rows.num_dropped,
+        latest=float(rows.time_s.max()),
     )
 
 
@@ -536,8 +602,7 @@ def _parquet(path: Path, columns: dict[str, str]) -> pl.DataFrame:
         for name, expected in columns.items():
             if not _holds(present[name], expected):
                 raise InputError(
-                    f"The column {name} has the type {present[name]}; expected is a column of "
-                    f"{expected}.",
+                    f"The column {name} has the type {present[name]}; it must hold {expected}.",
                     where=f"{path}, column {name}",
                 )
         if not columns:

@@ -19,17 +19,13 @@ from helios_sim.arrivals import (
     MAX_REQUESTS,
     ArrivalSettings,
     ClosedArrivals,
-    Floats,
-    Numbers,
-    Pairs,
-    StrictSettings,
     TraceArrivals,
-    as_tuple,
     closed_arrivals,
     open_arrivals,
-    stream,
 )
 from helios_sim.errors import InputError, did_you_mean
+from helios_sim.settings import Numbers, Pairs, StrictSettings, as_tuple
+from helios_sim.streams import Floats, stream
 from helios_sim.traces import MAX_TOKENS, Trace, TraceSettings, read_trace
 
 OverContext = Literal["refuse", "truncate", "error"]

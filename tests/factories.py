@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from helios_sim.model import ModelShape
 from helios_sim.records import RunData, RunTotals, conformed
 
 EXIT_LAYERS = {"opt-1.3b": (6, 12, 24), "opt-6.7b": (9, 17, 32)}
@@ -282,3 +283,8 @@ def _decisions(policy: str, end_s: float, num_replicas: int) -> pl.DataFrame:
             }
         )
     return pl.DataFrame(rows)
+
+
+def total_params(shape: ModelShape) -> int:
+    """All weights of the full model, without separate exit heads."""
+    return shape.embedding_params() + shape.layers * shape.layer_params() + shape.head_params()

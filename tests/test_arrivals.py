@@ -17,10 +17,10 @@ from helios_sim.arrivals import (
     Renewal,
     closed_arrivals,
     open_arrivals,
-    stream,
     weibull_shape,
 )
 from helios_sim.errors import InputError
+from helios_sim.streams import stream
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(ArrivalSettings)
 OFFICE_DAY = [2, 1, 1, 1, 1, 2, 4, 7, 10, 12, 13, 13, 12, 12, 13, 13, 12, 11, 9, 8, 7, 6, 4, 3]

@@ -75,6 +75,21 @@ def test_simulate_writes_a_folder_a_policy_and_one_page(
     assert "Profile opt-a100-40gb has 35 published, 69 derived and 33 assumed numbers. " in printed
 
 
+def test_figures_are_told_with_the_limits_that_they_are_judged_by(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    one = ("--policy", "vanilla", "--set", 'slo.text="ttft:2s tpot:p95<60ms"', "--out", out)
+    assert run("simulate", scenario, *one) == 0
+    told = "SLO: TTFT ≤ 2 s, TPOT p95 ≤ 60 ms."
+    assert f"\n{told}\n" in capsys.readouterr().out
+    assert f"<li>{told}</li>" in (out / "report.html").read_text(encoding="utf-8")
+    assert run("compare", out / "vanilla", out / "vanilla") == 0
+    assert f"\n{told}\n" in capsys.readouterr().out
+    assert run("simulate", scenario, "--policy", "vanilla", "--out", out) == 0
+    assert "SLO" not in capsys.readouterr().out
+
+
 def test_json_of_two_policies_is_a_list_and_nothing_else(
     scenario: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +152,30 @@ def test_runs_can_be_compared_and_reported_again(
     assert run("compare", out / "vanilla", out / "helios", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert {"output_throughput", "mean_ttft_ms"} <= {row["key"] for row in rows}
+
+
+def test_a_comparison_of_one_policy_on_two_devices_names_the_devices_and_no_scenario(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for name in ("opt-a100-40gb", "fast"):
+        if name == "fast":
+            command = ("profiles", "derive", "--from", "opt-a100-40gb", "--launch", "0.1ms")
+            assert run(*command, "--out", tmp_path / name) == 0
+        changes = ("--set", f"fleet.profile={name}", "--set", "question=Does it carry?")
+        one = ("--policy", "vanilla", *changes, "--out", tmp_path / f"on-{name}")
+        assert run("simulate", scenario, *one) == 0
+        runs.append(tmp_path / f"on-{name}" / "vanilla")
+    capsys.readouterr()
+    assert run("compare", *runs, "--out", tmp_path / "page.html") == 0
+    said = capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Serving: opt-6.7b of 2 candidates.\n" in said
+    assert "vanilla on opt-a100-40gb" in said
+    assert "<h1>vanilla on opt-a100-40gb and vanilla on fast compared</h1>" in page
+    assert "Both runs carry the load" in page
+    assert "vanilla on fast answers fastest" in page
+    assert 'class="question"' not in page
 
 
 def test_runs_of_different_workloads_are_refused_by_the_names_of_their_folders(
@@ -272,9 +311,8 @@ def test_without_a_command_there_is_help_and_exit_code_2(
     assert "whatif" in said.out + said.err
 
 
-@pytest.mark.parametrize("module", ["helios_sim", "helios_sim.cli"])
-def test_the_command_is_there_where_nothing_is_installed(module: str) -> None:
-    command = [sys.executable, "-m", module, "conquer"]
+def test_the_command_is_there_where_nothing_is_installed() -> None:
+    command = [sys.executable, "-m", "helios_sim", "conquer"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("helios: No such command 'conquer'. Allowed are simulate, ")
@@ -349,6 +387,19 @@ def test_simulated_runs_are_taken_for_real_ones_only_beside_a_named_one(
     assert "name it with --simulated, or leave --allow-simulated out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [("--files", "."), ("--no-attribution",)])
+def test_options_of_the_two_sides_are_refused_where_policies_are_compared(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...]
+) -> None:
+    assert run("simulate", scenario, "--out", tmp_path / "out", "--policy", "vanilla") == 0
+    simulated = tmp_path / "out" / "vanilla"
+    capsys.readouterr()
+    assert run("compare", simulated, simulated, *option) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert f"leave {option[0]} out to compare policies" in told.err
+
+
 def test_a_page_replaces_no_other_file(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -418,6 +469,23 @@ def test_memory_for_no_candidate_names_the_key_what_was_given_and_what_suffices(
         assert ("No candidate fits" in capsys.readouterr().err) == refused
 
 
+def test_a_device_too_small_for_every_candidate_is_reported_under_its_profile(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scenario sets no memory, so that key is not where the mistake is."""
+    command = ("profiles", "derive", "--from", "opt-a100-40gb", "--memory", "0.5GB")
+    assert run(*command, "--out", tmp_path / "tiny") == 0
+    capsys.readouterr()
+    assert run("scenario", "check", scenario, "--set", "fleet.profile=tiny") == 2
+    error = capsys.readouterr().err
+    assert f"{scenario}, fleet.profile: No candidate fits at any exit" in error
+    assert re.search(
+        r"device's memory, 500,000,000 .*; name a smaller candidate or a device of at least "
+        r"[0-9,]+ bytes\.",
+        error,
+    )
+
+
 # A context of 2,048 tokens, and a pool that holds 1,217 beside the whole OPT-6.7B.
 @pytest.mark.parametrize(
     ("memory_bytes", "said"),
@@ -434,9 +502,14 @@ def test_check_says_how_many_requests_will_be_refused(
 ) -> None:
     """As many as a run refuses then: of those that may be refused, where the least is served."""
     changes = (
-        *("--set", 'workload.prompt={kind = "uniform", min_tokens = 500, max_tokens = 4000}'),
-        *("--set", f"fleet.memory_bytes={memory_bytes}", "--set", "policy.0.model=opt-6.7b"),
-        *("--set", "serving.expected_prompt_tokens=512"),
+        "--set",
+        'workload.prompt={kind = "uniform", min_tokens = 500, max_tokens = 4000}',
+        "--set",
+        f"fleet.memory_bytes={memory_bytes}",
+        "--set",
+        "policy.0.model=opt-6.7b",
+        "--set",
+        "serving.expected_prompt_tokens=512",
     )
     assert run("scenario", "check", scenario, *changes) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -463,6 +536,58 @@ def test_check_says_what_policies_reckon_with_beside_what_is_sent(
     )
 
 
+@pytest.mark.parametrize(
+    ("arrivals", "said"),
+    [
+        (
+            '{kind="constant", rate_per_s=0.5}',
+            "They arrive within 78 s, 0.513 requests/s on average.",
+        ),
+        (
+            '{kind="closed", num_users=4, think_s=1}',
+            "Users send them in a closed loop, as they are",
+        ),
+    ],
+)
+def test_check_says_within_what_time_and_how_often_requests_arrive(
+    scenario: Path, capsys: pytest.CaptureFixture[str], arrivals: str, said: str
+) -> None:
+    changes = ("--set", "workload.num_requests=40", "--set", f"workload.arrivals={arrivals}")
+    assert run("scenario", "check", scenario, *changes) == 0
+    assert said in _out(capsys)
+
+
+@pytest.mark.parametrize(
+    ("now", "rate_scale", "said"),
+    [
+        (1_740_000_000_000, 1, "look like milliseconds since 1970 .* last is 1,740,000,000,005"),
+        (
+            1_740_000_000_000_000,
+            1,
+            "microseconds since 1970 .* 1,000,000, or set rate_scale = 1000",
+        ),
+        (1.74e18, 1, "nanoseconds since 1970 .* and write the file anew"),
+        (1_740_000_000_000, 1000, ""),
+        (1_740_000_000, 1, ""),
+    ],
+)
+def test_check_warns_of_times_that_are_no_seconds(
+    scenario: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    now: float,
+    rate_scale: int,
+    said: str,
+) -> None:
+    text = f"ts,in,out\n{now:.0f},2,3\n{now + 5:.0f},2,3\n"
+    (tmp_path / "epoch.csv").write_text(text, encoding="utf-8")
+    columns = 'columns={arrival="ts", prompt="in", output="out"}'
+    trace = f'workload={{trace={{file="epoch.csv", {columns}, rate_scale={rate_scale}}}}}'
+    assert run("scenario", "check", scenario, "--set", trace) == 0
+    out = _out(capsys)
+    assert re.search(said, out) if said else "1970" not in out
+
+
 def _out(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
@@ -475,10 +600,15 @@ def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(
     (tmp_path / "b.csv").write_text("\n".join([head, *rows]), encoding="utf-8")
     change = ("--set", 'workload={trace={file="b.csv"}}')
     assert run("scenario", "check", scenario, *change) == 0
-    assert "left out, since they are no requests: 1.\n" in capsys.readouterr().out
+    assert "left out because they hold no request: 1.\n" in capsys.readouterr().out
     assert run("simulate", scenario, "--json", "--policy", "vanilla", *change) == 0
     summary = json.loads(capsys.readouterr().out)
     assert (summary["num_dropped"], summary["completed"]) == (1, 2)
+    out = tmp_path / "dropped"
+    assert run("simulate", scenario, "--policy", "vanilla", *change, "--out", out) == 0
+    told = "Left out of the trace: 1 row beside 2 requests"
+    assert told in capsys.readouterr().out
+    assert told in (out / "report.html").read_text(encoding="utf-8")
     assert run("scenario", "check", scenario) == 0
     assert "left out" not in capsys.readouterr().out
 

@@ -310,7 +310,7 @@ def test_a_run_alone_is_served_again_in_its_place(ground: Ground, tmp_path: Path
     assert [side.slowdown for side in done.outcomes[0].fidelity.sides.reals] == [1.01]
     assert done.outcomes[0].num_discarded == 1
     hurried = study.run_study(
-        *(one, tmp_path / "hurried", Paced(1.3)), cases=(run,), most_again=0, say=lambda text: None
+        one, tmp_path / "hurried", Paced(1.3), cases=(run,), most_again=0, say=lambda text: None
     )
     assert [side.slowdown for side in hurried.outcomes[0].fidelity.sides.reals] == [1.3]
 
@@ -378,8 +378,18 @@ def test_the_server_is_the_command_with_its_options(
     server = study.serving_command([tmp_path / "models"], "cpu", ["--threads", "1"])
     server(Path("one.toml"), Path("out"), 3)
     assert log.read_text().split() == [
-        *("serve", "one.toml", "--checkpoints", str(tmp_path / "models")),
-        *("--out", "out", "--device", "cpu", "--threads", "1", "--repeat", "3"),
+        "serve",
+        "one.toml",
+        "--checkpoints",
+        str(tmp_path / "models"),
+        "--out",
+        "out",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--repeat",
+        "3",
     ]
     with pytest.raises(InputError, match="exit code 2: no model"):
         server(Path("bad.toml"), Path("out"), 1)

@@ -13,23 +13,20 @@ import numpy as np
 import polars as pl
 import pytest
 
+from helios_sim.comparison import compare, comparison_rows, distinct_labels, gain
 from helios_sim.errors import InputError
+from helios_sim.latencies import columns_of, meets_all
 from helios_sim.metrics import (
     DEFINITIONS,
     aggregate,
     batch_interval,
-    columns_of,
-    compare,
-    distinct_labels,
     figure_at,
-    gain,
     gap_percentile_s,
-    meets_all,
     rounded_figures,
-    saturation_of,
     summarise,
 )
 from helios_sim.records import RunData, conformed
+from helios_sim.saturation import saturation_of
 from helios_sim.slo import parse_slo
 from tests.factories import ITL_EDGES_S, fifo_admission, make_run
 
@@ -559,6 +556,14 @@ def test_comparison_refuses_other_workloads(other: RunData, says: str) -> None:
     """Runs of other requests, arrivals or schema versions are refused with the reason."""
     with pytest.raises(InputError, match=says):
         compare([make_run(), other])
+
+
+def test_seconds_of_serves_and_switches_have_no_best_and_no_ratio() -> None:
+    """A policy that evaluates first has 0 s although it brought weights in."""
+    given = [{"switch_time_s": 0.8}, {"switch_time_s": 0.0}]
+    (row,) = comparison_rows(given)
+    assert (row.values, row.best, row.ratios, row.better) == ((0.8, 0.0), (), (None, None), None)
+    assert gain("switch_time_s", 0.4, 0.8) == 2.0
 
 
 def test_equal_labels_are_numbered() -> None:

@@ -20,6 +20,7 @@ from helios_sim.profile import (
     Link,
     MarkovExits,
     ModelProfile,
+    Profile,
     TraceExits,
     document_text,
     folder_hash,
@@ -119,6 +120,46 @@ def test_an_existing_folder_is_overwritten_only_when_asked(
         save_profile(document, tmp_path / "mine")
     document["description"] = "another"
     assert save_profile(document, tmp_path / "mine", overwrite=True).description == "another"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_folder_that_holds_anything_but_a_profile_is_never_replaced(
+    tmp_path: Path, document: Document
+) -> None:
+    save_profile(document, tmp_path / "mine")
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "points").mkdir()
+    (tmp_path / "points" / "points.parquet").write_text("readings")
+    (tmp_path / "file").write_text("text")
+    for name, said in (
+        ("mine", "it holds notes.txt"),
+        ("points", "it holds points.parquet"),
+        ("file", "It is a file"),
+    ):
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match=said):
+                save_profile(document, tmp_path / name, overwrite=overwrite)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "points" / "points.parquet").read_text() == "readings"
+    (tmp_path / "empty").mkdir()
+    assert save_profile(document, tmp_path / "empty").name == document["name"]
+
+
+def test_a_save_that_ends_early_keeps_the_profile_that_was_there(
+    tmp_path: Path, document: Document
+) -> None:
+    save_profile(document, tmp_path / "mine")
+    description = document["description"]
+    document["description"] = "another"
+
+    def refuse(written: Profile) -> None:
+        assert written.description == "another"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_profile(document, tmp_path / "mine", overwrite=True, check=refuse)
+    assert load_profile(tmp_path / "mine").description == description
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
 def test_the_hash_changes_with_any_byte_of_the_folder(tmp_path: Path, document: Document) -> None:

@@ -19,7 +19,8 @@ import polars as pl
 import pytest
 
 from helios_sim.errors import InputError
-from helios_sim.metrics import columns_of, summarise
+from helios_sim.latencies import columns_of
+from helios_sim.metrics import summarise
 from helios_sim.publish import write_page
 from helios_sim.records import REPORT_FILE, RunData, write_run
 from helios_sim.report import render
@@ -38,6 +39,8 @@ from helios_sim.report.thinning import MAX_TIMELINE_POINTS
 from helios_sim.report.words import (
     device_of_all,
     headline,
+    judged_by,
+    labels_apart,
     limits,
     number,
     remarks,
@@ -127,7 +130,9 @@ def test_a_processor_is_not_called_a_gpu() -> None:
         told = replace(run, environment=run.environment | said)
         assert f"to 2 replicas (2 {called}s)." in text_of(make_page([told]))
     assert [device_of_all(kinds) for kinds in ([False], [True, True], [True, False])] == [
-        *("GPU", "processor", "device")
+        "GPU",
+        "processor",
+        "device",
     ]
 
 
@@ -309,6 +314,32 @@ def test_runs_of_one_name_are_told_apart() -> None:
     assert "vanilla (2)" in text_of(page)
 
 
+def test_runs_are_told_apart_by_what_differs() -> None:
+    """By their labels, else by profile or device, else by their folders."""
+    same = {"profile": "a", "device": "A"}
+    folders = ["x/vanilla", "y/vanilla"]
+    assert labels_apart(["vanilla", "helios"], [same, same], folders) == ["vanilla", "helios"]
+    alike = ["vanilla", "vanilla"]
+    other = {"profile": "l40s", "device": "L40S"}
+    assert labels_apart(alike, [same, other], folders) == ["vanilla on a", "vanilla on l40s"]
+    board = {"profile": "a", "device": "B"}
+    assert labels_apart(alike, [same, board], folders) == ["vanilla on A", "vanilla on B"]
+    assert labels_apart(alike, [same, same], folders) == folders
+    assert labels_apart(alike, [same, {}], folders) == folders
+
+
+def test_runs_of_one_policy_are_called_runs() -> None:
+    runs = [
+        summary("vanilla on a", 100.0, 20.0, policy="vanilla", num_refused=1),
+        summary("vanilla on l40s", 100.0, 10.0, policy="vanilla", num_refused=1),
+    ]
+    assert headline(runs, 100.0, 1).startswith("Both runs carry the load of 100 tokens/s; ")
+    assert any(text.startswith("Every run refuses the same 1 req") for text in remarks(runs, 1))
+    for one in runs:
+        one["saturation"] = "overloaded"
+    assert headline(runs).startswith("Neither run carries the whole load")
+
+
 def test_runs_of_different_workloads_are_shown_unpaired() -> None:
     """A page of runs that met different requests says why it pairs none."""
     text = text_of(make_page([make_run(), make_run("helios", seed=2)]))
@@ -441,7 +472,7 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
                 summary("helios", 301.0, 10.0, saturation="overloaded"),
             ],
             "Neither policy carries the whole load of 500 tokens/s offered: vanilla and helios are "
-            "overloaded; served are 300 to 301 tokens/s.",
+            "overloaded; they serve 300 to 301 tokens/s.",
         ),
         (
             [
@@ -455,7 +486,7 @@ def test_headlines_say_who_carries_the_load(summaries: list[dict[str, Any]], exp
         (
             [summary(name, 0.0, 1.0, num_refused=400) for name in ("vanilla", "helios")],
             "Neither policy carries the whole load of 500 tokens/s offered: vanilla and helios "
-            "refuse every request; served are 0 tokens/s.",
+            "refuse every request; they serve 0 tokens/s.",
         ),
         (
             [
@@ -651,6 +682,36 @@ def test_remarks_name_the_price() -> None:
     assert "92 % of the tokens of helios" in said
     assert "Overloaded: vanilla." in said
     assert "helios 3" in said
+
+
+def test_one_run_is_told_the_limits_that_it_is_judged_by() -> None:
+    """Several are told them with what was met; runs of different limits are told apart."""
+    run = summary("vanilla", 100.0, 20.0, slo="ttft<2000ms;tpot:p95<50ms", slo_attainment=0.5)
+    assert remarks([run])[0] == "SLO: TTFT ≤ 2 s, TPOT p95 ≤ 50 ms."
+    assert not [text for text in remarks([summary("vanilla", 100.0, 20.0)]) if "SLO" in text]
+    other = run | {"label": "helios", "slo": "ttft<1s"}
+    assert judged_by([run, other]) == (
+        "SLO: TTFT ≤ 2 s, TPOT p95 ≤ 50 ms (vanilla); TTFT ≤ 1 s (helios)."
+    )
+
+
+def test_remarks_say_how_many_requests_were_shortened_or_left_out_and_why() -> None:
+    """Once where it holds for all runs, else with the runs it holds for."""
+    plain = summary("vanilla", 100.0, 20.0, num_shortened=0, num_dropped=0)
+    cut = summary("helios", 100.0, 20.0, num_shortened=62, num_dropped=1)
+    both = "62 of 400 requests"
+    why = (
+        ', longer than the context (workload.over_context = "truncate"); figures are of what is '
+        "left of them."
+    )
+    said = remarks([cut, cut | {"label": "again"}])
+    assert f"Shortened: {both}{why}" in said
+    assert (
+        "Left out of the trace: 1 row beside 400 requests, since a row without output tokens or "
+        "without an arrival is no request (num_dropped)."
+    ) in said
+    assert f"Shortened: {both} (helios){why}" in remarks([plain, cut])
+    assert not [one for one in remarks([plain]) if "Shortened" in one or "Left out" in one]
 
 
 def test_one_limit_is_drawn_once_and_of_several_their_meeting_too() -> None:

@@ -117,7 +117,11 @@ def test_the_summary_has_a_row_for_each_figure_with_errors_then_and_now(slow: Pa
     slowed = simulated_anew(study, slow)
     rows = [[cell.plain for cell in row] for row in summary(study, slowed)]
     assert [row[0] for row in rows] == [
-        *("Throughput", "TPOT, mean", "E2E, p50", "TTFT, p90", "Batch size")
+        "Throughput",
+        "TPOT, mean",
+        "E2E, p50",
+        "TTFT, p90",
+        "Batch size",
     ]
     assert all(row[-1] in ("0 of 1", "1 of 1") for row in rows)
     changed = [[cell.plain for cell in row] for row in changes(study, slowed)]

@@ -11,10 +11,9 @@ import pytest
 
 from helios_sim.cards import policy_slo
 from helios_sim.errors import InputError
-from helios_sim.experiment import choose_policies, folder_name, prepare, run_policy
+from helios_sim.experiment import choose_policies, prepare, run_policy
 from helios_sim.policy.contract import Slo
 from helios_sim.policy.registry import policy_names
-from helios_sim.records import toml_text
 from helios_sim.scenario import (
     Scenario,
     apply_change,
@@ -24,6 +23,7 @@ from helios_sim.scenario import (
     scenario_schema,
 )
 from helios_sim.slo import parse_slo
+from helios_sim.toml_writer import toml_text
 
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "scenarios").glob("*.toml"))
 BASE = """\
@@ -132,9 +132,21 @@ def test_the_keys_allowed_are_those_of_the_kind_that_was_chosen(file: Path) -> N
         ("fleet.memory_utilisation=1.5", "was given 1.5; input should be less than or equal to 1"),
         ("fleet.memory_utilisation=0", "was given 0; input should be greater than 0"),
         ("fleet.memory_utilisation=90", "was given 90; input should be less than or equal to 1"),
-        ("fleet.memory_bytes='40GB'", "was given '40GB'; input should be a valid integer"),
+        ("fleet.memory_bytes='40GB'", "a whole number of bytes, such as 40000000000"),
+        (
+            "fleet.memory_bytes=40GiB",
+            "was given '40GiB'; it must be a whole number of bytes, such as 42949672960",
+        ),
+        ("fleet.reserve_bytes=1.5 GiB", "a whole number of bytes, such as 1610612736"),
+        ("fleet.memory_bytes=much", "was given 'much'; input should be a valid integer"),
         ("fleet.reserve_bytes=-1", "was given -1; input should be greater than or equal to 0"),
-        ("fleet.candidates='opt-1.3b'", "was given 'opt-1.3b'; it must be an array"),
+        (
+            "fleet.candidates='opt-1.3b'",
+            "was given 'opt-1.3b'; it must be an array, such as [\"opt-1.3b\"]; in a shell --set "
+            "'fleet.candidates=[\"opt-1.3b\"]'",
+        ),
+        ("fleet.candidates=[a, b]", 'in a shell --set \'fleet.candidates=["a", "b"]\''),
+        ("fleet.candidates=3", "was given 3; it must be an array"),
         ("serving.max_batch=5000", "was given 5000; input should be less than or equal to 4096"),
         ("serving.block_tokens=0", "was given 0; input should be greater than or equal to 1"),
         ("serving.watermark=1", "was given 1; input should be less than 1"),
@@ -328,6 +340,19 @@ def test_an_unknown_profile_is_told_the_nearest_and_all(file: Path) -> None:
     assert "'layerskip-h100-80gb'" in message
 
 
+def test_an_unknown_profile_is_told_the_folder_beside_the_scenario_that_it_may_mean(
+    file: Path,
+) -> None:
+    (file.parent / "mine" / "l40s").mkdir(parents=True)
+    (file.parent / "mine" / "l40").mkdir()
+    (file.parent / "mine" / "l40s" / "profile.json").write_text("{}")
+    _, message = told(file, "fleet.profile=mine/l40q")
+    assert "Did you mean 'mine/l40s'?" in message
+    for given in ("..", "nowhere/l40s", "\0"):
+        with pytest.raises(InputError):
+            prepare(load_scenario(file, [f"fleet.profile='{given}'"]), file.parent)
+
+
 def test_an_unknown_or_doubled_candidate_is_refused(file: Path) -> None:
     where, message = told(file, "fleet.candidates=['opt-6.7b', 'opt-1.3c']")
     assert where == f"{file}, fleet.candidates.1"
@@ -446,7 +471,7 @@ def test_a_missing_file_is_told_the_nearest_one(file: Path) -> None:
     with pytest.raises(InputError, match="There is no scenario file"):
         load_scenario(file.parent / "nowhere" / "base.toml")
     for long in (file.parent / ("x" * 300), file.parent / ("x" * 300) / "base.toml"):
-        with pytest.raises(InputError, match=r"The file cannot be looked for: File name too long"):
+        with pytest.raises(InputError, match=r"The file cannot be accessed: File name too long"):
             load_scenario(long)
 
 
@@ -586,9 +611,3 @@ def test_requests_beyond_the_context_are_expected_by_nobody(file: Path) -> None:
         prompts = experiment.requests(experiment.scenario.seed)[0].prompt_tokens
         wanted = round(float(prompts.mean())) if expected is None else expected
         assert experiment.setup.expected_prompt_tokens == wanted
-
-
-def test_a_label_becomes_a_plain_folder_name() -> None:
-    assert folder_name("EE-single (wait), 1.3B") == "ee-single-wait-1.3b"
-    assert folder_name("azure_chat") == "azure_chat"
-    assert folder_name("...") == "run"

@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from helios_sim.columns import TIMELINE_COLUMNS, conform
 from helios_sim.metrics import summarise
-from helios_sim.records import TIMELINE_SCHEMA, conform
 from helios_sim.report.figures import timeline_figure
 from helios_sim.report.page import render
 from helios_sim.report.thinning import (
@@ -47,7 +47,7 @@ def replica_timeline(
             },
             schema_overrides={"power_w": pl.Float64},
         ),
-        TIMELINE_SCHEMA,
+        TIMELINE_COLUMNS,
         "timeline",
     )
 

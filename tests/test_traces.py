@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
+from helios_sim.columns import REQUEST_COLUMNS
 from helios_sim.errors import InputError
-from helios_sim.records import REQUEST_COLUMNS
 from helios_sim.traces import Trace, TraceSettings, read_trace, spread_equal
 from helios_sim.workload import WorkloadSettings, generate
 
@@ -175,21 +175,39 @@ def test_columns_may_rename_those_of_a_known_format(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sent,in\n1,2\n", "line 1: The header lacks out; it must name sent, in, out."),
+        (
+            "sent,in\n1,2\n",
+            "line 1: The header names sent, in, and lacks out; it must name sent, in, out.",
+        ),
+        ("Sent,IN,out\n1,2,3\n", "Did you mean 'Sent', 'IN'. Upper and lower case differ"),
+        ("send,in,out\n1,2,3\n", "lacks sent; .* Did you mean 'send'"),
+        (
+            "x;sent;in;out\n1;2;3;4\n",
+            "line 1: The header 'x;sent;in;out' is one column, since ';' stands where commas are",
+        ),
+        ("sent;in;out\n0,5;3;4\n", "line 1: The header 'sent;in;out' is one column"),
+        ("sent\tin\tout\n1\t2\t3\n", r"one column, since '\\t' stands where commas are"),
+        (",".join(f"c{n}" for n in range(20)) + "\n", "names c0, c1, .*, c11, 8 more, and lacks"),
+        ("sent,in,out\n1,2,3\n2,,3\n", "line 3: in is an empty cell; the column must hold whole"),
+        ("sent,in,out\n1, ,3\n", "line 2: in is an empty cell"),
+        (
+            "sent,in,out,who\n1,2,3,x\n2,2,3,café\n".encode("latin-1"),
+            "line 3: The line holds the byte 0xe9, which is no UTF-8; the file must be text in",
+        ),
         ("sent,in,out\n", "The trace holds no request"),
         (
             "sent,in,out\n1,2,3\nsoon,2,3\n",
-            "line 3: sent is 'soon'; expected is a column of seconds",
+            "line 3: sent is 'soon'; the column must hold seconds",
         ),
-        ("sent,in,out\n,2,3\n", "line 2: sent is None; expected is a column of seconds"),
-        ("sent,in,out\n-4,2,3\n", "line 2: sent is '-4'; expected is a column of seconds of at"),
+        ("sent,in,out\n,2,3\n", "line 2: sent is an empty cell; the column must hold seconds"),
+        ("sent,in,out\n-4,2,3\n", "line 2: sent is '-4'; the column must hold seconds of at"),
         (
             "sent,in,out\n1e-5,2,3\n2024-01-01 00:00:00,2,3\n",
             "line 3: sent is '2024-01-01 00:00:00'",
         ),
-        ("sent,in,out\n2024-01-01 00:00:00,2,3\n5,2,3\n", "line 3: sent is '5'; .* or UTC time"),
-        ("sent,in,out\n2024-01-01 00:00:00+02:00,2,3\n", "a column of a naive or UTC time such"),
-        ("sent,in,out\n1,2.5,3\n", "line 2: in is '2.5'; expected is a column of a whole number"),
+        ("sent,in,out\n2024-01-01 00:00:00,2,3\n5,2,3\n", "line 3: sent is '5'; .* or UTC times"),
+        ("sent,in,out\n2024-01-01 00:00:00+02:00,2,3\n", "must hold naive or UTC times such"),
+        ("sent,in,out\n1,2.5,3\n", "line 2: in is '2.5'; the column must hold whole numbers"),
         ("sent,in,out\n1,0,3\n", "line 2: The request has 0 prompt tokens"),
         ("sent,in,out\n2,5,3\n1,5,3\n", "line 3: The timestamp lies 1 s before"),
         ("sent,in,out,in\n1,2,3,4\n", "line 1: The header names in twice"),
@@ -348,23 +366,33 @@ BAD_FILES = [
     ),
     ("what.csv", "when,in,out\n1,2,3\n", "format is unknown; allowed are: mooncake .*helios", None),
     ("time.csv", AZURE_TEXT.replace("2023-11-16 18:15:50.9951690", "noon"), "is 'noon'", 3),
-    ("token.csv", AZURE_TEXT.replace("396", "39.6"), "ContextTokens is '39.6'; expected is a", 3),
-    ("none.csv", AZURE_TEXT.replace(",109", ","), "GeneratedTokens is None", 3),
+    (
+        "token.csv",
+        AZURE_TEXT.replace("396", "39.6"),
+        "ContextTokens is '39.6'; the column must hold",
+        3,
+    ),
+    ("none.csv", AZURE_TEXT.replace(",109", ","), "GeneratedTokens is an empty cell", 3),
     ("zero.csv", AZURE_TEXT.replace("879", "0"), "has 0 prompt tokens; allowed are 1 to", 4),
     ("less.csv", AZURE_TEXT.replace("109", "-9"), "has -9 output tokens; allowed are 1 to", 3),
     ("big.csv", AZURE_TEXT.replace("396", "3000000000"), "has 3000000000 prompt tokens", 3),
     ("wide.csv", AZURE_TEXT.replace("109", "109,7"), "is malformed; 3 comma-separated", 3),
-    ("short.csv", AZURE_TEXT.replace(",396,109", ""), "ContextTokens is None", 3),
+    ("short.csv", AZURE_TEXT.replace(",396,109", ""), "ContextTokens is an empty cell", 3),
     ("blank2.csv", AZURE_TEXT.replace("2023-11-16 18:15:51,879", "\n\nx,1"), "is 'x'", 6),
-    ("latin.csv", AZURE_TEXT.encode().replace(b"396", b"\xff"), "is malformed", 3),
+    ("latin.csv", AZURE_TEXT.encode().replace(b"396", b"\xff"), "0xff, which is no UTF-8", 3),
     ("commas.csv", AZURE_TEXT.replace("\n2023-11-16 18:15:51", "\n\n,,\n2023"), "',,' is mal", 5),
     ("lastcommas.csv", AZURE_TEXT + ",,\n", "',,' is malformed; 3 comma-separated", 5),
     ("past.csv", BURSTGPT_TEXT.replace("\n5,", "\n-5,"), "Timestamp is '-5'; .*at least 0", 2),
     ("far.csv", BURSTGPT_TEXT.replace("118.5", "1e308"), "lies 1e.308 s after .*up to 1e.09 s", 4),
-    ("column.csv", AZURE_TEXT.replace("GeneratedTokens", "Out"), "header lacks GeneratedTokens", 1),
+    ("column.csv", AZURE_TEXT.replace("GeneratedTokens", "Out"), "lacks GeneratedTokens", 1),
     ("again.csv", wider(AZURE_TEXT, "TIMESTAMP"), "header names TIMESTAMP twice", 1),
     ("spaced.csv", wider(AZURE_TEXT, " TIMESTAMP"), "header names TIMESTAMP twice", 1),
-    ("inf.csv", BURSTGPT_TEXT.replace("118.5", "inf"), "Timestamp is 'inf'; expected is a", 4),
+    (
+        "inf.csv",
+        BURSTGPT_TEXT.replace("118.5", "inf"),
+        "Timestamp is 'inf'; the column must hold",
+        4,
+    ),
     ("cut.jsonl", MOONCAKE_TEXT.replace("316,", ""), "is no JSON object", 5),
     (
         "key.jsonl",
@@ -372,10 +400,10 @@ BAD_FILES = [
         "input_length is No",
         3,
     ),
-    ("type.jsonl", MOONCAKE_TEXT.replace("316", "31.5"), "output_length is 31.5; expected is a", 5),
+    ("type.jsonl", MOONCAKE_TEXT.replace("316", "31.5"), "output_length is 31.5; it must be a", 5),
     ("bool.jsonl", MOONCAKE_TEXT.replace("316", "true"), "output_length is True", 5),
-    ("nan.jsonl", MOONCAKE_TEXT.replace("3000", "NaN"), "timestamp is nan; expected is a fin", 5),
-    ("huge.jsonl", MOONCAKE_TEXT.replace("316", "9" * 400), "expected is a whole number", 5),
+    ("nan.jsonl", MOONCAKE_TEXT.replace("3000", "NaN"), "timestamp is nan; it must be a fin", 5),
+    ("huge.jsonl", MOONCAKE_TEXT.replace("316", "9" * 400), "it must be a whole number", 5),
     ("deep.jsonl", MOONCAKE_TEXT + '{"a":' + "[" * 100_000, "is no JSON object", 7),
     ("list.jsonl", MOONCAKE_TEXT + "[1]\n", "timestamp is None", 7),
     ("torn.csv.gz", gzip.compress(AZURE_TEXT.encode())[:-9], "not whole gzip data", None),
@@ -529,17 +557,17 @@ def test_requests_of_a_run_that_never_arrived_are_left_out(tmp_path: Path) -> No
         ({"domain": ["code", None, "code"]}, "'domain': None"),
         (
             {"arrival_s": ["a", "b", "c"]},
-            "column arrival_s has the type String; expected is a col.* of numbers",
+            "column arrival_s has the type String; it must hold numbers",
         ),
         (
             {"prompt_tokens": ["1", "2", "3"]},
-            "prompt_tokens has the type String; expected is a .*whole numbers",
+            "prompt_tokens has the type String; it must hold whole numbers",
         ),
         (
             {"trace_start": [0.5, 1.0, 2.0]},
-            "trace_start has the type Float64; expected is .*whole numbers",
+            "trace_start has the type Float64; it must hold whole numbers",
         ),
-        ({"domain": [1, 2, 3]}, "column domain has the type Int64; expected is a col.* of text"),
+        ({"domain": [1, 2, 3]}, "column domain has the type Int64; it must hold text"),
         ({"arrival_s": [0.1, 1e308, 2.0]}, "'arrival_s': 1e.308.*arrival must be 0 to 1e.09 s"),
         ({"arrival_s": [None, None, None]}, "holds no request"),
     ],
@@ -621,12 +649,12 @@ def test_a_servegen_window_is_the_same_whatever_else_is_read(tmp_path: Path) -> 
         (
             {"rate_rps": ["a", "b", "c", "d"]},
             {},
-            "rate_rps has the type String; expected is .*numbers",
+            "rate_rps has the type String; it must hold numbers",
         ),
         (
             {"client_id": [0.0, 0.0, 1.0, 1.0]},
             {},
-            "client_id has the type Float64; expected is .*whole numbers",
+            "client_id has the type Float64; it must hold whole numbers",
         ),
         ({"rate_rps": [0.0, 0.0, 0.0, 0.0]}, {}, "No request lies in the window"),
         ({}, {"value": [0.0] + [5.0] * 6}, "token count must be at least 1"),

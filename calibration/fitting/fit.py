@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -34,7 +33,7 @@ from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINT
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
-from helios_sim.model import EarlyExitModel, ModelShape
+from helios_sim.model import SHAPE_COUNTS, EarlyExitModel, ModelShape
 from helios_sim.profile import (
     CONFIDENCE_KINDS,
     FAMILIES,
@@ -43,6 +42,7 @@ from helios_sim.profile import (
     TRACES_FILE,
     MarkovExits,
     Profile,
+    check_target,
     load_profile,
     quantity,
     save_profile,
@@ -53,16 +53,6 @@ TRACE_REPORT_FILE: Final = "trace.json"
 """Written by `calibration.training.trace` beside exits.parquet; importing it needs torch."""
 
 MODES: Final = ("auto", "graph", "eager")
-_SHAPE_INTS: Final = (
-    "layers",
-    "hidden",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "ffn",
-    "vocab",
-    "max_positions",
-)
 _ASSUMED_RATE_BYTES_PER_S: Final = 3e9
 
 
@@ -104,11 +94,13 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
     under `measurement`.
     """
     settings = settings or FitSettings()
-    if out.exists() and not settings.overwrite:
+    if folder.resolve().is_relative_to(out.resolve()):
         raise InputError(
-            "The profile folder exists already; give another folder or --overwrite.",
+            f"The readings in {folder} lie there, and a profile would take their place; give a "
+            "folder for the profile that does not hold them.",
             where=str(out),
         )
+    check_target(out, settings.overwrite)
     readings = read_points(folder)
     environment = read_environment(folder)
     where = str(folder / ENVIRONMENT_FILE)
@@ -126,27 +118,18 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
     report = _trace_report(traces)
     if report is not None:
         document["measurement"]["exit_traces"] = report
-    return _save(document, out, folder, traces, settings.overwrite)
-
-
-def _save(
-    document: dict[str, Any], out: Path, folder: Path, traces: Path | None, overwrite: bool
-) -> Profile:
-    """Save under a draft first, so that traces that do not fit leave nothing behind."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.parent / f".{out.name}.{os.getpid()}.draft"
-    points = out.parent / f".{out.name}.{os.getpid()}.points"
-    read_points(folder).write_parquet(points)
-    try:
-        profile = save_profile(document, draft, points=points, traces=traces, overwrite=True)
-        load_traces(profile)
-        if out.exists() and overwrite:
-            shutil.rmtree(out)
-        draft.rename(out)
-    finally:
-        points.unlink(missing_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
-    return load_profile(out)
+    with TemporaryDirectory() as place:
+        points = Path(place) / POINTS_FILE
+        readings.write_parquet(points)
+        return save_profile(
+            document,
+            out,
+            points=points,
+            traces=traces,
+            overwrite=settings.overwrite,
+            # Traces that do not fit the models leave no profile behind.
+            check=load_traces,
+        )
 
 
 def _object(node: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -169,7 +152,7 @@ def _measured_model(name: str, node: Any, where: str) -> _Measured:
                 family=shape["family"],
                 tied_head=bool(shape["tied_head"]),
                 final_norm=bool(shape.get("final_norm", True)),
-                **{key: int(shape[key]) for key in _SHAPE_INTS},
+                **{key: int(shape[key]) for key in SHAPE_COUNTS},
             ),
             exit_layers=tuple(int(layer) for layer in node["exit_layers"]),
             tokenizer=str(node["tokenizer"]),

@@ -35,7 +35,7 @@ from calibration.fitting.regression import Chosen, Equations, Floats, MaxFit
 from helios_sim import cost
 from helios_sim.errors import InputError
 from helios_sim.model import EarlyExitModel
-from helios_sim.profile import Confidence, Hull, ModelProfile
+from helios_sim.profile import Confidence, Hull, ModelProfile, curve
 
 LAUNCH: Final = 0
 MEMORY: Final = 1
@@ -750,7 +750,7 @@ def _stairs(knots: Knots, buckets: Sequence[int]) -> Knots:
         return knots
     stairs: list[tuple[float, float]] = []
     places = sorted({*map(float, inside), *(place for place, _ in knots)})
-    for place, factor in zip(places, joint.curve(knots, np.array(places)).tolist(), strict=True):
+    for place, factor in zip(places, curve(knots, np.array(places)).tolist(), strict=True):
         before = stairs[-1][0] if stairs else place
         if place - before > 1.0:
             stairs.append((before + 1.0, factor))
@@ -778,7 +778,15 @@ def falling_time(model: ModelProfile) -> str | None:
     def seconds(batch: int, context: float, longest: float, layers: float, factor: float) -> float:
         rows = float(padded_rows[batch])
         found, _ = cost.decode_seconds(
-            *(c, rows, context, rows * longest, layers, 0.0, 1.0, 0.0, rows),
+            c,
+            rows,
+            context,
+            rows * longest,
+            layers,
+            0.0,
+            1.0,
+            0.0,
+            rows,
             float(batch),
             factor,
         )

@@ -15,7 +15,6 @@ from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 
 from calibration.fitting import regression
 from calibration.fitting.regression import (
@@ -27,6 +26,7 @@ from calibration.fitting.regression import (
     MaxFit,
     relative_errors,
 )
+from helios_sim.profile import curve
 
 Knots: TypeAlias = tuple[tuple[float, float], ...]
 """(Place, factor), places rising; none means the factor 1."""
@@ -48,17 +48,6 @@ _CIRCLE: Final = 8
 """Turns without a smaller step after which they are taken to go in circles."""
 _EXTRAPOLATE_EVERY: Final = 4
 _LARGEST_SHARE: Final = 0.98
-
-
-def curve(knots: Knots, places: Floats) -> Floats:
-    """The factors at some places: monotone between knots, constant beyond them."""
-    if not knots:
-        return np.ones(len(places))
-    known, factors = (np.array(column) for column in zip(*knots, strict=True))
-    if len(known) == 1:
-        return np.full(len(places), factors[0])
-    inside = np.clip(places, known[0], known[-1])
-    return np.asarray(PchipInterpolator(known, factors)(inside), dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
 from helios_sim.profiles.published import REFERENCE_CONTEXT_TOKENS
 from helios_sim.records import flat_items
-from helios_sim.report.document import add_figure, document, section
+from helios_sim.report.document import add_figure, document, opening, section
 from helios_sim.report.figures import Figure
 from helios_sim.report.words import listed, number, size, span
 
@@ -140,12 +140,12 @@ def _opening(profile: Profile, rows: Sequence[CheckRow]) -> str:
     if not profile.has_energy:
         why = profile.quantities["device.active_w"].source
         remarks.append(f"Energy is unavailable, which is not zero: {why}.")
-    said = "".join(f"<li>{escape(text)}</li>" for text in remarks)
-    return (
-        f"<header><h1>{escape(f'Calibration of {profile.name}')}</h1>"
-        '<p class="question">What does this device really do with these models, and how far off '
-        "is the profile?</p>"
-        f'<p class="headline">{escape(headline)}</p><ul class="remarks">{said}</ul></header>'
+    return opening(
+        f"Calibration of {profile.name}",
+        headline,
+        remarks,
+        question="What does this device really do with these models, and how far off is the "
+        "profile?",
     )
 
 

@@ -157,7 +157,7 @@ def open_board(uuid: str | None = None, nvml: Any = None) -> Board | NoBoard:
         found = _board_named(uuid, nvml)
         if isinstance(found, NoBoard):
             if count > 1:
-                return NoBoard(f"{found.reason}, and which of {count} boards it is nobody knows")
+                return NoBoard(f"{found.reason}, and which of {count} boards it is cannot be told")
             found = Board(nvml, nvml.nvmlDeviceGetHandleByIndex(0))
     except nvml.NVMLError as error:
         return NoBoard(f"the NVIDIA driver does not answer ({error})")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from calibration.measuring.timing import Captured, Timer, Timing, Work, capture, timed
+from calibration.measuring.capture import Captured, capture
+from calibration.measuring.timing import Timer, Timing, Work, timed
 from calibration.model import launches
 
 COPY_BYTES: Final = {"cpu": 2**27, "cuda": 2**30}

@@ -47,6 +47,7 @@ from calibration.measuring.load_trials import Loading, checkpoint_loads, stand_i
 from calibration.measuring.loading import StageTime, load_sizes, pinned_copies
 from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter
 from calibration.measuring.occupancy import reserve_bytes
+from calibration.measuring.pace import Pace
 from calibration.measuring.plan_file import (
     PLAN_FILE,
     Grid,
@@ -65,7 +66,7 @@ from calibration.measuring.readings import (
     busy_machine,
 )
 from calibration.measuring.sources import Source, find_sources, sample_tokens
-from calibration.measuring.timing import Pace, measure_pace, synchronise, timed, timer_for
+from calibration.measuring.timing import measure_pace, synchronise, timed, timer_for
 from calibration.model.decode import NOT_USABLE
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError
@@ -421,7 +422,7 @@ class _Session:
             bench = Bench(model, tokens, max_batch=grid.max_batch, max_context=grid.max_context)
             if changed := self._changed_kernels(bench):
                 self._note(
-                    f"{bench.name} is not measured further, since {changed}: times of the two are "
+                    f"{bench.name} is not measured further, since {changed}: times with both are "
                     "not one measurement. Its readings are kept; free memory where a self-test "
                     "found no room, or measure into another folder"
                 )
@@ -449,7 +450,7 @@ class _Session:
         for name, said in bench.kernels.items():
             before = earlier.get(name, said)
             if before.partition(":")[0] != said.partition(":")[0]:
-                return f"of its kernels {name} was {before}; now it is {said}"
+                return f"its kernel {name} was {before}; now it is {said}"
         return ""
 
     def _describe_model(self, source: Source, bench: Bench) -> None:
@@ -517,7 +518,8 @@ class _Session:
             if lacks or depth < planned.deepest:
                 raise InputError(
                     f"{source.name} was planned with {planned.grid} in {planned.deepest} layers, "
-                    "for which memory lacks now. Free some of it, or measure into another folder."
+                    "for which there is too little memory now. Free some of it, or measure into "
+                    "another folder."
                 )
             return planned.grid
         allowed = None if available is None else int(_POOL_SHARE * available) // per_token
@@ -619,8 +621,8 @@ class _Session:
         possible = [job for job in missing if not job.mode or job.mode in bench.modes]
         if lost := len(missing) - len(possible):
             self._note(
-                f"{bench.name}: {counted(lost, 'trial')} of the plan cannot be taken, being from "
-                "CUDA graphs, of which there are none this time; readings before are kept"
+                f"{bench.name}: {counted(lost, 'trial')} of the plan cannot be taken: they need "
+                "CUDA graphs, and there are none this time; earlier readings are kept"
             )
         left = [(job, self._least_s(bench, probe, job)) for job in possible]
         left_s = sum(least_s for _, least_s in left)

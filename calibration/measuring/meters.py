@@ -25,6 +25,9 @@ MIN_WINDOW_S: Final = 5.0
 """Unaligned windows of one second spread by about 4 %, of five seconds by 0.8 %."""
 
 MIN_WINDOW_TICKS: Final = 50
+_PROBE_CHANGES: Final = 12
+_PROBE_LIMIT_S: Final = 3.0
+_PROBE_POLL_S: Final = 0.0005
 _POWER_INTERVAL_S: Final = 0.01
 _SPARING_INTERVAL_S: Final = 0.01
 """Seconds between two readings of a counter at the least, for who must not be slowed by them."""
@@ -110,18 +113,15 @@ class TickProbe:
 
     period_s: float
     mad_s: float
-    changes: int
 
 
-def probe_ticks(
-    read: Callable[[], float], *, changes: int = 12, limit_s: float = 3.0, poll_s: float = 0.0005
-) -> TickProbe | None:
-    """Watch a counter until it has changed often enough; None if it hardly moves in `limit_s`."""
-    end = time.perf_counter() + limit_s
+def probe_ticks(read: Callable[[], float]) -> TickProbe | None:
+    """Watch a counter until it has changed often enough; None if it hardly moves in 3 s."""
+    end = time.perf_counter() + _PROBE_LIMIT_S
     last = read()
     moved: list[float] = []
-    while len(moved) < changes and time.perf_counter() < end:
-        time.sleep(poll_s)
+    while len(moved) < _PROBE_CHANGES and time.perf_counter() < end:
+        time.sleep(_PROBE_POLL_S)
         value = read()
         if value != last:
             moved.append(time.perf_counter())
@@ -130,7 +130,7 @@ def probe_ticks(
         return None
     gaps = [later - earlier for earlier, later in itertools.pairwise(moved)]
     period_s = statistics.median(gaps)
-    return TickProbe(period_s, statistics.median(abs(gap - period_s) for gap in gaps), len(moved))
+    return TickProbe(period_s, statistics.median(abs(gap - period_s) for gap in gaps))
 
 
 class _Sampler:
@@ -349,7 +349,7 @@ class _PowerWindow:
         try:
             sampler.stop()
         except (BoardError, OSError, ValueError) as error:
-            return Absence(self._source, f"power stopped being told: {error}")
+            return Absence(self._source, f"the power sensor stopped answering: {error}")
         samples = sampler.samples
         seconds = samples[-1][0] - samples[0][0]
         if len(samples) < 2 or seconds <= 0.0:

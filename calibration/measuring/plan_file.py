@@ -90,8 +90,8 @@ def earlier_plan(folder: Path, identity: Mapping[str, Any]) -> Plan:
     for key, now in identity.items():
         if plan.identity.get(key) != now:
             raise InputError(
-                f"The readings are of {key} {plan.identity.get(key)!r} and now {now!r} is "
-                "asked for; measure into another folder.",
+                f"The readings were taken with {key} {plan.identity.get(key)!r} and {now!r} is "
+                "asked for now; measure into another folder.",
                 str(file),
             )
     return plan

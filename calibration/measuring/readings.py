@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import polars as pl
 
 from helios_sim.errors import InputError
+from helios_sim.folders import file_in_place, write_whole
 
 if TYPE_CHECKING:
     from calibration.measuring.timing import Timing
@@ -228,15 +229,13 @@ class Readings:
         self._keys.add(reading.key)
 
     def export(self) -> Path:
-        """Write points.parquet under a temporary name and move it into place."""
+        """Write points.parquet, whole or not at all."""
         target = self.folder / POINTS_FILE
-        partial = target.with_name(f".{POINTS_FILE}.partial")
         rows = [asdict(reading) for reading in self._readings]
         try:
-            pl.DataFrame(rows, schema=SCHEMA).write_parquet(partial)
-            partial.replace(target)
+            with file_in_place(target) as partial:
+                pl.DataFrame(rows, schema=SCHEMA).write_parquet(partial)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise self.explained(error) from error
         return target
 
@@ -245,14 +244,11 @@ class Readings:
         self.write_json(ENVIRONMENT_FILE, environment)
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file beside the readings, under a temporary name first."""
-        target = self.folder / name
-        partial = target.with_name(f".{name}.partial")
+        """Write a JSON file beside the readings, whole or not at all."""
+        text = json.dumps(content, indent=2) + "\n"
         try:
-            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            partial.replace(target)
+            write_whole(self.folder / name, text.encode())
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise self.explained(error) from error
 
     def explained(self, error: OSError) -> InputError:
@@ -325,5 +321,5 @@ def busy_machine(lost_shares: Sequence[float]) -> str | None:
     return (
         f"Others disturbed {len(disturbed)} of {len(lost_shares)} timed trials, half of them by "
         f"more than {statistics.median(disturbed):.0%} of their time: what is fitted to them "
-        "speaks of a busy machine, so measure again on a quieter one"
+        "describes a busy machine, so measure again on a quieter one"
     )

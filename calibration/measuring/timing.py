@@ -6,8 +6,7 @@ compared are sampled in turns, so that a machine that slows down slows all of th
 
 On a processor that others use too, the seconds are those in which the process ran, and a sample
 is taken again, a few times at most, if others were let run during it or if a known piece of work
-beside it ran slower than it can. How quick that known work is at its best is the machine's pace,
-by which two runs on it can be compared.
+beside it ran slower than it can.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any, Final, Protocol
 
 import torch
 
-from calibration.model.graphs import end_allocating, first_cause
+from calibration.measuring.pace import MOST_SETTLING, SETTLED, Pace, reference
 from helios_sim.garbage import uncollected
 
 Work = Callable[[], object]
@@ -48,31 +47,11 @@ _HEADROOM: Final = 1.1
 _LONG_S: Final = 0.05
 """Work this long hardly feels caches that it finds taken."""
 
-_SETTLED: Final = 0.95
-"""Caches are as full as they get when a repetition takes more than this share of the one before."""
-
-_MOST_SETTLING: Final = 16
 _USUAL_SETTLING: Final = 4
-"""Repetitions that settling takes."""
+"""Repetitions that settling usually takes."""
 
 _LOOK_HOLDS_S: Final = 0.0005
 """A look at the reference tells of what begins within this time too."""
-
-_CORE_JITTER: Final = 1.08
-_MEMORY_JITTER: Final = 1.15
-"""The reference's own times vary by so much on a quiet machine."""
-
-_PACE_S: Final = 0.05
-"""Spent on one look at a machine's pace."""
-
-_MATRIX: Final = 512
-"""Rows and columns of the reference's larger matrices, 1 MiB each."""
-
-_CACHED_MATRICES: Final = 4
-"""More than a core's own cache holds, less than the cores' common one."""
-
-_STREAMED_MATRICES: Final = 64
-"""More than any cache keeps beside other work."""
 
 
 @dataclass(frozen=True)
@@ -110,99 +89,6 @@ class Timer(Protocol):
 
     def sample_s(self, pass_s: float) -> float:
         """Seconds that a sample of repetitions this long takes, all in all."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds that known pieces of work take on a machine at its best.
-
-    `core_s` is arithmetic within a core, `memory_s` reading from the common cache and from memory
-    (on a GPU a product of matrices, and a copy).
-    """
-
-    core_s: float
-    memory_s: float
-
-    def against(self, other: Pace) -> float:
-        """How many times longer it takes than another: the larger of the two ratios."""
-        return max(self.core_s / other.core_s, self.memory_s / other.memory_s)
-
-    def quickest(self, other: Pace) -> Pace:
-        """The better of two, part by part."""
-        return Pace(min(self.core_s, other.core_s), min(self.memory_s, other.memory_s))
-
-
-class Reference:
-    """A known piece of work whose time tells whether a processor is shared at the moment.
-
-    Small products and sums, as small models are made of; then products of vectors with matrices
-    that lie in the common cache, and with others that lie in memory. The quickest times so far are
-    what they take alone.
-    """
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._rows = torch.randn(16, 96, generator=generator)
-        self._weights = torch.randn(96, 96, generator=generator)
-        self._vector = torch.ones(_MATRIX)
-        matrices = torch.ones(_CACHED_MATRICES + _STREAMED_MATRICES, _MATRIX, _MATRIX).unbind()
-        self._cached, self._streamed = matrices[:_CACHED_MATRICES], matrices[_CACHED_MATRICES:]
-        self._next = 0
-        self.best = Pace(math.inf, math.inf)
-        """The machine's pace as far as it is known."""
-        for _ in range(20):
-            self.look()
-
-    def look(self) -> Pace:
-        """What it takes now."""
-        self._compute_s(3)
-        core_s = self._compute_s(30)
-        streamed = self._streamed[self._next : self._next + _CACHED_MATRICES]
-        self._next = (self._next + _CACHED_MATRICES) % _STREAMED_MATRICES
-        streamed_s = self._read_s(streamed)
-        # What ran before has taken the cache, which comes back little by little.
-        cached_s = math.inf
-        for _ in range(_MOST_SETTLING):
-            before_s, cached_s = cached_s, min(cached_s, self._read_s(self._cached))
-            if cached_s > _SETTLED * before_s:
-                break
-        found = Pace(core_s, cached_s + streamed_s)
-        self.best = self.best.quickest(found)
-        return found
-
-    def lost_share(self) -> float:
-        """Share of its time that others cost it now, beyond what varies anyway."""
-        now = self.look()
-        core = 1.0 - _CORE_JITTER * self.best.core_s / now.core_s
-        memory = 1.0 - _MEMORY_JITTER * self.best.memory_s / now.memory_s
-        return max(0.0, core, memory)
-
-    def pace(self, seconds: float = _PACE_S) -> Pace:
-        """The best of looks over some time, whatever was seen before."""
-        found = self.look()
-        until_s = time.perf_counter() + seconds
-        while time.perf_counter() < until_s:
-            found = found.quickest(self.look())
-        return found
-
-    def _compute_s(self, times: int) -> float:
-        begin_s = time.perf_counter()
-        for _ in range(times):
-            torch.mm(self._rows, self._weights)
-            self._rows.add(1.0)
-        return time.perf_counter() - begin_s
-
-    def _read_s(self, matrices: Sequence[torch.Tensor]) -> float:
-        begin_s = time.perf_counter()
-        for matrix in matrices:
-            torch.mv(matrix, self._vector)
-        return time.perf_counter() - begin_s
-
-
-@functools.cache
-def reference() -> Reference:
-    """The processor's reference: one for all timers, so that its best is the best of the run."""
-    return Reference()
 
 
 def measure_pace(device: torch.device) -> Pace:
@@ -264,11 +150,11 @@ class WallTimer:
     def _settle(self, work: Work) -> tuple[float, float]:
         """Let the work have the caches back that the look took; what its last repetition took."""
         spent_s, before_s = 0.0, math.inf
-        for _ in range(_MOST_SETTLING):
+        for _ in range(MOST_SETTLING):
             seconds, running_s = self._timed(work, 1)
             own_s = min(seconds, running_s)
             spent_s += own_s
-            if own_s > _SETTLED * before_s or spent_s > _LONG_S:
+            if own_s > SETTLED * before_s or spent_s > _LONG_S:
                 break
             before_s = own_s
         return seconds, running_s
@@ -397,55 +283,3 @@ def _repetitions(work: Work, timer: Timer, warmups: int) -> int:
             return repetitions
         wanted = math.ceil(_HEADROOM * repetitions * timer.min_sample_s / max(seconds, 1e-7))
         repetitions = min(max(wanted, repetitions + 1), 100 * repetitions)
-
-
-@dataclass(frozen=True)
-class Captured:
-    """Work captured once in a CUDA graph; calling `replay` runs it again on the same tensors.
-
-    The work is kept with it: a graph does not hold the memory that it reads and writes.
-    """
-
-    graph: Any
-    work: Work
-
-    def replay(self) -> None:
-        """Launch the graph on the current stream."""
-        self.graph.replay()
-
-
-@dataclass(frozen=True)
-class NotCaptured:
-    """Work that could not be captured, and why."""
-
-    reason: str
-
-
-def capture(work: Work, device: torch.device) -> Captured | NotCaptured:
-    """Capture work in a CUDA graph after a warm-up on a side stream; never raises for failure.
-
-    The work must keep to static tensors and not wait for the device.
-    """
-    if device.type != "cuda":
-        return NotCaptured("CUDA graphs need a CUDA device")
-    graph = torch.cuda.CUDAGraph()
-    pool: Any = torch.cuda.graph_pool_handle()
-    current = torch.cuda.current_stream(device)
-    try:
-        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                work()
-        current.wait_stream(side)
-        torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph, pool=pool):
-            work()
-        torch.cuda.synchronize(device)
-        return Captured(graph, work)
-    except RuntimeError as error:
-        # A capture that fails leaves its own stream the current one.
-        torch.cuda.set_stream(current)
-        torch.cuda.synchronize(device)
-        end_allocating(device, pool)
-        return NotCaptured(f"the capture failed: {first_cause(error)}")

@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from calibration.model.confidence import Confidence, confidence_from_json
 from calibration.model.family import unsupported
 from helios_sim.errors import InputError
+from helios_sim.folders import write_whole
 
 SETTINGS_FILE: Final = "early_exit.json"
 HEADS_FILE: Final = "exit_heads.safetensors"
@@ -379,9 +380,8 @@ def write_settings(folder: Path, settings: EarlyExitSettings) -> None:
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    text = json.dumps(document, indent=2) + "\n"
+    write_whole(path, text.encode())
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -417,7 +417,7 @@ def _check_guard_tokens(settings: EarlyExitSettings, vocab: int, where: str) -> 
     strange = [token for token in ids if not 0 <= token < vocab]
     if strange or not ids:
         raise InputError(
-            f"The guard's token_ids are {list(ids)}; needed are some of 0 to {vocab - 1}.", where
+            f"The guard's token_ids are {list(ids)}; they must be some of 0 to {vocab - 1}.", where
         )
 
 

@@ -282,7 +282,6 @@ class Decoder:
         batch_buckets: Sequence[int] | None = None,
         max_context: int | None = None,
         *,
-        segments: Sequence[tuple[int, int]] | None = None,
         subsets: bool = False,
         targeted: bool = True,
         on_demand: bool = False,
@@ -290,8 +289,8 @@ class Decoder:
     ) -> bool:
         """Capture CUDA graphs of all that decoding does, for each batch bucket.
 
-        `segments` are layer ranges, between the exits up to the loaded depth unless given, and
-        captured for each context bucket too; `targeted` has exits say the nats of given tokens;
+        Segments, the layers between exits up to the loaded depth, are captured for each context
+        bucket too; `targeted` has exits say the nats of given tokens;
         `subsets` also captures them for rows that are not the pool's first ones, as where some
         rows wait at an exit while others begin a token (our attention finds rows one by one
         anyway); `on_demand` captures each only when it is first wanted.
@@ -305,14 +304,13 @@ class Decoder:
                 self.graphs_off_reason = made
                 return False
             recorder = made
-        ranges = self.segments() if segments is None else list(segments)
         rows = min(self.pool.max_rows, max(batch_buckets or (self.pool.max_rows,)))
         longest = min(max_context or self.pool.max_tokens, self.pool.max_tokens)
         # Our attention and torch's paged one read what a row holds, however wide the bucket.
         reads_own = self.fusion.usable or self.choice.varlen is not None
         widths = (longest,) if reads_own else graphs.context_buckets(longest)
         settings = graphs.GraphSettings(
-            segments=tuple(ranges),
+            segments=tuple(self.segments()),
             batch_buckets=graphs.buckets_up_to(rows, batch_buckets),
             context_buckets=tuple(sorted({self.pool.context_tokens(w) for w in widths})),
             exits=self._askable_exits(),
@@ -424,8 +422,14 @@ class Decoder:
             )
         if self.fusion.usable and self.fusion.flash is not None:
             return fused.extend(
-                *(self.fusion, pool, place.addresses, place.positions, self.rotary()),
-                *(place.rows, place.starts, place.counts),
+                self.fusion,
+                pool,
+                place.addresses,
+                place.positions,
+                self.rotary(),
+                place.rows,
+                place.starts,
+                place.counts,
             )
         if self.choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
             return varlen.extend_attend(

@@ -38,6 +38,7 @@ from calibration.model.loading import (
 )
 from calibration.model.memory import require
 from helios_sim.errors import InputError
+from helios_sim.folders import file_in_place
 from helios_sim.model import EarlyExitModel, ModelShape
 
 GUARD_TOKENS: Final = 16
@@ -622,14 +623,10 @@ def _write(model: EarlyExitLM, path: Path, settings: EarlyExitSettings | None) -
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     # Clones, since tensors of one part share their memory, which the format does not allow.
     own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-    try:
+    with file_in_place(path) as partial:
         save_file(own, partial, metadata={"format": "pt"})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _empty(

@@ -64,7 +64,8 @@ def cached_share(file: Path) -> float | None:
             # The address of a mapping, of which no page is touched.
             content = np.frombuffer(mapped, dtype=np.uint8)
             failed = mincore(
-                *(ctypes.c_void_p(content.ctypes.data), ctypes.c_size_t(size)),
+                ctypes.c_void_p(content.ctypes.data),
+                ctypes.c_size_t(size),
                 ctypes.c_void_p(held.ctypes.data),
             )
             # A mapping that is still looked at cannot be closed.

@@ -238,8 +238,16 @@ def find_flash() -> Flash | str:
     def flash(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float) -> Tensor:
         # No dropout, causal, no debug mask.
         output: Tensor = found(
-            *(query, keys, values, packed.row_ends, packed.begins),
-            *(packed.longest_new, packed.longest, 0.0, True, False),
+            query,
+            keys,
+            values,
+            packed.row_ends,
+            packed.begins,
+            packed.longest_new,
+            packed.longest,
+            0.0,
+            True,
+            False,
             scale=scale,
             seqused_k=packed.lengths,
         )[0]

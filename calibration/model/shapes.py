@@ -93,7 +93,6 @@ def random_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    host_copy: bool = False,
 ) -> EarlyExitLM:
     """A model of a public shape (or any other) with its first `depth` layers made.
 
@@ -111,7 +110,6 @@ def random_model(
         source=RandomSource(seed),
         device=where,
         dtype=dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16),
-        host_copy=host_copy,
     )
     model.grow(depth)
     return model

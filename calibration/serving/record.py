@@ -268,11 +268,25 @@ def iterations_table(host: Host) -> pl.DataFrame:
         schema_overrides={
             name: pl.Int32
             for name in (
-                *("replica", "depth", "running", "rows", "batch", "prompt_tokens"),
-                *("pending_tokens", "first_layer", "layers", "checks", "heads"),
-                *("filled_layers", "filled_rows", "overheads", "emitted"),
-                *("captured_graphs", "captured_exits"),
-                *("captured_layers", "captured_filled_layers"),
+                "replica",
+                "depth",
+                "running",
+                "rows",
+                "batch",
+                "prompt_tokens",
+                "pending_tokens",
+                "first_layer",
+                "layers",
+                "checks",
+                "heads",
+                "filled_layers",
+                "filled_rows",
+                "overheads",
+                "emitted",
+                "captured_graphs",
+                "captured_exits",
+                "captured_layers",
+                "captured_filled_layers",
             )
         }
         | dict.fromkeys(("start_s", "seconds", "host_s", "prompt_pairs"), pl.Float64)

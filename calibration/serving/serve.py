@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import platform
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,19 +44,14 @@ from helios_sim.cards import Room, check_room, expecting, policy_slo, room_of
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces, write_traces
+from helios_sim.folder_names import folder_names
 from helios_sim.garbage import uncollected
+from helios_sim.laws import check_run
 from helios_sim.metrics import summarise
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import TRACES_FILE, Profile
-from helios_sim.records import (
-    REPORT_FILE,
-    TOTALS_FILE,
-    RunData,
-    check_run,
-    check_target,
-    write_run,
-)
+from helios_sim.records import REPORT_FILE, TOTALS_FILE, check_target, write_run
 from helios_sim.report import render
 from helios_sim.scenario import (
     PolicySettings,
@@ -218,7 +212,7 @@ def serve(
     meter = best_meter(prepared.device.type, board_of(prepared.device))
     for policy in chosen:
         check_policy(prepared.policy(policy), not isinstance(meter, NoMeter), policy.name)
-    places = _places(out, [policy.name for policy in chosen], settings.repeat)
+    places = places_of(out, [policy.name for policy in chosen], settings.repeat)
     if places != [out] and (out / TOTALS_FILE).exists():
         raise InputError(
             "This is a run, and several runs are to be written into folders within it; give "
@@ -469,7 +463,7 @@ def serve_once(
     def finish(folder: Path) -> None:
         write_extras(host, judgement, folder)
         write_traces(traces, folder / TRACES_FILE)
-        (folder / REPORT_FILE).write_text(_page(run, summary), encoding="utf-8", newline="\n")
+        (folder / REPORT_FILE).write_text(render([run], [summary]), encoding="utf-8", newline="\n")
 
     return Served(
         write_run(run, summary, out, finish),
@@ -697,15 +691,9 @@ def _choose(scenario: Scenario, names: Sequence[str]) -> list[PolicySettings]:
     return [known[name] for name in names]
 
 
-def _places(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
-    """A folder for every run, in order."""
-    folders = [out]
-    if len(labels) > 1:
-        folders = []
-        for label in labels:
-            name = re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.") or "run"
-            taken = [folder.name for folder in folders]
-            folders.append(out / (name if name not in taken else f"{name}-{len(folders) + 1}"))
+def places_of(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
+    """A folder for every run, in order, called as `helios simulate` calls it."""
+    folders = [out / name for name in folder_names(labels)] if len(labels) > 1 else [out]
     if repeat == 1:
         return folders
     return [folder / f"repeat-{k}" for folder in folders for k in range(1, repeat + 1)]
@@ -717,7 +705,7 @@ def _dtype(room: Room) -> torch.dtype:
     if len(sizes) != 1 or not sizes <= set(_DTYPES):
         raise InputError(
             f"The candidates have {sorted(sizes)} bytes a parameter in profile "
-            f"{room.profile.name!r}; served are models of 4 (float32) or of 2 (bfloat16), all "
+            f"{room.profile.name!r}; models of 4 (float32) or 2 (bfloat16) can be served, all "
             "candidates alike.",
             "fleet.profile",
         )
@@ -739,7 +727,7 @@ def _dtype(room: Room) -> torch.dtype:
         fitting = [name for name, dtype in _NAMED_DTYPES.items() if dtype.itemsize == size]
         raise InputError(
             f"Profile {room.profile.name!r} was measured in {named!r} and has {size} bytes a "
-            f"parameter; served are {', '.join(fitting)} of that size.",
+            f"parameter; of that size {', '.join(fitting)} can be served.",
             "fleet.profile, provenance.environment.dtype",
         )
     return found
@@ -772,17 +760,6 @@ def _said(outcome: Any) -> dict[str, Any]:
         for name, value in fields.items()
         if not (isinstance(value, float) and math.isnan(value))
     }
-
-
-def _page(run: RunData, summary: Mapping[str, Any]) -> str:
-    scenario = run.scenario
-    return render(
-        [run],
-        [dict(summary)],
-        title=str(scenario.get("name", run.label)),
-        question=str(scenario.get("question", "")),
-        notes=[str(note) for note in scenario.get("notes", [])],
-    )
 
 
 def _plain(value: object) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from calibration.measuring.timing import Pace
+from calibration.measuring.pace import Pace
 from helios_sim.profile import Profile
 
 _SCHEDULED: Final = Path("/proc/thread-self/schedstat")

@@ -7,9 +7,9 @@ backbone runs without gradients, so all heads learn from one pass.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +38,7 @@ from calibration.serving.prompts import tokenizer_of
 from calibration.training.scoring import Windows, score
 from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
 from helios_sim.errors import InputError
-from helios_sim.records import move_into_place
+from helios_sim.folders import folder_in_place
 
 REPORT_FILE: Final = "heads.json"
 _BETAS: Final = (0.9, 0.95)
@@ -107,7 +107,7 @@ def train_heads(
             str(checkpoint),
         )
     if out is not None and out.exists():
-        raise InputError("The folder is there already; give a new one.", str(out))
+        raise InputError("The folder exists already; give a new one.", str(out))
     if out is not None and out.resolve().is_relative_to(checkpoint.resolve()):
         raise InputError(
             "The folder lies within the checkpoint that is copied into it; give one outside.",
@@ -233,22 +233,16 @@ def _write(
     settings: EarlyExitSettings,
     report: Mapping[str, Any],
 ) -> None:
-    partial: Path | None = None
     try:
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
-        folder = partial or checkpoint
-        save_tensors(head_weights(heads), folder / HEADS_FILE)
-        write_settings(folder, settings)
-        write_json(folder / REPORT_FILE, report)
-        if out is not None and partial is not None:
-            partial.chmod(0o755)
-            move_into_place(partial, out)
+        with nullcontext(checkpoint) if out is None else folder_in_place(out) as folder:
+            if out is not None:
+                mode = folder.stat().st_mode
+                shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+                # A copy takes the mode of what it copies, which may not be written to.
+                folder.chmod(mode)
+            save_tensors(head_weights(heads), folder / HEADS_FILE)
+            write_settings(folder, settings)
+            write_json(folder / REPORT_FILE, report)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"The heads cannot be written: {why}.", str(out or checkpoint)) from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)

@@ -32,6 +32,7 @@ from calibration.training.thresholds import (
 )
 from calibration.training.train import Reading, train_model
 from helios_sim.errors import InputError
+from helios_sim.folders import write_whole
 
 REPORT_FILE: Final = "training.json"
 PAGE_FILE: Final = "training.md"
@@ -72,7 +73,7 @@ class FamilyOptions:
         kind_of(self.confidence, "--confidence")
         check_choice(self.threshold, self.target_agreement)
         if self.seed < 0:
-            raise InputError(f"The seed {self.seed} was given; it is 0 or more.", "--seed")
+            raise InputError(f"The seed {self.seed} was given; it must be 0 or more.", "--seed")
 
 
 def train_family(
@@ -122,9 +123,7 @@ def train_family(
     }
     try:
         write_json(out / REPORT_FILE, report)
-        partial = out / f".{PAGE_FILE}.partial"
-        partial.write_text(family_page(report), encoding="utf-8")
-        partial.replace(out / PAGE_FILE)
+        write_whole(out / PAGE_FILE, family_page(report).encode())
     except OSError as error:
         raise InputError(
             f"The report cannot be written: {error.strerror}. The models are there; free some "

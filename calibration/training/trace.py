@@ -42,8 +42,10 @@ from calibration.training.thresholds import (
     own_domains,
 )
 from helios_sim.errors import InputError
-from helios_sim.exits import NLL_STEPS_PER_NAT, ExitTraces, write_traces
+from helios_sim.exits import ExitTraces, write_traces
+from helios_sim.folders import file_in_place, write_whole
 from helios_sim.profile import TRACES_FILE
+from helios_sim.state import NLL_UNITS_PER_NAT
 
 REPORT_FILE: Final = "trace.json"
 PAGE_FILE: Final = "trace.md"
@@ -154,13 +156,10 @@ def trace_checkpoints(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial = out / f".{TRACES_FILE}.partial"
-        write_traces(traces, partial)
-        write_json(out / REPORT_FILE, report)
-        page = out / f".{PAGE_FILE}.partial"
-        page.write_text(trace_page(report), encoding="utf-8")
-        page.replace(out / PAGE_FILE)
-        partial.replace(out / TRACES_FILE)
+        with file_in_place(out / TRACES_FILE) as partial:
+            write_traces(traces, partial)
+            write_json(out / REPORT_FILE, report)
+            write_whole(out / PAGE_FILE, trace_page(report).encode())
     except OSError as error:
         raise InputError(f"The traces cannot be written: {error.strerror}.", str(out)) from error
     return report
@@ -231,8 +230,8 @@ def _traces(candidates: Sequence[_Candidate], options: TraceOptions) -> ExitTrac
                 parts.append(scores.agrees)
             else:
                 # In the simulator's steps, so that its sums are exact.
-                steps = np.round(scores.nll_nats.astype(np.float64) * NLL_STEPS_PER_NAT)
-                parts.append((steps / NLL_STEPS_PER_NAT).astype(np.float32))
+                steps = np.round(scores.nll_nats.astype(np.float64) * NLL_UNITS_PER_NAT)
+                parts.append((steps / NLL_UNITS_PER_NAT).astype(np.float32))
         return np.stack(parts)
 
     return ExitTraces(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -34,7 +32,7 @@ from calibration.training.presets import ModelPlan, Preset
 from calibration.training.scoring import Windows, score
 from calibration.training.text import DOMAINS, ByteTokenizer, Corpus, corpus
 from helios_sim.errors import InputError
-from helios_sim.records import move_into_place
+from helios_sim.folders import folder_in_place
 
 TRAINING_FILE: Final = "training.json"
 """What a model's folder says of its training."""
@@ -123,28 +121,24 @@ def train_model(
         "text": {domain: text.facts() for domain, text in texts.items()},
     }
     document["held_out"] = held_out(model, preset)
-    partial = Path(tempfile.mkdtemp(prefix=f".{plan.name}.", suffix=".partial", dir=out))
+    settings = EarlyExitSettings(
+        plan.name,
+        plan.exit_layers,
+        tokenizer=ByteTokenizer.name,
+        corpus={"train": document["text"]},
+    )
     try:
-        settings = EarlyExitSettings(
-            plan.name,
-            plan.exit_layers,
-            tokenizer=ByteTokenizer.name,
-            corpus={"train": document["text"]},
-        )
-        save(model, partial, settings)
-        weights = (partial / WEIGHTS_FILE).read_bytes()
-        document["weights_sha256"] = hashlib.sha256(weights).hexdigest()
-        write_json(partial / TRAINING_FILE, document)
-        partial.chmod(0o755)
-        move_into_place(partial, target)
+        with folder_in_place(target) as draft:
+            save(model, draft, settings)
+            weights = (draft / WEIGHTS_FILE).read_bytes()
+            document["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+            write_json(draft / TRAINING_FILE, document)
     except OSError as error:
         raise InputError(
             f"The model {plan.name} cannot be written: {error.strerror}. Free some space or give "
             "another folder; the readings of its training are kept.",
             where=str(out),
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return document
 
 
@@ -345,7 +339,7 @@ def _finished(target: Path, alike: Mapping[str, Any]) -> dict[str, Any] | None:
         document = None
     if not isinstance(document, dict) or document.get("settings") != alike:
         raise InputError(
-            "The folder is there and was not made by a training with these settings and this "
+            "The folder exists and was not made by a training with these settings and this "
             "text; remove it or give another --out.",
             where=str(target),
         )

@@ -35,10 +35,10 @@ def check_belong_together(
     What was not given is None or empty.
     """
     if heads_for is None:
-        idle, need = of_heads, "It is of exit heads and a family takes it from its preset"
+        idle, need = of_heads, "It applies to exit heads only; a family takes it from its preset"
         allowed = "leave it out, or name a checkpoint with --heads-for"
     else:
-        idle, need = of_family, "It is of a family and exit heads have no use for it"
+        idle, need = of_family, "It applies to a family only; exit heads have no use for it"
         allowed = "leave it out, or leave out --heads-for"
     for option, value in idle.items():
         if value is not None and value != []:

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from helios_sim.comparison import factor_to, shown_in
 from helios_sim.fidelity.sides import Side, Sides
-from helios_sim.metrics import columns_of, factor_to, shown_in
+from helios_sim.latencies import columns_of
 
 Floats = npt.NDArray[np.float64]
 Value = float | str | None

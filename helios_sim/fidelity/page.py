@@ -20,10 +20,11 @@ from helios_sim.fidelity.words import (
     signed_percent,
     spread_text,
 )
-from helios_sim.records import flat_items, toml_text
-from helios_sim.report.document import Figure, add_figure, document, section
+from helios_sim.records import flat_items
+from helios_sim.report.document import Figure, add_figure, document, opening, section
 from helios_sim.report.thinning import thinned_decisions
 from helios_sim.report.words import number
+from helios_sim.toml_writer import toml_text
 
 _MEANINGS: Final = (
     ("Real", "the median over the real runs"),
@@ -46,7 +47,7 @@ def render(fidelity: Fidelity) -> str:
     return document(
         title,
         [
-            _opening(fidelity, title),
+            opening(title, headline(fidelity), remarks(fidelity), question=scenario.question),
             _figures(fidelity, drawn),
             _requests(fidelity, drawn),
             _attribution(fidelity, drawn),
@@ -57,17 +58,6 @@ def render(fidelity: Fidelity) -> str:
             _provenance(fidelity),
         ],
         drawn,
-    )
-
-
-def _opening(fidelity: Fidelity, title: str) -> str:
-    said = "".join(f"<li>{escape(text)}</li>" for text in remarks(fidelity))
-    question = fidelity.sides.scenario.question
-    asked = f'<p class="question">{escape(question)}</p>' if question else ""
-    return (
-        f"<header><h1>{escape(title)}</h1>{asked}"
-        f'<p class="headline">{escape(headline(fidelity))}</p>'
-        f'<ul class="remarks">{said}</ul></header>'
     )
 
 
@@ -126,8 +116,14 @@ def _requests(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
         for row in fidelity.requests
     ]
     titles = (
-        *("Latency", "Requests", "MAPE %", "Median %", "Bias"),
-        *("Pearson", "Spearman", "Repeats %"),
+        "Latency",
+        "Requests",
+        "MAPE %",
+        "Median %",
+        "Bias",
+        "Pearson",
+        "Spearman",
+        "Repeats %",
     )
     return section(
         "Request by request",

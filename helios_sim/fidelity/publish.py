@@ -6,9 +6,9 @@ from pathlib import Path
 
 from helios_sim.fidelity.assessment import FIDELITY_FILE, Fidelity, json_text
 from helios_sim.fidelity.page import render
+from helios_sim.folders import folder_in_place
 from helios_sim.publish import (
     check_comparison_target,
-    folder_in_place,
     is_page,
     write_page_text,
 )

@@ -116,7 +116,8 @@ def read_iterations(folder: Path, run: RunData) -> Iterations | None:
             return frame[name].cast(pl.Float64).fill_null(pl.Series(otherwise)).to_numpy()
         except PolarsError:
             raise InputError(
-                f"The column {name} is of type {frame.schema[name]}; needed are numbers.", str(path)
+                f"The column {name} is of type {frame.schema[name]}; it must hold numbers.",
+                str(path),
             ) from None
 
     none = np.zeros(len(start_s))
@@ -184,7 +185,7 @@ def _read_table(path: Path) -> pl.DataFrame:
     missing = [name for name in NEEDED if name not in frame.columns]
     if missing:
         raise InputError(
-            f"The columns {', '.join(missing)} are missing; needed are {', '.join(NEEDED)}. A run "
+            f"The columns {', '.join(missing)} are missing; a run needs {', '.join(NEEDED)}. A run "
             "that an older release served may lack some of them: serve it again.",
             str(path),
         )
@@ -193,13 +194,14 @@ def _read_table(path: Path) -> pl.DataFrame:
             frame = frame.with_columns(frame[name].cast(kind))
         except PolarsError:
             raise InputError(
-                f"The column {name} is of type {frame.schema[name]}; needed is {kind}.", str(path)
+                f"The column {name} is of type {frame.schema[name]}; it must hold {kind}.",
+                str(path),
             ) from None
         if frame[name].null_count():
             raise InputError(f"The column {name} has empty cells.", str(path))
     if not bool(((frame["seconds"] >= 0.0) & frame["seconds"].is_finite()).all()):
         raise InputError(
-            "The column seconds holds values that are negative or no numbers.", str(path)
+            "The column seconds holds values that are negative or not numbers.", str(path)
         )
     return frame
 

@@ -65,7 +65,7 @@ class Replayed:
     def decide(self, snapshot: Snapshot) -> Decision:
         """The next decision of the log."""
         if self.place >= len(self.log):
-            return Keep("The recorded decisions are at their end.")
+            return Keep("There are no more recorded decisions.")
         self.place += 1
         return self.log[self.place - 1].decision
 

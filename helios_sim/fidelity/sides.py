@@ -13,9 +13,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from helios_sim.errors import InputError
-from helios_sim.metrics import columns_of, summarise
-from helios_sim.records import TOTALS_FILE, RunData, flat_items, read_run
+from helios_sim.latencies import columns_of
+from helios_sim.metrics import summarise
+from helios_sim.records import SCENARIO_FILE, TOTALS_FILE, RunData, flat_items, read_run
 from helios_sim.scenario import Scenario, of_a_run
+from helios_sim.settings import first_flaw
 
 MEASURED: Final = "measured"
 SIMULATED: Final = "simulated"
@@ -147,15 +149,11 @@ def read_sides(reals: Sequence[Path], simulated: Path, *, allow_simulated: bool 
 
 def scenario_of(run: RunData, folder: Path) -> Scenario:
     """The scenario a run answers, as settings."""
+    asked = of_a_run(run.scenario)
     try:
-        return Scenario.model_validate(of_a_run(run.scenario))
+        return Scenario.model_validate(asked)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(
-            f"The run's scenario cannot be read, at {place or 'the top'}: {first['msg']}.",
-            str(folder / "scenario.toml"),
-        ) from None
+        raise first_flaw(error, Scenario, asked, str(folder / SCENARIO_FILE)) from None
 
 
 def _side(folder: Path, run: RunData, scenario: Scenario) -> Side:
@@ -228,8 +226,8 @@ def _differences(run: RunData, folder: Path, ours: RunData) -> list[str]:
         late_s = np.abs(columns_of(run).arrival_s - columns_of(ours).arrival_s)
         if float(late_s.max()) > 1e-3:
             notes.append(
-                f"Requests of {folder.name} were sent up to {1e3 * float(late_s.max()):.3g} ms off "
-                f"their time, {1e3 * float(late_s.mean()):.3g} ms on average."
+                f"Requests of {folder.name} were sent up to {1e3 * float(late_s.max()):.3g} ms "
+                f"away from their time, {1e3 * float(late_s.mean()):.3g} ms on average."
             )
     return notes
 

@@ -44,7 +44,13 @@ def real_text(row: FigureRow) -> str:
 def requests_table(fidelity: Fidelity) -> FittedTable:
     """Request by request: errors, correlations, and what two repeats differ by."""
     titles = (
-        *("request by request", "requests", "MAPE", "median", "bias", "Pearson", "Spearman"),
+        "request by request",
+        "requests",
+        "MAPE",
+        "median",
+        "bias",
+        "Pearson",
+        "Spearman",
         "repeats",
     )
     rows = []

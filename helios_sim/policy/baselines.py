@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean, listed
 from helios_sim.policy.contract import (
     USUAL_REASSESS_REQUESTS,
     Candidate,
@@ -36,8 +36,6 @@ from helios_sim.policy.options import (
     check_model_name,
     check_threshold,
     check_whole_number,
-    listed,
-    nearest,
     refused,
 )
 from helios_sim.policy.shortlist import fitting, ranked, sharing_a_tokenizer
@@ -56,7 +54,7 @@ def single_model(snapshot: Snapshot, name: str | None) -> Candidate:
     names = [c.name for c in snapshot.candidates]
     raise InputError(
         f"Option 'model' was given {name!r}; it must be one of the candidates {listed(names)}."
-        f"{nearest(name, names)}"
+        f"{did_you_mean(name, names)}"
     )
 
 

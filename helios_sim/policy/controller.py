@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, listed
 from helios_sim.policy.contract import (
     USUAL_REASSESS_REQUESTS,
     Assignment,
@@ -25,7 +25,6 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.failure import failure_of
 from helios_sim.policy.history import PerformanceHistory
-from helios_sim.policy.options import listed
 from helios_sim.policy.shortlist import NothingFits
 
 
@@ -43,7 +42,7 @@ class Controller:
 
     It owns all that outlasts a decision: the Performance History Table and the round of
     evaluations under way. The host brings what it sees now, carries the decision out and logs it
-    with the snapshot. `keep_evaluations` bounds the table to the latest of each candidate.
+    with the snapshot.
     `shortage` says of a model and a depth that do not fit which bytes it needs and which there
     are: the host knows its memory, a candidate's card does not. `recomputes_kv` says that the host
     feeds tokens again whose KV was skipped, which does not go with rebatching.
@@ -54,7 +53,6 @@ class Controller:
         policy: Policy,
         candidates: Sequence[Candidate],
         *,
-        keep_evaluations: int = 4,
         shortage: Callable[[str, int], str] | None = None,
         recomputes_kv: bool = False,
     ) -> None:
@@ -64,27 +62,13 @@ class Controller:
                 f"A policy was given the candidates [{listed(names)}]; there must be at least one, "
                 "and no name twice."
             )
-        if keep_evaluations < 1:
-            raise ValueError(
-                f"Controller was given keep_evaluations = {keep_evaluations}; allowed is 1 or more."
-            )
         self.policy = policy
         self.candidates = tuple(candidates)
         self._by_name = dict(zip(names, self.candidates, strict=True))
-        self._history = PerformanceHistory(names, keep_evaluations)
+        self._history = PerformanceHistory(names)
         self._round: tuple[str, ...] = ()
         self._shortage = shortage
         self._recomputes_kv = recomputes_kv
-
-    @property
-    def history(self) -> dict[str, tuple[Telemetry, ...]]:
-        """A copy of the Performance History Table."""
-        return self._history.table()
-
-    @property
-    def round_evaluated(self) -> tuple[str, ...]:
-        """The candidates evaluated since the round began."""
-        return self._round
 
     def record_evaluation(self, telemetry: Telemetry) -> None:
         """Enter an evaluation into the table, for instance one of an earlier run.
@@ -163,6 +147,7 @@ class Controller:
         if isinstance(decision, Keep):
             if assignment is None:
                 raise self._invalid("Keep at the start", "serve or evaluate: nothing is loaded yet")
+            self._check_reason(decision)
             return
         if not isinstance(decision, (Evaluate, Serve, LoadLayers, Switch)):
             raise self._invalid(
@@ -190,6 +175,16 @@ class Controller:
             self._check_load(decision, assignment)
         else:
             self._check_switch(decision, assignment)
+        self._check_reason(decision)
+
+    def _check_reason(self, decision: Decision) -> None:
+        """Refuse a reason that is no text, or says nothing: the log and the page show it."""
+        reason: object = decision.reason
+        if not isinstance(reason, str) or not reason.strip():
+            raise self._invalid(
+                f"{type(decision).__name__} with the reason {reason!r}",
+                "give a text that says why",
+            )
 
     def _check_load(self, decision: LoadLayers, assignment: Assignment | None) -> None:
         if assignment is None:

@@ -9,8 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from helios_sim.errors import TRACEBACK, InputError
-from helios_sim.policy.options import nearest
+from helios_sim.errors import TRACEBACK, InputError, did_you_mean
 
 
 def failure_of(own: Any, name: str, where: str, error: Exception) -> InputError:
@@ -21,7 +20,7 @@ def failure_of(own: Any, name: str, where: str, error: Exception) -> InputError:
     said = f"{type(error).__name__}: {error}".rstrip(".")
     hint = ""
     if isinstance(error, AttributeError) and error.obj is not None:
-        hint = nearest(str(error.name), dir(error.obj))
+        hint = did_you_mean(str(error.name), dir(error.obj))
     return InputError(
         f"Policy {name!r} failed in {where}: {said}{_line_of(own, error)}.{hint} "
         f"{TRACEBACK}=1 shows the way there.",
@@ -46,10 +45,10 @@ def _asked(policy: object, name: str, rule: Callable[..., Any]) -> Callable[...,
             return int(seen), int(breaches), bool(tripped)
         return bool(answer)
 
-    return told(policy, {name: rule}, ask)
+    return failures_in_words(policy, {name: rule}, ask)
 
 
-def told(
+def failures_in_words(
     policy: object, replaced: Mapping[str, Callable[..., Any]], asks: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A function that asks a policy's own hot rules; what they raise becomes a sentence."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from helios_sim.errors import listed
 from helios_sim.policy.contract import (
     USUAL_REASSESS_REQUESTS,
     Candidate,
@@ -32,7 +33,6 @@ from helios_sim.policy.options import (
     check_flag,
     check_threshold,
     check_whole_number,
-    listed,
     refused,
 )
 from helios_sim.policy.overhead import (

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 from helios_sim.policy.contract import Telemetry
+
+KEPT: Final = 4
+"""Evaluations of each candidate in the table."""
 
 
 class PerformanceHistory:
     """The latest evaluations of each candidate, oldest first.
 
-    Keeping `keep` of them bounds what a snapshot carries into the decision log on long runs;
+    Keeping `KEPT` of them bounds what a snapshot carries into the decision log on long runs;
     request streams are similar only over a short time anyway, so older ones mislead.
     """
 
-    def __init__(self, names: tuple[str, ...], keep: int) -> None:
-        self._keep = keep
+    def __init__(self, names: tuple[str, ...]) -> None:
         self._rows: dict[str, tuple[Telemetry, ...]] = {name: () for name in names}
 
     def add(self, telemetry: Telemetry) -> None:
         """Append an evaluation to its model's row."""
         name = telemetry.assignment.model
-        self._rows[name] = (*self._rows[name], telemetry)[-self._keep :]
+        self._rows[name] = (*self._rows[name], telemetry)[-KEPT:]
 
     def table(self) -> dict[str, tuple[Telemetry, ...]]:
         """A copy that nobody can damage."""

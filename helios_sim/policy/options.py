@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, did_you_mean, listed
 from helios_sim.policy.contract import ExitMode
 
 Grade = Literal["paper", "open", "ours"]
@@ -27,17 +26,6 @@ def about(doc: str, grade: Grade, *, can_be_off: bool = False) -> dict[str, obje
 def refused(name: str, value: object, allowed: str) -> InputError:
     """The error for an option whose value is not allowed."""
     return InputError(f"Option {name!r} was given {value!r}; it must be {allowed}.")
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A leading space and "Did you mean ...?", or nothing where no known word is near."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as they appear in a sentence."""
-    return ", ".join(repr(str(name)) for name in names)
 
 
 def check_whole_number(
@@ -102,7 +90,7 @@ def check_model_name(name: str, value: object) -> None:
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Refuse anything but one of the `allowed` words."""
     if not isinstance(value, str) or value not in allowed:
-        hint = nearest(value, allowed) if isinstance(value, str) else ""
+        hint = did_you_mean(value, allowed) if isinstance(value, str) else ""
         raise InputError(
             f"Option {name!r} was given {value!r}; it must be one of {listed(allowed)}.{hint}"
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, get_args, get_type_hints
 
-from helios_sim.errors import InputError, UnknownOption
+from helios_sim.errors import InputError, UnknownOption, did_you_mean, listed
 from helios_sim.policy import rules
 from helios_sim.policy.baselines import (
     Always,
@@ -28,7 +28,7 @@ from helios_sim.policy.baselines import (
 from helios_sim.policy.contract import Policy, Watching, WindowKind
 from helios_sim.policy.failure import failure_of
 from helios_sim.policy.helios import Helios
-from helios_sim.policy.options import OFF, listed, nearest
+from helios_sim.policy.options import OFF
 
 SHIPPED: Final[dict[str, type[Any]]] = {
     policy.name: policy
@@ -145,7 +145,7 @@ def hot_rules_of(policy: object) -> dict[str, Callable[..., Any]]:
         if name not in HOT_RULES:
             raise InputError(
                 f"hot_rules names {name!r}; it must be one of {listed(HOT_RULES)}."
-                f"{nearest(str(name), HOT_RULES)}"
+                f"{did_you_mean(str(name), HOT_RULES)}"
             )
         if not callable(rule):
             raise InputError(f"hot_rules gives {rule!r} for {name!r}; it must be a function.")
@@ -173,7 +173,7 @@ def _find_class(use: str, search_path: str | Path | None) -> type[Any]:
     if not colon or not module_name or not class_name:
         raise InputError(
             f"Policy {use!r} is not known; it must be one of {listed(SHIPPED)}, or a class of "
-            f"your own as 'module:Class'.{nearest(use, SHIPPED)}"
+            f"your own as 'module:Class'.{did_you_mean(use, SHIPPED)}"
         )
     module = _import(use, module_name, search_path)
     found = getattr(module, class_name, None)
@@ -185,7 +185,7 @@ def _find_class(use: str, search_path: str | Path | None) -> type[Any]:
         ]
         raise InputError(
             f"Policy {use!r} names the class {class_name!r}, which module {module_name!r} does not "
-            f"have; its classes are {listed(classes) or 'none'}.{nearest(class_name, classes)}"
+            f"have; its classes are {listed(classes)}.{did_you_mean(class_name, classes)}"
         )
     return found
 
@@ -260,7 +260,7 @@ def _build(use: str, policy_class: type[Any], given: dict[str, Any]) -> Policy:
             allowed = f"its options are {listed(known)}" if known else "it has no options"
             raise UnknownOption(
                 f"Policy {use!r} was given the unknown option {name!r}; {allowed}."
-                f"{nearest(str(name), known)}"
+                f"{did_you_mean(str(name), known)}"
             )
     for name in known:
         if parameters[name].default is inspect.Parameter.empty and name not in given:
@@ -338,6 +338,12 @@ def _check_protocol(use: str, policy: object) -> None:
             f"Policy {use!r} is not a policy: it lacks, or has of another kind, {', '.join(wrong)}."
         )
     assert isinstance(watching, Watching)
+    # No confidence lies outside of this, so such a threshold would turn exits off without a word.
+    if isinstance(threshold, (int, float)) and not 0.0 <= threshold <= 1.0:
+        raise InputError(
+            f"Policy {use!r} has confidence_threshold = {threshold!r}; it must be a number from 0 "
+            "to 1, or None (the profile's)."
+        )
     _check_watching(use, watching)
 
 
@@ -356,6 +362,12 @@ def _check_watching(use: str, watching: Watching) -> None:
                 f"Policy {use!r} watches {name} = {value!r}; it must be a whole number of at least "
                 f"{least}{none}."
             )
+    window = watching.breach_window_tokens
+    if window is not None and watching.breach_limit >= window:
+        raise InputError(
+            f"Policy {use!r} watches breach_limit = {watching.breach_limit!r}; it must be below "
+            f"the {window} tokens of breach_window_tokens, or no window could exceed it."
+        )
     if watching.window_kind not in get_args(WindowKind):
         raise InputError(
             f"Policy {use!r} watches window_kind = {watching.window_kind!r}; it must be one of "

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, listed
 from helios_sim.policy.contract import Candidate, Objective, Slo
 from helios_sim.policy.objective import meets_slo, score
-from helios_sim.policy.options import listed
 
 
 @dataclass(frozen=True)

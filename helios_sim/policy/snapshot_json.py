@@ -133,13 +133,6 @@ def _candidates(data: list[dict[str, Any]]) -> tuple[Candidate, ...]:
 
 
 def _candidate(data: dict[str, Any]) -> Candidate:
-    """A card; one that tells iterations at its reference batch alone knows that batch."""
-    if "batches" not in data:
-        tables = {key: data[key] for key in ("decode_iteration_s", "decode_iteration_j")}
-        as_columns = {
-            key: row if row is None else [[one] for one in row] for key, row in tables.items()
-        }
-        data = data | as_columns | {"batches": [data["reference_batch"]]}
     return Candidate(**{name: _as_tuples(value) for name, value in data.items()})
 
 

@@ -56,6 +56,27 @@ def _plotly() -> str:
     return resource.read_text(encoding="utf-8").replace("</script", "<\\/script")
 
 
+def opening(
+    title: str, headline: str, remarks: Sequence[str], *, question: str = "", setting: str = ""
+) -> str:
+    """The head of a page: what was asked, in which setting, the answer, and what to know of it."""
+    said = "".join(f"<li>{escape(text)}</li>" for text in remarks)
+    asked = f'<p class="question">{escape(question)}</p>' if question else ""
+    where = f'<p class="small setting">{escape(setting)}</p>' if setting else ""
+    return (
+        f"<header><h1>{escape(title)}</h1>{asked}{where}"
+        f'<p class="headline">{escape(headline)}</p><ul class="remarks">{said}</ul></header>'
+    )
+
+
+def notes_section(texts: Sequence[str]) -> str:
+    """The notes of whoever asked; nothing without any."""
+    if not texts:
+        return ""
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return section("Notes", "", f'<ul class="notes">{items}</ul>')
+
+
 def section(title: str, lead: str, *parts: str) -> str:
     """A titled part of a page; `parts` are markup, title and lead plain text."""
     opening = f'<p class="lead">{escape(lead)}</p>' if lead else ""

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from helios_sim.metrics import Columns
+from helios_sim.latencies import Columns
 from helios_sim.records import RunData
 from helios_sim.report.style import NUM_MODEL_COLOURS, NUM_POLICY_COLOURS
 from helios_sim.report.thinning import drawn_decisions, thinned

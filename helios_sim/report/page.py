@@ -12,23 +12,23 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from helios_sim.errors import InputError
-from helios_sim.metrics import (
+from helios_sim.comparison import (
     COMPARED,
-    DEFINITIONS,
     ComparisonRow,
     check_comparable,
-    columns_of,
     comparison_rows,
     distinct_labels,
-    figure_at,
     gain,
     paired_differences,
     shown_in,
 )
-from helios_sim.records import RunData, flat_items, toml_text
+from helios_sim.errors import InputError
+from helios_sim.latencies import columns_of
+from helios_sim.metrics import DEFINITIONS, figure_at
+from helios_sim.profile import STAND_INS
+from helios_sim.records import RunData, flat_items
 from helios_sim.report import figures
-from helios_sim.report.document import add_figure, document, section
+from helios_sim.report.document import add_figure, document, notes_section, opening, section
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
 from helios_sim.report.words import (
     counted,
@@ -36,6 +36,7 @@ from helios_sim.report.words import (
     headline,
     limits,
     listed,
+    noun_of,
     number,
     remarks,
     seeds_of,
@@ -43,9 +44,11 @@ from helios_sim.report.words import (
     serving,
     size,
     span,
+    standing_in,
     times,
 )
 from helios_sim.slo import parse_slo
+from helios_sim.toml_writer import toml_text
 
 Summary = Mapping[str, Any]
 
@@ -84,16 +87,23 @@ _SATURATION: Final = (
 def render(
     runs: Sequence[RunData],
     summaries: Sequence[Summary],
-    title: str,
+    title: str | None = None,
     question: str | None = None,
-    notes: Sequence[str] = (),
+    notes: Sequence[str] | None = None,
 ) -> str:
-    """The page of one run, or of several policies compared; the first is what ratios refer to."""
+    """The page of one run, or of several policies compared; the first is what ratios refer to.
+
+    Title, question and notes are those of their scenario unless given, if they share one.
+    """
     if not runs or len(runs) != len(summaries):
         raise InputError(
-            f"A report was asked of {len(runs)} runs with {len(summaries)} summaries; needed is at "
-            "least one run, with a summary each."
+            f"A report was asked of {len(runs)} runs with {len(summaries)} summaries; at "
+            "least one run is needed, with a summary each."
         )
+    scenario = _common_scenario(runs)
+    title = str(scenario.get("name", _title_of(runs))) if title is None else title
+    question = str(scenario.get("question", "")) if question is None else question
+    told = [str(note) for note in scenario.get("notes", [])] if notes is None else notes
     runs, summaries = _told_apart(runs, summaries)
     drawn: dict[str, figures.Figure] = {}
     sections = [
@@ -107,11 +117,27 @@ def render(
         _exits(runs, drawn),
         _time(summaries, drawn),
         _decisions(runs),
-        _notes(notes),
+        notes_section(told),
         _definitions(),
         _provenance(runs),
     ]
     return document(title, sections, drawn)
+
+
+def _common_scenario(runs: Sequence[RunData]) -> Mapping[str, Any]:
+    """The scenario of runs that differ in their policies alone; nothing of runs of several."""
+    first, *others = (
+        {key: value for key, value in run.scenario.items() if key != "policy"} for run in runs
+    )
+    return first if all(other == first for other in others) else {}
+
+
+def _title_of(runs: Sequence[RunData]) -> str:
+    """What the page of runs of several scenarios is called."""
+    labels = [run.label for run in runs]
+    if len(labels) == 1:
+        return labels[0]
+    return f"{listed(labels) if len(labels) <= 3 else f'{len(labels)} runs'} compared"
 
 
 def _told_apart(
@@ -126,18 +152,15 @@ def _told_apart(
 
 
 def _opening(
-    runs: Sequence[RunData], summaries: Sequence[Summary], title: str, question: str | None
+    runs: Sequence[RunData], summaries: Sequence[Summary], title: str, question: str
 ) -> str:
     by_all = _num_refused_by_all(runs)
-    said = "".join(f"<li>{escape(text)}</li>" for text in remarks(summaries, by_all))
-    of_what = " ".join(serving([run.environment for run in runs], summaries))
-    answer = headline(summaries, _offered_tokens_per_s(runs), by_all)
-    asked = f'<p class="question">{escape(question)}</p>' if question else ""
-    return (
-        f"<header><h1>{escape(title)}</h1>{asked}"
-        f'<p class="small setting">{escape(of_what)}</p>'
-        f'<p class="headline">{escape(answer)}</p>'
-        f'<ul class="remarks">{said}</ul></header>'
+    return opening(
+        title,
+        headline(summaries, _offered_tokens_per_s(runs), by_all),
+        remarks(summaries, by_all),
+        question=question,
+        setting=" ".join(serving([run.environment for run in runs], summaries)),
     )
 
 
@@ -204,7 +227,7 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     paired, same = _paired(runs, summaries)
     lead = _sent(runs, summaries)
     if same:
-        lead += " Every policy met the same requests."
+        lead += f" Every {noun_of(summaries)} met the same requests."
     return section("Comparison", lead, table, paired)
 
 
@@ -629,13 +652,6 @@ def _decision_table(decisions: pl.DataFrame, label: str) -> str:
     )
 
 
-def _notes(notes: Sequence[str]) -> str:
-    if not notes:
-        return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return section("Notes", "", f'<ul class="notes">{items}</ul>')
-
-
 def _definitions() -> str:
     items = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(DEFINITIONS[key])}</dd>" for name, key in _DEFINED
@@ -671,6 +687,11 @@ def _provenance(runs: Sequence[RunData]) -> str:
             f"<p>Of the {number(sum(grades.values()))} numbers in the profile behind this page, "
             f"{escape(said)}.</p>"
         )
+    likes = {
+        name: like for run in runs for name, like in (run.environment.get(STAND_INS) or {}).items()
+    }
+    if likes:
+        parts.append(f"<p>{escape(standing_in(likes))}</p>")
     origins = listed(list(dict.fromkeys(run.origin for run in runs)))
     seeds = listed(list(dict.fromkeys(str(run.seed) for run in runs)))
     facts = [("origin", origins), ("seed", seeds), ("schema", str(runs[0].schema_version))]

@@ -122,6 +122,12 @@ def serving(environments: Sequence[Mapping[str, Any]], summaries: Sequence[Summa
     return said
 
 
+def judged_by(summaries: Sequence[Summary]) -> str | None:
+    """The limits that goodput and attainment judge by; None where no run has any."""
+    told = [limits(one["slo"]) if one.get("slo") else "" for one in summaries]
+    return f"SLO: {_by_label(told, summaries)}." if any(told) else None
+
+
 def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
     """What the numbers of profiles are, and where none is measured what their figures tell.
 
@@ -140,6 +146,16 @@ def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
     return f"{said} None{whose} is measured: read ratios between {compared}, not absolute figures."
 
 
+def standing_in(likes: Mapping[str, str]) -> str:
+    """What is assumed of models that leave as another one does; `likes` names it for each."""
+    said = listed([f"{name} leaves as {like} does" for name, like in likes.items()])
+    sources = listed(list(dict.fromkeys(likes.values())))
+    return (
+        f"Exits are assumed: {said}, exit by exit, and nobody observed it; the other numbers of "
+        f"{listed(list(likes))} are scaled from those of {sources}."
+    )
+
+
 def _models(summary: Summary) -> str:
     """The models that served, and of how many candidates where those are more; empty if unknown."""
     served = {place.rpartition("@")[0] for place in summary.get("depth_share") or {}}
@@ -149,12 +165,13 @@ def _models(summary: Summary) -> str:
 
 
 def _by_label(texts: Sequence[str], summaries: Sequence[Summary]) -> str:
-    """A text that holds for all runs, or each with the runs that it holds for."""
+    """A text that holds for all runs, or each but the empty one with the runs it holds for."""
     held: dict[str, list[str]] = {}
     for text, summary in zip(texts, summaries, strict=True):
         held.setdefault(text, []).append(str(summary["label"]))
     if len(held) == 1:
         return texts[0]
+    held.pop("", None)
     return "; ".join(f"{text} ({', '.join(labels)})" for text, labels in held.items())
 
 
@@ -174,13 +191,13 @@ def headline(
     values = [summary[key] or 0.0 for summary in summaries]
     differ = max(values) > 1.02 * min(values)
     if not any(_carries(summary) for summary in summaries):
-        none = _none_carries(len(summaries), offered_tokens_per_s)
+        none = _none_carries(len(summaries), noun_of(summaries), offered_tokens_per_s)
         if differ:
             return f"{_unequal_load(summaries, values, noun, unit)}; {none}."
         served = [summary["output_throughput"] or 0.0 for summary in summaries]
         ends = list(dict.fromkeys((number(min(served)), number(max(served)))))
         return (
-            f"{none[0].upper()}{none[1:]}: {_shortfalls(summaries)}; served are "
+            f"{none[0].upper()}{none[1:]}: {_shortfalls(summaries)}; they serve "
             f"{' to '.join(ends)} tokens/s."
         )
     if differ:
@@ -197,11 +214,35 @@ def _carries(summary: Summary) -> bool:
     return summary["saturation"] != "overloaded" and _refused(summary) != "every request"
 
 
-def _none_carries(num: int, offered_tokens_per_s: float | None) -> str:
+def noun_of(summaries: Sequence[Summary]) -> str:
+    """What is compared: policies, or runs of one policy on other devices or with other settings."""
+    policies = {one.get("policy") for one in summaries}
+    return "run" if len(policies) == 1 and None not in policies else "policy"
+
+
+def _plural(noun: str) -> str:
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+
+
+def labels_apart(
+    labels: Sequence[str], environments: Sequence[Mapping[str, Any]], folders: Sequence[str]
+) -> list[str]:
+    """Labels that tell runs apart: their own, else with the profile or device, else the folder."""
+    told = list(labels)
+    for key in ("profile", "device"):
+        if len(set(told)) < len(told) and all(one.get(key) for one in environments):
+            told = [
+                f"{label} on {environment[key]}"
+                for label, environment in zip(labels, environments, strict=True)
+            ]
+    return told if len(set(told)) == len(told) else list(folders)
+
+
+def _none_carries(num: int, noun: str, offered_tokens_per_s: float | None) -> str:
     of_load = ""
     if offered_tokens_per_s is not None:
         of_load = f" of {number(offered_tokens_per_s)} tokens/s offered"
-    nobody = "neither policy" if num == 2 else f"none of the {num} policies"
+    nobody = f"neither {noun}" if num == 2 else f"none of the {num} {_plural(noun)}"
     return f"{nobody} carries the whole load{of_load}"
 
 
@@ -281,7 +322,7 @@ def _equal_load(
         verb = "carries" if len(carriers) == 1 else "carry"
         return f"{_labels(carriers)} {verb} the load{load}{but}; {_shortfalls(summaries)}"
     everyone = "Both" if len(summaries) == 2 else f"All {len(summaries)}"
-    carried = f"{everyone} policies carry the load{load}{but}"
+    carried = f"{everyone} {_plural(noun_of(summaries))} carry the load{load}{but}"
     figure = "median_tpot_ms"
     timed = [summary for summary in summaries if summary.get(figure) is not None]
     if not timed or first.get(figure) is None:
@@ -354,6 +395,7 @@ def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[s
         _overloaded(summaries),
         _refused_by_all(summaries, num_refused_by_all),
         _refused_by_some(summaries, num_refused_by_all),
+        *changed_requests(summaries),
         _one_of_the_seeds(summaries),
     )
     return [remark for remark in said if remark is not None]
@@ -400,7 +442,7 @@ def _latencies(pair: _Pair) -> str | None:
 def _slo_met(pair: _Pair) -> str | None:
     star = pair.star
     if not pair.is_comparison or not star.get("slo") or star.get("slo_attainment") is None:
-        return None
+        return judged_by([star])
     met = pair.figure("slo_attainment", 100.0)
     return f"SLO ({limits(star['slo'])}): met by {met} % of the requests sent."
 
@@ -439,7 +481,7 @@ def _refused_by_all(summaries: Sequence[Summary], num_refused: int) -> str | Non
     if not num_refused:
         return None
     return (
-        f"Every policy refuses the same {counted(num_refused, 'request')} of "
+        f"Every {noun_of(summaries)} refuses the same {counted(num_refused, 'request')} of "
         f"{number(summaries[0]['num_requests'])}, longer than the context or than memory holds; "
         "no SLO forgives a refusal."
     )
@@ -452,6 +494,29 @@ def _refused_by_some(summaries: Sequence[Summary], num_refused_by_all: int) -> s
         if one["num_refused"] > num_refused_by_all
     ]
     return f"Refused requests, which no SLO forgives: {listed(told)}." if told else None
+
+
+def changed_requests(summaries: Sequence[Summary]) -> list[str]:
+    """Which requests were not sent as the workload has them: shortened, or left out."""
+    shortened, dropped = [], []
+    for one in summaries:
+        cut, left_out = one.get("num_shortened"), one.get("num_dropped")
+        num = number(one["num_requests"])
+        shortened.append(f"{number(cut)} of {num} requests" if isinstance(cut, int) and cut else "")
+        rows = counted(left_out, "row") if isinstance(left_out, int) and left_out else ""
+        dropped.append(f"{rows} beside {num} requests" if rows else "")
+    said = []
+    if any(shortened):
+        said.append(
+            f"Shortened: {_by_label(shortened, summaries)}, longer than the context "
+            '(workload.over_context = "truncate"); figures are of what is left of them.'
+        )
+    if any(dropped):
+        said.append(
+            f"Left out of the trace: {_by_label(dropped, summaries)}, since a row without output "
+            "tokens or without an arrival is no request (num_dropped)."
+        )
+    return said
 
 
 def _one_of_the_seeds(summaries: Sequence[Summary]) -> str | None:

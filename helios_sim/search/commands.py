@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
-from helios_sim.experiment import choose_policies, folder_name
+from helios_sim.experiment import choose_policies
+from helios_sim.folder_names import folder_name
 from helios_sim.records import REPORT_FILE
 from helios_sim.report.words import span
 from helios_sim.scenario import load_scenario
@@ -63,8 +64,6 @@ from helios_sim.search.words import (
     whatif_remarks,
 )
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Running:
@@ -98,7 +97,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Said:
+class Output:
     """What a command prints: sentences, tables, and the rows behind them for programs."""
 
     sentences: Sequence[str]
@@ -108,7 +107,7 @@ class Said:
     has_page: bool = True
 
 
-def plan(path: Path, changes: Sequence[str], running: Running) -> Said:
+def plan(path: Path, changes: Sequence[str], running: Running) -> Output:
     """Answer how much a fleet carries, or how many devices a rate needs."""
     scenario = load_scenario(path, changes)
     question = read_plan(scenario, path.parent, str(path))
@@ -138,10 +137,10 @@ def plan(path: Path, changes: Sequence[str], running: Running) -> Said:
             },
         )
     sentences = [plan_headline(found), *plan_remarks(found)]
-    return Said(sentences, [(fleet_rows(found, brief=True), True)], plan_records(found), out)
+    return Output(sentences, [(fleet_rows(found, brief=True), True)], plan_records(found), out)
 
 
-def tune(path: Path, changes: Sequence[str], running: Running) -> Said:
+def tune(path: Path, changes: Sequence[str], running: Running) -> Output:
     """Answer which settings are best, and whether they are on traffic they were not tuned on."""
     scenario = load_scenario(path, changes)
     question = read_tune(scenario, path.parent, str(path))
@@ -182,7 +181,7 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Said:
         )
     sentences = [tune_headline(found), *tune_remarks(found)]
     tables = [(trial_rows(found), True), (setting_rows(found), False)]
-    return Said(sentences, tables, trial_records(found), out)
+    return Output(sentences, tables, trial_records(found), out)
 
 
 def whatif(
@@ -192,7 +191,7 @@ def whatif(
     policies: Sequence[str],
     replications: int | None,
     running: Running,
-) -> Said:
+) -> Output:
     """Compare a small grid side by side."""
     scenario = load_scenario(path, changes)
     chosen = choose_policies(scenario, policies)
@@ -215,9 +214,9 @@ def whatif(
                 REPORT_FILE: whatif_page(scenario, cells, num, profiles).encode(),
             },
         )
-    cannot = [f"{cell.name} cannot be: {cell.why}" for cell in cells if cell.why]
+    cannot = [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
     sentences = [*cannot, *whatif_remarks(cells, profiles)]
-    return Said(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)
+    return Output(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)
 
 
 def _all_of(points: Sequence[Point]) -> Study[None]:
@@ -230,13 +229,13 @@ def _all_of(points: Sequence[Point]) -> Study[None]:
     return Study("shard", steps(), len(points))
 
 
-def _shard_done(running: Running, store: Store, num: int, of: int, what: str, out: Path) -> Said:
+def _shard_done(running: Running, store: Store, num: int, of: int, what: str, out: Path) -> Output:
     sentences = [
         f"Shard {running.shard} is done: {num} of {of} {what}. {store.kept()}",
-        "When all shards are, bring their points folders together and give the command once more "
+        "When all shards are, bring their points folders together and run the command once more "
         "with --resume and without --shard.",
     ]
-    return Said(sentences, [], [], out, has_page=False)
+    return Output(sentences, [], [], out, has_page=False)
 
 
 @contextmanager
@@ -255,7 +254,7 @@ def _session(running: Running, out: Path) -> Iterator[tuple[Workers, Store, OnPo
         raise Interrupted(f"{kept[0].lower()}{kept[1:]} Go on with --resume") from None
     except OSError as error:
         raise InputError(
-            f"The search cannot go on: {error.strerror or error}. {store.kept()} Give the command "
+            f"The search cannot go on: {error.strerror or error}. {store.kept()} Run the command "
             "again with --resume.",
             str(out),
         ) from error

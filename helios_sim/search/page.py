@@ -7,8 +7,7 @@ from html import escape
 from typing import Final
 
 from helios_sim.profile import Profile
-from helios_sim.records import toml_text
-from helios_sim.report.document import Figure, add_figure, document, section
+from helios_sim.report.document import Figure, add_figure, document, notes_section, opening, section
 from helios_sim.report.figures import policy_colour
 from helios_sim.report.words import counted, device_of_all, limits, number, span
 from helios_sim.scenario import Scenario, resolved
@@ -36,6 +35,7 @@ from helios_sim.search.words import (
     tune_remarks,
     whatif_remarks,
 )
+from helios_sim.toml_writer import toml_text
 
 MAX_TRIALS: Final = 20
 """Trials in the table of a page."""
@@ -91,7 +91,7 @@ def plan_page(plan: Plan, scenario: Scenario) -> str:
         ),
         _day(plan, drawn),
         _evidence(plan.best),
-        _notes(question.scenario),
+        notes_section(question.scenario.notes),
         section(
             "How it was found",
             "",
@@ -179,7 +179,7 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
             )
         )
     sections += [
-        _notes(question.scenario),
+        notes_section(question.scenario.notes),
         section(
             "How it was found", "", f"<p>{escape(_search(tuned))}</p>", _scenario(name, scenario)
         ),
@@ -208,19 +208,14 @@ def whatif_page(
                 "A mark a cell; hover for its settings.",
             ),
         ),
-        _notes(scenario),
+        notes_section(scenario.notes),
         section("The scenario", "", _scenario("As it stands, in full", scenario)),
     ]
     return document(f"{scenario.name}: what if", sections, drawn)
 
 
 def _opening(scenario: Scenario, headline: str, remarks: Sequence[str]) -> str:
-    asked = f'<p class="question">{escape(scenario.question)}</p>' if scenario.question else ""
-    said = "".join(f"<li>{escape(text)}</li>" for text in remarks)
-    return (
-        f"<header><h1>{escape(scenario.name)}</h1>{asked}"
-        f'<p class="headline">{escape(headline)}</p><ul class="remarks">{said}</ul></header>'
-    )
+    return opening(scenario.name, headline, remarks, question=scenario.question)
 
 
 def _table(cells: Cells, swatches: bool = False) -> str:
@@ -404,13 +399,6 @@ def _held_out(tuned: Tuned) -> str:
         "sample.",
         _table((titles, rows)),
     )
-
-
-def _notes(scenario: Scenario) -> str:
-    if not scenario.notes:
-        return ""
-    said = "".join(f"<li>{escape(note)}</li>" for note in scenario.notes)
-    return section("Notes", "", f'<ul class="notes">{said}</ul>')
 
 
 def _samples(traffic: Traffic) -> str:

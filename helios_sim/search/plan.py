@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Final, TypeVar, get_args
 
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.experiment import choose_policies
 from helios_sim.policy.registry import make_policy
-from helios_sim.profile import Profile, load_profile
+from helios_sim.profile import Profile, load_profile, where_to_find
 from helios_sim.questions import PlanSettings
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import PolicySettings, Router, Scenario
@@ -33,6 +32,7 @@ from helios_sim.search.goals import (
     in_words,
     parse_constraints,
 )
+from helios_sim.search.means import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import Cost, Prices, check_prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
@@ -46,7 +46,6 @@ from helios_sim.search.traffic import (
 from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
 
-Means = dict[str, float | None]
 Asked = TypeVar("Asked", int, float)
 Found = TypeVar("Found")
 
@@ -294,8 +293,17 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
         )
     traffic.check()
     return PlanQuestion(
-        *(scenario, settings, base_dir, where, slo, traffic, prices, constraints),
-        *(fleets, profiles, skipped),
+        scenario=scenario,
+        settings=settings,
+        base_dir=base_dir,
+        where=where,
+        slo=slo,
+        traffic=traffic,
+        prices=prices,
+        constraints=constraints,
+        fleets=fleets,
+        profiles=profiles,
+        skipped=skipped,
     )
 
 
@@ -345,6 +353,7 @@ def _fleets(
         raise InputError(error.message, f"{place}.policies") from error
     found: list[Fleet] = []
     skipped: list[str] = []
+    absent: list[tuple[str, str]] = []
     for name in settings.profiles or (scenario.fleet.profile,):
         try:
             profile = load_profile(name, base_dir)
@@ -355,19 +364,27 @@ def _fleets(
             lacking = [model for model in models if model not in profile.models]
             if lacking:
                 skipped.append(f"{name} has no {', '.join(lacking)}")
+                absent += [(model, name) for model in lacking]
                 continue
             for policy, router in product(policies, routers):
                 device = profile.device
                 found.append(
                     Fleet(
-                        *("", name, device.name, device.num_gpus),
-                        *(models, policy, router, profile.is_of_processor),
+                        name="",
+                        profile=name,
+                        device=device.name,
+                        gpus_per_replica=device.num_gpus,
+                        candidates=models,
+                        policy=policy,
+                        router=router,
+                        is_of_processor=profile.is_of_processor,
                     )
                 )
     if not found:
         asked_by = f"{place}.candidates" if settings.candidates else f"{where}, fleet.candidates"
+        hint = where_to_find(*absent[0]) if absent else ""
         raise InputError(
-            f"No profile has the models that are asked for: {'; '.join(skipped)}.", asked_by
+            f"No profile has the models that are asked for: {'; '.join(skipped)}.{hint}", asked_by
         )
     return tuple(_named(found)), tuple(skipped)
 
@@ -478,17 +495,17 @@ class _Bench:
                 break
         sample_s = lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas)
         load = Load(
-            num_replicas,
-            rate_per_s,
-            verdict,
-            mean_figures(figures),
-            tuple(one["summary"]["saturation"] for one in figures),
-            clauses_beyond(figures),
-            lengthened,
-            longer,
-            sample_s,
-            _answer_s(figures),
-            self._rounds(num_replicas, rate_per_s * sample_s),
+            num_replicas=num_replicas,
+            rate_per_s=rate_per_s,
+            verdict=verdict,
+            means=mean_figures(figures),
+            saturations=tuple(one["summary"]["saturation"] for one in figures),
+            beyond=clauses_beyond(figures),
+            lengthened=lengthened,
+            longer=longer,
+            sample_s=sample_s,
+            answer_s=_answer_s(figures),
+            rounds=self._rounds(num_replicas, rate_per_s * sample_s),
         )
         self.loads[key], self.figures[key] = load, figures
         return load
@@ -717,28 +734,6 @@ def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:
     return replace(answer, cost=cost)
 
 
-def mean_figures(figures: Sequence[Figures]) -> Means:
-    """The mean over replications of every plain figure; None where one of them has none."""
-    summaries = [one["summary"] for one in figures]
-    means: Means = {}
-    for key, first in summaries[0].items():
-        if isinstance(first, bool | str | list | Mapping):
-            continue
-        values = [summary[key] for summary in summaries]
-        known = [float(value) for value in values if isinstance(value, int | float)]
-        means[key] = fmean(known) if len(known) == len(values) else None
-    return means
-
-
-def clauses_beyond(figures: Sequence[Figures]) -> tuple[str, ...]:
-    """What of replications a profile can only extrapolate: the first clause about each model."""
-    found: dict[str, str] = {}
-    for one in figures:
-        for clause in one["summary"].get("beyond_measured", ()):
-            found.setdefault(clause.partition(":")[0], clause)
-    return tuple(found.values())
-
-
 def ranked(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> tuple[FleetAnswer, ...]:
     """Answers in order of merit: those that plan something and keep the constraints first.
 
@@ -770,7 +765,7 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
         near = min(able, key=lambda one: sum(broken.violation for broken in one.broken))
         raise InputError(
             f"None of {len(able)} fleet{'s' if len(able) != 1 else ''} that meet the SLO keeps the "
-            f"constraints {question.constraints}. Nearest comes {near.fleet.name!r} and breaks "
+            f"constraints {question.constraints}. {near.fleet.name!r} comes nearest and breaks "
             f"{', '.join(in_words(one) for one in near.broken)}. Give a looser constraint, or "
             "other policies.",
             f"{question.where}, plan.constraints",
@@ -784,14 +779,14 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
         raise InputError(
             f"No fleet of up to {question.settings.max_replicas} replicas carries "
             f"{question.target_per_s:.4g} requests/s; one replica of {best.fleet.name!r} carries "
-            f"{best.capacity.rate_per_s:.4g}. Give more max_replicas.",
+            f"{best.capacity.rate_per_s:.4g}. Raise max_replicas.",
             f"{question.where}, plan.max_replicas",
         )
     missed = [one for one in answers if one.capacity is not None and one.capacity.probes]
     nearest = min(missed, key=lambda one: _lowest(one).verdict.worst.shortfall)
     raise InputError(
         f"The SLO is met by none of {len(answers)} fleet{'s' if len(answers) != 1 else ''}, even "
-        f"at the lowest rate. Nearest comes {nearest.fleet.name!r}: {miss_in_words(nearest)}. "
+        f"at the lowest rate. {nearest.fleet.name!r} comes nearest: {miss_in_words(nearest)}. "
         "Give a looser limit, or models and devices that answer sooner.",
         f"{question.where}, slo",
     )

@@ -16,16 +16,8 @@ import polars as pl
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
-from helios_sim.metrics import (
-    Columns,
-    Floats,
-    columns_of,
-    gap_percentile_s,
-    gap_share_within,
-    meets,
-    meets_all,
-    rounded_figures,
-)
+from helios_sim.latencies import Columns, Floats, columns_of, meets, meets_all
+from helios_sim.metrics import gap_percentile_s, gap_share_within, rounded_figures
 from helios_sim.policy.registry import policy_source
 from helios_sim.profile import load_profile
 from helios_sim.records import SCHEMA_VERSION, RunData
@@ -37,7 +29,15 @@ POINT_SCHEMA: Final = 3
 
 _PACKAGE: Final = Path(__file__).parent.parent
 _NO_PART: Final = (
-    *("search", "report", "__main__.py", "cli.py", "command.py", "publish.py", "terminal.py"),
+    "search",
+    "report",
+    "__main__.py",
+    "cli.py",
+    "command.py",
+    "comparison.py",
+    "folders.py",
+    "publish.py",
+    "terminal.py",
 )
 """Sources that change no figure of a point: what proposes points, and what shows results."""
 _JUDGES: Final = "search/points.py"
@@ -198,15 +198,9 @@ def _pauses(run: RunData, replica: int) -> dict[str, tuple[Floats, Floats]]:
     return found
 
 
-def _sent_s(columns: Columns, limit: SloLimit) -> Any:
+def _sent_s(columns: Columns, limit: SloLimit) -> Floats:
     """A latency of every request sent; infinite where it did not finish."""
-    if limit.metric == "ttft":
-        value = columns.ttft_s
-    elif limit.metric == "e2e":
-        value = columns.e2e_s
-    else:
-        value = np.where(columns.several_tokens, columns.tpot_s, 0.0)
-    return np.where(columns.finished, value, math.inf)
+    return np.where(columns.finished, columns.latency_s(limit), math.inf)
 
 
 def _files_of(data: Mapping[str, Any], base_dir: Path) -> Iterator[tuple[str, str]]:

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from helios_sim.arrivals import StrictSettings
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.profile import Profile
+from helios_sim.settings import StrictSettings, first_flaw
 from helios_sim.toml import read_toml
 
 Grade = Literal["assumed", "quoted", "paid"]
@@ -63,20 +63,7 @@ def load_prices(name: str, base_dir: Path, where: str) -> Prices:
     try:
         return Prices.model_validate(data)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-        # A misspelt key is also a missing one; the spelling is what to mend.
-        unknown = [one for one in errors if one["type"] == "extra_forbidden"]
-        first = [*unknown, *errors][0]
-        place = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            allowed = ("currency", "gpu", "energy", "per_gpu_hour", "per_kwh", "overhead", "grade")
-            key = str(first["loc"][-1])
-            message = f"Unknown key {key!r}.{did_you_mean(key, allowed)}"
-        elif first["type"] == "missing":
-            message = f"The key {first['loc'][-1]!r} is required."
-        else:
-            message = f"It was given {first.get('input')!r}; {first['msg'].lower()}."
-        raise InputError(message, f"{path}, {place}") from error
+        raise first_flaw(error, Prices, data, str(path)) from error
 
 
 def check_prices(prices: Prices, profile: Profile, where: str) -> None:

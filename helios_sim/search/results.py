@@ -7,18 +7,19 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import polars as pl
 
 from helios_sim.errors import InputError
+from helios_sim.folders import write_whole
 from helios_sim.metrics import rounded_figures
 from helios_sim.profile import shipped_names
-from helios_sim.records import REPORT_FILE, toml_text
+from helios_sim.records import REPORT_FILE
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search.store import POINTS, Store
+from helios_sim.toml_writer import toml_text
 
 RESULTS: Final = "results.parquet"
 PARETO: Final = "pareto.csv"
@@ -73,16 +74,11 @@ def write_results(out: Path, store: Store, files: Mapping[str, bytes]) -> None:
     """
     order = sorted(files, key=lambda name: name == RESULTS)
     for name in order:
-        target = out / name
-        partial = target.with_name(f".{name}.partial")
         try:
-            partial.write_bytes(files[name])
-            partial.replace(target)
+            write_whole(out / name, files[name])
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise InputError(
-                f"{name} cannot be written: {error.strerror}. {store.kept()} Make room and give "
+                f"{name} cannot be written: {error.strerror}. {store.kept()} Make room and run "
                 "the command again with --resume.",
                 str(out),
             ) from error

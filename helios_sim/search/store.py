@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from helios_sim.errors import InputError
+from helios_sim.folders import write_whole
 from helios_sim.search.points import POINT_SCHEMA, Figures
 
 POINTS: Final = "points"
@@ -51,16 +50,12 @@ class Store:
         return kept
 
     def _write(self, path: Path, text: str) -> None:
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(text, encoding="utf-8", newline="\n")
-            partial.replace(path)
+            write_whole(path, text.encode())
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise InputError(
                 f"A finished point cannot be written: {error.strerror}. {self.kept()} Make room "
-                "and give the command again with --resume.",
+                "and run the command again with --resume.",
                 str(path.parent),
             ) from error
 

@@ -227,7 +227,7 @@ def _outcome(future: Future[Figures], key: str, store: Store) -> Outcome:
 def _worker_died(store: Store, error: BaseException) -> InputError:
     words = f" ({error})" if str(error) and type(error).__name__ == "KilledWorker" else ""
     return InputError(
-        f"A worker died{words}, perhaps for lack of memory. {store.kept()} Give the command again "
+        f"A worker died{words}, perhaps for lack of memory. {store.kept()} Run the command again "
         "with --resume, with fewer --processes or shorter runs.",
         "search",
     )

@@ -12,8 +12,9 @@ from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.report.words import number
 from helios_sim.search.drawings import gpu_rate, joules, limit_words, user_rate
 from helios_sim.search.goals import in_words
+from helios_sim.search.means import Means
 from helios_sim.search.pareto import front
-from helios_sim.search.plan import FleetAnswer, Load, Means, Plan
+from helios_sim.search.plan import FleetAnswer, Load, Plan
 from helios_sim.search.tune import Trial, Tuned, by_violation
 from helios_sim.search.whatif import Cell
 from helios_sim.search.words import bracket
@@ -321,9 +322,18 @@ def plan_front(plan: Plan) -> Rows:
     known = [row for row in rows if all(row[key] is not None for key in keys)]
     costs = [(row[keys[0]], -row[keys[1]], -row[keys[2]]) for row in known]
     shown = (
-        *("policy", "profile", "candidates", "router", "num_replicas", "num_gpus", "rate_per_s"),
-        *("request_goodput", "energy_per_output_token", "tokens_per_s_per_user"),
-        *("tokens_per_s_per_gpu", "agreement"),
+        "policy",
+        "profile",
+        "candidates",
+        "router",
+        "num_replicas",
+        "num_gpus",
+        "rate_per_s",
+        "request_goodput",
+        "energy_per_output_token",
+        "tokens_per_s_per_user",
+        "tokens_per_s_per_gpu",
+        "agreement",
     )
     return [{key: known[place][key] for key in shown} for place in front(costs)]
 

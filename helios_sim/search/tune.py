@@ -24,8 +24,8 @@ from helios_sim.search.goals import (
     parse_constraints,
     parse_goal,
 )
-from helios_sim.search.pareto import best_first, front, ranks
-from helios_sim.search.plan import Means, clauses_beyond, mean_figures
+from helios_sim.search.means import Means, clauses_beyond, mean_figures
+from helios_sim.search.pareto import best_first, ranks
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import check_prices, load_prices
 from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
@@ -175,7 +175,6 @@ class Tuned:
     question: TuneQuestion
     base: Trial
     trials: tuple[Trial, ...]
-    front: tuple[Trial, ...]
     winner: Trial | None
     held_out: tuple[HeldOut, ...]
     sensitivity: tuple[Sensitivity, ...]
@@ -258,7 +257,15 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
     judge = Judge(goals, constraints, prices, f"{place}.prices")
     device = device_of_all(profile.is_of_processor for profile in profiles)
     return TuneQuestion(
-        *(scenario, settings, base_dir, where, space, traffic, judge, device), tuple(profiles)
+        scenario=scenario,
+        settings=settings,
+        base_dir=base_dir,
+        where=where,
+        space=space,
+        traffic=traffic,
+        judge=judge,
+        device=device,
+        profiles=tuple(profiles),
     )
 
 
@@ -358,9 +365,6 @@ def samples_of(
     ]
 
 
-Asked = Generator[Sequence[Point], list[Outcome], list[Figures]]
-
-
 def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> Steps[Tuned]:
     settings = question.settings
     judge = question.judge
@@ -381,8 +385,6 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         )
         trials += batch
     feasible = [trial for trial in trials if trial.is_feasible]
-    costs = [_costs(judge, trial) for trial in feasible]
-    on_front = tuple(feasible[place] for place in front(costs))
     finalists: tuple[Finalist, ...] = ()
     winner = None
     if feasible:
@@ -400,15 +402,14 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
     told = [(one.values, one.first.scores[0]) for one in trials if one.first is not None]
     importance = importances(question.space, told, judge.goals[0].better)
     return Tuned(
-        question,
-        base,
-        tuple(trials),
-        on_front,
-        winner,
-        tuple(held_out),
-        tuple(sensitivity),
-        importance,
-        finalists,
+        question=question,
+        base=base,
+        trials=tuple(trials),
+        winner=winner,
+        held_out=tuple(held_out),
+        sensitivity=tuple(sensitivity),
+        importance=importance,
+        finalists=finalists,
     )
 
 

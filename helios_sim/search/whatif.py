@@ -12,7 +12,7 @@ from helios_sim.errors import InputError, UnknownOption, did_you_mean
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.profile import Profile, load_profile
 from helios_sim.scenario import PolicySettings, Scenario
-from helios_sim.search.plan import Means, clauses_beyond, mean_figures
+from helios_sim.search.means import Means, clauses_beyond, mean_figures
 from helios_sim.search.points import Point, point_of
 from helios_sim.search.space import with_settings
 from helios_sim.search.studies import Outcome, Study, figures_of

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from helios_sim.profile import Profile
-from helios_sim.report.words import counted, extrapolated, limits, listed, number, span, worth
+from helios_sim.report.words import (
+    counted,
+    extrapolated,
+    limits,
+    listed,
+    number,
+    span,
+    standing_in,
+    worth,
+)
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
 from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
@@ -205,7 +214,9 @@ def _failures(plan: Plan) -> list[str]:
 
 def _grades(plan: Plan) -> list[str]:
     """What the numbers of the profiles are worth."""
-    return [worth(grades_by_name(plan.question.profiles.values()), "fleets")]
+    profiles = plan.question.profiles.values()
+    planned = {name for one in plan.answers for name in one.fleet.candidates}
+    return [worth(grades_by_name(profiles), "fleets"), *_standing_in(profiles, planned)]
 
 
 def _extrapolations(plan: Plan) -> list[str]:
@@ -314,12 +325,24 @@ def _longer_by(traffic: Traffic) -> str:
 def whatif_remarks(cells: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:
     """What has to be said beside a grid on these profiles."""
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
-    return [*([worth(grades_by_name(profiles), "cells")] if profiles else []), *beyond]
+    grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
+    return [*grades, *_standing_in(profiles), *beyond]
 
 
 def grades_by_name(profiles: Iterable[Profile]) -> dict[str, Mapping[str, int]]:
     """How many numbers of each profile stand at each grade."""
     return {one.name: one.grade_counts() for one in profiles}
+
+
+def _standing_in(profiles: Iterable[Profile], used: Collection[str] | None = None) -> list[str]:
+    """What is assumed of the exits of models, of all in the profiles or of those that are used."""
+    likes = {
+        name: like
+        for profile in profiles
+        for name, like in profile.stand_ins.items()
+        if used is None or name in used
+    }
+    return [standing_in(likes)] if likes else []
 
 
 def _beyond(named: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
@@ -468,6 +491,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     if tuned.winner is not None:
         tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
     found.append(worth(grades_by_name(tuned.question.profiles), "settings"))
+    found += _standing_in(tuned.question.profiles)
     found += _beyond(tried) + _few_rounds(tuned) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:

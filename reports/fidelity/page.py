@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from helios_sim.fidelity.words import signed_percent, spanned
 from helios_sim.records import flat_items
-from helios_sim.report.document import Figure, add_figure, document, section
+from helios_sim.report.document import Figure, add_figure, document, notes_section, opening, section
 from helios_sim.report.figures import base_layout, plain_axis, rounded, top_legend
 from helios_sim.report.words import listed, number, times
 from reports.fidelity.figures import BESIDE, JUDGED
@@ -39,7 +39,7 @@ def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
             _causes(results),
             _gains(results),
             _equal_quality(results),
-            _notes(notes),
+            notes_section(notes),
             _provenance(results),
         ],
         drawn,
@@ -61,13 +61,12 @@ def _opening(results: Mapping[str, Any], title: str) -> str:
     missing = [JUDGED[one["key"]].said for one in results["targets"] if not one["num_cases"]]
     if missing:
         remarks.append(f"Not measured here: {listed(missing)}.")
-    items = "".join(f"<li>{escape(text)}</li>" for text in remarks)
     kind = "scenarios on a device that is made up" if made_up else "real scenarios"
-    sentence = f"Median absolute error over {num} {kind}: {', '.join(said)}."
-    return (
-        f"<header><h1>{escape(title)}</h1>"
-        '<p class="question">How far is the simulation from the real backend?</p>'
-        f'<p class="headline">{escape(sentence)}</p><ul class="remarks">{items}</ul></header>'
+    return opening(
+        title,
+        f"Median absolute error over {num} {kind}: {', '.join(said)}.",
+        remarks,
+        question="How far is the simulation from the real backend?",
     )
 
 
@@ -399,13 +398,6 @@ def _equal_quality(results: Mapping[str, Any]) -> str:
         f'<ul class="notes">{items}</ul>' if items else "",
         *tables,
     )
-
-
-def _notes(notes: Sequence[str]) -> str:
-    if not notes:
-        return ""
-    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return section("Notes", "", f'<ul class="notes">{items}</ul>')
 
 
 def _provenance(results: Mapping[str, Any]) -> str:

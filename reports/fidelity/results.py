@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from helios_sim.errors import InputError
+from helios_sim.folders import write_whole
 from helios_sim.metrics import rounded_figures
 from reports.fidelity.cases import case_named
 from reports.fidelity.figures import BESIDE, JUDGED
@@ -263,10 +264,8 @@ def write_results(results: Data, page: str, out: Path) -> None:
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     files = {"results.json": text + "\n", "report.html": page, "results.csv": _table(results)}
     for name, content in files.items():
-        partial = out / f".{name}.partial"
         try:
-            partial.write_text(content, encoding="utf-8", newline="")
-            partial.replace(out / name)
+            write_whole(out / name, content.encode())
         except OSError as error:
             raise InputError(
                 f"It cannot be written: {error.strerror}. The runs are kept; free some space and "

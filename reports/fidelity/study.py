@@ -18,8 +18,9 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.fidelity import Fidelity, assess, read_sides, run_folders
 from helios_sim.fidelity.publish import write_fidelity
-from helios_sim.records import TOTALS_FILE, toml_text, write_run
+from helios_sim.records import TOTALS_FILE, write_run
 from helios_sim.scenario import load_scenario
+from helios_sim.toml_writer import toml_text
 from reports.fidelity.cases import (
     CASES,
     Case,

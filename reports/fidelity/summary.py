@@ -10,8 +10,14 @@ from helios_sim.report.words import listed, number, times
 from reports.fidelity.figures import JUDGED
 
 TITLES: Final = (
-    *("Figure", "Bar of a GPU", "Median error", "Worst", "Median spread"),
-    *("In spread", "In twice", "Beyond twice, likely from"),
+    "Figure",
+    "Bar of a GPU",
+    "Median error",
+    "Worst",
+    "Median spread",
+    "In spread",
+    "In twice",
+    "Beyond twice, likely from",
 )
 WITHIN_BAR: Final = "within the bar of a GPU all the same"
 """Said of an error beyond twice the spread that a GPU may have."""

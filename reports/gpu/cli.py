@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,11 +26,11 @@ PACKING_S = 15.0
 """Seconds kept free at the end: for the table, and for compressing what is brought home."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-_began_s = time.monotonic()
 
 
 @app.command()
 def campaign(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="The folder of this campaign; gone on with.")],
     budget: Annotated[str, typer.Option(help="Time for everything, such as 9m.")] = "9m",
     device: Annotated[str, typer.Option(help="cuda, or cpu for a rehearsal.")] = "cuda",
@@ -72,7 +71,7 @@ def campaign(
     forks = device != "cuda" or children_can(partial(_use_gpu, meters))
     if not forks:
         typer.echo("Steps begin on their own: a child of this process cannot use the GPU.")
-    times = {"began_s": _began_s, "margin_s": margin_s}
+    times = {"began_s": float(context.obj), "margin_s": margin_s}
     run = Campaign(steps, out, budget_s, **times, say=typer.echo, forks=forks)
     interrupted = False
     try:
@@ -164,6 +163,4 @@ def table(results: Sequence[Try]) -> FittedTable:
 
 def main(began_s: float, arguments: Sequence[str] | None = None) -> None:
     """Run the command; the budget counts from `began_s`."""
-    global _began_s
-    _began_s = began_s
-    run_app(app, "reports.gpu", arguments or sys.argv[1:])
+    run_app(app, "reports.gpu", arguments or sys.argv[1:], began_s)

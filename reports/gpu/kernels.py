@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from calibration.measuring.capture import Captured, capture
 from calibration.measuring.floors import (
     COPY_BYTES,
     count_launches,
@@ -30,7 +31,7 @@ from calibration.measuring.floors import (
     time_launch,
     time_read,
 )
-from calibration.measuring.timing import Captured, capture, timed, timer_for
+from calibration.measuring.timing import timed, timer_for
 from calibration.model import launches
 from calibration.model.attention import DecodeAttend
 from calibration.model.decode import Decoder, slot_pool

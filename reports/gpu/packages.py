@@ -10,8 +10,16 @@ from helios_sim.errors import install_command
 
 BAD_INPUT: Final = 2
 BASE: Final = (
-    *("typer", "rich", "numpy", "scipy", "polars", "numba", "pydantic"),
-    *("torch", "transformers", "safetensors"),
+    "typer",
+    "rich",
+    "numpy",
+    "scipy",
+    "polars",
+    "numba",
+    "pydantic",
+    "torch",
+    "transformers",
+    "safetensors",
 )
 """Without these no step but `environment` runs."""
 

@@ -141,14 +141,14 @@ def steps_of(device: str, preset: str) -> list[Step]:
             known = [str(call.out / one) if one == size.models else one for one in models]
             resume = ("--resume",) if (folder / "readings.jsonl").is_file() else ()
             return _calibrate(
-                *("measure", *known, *on, *_budget(call), *more, "--out", str(folder), *resume)
+                "measure", *known, *on, *_budget(call), *more, "--out", str(folder), *resume
             )
 
         return words
 
     def fit(points: str, profile: str) -> Callable[[Call], Sequence[str]]:
         return lambda call: _calibrate(
-            *("fit", str(call.out / points), "--out", str(call.out / profile), "--overwrite")
+            "fit", str(call.out / points), "--out", str(call.out / profile), "--overwrite"
         )
 
     def check(call: Call) -> Sequence[str]:
@@ -158,13 +158,26 @@ def steps_of(device: str, preset: str) -> list[Step]:
         names, seconds, repeats = study_size(call, size)
         study = call.out / "study"
         return _python(
-            *("reports.fidelity", "--profile", str(call.out / "profile")),
-            *("--checkpoints", str(call.out / size.models), *on),
-            *("--seconds", seconds, "--repeats", repeats, "--max-batch", str(size.max_batch)),
+            "reports.fidelity",
+            "--profile",
+            str(call.out / "profile"),
+            "--checkpoints",
+            str(call.out / size.models),
+            *on,
+            "--seconds",
+            seconds,
+            "--repeats",
+            repeats,
+            "--max-batch",
+            str(size.max_batch),
             # The page says how slow the device was; there is no time to serve a run again for it.
-            *("--again", "0"),
+            "--again",
+            "0",
             *(("--forked",) if call.forks else ()),
-            *("--work", str(study / "runs"), "--out", str(study / "page")),
+            "--work",
+            str(study / "runs"),
+            "--out",
+            str(study / "page"),
             *(word for name in names for word in ("--case", name)),
         )
 

@@ -10,15 +10,13 @@ chosen, not measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
-import polars as pl
 
-from calibration.fitting.points import gather
 from calibration.measuring.grid import Bounds, Job
-from calibration.measuring.readings import SCHEMA, Reading
-from helios_sim.model import EarlyExitModel, ModelShape
+from calibration.measuring.readings import Reading
+from helios_sim.model import EarlyExitModel
 
 BYTES_PER_S, FLOPS = 2.6e12, 4e14
 GRAPH_LAUNCH_S, EAGER_LAUNCH_S, DEVICE_LAUNCH_S = 14e-6, 9e-6, 2e-6
@@ -30,16 +28,6 @@ HOST_LINK, DISK_LINK = (3e-4, 2e10), (2e-3, 2.5e9)
 CAPTURE_S, CAPTURE_EXIT_S = 8e-4, 1.1e-3
 CAPTURE_LAYER_S, CAPTURE_FILLED_LAYER_S = 1.6e-4, 6e-5
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
-
-SMALL = ModelShape("llama", 12, 512, 8, 8, 64, 1376, 512, 2048, tied_head=True)
-"""Its host takes as long as its layers."""
-LARGE = ModelShape("llama", 32, 4096, 32, 8, 128, 14336, 128256, 2048, tied_head=False)
-
-
-def model_of(shape: ModelShape) -> EarlyExitModel:
-    """A model with an exit after every quarter."""
-    exits = tuple(shape.layers * quarter // 4 for quarter in (1, 2, 3, 4))
-    return EarlyExitModel("made-up", shape, exits, "bytes", 2, 2)
 
 
 def bounds_of(model: EarlyExitModel) -> Bounds:
@@ -292,12 +280,6 @@ class MadeUpGpu:
     def layer_bytes(self) -> float:
         """Weight bytes of a layer."""
         return 2.0 * self.model.shape.layer_params()
-
-
-def points_of(gpu: MadeUpGpu, jobs: list[Job], noise: float, seed: int = 0) -> pl.DataFrame:
-    """Gathered points of jobs as they are measured on it, with relative noise in all of it."""
-    readings = readings_of(gpu, jobs, noise, seed)
-    return gather(pl.DataFrame([asdict(reading) for reading in readings], schema=SCHEMA))
 
 
 def readings_of(gpu: MadeUpGpu, jobs: Sequence[Job], noise: float, seed: int = 0) -> list[Reading]:

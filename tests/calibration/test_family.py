@@ -17,6 +17,7 @@ from calibration.model.family import (
 )
 from helios_sim.errors import InputError
 from tests.calibration import tiny
+from tests.factories import total_params
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -128,7 +129,7 @@ def test_fused_norms_agree_with_the_stock_norms_and_keep_their_names():
 def test_the_shape_counts_the_weights_of_the_stock_model(family):
     model = tiny.stock_model(family)
     held = sum(weight.numel() for weight in model.parameters())
-    assert shape_of(tiny.config(family)).total_params() == held
+    assert total_params(shape_of(tiny.config(family))) == held
 
 
 def test_an_unsupported_architecture_is_named_with_what_is_supported():

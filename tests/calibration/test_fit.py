@@ -492,6 +492,23 @@ def test_an_existing_profile_is_replaced_only_when_asked(tmp_path: Path) -> None
     fit_profile(folder, tmp_path / "profile", FitSettings(overwrite=True))
 
 
+def test_nothing_but_a_profile_is_replaced_by_one(tmp_path: Path) -> None:
+    folder = planted.folder(tmp_path / "study" / "points", Plan())
+    before = sorted(entry.name for entry in folder.iterdir())
+    for out in (folder, folder.parent):
+        with pytest.raises(InputError, match="give a folder for the profile that does not hold"):
+            fit_profile(folder, out, FitSettings(overwrite=True))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    # What cannot be written is refused before any reading is looked at.
+    for readings in (folder, tmp_path / "none"):
+        with pytest.raises(InputError, match=r"it holds notes\.txt; allowed is a new folder"):
+            fit_profile(readings, mine, FitSettings(overwrite=True))
+    assert (mine / "notes.txt").read_text() == "mine"
+    assert sorted(entry.name for entry in folder.iterdir()) == before
+
+
 def spoil(folder: Path, how: str) -> None:
     """Damage a folder of readings."""
     points, environment = folder / "points.parquet", folder / "environment.json"
@@ -547,7 +564,21 @@ def test_the_command_fits_says_the_errors_and_draws_the_page(
     said = capsys.readouterr().out
     assert "decode, stacks of layers" in said
     assert (tmp_path / "profile.calibration.html").is_file()
-    assert load_profile(tmp_path / "profile").hash == load_profile(tmp_path / "profile").hash
+
+
+def test_two_fits_of_the_same_readings_are_one_profile(tmp_path: Path) -> None:
+    """Up to the last bits, which linear algebra on several threads leaves open."""
+    folder = planted.folder(tmp_path / "points", Plan(noise=0.01))
+    first, second = (
+        fit_profile(folder, tmp_path / place, FitSettings(name="planted"))
+        for place in ("first", "second")
+    )
+    assert first.provenance == second.provenance
+    assert list(first.quantities) == list(second.quantities)
+    for key, quantity in first.quantities.items():
+        other = second.quantities[key]
+        assert (quantity.grade, quantity.source) == (other.grade, other.source)
+        assert quantity.value == pytest.approx(other.value, rel=1e-9)
 
 
 def test_every_coefficient_of_the_cost_model_gets_a_number(exact: Profile) -> None:

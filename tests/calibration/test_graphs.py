@@ -57,8 +57,8 @@ class FakeRecorder:
         return self.recordings[-1]
 
 
-def decoder_of(family="llama-gqa", pool="slots", rows=5):
-    model = from_stock(tiny.stock_model(family), (1, 2, 4))
+def decoder_of(family="llama-gqa", pool="slots", rows=5, exits=(1, 2, 4)):
+    model = from_stock(tiny.stock_model(family), exits)
     if pool == "slots":
         return Decoder(model, slot_pool(model, rows, 48))
     return Decoder(model, paged_pool(model, rows * 6, 8))
@@ -198,8 +198,8 @@ def test_layers_that_end_within_a_segment_are_filled_eagerly():
 
 
 def test_graphs_are_captured_largest_first():
-    decoder = decoder_of()
-    capture(decoder, segments=[(0, 2), (2, 4)], max_context=48, subsets=True)
+    decoder = decoder_of(exits=(2, 4))
+    capture(decoder, max_context=48, subsets=True)
     keys = list(decoder.graphs.recordings)
     runs = [key for key in keys if key.kind is Kind.RUN]
     assert runs[0] == GraphKey(0, 2, 4, 48, False)
@@ -244,14 +244,14 @@ def test_a_batch_or_context_beyond_every_bucket_goes_eager():
 
 
 def test_graphs_are_void_once_layers_or_stores_are_dropped():
-    decoder = decoder_of()
-    capture(decoder, segments=[(0, 2)])
+    decoder = decoder_of(exits=(2, 4))
+    capture(decoder)
     decoder.model.shrink(2)
     row = decoder.pool.admit()
     decoder.segment([row], decoder.begin([row], [1], [0]), [0], 0, 2)
     assert decoder.graphs is None
     assert "dropped after the graphs were captured" in decoder.graphs_off_reason
-    capture(decoder, segments=[(0, 2)])
+    capture(decoder)
     decoder.pool.resize(2)
     decoder.segment([row], decoder.begin([row], [1], [1]), [1], 0, 2)
     assert decoder.graphs is None
@@ -309,9 +309,9 @@ def test_a_capture_that_fails_while_serving_leaves_the_eager_path():
 
 
 def test_growing_keeps_the_graphs_of_the_layers_that_stay():
-    decoder = decoder_of()
+    decoder = decoder_of(exits=(2, 4))
     decoder.model.shrink(2)
-    capture(decoder, segments=[(0, 2)])
+    capture(decoder)
     decoder.model.grow(4)
     row = decoder.pool.admit()
     decoder.segment([row], decoder.begin([row], [1], [0]), [0], 0, 2)

@@ -127,7 +127,7 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(tmp_path: Path) -> No
         train_heads(folder, (2, 9), OPTIONS)
     with pytest.raises(InputError, match="name an exit before it"):
         train_heads(folder, (4,), OPTIONS)
-    with pytest.raises(InputError, match="there already"):
+    with pytest.raises(InputError, match="exists already"):
         train_heads(folder, (2,), OPTIONS, out=tmp_path)
     with pytest.raises(InputError, match="lies within the checkpoint"):
         train_heads(folder, (2,), OPTIONS, out=folder / "heads")
@@ -169,7 +169,7 @@ def test_the_command_says_what_heads_gain(
     for more, code, said in (
         (["--exits", "2", "--iterations", "2"], 0, "L2"),
         ([], 2, "--exits 6,12"),
-        (["--exits", "2", "--budget", "9m"], 2, "--budget: It is of a family"),
+        (["--exits", "2", "--budget", "9m"], 2, "--budget: It applies to a family only"),
         (["--exits", "two"], 2, "write them like 8,16,32"),
     ):
         with pytest.raises(SystemExit) as end:

@@ -14,6 +14,7 @@ from calibration.serving.iteration import split_pays
 from calibration.serving.tally import Sample, Tally, gap_counts
 from helios_sim import cost
 from helios_sim.errors import InputError
+from helios_sim.laws import check_run
 from helios_sim.metrics import summarise
 from helios_sim.policy import Controller, read_snapshots
 from helios_sim.policy.baselines import EeSingle
@@ -29,7 +30,6 @@ from helios_sim.policy.contract import (
     Watching,
 )
 from helios_sim.policy.helios import Helios
-from helios_sim.records import check_run
 from helios_sim.state import TIMELINE_CAPACITY, itl_edges
 from tests.calibration.clockwork import (
     Clockwork,

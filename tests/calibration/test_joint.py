@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.fitting.joint import BATCH, DEPTH, Growth, Loads, choose, curve, fit_joint
+from calibration.fitting.joint import BATCH, DEPTH, Growth, Loads, choose, fit_joint
 from calibration.fitting.regression import Equations, Floats
-from helios_sim.profile import load_profile
 
 BATCHES = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
 CONTEXTS = np.array([32.0, 128.0, 512.0])
@@ -95,11 +92,3 @@ def test_beside_a_factor_by_depth_an_intercept_is_kept_only_where_it_helps() -> 
         chosen = choose(noisy, ((0,),), cells(noisy))
         assert set(chosen.knots) == {DEPTH}
         assert (chosen.chosen.fit.overheads[0] > 0.0) == kept
-
-
-def test_factors_between_knots_are_those_of_a_profile() -> None:
-    knots = ((1.0, 0.7), (4.0, 1.0), (16.0, 1.1))
-    model = next(iter(load_profile("opt-a100-40gb").models.values()))
-    profile = replace(model, batch_residual=knots, depth_residual=())
-    batches = np.arange(21.0)
-    assert curve(knots, batches) == pytest.approx(profile.residual(20, 1))

@@ -17,8 +17,9 @@ from calibration.fitting.predict import Predictor
 from calibration.measuring.grid import Job, plan_energy, plan_latency
 from helios_sim import cost
 from reports.made_up_gpu import device as made_up_gpu
-from reports.made_up_gpu.device import BUCKETS, IDLE_W, LARGE, SMALL, MadeUpGpu, points_of
+from reports.made_up_gpu.device import BUCKETS, IDLE_W, MadeUpGpu
 from tests.calibration import planted
+from tests.calibration.made_up import LARGE, SMALL, model_of, points_of
 
 MEDIAN_BAR, P95_BAR = 0.03, 0.08
 COARSE_S, FINE_S = 1.0, 20.0
@@ -76,7 +77,7 @@ def errors(gpu: MadeUpGpu, predictor: Predictor) -> Mapping[str, np.ndarray]:
 def test_a_planned_grid_tells_every_kind_of_iteration_within_the_bars(
     shape, slowness, allowed_s
 ) -> None:
-    gpu = MadeUpGpu(made_up_gpu.model_of(shape), slowness)
+    gpu = MadeUpGpu(model_of(shape), slowness)
     found = errors(gpu, predictor_of(gpu, latency_jobs(gpu, allowed_s)))
     for quantity, off in found.items():
         assert np.median(off) < MEDIAN_BAR, quantity
@@ -85,7 +86,7 @@ def test_a_planned_grid_tells_every_kind_of_iteration_within_the_bars(
 
 def test_parts_alone_do_not_tell_what_leaving_costs() -> None:
     """Why iterations whose rows leave are measured: filling beside the host, and splits."""
-    gpu = MadeUpGpu(made_up_gpu.model_of(SMALL))
+    gpu = MadeUpGpu(model_of(SMALL))
     parts = [job for job in latency_jobs(gpu, FINE_S) if job.quantity not in LEAVING]
     found = errors(gpu, predictor_of(gpu, parts))
     assert np.median(found["iteration"]) < MEDIAN_BAR
@@ -126,7 +127,7 @@ def joule_errors(gpu: MadeUpGpu, jobs: list[Job]) -> np.ndarray:
 @pytest.mark.parametrize("count", [4, 6, 10, 16])
 @pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
 def test_planned_windows_tell_the_joules_of_whole_iterations(shape, count: int) -> None:
-    gpu = MadeUpGpu(made_up_gpu.model_of(shape))
+    gpu = MadeUpGpu(model_of(shape))
     found = np.abs(joule_errors(gpu, energy_jobs(gpu, count)))
     assert np.median(found) < 0.02
     assert np.quantile(found, 0.95) < P95_BAR
@@ -144,12 +145,12 @@ def as_stacks(jobs: list[Job]) -> list[Job]:
 
 def test_stacks_alone_take_the_power_of_a_device_at_work_for_that_of_one_that_waits() -> None:
     """Why windows are of whole iterations: from stacks power and work are not told apart."""
-    gpu = MadeUpGpu(made_up_gpu.model_of(SMALL))
+    gpu = MadeUpGpu(model_of(SMALL))
     assert np.median(joule_errors(gpu, as_stacks(energy_jobs(gpu, 4)))) > 0.1
 
 
 def test_a_head_in_an_iteration_counts_as_its_share_of_a_layer_where_none_was_measured() -> None:
-    gpu = MadeUpGpu(made_up_gpu.model_of(SMALL))
+    gpu = MadeUpGpu(model_of(SMALL))
     assert {job.quantity for job in energy_jobs(gpu, 4)} == {"iteration_energy"}
     numbers = energy_of(gpu, energy_jobs(gpu, 4)).numbers
     head, layer = numbers["head.j_base"], numbers["decode.j_per_layer"]
@@ -160,7 +161,7 @@ def test_a_head_in_an_iteration_counts_as_its_share_of_a_layer_where_none_was_me
 
 
 def test_windows_that_no_fit_sees_are_planned_where_there_is_time_and_judged() -> None:
-    gpu = MadeUpGpu(made_up_gpu.model_of(SMALL))
+    gpu = MadeUpGpu(model_of(SMALL))
     jobs = energy_jobs(gpu, 20)
     held_out = [job for job in jobs if job.purpose == "held-out"]
     assert {job.quantity for job in held_out} == {"iteration_energy"}
@@ -171,7 +172,7 @@ def test_windows_that_no_fit_sees_are_planned_where_there_is_time_and_judged() -
 
 
 def test_whole_iterations_with_and_without_prompts_are_two_quantities() -> None:
-    gpu = MadeUpGpu(made_up_gpu.model_of(SMALL))
+    gpu = MadeUpGpu(model_of(SMALL))
     points = points_of(gpu, energy_jobs(gpu, 6), 0.0)
     prompts = dict(zip(points["quantity"], points["prompt_tokens"].fill_null(0), strict=True))
     assert prompts.keys() == {"iteration_energy", "prefill_iteration_energy"}
@@ -182,14 +183,14 @@ def test_whole_iterations_with_and_without_prompts_are_two_quantities() -> None:
 def main() -> None:
     """Print medians and 95th percentiles of all kinds, in per cent."""
     for shape, slowness, allowed_s in product((SMALL, LARGE), (0.5, 1.0, 2.0), (COARSE_S, FINE_S)):
-        gpu = MadeUpGpu(made_up_gpu.model_of(shape), slowness)
+        gpu = MadeUpGpu(model_of(shape), slowness)
         jobs = latency_jobs(gpu, allowed_s)
         said = ", ".join(
             f"{quantity} {100 * np.median(off):.1f} {100 * np.quantile(off, 0.95):.1f}"
             for quantity, off in errors(gpu, predictor_of(gpu, jobs)).items()
         )
         print(f"{shape.layers} layers, host {slowness:g}, {len(jobs)} trials: {said}")
-    gpu = MadeUpGpu(made_up_gpu.model_of(SMALL))
+    gpu = MadeUpGpu(model_of(SMALL))
     windows = energy_jobs(gpu, 4)
     for kind, some in (("planned", windows), ("of stacks", as_stacks(windows))):
         off = 100 * np.abs(joule_errors(gpu, some))

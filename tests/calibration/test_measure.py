@@ -21,6 +21,7 @@ from calibration.measuring.bench import Bench
 from calibration.measuring.grid import RICHNESS, Job
 from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
+from calibration.measuring.pace import Pace
 from calibration.measuring.plan_file import PLAN_FILE, check_same, earlier_plan
 from calibration.measuring.readings import (
     ENVIRONMENT_FILE,
@@ -30,7 +31,6 @@ from calibration.measuring.readings import (
 )
 from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
-from calibration.measuring.timing import Pace
 from calibration.model.early_exit import from_stock, save
 from calibration.model.fused import Fusion
 from calibration.options import parse_budget, parse_exits
@@ -51,7 +51,8 @@ def quick() -> Iterator[None]:
         patch.setattr("calibration.measuring.grid.RICHNESS", RICHNESS[-1:])
         patch.setattr("calibration.measuring.timing.CPU_SAMPLE_S", 2e-4)
         patch.setattr("calibration.measuring.timing.DISTURBED_SHARE", 1.0)
-        patch.setattr("calibration.measuring.timing._MOST_SETTLING", 1)
+        for module in ("pace", "timing"):
+            patch.setattr(f"calibration.measuring.{module}.MOST_SETTLING", 1)
         patch.setitem(measuring.COPY_BYTES, "cpu", 2**20)
         patch.setattr(load_trials, "LOAD_TRIALS", 1)
         yield
@@ -478,7 +479,7 @@ def test_kernels_are_written_down_and_a_model_is_not_measured_on_with_others(
     described(out, kernels=kernels | {"flash": "usable: it passed", "another": "usable: once"})
     done = measure(settings(checkpoint, out, resume=True))
     (note,) = (note for note in done.notes if "kernels" in note)
-    assert "since of its kernels flash was usable: it passed; now it is not usable: pro" in note
+    assert "since its kernel flash was usable: it passed; now it is not usable: pro" in note
     assert "kv_fill" not in set(read_points(out)["quantity"])
     assert read_points(out).height < before.height
     assert described(out)["kernels"]["flash"] == "usable: it passed"
@@ -524,7 +525,7 @@ def test_a_folder_of_readings_is_not_overwritten(checkpoint: Path, measured: Pat
     [
         ({"exits": (2, 4)}, r"was measured with exits \[1, 2, 4\] and now has \[2, 4\]"),
         ({"max_batch": 8}, "at most 4 rows of 64 tokens and now has 8 rows of 64 tokens"),
-        ({"seed": 3}, "readings are of seed 0 and now 3 is asked for"),
+        ({"seed": 3}, "readings were taken with seed 0 and 3 is asked for now"),
     ],
     ids=lambda one: str(one)[:20],
 )
@@ -539,7 +540,7 @@ def test_resuming_with_other_threads_is_refused(checkpoint: Path, measured: Path
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
-        with pytest.raises(InputError, match=f"threads {before} and now {before + 1} is asked"):
+        with pytest.raises(InputError, match=f"threads {before} and {before + 1} is asked for now"):
             measure(settings(checkpoint, measured, resume=True))
     finally:
         torch.set_num_threads(before)
@@ -715,7 +716,7 @@ def test_budgets_and_exits_are_read_as_people_write_them() -> None:
     for wrong in ("", "ten minutes", "-5m"):
         with pytest.raises(InputError, match="no duration"):
             parse_budget(wrong)
-    with pytest.raises(InputError, match="no layers"):
+    with pytest.raises(InputError, match="not layer numbers"):
         parse_exits("8;16")
 
 

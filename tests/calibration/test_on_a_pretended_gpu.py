@@ -22,12 +22,13 @@ from calibration import doctor
 from calibration.measuring import grid, load_trials
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
+from calibration.measuring.capture import Captured, NotCaptured, capture
 from calibration.measuring.floors import COPY_BYTES
 from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.meters import NoMeter
+from calibration.measuring.pace import Pace
 from calibration.measuring.readings import READINGS_FILE, read_points
 from calibration.measuring.sources import sample_tokens
-from calibration.measuring.timing import Captured, NotCaptured, Pace, capture
 from calibration.model import launches
 from calibration.model.confidence import Confidence
 from calibration.model.decode import Decoder, generate, slot_pool
@@ -346,7 +347,7 @@ def test_what_was_to_be_replayed_is_left_out_where_capturing_fails_when_resumed(
     done = measure(replace(measurement, resume=True))
     decode = read_points(out).filter(pl.col("quantity") == "decode_layers")
     assert set(decode["mode"]) == {"eager"}
-    assert any("of the plan cannot be taken, being from CUDA graphs" in note for note in done.notes)
+    assert any("of the plan cannot be taken: they need CUDA graphs" in note for note in done.notes)
     written = json.loads((out / "environment.json").read_text())
     assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
 

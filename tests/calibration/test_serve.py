@@ -18,13 +18,20 @@ import torch
 from calibration.cli import main
 from calibration.measuring.board import Board, open_board
 from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
-from calibration.measuring.timing import Pace
+from calibration.measuring.pace import Pace
 from calibration.model import checkpoint
 from calibration.model.early_exit import EarlyExitLM
 from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
-from calibration.serving.serve import ServeSettings, line_of, prepare, serve, threads_of
+from calibration.serving.serve import (
+    ServeSettings,
+    line_of,
+    places_of,
+    prepare,
+    serve,
+    threads_of,
+)
 from calibration.serving.slowdown import measured_pace, slowdown_facts, waited_s
 from calibration.serving.weights import KvChoice
 from calibration.training.text import ByteTokenizer, corpus
@@ -197,9 +204,21 @@ def test_the_runs_own_exit_traces_hold_what_each_served_token_would_do(served) -
 
 def test_serving_again_gives_the_same_tokens_but_not_the_same_times(place, capsys) -> None:
     main_arguments = [
-        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family")),
-        *("--out", str(place / "twice"), "--policy", "ee-single", "--limit", "6"),
-        *("--repeat", "2", "--device", "cpu", "--kv", "pages"),
+        str(place / "tiny.toml"),
+        "--checkpoints",
+        str(place / "family"),
+        "--out",
+        str(place / "twice"),
+        "--policy",
+        "ee-single",
+        "--limit",
+        "6",
+        "--repeat",
+        "2",
+        "--device",
+        "cpu",
+        "--kv",
+        "pages",
     ]
     code, _ = told(capsys, *main_arguments)
     assert code == 0
@@ -253,17 +272,30 @@ def test_a_static_batch_in_blocks_finds_room_however_many_of_its_rows_leave_one_
     blocks = 24
     memory = spec.weight_bytes(4) + blocks * spec.kv_bytes_per_token(4)
     changes = [
-        *("serving.batching=static", "serving.block_tokens=1", "serving.max_batch=8"),
-        *("serving.watermark=0.0", "serving.expected_prompt_tokens=1"),
-        *("fleet.candidates=['small']", f"fleet.memory_bytes={memory}"),
-        *("fleet.memory_utilisation=1.0", "workload.num_requests=8"),
-        *("workload.arrivals.rate_per_s=1e6", "workload.prompt={kind='constant',tokens=1}"),
+        "serving.batching=static",
+        "serving.block_tokens=1",
+        "serving.max_batch=8",
+        "serving.watermark=0.0",
+        "serving.expected_prompt_tokens=1",
+        "fleet.candidates=['small']",
+        f"fleet.memory_bytes={memory}",
+        "fleet.memory_utilisation=1.0",
+        "workload.num_requests=8",
+        "workload.arrivals.rate_per_s=1e6",
+        "workload.prompt={kind='constant',tokens=1}",
         f"workload.output={{kind='constant',tokens={blocks}}}",
     ]
     settings = ServeSettings((place / "family",), ("ee-single",), device="cpu", kv="pages")
     (one,) = serve(place / "tiny.toml", tmp_path / "run", settings, changes)
     assert one.summary["completed"] == 8
     assert one.summary["num_preemptions"] >= 7
+
+
+def test_a_served_run_has_the_folder_of_the_simulated_one(tmp_path) -> None:
+    labels = ["early_exit", "HELIOS, RI 600", "helios ri 600"]
+    names = ["early_exit", "helios-ri-600", "helios-ri-600-2"]
+    assert places_of(tmp_path, labels, 1) == [tmp_path / name for name in names]
+    assert places_of(tmp_path, labels[:1], 2) == [tmp_path / f"repeat-{k}" for k in (1, 2)]
 
 
 def test_every_exit_is_asked_before_the_clock_starts(place, monkeypatch) -> None:
@@ -513,8 +545,15 @@ def test_an_interrupt_leaves_no_half_a_run(place, capsys, monkeypatch) -> None:
     monkeypatch.setattr("calibration.serving.host.Host.emit", interrupted)
     code, said = told(
         capsys,
-        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family")),
-        *("--out", str(place / "never"), "--policy", "helios", "--device", "cpu"),
+        str(place / "tiny.toml"),
+        "--checkpoints",
+        str(place / "family"),
+        "--out",
+        str(place / "never"),
+        "--policy",
+        "helios",
+        "--device",
+        "cpu",
     )
     assert code == 130
     assert "the run under way was not written" in said
@@ -550,7 +589,11 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(place, capsys, arguments
     out = place / "refused"
     code, error = told(
         capsys,
-        *(str(scenario), "--checkpoints", str(place / "family"), "--out", str(out)),
+        str(scenario),
+        "--checkpoints",
+        str(place / "family"),
+        "--out",
+        str(out),
         *arguments,
     )
     assert code == 2
@@ -561,8 +604,11 @@ def test_what_cannot_be_served_is_refused_in_a_sentence(place, capsys, arguments
 def test_a_candidate_without_a_checkpoint_is_named(place, capsys) -> None:
     code, error = told(
         capsys,
-        *(str(place / "tiny.toml"), "--checkpoints", str(place / "family" / "small")),
-        *("--out", str(place / "refused")),
+        str(place / "tiny.toml"),
+        "--checkpoints",
+        str(place / "family" / "small"),
+        "--out",
+        str(place / "refused"),
     )
     assert code == 2
     assert "candidate 'large' has no checkpoint" in error
@@ -638,8 +684,8 @@ def test_calibrated_confidence_is_served_and_only_that_of_all_domains(
         (None, 2, torch.bfloat16),
         ("bfloat16", 2, torch.bfloat16),
         ("float16", 2, torch.float16),
-        ("float16", 4, "in 'float16' and has 4 bytes a parameter; served are float32 of that size"),
-        ("int8", 2, "in 'int8' and has 2 bytes a parameter; served are bfloat16, float16 of"),
+        ("float16", 4, "in 'float16' and has 4 bytes a parameter; of that size float32 can be"),
+        ("int8", 2, "in 'int8' and has 2 bytes a parameter; of that size bfloat16, float16 can"),
     ],
 )
 def test_models_are_served_in_the_type_that_the_profile_was_measured_in(

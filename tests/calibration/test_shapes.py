@@ -7,11 +7,13 @@ import torch
 
 from calibration.model import memory
 from calibration.model.decode import Decoder, generate, slot_pool
+from calibration.model.early_exit import empty_model
 from calibration.model.family import shape_of
-from calibration.model.shapes import ROPE_THETA, config_of, random_model
+from calibration.model.shapes import ROPE_THETA, RandomSource, config_of, random_model
 from helios_sim.errors import InputError
 from helios_sim.model import PUBLIC_SHAPES, ModelShape
 from tests.calibration import tiny
+from tests.factories import total_params
 
 SMALL = ModelShape("llama", 6, 64, 4, 2, 16, 128, 256, 128, True)
 PARAMETERS_IN_BILLIONS = {
@@ -28,7 +30,7 @@ PARAMETERS_IN_BILLIONS = {
 
 @pytest.mark.parametrize("name", PUBLIC_SHAPES)
 def test_shapes_have_the_published_number_of_parameters(name):
-    billions = PUBLIC_SHAPES[name].total_params() / 1e9
+    billions = total_params(PUBLIC_SHAPES[name]) / 1e9
     assert billions == pytest.approx(PARAMETERS_IN_BILLIONS[name], abs=6e-4)
 
 
@@ -72,7 +74,18 @@ def test_a_layer_has_the_same_weights_however_it_was_reached():
 
 
 def test_random_layers_come_back_from_host_memory():
-    model = random_model(SMALL, 4, host_copy=True)
+    config, source = config_of(SMALL), RandomSource(0)
+    model = empty_model(
+        config,
+        SMALL,
+        name="random",
+        exits=(4, 6),
+        source=source,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        host_copy=True,
+    )
+    model.grow(4)
     before = generate(Decoder(model, slot_pool(model, 1, 32)), [tiny.prompt(5)], 8)
     model.unload()
     assert model.grow(4).source == "host"

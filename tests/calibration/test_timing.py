@@ -7,16 +7,13 @@ import time
 import pytest
 import torch
 
+from calibration.measuring.capture import Captured, NotCaptured, capture
+from calibration.measuring.pace import Pace, Reference
 from calibration.measuring.timing import (
     MAX_TRIES,
-    Captured,
-    NotCaptured,
-    Pace,
-    Reference,
     Sample,
     WallTimer,
     Work,
-    capture,
     measure_pace,
     median_and_mad,
     timed,

@@ -34,7 +34,8 @@ from calibration.training.thresholds import (
 )
 from calibration.training.trace import TraceOptions, trace_checkpoints
 from helios_sim.errors import InputError
-from helios_sim.exits import NLL_STEPS_PER_NAT, read_traces
+from helios_sim.exits import read_traces
+from helios_sim.state import NLL_UNITS_PER_NAT
 from tests.calibration.small import FAMILY
 from tests.calibration.tiny import stock_model
 
@@ -342,7 +343,7 @@ def test_pairs_are_those_that_the_scores_of_the_traced_text_tell(
         right = scores[b].right[early, 0]
         assert pair["right_of_early"] == (round(float(right.mean()), 4) if len(right) else None)
     steps = read_traces(out / "exits.parquet").nll_nats["code-2l"].astype(np.float64)
-    steps *= NLL_STEPS_PER_NAT
+    steps *= NLL_UNITS_PER_NAT
     np.testing.assert_array_equal(steps, np.round(steps))
 
 

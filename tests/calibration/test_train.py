@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,8 @@ def test_what_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
         train_family(ONE, tmp_path / "full", options)
     train_family(ONE, tmp_path / "family", options)
     for place, said in (
-        ("code-2l/.early_exit.json.partial", "The confidence cannot be stored"),
-        (".training.json.partial", "The report cannot be written"),
+        (f"code-2l/.early_exit.json.{os.getpid()}.partial", "The confidence cannot be stored"),
+        (f".training.json.{os.getpid()}.partial", "The report cannot be written"),
     ):
         # A folder stands where the file would be written.
         (tmp_path / "family" / place).mkdir()
@@ -219,8 +220,8 @@ def test_bad_input_is_told_with_what_is_allowed(capsys: pytest.CaptureFixture[st
             call()
     for words, said in (
         ((), "--out"),
-        (("--exits", "2,4"), "--exits: It is of exit heads"),
-        (("--domain", "code"), "--domain: It is of exit heads"),
+        (("--exits", "2,4"), "--exits: It applies to exit heads only"),
+        (("--domain", "code"), "--domain: It applies to exit heads only"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["train", "--preset", "tiny", *words])

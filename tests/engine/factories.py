@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from helios_sim.arrivals import ArrivalSettings, PoissonArrivals, open_arrivals, stream
+from helios_sim.arrivals import ArrivalSettings, PoissonArrivals, open_arrivals
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.engine import DecisionEntry, Run, Setup, simulate
 from helios_sim.exits import ExitTraces
@@ -34,6 +34,7 @@ from helios_sim.profile import (
 )
 from helios_sim.records import RunData
 from helios_sim.scenario import FleetSettings, MeasureSettings, ServingSettings
+from helios_sim.streams import stream
 from helios_sim.workload import Requests
 
 SECONDS = {

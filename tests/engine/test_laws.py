@@ -21,10 +21,10 @@ import polars as pl
 import pytest
 
 from helios_sim import batch, engine
-from helios_sim.arrivals import stream
 from helios_sim.cards import candidate_card
 from helios_sim.engine import Replica, Run, Setup, decided
 from helios_sim.exits import ExitTraces
+from helios_sim.laws import check_run
 from helios_sim.memory import used_blocks
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Evaluate, ExitMode, Keep, Watching
@@ -32,8 +32,9 @@ from helios_sim.policy.controller import Controller
 from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.policy.snapshot_json import read_snapshots
 from helios_sim.profile import Link
-from helios_sim.records import RunData, check_run, write_run
+from helios_sim.records import RunData, write_run
 from helios_sim.state import FINISHED, NOBODY, REFUSED, RUNNING, UNSENT, WAITING
+from helios_sim.streams import stream
 from helios_sim.traces import TraceSettings
 from helios_sim.workload import Requests, WorkloadSettings, generate
 from tests.engine.factories import (

@@ -12,8 +12,9 @@ import pytest
 
 from helios_sim import batch, state
 from helios_sim.engine import Run, Setup
+from helios_sim.laws import check_run
 from helios_sim.memory import used_blocks
-from helios_sim.records import RunData, check_run
+from helios_sim.records import RunData
 from helios_sim.state import BETWEEN, DECODING, PREFILLING
 from helios_sim.workload import Requests
 from tests.engine.factories import (

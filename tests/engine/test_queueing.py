@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helios_sim.arrivals import stream
 from helios_sim.profile import Link
+from helios_sim.streams import stream
 from tests.engine.factories import (
     arrivals_of,
     play,

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 
 from helios_sim.errors import InputError
+from helios_sim.laws import check_run
 from helios_sim.metrics import summarise
 from helios_sim.policy.contract import Event
 from helios_sim.profile import Profile
-from helios_sim.records import check_run
 from helios_sim.report import render
 from tests.engine.factories import (
     both_models,

@@ -176,7 +176,7 @@ def _switches_to_itself(_: Any, snapshot: Snapshot) -> Decision:
         (_peeks, "test_sees_the_future_only_if_it_says_so", AssertionError),
         (_evaluates_for_ever, "test_every_round_of_evaluations_ends", AssertionError),
         (_switches_to_itself, "test_every_decision_can_be_carried_out", InputError),
-        (lambda _, s: _serve(s, " "), "test_every_decision_gives_its_reason", AssertionError),
+        (lambda _, s: _serve(s, " "), "test_every_decision_gives_its_reason", InputError),
         (lambda _, s: Keep("No."), "test_every_decision_can_be_carried_out", InputError),
     ],
 )

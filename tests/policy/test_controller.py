@@ -99,17 +99,17 @@ def test_a_round_grows_with_evaluations_and_begins_anew_with_a_reassessment() ->
         rounds.append(seen.round_evaluated)
     small, both = (SMALL.name,), (SMALL.name, LARGE.name)
     assert rounds == [(), small, both, both, (), small]
-    assert [len(rows) for rows in controller.history.values()] == [2, 1]
-    assert controller.round_evaluated == small
+    assert [len(rows) for rows in seen.history.values()] == [2, 1]
 
 
 def test_the_table_keeps_the_latest_evaluations_oldest_first() -> None:
-    """Of three evaluations two are kept when two are asked for."""
-    controller = Controller(Helios(), PAIR, keep_evaluations=2)
-    evaluations = [replace(evaluation_of(SMALL), duration_s=float(n)) for n in range(3)]
+    """Of six evaluations four are kept."""
+    controller = Controller(Helios(), PAIR)
+    evaluations = [replace(evaluation_of(SMALL), duration_s=float(n)) for n in range(6)]
     for evaluation in evaluations:
         controller.record_evaluation(evaluation)
-    assert controller.history == {SMALL.name: tuple(evaluations[1:]), LARGE.name: ()}
+    _, seen = consult(controller)
+    assert seen.history == {SMALL.name: tuple(evaluations[2:]), LARGE.name: ()}
 
 
 def test_a_snapshot_does_not_change_after_it_was_handed_out() -> None:
@@ -159,6 +159,11 @@ NOW = Assignment(SMALL.name, 12, PARTIAL)
         (Switch("opt-13b", 9, PARTIAL, ""), NOW, "Switch of model 'opt-13b'"),
         (Serve("tight", 24, PARTIAL, ""), NOW, "choose what fits"),
         (Evaluate("tight", 5, PARTIAL, ""), NOW, "choose what fits"),
+        (Keep(""), NOW, "decided Keep with the reason ''; it must give a text that says why"),
+        (Serve(SMALL.name, 6, PARTIAL, " "), NOW, "Serve with the reason ' '; .* a text"),
+        (Evaluate(LARGE.name, 5, PARTIAL, 5), NOW, "with the reason 5"),  # type: ignore[arg-type]
+        (LoadLayers(24, PARTIAL, None), NOW, "with the reason None"),  # type: ignore[arg-type]
+        (Switch(LARGE.name, 9, PARTIAL, b"x"), NOW, "reason b'x'"),  # type: ignore[arg-type]
     ],
 )
 def test_a_decision_that_cannot_be_carried_out_is_refused_in_a_sentence(
@@ -186,11 +191,11 @@ def test_a_host_that_knows_its_memory_says_what_is_needed_and_what_is_there() ->
 @pytest.mark.parametrize(
     "decision",
     [
-        Keep(""),
-        Serve(SMALL.name, 6, PARTIAL, ""),
-        Evaluate(LARGE.name, 1, ExitMode.WAIT, ""),
-        LoadLayers(24, ExitMode.WAIT, ""),
-        Switch(LARGE.name, 17, PARTIAL, ""),
+        Keep("Why."),
+        Serve(SMALL.name, 6, PARTIAL, "Why."),
+        Evaluate(LARGE.name, 1, ExitMode.WAIT, "Why."),
+        LoadLayers(24, ExitMode.WAIT, "Why."),
+        Switch(LARGE.name, 17, PARTIAL, "Why."),
     ],
 )
 def test_a_decision_that_can_be_carried_out_passes(decision: Decision) -> None:
@@ -212,7 +217,8 @@ def test_a_host_that_forgets_something_is_told() -> None:
         controller.record_evaluation(serving)
     with pytest.raises(ValueError, match="2 exit counts"):
         controller.record_evaluation(replace(evaluation_of(SMALL), exit_counts=(1, 2)))
-    assert controller.history == {SMALL.name: (), LARGE.name: ()}
+    _, seen = consult(controller)
+    assert seen.history == {SMALL.name: (), LARGE.name: ()}
 
 
 def test_candidates_have_distinct_names_and_there_is_one() -> None:
@@ -243,22 +249,6 @@ def test_logs_of_several_replicas_are_told_apart() -> None:
     order = [(replica, seen) for seen in walked for replica in (1, 0)]
     lines = [logs[replica].write(seen) for replica, seen in order]
     assert read_snapshots([replica for replica, _ in order], lines) == [seen for _, seen in order]
-
-
-def test_a_logged_card_of_iterations_at_one_batch_knows_that_batch() -> None:
-    """One number an exit, at the reference batch."""
-    seen = ScriptedHost(Helios(), (replace(SMALL, reference_batch=4, batches=(4,)),)).ask(
-        Event.START
-    )[1]
-    told = json.loads(snapshot_to_json(seen))
-    (card,) = told["candidates"]
-    del card["batches"]
-    for key in ("decode_iteration_s", "decode_iteration_j"):
-        card[key] = [one for (one,) in card[key]]
-    assert snapshot_from_json(json.dumps(told)) == seen
-    card["decode_iteration_j"] = None
-    (unmetered,) = snapshot_from_json(json.dumps(told)).candidates
-    assert unmetered == replace(seen.candidates[0], decode_iteration_j=None)
 
 
 def test_a_logged_snapshot_replays_to_the_same_decision() -> None:

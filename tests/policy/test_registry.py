@@ -79,6 +79,15 @@ class Torn(Mine):
 
     def missing(self):
         return {}["no"]
+
+class Trusting(Mine):
+    def __init__(self, trust):
+        object.__setattr__(self, "confidence_threshold", trust)
+
+class Breached(Mine):
+    def __init__(self, window, limit):
+        watching = Watching(breach_window_tokens=window or None, breach_limit=limit)
+        object.__setattr__(self, "watching", watching)
 """
 
 
@@ -156,6 +165,10 @@ def test_options_reach_the_settings() -> None:
         ("mine:Mine", {"patience": 2.5}, "patience = 2.5; it must be a whole number"),
         ("mine:Moody", {"patience": 0}, "reassess_requests = 0; .* at least 1 or None"),
         ("mine:Torn", {}, r"failed in .*: KeyError: 'no', mine.py line 5\d\. HELIOS_TRACEBACK=1"),
+        ("mine:Trusting", {"trust": 50}, "confidence_threshold = 50; .* from 0 to 1, or None"),
+        ("mine:Trusting", {"trust": -1}, "confidence_threshold = -1; it must be a number from 0"),
+        ("mine:Trusting", {"trust": float("nan")}, "confidence_threshold = nan"),
+        ("mine:Breached", {"window": 9, "limit": 9}, "breach_limit = 9; it must be below the 9"),
         ("mine:Misspelt", {}, "hot_rules names 'may_jion'; .* Did you mean 'may_join'"),
         ("mine:Short", {}, "a function of 5 arguments for 'is_breach'; it must take 3"),
         ("mine:Uncallable", {}, "gives 3 for 'is_breach'; it must be a function"),
@@ -168,6 +181,14 @@ def test_what_cannot_be_made_is_refused_in_a_sentence(
     """Unknown names name the nearest; wrong values name what is allowed."""
     with pytest.raises(InputError, match=sentence):
         make_policy(use, options, search_path=folder)
+
+
+def test_what_a_policy_may_trust_and_watch_ends_where_a_shipped_ones_does(folder: Path) -> None:
+    """A threshold may be 0 or 1, and a limit one breach below its window or without a window."""
+    for options in ({"trust": 0}, {"trust": 1.0}, {"trust": None}):
+        assert make_policy("mine:Trusting", options, search_path=folder)
+    for options in ({"window": 9, "limit": 8}, {"window": 0, "limit": 50}):
+        assert make_policy("mine:Breached", options, search_path=folder)
 
 
 def test_an_error_names_the_place_it_was_given() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from helios_sim.metrics import columns_of
+from helios_sim.latencies import columns_of
 from helios_sim.scenario import ServingSettings
 from helios_sim.search.bottleneck import find_bottleneck
 from helios_sim.search.points import late_while

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from helios_sim.arrivals import stream
 from helios_sim.search.capacity import Capacity, find_capacity, find_fleet
 from helios_sim.search.verdict import Criterion, Verdict, criterion
+from helios_sim.streams import stream
 from tests.engine.factories import arrivals_of
 from tests.engine.test_queueing import ITERATION_S, erlang_c, waits_of
 

@@ -23,12 +23,12 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.profile import load_profile
 from helios_sim.questions import PlanSettings
-from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
 from helios_sim.search.points import point_of, run_point
 from helios_sim.search.tune import read_tune, samples_of
 from helios_sim.search.words import TIMES
+from helios_sim.toml_writer import toml_text
 
 RANGES = {
     "policy.breach_limit": {"low": 10, "high": 90},
@@ -377,7 +377,7 @@ def test_a_fleet_that_breaks_a_constraint_is_shown_and_not_recommended(tmp_path:
 
 def test_constraints_that_no_fleet_keeps_are_told_with_the_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"constraints": "tpot:p99<1ms"})
-    with pytest.raises(InputError, match=r"Nearest comes 'vanilla' and breaks tpot:p99<=1ms \(r"):
+    with pytest.raises(InputError, match=r"'vanilla' comes nearest and breaks tpot:p99<=1ms \(r"):
         plan(path, [], inline(tmp_path / "out"))
 
 
@@ -742,18 +742,34 @@ def test_a_dask_cluster_of_two_workers_gives_the_bytes_of_processes(
     quiet["cwd"] = tmp_path / "elsewhere"
     scheduler = subprocess.Popen(
         [
-            *(sys.executable, "-m", "distributed.cli.dask_scheduler"),
-            *("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--no-jupyter"),
-            *("--scheduler-file", str(scheduler_file)),
+            sys.executable,
+            "-m",
+            "distributed.cli.dask_scheduler",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--no-dashboard",
+            "--no-jupyter",
+            "--scheduler-file",
+            str(scheduler_file),
         ],
         **quiet,
     )
     workers = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "distributed.cli.dask_worker"),
-                *("--scheduler-file", str(scheduler_file), "--nthreads", "1", "--no-nanny"),
-                *("--no-dashboard", "--local-directory", str(tmp_path / f"worker{number}")),
+                sys.executable,
+                "-m",
+                "distributed.cli.dask_worker",
+                "--scheduler-file",
+                str(scheduler_file),
+                "--nthreads",
+                "1",
+                "--no-nanny",
+                "--no-dashboard",
+                "--local-directory",
+                str(tmp_path / f"worker{number}"),
             ],
             **quiet,
         )

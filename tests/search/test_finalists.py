@@ -15,7 +15,7 @@ from helios_sim.search.page import tune_page
 from helios_sim.search.points import Point
 from helios_sim.search.samplers import Listed, Sampler
 from helios_sim.search.space import Space
-from helios_sim.search.tables import trial_records, trial_rows
+from helios_sim.search.tables import trial_records, trial_rows, tune_front
 from helios_sim.search.tune import Tuned, read_tune, recommended, tune_study
 from helios_sim.search.words import tune_headline, tune_remarks
 
@@ -284,7 +284,7 @@ def test_several_objectives_send_the_front_to_the_finals_before_what_it_beats() 
 
     found = tuned(answer, objectives=["energy", "agreement"], finalists=3)
     assert {one.trial.number for one in found.finalists} == {0, 1, 2}
-    assert {one.number for one in found.front} == {0, 1, 2}
+    assert {row["trial"] for row in tune_front(found)} == {0, 1, 2}
 
 
 def test_a_trace_with_too_few_windows_for_the_finals_says_which_samples_there_are(

@@ -10,22 +10,22 @@ import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
-from helios_sim.records import toml_text
 from helios_sim.scenario import load_scenario, resolved
 from helios_sim.search.capacity import Capacity
+from helios_sim.search.means import mean_figures
 from helios_sim.search.plan import (
     FleetAnswer,
     Load,
     PlanQuestion,
     fleet_scenario,
     make_plan,
-    mean_figures,
     planned_scenario,
     ranked,
     read_plan,
 )
 from helios_sim.search.prices import Cost
 from helios_sim.search.verdict import Verdict
+from helios_sim.toml_writer import toml_text
 from tests.search.test_commands import write
 
 CARRIED = Verdict((), 3)

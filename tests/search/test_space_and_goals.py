@@ -332,8 +332,15 @@ def test_a_prices_file_is_read_strictly(tmp_path: Path) -> None:
     file.write_text('[gpu.X]\nper_gpu_hours = 1.0\ngrade = "assumed"\n')
     with pytest.raises(InputError, match="Did you mean 'per_gpu_hour'"):
         load_prices("p.toml", tmp_path, "here")
+    file.write_text('[gpu.X]\nper_gpu_hour = 1.0\ngrade = "paid"\nsauce = "a bill"\n')
+    says = r"p\.toml, gpu\.X\.sauce: .*'source'\? Allowed are grade, per_gpu_hour, source"
+    with pytest.raises(InputError, match=says):
+        load_prices("p.toml", tmp_path, "here")
+    file.write_text("[gpu.X]\nper_gpu_hour = 1.0\n")
+    with pytest.raises(InputError, match=r"p\.toml, gpu\.X\.grade: The key 'grade' is required"):
+        load_prices("p.toml", tmp_path, "here")
     file.write_text('[gpu.X]\nper_gpu_hour = 1.0\ngrade = "rumour"\n')
-    with pytest.raises(InputError, match="rumour"):
+    with pytest.raises(InputError, match=r"p\.toml, gpu\.X\.grade: .*'rumour'; input should be"):
         load_prices("p.toml", tmp_path, "here")
     for missing in ("q.toml", "x" * 300, "a\0b"):
         with pytest.raises(InputError, match=r"^here, .*: The file cannot be read"):

@@ -16,7 +16,7 @@ import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
-from helios_sim.metrics import columns_of
+from helios_sim.latencies import columns_of
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.executors import InlineExecutor, Workers, open_workers
 from helios_sim.search.points import Point, _judged, code_files, point_of, run_point
@@ -171,7 +171,7 @@ def test_a_full_disk_ends_clearly_and_keeps_what_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = points_of(tmp_path, [1.0, 2.0, 3.0])
-    written = Path.write_text
+    written = Path.write_bytes
     folder = tmp_path / "points"
     store = Store(folder)
 
@@ -180,7 +180,7 @@ def test_a_full_disk_ends_clearly_and_keeps_what_is_finished(
             raise OSError(errno.ENOSPC, "No space left on device")
         return written(self, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(InputError, match=r"No space left.* 2 finished points are kept.*--resume"):
         carry_out([asking(points, 1)], INLINE, store)
     monkeypatch.undo()

@@ -1,0 +1,131 @@
+"""A known piece of work beside the one that is timed, and the pace of a machine that it tells.
+
+How quick it is at its best is the machine's pace, by which two runs on it can be compared; how much
+slower it is at the moment says what others cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+SETTLED: Final = 0.95
+"""Caches are as full as they get when a repetition takes more than this share of the one before."""
+
+MOST_SETTLING: Final = 16
+"""Repetitions that settling takes at most."""
+
+_CORE_JITTER: Final = 1.08
+_MEMORY_JITTER: Final = 1.15
+"""The reference's own times vary by so much on a quiet machine."""
+
+_PACE_S: Final = 0.05
+"""Spent on one look at a machine's pace."""
+
+_MATRIX: Final = 512
+"""Rows and columns of the reference's larger matrices, 1 MiB each."""
+
+_CACHED_MATRICES: Final = 4
+"""More than a core's own cache holds, less than the cores' common one."""
+
+_STREAMED_MATRICES: Final = 64
+"""More than any cache keeps beside other work."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that known pieces of work take on a machine at its best.
+
+    `core_s` is arithmetic within a core, `memory_s` reading from the common cache and from memory
+    (on a GPU a product of matrices, and a copy).
+    """
+
+    core_s: float
+    memory_s: float
+
+    def against(self, other: Pace) -> float:
+        """How many times longer it takes than another: the larger of the two ratios."""
+        return max(self.core_s / other.core_s, self.memory_s / other.memory_s)
+
+    def quickest(self, other: Pace) -> Pace:
+        """The better of two, part by part."""
+        return Pace(min(self.core_s, other.core_s), min(self.memory_s, other.memory_s))
+
+
+class Reference:
+    """A known piece of work whose time tells whether a processor is shared at the moment.
+
+    Small products and sums, as small models are made of; then products of vectors with matrices
+    that lie in the common cache, and with others that lie in memory. The quickest times so far are
+    what they take alone.
+    """
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._rows = torch.randn(16, 96, generator=generator)
+        self._weights = torch.randn(96, 96, generator=generator)
+        self._vector = torch.ones(_MATRIX)
+        matrices = torch.ones(_CACHED_MATRICES + _STREAMED_MATRICES, _MATRIX, _MATRIX).unbind()
+        self._cached, self._streamed = matrices[:_CACHED_MATRICES], matrices[_CACHED_MATRICES:]
+        self._next = 0
+        self.best = Pace(math.inf, math.inf)
+        """The machine's pace as far as it is known."""
+        for _ in range(20):
+            self.look()
+
+    def look(self) -> Pace:
+        """What it takes now."""
+        self._compute_s(3)
+        core_s = self._compute_s(30)
+        streamed = self._streamed[self._next : self._next + _CACHED_MATRICES]
+        self._next = (self._next + _CACHED_MATRICES) % _STREAMED_MATRICES
+        streamed_s = self._read_s(streamed)
+        # What ran before has taken the cache, which comes back little by little.
+        cached_s = math.inf
+        for _ in range(MOST_SETTLING):
+            before_s, cached_s = cached_s, min(cached_s, self._read_s(self._cached))
+            if cached_s > SETTLED * before_s:
+                break
+        found = Pace(core_s, cached_s + streamed_s)
+        self.best = self.best.quickest(found)
+        return found
+
+    def lost_share(self) -> float:
+        """Share of its time that others cost it now, beyond what varies anyway."""
+        now = self.look()
+        core = 1.0 - _CORE_JITTER * self.best.core_s / now.core_s
+        memory = 1.0 - _MEMORY_JITTER * self.best.memory_s / now.memory_s
+        return max(0.0, core, memory)
+
+    def pace(self, seconds: float = _PACE_S) -> Pace:
+        """The best of looks over some time, whatever was seen before."""
+        found = self.look()
+        until_s = time.perf_counter() + seconds
+        while time.perf_counter() < until_s:
+            found = found.quickest(self.look())
+        return found
+
+    def _compute_s(self, times: int) -> float:
+        begin_s = time.perf_counter()
+        for _ in range(times):
+            torch.mm(self._rows, self._weights)
+            self._rows.add(1.0)
+        return time.perf_counter() - begin_s
+
+    def _read_s(self, matrices: Sequence[torch.Tensor]) -> float:
+        begin_s = time.perf_counter()
+        for matrix in matrices:
+            torch.mv(matrix, self._vector)
+        return time.perf_counter() - begin_s
+
+
+@functools.cache
+def reference() -> Reference:
+    """The processor's reference: one for all timers, so that its best is the best of the run."""
+    return Reference()

@@ -1,0 +1,67 @@
+"""Folders and files written whole or not at all: under a temporary name, then moved into place."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def folder_in_place(target: Path) -> Iterator[Path]:
+    """A folder to write to that takes the place of `target` once it is whole, or is gone.
+
+    What had the name before is removed after the move, whatever it holds: who calls checks first.
+    """
+    folder = target.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    # Not `tempfile.mkdtemp`, which keeps everybody else out whatever the umask says.
+    draft.mkdir()
+    try:
+        yield draft
+        move_into_place(draft, folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def move_into_place(partial: Path, target: Path) -> None:
+    """Give a finished folder its name; what had the name before is removed, or kept on failure."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    kept = aside / target.name
+    try:
+        target.rename(kept)
+        partial.rename(target)
+    except BaseException:
+        if kept.exists() and not target.exists():
+            kept.rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def file_in_place(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write a file under, which is then moved into place, or is gone."""
+    # The process is in the name, so that two commands that write one file do not mix their bytes.
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_whole(target: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    with file_in_place(target) as partial:
+        partial.write_bytes(content)

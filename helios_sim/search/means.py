@@ -1,0 +1,33 @@
+"""Figures of several samples as one: means, and what a profile can only extrapolate of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from helios_sim.search.points import Figures
+
+Means = dict[str, float | None]
+"""Plain figures of a summary, by key; None where one of the samples has none."""
+
+
+def mean_figures(figures: Sequence[Figures]) -> Means:
+    """The mean over replications of every plain figure; None where one of them has none."""
+    summaries = [one["summary"] for one in figures]
+    means: Means = {}
+    for key, first in summaries[0].items():
+        if isinstance(first, bool | str | list | Mapping):
+            continue
+        values = [summary[key] for summary in summaries]
+        known = [float(value) for value in values if isinstance(value, int | float)]
+        means[key] = fmean(known) if len(known) == len(values) else None
+    return means
+
+
+def clauses_beyond(figures: Sequence[Figures]) -> tuple[str, ...]:
+    """What of replications a profile can only extrapolate: the first clause about each model."""
+    found: dict[str, str] = {}
+    for one in figures:
+        for clause in one["summary"].get("beyond_measured", ()):
+            found.setdefault(clause.partition(":")[0], clause)
+    return tuple(found.values())
