@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, OPTForCausalLM
 
 from calibration.measuring.bench import Bench
 from calibration.measuring.board import board_of
-from calibration.measuring.floors import COPY_BYTES, time_copy, time_launches
+from calibration.measuring.floors import COPY_BYTES, time_copy, time_launch, time_read
 from calibration.measuring.grid import Job
 from calibration.measuring.meters import Absence, NoMeter, best_meter
 from calibration.measuring.sources import sample_tokens
@@ -370,18 +370,15 @@ def _training(device: torch.device) -> str:
 def _launches(device: torch.device) -> str:
     """A chain of launches, eager and replayed."""
     timer = timer_for(device)
-    eager = time_launches(20, device, timer, "eager", 3)
-    replayed = time_launches(20, device, timer, "graph", 3)
+    eager = time_launch(device, timer, "eager", 3)
+    replayed = time_launch(device, timer, "graph", 3)
     if isinstance(eager, str):
         raise Disagreement(eager)
     if isinstance(replayed, str):
         if device.type == "cuda":
             raise Disagreement(replayed)
         raise Skipped(replayed)
-    return (
-        f"{eager.seconds / 20 * 1e6:.1f} us a launch eager, {replayed.seconds / 20 * 1e6:.1f} us "
-        "replayed"
-    )
+    return f"{eager.seconds * 1e6:.1f} us a launch eager, {replayed.seconds * 1e6:.1f} us replayed"
 
 
 def _bench(device: torch.device) -> str:
@@ -432,11 +429,16 @@ def _time_per_layer(device: torch.device) -> str:
     if device.type != "cuda":
         raise Skipped("a processor is not asked for layers of this size")
     timer = timer_for(device)
-    launch = time_launches(200, device, timer, "graph", 3)
+    launch = time_launch(device, timer, "graph", 3)
     if isinstance(launch, str):
         raise Disagreement(launch)
-    copy, moved = time_copy(COPY_BYTES[device.type], device, timer, 3)
-    said = [f"{moved / copy.seconds / 1e12:.2f} TB/s, {launch.seconds / 200 * 1e6:.2f} us a launch"]
+    num_bytes = COPY_BYTES[device.type]
+    copy, moved = time_copy(num_bytes, device, timer, 3)
+    copies, reads = moved / copy.seconds, num_bytes / time_read(num_bytes, device, timer, 3).seconds
+    said = [
+        f"{copies / 1e12:.2f} TB/s copied, {reads / 1e12:.2f} TB/s read, "
+        f"{launch.seconds * 1e6:.2f} us a launch"
+    ]
     for name, shape in LAYERS.items():
         model = random_model(shape, 4, (2, 4), device=device)
         tokens = sample_tokens(shape.vocab, 4096)
@@ -451,7 +453,7 @@ def _time_per_layer(device: torch.device) -> str:
             two, four = (reading.seconds or 0.0 for reading in bench.time(job))
             read = model.plan(4).layer_bytes
             read += rows * LAYER_CONTEXT * model.kv_dims.bytes_per_token_layer
-            floor_s = max(launches * launch.seconds / 200, read * copy.seconds / moved)
+            floor_s = max(launches * launch.seconds, read / max(copies, reads))
             layer_s = (four - two) / 2
             said.append(
                 f"{name} with {rows} x {LAYER_CONTEXT} tokens {layer_s * 1e6:.0f} us in "

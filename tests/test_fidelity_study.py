@@ -7,9 +7,10 @@ import json
 import math
 import stat
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -40,6 +41,7 @@ from reports.fidelity.page import render
 from reports.fidelity.quality import BOUND, THRESHOLDS, choose
 from reports.fidelity.resimulate import changes, simulated_anew
 from reports.fidelity.summary import summary_text
+from reports.forked import Nursery
 from tests.test_fidelity import changed_profile, iterations_on
 from tests.test_report import Open, in_chromium, open_page, text_of
 
@@ -394,6 +396,29 @@ def test_the_server_is_the_command_with_its_options(
     fake.rename(tmp_path / "python")
     server(Path("one.toml"), Path("out"), 1)
     assert log.read_text().split()[:4] == ["-m", "calibration", "serve", "one.toml"]
+
+
+class Ward:
+    """What begins commands without a process of its own."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def run(self, module: str, arguments: Sequence[str]) -> tuple[int, str]:
+        self.asked = [module, *arguments]
+        return (2, "no model") if "bad.toml" in arguments else (0, "")
+
+
+def test_the_server_may_be_a_child_of_a_process_that_has_imported_all(tmp_path: Path) -> None:
+    ward = Ward()
+    server = study.serving_command([tmp_path], "cuda", nursery=cast(Nursery, ward))
+    server(Path("one.toml"), Path("out"), 1)
+    assert ward.asked == [
+        *("calibration", "serve", "one.toml", "--checkpoints", str(tmp_path)),
+        *("--out", "out", "--device", "cuda"),
+    ]
+    with pytest.raises(InputError, match="exit code 2: no model"):
+        server(Path("bad.toml"), Path("out"), 1)
 
 
 def test_a_model_without_early_exits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ import torch
 
 from helios_sim.errors import InputError
 from reports.fidelity.cases import CASES as STUDIED
+from reports.forked import Nursery, children_can
 from reports.gpu import campaign as campaigns
 from reports.gpu import cli
 from reports.gpu.campaign import STEPS_FILE, Call, Campaign, Step, Try, chosen
-from reports.gpu.forked import children_can
 from reports.gpu.packages import how_to_install, missing
 from reports.gpu.packing import MANIFEST, MOST_FILES, pack, unpack
 from reports.gpu.steps import CASES, CUDA_TESTS, PRESETS, steps_of, study_size
@@ -172,6 +172,23 @@ def test_what_children_can_is_asked_of_one() -> None:
     assert children_can(lambda: None)
     assert not children_can(fails)
     assert not children_can(lambda: time.sleep(60), limit_s=0.2)
+
+
+def test_a_nursery_runs_modules_one_after_another_and_says_how_each_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_ward.py").write_text(
+        "import os, sys\nprint('from', os.getppid())\nprint(*sys.argv[1:], file=sys.stderr)\n"
+        "sys.exit(len(sys.argv) - 1)\n"
+    )
+    nursery = Nursery(("json", "no_such_module"), tmp_path)
+    assert _runs(nursery.pid)
+    assert nursery.run("a_ward", []) == (0, f"from {nursery.pid}")
+    assert nursery.run("a_ward", ["two words", "more"]) == (2, "two words more")
+    assert nursery.run("no_such_module", [])[0] == 1
+    os.kill(nursery.pid, signal.SIGKILL)
+    assert nursery.run("a_ward", []) == (1, "the process that begins others is gone")
+    nursery.close()
 
 
 def _runs(pid: int) -> bool:

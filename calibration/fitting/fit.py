@@ -29,7 +29,7 @@ from calibration.fitting.points import (
     sound,
 )
 from calibration.fitting.regression import Equations
-from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE
+from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE, READ
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -605,14 +605,15 @@ def _floors(points: pl.DataFrame) -> dict[str, Any]:
 def device_floors(
     floors: Mapping[str, Any], model: str, mode: str
 ) -> tuple[float | None, float | None]:
-    """Bytes per second of a copy within the device, and seconds of launching one layer.
+    """Bytes per second that the device's memory gives, and seconds of launching one layer.
 
-    None where it was not measured.
+    The faster of copying and of only reading counts. None where it was not measured.
     """
     rates = floors.get("copy_bytes_per_s", {})
     launches = floors.get("launch_s_per_layer", {})
     own = launches.get(model, launches.get("", {}))
-    return rates.get(""), own.get(mode, own.get(""))
+    known = [rates[mode] for mode in ("", READ) if mode in rates]
+    return max(known, default=None), own.get(mode, own.get(""))
 
 
 def _against_floor(
@@ -624,7 +625,7 @@ def _against_floor(
     """By decode point at full depth: batch, context, seconds a layer, floor, their ratio.
 
     The floor is the larger of launching a layer and of reading its weights and KV at the measured
-    copy rate. Empty where no floor was measured.
+    memory rate. Empty where no floor was measured.
     """
     mode = times.modes["decode_layers"]
     rate, launch_s = device_floors(floors, model.name, mode)

@@ -255,7 +255,7 @@ def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
             f"Decode time per layer of {name} against batch",
             f"Measured at full depth ({mode or 'one mode'}), less what a stack takes beside its "
             "layers; lines are the profile. Dashed: the layer's weights and the KV it reads at the "
-            "measured copy rate. Dotted: launching as many kernels without work.",
+            "measured memory rate. Dotted: launching as many kernels without work.",
         )
         hidden = "" if not panes else " hidden"
         panes.append(f'<div id="layer-pane{place}" data-tabs="layers"{hidden}>{plot}</div>')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -15,7 +16,10 @@ from calibration.measuring.timing import Timer, Timing, Work, timed
 from calibration.model import launches
 
 COPY_BYTES: Final = {"cpu": 2**27, "cuda": 2**30}
-"""What is copied to read a device's memory bandwidth: far more than caches hold."""
+"""What is copied, and read, for a device's memory bandwidth: far more than caches hold."""
+
+CHAIN_LAUNCHES: Final = 200
+"""Launches of the chain that is timed for one: beginning a graph is then no part of them."""
 
 _LAUNCH_NOTHING: Final = frozenset(
     (
@@ -78,17 +82,24 @@ def launch_chain(length: int, device: torch.device) -> Work:
     return chain
 
 
-def time_launches(
-    length: int, device: torch.device, timer: Timer, mode: str, samples: int
-) -> Timing | str:
-    """Time a chain of `length` launches, eager or from a graph; a reason where that cannot be."""
-    chain = launch_chain(length, device)
+def time_launch(device: torch.device, timer: Timer, mode: str, samples: int) -> Timing | str:
+    """Time one launch of a long chain, eager or from a graph; a reason where that cannot be."""
+    chain = launch_chain(CHAIN_LAUNCHES, device)
     if mode == "graph":
         captured = capture(chain, device)
         if not isinstance(captured, Captured):
             return captured.reason
         chain = captured.replay
-    return timed([chain], timer, samples=samples)[0]
+    found = timed([chain], timer, samples=samples)[0]
+    each = found.seconds / CHAIN_LAUNCHES, found.mad_s / CHAIN_LAUNCHES
+    return replace(found, seconds=each[0], mad_s=each[1])
+
+
+def time_read(num_bytes: int, device: torch.device, timer: Timer, samples: int) -> Timing:
+    """Time reading so many bytes of the device's memory once, as a sum."""
+    source = torch.randn(num_bytes // 4, device=device)
+    work: Callable[[], object] = lambda: torch.sum(source)  # noqa: E731
+    return timed([work], timer, samples=samples)[0]
 
 
 def time_copy(

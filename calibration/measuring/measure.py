@@ -31,7 +31,7 @@ from calibration.measuring.describe import (
     describe_model,
     describe_system,
 )
-from calibration.measuring.floors import COPY_BYTES, time_copy, time_launches
+from calibration.measuring.floors import COPY_BYTES, time_copy, time_launch, time_read
 from calibration.measuring.grid import (
     ENERGY_SHARE,
     LOADING_SHARE,
@@ -60,6 +60,7 @@ from calibration.measuring.readings import (
     ENVIRONMENT_FILE,
     LINK,
     POINTS_FILE,
+    READ,
     Reading,
     Readings,
     busy_machine,
@@ -320,12 +321,16 @@ class _Session:
             self._keep(replace(reading, seconds=found.seconds, **power_columns(found)))
 
     def _copies(self) -> None:
-        """Copies within the device's memory, and to a GPU from page-locked memory."""
+        """Copies within the device's memory, reading it, and copies to a GPU from the host."""
         num_bytes = COPY_BYTES[self.device.type]
         for trial in range(_COPY_TRIALS):
             reading = Reading("copy_bandwidth", bytes=2 * num_bytes, trial=trial)
             if reading.key not in self.readings:
                 timing, _ = time_copy(num_bytes, self.device, timer_for(self.device), SAMPLES)
+                self._keep(reading.timed(timing))
+            reading = Reading("copy_bandwidth", mode=READ, bytes=num_bytes, trial=trial)
+            if reading.key not in self.readings:
+                timing = time_read(num_bytes, self.device, timer_for(self.device), SAMPLES)
                 self._keep(reading.timed(timing))
         linked = [
             Reading("copy_bandwidth", mode=LINK, bytes=_LINK_BYTES, trial=trial)
@@ -552,18 +557,22 @@ class _Session:
             self._note(f"{bench.name}: graphs could not be captured a second time: {error}")
 
     def _floors(self, bench: Bench) -> None:
-        """What a layer's launches take without work."""
-        count = bench.launches_per_layer()
-        self.environment["models"][bench.name]["launches_per_layer"] = count
+        """What a layer's launches take without work: the fewest, and in graphs those they hold."""
+        fewest = bench.launches_per_layer()
+        self.environment["models"][bench.name]["launches_per_layer"] = fewest
         for mode in ("eager", "graph") if self.device.type == "cuda" else ("eager",):
+            # A graph's kernels are chosen for the longest context that it may meet.
+            longest = bench.bounds.max_context
+            count = fewest if mode == "eager" else bench.launches_per_layer(1, longest)
             reading = Reading("launch_floor", bench.name, mode, layers=1, note=f"{count} launches")
             if reading.key in self.readings:
                 continue
-            found = time_launches(count, self.device, bench.timer, mode, SAMPLES)
+            found = time_launch(self.device, bench.timer, mode, SAMPLES)
             if isinstance(found, str):
                 self._note(f"{bench.name}: no launch floor from a graph: {found}")
             else:
-                self._keep(reading.timed(found))
+                layer = replace(found, seconds=count * found.seconds, mad_s=count * found.mad_s)
+                self._keep(reading.timed(layer))
 
     def _memory(self, bench: Bench) -> None:
         for reading in bench.memory():

@@ -64,6 +64,9 @@ LEAST_DECODE_WINDOWS: Final = 4
 LINK: Final = "link"
 """The mode of a copy from page-locked host memory to the device."""
 
+READ: Final = "read"
+"""The mode of a copy that is read only, as decoding reads weights and KV."""
+
 CACHED: Final = "the file may have been in the system's cache"
 """The note of a load from a disk that nobody knows to have been met."""
 

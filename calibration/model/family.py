@@ -28,7 +28,7 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from calibration.model import attention
 from calibration.model.attention import Attend, DenseAttend
 from calibration.model.fused import FusedReader, FusedWriter
-from calibration.model.launches import Rotary, gated, project
+from calibration.model.launches import Rotary, add_and_norm, gated, project
 from helios_sim.errors import InputError
 from helios_sim.model import Family, ModelShape
 
@@ -112,15 +112,11 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def is_fusible(self) -> bool:
-        """Whether `fused_layer` does what the stock layer does, as the configuration has it."""
+        """Whether `fused_layers` do what the stock layers do, as the configuration has it."""
 
     @abstractmethod
-    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedReader, is_ours: bool) -> Tensor:
-        """New tokens [N, hidden] through a layer in few launches.
-
-        `hidden` may be written over where it `is_ours`. Sums are rounded once where the stock layer
-        rounds a product and then its sum with the residual.
-        """
+    def fused_layers(self, layers: Sequence[Any], hidden: Tensor, attend: FusedReader) -> Tensor:
+        """New tokens [N, hidden] through layers in few launches; `hidden` stays as it is."""
 
     @abstractmethod
     def fused_fill(self, layer: Any, hidden: Tensor, writer: FusedWriter) -> None:
@@ -144,9 +140,7 @@ class Backbone(ABC):
         """
         layers = self._layers(first, last)
         if isinstance(attend, FusedReader) and self.is_fusible:
-            for number, layer in enumerate(layers):
-                hidden = self.fused_layer(layer, hidden, attend, is_ours=number > 0)
-            return hidden
+            return self.fused_layers(layers, hidden, attend)
         rotary = self.position_embeddings(positions[None])
         hidden = hidden[None]
         handed = {self._cache_argument: attend, "attend": attend}
@@ -315,7 +309,19 @@ class LlamaBackbone(Backbone):
         config = self.config
         return config.hidden_act == "silu" and not (config.attention_bias or config.mlp_bias)
 
-    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedReader, is_ours: bool) -> Tensor:
+    def fused_layers(self, layers: Sequence[Any], hidden: Tensor, attend: FusedReader) -> Tensor:
+        """Layer after layer.
+
+        Sums are rounded once where a stock layer rounds a product and then its sum with the
+        residual.
+        """
+        for number, layer in enumerate(layers):
+            hidden = self._fused_layer(layer, hidden, attend, is_ours=number > 0)
+        return hidden
+
+    def _fused_layer(
+        self, layer: Any, hidden: Tensor, attend: FusedReader, is_ours: bool
+    ) -> Tensor:
         """Two norms, four products, and a launch each for storing, attending and gating."""
         stock, mlp = layer.self_attn, layer.mlp
         normed = layer.input_layernorm(hidden)
@@ -442,22 +448,30 @@ class OptBackbone(Backbone):
         config = self.config
         return bool(
             config.do_layer_norm_before
+            and config.layer_norm_elementwise_affine
             and config.enable_bias
             and config.activation_function == "relu"
         )
 
-    def fused_layer(self, layer: Any, hidden: Tensor, attend: FusedReader, is_ours: bool) -> Tensor:
-        """Two norms, four products with their biases, and a launch each for what is between."""
-        stock = layer.self_attn
-        normed = layer.self_attn_layer_norm(hidden)
-        query, key, value = project(normed, (stock.q_proj, stock.k_proj, stock.v_proj))
-        attend.store(None, key, value, stock.layer_idx)
-        mixed = attend.read(query, stock.layer_idx, stock.scaling)
-        hidden = hidden + stock.out_proj(mixed)
-        normed, fc1 = layer.final_layer_norm(hidden), layer.fc1
-        # A product with its bias and relu, which is one launch where the library can.
-        opened = torch._addmm_activation(fc1.bias, normed, fc1.weight.t())
-        return hidden.add_(layer.fc2(opened))
+    def fused_layers(self, layers: Sequence[Any], hidden: Tensor, attend: FusedReader) -> Tensor:
+        """Four products with their biases, and a launch each for what is between two of them.
+
+        A sum with the residual and the norm after it are one launch, over the end of a layer too.
+        """
+        if not layers:
+            return hidden
+        normed = layers[0].self_attn_layer_norm(hidden)
+        for number, (layer, after) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
+            stock, fc1 = layer.self_attn, layer.fc1
+            query, key, value = project(normed, (stock.q_proj, stock.k_proj, stock.v_proj))
+            attend.store(None, key, value, stock.layer_idx)
+            mixed = stock.out_proj(attend.read(query, stock.layer_idx, stock.scaling))
+            hidden, normed = add_and_norm(hidden, mixed, layer.final_layer_norm, number > 0)
+            # A product with its bias and relu, which is one launch where the library can.
+            opened = layer.fc2(torch._addmm_activation(fc1.bias, normed, fc1.weight.t()))
+            if after is not None:
+                hidden, normed = add_and_norm(hidden, opened, after.self_attn_layer_norm, True)
+        return hidden.add_(opened)
 
     def fused_fill(self, layer: Any, hidden: Tensor, writer: FusedWriter) -> None:
         """A norm, a product, and a launch for storing."""

@@ -2,7 +2,7 @@
 
 A layer's products stay torch's. Between them torch needs some twenty launches a layer, each a
 microsecond of a GPU however little it does, and its attention with masks reads a row's context on
-one multiprocessor. Here a layer takes four products and five or six launches, and every row reads
+one multiprocessor. Here a layer takes four products and four to six launches, and every row reads
 its own tokens, in slots or in pages, in as many shares as keep the device busy.
 
 A 16-bit type on a CUDA GPU with Triton is needed; a self-test against the stock steps decides
@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -27,7 +27,14 @@ from calibration.model import launches
 from calibration.model.attention import DecodeAttend, ExtendAttend, PoolWriter, Span, span_mask
 from calibration.model.confidence import PiecewiseLinear, confidence_of
 from calibration.model.kv import Indices, KvDims, PagedPool, Pool, SlotPool, to_device
-from calibration.model.launches import GATE_BLOCK, MOST_SPLITS, Rotary, gated, splits_for
+from calibration.model.launches import (
+    GATE_BLOCK,
+    MOST_SPLITS,
+    Rotary,
+    add_and_norm,
+    gated,
+    splits_for,
+)
 from helios_sim.errors import InputError
 
 EVERY_DIVISION: Final = tuple(1 << power for power in range(MOST_SPLITS.bit_length()))
@@ -389,6 +396,7 @@ def self_test(
     errors.append(_stores(pool, addresses, positions, width, random))
     gate, up = random(3, 2 * GATE_BLOCK + 32).chunk(2, dim=1)
     errors.append(_distance(gated(gate, up), silu(gate) * up))
+    errors.append(_sums(width, dims.device, random))
     return max(errors)
 
 
@@ -439,6 +447,22 @@ def _stores(
         if queries is not None:
             wanted = heads[0] if turning is None else asked
             errors.append(_distance(given.reshape(wanted.shape), wanted))
+    return max(errors)
+
+
+def _sums(width: int, device: torch.device, random: Callable[..., Tensor]) -> float:
+    """Relative distance of sums and their norms from the stock steps, in place and not."""
+    norm = nn.LayerNorm(width, device=device, dtype=random(1).dtype)
+    for parameter in (norm.weight, norm.bias):
+        parameter.copy_(random(width))
+    states, product = random(3, width), random(3, width)
+    total = states + product
+    errors = []
+    for in_place in (False, True):
+        found = add_and_norm(states, product, norm, in_place)
+        errors += [_distance(found[0], total), _distance(found[1], norm(total))]
+        if (found[0] is states) is not in_place:
+            errors.append(torch.inf)
     return max(errors)
 
 

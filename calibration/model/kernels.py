@@ -92,10 +92,13 @@ def attend_kernel(
     PAGED: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """One key head of one row, one share of its tokens: the queries that share the head attend."""
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    kv_heads = tl.num_programs(1)
+    """One key head of one row, one share of its tokens: the queries that share the head attend.
+
+    Programs that run side by side read the heads of the same tokens, which lie side by side.
+    """
+    head = tl.program_id(0)
+    kv_heads = tl.num_programs(0)
+    row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     length = tl.load(positions + row).to(tl.int32) + 1
@@ -196,6 +199,34 @@ def gate_kernel(
     opened = (opened / (1.0 + tl.exp(-opened))).to(kind).to(tl.float32)
     other = tl.load(up + token * stride + unit, mask=there, other=0.0).to(tl.float32)
     tl.store(output + token * width + unit, (opened * other).to(kind), mask=there)
+
+
+def add_norm_kernel(
+    hidden,
+    product,
+    weight,
+    bias,
+    total,
+    normed,
+    width,
+    epsilon,
+    BLOCK: tl.constexpr,
+):
+    """One token: its state with a product added, rounded as it is kept, and the sum's norm."""
+    unit = tl.arange(0, BLOCK)
+    there = unit < width
+    place = tl.program_id(0).to(tl.int64) * width + unit
+    kind = total.dtype.element_ty
+    found = tl.load(hidden + place, mask=there, other=0.0).to(tl.float32)
+    found += tl.load(product + place, mask=there, other=0.0).to(tl.float32)
+    found = found.to(kind)
+    tl.store(total + place, found, mask=there)
+    found = found.to(tl.float32)
+    off = tl.where(there, found - tl.sum(found, axis=0) / width, 0.0)
+    scale = tl.rsqrt(tl.sum(off * off, axis=0) / width + epsilon)
+    times = tl.load(weight + unit, mask=there, other=0.0).to(tl.float32)
+    plus = tl.load(bias + unit, mask=there, other=0.0).to(tl.float32)
+    tl.store(normed + place, (off * scale * times + plus).to(kind), mask=there)
 
 
 def tell_kernel(

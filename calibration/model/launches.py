@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from calibration.model.kernels import (
+    add_norm_kernel,
     attend_kernel,
     gate_kernel,
     merge_kernel,
@@ -35,9 +36,18 @@ PROGRAMS_PER_PROCESSOR: Final = 2
 """Programs that keep a multiprocessor's memory busy."""
 
 ATTEND_WARPS: Final = 4
+SLOT_STAGES: Final = 3
+PAGED_STAGES: Final = 5
+"""Tiles under way at once: of pages the blocks' numbers are one more link of the chain, and with
+three stages only one tile of keys and values would be fetched ahead instead of two."""
+
 GATE_BLOCK: Final = 1024
 TELL_BLOCK: Final = 2048
 TELL_STAGES: Final = 4
+LEAST_KNOTS: Final = 64
+"""Knots of a map of confidence are padded to so many: all maps then share one variant, which the
+first exit compiles before any graph is captured."""
+
 _LOG2_E: Final = 1.4426950408889634
 
 
@@ -57,6 +67,7 @@ def compiled() -> dict[str, Any]:
         (attend_kernel, ["places_stride", "place_tokens"], ["positions", "places"]),
         (merge_kernel, [], []),
         (gate_kernel, [], []),
+        (add_norm_kernel, [], []),
         (tell_kernel, ["num_knots"], ["targets"]),
     ]
     return {
@@ -159,9 +170,10 @@ def attend(
         parts = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)
         weights = torch.empty(shape, dtype=torch.float32, device=query.device)
     lanes = power_of_two(head_dim)
+    is_paged = places is not None and places.dim() == 2
     _launch(
         attend_kernel,
-        (rows, kv_heads, splits),
+        (kv_heads, rows, splits),
         query,
         keys,
         values,
@@ -179,9 +191,10 @@ def attend(
         LANES=lanes,
         TOKENS=tokens_at_once(lanes),
         PLACED=places is not None and places.dim() == 1,
-        PAGED=places is not None and places.dim() == 2,
+        PAGED=is_paged,
         SPLIT=splits > 1,
         num_warps=ATTEND_WARPS,
+        num_stages=PAGED_STAGES if is_paged else SLOT_STAGES,
     )
     if splits > 1:
         _launch(
@@ -216,6 +229,27 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
     return output
 
 
+def add_and_norm(
+    hidden: Tensor, product: Tensor, norm: nn.LayerNorm, in_place: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum of [N, hidden] states and a product, and its layer norm; the sum `in_place` if asked.
+
+    Both inputs lie without gaps, and the norm has weights and biases.
+    """
+    rows, width = hidden.shape
+    total = hidden if in_place else torch.empty_like(hidden)
+    normed = torch.empty_like(hidden)
+    block = power_of_two(width)
+    _launch(
+        add_norm_kernel,
+        (rows,),
+        *(hidden, product, norm.weight, norm.bias, total, normed, width, norm.eps),
+        BLOCK=block,
+        num_warps=norm_warps(block),
+    )
+    return total, normed
+
+
 def tell(logits: Tensor, targets: Tensor | None, knots: Tensor | None) -> Tensor:
     """What logits [N, vocab] say: [3, N] of token, confidence, and the nats of a token.
 
@@ -236,7 +270,7 @@ def tell(logits: Tensor, targets: Tensor | None, knots: Tensor | None) -> Tensor
         vocab,
         count,
         TARGETED=targets is not None,
-        KNOTS=0 if knots is None else power_of_two(count),
+        KNOTS=0 if knots is None else max(LEAST_KNOTS, power_of_two(count)),
         BLOCK=TELL_BLOCK,
         STAGES=TELL_STAGES,
         num_warps=8,
@@ -281,6 +315,11 @@ def tokens_at_once(lanes: int) -> int:
     Few enough for several programs on a multiprocessor, each fetching ahead.
     """
     return max(16, min(64, 8192 // lanes))
+
+
+def norm_warps(block: int) -> int:
+    """Warps that share a row of so many units, each lane with sixteen at most."""
+    return max(4, min(32, block // 512))
 
 
 def power_of_two(count: int) -> int:

@@ -16,6 +16,7 @@ from reports.fidelity.page import render
 from reports.fidelity.results import check_target, results_of, write_results
 from reports.fidelity.study import MAX_AGAIN, case_data, facts_of, run_study, serving_command
 from reports.fidelity.summary import summary_text
+from reports.forked import Nursery
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -54,11 +55,16 @@ def study(
     again: Annotated[
         int, typer.Option(min=0, help="Times that a disturbed run is served again, at most.")
     ] = MAX_AGAIN,
+    forked: Annotated[
+        bool, typer.Option("--forked", help="Import torch once for all servings.")
+    ] = False,
     more: Annotated[
         str, typer.Option("--serve", help="Further options for helios-calibrate serve.")
     ] = "",
 ) -> None:
     """Serve, simulate and compare every case, and write the page."""
+    # First of all: what runs later begins threads, which a child would not have.
+    nursery = Nursery(("calibration.serving.serve",), Path.cwd()) if forked else None
     chosen = cases_named(case or ())
     settings = StudySettings(
         profile=profile,
@@ -71,10 +77,14 @@ def study(
     ground = read_ground(settings)
     target = out or Path(__file__).parent / ground.profile.name
     check_target(target)
-    server = serving_command(checkpoints, device, shlex.split(more))
-    found = run_study(
-        ground, work, server, cases=chosen, fresh=fresh, most_again=again, say=typer.echo
-    )
+    server = serving_command(checkpoints, device, shlex.split(more), nursery)
+    try:
+        found = run_study(
+            ground, work, server, cases=chosen, fresh=fresh, most_again=again, say=typer.echo
+        )
+    finally:
+        if nursery is not None:
+            nursery.close()
     if found.interrupted and not found.outcomes:
         raise Interrupted("no case was served yet")
     command = shlex.join(["python", "-m", "reports.fidelity", *sys.argv[1:]])

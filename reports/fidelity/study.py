@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from reports.fidelity.cases import (
     without_drift,
 )
 from reports.fidelity.quality import BOUND
+from reports.forked import Nursery
 
 Server = Callable[[Path, Path, int], None]
 """Serves a scenario file for real into a folder, so many times."""
@@ -73,25 +75,38 @@ class Study:
         return (*(one.plan for one in self.outcomes), *self.unserved)
 
 
-def serving_command(checkpoints: Sequence[Path], device: str, more: Sequence[str] = ()) -> Server:
-    """A server that is the command `helios-calibrate serve`, run beside this program."""
+def serving_command(
+    checkpoints: Sequence[Path],
+    device: str,
+    more: Sequence[str] = (),
+    nursery: Nursery | None = None,
+) -> Server:
+    """A server that is the command `helios-calibrate serve`, run beside this program.
+
+    With a `nursery` it is a child of that, which begins without importing torch.
+    """
 
     def serve(scenario: Path, out: Path, repeats: int) -> None:
-        beside = Path(sys.executable).with_name("helios-calibrate")
-        program = [str(beside)] if beside.is_file() else [sys.executable, "-m", "calibration"]
         folders = [word for folder in checkpoints for word in ("--checkpoints", str(folder))]
-        words = [*program, "serve", str(scenario), *folders, "--out", str(out)]
-        words += ["--device", device, *more]
+        words = ["serve", str(scenario), *folders, "--out", str(out), "--device", device, *more]
         if repeats > 1:
             words += ["--repeat", str(repeats)]
-        done = subprocess.run(words, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        code, last = _ran_beside(words) if nursery is None else nursery.run("calibration", words)
+        if code != 0:
             raise InputError(
-                f"Serving failed with exit code {done.returncode}: {last}", " ".join(words)
+                f"Serving failed with exit code {code}: {last or 'it said nothing'}",
+                shlex.join(["helios-calibrate", *words]),
             )
 
     return serve
+
+
+def _ran_beside(words: Sequence[str]) -> tuple[int, str]:
+    """Run `helios-calibrate` in a process of its own: its exit code and its last error."""
+    beside = Path(sys.executable).with_name("helios-calibrate")
+    program = [str(beside)] if beside.is_file() else [sys.executable, "-m", "calibration"]
+    done = subprocess.run([*program, *words], stderr=subprocess.PIPE, text=True, check=False)
+    return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
 
 
 def run_study(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
 from helios_sim.errors import InputError, did_you_mean
-from reports.gpu.forked import Child
+from reports.forked import Child
 from reports.gpu.packages import how_to_install, missing
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -34,11 +34,15 @@ Verdict = Literal["done", "failed", "out of time", "interrupted", "skipped"]
 
 @dataclass(frozen=True)
 class Call:
-    """What a step's command is made of: the folder, the seconds of its work, its last command."""
+    """What a step's command is made of: the folder, the seconds of its work, its last command.
+
+    `forks` says that children of a process that has imported torch can use the device.
+    """
 
     out: Path
     work_s: float
     earlier: tuple[str, ...] = ()
+    forks: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Campaign:
         work_s = max(0.0, min(step.share * self.budget_s, self.left_s - extra_s))
         earlier = () if last is None or stale else last.command
         try:
-            words = tuple(step.words(Call(self.out, work_s, earlier)))
+            words = tuple(step.words(Call(self.out, work_s, earlier, self.forks)))
         except (InputError, ImportError, OSError) as error:
             self._keep(Try(step.name, "failed", str(error)))
             return

@@ -16,10 +16,10 @@ from rich.text import Text
 from helios_sim.command import Interrupted, run_app
 from helios_sim.errors import InputError
 from helios_sim.terminal import FittedTable
+from reports.forked import children_can, import_ahead
 from reports.gpu.campaign import Campaign, Step, Try, chosen
-from reports.gpu.forked import children_can, import_ahead
 from reports.gpu.packing import pack, unpack
-from reports.gpu.steps import PRESETS, steps_of
+from reports.gpu.steps import IMPORTED, PRESETS, steps_of
 
 CLOSING_S = 5.0
 PACKING_S = 15.0
@@ -67,7 +67,7 @@ def campaign(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"No campaign can be kept there: {error.strerror}.", str(out)) from error
-    import_ahead()
+    import_ahead(IMPORTED)
     forks = device != "cuda" or children_can(partial(_use_gpu, meters))
     if not forks:
         typer.echo("Steps begin on their own: a child of this process cannot use the GPU.")

@@ -9,6 +9,18 @@ from typing import Final
 
 from reports.gpu.campaign import Call, Step
 
+IMPORTED: Final = (
+    "calibration.cli",
+    "calibration.doctor",
+    "calibration.measuring.measure",
+    "calibration.training.small_family",
+    "calibration.fitting.fit",
+    "calibration.serving.serve",
+    "reports.fidelity.study",
+    "pytest",
+)
+"""What steps import."""
+
 CUDA_TESTS: Final = (
     "decode",
     "early_exit",
@@ -161,6 +173,7 @@ def steps_of(device: str, preset: str) -> list[Step]:
             # The page says how slow the device was; there is no time to serve a run again for it.
             "--again",
             "0",
+            *(("--forked",) if call.forks else ()),
             "--work",
             str(study / "runs"),
             "--out",

@@ -23,26 +23,30 @@ FLOATS = {"parts": "*fp32", "weights": "*fp32", "knots": "*fp32", "said": "*fp32
 
 
 def variants():
-    """Kernel names with what is fixed when they are compiled, and their warps."""
+    """Kernel names with what is fixed when they are compiled, their warps and their stages."""
     for head_dim, groups in ((64, 1), (128, 4)):
         lanes = launches.power_of_two(head_dim)
         sizes = {"GROUPS": groups, "HEAD_DIM": head_dim, "LANES": lanes}
         for rotates in (False, True):
-            yield "store_kernel", sizes | {"ROTATE": rotates}, 1
+            yield "store_kernel", sizes | {"ROTATE": rotates}, 1, 3
         blocks = {
             "GROUP_BLOCK": launches.group_block(groups),
             "TOKENS": launches.tokens_at_once(lanes),
         }
         for (placed, paged), split in product(((0, 0), (1, 0), (0, 1)), (False, True)):
             found = {"PLACED": bool(placed), "PAGED": bool(paged), "SPLIT": split}
-            yield "attend_kernel", sizes | blocks | found, launches.ATTEND_WARPS
-    yield "merge_kernel", {"HEAD_DIM": 128, "LANES": 128, "SPLITS": 32}, 4
-    yield "gate_kernel", {"BLOCK": 1024}, 4
+            stages = launches.PAGED_STAGES if paged else launches.SLOT_STAGES
+            yield "attend_kernel", sizes | blocks | found, launches.ATTEND_WARPS, stages
+    yield "merge_kernel", {"HEAD_DIM": 128, "LANES": 128, "SPLITS": 32}, 4, 3
+    yield "gate_kernel", {"BLOCK": 1024}, 4, 3
+    for hidden in (2048, 5120):
+        block = launches.power_of_two(hidden)
+        yield "add_norm_kernel", {"BLOCK": block}, launches.norm_warps(block), 3
     telling = {"BLOCK": launches.TELL_BLOCK, "STAGES": launches.TELL_STAGES}
-    yield "tell_kernel", {"TARGETED": True, "KNOTS": 4} | telling, 8
+    yield "tell_kernel", {"TARGETED": True, "KNOTS": launches.LEAST_KNOTS} | telling, 8, 3
 
 
-def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
+def compiled(name: str, fixed: dict[str, object], warps: int, stages: int) -> str:
     """The resources of one kernel, as the disassembler tells them."""
     kernel = launches.compiled()[name]
     signature = {}
@@ -50,7 +54,7 @@ def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
         kind = INTEGERS.get(argument, FLOATS.get(argument, "*bf16"))
         if argument in fixed:
             kind = "constexpr"
-        elif argument == "scale":
+        elif argument in ("scale", "epsilon"):
             kind = "fp32"
         elif argument.endswith(("stride", "width", "place_tokens", "vocab", "num_knots")):
             kind = "i32"
@@ -65,7 +69,8 @@ def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
     constants = {(kernel.arg_names.index(argument),): value for argument, value in fixed.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", 90, 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, "num_stages": stages}
+    made = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -76,5 +81,5 @@ def compiled(name: str, fixed: dict[str, object], warps: int) -> str:
 
 
 if __name__ == "__main__":
-    for name, fixed, warps in variants():
-        print(compiled(name, fixed, warps), fixed)
+    for name, fixed, warps, stages in variants():
+        print(compiled(name, fixed, warps, stages), fixed)

@@ -455,4 +455,5 @@ def test_cuda_graphs_embed_tell_and_fill_as_the_eager_path(family, pool):
         kept = [part for layer in range(4) for part in decoder.pool.read(layer, rows, 20)]
         found.append([*said, *kept])
     for ours, eager in zip(*found, strict=True):
-        torch.testing.assert_close(ours, eager)
+        # A padded product may sum in another order, and all were rounded to 16 bits on the way.
+        torch.testing.assert_close(ours, eager, rtol=1.6e-2, atol=1e-3)

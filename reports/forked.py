@@ -1,16 +1,18 @@
-"""A step as a child of a process that has imported what steps import: it begins at once.
+"""Commands as children of a process that has imported what they import: they begin at once.
 
-Importing torch, transformers and what the calibration needs takes ten seconds and more, and a
-campaign has ten steps. The parent must not touch the GPU, since a child cannot use one that its
-parent has begun to use.
+Importing torch, transformers and what the calibration needs takes ten seconds and more, a campaign
+has ten steps, and its study serves a dozen times. The parent must not touch the GPU, since a child
+cannot use one that its parent has begun to use.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,25 +23,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-IMPORTED: Final = (
-    "calibration.cli",
-    "calibration.doctor",
-    "calibration.measuring.measure",
-    "calibration.training.small_family",
-    "calibration.fitting.fit",
-    "calibration.serving.serve",
-    "reports.fidelity.study",
-    "pytest",
-)
-"""What steps import; a package that is missing is said by the steps that need it."""
-
 _POLL_S: Final = 0.02
 
 
-def import_ahead() -> None:
-    """Import what steps import, once for all of them."""
-    for name in IMPORTED:
-        # Whatever an import raises is for the step to say.
+def import_ahead(names: Sequence[str]) -> None:
+    """Import modules, once for all children; what is missing is said by those that need it."""
+    for name in names:
+        # Whatever an import raises is for the child to say.
         with suppress(Exception):
             importlib.import_module(name)
 
@@ -82,11 +72,16 @@ def children_can(work: Callable[[], object], limit_s: float = 60.0) -> bool:
 class Child:
     """A module that runs as `python -m` would run it, in a child of this process.
 
-    It looks like a `subprocess.Popen`, in a group of its own.
+    It looks like a `subprocess.Popen`, in a group of its own unless it is to stay in this one's.
     """
 
     def __init__(
-        self, module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+        self,
+        module: str,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        own_group: bool = True,
     ) -> None:
         self.args = [module, *arguments]
         self.returncode: int | None = None
@@ -96,7 +91,7 @@ class Child:
         self.pid = _fork()
         if self.pid == 0:
             os.close(read)
-            _become(module, arguments, folder, environment, write)
+            _become(module, arguments, folder, environment, write, own_group)
         os.close(write)
         self.stdout: BinaryIO = os.fdopen(read, "rb")
 
@@ -118,17 +113,75 @@ class Child:
         return code
 
 
+class Nursery:
+    """A process that runs modules as its children, whatever this one does meanwhile.
+
+    It is made before this process has threads that a child would miss, and imports `imported`
+    beside it. It ends when it is closed, and with this process.
+    """
+
+    def __init__(self, imported: Sequence[str], folder: Path) -> None:
+        self._ours, theirs = socket.socketpair()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = _fork()
+        if self.pid == 0:
+            try:
+                self._ours.close()
+                # An interruption reaches its children too, and ends them.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                import_ahead(imported)
+                _tend(theirs, folder)
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._answers = self._ours.makefile("rb")
+
+    def run(self, module: str, arguments: Sequence[str]) -> tuple[int, str]:
+        """Run a module as `python -m` would: its exit code, and the last line that it said."""
+        answer = b""
+        with suppress(ConnectionError):
+            self._ours.sendall(json.dumps([module, *arguments]).encode() + b"\n")
+            answer = self._answers.readline()
+        if not answer:
+            return 1, "the process that begins others is gone"
+        code, said = json.loads(answer)
+        return int(code), str(said)
+
+    def close(self) -> None:
+        """End it."""
+        self._answers.close()
+        self._ours.close()
+        os.waitpid(self.pid, 0)
+
+
+def _tend(asked: socket.socket, folder: Path) -> None:
+    """Run what is asked for, one after another, until nobody is there to ask."""
+    with asked, asked.makefile("rb") as lines:
+        for line in lines:
+            module, *arguments = json.loads(line)
+            child = Child(module, arguments, folder, {}, own_group=False)
+            said = ""
+            for part in child.stdout:
+                text = part.decode(errors="replace")
+                print(text, end="", flush=True)
+                said = text.strip() or said
+            asked.sendall(json.dumps([child.wait(), said]).encode() + b"\n")
+
+
 def _become(
     module: str,
     arguments: Sequence[str],
     folder: Path,
     environment: Mapping[str, str],
     output: int,
+    own_group: bool,
 ) -> None:
     """Be the module's process from here to its end."""
     code = 1
     try:
-        os.setsid()
+        if own_group:
+            os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         nothing = os.open(os.devnull, os.O_RDONLY)
