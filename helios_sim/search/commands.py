@@ -62,7 +62,7 @@ from helios_sim.search.words import (
     plan_remarks,
     tune_headline,
     tune_remarks,
-    whatif_headline,
+    whatif_answer,
     whatif_remarks,
 )
 
@@ -222,7 +222,7 @@ def whatif(
             },
         )
     sentences = [
-        whatif_headline(cells, num),
+        whatif_answer(cells, num)[0],
         *whatif_remarks(scenario, cells, num, profiles),
     ]
     return Output(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)

@@ -35,7 +35,7 @@ from helios_sim.search.words import (
     signed,
     tune_headline,
     tune_remarks,
-    whatif_headline,
+    whatif_answer,
     whatif_remarks,
 )
 from helios_sim.toml_writer import toml_text
@@ -202,7 +202,7 @@ def whatif_page(
     """The page of a grid on these profiles."""
     drawn: dict[str, Figure] = {}
     device = device_of_all(profile.is_of_processor for profile in profiles)
-    said = whatif_headline(cells, replications)
+    said = whatif_answer(cells, replications)[0]
     best = whatif_best(cells)
     sections = [
         _opening(scenario, said, whatif_remarks(scenario, cells, replications, profiles)),

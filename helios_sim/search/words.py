@@ -367,38 +367,37 @@ def _longer_by(traffic: Traffic) -> str:
     return "a larger plan.num_requests, or none"
 
 
-def whatif_headline(cells: Sequence[Cell], replications: int) -> str:
-    """Which cell is best in which figure, in one sentence."""
+def whatif_answer(cells: Sequence[Cell], replications: int) -> list[str]:
+    """Which cell is best in which figure, a sentence for each; the first is the headline.
+
+    It speaks of the first figure that cells are compared by.
+    """
     able = [cell for cell in cells if cell.means is not None]
     if not able:
-        return f"None of {counted(len(cells), 'cell')} can be run."
+        return [f"None of {counted(len(cells), 'cell')} can be run."]
     names, goals = short_names(able), compared_by(able)
     if len(able) == 1:
         figures = [f"{goal.name} {_best_value(able[0], goal)}" for goal in goals]
-        return f"{names[0]} has {listed(figures)}; there is no other to compare it with."
-    best: dict[tuple[int, ...], list[str]] = {}
-    level: list[str] = []
+        return [f"{names[0]} has {listed(figures)}; there is no other to compare it with."]
+    told: dict[tuple[int, ...], list[str]] = {}
     for goal in goals:
-        places = leaders(able, goal)
-        if len(places) == len(able):
-            level.append(goal.name)
-        else:
-            told = f"{goal.name} ({_best_value(able[places[0]], goal)})"
-            best.setdefault(tuple(places), []).append(told)
+        places = tuple(leaders(able, goal))
+        value = "" if len(places) == len(able) else f" ({_best_value(able[places[0]], goal)})"
+        told.setdefault(places, []).append(f"{goal.name}{value}")
     intervals = " beyond their 95 % intervals" if replications > 1 else ""
-    if not best:
-        return f"The {len(able)} cells do not differ{intervals} in {listed(level)}."
-    clauses = []
-    for top, figures in sorted(best.items(), key=lambda pair: len(pair[0])):
-        who = [names[place] for place in top]
+    sentences = []
+    for places, figures in told.items():
+        if len(places) == len(able):
+            sentences.append(
+                f"The {len(able)} cells do not differ{intervals} in {listed(figures)}."
+            )
+            continue
+        who = [names[place] for place in places]
         if len(who) > MAX_NAMED:
             who = [*who[: MAX_NAMED - 1], f"{len(who) - MAX_NAMED + 1} more"]
-        verb = "is best" if len(who) == 1 else "are level at the top"
-        clauses.append(f"{listed(who)} {verb} in {listed(figures)}")
-    said = "; ".join(clauses)
-    if level:
-        said += f"; the cells do not differ{intervals} in {listed(level)}"
-    return f"{said}."
+        rank = "Best" if len(who) == 1 else "Level at the top"
+        sentences.append(f"{rank} in {listed(figures)}: {listed(who)}.")
+    return sentences
 
 
 def _best_value(cell: Cell, goal: Goal) -> str:
@@ -410,11 +409,11 @@ def _best_value(cell: Cell, goal: Goal) -> str:
 def whatif_remarks(
     scenario: Scenario, cells: Sequence[Cell], replications: int, profiles: Sequence[Profile]
 ) -> list[str]:
-    """What has to be said beside a grid on these profiles."""
+    """What has to be said beside a grid on these profiles, the answer beyond its headline first."""
     runs = f"means over {replications} runs each"
     if replications == 1:
         runs = "one run each: what is chance shows only over several, which --replications gives"
-    found = [f"{counted(len(cells), 'cell')}, {runs}."]
+    found = [*whatif_answer(cells, replications)[1:], f"{counted(len(cells), 'cell')}, {runs}."]
     slo = scenario.slo_spec
     if slo is not None and not any(key.startswith("slo") for cell in cells for key in cell.values):
         found.append(f"SLO: {limits(str(slo))}; a request that meets all of it is good.")

@@ -14,7 +14,7 @@ from helios_sim.search.page import whatif_page
 from helios_sim.search.studies import Outcome
 from helios_sim.search.tables import whatif_best
 from helios_sim.search.whatif import Cell, short_names, whatif_studies
-from helios_sim.search.words import whatif_headline, whatif_remarks
+from helios_sim.search.words import whatif_answer, whatif_remarks
 from tests.search.test_commands import inline, write
 
 
@@ -67,10 +67,10 @@ def test_the_conclusion_names_the_best_cell_of_each_figure_and_who_is_level_with
         cell("chunked", [5.0, 6.0, 7.0], 20.0),
         cell("continuous", [4.9, 5.7, 7.1], 30.0),
     ]
-    assert whatif_headline(cells, 3) == (
-        "batching chunked is best in TTFT p99 (20 ms); batching chunked and batching continuous "
-        "are level at the top in goodput (6 requests/s)."
-    )
+    assert whatif_answer(cells, 3) == [
+        "Level at the top in goodput (6 requests/s): batching chunked and batching continuous.",
+        "Best in TTFT p99 (20 ms): batching chunked.",
+    ]
     # Columns: policy, model, batching, tok/s, goodput, SLO met, TTFT.
     assert whatif_best(cells) == {(1, 4), (2, 4), (1, 6)}
 
@@ -81,7 +81,7 @@ def test_cells_that_differ_by_no_more_than_their_intervals_are_said_not_to_diffe
     """There is nothing to mark then, and nothing to draw."""
     cells = [cell("chunked", [5.0, 6.0, 7.0], 20.0), cell("static", [4.9, 5.7, 7.1], 20.0)]
     said = "The 2 cells do not differ beyond their 95 % intervals in goodput and TTFT p99."
-    assert whatif_headline(cells, 3) == said
+    assert whatif_answer(cells, 3) == [said]
     assert not whatif_best(cells)
     page = whatif_page(load_scenario(write(tmp_path)), cells, 3, [])
     assert "<h2>Frontiers</h2>" not in page
@@ -92,20 +92,20 @@ def test_cells_of_one_run_are_ranked_by_it_and_a_remark_says_that_it_may_be_chan
     tmp_path: Path,
 ) -> None:
     cells = [cell("chunked", [5.0], 20.0), cell("static", [4.9], 20.0)]
-    assert whatif_headline(cells, 1) == (
-        "batching chunked is best in goodput (5 requests/s); the cells do not differ in TTFT p99."
-    )
-    first = whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [])[0]
+    rest = "The 2 cells do not differ in TTFT p99."
+    assert whatif_answer(cells, 1) == ["Best in goodput (5 requests/s): batching chunked.", rest]
+    answered, first, *_ = whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [])
+    assert answered == rest
     assert first.startswith("2 cells, one run each: what is chance shows only over several")
 
 
 def test_a_grid_of_one_cell_or_of_none_that_can_be_says_so() -> None:
     one = cell("chunked", [5.0], 20.0)
-    assert whatif_headline([one], 1) == (
+    assert whatif_answer([one], 1) == [
         "vanilla: model opt-1.3b, batching chunked has goodput 5 requests/s and TTFT p99 20 ms; "
         "there is no other to compare it with."
-    )
-    assert whatif_headline([Cell({}, "vanilla", why="No.")], 1) == "None of 1 cell can be run."
+    ]
+    assert whatif_answer([Cell({}, "vanilla", why="No.")], 1) == ["None of 1 cell can be run."]
 
 
 def test_the_remarks_of_a_grid_say_its_slo_unless_that_is_what_varies(tmp_path: Path) -> None:
