@@ -26,7 +26,7 @@ from helios_sim.derive import (
     share_of_bytes,
     tells_a_device,
 )
-from helios_sim.errors import InputError, did_you_mean
+from helios_sim.errors import InputError, did_you_mean, listed
 from helios_sim.exits import read_traces, write_traces
 from helios_sim.model import EarlyExitModel
 from helios_sim.model_config import StatedShape, read_config
@@ -119,8 +119,9 @@ def derive_with_models(
     check_name(name, profile)
     peaks = peaks_of(profile, device)
     found = [_Derived(profile, wanted) for wanted in models]
+    names = [one.name for one in found]
     for one in found:
-        one.check(replacing)
+        one.check(replacing, names)
     if tells_a_device(device) or device.name != profile.device.name:
         document = derive(profile, name, device)
         if peaks is not None:
@@ -134,11 +135,10 @@ def derive_with_models(
             there = before["exits"]["candidates"][one.like]
             document["exits"]["candidates"][one.name] = one.exits(there)
     told = document["provenance"]
-    told["environment"].setdefault(STAND_INS, {}).update({one.name: one.like for one in found})
+    told["environment"].setdefault(STAND_INS, {}).update({one.name: one.observed for one in found})
     told["sources"] += [f"{one.name}: {one.stated.source}" for one in found]
     told["notes"] = [*(one.note() for one in found), *told["notes"]]
-    names = ", ".join(one.name for one in found)
-    document["description"] = f"{document['description']} Derived from shapes: {names}."
+    document["description"] = f"{document['description']} Derived from shapes: {', '.join(names)}."
     return document
 
 
@@ -219,8 +219,29 @@ class _Derived:
         self.work = published.work_of(self.model)
         self.work_there = published.work_of(self.there)
 
-    def check(self, replacing: bool) -> None:
-        """Refuse to take the place of a model unasked."""
+    @property
+    def observed(self) -> str:
+        """The model whose exits these really are, where the like one stands on another too."""
+        return self.profile.stand_ins.get(self.like, self.like)
+
+    def check(self, replacing: bool, names: Sequence[str]) -> None:
+        """Refuse to take the place of a model unasked, or of one on which a model stands.
+
+        `names` are those of all models that are derived at once.
+        """
+        if self.observed in names:
+            raise InputError(
+                f"The exits of {self.name!r} would be those of {self.observed!r}, which is derived "
+                "here itself. Give another --like, or another name.",
+                "--like",
+            )
+        leaning = [one for one, like in self.profile.stand_ins.items() if like == self.name]
+        if leaning:
+            raise InputError(
+                f"{self.name!r} cannot be replaced: its exits stand in for those of "
+                f"{listed(leaning)}. Give another name.",
+                "--model",
+            )
         if self.name in self.profile.models and not replacing:
             raise InputError(
                 f"{self.name!r} is a model of {self.profile.name!r} already; give another name, or "
@@ -282,13 +303,21 @@ class _Derived:
         )
 
     def _nearest(self) -> str:
-        """The model of the profile whose layers are nearest in bytes, by their ratio."""
+        """The model of the profile whose layers are nearest in bytes, by their ratio.
+
+        One that stands on another itself is not asked, nor the one to be replaced.
+        """
 
         def apart(name: str) -> float:
             there = self.profile.models[name].model.shape.layer_params()
             return abs(math.log(self.stated.shape.layer_params() / there))
 
-        return min(self.profile.models, key=apart)
+        own = [
+            name
+            for name in self.profile.models
+            if name != self.name and name not in self.profile.stand_ins
+        ]
+        return min(own or self.profile.models, key=apart)
 
     def _model(self) -> EarlyExitModel:
         shape, there = self.stated.shape, self.there

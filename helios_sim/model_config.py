@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from helios_sim.errors import InputError, did_you_mean
+from helios_sim.errors import InputError, did_you_mean, shown
 from helios_sim.model import ModelShape
 
 CONFIG_FILE: Final = "config.json"
@@ -83,7 +83,7 @@ def read_config(path: Path) -> StatedShape:
         raise InputError(f"The file cannot be read: {error}.", str(file)) from error
     if not isinstance(config, dict):
         raise InputError(
-            f"An object with the keys of a {CONFIG_FILE} was expected, {_shown(config)} was given.",
+            f"An object with the keys of a {CONFIG_FILE} was expected, {shown(config)} was given.",
             str(file),
         )
     return shape_of(config, str(file))
@@ -173,7 +173,7 @@ def _model_type(config: Mapping[str, Any], where: str) -> str:
     if not isinstance(given, str) or given not in _KEYS:
         hint = did_you_mean(given, MODEL_TYPES) if isinstance(given, str) else ""
         raise InputError(
-            f"The 'model_type' {_shown(given)} was given, and only layers like those of Llama and "
+            f"The 'model_type' {shown(given)} was given, and only layers like those of Llama and "
             f"OPT can be counted.{hint} {_ALLOWED[0].upper()}{_ALLOWED[1:]}.",
             where,
         )
@@ -188,7 +188,7 @@ def _check_opt(config: Mapping[str, Any], hidden: int, where: str) -> None:
     width = config.get("word_embed_proj_dim")
     if width is not None and width != hidden:
         raise InputError(
-            f"A 'word_embed_proj_dim' of {_shown(width)} was given with a 'hidden_size' of "
+            f"A 'word_embed_proj_dim' of {shown(width)} was given with a 'hidden_size' of "
             f"{hidden}; embeddings of another width than the layers are not counted.",
             where,
         )
@@ -208,7 +208,7 @@ def _count(config: Mapping[str, Any], key: str, where: str) -> int:
     value = config[key]
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
         raise InputError(
-            f"{_shown(value)} was given for {key!r}; allowed is a whole number from 1 to {MOST:,}.",
+            f"{shown(value)} was given for {key!r}; allowed is a whole number from 1 to {MOST:,}.",
             where,
         )
     return value
@@ -219,16 +219,10 @@ def _flag(config: Mapping[str, Any], key: str, default: bool, where: str) -> boo
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise InputError(f"{_shown(value)} was given for {key!r}; allowed is true or false.", where)
+        raise InputError(f"{shown(value)} was given for {key!r}; allowed is true or false.", where)
     return value
 
 
 def _keys(names: Any) -> str:
     found: Sequence[str] = [repr(name) for name in names]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]}"
-
-
-def _shown(node: Any) -> str:
-    """What was given, short enough for a sentence."""
-    text = json.dumps(node, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -498,7 +498,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
             "It is a file; allowed is a new folder, an empty one or a profile to replace.",
             where=str(folder),
         )
-    present = sorted(entry.name for entry in folder.iterdir())
+    present = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     foreign = [name for name in present if name not in PROFILE_FILES]
     if foreign or (present and PROFILE_FILE not in present):
         named = ", ".join((foreign or present)[:3])

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 _POLL_S: Final = 0.02
+_GRACE_S: Final = 0.5
+"""For a child to end by itself: an interruption may have reached it too."""
 
 
 def import_ahead(names: Sequence[str]) -> None:
@@ -73,6 +75,7 @@ class Child:
     """A module that runs as `python -m` would run it, in a child of this process.
 
     It looks like a `subprocess.Popen`, in a group of its own unless it is to stay in this one's.
+    It does without the sockets that are `shut`.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Child:
         folder: Path,
         environment: Mapping[str, str],
         own_group: bool = True,
+        shut: Sequence[socket.socket] = (),
     ) -> None:
         self.args = [module, *arguments]
         self.returncode: int | None = None
@@ -91,6 +95,8 @@ class Child:
         self.pid = _fork()
         if self.pid == 0:
             os.close(read)
+            for one in shut:
+                one.close()
             _become(module, arguments, folder, environment, write, own_group)
         os.close(write)
         self.stdout: BinaryIO = os.fdopen(read, "rb")
@@ -130,8 +136,10 @@ class Nursery:
                 self._ours.close()
                 # An interruption reaches its children too, and ends them.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
+                children: list[Child] = []
+                signal.signal(signal.SIGTERM, lambda *_: _end(children))
                 import_ahead(imported)
-                _tend(theirs, folder)
+                _tend(theirs, folder, children)
             finally:
                 os._exit(0)
         theirs.close()
@@ -149,22 +157,37 @@ class Nursery:
         return int(code), str(said)
 
     def close(self) -> None:
-        """End it."""
+        """End it, and what it runs."""
         self._answers.close()
         self._ours.close()
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
         os.waitpid(self.pid, 0)
 
 
-def _tend(asked: socket.socket, folder: Path) -> None:
+def _end(children: Sequence[Child]) -> None:
+    """End this process and, unless they end by themselves at once, its children."""
+    for child in children:
+        try:
+            child.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.kill(child.pid, signal.SIGKILL)
+    os._exit(0)
+
+
+def _tend(asked: socket.socket, folder: Path, children: list[Child]) -> None:
     """Run what is asked for, one after another, until nobody is there to ask."""
     with asked, asked.makefile("rb") as lines:
         for line in lines:
             module, *arguments = json.loads(line)
-            child = Child(module, arguments, folder, {}, own_group=False)
+            child = Child(module, arguments, folder, {}, own_group=False, shut=(asked,))
+            children[:] = [child]
             said = ""
             for part in child.stdout:
                 text = part.decode(errors="replace")
-                print(text, end="", flush=True)
+                # Nobody may be there any more to read it.
+                with suppress(OSError):
+                    print(text, end="", flush=True)
                 said = text.strip() or said
             asked.sendall(json.dumps([child.wait(), said]).encode() + b"\n")
 

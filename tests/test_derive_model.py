@@ -384,3 +384,43 @@ def test_values_are_for_all_models_or_for_the_one_that_is_named() -> None:
     assert [one.exit_layers for one in found] == [None, (8, 16)]
     assert [one.tokenizer for one in found] == ["own", None]
     assert found[0].config == Path("1.json")
+
+
+def test_a_model_like_one_that_stands_on_another_stands_on_that_other(tmp_path: Path) -> None:
+    """Neither itself nor one that nobody observed is what a model's exits are said to be."""
+    file = written(tmp_path, QWEN2)
+    given = load_profile(H100)
+    wanted = [Wanted("a", file, "llama3-8b")]
+    first = write_with_models(given, "first", same_device(H100), wanted, tmp_path / "first")
+    device = Device(first.device.name)
+    near = derive_with_models(first, "b", device, [Wanted("b", file)])
+    asked = derive_with_models(first, "b", device, [Wanted("b", file, "a")])
+    for document in (near, asked):
+        told = document["provenance"]["environment"]["stand_ins"]
+        assert told == {"a": "llama3-8b", "b": "llama3-8b"}
+    again = derive_with_models(first, "c", device, [Wanted("a", file)], replacing=True)
+    assert again["provenance"]["environment"]["stand_ins"] == {"a": "llama3-8b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "said"),
+    [
+        ("a", "a", None),
+        ("llama3-8b", "a", "The exits of 'llama3-8b' would be those of 'llama3-8b'"),
+        ("llama3-8b", "llama2-7b", "cannot be replaced: its exits stand in for those of 'a'"),
+        ("llama2-7b", "llama2-7b", "The exits of 'llama2-7b' would be those of 'llama2-7b'"),
+    ],
+)
+def test_no_model_stands_on_itself_nor_on_one_that_is_gone(
+    name: str, like: str, said: str | None, tmp_path: Path
+) -> None:
+    file = written(tmp_path, QWEN2)
+    wanted = [Wanted("a", file, "llama3-8b")]
+    given = load_profile(H100)
+    first = write_with_models(given, "first", same_device(H100), wanted, tmp_path / "first")
+    device, asked = Device(first.device.name), [Wanted(name, file, like)]
+    if said is None:
+        derive_with_models(first, "next", device, asked, replacing=True)
+        return
+    with pytest.raises(InputError, match=said):
+        derive_with_models(first, "next", device, asked, replacing=True)

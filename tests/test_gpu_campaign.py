@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -191,6 +192,24 @@ def test_a_nursery_runs_modules_one_after_another_and_says_how_each_ended(
     nursery.close()
 
 
+def test_a_nursery_that_is_closed_ends_what_it_runs(tmp_path: Path) -> None:
+    """An interruption may end the one who asked alone."""
+    (tmp_path / "a_sleep.py").write_text(
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    nursery = Nursery((), tmp_path)
+    waiting = threading.Thread(target=nursery.run, args=("a_sleep", []), daemon=True)
+    waiting.start()
+    end_s = time.monotonic() + 20.0
+    while not (tmp_path / "pid").is_file() and time.monotonic() < end_s:
+        time.sleep(0.02)
+    os.kill(nursery.pid, signal.SIGTERM)
+    waiting.join(10.0)
+    assert not waiting.is_alive()
+    assert not _runs(int((tmp_path / "pid").read_text()))
+    nursery.close()
+
+
 def _runs(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -330,6 +349,9 @@ def test_every_step_is_a_command_and_names_only_steps_before_it(tmp_path: Path) 
             assert {*step.after} <= {one.name for one in steps[:at]}
             words = step.words(Call(tmp_path, 100.0))
             assert words[:2] == [sys.executable, "-m"]
+            forked = step.words(Call(tmp_path, 100.0, forks=True))
+            assert ("--forked" in forked) is (step.name == "fidelity")
+            assert "--forked" not in words
             assert "cuda" not in words or device == "cuda" or "not" in " ".join(words)
 
 

@@ -561,9 +561,12 @@ class _Session:
         fewest = bench.launches_per_layer()
         self.environment["models"][bench.name]["launches_per_layer"] = fewest
         for mode in ("eager", "graph") if self.device.type == "cuda" else ("eager",):
-            # A graph's kernels are chosen for the longest context that it may meet.
-            longest = bench.bounds.max_context
-            count = fewest if mode == "eager" else bench.launches_per_layer(1, longest)
+            count = fewest
+            if mode == "graph":
+                # A graph's kernels are chosen for the longest context that it may meet, and rows
+                # that keep the device busy do without merging.
+                rows, longest = bench.bounds.max_batch, bench.bounds.max_context
+                count = min(bench.launches_per_layer(one, longest) for one in {1, rows})
             reading = Reading("launch_floor", bench.name, mode, layers=1, note=f"{count} launches")
             if reading.key in self.readings:
                 continue

@@ -430,7 +430,8 @@ def checkpoint_folders(folder: Path) -> list[Path]:
         raise InputError("There is no such folder; give local checkpoint folders.", str(folder))
     if (folder / "config.json").is_file():
         return [folder]
-    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    # Hidden ones are drafts of a command that was killed.
+    inside = sorted(path.parent for path in folder.glob("[!.]*/config.json"))
     if not inside:
         raise InputError(
             "Neither this folder nor one within it holds a config.json; give the folder of a "

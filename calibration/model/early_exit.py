@@ -626,7 +626,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     # Clones, since tensors of one part share their memory, which the format does not allow.
     own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     with file_in_place(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(own, partial, metadata={"format": "pt"})
+        # The library keeps everybody else out, whatever the umask says.
+        partial.chmod(mode)
 
 
 def _empty(

@@ -166,18 +166,15 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Output:
         study = tune_study(question, out / JOURNAL)
         (found,) = carry_out([study], workers, store, on_point)
         scenario = tuned_scenario(found)
-        header = f"{SAID[found.verdict]}."
-        write_results(
-            out,
-            store,
-            {
-                RESULTS: parquet_bytes(trial_records(found)),
-                PARETO: csv_bytes(tune_front(found)),
-                SCENARIO: scenario_bytes(scenario, path.parent, out, [header]),
-                REPORT_FILE: tune_page(found, scenario).encode(),
-            },
-        )
-    if all(trial.state == "impossible" for trial in found.trials):
+        ran = any(trial.state != "impossible" for trial in found.trials)
+        files = {RESULTS: parquet_bytes(trial_records(found))}
+        if ran:
+            header = f"{SAID[found.verdict]}."
+            files[PARETO] = csv_bytes(tune_front(found))
+            files[SCENARIO] = scenario_bytes(scenario, path.parent, out, [header])
+        files[REPORT_FILE] = tune_page(found, scenario).encode()
+        write_results(out, store, files)
+    if not ran:
         raise InputError(f"{tune_headline(found)}\nPage: {out / REPORT_FILE}", f"{path}, search")
     if found.winner is None:
         raise InputError(
@@ -221,10 +218,10 @@ def whatif(
                 REPORT_FILE: whatif_page(scenario, cells, num, profiles).encode(),
             },
         )
-    sentences = [
-        whatif_answer(cells, num)[0],
-        *whatif_remarks(scenario, cells, num, profiles),
-    ]
+    headline = whatif_answer(cells, num)[0]
+    if all(cell.means is None for cell in cells):
+        raise InputError(f"{headline} {cells[0].why}\nPage: {out / REPORT_FILE}", str(path))
+    sentences = [headline, *whatif_remarks(scenario, cells, num, profiles)]
     return Output(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)
 
 

@@ -35,7 +35,11 @@ _NO_PART: Final = (
     "cli.py",
     "command.py",
     "comparison.py",
+    "derive.py",
+    "derive_model.py",
+    "folder_names.py",
     "folders.py",
+    "model_config.py",
     "publish.py",
     "terminal.py",
 )

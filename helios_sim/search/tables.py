@@ -16,7 +16,7 @@ from helios_sim.search.means import Means
 from helios_sim.search.pareto import front
 from helios_sim.search.plan import FleetAnswer, Load, Plan
 from helios_sim.search.tune import Trial, Tuned, by_violation
-from helios_sim.search.whatif import Cell, compared_by, leaders
+from helios_sim.search.whatif import Cell, compared_by, leaders, short_keys
 from helios_sim.search.words import bracket
 from helios_sim.terminal import FittedTable
 
@@ -221,7 +221,7 @@ def whatif_rows(cells: Sequence[Cell]) -> Cells:
     """A grid side by side: settings, policy, main figures."""
     keys = list(dict.fromkeys(key for cell in cells for key in cell.values))
     has_slo = any((cell.means or {}).get("slo_attainment") is not None for cell in cells)
-    titles = ["Policy", *(key.split(".")[-1].replace("_", " ") for key in keys), "tok/s"]
+    titles = ["Policy", *short_keys(keys).values(), "tok/s"]
     if has_slo:
         titles += ["goodput req/s", "SLO met %"]
     titles += ["TTFT p99 ms", "TPOT p50 ms", "J/tok", "agree %", "load"]

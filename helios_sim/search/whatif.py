@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final
@@ -189,18 +189,30 @@ def _steps(
     return Cell(cell.values, cell.policy, means, worst, beyond=clauses_beyond(figures), runs=runs)
 
 
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Each key in words, with as many of its last parts as tell it from the others."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        for count in range(1, len(parts) + 1):
+            end = parts[-count:]
+            if not any(other != key and other.split(".")[-count:] == end for other in keys):
+                break
+        names[key] = " ".join(end).replace("_", " ")
+    return names
+
+
 def short_names(cells: Sequence[Cell]) -> list[str]:
     """The cells by what tells them apart alone."""
-    keys = dict.fromkeys(key for cell in cells for key in cell.values)
+    keys = list(dict.fromkeys(key for cell in cells for key in cell.values))
     differing = [key for key in keys if len({str(cell.values.get(key)) for cell in cells}) > 1]
+    words = short_keys(keys)
     has_policies = len({cell.policy for cell in cells}) > 1
     names = []
     for cell in cells:
         parts = [cell.policy] if has_policies else []
-        for key in differing:
-            if key in cell.values:
-                parts.append(f"{key.split('.')[-1].replace('_', ' ')} {cell.values[key]}")
-        names.append(", ".join(parts) or cell.name)
+        parts += [f"{words[key]} {cell.values[key]}" for key in differing if key in cell.values]
+        names.append(" / ".join(parts) or cell.name)
     return names
 
 
@@ -214,15 +226,14 @@ def leaders(cells: Sequence[Cell], goal: Goal) -> list[int]:
     """The places of the best cell by a figure and, behind it, of those level with it.
 
     Level is who differs from the best by no more than the 95 % interval of the differences seed by
-    seed; of one run alone, who has the same figure.
+    seed; of one run alone, who has the same figure. Behind one that is not, nobody is.
     """
     known = [(place, _mean(cell, goal)) for place, cell in enumerate(cells)]
     costs = {place: goal.cost(mean) for place, mean in known if mean is not None}
     if not costs:
         return []
-    best = min(costs, key=lambda place: costs[place])
-    others = [place for place in costs if place != best]
-    return [best, *(one for one in others if _is_level(cells[one], cells[best], goal))]
+    best, *others = sorted(costs, key=lambda place: costs[place])
+    return [best, *takewhile(lambda one: _is_level(cells[one], cells[best], goal), others)]
 
 
 def _mean(cell: Cell, goal: Goal) -> float | None:

@@ -31,6 +31,7 @@ FULL_AGREEMENT: Final = 0.9995
 """Agreement that is shown as 100 %."""
 ALIKE: Final = 0.03
 """By how much of it mean lengths may differ and still be alike."""
+CANDIDATES: Final = "fleet.candidates"
 MAX_NAMED: Final = 4
 """Cells that one clause names, at most."""
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -379,11 +380,15 @@ def whatif_answer(cells: Sequence[Cell], replications: int) -> list[str]:
     if len(able) == 1:
         figures = [f"{goal.name} {_best_value(able[0], goal)}" for goal in goals]
         return [f"{names[0]} has {listed(figures)}; there is no other to compare it with."]
+    names = [
+        f"{name} ({cell.saturation})" if cell.saturation == "overloaded" else name
+        for name, cell in zip(names, able, strict=True)
+    ]
     told: dict[tuple[int, ...], list[str]] = {}
     for goal in goals:
-        places = tuple(leaders(able, goal))
-        value = "" if len(places) == len(able) else f" ({_best_value(able[places[0]], goal)})"
-        told.setdefault(places, []).append(f"{goal.name}{value}")
+        best, *others = leaders(able, goal)
+        figure = f"{goal.name} ({_best_value(able[best], goal)})"
+        told.setdefault(tuple(sorted([best, *others])), []).append(figure)
     intervals = " beyond their 95 % intervals" if replications > 1 else ""
     sentences = []
     for places, figures in told.items():
@@ -421,7 +426,8 @@ def whatif_remarks(
     found += _agreements([cell for cell in cells if cell.means is not None])
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
     grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
-    return [*found, *grades, *_standing_in(profiles), *beyond]
+    varied = [cell.values[CANDIDATES] for cell in cells if CANDIDATES in cell.values]
+    return [*found, *grades, *_standing_in(profiles, _candidates(scenario, varied)), *beyond]
 
 
 def _agreements(able: Sequence[Cell]) -> list[str]:
@@ -454,6 +460,12 @@ def _standing_in(profiles: Iterable[Profile], used: Collection[str] | None = Non
         if used is None or name in used
     }
     return [standing_in(likes)] if likes else []
+
+
+def _candidates(scenario: Scenario, varied: Iterable[Iterable[str]]) -> set[str] | None:
+    """The models that may take part; None for all of a profile."""
+    sets = [scenario.fleet.candidates, *varied]
+    return {name for models in sets for name in models} if all(sets) else None
 
 
 def _beyond(named: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
@@ -606,7 +618,10 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     if tuned.winner is not None:
         tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
     found.append(worth(grades_by_name(tuned.question.profiles), "settings"))
-    found += _standing_in(tuned.question.profiles)
+    question = tuned.question
+    ranged = [one.choices for one in question.space.ranges if one.key == CANDIDATES]
+    varied = [candidates for choices in ranged for candidates in choices]
+    found += _standing_in(question.profiles, _candidates(question.scenario, varied))
     found += _beyond(tried) + _few_rounds(tuned) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -64,27 +65,24 @@ def study(
 ) -> None:
     """Serve, simulate and compare every case, and write the page."""
     # First of all: what runs later begins threads, which a child would not have.
-    nursery = Nursery(("calibration.serving.serve",), Path.cwd()) if forked else None
-    chosen = cases_named(case or ())
-    settings = StudySettings(
-        profile=profile,
-        candidates=tuple(candidate or ()),
-        seconds=seconds,
-        repeats=repeats,
-        max_batch=max_batch,
-        overlap_loads=overlap_loads,
-    )
-    ground = read_ground(settings)
-    target = out or Path(__file__).parent / ground.profile.name
-    check_target(target)
-    server = serving_command(checkpoints, device, shlex.split(more), nursery)
-    try:
+    imported = ("calibration.serving.serve",)
+    with closing(Nursery(imported, Path.cwd())) if forked else nullcontext() as nursery:
+        chosen = cases_named(case or ())
+        settings = StudySettings(
+            profile=profile,
+            candidates=tuple(candidate or ()),
+            seconds=seconds,
+            repeats=repeats,
+            max_batch=max_batch,
+            overlap_loads=overlap_loads,
+        )
+        ground = read_ground(settings)
+        target = out or Path(__file__).parent / ground.profile.name
+        check_target(target)
+        server = serving_command(checkpoints, device, shlex.split(more), nursery)
         found = run_study(
             ground, work, server, cases=chosen, fresh=fresh, most_again=again, say=typer.echo
         )
-    finally:
-        if nursery is not None:
-            nursery.close()
     if found.interrupted and not found.outcomes:
         raise Interrupted("no case was served yet")
     command = shlex.join(["python", "-m", "reports.fidelity", *sys.argv[1:]])

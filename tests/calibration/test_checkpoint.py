@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from calibration.model.checkpoint import (
     INDEX_FILE,
     SETTINGS_FILE,
     WEIGHTS_FILE,
+    checkpoint_folders,
     default_exits,
     open_checkpoint,
     read_header,
@@ -397,3 +400,19 @@ def test_exits_default_to_a_quarter_half_and_all():
     assert default_exits(32) == (8, 16, 32)
     assert default_exits(2) == (1, 2)
     assert default_exits(1) == (1,)
+
+
+def test_weights_may_be_read_by_whom_the_umask_lets_read(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(from_stock(tiny.stock_model("opt")), tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()}
+    assert modes == {0o640}
+
+
+def test_the_draft_of_a_command_that_was_killed_is_no_checkpoint(tmp_path):
+    save(from_stock(tiny.stock_model("opt"), name="a"), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / ".a.ab12cd34.partial")
+    assert checkpoint_folders(tmp_path) == [tmp_path / "a"]

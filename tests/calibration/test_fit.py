@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from calibration.cli import main
 from calibration.fitting.check import check_rows, compare
-from calibration.fitting.fit import FitSettings, fit_profile
+from calibration.fitting.fit import FitSettings, device_floors, fit_profile
 from calibration.fitting.fit_energy import EnergyFit, fit_energy
 from calibration.fitting.fit_times import (
     Number,
@@ -840,3 +840,14 @@ def test_loads_that_may_have_met_the_cache_are_not_called_measured_from_the_disk
     assert profile.quantities["loading.host.bytes_per_s"].grade == "measured"
     assert any("disk: 2 of 4 points may be of the" in note for note in profile.provenance.notes)
     assert exact.quantities["loading.disk.alpha_s"].grade == "measured"
+
+
+@pytest.mark.parametrize(
+    ("rates", "rate"), [({"": 1.0, "read": 2.0, "link": 9.0}, 2.0), ({"": 1.0}, 1.0), ({}, None)]
+)
+def test_the_floor_of_memory_is_the_faster_of_a_copy_and_a_read(
+    rates: dict[str, float], rate: float | None
+) -> None:
+    launches = {"a": {"graph": 3e-6}}
+    floors = {"copy_bytes_per_s": rates, "launch_s_per_layer": launches}
+    assert device_floors(floors, "a", "graph") == (rate, 3e-6)

@@ -457,3 +457,7 @@ def test_cuda_graphs_embed_tell_and_fill_as_the_eager_path(family, pool):
     for ours, eager in zip(*found, strict=True):
         # A padded product may sum in another order, and all were rounded to 16 bits on the way.
         torch.testing.assert_close(ours, eager, rtol=1.6e-2, atol=1e-3)
+        if ours.shape == (3, 3):
+            # Tokens of what is said are the same, and confidences as close as 16 bits allow.
+            assert torch.equal(ours[0], eager[0])
+            torch.testing.assert_close(ours[1], eager[1], rtol=0.0, atol=2e-4)

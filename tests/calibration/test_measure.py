@@ -122,6 +122,13 @@ def test_every_quantity_a_processor_has_is_measured(measured: Path) -> None:
     assert not found & {"idle_power", "decode_energy", "load_host_pinned", "graph_capture"}
 
 
+def test_memory_is_copied_and_read(measured: Path) -> None:
+    points = read_points(measured).filter(pl.col("quantity") == "copy_bandwidth")
+    assert points["mode"].to_list().count("") == points["mode"].to_list().count("read") == 3
+    moved = {mode: part["bytes"][0] for (mode,), part in points.group_by("mode")}
+    assert moved[""] == 2 * moved["read"]
+
+
 def test_times_are_positive_and_energy_without_a_meter_is_null(measured: Path) -> None:
     points = read_points(measured)
     timed = points.filter(~pl.col("quantity").str.starts_with("memory"))

@@ -645,6 +645,7 @@ def test_a_search_none_of_whose_trials_can_be_run_is_ended_and_says_what_the_fir
         tune(path, [], inline(out))
     page = html.unescape((out / "report.html").read_text())
     assert "None of 1 trial can be run; the first says:" in page
+    assert not (out / "scenario.toml").exists()
     said = tune(path, ["search.ranges={policy={depth=[24]}}"], inline(out))
     assert "1 trial by grid: 1 on all samples" in said.sentences[1]
 

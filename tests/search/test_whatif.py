@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import html
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from helios_sim.errors import InputError
+from helios_sim.profile import load_profile
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import whatif
 from helios_sim.search.drawings import MAX_LABELS, cells_figure
 from helios_sim.search.page import whatif_page
 from helios_sim.search.studies import Outcome
 from helios_sim.search.tables import whatif_best
-from helios_sim.search.whatif import Cell, short_names, whatif_studies
+from helios_sim.search.whatif import (
+    GOODPUT,
+    Cell,
+    leaders,
+    short_keys,
+    short_names,
+    whatif_studies,
+)
 from helios_sim.search.words import whatif_answer, whatif_remarks
 from tests.search.test_commands import inline, write
 
@@ -80,7 +90,10 @@ def test_cells_that_differ_by_no_more_than_their_intervals_are_said_not_to_diffe
 ) -> None:
     """There is nothing to mark then, and nothing to draw."""
     cells = [cell("chunked", [5.0, 6.0, 7.0], 20.0), cell("static", [4.9, 5.7, 7.1], 20.0)]
-    said = "The 2 cells do not differ beyond their 95 % intervals in goodput and TTFT p99."
+    said = (
+        "The 2 cells do not differ beyond their 95 % intervals in goodput (6 requests/s) and "
+        "TTFT p99 (20 ms)."
+    )
     assert whatif_answer(cells, 3) == [said]
     assert not whatif_best(cells)
     page = whatif_page(load_scenario(write(tmp_path)), cells, 3, [])
@@ -92,7 +105,7 @@ def test_cells_of_one_run_are_ranked_by_it_and_a_remark_says_that_it_may_be_chan
     tmp_path: Path,
 ) -> None:
     cells = [cell("chunked", [5.0], 20.0), cell("static", [4.9], 20.0)]
-    rest = "The 2 cells do not differ in TTFT p99."
+    rest = "The 2 cells do not differ in TTFT p99 (20 ms)."
     assert whatif_answer(cells, 1) == ["Best in goodput (5 requests/s): batching chunked.", rest]
     answered, first, *_ = whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [])
     assert answered == rest
@@ -158,3 +171,63 @@ def test_the_best_of_a_grid_is_marked_and_its_marks_are_labelled_on_the_page(
 def test_a_cell_is_told_by_its_policy_where_several_are_compared() -> None:
     cells = [Cell({"serving.max_batch": 8}, "vanilla"), Cell({"serving.max_batch": 8}, "helios")]
     assert short_names(cells) == ["vanilla", "helios"]
+
+
+def test_behind_a_cell_that_is_not_level_with_the_best_nobody_is() -> None:
+    """Steady gaps of 0.2 are told from chance; the gaps of 0, 3 and 6 behind them are not."""
+    cells = [
+        cell("continuous", [5.0, 6.0, 7.0], 20.0),
+        cell("chunked", [4.8, 5.8, 6.8], 20.0),
+        cell("static", [5.0, 3.0, 1.0], 20.0),
+    ]
+    assert leaders(cells, GOODPUT) == [0]
+
+
+def test_settings_of_one_name_are_told_apart_by_their_tables() -> None:
+    cells = [
+        Cell({"workload.prompt.tokens": one, "workload.output.tokens": other}, policy, {})
+        for policy in ("helios", "vanilla")
+        for one, other in ((100, 40), (200, 40), (200, 80))
+    ]
+    assert short_names(cells)[:2] == [
+        "helios / prompt tokens 100 / output tokens 40",
+        "helios / prompt tokens 200 / output tokens 40",
+    ]
+    assert short_keys(["policy.model", "serving.max_batch"]) == {
+        "policy.model": "model",
+        "serving.max_batch": "max batch",
+    }
+
+
+def test_the_best_of_cells_is_named_with_what_speaks_against_it() -> None:
+    cells = [
+        replace(cell("static", [5.0], 90.0), saturation="overloaded"),
+        cell("chunked", [4.0], 20.0),
+    ]
+    assert whatif_answer(cells, 1) == [
+        "Best in goodput (5 requests/s): batching static (overloaded).",
+        "Best in TTFT p99 (20 ms): batching chunked.",
+    ]
+
+
+def test_exits_that_stand_in_are_told_of_models_that_may_take_part(tmp_path: Path) -> None:
+    """The profile's models are all candidates where the scenario names none."""
+    given = load_profile("opt-a100-40gb")
+    environment = {"stand_ins": {"opt-6.7b": "opt-1.3b"}}
+    profile = replace(given, provenance=replace(given.provenance, environment=environment))
+    cells = [cell("static", [5.0], 90.0)]
+    for named, told in (((), True), (("opt-1.3b",), False), (("opt-6.7b",), True)):
+        scenario = load_scenario(write(tmp_path))
+        fleet = scenario.fleet.model_copy(update={"candidates": named})
+        scenario = scenario.model_copy(update={"fleet": fleet})
+        said = whatif_remarks(scenario, cells, 1, [profile])
+        assert any("opt-6.7b leaves as opt-1.3b does" in one for one in said) is told
+
+
+def test_a_grid_of_which_nothing_can_be_run_leaves_its_page_and_is_no_answer(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, policy=[{"use": "static-depth", "model": "opt-1.3b"}])
+    with pytest.raises(InputError, match=r"None of 2 cells can be run\. .*depth"):
+        whatif(path, [], ["policy.depth=7,8"], [], 1, inline(tmp_path / "out"))
+    assert "None of 2 cells can be run" in (tmp_path / "out" / "report.html").read_text()
