@@ -318,8 +318,8 @@ def tokens_at_once(lanes: int) -> int:
 
 
 def norm_warps(block: int) -> int:
-    """Warps that share a row of so many units, each lane with sixteen at most."""
-    return max(4, min(32, block // 512))
+    """Warps that share a row of so many units, each lane with eight where 32 are enough."""
+    return max(4, min(32, block // 256))
 
 
 def power_of_two(count: int) -> int:

@@ -39,7 +39,7 @@ def variants():
             yield "attend_kernel", sizes | blocks | found, launches.ATTEND_WARPS, stages
     yield "merge_kernel", {"HEAD_DIM": 128, "LANES": 128, "SPLITS": 32}, 4, 3
     yield "gate_kernel", {"BLOCK": 1024}, 4, 3
-    for hidden in (2048, 5120):
+    for hidden in (2048, 4096, 5120):
         block = launches.power_of_two(hidden)
         yield "add_norm_kernel", {"BLOCK": block}, launches.norm_warps(block), 3
     telling = {"BLOCK": launches.TELL_BLOCK, "STAGES": launches.TELL_STAGES}
