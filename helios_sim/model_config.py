@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from helios_sim.errors import InputError, did_you_mean, shown
+from helios_sim.errors import InputError, did_you_mean, listed, shown
 from helios_sim.model import ModelShape
 
 CONFIG_FILE: Final = "config.json"
@@ -96,8 +96,8 @@ def shape_of(config: Mapping[str, Any], where: str = CONFIG_FILE) -> StatedShape
     lacking = [key for key in keys.values() if config.get(key) is None]
     if lacking:
         raise InputError(
-            f"{_keys(lacking)} {'is' if len(lacking) == 1 else 'are'} missing; a model of type "
-            f"{model_type!r} needs {_keys(keys.values())}.",
+            f"{listed(lacking)} {'is' if len(lacking) == 1 else 'are'} missing; a model of type "
+            f"{model_type!r} needs {listed(keys.values())}.",
             where,
         )
     counts = {field: _count(config, key, where) for field, key in keys.items()}
@@ -221,8 +221,3 @@ def _flag(config: Mapping[str, Any], key: str, default: bool, where: str) -> boo
     if not isinstance(value, bool):
         raise InputError(f"{shown(value)} was given for {key!r}; allowed is true or false.", where)
     return value
-
-
-def _keys(names: Any) -> str:
-    found: Sequence[str] = [repr(name) for name in names]
-    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]}"

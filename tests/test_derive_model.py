@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from helios_sim import cost
-from helios_sim.cli import main
 from helios_sim.derive import RULES, Device
 from helios_sim.derive_model import (
     Wanted,
@@ -24,6 +23,7 @@ from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
 from helios_sim.model import PUBLIC_SHAPES, ModelShape
 from helios_sim.profile import GRADES, load_profile
+from tests.test_derive import coefficients, run
 
 ROOT = Path(__file__).parent.parent
 H100 = "layerskip-h100-80gb"
@@ -68,18 +68,6 @@ def written(folder: Path, config: dict[str, Any], name: str = "config.json") -> 
 
 def same_device(profile: str) -> Device:
     return Device(load_profile(profile).device.name)
-
-
-def coefficients(document: dict[str, Any], model: str) -> dict[str, Any]:
-    entries = document["models"][model]["coefficients"]
-    return {name: entry["value"] for name, entry in entries.items()}
-
-
-def run(*arguments: object) -> int:
-    """Run the command in this process; returns its exit code."""
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return int(end.value.code or 0)
 
 
 @pytest.mark.parametrize(
