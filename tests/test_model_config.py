@@ -77,7 +77,7 @@ def test_the_source_names_the_kind_and_what_is_neglected() -> None:
     [
         (
             without(LLAMA, "hidden_size", "vocab_size"),
-            "'hidden_size' and 'vocab_size' are missing; a model of type 'llama' needs",
+            "'hidden_size', 'vocab_size' are missing; a model of type 'llama' needs",
         ),
         ({**LLAMA, "vocab_size": None}, "'vocab_size' is missing"),
         (without({**LLAMA, "model_type": "qwen2"}, "num_key_value_heads"), "is missing"),
