@@ -172,6 +172,8 @@ def _end(children: Sequence[Child]) -> None:
             child.wait(_GRACE_S)
         except subprocess.TimeoutExpired:
             os.kill(child.pid, signal.SIGKILL)
+            # Who sees this process gone may take the child for gone too.
+            child.wait()
     os._exit(0)
 
 
@@ -180,8 +182,11 @@ def _tend(asked: socket.socket, folder: Path, children: list[Child]) -> None:
     with asked, asked.makefile("rb") as lines:
         for line in lines:
             module, *arguments = json.loads(line)
+            # An end asked for between the two would miss the child.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
             child = Child(module, arguments, folder, {}, own_group=False, shut=(asked,))
             children[:] = [child]
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             said = ""
             for part in child.stdout:
                 text = part.decode(errors="replace")
@@ -207,6 +212,7 @@ def _become(
             os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         nothing = os.open(os.devnull, os.O_RDONLY)
         for source, target in ((nothing, 0), (output, 1), (output, 2)):
             os.dup2(source, target)

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,38 +177,38 @@ def test_what_children_can_is_asked_of_one() -> None:
 
 
 def test_a_nursery_runs_modules_one_after_another_and_says_how_each_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "a_ward.py").write_text(
         "import os, sys\nprint('from', os.getppid())\nprint(*sys.argv[1:], file=sys.stderr)\n"
         "sys.exit(len(sys.argv) - 1)\n"
     )
-    nursery = Nursery(("json", "no_such_module"), tmp_path)
-    assert _runs(nursery.pid)
-    assert nursery.run("a_ward", []) == (0, f"from {nursery.pid}")
-    assert nursery.run("a_ward", ["two words", "more"]) == (2, "two words more")
-    assert nursery.run("no_such_module", [])[0] == 1
-    os.kill(nursery.pid, signal.SIGKILL)
-    assert nursery.run("a_ward", []) == (1, "the process that begins others is gone")
-    nursery.close()
+    with closing(Nursery(("json", "no_such_module"), tmp_path)) as nursery:
+        assert _runs(nursery.pid)
+        assert nursery.run("a_ward", []) == (0, f"from {nursery.pid}")
+        assert nursery.run("a_ward", ["two words", "more"]) == (2, "two words more")
+        assert nursery.run("no_such_module", [])[0] == 1
+        os.kill(nursery.pid, signal.SIGKILL)
+        assert nursery.run("a_ward", []) == (1, "the process that begins others is gone")
 
 
 def test_a_nursery_that_is_closed_ends_what_it_runs(tmp_path: Path) -> None:
     """An interruption may end the one who asked alone."""
+    pid = tmp_path / "pid"
     (tmp_path / "a_sleep.py").write_text(
-        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+        "import os, time\nopen('draft', 'w').write(str(os.getpid()))\n"
+        "os.rename('draft', 'pid')\ntime.sleep(60)\n"
     )
-    nursery = Nursery((), tmp_path)
-    waiting = threading.Thread(target=nursery.run, args=("a_sleep", []), daemon=True)
-    waiting.start()
-    end_s = time.monotonic() + 20.0
-    while not (tmp_path / "pid").is_file() and time.monotonic() < end_s:
-        time.sleep(0.02)
-    os.kill(nursery.pid, signal.SIGTERM)
-    waiting.join(10.0)
-    assert not waiting.is_alive()
-    assert not _runs(int((tmp_path / "pid").read_text()))
-    nursery.close()
+    with closing(Nursery((), tmp_path)) as nursery:
+        waiting = threading.Thread(target=nursery.run, args=("a_sleep", []), daemon=True)
+        waiting.start()
+        end_s = time.monotonic() + 60.0
+        while not pid.is_file() and time.monotonic() < end_s:
+            time.sleep(0.02)
+        os.kill(nursery.pid, signal.SIGTERM)
+        waiting.join(30.0)
+        assert not waiting.is_alive()
+        assert not _runs(int(pid.read_text()))
 
 
 def _runs(pid: int) -> bool:
