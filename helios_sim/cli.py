@@ -48,7 +48,7 @@ Changes = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Change a setting, such as fleet.num_replicas=2 or policy.0.breach_limit=30 (lists "
-        "count from 0); may be repeated.",
+        "count from 0); KEY= removes one; may be repeated.",
     ),
 ]
 Policies = Annotated[

@@ -175,7 +175,10 @@ class Scenario(StrictSettings):
 
 
 def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
-    """Read a scenario file, with `dotted.key=value` changes applied (values in TOML syntax)."""
+    """Read a scenario file, with `dotted.key=value` changes applied (values in TOML syntax).
+
+    `dotted.key=` removes a setting.
+    """
     try:
         if path.is_dir():
             raise InputError("This is a folder; a scenario is a TOML file.", str(path))
@@ -286,7 +289,10 @@ def check_warmup(measure: MeasureSettings, requests: Requests, where: str) -> No
 
 
 def apply_change(data: dict[str, Any], change: str) -> None:
-    """Apply one `dotted.key=value`; a number in the path is an index, from 0."""
+    """Apply one `dotted.key=value`; a number in the path is an index, from 0.
+
+    `dotted.key=` removes the setting, so that its default holds. Raises InputError.
+    """
     key, separator, text = change.partition("=")
     path = key.strip().split(".")
     if not separator or not all(path):
@@ -294,7 +300,10 @@ def apply_change(data: dict[str, Any], change: str) -> None:
             f"{change!r} cannot be read; write dotted.key=value, such as fleet.num_replicas=2.",
             "--set",
         )
-    apply_value(data, path, toml_value(text.strip()), "--set")
+    if text.strip():
+        apply_value(data, path, toml_value(text.strip()), "--set")
+    else:
+        _remove(data, path, "--set")
 
 
 def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -> None:
@@ -322,6 +331,25 @@ def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -
             raise UnknownSetting(
                 f"{key!r} goes into {'.'.join(path[:depth])!r}, which is a plain value.", where
             )
+
+
+def _remove(data: dict[str, Any], path: list[str], where: str) -> None:
+    """Remove what is at a path of plain data."""
+    *above, last = path
+    node: Any = data
+    for part in (*above, last):
+        holder = node
+        if isinstance(holder, list) and _is_index(part, len(holder)):
+            node = holder[int(part)]
+        elif isinstance(holder, dict) and part in holder:
+            node = holder[part]
+        else:
+            raise InputError(
+                f"{'.'.join(path)!r} is not set, so it cannot be removed; after '=' comes a "
+                "value, and '\"\"' is the empty text.",
+                where,
+            )
+    del holder[int(last) if isinstance(holder, list) else last]
 
 
 def _is_index(text: str, length: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -536,6 +537,21 @@ def test_a_later_change_wins_and_reaches_into_lists() -> None:
     for change in ("policy.1.use=c", "policy.1.use=d", "new.table.key=[1, 2]"):
         apply_change(data, change)
     assert data == {"policy": [{"use": "a"}, {"use": "d"}], "new": {"table": {"key": [1, 2]}}}
+
+
+def test_a_change_without_a_value_removes_the_setting() -> None:
+    data: dict[str, Any] = {"policy": [{"use": "a"}, {"use": "b"}], "slo": {"e2e_s": 9.0}}
+    for change in ("policy.0=", "policy.0.use = ", "slo="):
+        apply_change(data, change)
+    assert data == {"policy": [{}]}
+
+
+@pytest.mark.parametrize("change", ["slo=", "policy.1=", "policy.0.label=", "policy.0.use.x="])
+def test_what_is_not_set_cannot_be_removed(change: str) -> None:
+    data: dict[str, Any] = {"policy": [{"use": "a"}]}
+    with pytest.raises(InputError, match=re.escape(f"{change[:-1]!r} is not set")):
+        apply_change(data, change)
+    assert data == {"policy": [{"use": "a"}]}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
