@@ -19,6 +19,12 @@ app = typer.Typer(
 )
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16 or float16.", show_default="float32 on cpu, bfloat16 on cuda"
+    ),
+]
 
 
 @app.callback()
@@ -67,12 +73,7 @@ def measure(
         ),
     ] = None,
     device: Device = "auto",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16.", show_default="float32 on cpu, bfloat16 on cuda"
-        ),
-    ] = None,
+    dtype: Precision = None,
     budget: Annotated[
         str,
         typer.Option(help="Time to spend, such as 90s, 10m or 1h30m; a plain number is seconds."),
@@ -233,6 +234,7 @@ def trace(
     ] = None,
     domain: Domains = None,
     device: Device = "auto",
+    dtype: Precision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report.")] = False,
 ) -> None:
     """Trace at which exit each token of held-out text would leave, for every checkpoint."""
@@ -245,6 +247,7 @@ def trace(
         window=window,
         domains=domain or (),
         device=device,
+        dtype=dtype,
         as_json=as_json,
     )
 

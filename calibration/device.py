@@ -1,14 +1,18 @@
-"""The device that a command works on, chosen by its name and called by its own."""
+"""The device that a command works on, and the precision it computes in, by their names."""
 
 from __future__ import annotations
 
 import os
 import platform
 from pathlib import Path
+from typing import Final
 
 import torch
 
 from helios_sim.errors import InputError
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Precisions that models can be run in."""
 
 
 def device_of(name: str) -> torch.device:
@@ -32,6 +36,23 @@ def device_of(name: str) -> torch.device:
             "--device",
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The precision of a name; of None, bfloat16 on a GPU and float32 on a processor.
+
+    A processor computes 16 bits many times slower. Raises `InputError` for another name.
+    """
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise InputError(f"{name!r} was given; allowed are {', '.join(DTYPES)}.", "--dtype")
+    return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a precision is called, without torch."""
+    return str(dtype).removeprefix("torch.")
 
 
 def device_name(device: torch.device) -> str:

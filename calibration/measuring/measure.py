@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from calibration.device import device_name, device_of
+from calibration.device import device_name, device_of, dtype_name, dtype_of
 from calibration.measuring.bench import Bench, power_columns
 from calibration.measuring.board import BoardState, board_of
 from calibration.measuring.describe import (
@@ -78,8 +78,6 @@ from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
 from helios_sim.report.words import counted
 
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 _LEAST_BUDGET_S: Final = 5.0
 _COPY_TRIALS: Final = 3
 _LINK_BYTES: Final = 2**28
@@ -133,10 +131,6 @@ class MeasureSettings:
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
             raise InputError(f"The device {self.device!r} is unknown; allowed are cpu and cuda.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise InputError(
-                f"The dtype {self.dtype!r} is unknown; allowed are {', '.join(DTYPES)}."
-            )
         if self.budget_s < _LEAST_BUDGET_S:
             raise InputError(
                 f"A budget of {self.budget_s:g} s was given; {_LEAST_BUDGET_S:g} s is the least."
@@ -235,7 +229,7 @@ class _Session:
         self.began_s = time.monotonic()
         self.began_at = _now()
         self.device = device_of(settings.device)
-        self.dtype = DTYPES[settings.dtype or _default_dtype(settings.device)]
+        self.dtype = dtype_of(settings.dtype, self.device)
         self.sources = find_sources(settings.models, settings.exits)
         for source in self.sources:
             shallowest = source.exit_layers[0]
@@ -721,7 +715,7 @@ class _Session:
         """The plan to go on with; raises `InputError` where it was another measurement's."""
         identity = {
             "device": device_name(self.device),
-            "dtype": _dtype_name(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "seed": self.settings.seed,
         }
         if self.device.type == "cpu":
@@ -766,7 +760,7 @@ class _Session:
         state = self.board.state()
         self.environment |= {
             "device": describe_device(self.device, state),
-            "dtype": _dtype_name(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "meter": describe_meter(self.meter, self._window_s()),
             **describe_system(self.board),
             "commands": [*self.environment.get("commands", []), " ".join(sys.argv)],
@@ -797,15 +791,6 @@ class _Session:
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(name, total=count)
             yield lambda: progress.advance(task)
-
-
-def _default_dtype(device: str) -> str:
-    """bfloat16 on a GPU; float32 on a processor, where 16 bits are many times slower."""
-    return "bfloat16" if device == "cuda" else "float32"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _now() -> str:

@@ -19,7 +19,7 @@ from typing import Any, Final, cast, get_args
 
 import torch
 
-from calibration.device import device_name, device_of
+from calibration.device import DTYPES, device_name, device_of, dtype_name
 from calibration.measuring.board import board_of
 from calibration.measuring.meters import Absence, Meter, NoMeter, best_meter
 from calibration.measuring.timing import measure_pace
@@ -68,10 +68,6 @@ _SPIN_S: Final = 0.0005
 
 _DTYPES: Final = {4: torch.float32, 2: torch.bfloat16}
 """What bytes a parameter are where a profile does not name its type."""
-_NAMED_DTYPES: Final = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
-}
 
 _COMPARED_KERNELS: Final = ("fusion", "flash", "telling")
 
@@ -519,7 +515,7 @@ def environment(
         "confidence_thresholds": dict(host.thresholds),
         "device": backend.device_name(prepared),
         "threads": torch.get_num_threads(),
-        "dtype": str(prepared.dtype).removeprefix("torch."),
+        "dtype": dtype_name(prepared.dtype),
         "checkpoints": {name: folder.name for name, folder in prepared.folders.items()},
         "tokens": "free-running" if settings.free_running else "teacher-forced",
         "tokenizer": prepared.prompts.tokenizer,
@@ -722,9 +718,9 @@ def _dtype(room: Room) -> torch.dtype:
     named = room.profile.provenance.environment.get("dtype")
     if named is None:
         return _DTYPES[size]
-    found = _NAMED_DTYPES.get(str(named))
+    found = DTYPES.get(str(named))
     if found is None or found.itemsize != size:
-        fitting = [name for name, dtype in _NAMED_DTYPES.items() if dtype.itemsize == size]
+        fitting = [name for name, dtype in DTYPES.items() if dtype.itemsize == size]
         raise InputError(
             f"Profile {room.profile.name!r} was measured in {named!r} and has {size} bytes a "
             f"parameter; of that size {', '.join(fitting)} can be served.",

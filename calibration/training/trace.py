@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from calibration.device import dtype_name
 from calibration.model.checkpoint import TOKENIZER_FILE, open_checkpoint, write_json
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.early_exit import load
@@ -209,7 +210,7 @@ def _score(
     try:
         return _Candidate(
             name=model.name,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype_name(model.dtype),
             confidence=model.confidence,
             own=own_domains(settings.corpus if settings else None),
             traced={name: score(model, ids, windows, kinds) for name, ids in tokens.items()},

@@ -9,7 +9,7 @@ from typing import Final
 
 import typer
 
-from calibration.device import device_of
+from calibration.device import device_of, dtype_of
 from calibration.model.checkpoint import find_checkpoints
 from calibration.options import parse_budget, parse_exits
 from calibration.training.heads import HeadOptions, train_heads
@@ -144,11 +144,13 @@ def trace(
     window: int | None,
     domains: Sequence[str],
     device: str,
+    dtype: str | None,
     as_json: bool,
 ) -> None:
     """Trace checkpoints and say what the traces show."""
     options = TraceOptions(positions, window, tuple(domains) or DOMAINS)
-    report = trace_checkpoints(_folders(folders), out, options, device_of(device))
+    where = device_of(device)
+    report = trace_checkpoints(_folders(folders), out, options, where, dtype_of(dtype, where))
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return

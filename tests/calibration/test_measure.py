@@ -689,7 +689,6 @@ def test_public_shapes_have_default_exits() -> None:
 def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for changes, said in (
         ({"device": "tpu"}, "device 'tpu'"),
-        ({"dtype": "int8"}, "dtype 'int8'"),
         ({"budget_s": 1.0}, "budget of 1 s"),
         ({"max_batch": 0}, "largest batch of 0"),
     ):

@@ -248,13 +248,25 @@ def test_the_commands_fit_and_trace(
     family = str(folders[0].parent)
     for arguments in (
         ["confidence", family, "--threshold", "0.25", "--device", "cpu"],
-        ["trace", family, "--out", str(tmp_path), "--positions", "256", "--device", "cpu"],
+        [
+            "trace",
+            family,
+            "--out",
+            str(tmp_path),
+            "--positions",
+            "256",
+            "--device",
+            "cpu",
+            "--dtype",
+            "bfloat16",
+        ],
     ):
         with pytest.raises(SystemExit) as end:
             main(arguments)
         assert not end.value.code
     said = capsys.readouterr().out
     assert "threshold 0.25" in said
+    assert json.loads((tmp_path / "trace.json").read_text())["dtype"] == "bfloat16"
     assert "code-2l on code, nats: L1" in said
     assert read_traces(tmp_path / "exits.parquet").domains == ("code", "prose", "tables")
     assert load(folders[0]).confidence == Confidence("max-softmax", 0.25)

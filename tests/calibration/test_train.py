@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from calibration.cli import main
-from calibration.device import device_of
+from calibration.device import device_of, dtype_of
 from calibration.model.early_exit import from_stock, load
 from calibration.training import train
 from calibration.training.optimiser import Optimiser, orthogonalised
@@ -214,6 +214,7 @@ def test_bad_input_is_told_with_what_is_allowed(capsys: pytest.CaptureFixture[st
         (lambda: FamilyOptions(threshold=1.5), "0 to 1"),
         (lambda: FamilyOptions(target_agreement=2.0), "above 0 and up to 1"),
         (lambda: device_of("tpu"), "auto, cpu and cuda"),
+        (lambda: dtype_of("int8", torch.device("cpu")), "float32, bfloat16, float16"),
         (lambda: ModelPlan("x", {"poems": 1.0}, 1, 8, 1, 8, (1,), 1.0), "there are 'code'"),
     ):
         with pytest.raises(InputError, match=said):
