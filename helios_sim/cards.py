@@ -219,8 +219,13 @@ def candidate_card(room: Room, name: str) -> Candidate:
     prompt, tokens = room.expected_prompt_tokens, room.typical_tokens
     c = profile.coefficient_array()
     limits = tuple(int(room.requests_that_fit(name, depth, tokens)) for depth in model.exit_layers)
+    has_energy = room.profile.has_energy
     batches = card_batches(limits, room.serving.max_batch)
-    decodes = [_typical_decodes(room, name, depth, batches) for depth in model.exit_layers]
+    ending = [_typical_decodes(room, name, depth, batches, depth, 0) for depth in model.exit_layers]
+    exiting = [
+        _typical_decodes(room, name, depth, batches, model.exit_layers[-1], level)
+        for level, depth in enumerate(model.exit_layers)
+    ]
     pairs = prompt * (prompt + 1) / 2
     prefill_s = [
         cost.mixed_seconds(
@@ -228,7 +233,6 @@ def candidate_card(room: Room, name: str) -> Candidate:
         )[0]
         for depth in model.exit_layers
     ]
-    decode_j = tuple(joules for _, joules in decodes)
     return Candidate(
         name=name,
         tokenizer=model.tokenizer,
@@ -237,8 +241,10 @@ def candidate_card(room: Room, name: str) -> Candidate:
         kv_bytes_per_token=tuple(model.kv_bytes_per_token(depth) for depth in model.exit_layers),
         batch_limit=limits,
         batches=batches,
-        decode_iteration_s=tuple(seconds for seconds, _ in decodes),
-        decode_iteration_j=decode_j if room.profile.has_energy else None,
+        decode_iteration_s=tuple(seconds for seconds, _ in ending),
+        decode_iteration_j=tuple(joules for _, joules in ending) if has_energy else None,
+        exiting_iteration_s=tuple(seconds for seconds, _ in exiting),
+        exiting_iteration_j=tuple(joules for _, joules in exiting) if has_energy else None,
         prefill_s=tuple(map(float, prefill_s)),
         reference_batch=reference_batch(room.serving.max_batch),
         typical_tokens=tokens,
@@ -269,19 +275,27 @@ def card_batches(limits: tuple[int, ...], max_batch: int) -> tuple[int, ...]:
 
 
 def _typical_decodes(
-    room: Room, name: str, depth: int, batches: tuple[int, ...]
+    room: Room, name: str, depth: int, batches: tuple[int, ...], loaded: int, num_before: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Seconds and joules of decode iterations of so many requests of the typical length each."""
+    """Seconds and joules of decode iterations of so many requests of the typical length each.
+
+    All rows leave at `depth` of `loaded` layers, asked at the `num_before` exits before it.
+    """
     profile = room.profile.model(name)
     c = profile.coefficient_array()
     padded = profile.padded_rows(batches[-1])
-    residual = profile.residual(batches[-1], depth)
+    residual = profile.residual(batches[-1], loaded)
+    # An exit before the loaded depth is asked by a check, the loaded depth by its head.
+    is_end = depth == loaded
+    checks, heads = float(num_before + (not is_end)), float(is_end)
+    filled = 0.0 if room.serving.skipped_kv == "recomputed" else float(loaded - depth)
     # Rows of one typical length, so that padding reads no more than the rows computed.
     row_context = room.expected_prompt_tokens + room.expected_output_tokens / 2
     seconds, joules = [], []
     for batch in batches:
         rows = float(padded[batch])
-        work = (rows, batch * row_context, rows * row_context, float(depth), 0.0, 1.0, 0.0, rows)
+        context = (batch * row_context, rows * row_context)
+        work = (rows, *context, float(depth), checks, heads, filled, rows)
         one_s, _ = cost.decode_seconds(c, *work, float(batch), float(residual[batch]))
         seconds.append(float(one_s))
         joules.append(float(cost.decode_joules(c, *work, one_s)))

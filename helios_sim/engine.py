@@ -297,13 +297,16 @@ class Replica:
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""
         place = self.run.place(assignment.model, assignment.depth)
-        leaves_early = assignment.exit_mode in (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
         rep, level = self.record, place.level
         rep.model = place.model
         rep.level = level
         rep.depth = assignment.depth
         rep.exit_mode = EXIT_MODES[assignment.exit_mode]
-        rep.column = self.run.world.exit_layers.shape[1] + level if leaves_early else level
+        rep.column = (
+            self.run.world.exit_layers.shape[1] + level
+            if assignment.exit_mode.leaves_early
+            else level
+        )
         rep.batch_limit = 1 if assignment.exit_mode is ExitMode.SOLO else rep.max_batch
         resize_pool(rep, place.pool_blocks)
         # Graphs hold the addresses of the weights and of the pool they were captured over.

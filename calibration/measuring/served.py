@@ -14,7 +14,7 @@ from typing import Final
 
 from calibration.measuring.timing import Work
 from calibration.serving.batching import Life, Row
-from calibration.serving.iteration import EXITS_ACTIVE, Answer, Stepper
+from calibration.serving.iteration import Answer, Stepper
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Replica
 from helios_sim.policy.contract import Assignment, ExitMode
@@ -90,7 +90,7 @@ class ServedLoad:
         replica.machine = machine
         replica.stepper = self.stepper
         replica.tally.exit_counts = {name: [0] * len(exit_layers)}
-        replica.window.watching = exit_mode not in EXITS_ACTIVE
+        replica.window.watching = not exit_mode.leaves_early
         replica.batch.take_up(
             pool_blocks=max_rows * (1 + replica.batch.blocks_for(self.pool.max_tokens)),
             max_positions=self.pool.max_tokens + 1,

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Protocol
 
 from calibration.serving.batching import Decode, Life, Prefill, Row
-from calibration.serving.iteration import EXITS_ACTIVE, Machine, Stepper, split_pays
+from calibration.serving.iteration import Machine, Stepper, split_pays
 from calibration.serving.replica import Clock, Replica
 from calibration.serving.tally import Sample
 from helios_sim.cards import Room, candidate_card, confidence_thresholds
@@ -294,7 +294,7 @@ class Host(Replica):
             exit_layers=profile.model.exit_layers,
             threshold=self.thresholds[name],
             rules=self.rules,
-            recompute_kv=self.room.serving.skipped_kv == "recomputed" and mode in EXITS_ACTIVE,
+            recompute_kv=self.room.serving.skipped_kv == "recomputed" and mode.leaves_early,
             pays=split_pays(profile, self.rules, level, self.batch.max_batch),
         )
         self.batch.take_up(

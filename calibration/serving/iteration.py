@@ -15,8 +15,6 @@ from helios_sim import cost
 from helios_sim.policy.contract import Assignment, ExitMode
 from helios_sim.profile import ModelProfile
 
-EXITS_ACTIVE = (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
-
 
 class Answer(NamedTuple):
     """What an exit head says of one row: its token, its confidence, the true token's likelihood.
@@ -246,7 +244,7 @@ class Stepper:
             machine.begin(rows, 0, plan.ghosts)
         leaving: dict[Row, Emitted] = {}
         checks = heads = 0
-        first = 0 if self.exit_mode in EXITS_ACTIVE else self.level
+        first = 0 if self.exit_mode.leaves_early else self.level
         deepest = first
         for level in range(first, self.level + 1):
             deepest = level

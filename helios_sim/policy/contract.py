@@ -31,6 +31,11 @@ class ExitMode(StrEnum):
     LOADED_DEPTH = "loaded-depth"
     """Every token leaves at the loaded depth, confident or not (HELIOS)."""
 
+    @property
+    def leaves_early(self) -> bool:
+        """Whether exits before the loaded depth are asked, and tokens leave there."""
+        return self in (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
+
 
 class Event(StrEnum):
     """Why a policy is asked."""
@@ -58,11 +63,13 @@ class Candidate:
     Tuples are indexed by exit level (position in `exit_layers`), the last being full depth.
     `batch_limit` counts requests of the workload's typical length whose KV fits beside the
     weights. `decode_iteration_s` and `decode_iteration_j` are predicted at the typical context, for
-    each exit level at each of `batches`, which ascend; `prefill_s` is for one typical prompt.
+    each exit level at each of `batches`, which ascend, for rows that leave where the loaded layers
+    end; `exiting_iteration_s` and `exiting_iteration_j` for rows that leave there with all layers
+    loaded, having been asked at every exit before and filling the KV beyond. They are empty where
+    that costs nothing. `prefill_s` is for one typical prompt.
     `typical_tokens` is the typical length itself, prompt and output together, and
     `typical_output_tokens` the output's part of it; 0 where unknown. `reference_batch` is that of a
-    replica with little to do. `decode_iteration_j` is None where nobody could read the device's
-    energy.
+    replica with little to do. Joules are None where nobody could read the device's energy.
     """
 
     name: str
@@ -78,6 +85,8 @@ class Candidate:
     reference_batch: int = 1
     typical_tokens: int = 0
     typical_output_tokens: int = 0
+    exiting_iteration_s: tuple[tuple[float, ...], ...] = ()
+    exiting_iteration_j: tuple[tuple[float, ...], ...] | None = ()
 
     @property
     def num_layers(self) -> int:

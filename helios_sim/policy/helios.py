@@ -152,7 +152,7 @@ class HeliosSettings:
         check_choice("objective", self.objective, OBJECTIVES)
         check_depth_options(self.depth_rule, self.depth_quantile, self.fixed_depth)
         check_choice("overhead_rule", self.overhead_rule, OVERHEAD_RULES)
-        active = (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
+        active = tuple(mode for mode in ExitMode if mode.leaves_early)
         for name, allowed in (
             ("evaluation_exit_mode", active),
             ("after_load_exit_mode", (*active, ExitMode.FULL)),

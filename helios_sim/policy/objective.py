@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from helios_sim.errors import InputError
-from helios_sim.policy.contract import Candidate, Objective, Policy, Slo, Telemetry
+from helios_sim.policy.contract import (
+    Candidate,
+    ExitMode,
+    Objective,
+    Policy,
+    Slo,
+    Telemetry,
+)
 from helios_sim.policy.history import mean_executed_layers
 
 OBJECTIVES: Final[tuple[Objective, ...]] = (
@@ -40,24 +47,41 @@ def interpolate(points: Sequence[int], values: Sequence[float], at: float) -> fl
 def read_card(
     candidate: Candidate, table: Sequence[Sequence[float]], layers: float, batch: float
 ) -> float:
-    """A table of the card, by exit level and batch, read at any number of layers and any batch."""
+    """A table of a card, by exit level and batch, read at any number of layers and any batch."""
     by_level = [interpolate(candidate.batches, row, batch) for row in table]
     return interpolate(candidate.exit_layers, by_level, layers)
 
 
-def iteration_s(candidate: Candidate, level: int, batch: float) -> float:
-    """Seconds of a decode iteration of so many rows to `level`, by the card."""
-    return interpolate(candidate.batches, candidate.decode_iteration_s[level], batch)
+def iteration_s(
+    candidate: Candidate,
+    level: int,
+    batch: float,
+    exit_mode: ExitMode = ExitMode.LOADED_DEPTH,
+) -> float:
+    """Seconds of a decode iteration of so many rows to `level`, by the card.
+
+    Where tokens leave early all layers are loaded; else those up to `level`.
+    """
+    return interpolate(candidate.batches, _seconds_of(candidate, exit_mode)[level], batch)
+
+
+def _seconds_of(candidate: Candidate, exit_mode: ExitMode) -> Sequence[Sequence[float]]:
+    exiting_s = candidate.exiting_iteration_s if exit_mode.leaves_early else ()
+    return exiting_s or candidate.decode_iteration_s
 
 
 def slowdown(candidate: Candidate, evaluation: Telemetry | None) -> float:
-    """Measured TPOT over the card's at the layers executed and the rows that ran; else 1."""
+    """Measured TPOT over the card's at the layers executed and the rows that ran; else 1.
+
+    What asking exits and filling KV take is in both.
+    """
     if evaluation is None or evaluation.mean_tpot_s is None:
         return 1.0
     layers = mean_executed_layers(evaluation)
     if layers is None:
         return 1.0
-    card_s = read_card(candidate, candidate.decode_iteration_s, layers, evaluation.mean_batch)
+    table = _seconds_of(candidate, evaluation.assignment.exit_mode)
+    card_s = read_card(candidate, table, layers, evaluation.mean_batch)
     return evaluation.mean_tpot_s / card_s if card_s > 0 else 1.0
 
 
@@ -110,7 +134,9 @@ def predicted_token_j(candidate: Candidate, level: int, evaluation: Telemetry | 
         layers = mean_executed_layers(evaluation)
         rows = max(1.0, evaluation.mean_batch)
         if layers is not None:
-            at_measured_j = read_card(candidate, card_j, layers, rows) / rows
+            exits_active = evaluation.assignment.exit_mode.leaves_early
+            ran_j = (exits_active and candidate.exiting_iteration_j) or card_j
+            at_measured_j = read_card(candidate, ran_j, layers, rows) / rows
             if at_measured_j > 0:
                 measured_j = working_j / evaluation.num_tokens
                 return measured_j * (predicted_j / at_measured_j)

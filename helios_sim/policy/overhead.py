@@ -72,6 +72,7 @@ def overhead_of_load(
 ) -> Overhead:
     """Load the remaining layers: tokens then leave by the candidate's own exit histogram.
 
+    Exits are asked and skipped KV is filled, unless no token leaves early.
     Where nothing was measured every token is taken to need full depth. Prompts run through all
     layers that are loaded.
     """
@@ -80,7 +81,8 @@ def overhead_of_load(
     shares = exit_shares(evaluation) or (0.0,) * last + (1.0,)
     run_to = iteration_shares(shares, exit_mode, batch)
     card_s = math.fsum(
-        share * iteration_s(candidate, level, batch) for level, share in enumerate(run_to)
+        share * iteration_s(candidate, level, batch, exit_mode)
+        for level, share in enumerate(run_to)
     )
     shared_s = card_s / batch + prompt_share_s(candidate, last)
     token_s = shared_s * slowdown(candidate, evaluation)

@@ -453,8 +453,8 @@ def _method(plan: Plan) -> str:
         f"the one-sided {100 * settings.confidence:g} % bounds over replications say so too. "
         f"{_samples(plan.question.traffic)}; {settings.replications} of them, "
         f"{settings.max_replications} where those leave doubt. {_length(plan.question)} The first "
-        f"{100 * settings.warmup_share:g} % of the requests of each are not measured. All fleets "
-        f"meet the same traffic. {_figures_of(plan)}"
+        f"{100 * settings.warmup_share:g} % of the requests of each count toward no latency and no "
+        f"attainment. All fleets meet the same traffic. {_figures_of(plan)}"
     )
 
 
@@ -492,8 +492,9 @@ def _search(tuned: Tuned) -> str:
         f"{_samples(tuned.question.traffic)}. Every trial meets the first sample; those that rank "
         f"within the best {100 * settings.go_on_share:g} % so far meet "
         f"{settings.replications - 1} more. {_last_samples(tuned)} The first "
-        f"{100 * settings.warmup_share:g} % of the "
-        "requests of each are not measured. Constraints are judged on the mean over samples; a "
+        f"{100 * settings.warmup_share:g} % of the requests of each count toward no latency and no "
+        "attainment; rates such as goodput, energy and quality are those of whole samples. "
+        "Constraints are judged on the mean over samples; a "
         "latency's percentile is over the requests sent."
     )
 

@@ -29,6 +29,7 @@ from calibration.measuring.meters import (
 )
 from helios_sim.errors import InputError
 from tests.calibration.fake_nvml import FakeNvml
+from tests.shared_machine import undisturbed
 
 SHORT: dict[str, Any] = {"min_window_s": 0.2, "min_ticks": 5}
 
@@ -44,6 +45,7 @@ def measured(outcome: Measurement | Absence) -> Measurement:
     return outcome
 
 
+@undisturbed
 def test_the_tick_of_a_counter_is_found_not_assumed() -> None:
     probe = probe_ticks(board(tick_s=0.02).energy_j)
     assert probe is not None
@@ -55,6 +57,7 @@ def test_a_counter_that_stands_still_is_no_meter() -> None:
         CounterMeter("still", lambda: 5.0, "A counter")
 
 
+@undisturbed
 def test_a_counter_window_runs_from_tick_to_tick_and_finds_the_watts() -> None:
     meter = NvmlCounter(board(watts=300.0, tick_s=0.03), **SHORT)
     window = meter.open()
@@ -77,6 +80,7 @@ def test_a_window_below_the_minimum_says_so() -> None:
     assert measured(window.close()).short
 
 
+@undisturbed
 def test_fifty_ticks_make_the_window_longer_where_ticks_are_slow() -> None:
     meter = NvmlCounter(board(tick_s=0.15))
     assert meter.min_window_s == pytest.approx(7.5, rel=0.1)
@@ -97,6 +101,7 @@ def test_power_falls_back_to_the_boards_mean_and_says_it_is_a_mean() -> None:
     assert "one second" in meter.explanation
 
 
+@undisturbed
 def test_what_both_sources_say_is_kept() -> None:
     meter = best_meter("cuda", board(watts=200.0), min_window_s=0.1)
     assert isinstance(meter, CrossChecked)
@@ -108,6 +113,7 @@ def test_what_both_sources_say_is_kept() -> None:
     assert found.cross_watts == pytest.approx(1.1 * found.watts, rel=0.1)
 
 
+@undisturbed
 def test_a_sparing_window_reads_four_times_a_tick_and_power_every_tenth_of_a_second() -> None:
     nvml, reads = FakeNvml(tick_s=0.1), {"counter": 0, "power": 0}
     found = open_board(nvml=nvml)
