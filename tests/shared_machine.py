@@ -12,7 +12,7 @@ TRIES = 4
 
 
 def undisturbed(test: Callable[P, None]) -> Callable[P, None]:
-    """Let a test fail only if it fails every time: what others do meanwhile is no fault of the code.
+    """Let a test fail only if it fails every time: what others do meanwhile is no fault of it.
 
     The test is to begin anew each time, whatever the last one left.
     """

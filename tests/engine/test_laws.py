@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from helios_sim import batch, engine
+from helios_sim import batch, cost, engine
 from helios_sim.cards import candidate_card
 from helios_sim.engine import Replica, Run, Setup, decided
 from helios_sim.exits import ExitTraces
@@ -29,6 +29,7 @@ from helios_sim.memory import used_blocks
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Evaluate, ExitMode, Keep, Watching
 from helios_sim.policy.controller import Controller
+from helios_sim.policy.objective import slowdown
 from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.policy.snapshot_json import read_snapshots
 from helios_sim.profile import Link
@@ -648,6 +649,47 @@ def test_a_candidate_s_card_pads_typical_rows_and_takes_the_factor_of_each_loade
             layer_s = 2e-5 * rows * row_tokens * model.residual(asked, depth)[asked]
             assert seconds == pytest.approx(0.010 + asked * 0.0007 + depth * layer_s + 0.005)
     assert model.residual(4, 2)[4] == pytest.approx(0.6 / 1.1 * model.residual(4, 8)[4])
+
+
+@pytest.mark.parametrize("skipped_kv", ["filled", "recomputed"])
+def test_a_candidate_s_card_of_the_whole_model_charges_what_exits_ask_and_skip(
+    skipped_kv: str,
+) -> None:
+    """Before the last exit a check for each exit met and KV beyond; at the last one its head."""
+    profile = both_models()
+    setup = drifting_setup(profile=profile, skipped_kv=skipped_kv)
+    c = profile.models["large"].coefficient_array()
+    card = candidate_card(setup, "large")
+    last = len(card.exit_layers) - 1
+    for level, (ending, exiting) in enumerate(
+        zip(card.decode_iteration_s, card.exiting_iteration_s, strict=True)
+    ):
+        skipped = card.num_layers - card.exit_layers[level] if skipped_kv == "filled" else 0
+        for rows, ending_s, exiting_s in zip(card.batches, ending, exiting, strict=True):
+            asked_s = level * cost.check_seconds(c, rows)
+            if level < last:
+                asked_s += cost.check_seconds(c, rows) - cost.head_seconds(c, rows)
+            filled_s = cost.kv_fill_seconds(c, rows, float(skipped))
+            assert exiting_s - ending_s == pytest.approx(asked_s + filled_s)
+
+
+def test_an_undisturbed_evaluation_is_as_fast_as_its_card() -> None:
+    """One user, so that no prompt holds a row up: checks and filling slow nothing down."""
+    setup = drifting_setup(max_batch=1)
+    run, data = play(setup, drifting_requests(120, num_users=1))
+    cards = {card.name: card for card in run.candidates}
+    snapshots = read_snapshots(data.decisions["replica"], data.decisions["snapshot"])
+    told = [one.telemetry for one in snapshots if one.telemetry and one.telemetry.mean_tpot_s]
+    evaluated = [telemetry for telemetry in told if telemetry.is_evaluation]
+    assert {telemetry.assignment.model for telemetry in evaluated} == set(cards)
+    found, plain = [], []
+    for telemetry in evaluated:
+        card = cards[telemetry.assignment.model]
+        found.append(slowdown(card, telemetry))
+        plain.append(slowdown(replace(card, exiting_iteration_s=()), telemetry))
+    # Requests of two to twenty tokens leave in parts other than their tokens do.
+    assert np.mean(found) == pytest.approx(1.0, abs=0.02)
+    assert np.mean(plain) > 1.03
 
 
 def test_a_candidate_s_card_knows_few_rows_and_as_many_as_each_depth_can_run() -> None:

@@ -32,7 +32,13 @@ from helios_sim.policy.contract_suite import (
 from helios_sim.policy.depth import dominant_level, fixed_level, greedy_level, quantile_level
 from helios_sim.policy.helios import Helios, HeliosSettings
 from helios_sim.policy.history import exit_shares, mean_executed_layers
-from helios_sim.policy.objective import interpolate, meets_slo, score, slowdown
+from helios_sim.policy.objective import (
+    interpolate,
+    meets_slo,
+    predicted_token_j,
+    score,
+    slowdown,
+)
 from helios_sim.policy.overhead import iteration_shares, overhead_of_load, overhead_of_switch
 from helios_sim.policy.shortlist import make_shortlist
 
@@ -295,6 +301,15 @@ class TestOverhead:
         load = overhead_of_load(steep, None, ExitMode.WAIT, asked)
         assert load.serving_s == pytest.approx(32.0 / 2)
 
+    def test_loading_is_charged_what_exits_take_unless_none_is_asked(self) -> None:
+        """A thousand tokens at 9, 16 and 25 ms by the histogram; in full all take 24 ms."""
+        card = replace(SMALL, exiting_iteration_s=((0.009,), (0.016,), (0.025,)))
+        load = overhead_of_load(card, EVALUATIONS[SMALL.name], ExitMode.SOLO, snapshot())
+        slowed = slowdown(card, EVALUATIONS[SMALL.name])
+        assert load.serving_s == pytest.approx(slowed * (9 * 0.730 + 16 * 0.047 + 25 * 0.223))
+        full = overhead_of_load(card, EVALUATIONS[SMALL.name], ExitMode.FULL, snapshot())
+        assert full.serving_s == pytest.approx(slowed * 24.0)
+
     def test_prompts_are_charged_at_the_layers_that_each_reaction_leaves_loaded(self) -> None:
         """Ten tokens a request: 48 ms of prefill at 24 layers, 18 ms at nine of the other."""
         small = replace(SMALL, typical_output_tokens=10)
@@ -371,6 +386,28 @@ class TestObjective:
         crowded = replace(example_evaluation(SMALL, SMALL_EXITS, mean_tpot_s=0.04), mean_batch=16.0)
         assert slowdown(card, crowded) == pytest.approx(1.0)
         assert slowdown(card, replace(crowded, mean_batch=1.0)) == pytest.approx(4.0)
+
+    def test_what_exits_take_while_evaluated_slows_nothing_that_asks_none(self) -> None:
+        """At 9 ms with exits asked the card is met to the letter: 6 ms where they are not."""
+        card = replace(SMALL, exiting_iteration_s=((0.009,), (0.016,), (0.025,)))
+        shallow = example_evaluation(SMALL, (100, 0, 0), mean_tpot_s=0.009)
+        assert slowdown(card, shallow) == pytest.approx(1.0)
+        assert slowdown(SMALL, shallow) == pytest.approx(1.5)
+        assert score("throughput", card, 0, shallow, 1) == pytest.approx(1 / 0.006)
+        assert meets_slo(card, 0, shallow, Slo(tpot_s=0.0065))
+
+    def test_a_measurement_without_exits_is_compared_with_the_card_without(self) -> None:
+        card = replace(SMALL, exiting_iteration_s=((0.009,), (0.016,), (0.025,)))
+        found = example_evaluation(SMALL, (100, 0, 0), mean_tpot_s=0.012)
+        ended = replace(found, assignment=Assignment(SMALL.name, 6, ExitMode.LOADED_DEPTH))
+        assert slowdown(card, ended) == pytest.approx(2.0)
+
+    def test_joules_that_exits_took_are_no_price_where_none_is_asked(self) -> None:
+        """At 1.8 J with exits asked nothing is dearer than told: 1.2 J where they are not."""
+        card = replace(SMALL, exiting_iteration_j=((1.8,), (3.2,), (5.0,)))
+        found = example_evaluation(SMALL, (100, 0, 0), energy_j=100 * 1.8)
+        assert predicted_token_j(card, 0, found) == pytest.approx(1.2)
+        assert predicted_token_j(SMALL, 0, found) == pytest.approx(1.8)
 
     def test_joules_are_compared_at_the_rows_that_ran_and_told_at_the_reference(self) -> None:
         """Sixteen rows at 8 J an iteration are as dear as told, so a token alone takes 2 J."""
