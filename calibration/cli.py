@@ -139,8 +139,15 @@ CheckpointFolders = Annotated[
 ]
 
 
+def _given(context: typer.Context) -> list[str]:
+    """The parameters that the command line names."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+
+
 @app.command()
 def train(
+    context: typer.Context,
     out: Annotated[Path | None, typer.Option(help="The folder for the models.")] = None,
     preset: Annotated[str, typer.Option(help="tiny, cpu or cuda.")] = "cpu",
     seed: Annotated[
@@ -175,11 +182,7 @@ def train(
     """Train a small family of early-exit models on text that ships with Python."""
     from calibration.training import training_commands as commands
 
-    commands.check_belong_together(
-        heads_for,
-        of_family={"--budget": budget, "--processes": processes, "--threshold": threshold},
-        of_heads={"--exits": exits, "--domain": domain},
-    )
+    commands.check_belong_together(heads_for, _given(context))
     if heads_for is not None:
         commands.heads(
             heads_for,

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+import shutil
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
 import polars as pl
 from polars.exceptions import PolarsError
 
 from helios_sim.errors import InputError
+
+_LEAST_FREE_BYTES: Final = 2**16
+"""A disk with less is full: no table is smaller than some of its pages."""
 
 STATUSES: Final = ("finished", "refused", "running", "waiting")
 
@@ -124,3 +132,19 @@ def conform(frame: pl.DataFrame, columns: Mapping[str, Column], table: str) -> p
                 table,
             ) from None
     return pl.DataFrame(fitted)
+
+
+def write_table(frame: pl.DataFrame, path: Path, **options: Any) -> None:
+    """Write a table as parquet; whatever keeps it from the disk is an OSError.
+
+    polars has an error of its own for that, in words that do not always say what it was.
+    """
+    try:
+        frame.write_parquet(path, **options)
+    except PolarsError as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        is_full = shutil.disk_usage(path.parent).free < _LEAST_FREE_BYTES
+        number = int(told[1]) if told else errno.ENOSPC if is_full else None
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error

@@ -18,6 +18,7 @@ import typer
 from helios_sim import __version__
 from helios_sim.entry import INTERRUPTED
 from helios_sim.errors import TRACEBACK, InputError, did_you_mean
+from helios_sim.folders import FULL
 
 BAD_INPUT = 2
 
@@ -102,6 +103,9 @@ def run_app(
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
     except OSError as error:
+        if error.errno in FULL:
+            print(f"{name}: The disk is full; what it held before is kept.", file=sys.stderr)
+            raise SystemExit(BAD_INPUT) from None
         # Any path that a user gives may be one that the system does not even look at.
         if error.errno not in (errno.ENAMETOOLONG, errno.EACCES) or error.filename is None:
             raise

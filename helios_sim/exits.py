@@ -19,6 +19,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
+from helios_sim.columns import write_table
 from helios_sim.errors import InputError
 from helios_sim.policy.rules import leaves_here
 from helios_sim.profile import MarkovCandidate, MarkovExits, Profile
@@ -214,7 +215,7 @@ def write_traces(traces: ExitTraces, path: Path) -> None:
                 columns[f"{name}|L{layer}|{field}"] = np.ascontiguousarray(
                     array[:, :, level]
                 ).ravel()
-    pl.DataFrame(columns).write_parquet(path, compression="zstd")
+    write_table(pl.DataFrame(columns), path, compression="zstd")
 
 
 def read_traces(path: Path, candidates: Sequence[str] | None = None) -> ExitTraces:

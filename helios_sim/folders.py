@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -9,6 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
+
+from helios_sim.errors import InputError
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+"""Why a disk takes nothing more: it is full, or its user has had their share."""
 
 
 @contextmanager
@@ -16,6 +23,7 @@ def folder_in_place(target: Path) -> Iterator[Path]:
     """A folder to write to that takes the place of `target` once it is whole, or is gone.
 
     What had the name before is removed after the move, whatever it holds: who calls checks first.
+    Raises InputError where the disk is full; errors from within name `target`, not the draft.
     """
     folder = target.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -25,8 +33,12 @@ def folder_in_place(target: Path) -> Iterator[Path]:
     try:
         yield draft
         move_into_place(draft, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, InputError) and error.where is not None:
+            raise error.at(error.where.replace(str(draft), str(target))) from error
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise InputError("It cannot be written: the disk is full.", str(target)) from error
         raise
 
 

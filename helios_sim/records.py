@@ -23,6 +23,7 @@ from helios_sim.columns import (
     TIMELINE_COLUMNS,
     Column,
     conform,
+    write_table,
 )
 from helios_sim.errors import InputError, shown
 from helios_sim.folders import folder_in_place
@@ -293,7 +294,8 @@ def _write_files(run: RunData, summary: Mapping[str, Any], folder: Path) -> None
         ("timeline", run.timeline, TIMELINE_COLUMNS),
         ("itl", itl, ITL_COLUMNS),
     ):
-        conform(frame, columns, name).write_parquet(
+        write_table(
+            conform(frame, columns, name),
             folder / f"{name}.parquet",
             compression="zstd",
             compression_level=3,

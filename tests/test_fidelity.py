@@ -23,7 +23,7 @@ from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.experiment import Experiment, prepare, run_policy
 from helios_sim.fidelity import assess, read_sides, run_folders, swaps
-from helios_sim.fidelity.figures import figure_rows, per_request
+from helios_sim.fidelity.figures import figure_row, figure_rows, per_request
 from helios_sim.fidelity.page import render
 from helios_sim.fidelity.recordings import (
     EXITS_FILE,
@@ -35,7 +35,7 @@ from helios_sim.fidelity.replayed import replayed_run
 from helios_sim.fidelity.sides import Side
 from helios_sim.fidelity.swaps import Attribution
 from helios_sim.fidelity.timing import factors, loads, predict, reloaded, retimed
-from helios_sim.fidelity.words import name_of, remarks, signed_percent
+from helios_sim.fidelity.words import name_of, remarks, signed_percent, spread_text
 from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Event
@@ -921,6 +921,18 @@ def test_numbers_and_names_read_as_people_write_them(base: Path) -> None:
     assert names["p90_ttft_ms"] == "p90 TTFT"
     assert names["mean_batch_size"] == "mean batch size"
     assert names["mean_kv_use"] == "KV blocks in use"
+    assert names["switch_time_s"] == "time of serves, switches and loads"
+    recorded = replace(found.figures[0], title="Serves, switches, loads")
+    assert name_of(recorded) == "serves, switches, loads"
+
+
+def test_a_spread_is_shown_no_further_than_a_figure_can_go() -> None:
+    """Repeats of 1 and 9 s have a median of 5 s and two deviations of 11 s."""
+    wide = figure_row("p90_ttft_ms", "TTFT, p90", "ms", "Latency", (1.0, 9.0), 2.0)
+    assert wide.low is not None and wide.low < 0.0
+    assert spread_text(wide) == "0 to 16.3"
+    share = figure_row("agreement", "Agreement", "%", "Exits and quality", (90.0, 99.0), 95.0)
+    assert spread_text(share) == "81.8 to 100"
 
 
 @pytest.mark.browser

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import polars as pl
 import pytest
+import typer
 
+from helios_sim.columns import write_table
+from helios_sim.command import run_app
+from helios_sim.errors import InputError
 from helios_sim.folders import file_in_place, folder_in_place, write_whole
 
 
@@ -92,3 +98,50 @@ def test_what_stands_in_the_way_of_a_file_is_the_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_whole(tmp_path / "none" / "file", b"new")
     assert names_in(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_told_of_the_folder_that_was_asked_for(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with pytest.raises(InputError) as found, folder_in_place(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(found.value) == f"{target}: It cannot be written: the disk is full."
+    assert names_in(tmp_path) == []
+
+
+def test_what_is_wrong_within_a_draft_is_told_of_what_it_was_to_become(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with (
+        pytest.raises(InputError, match="no such thing") as found,
+        folder_in_place(target) as draft,
+        folder_in_place(draft / "inner") as inner,
+    ):
+        raise InputError("There is no such thing.", str(inner / "page.html"))
+    assert found.value.where == str(target / "inner" / "page.html")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a device of Linux")
+@pytest.mark.parametrize("rows", [3, 1_000_000])
+def test_a_table_that_no_disk_has_room_for_is_a_full_disk(rows: int) -> None:
+    with pytest.raises(OSError) as found:
+        write_table(pl.DataFrame({"a": range(rows)}), Path("/dev/full"))
+    assert found.value.errno == errno.ENOSPC
+
+
+def test_a_table_that_cannot_be_one_is_no_matter_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(pl.exceptions.PolarsError):
+        write_table(pl.DataFrame({"a": [object()]}), tmp_path / "a.parquet")
+
+
+def test_a_command_whose_disk_is_full_ends_with_a_sentence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    app = typer.Typer()
+
+    @app.command()
+    def write() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit) as end:
+        run_app(app, "helios", [])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "helios: The disk is full; what it held before is kept.\n"

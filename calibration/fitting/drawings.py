@@ -13,6 +13,7 @@ import polars as pl
 from calibration.fitting.check import MEDIAN_BAR, MEMORY, NAMES, P95_BAR, place_of
 from calibration.fitting.points import DECODE_WINDOWS, HELD_OUT, WHOLE_WINDOWS, of_quantity
 from calibration.fitting.predict import Predictor
+from helios_sim.profile import curve
 from helios_sim.report.figures import (
     Figure,
     base_layout,
@@ -281,15 +282,16 @@ def depth_figure(models: Sequence[tuple[str, pl.DataFrame, Predictor, str]]) -> 
             np.array([np.quantile(shares[depth], part) for depth in depths])
             for part in (0.25, 0.5, 0.75)
         )
-        curve = list(range(depths[0], depths[-1] + 1))
+        line = np.arange(depths[0], depths[-1] + 1, dtype=np.float64)
+        factors = curve(predictor.model.depth_residual, line)
         colour = policy_colour(place)
         common = {"type": "scatter", "name": escape(name), "legendgroup": name}
         data += [
             common
             | {
                 "mode": "lines",
-                "x": curve,
-                "y": rounded([float(predictor.model.residual(1, d)[1]) for d in curve], 4),
+                "x": line.astype(int).tolist(),
+                "y": rounded(factors.tolist(), 4),
                 "line": {"color": colour, "width": 2},
                 "hovertemplate": f"profile, {escape(name)}<br>%{{y:.3f}} with %{{x}} layers loaded"
                 "<extra></extra>",

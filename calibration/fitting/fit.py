@@ -30,8 +30,9 @@ from calibration.fitting.points import (
 )
 from calibration.fitting.regression import Equations
 from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE, READ
+from helios_sim.columns import write_table
 from helios_sim.cost import COEFFICIENTS
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, listed
 from helios_sim.exits import load_traces
 from helios_sim.model import SHAPE_COUNTS, EarlyExitModel, ModelShape
 from helios_sim.profile import (
@@ -102,6 +103,7 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
         )
     check_target(out, settings.overwrite)
     readings = read_points(folder)
+    _check_mode(readings, settings.mode, folder)
     environment = read_environment(folder)
     where = str(folder / ENVIRONMENT_FILE)
     measured = {
@@ -120,7 +122,7 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
         document["measurement"]["exit_traces"] = report
     with TemporaryDirectory() as place:
         points = Path(place) / POINTS_FILE
-        readings.write_parquet(points)
+        write_table(readings, points)
         return save_profile(
             document,
             out,
@@ -129,6 +131,18 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
             overwrite=settings.overwrite,
             # Traces that do not fit the models leave no profile behind.
             check=load_traces,
+        )
+
+
+def _check_mode(readings: pl.DataFrame, mode: str, folder: Path) -> None:
+    """Refuse a mode that no decode was timed in."""
+    decodes = readings.filter(pl.col("quantity").is_in(["decode_layers", "iteration"]))
+    modes = sorted(set(decodes["mode"]) - {"", None})
+    if mode != "auto" and modes and mode not in modes:
+        raise InputError(
+            f"Decodes were asked for in mode {mode!r} and were timed in {listed(modes)} alone; "
+            "give --mode auto, or measure them so.",
+            str(folder),
         )
 
 

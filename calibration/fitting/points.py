@@ -185,8 +185,8 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
 def standing_mode(points: pl.DataFrame, quantity: str, wanted: str) -> str:
     """The mode a profile stands for: the one wanted, where the quantity was measured in it.
 
-    `wanted` "auto" takes graph where it was measured. A quantity measured in one mode only is
-    taken in that mode.
+    `wanted` "auto" takes graph where it was measured. A quantity measured in one mode only, as
+    prefills are, is taken in that mode.
     """
     modes = points.filter((pl.col("quantity") == quantity) & pl.col("seconds").is_not_null())
     found = modes["mode"].unique().to_list()

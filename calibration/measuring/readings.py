@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import statistics
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import polars as pl
 
+from helios_sim.columns import write_table
 from helios_sim.errors import InputError
-from helios_sim.folders import file_in_place, write_whole
+from helios_sim.folders import FULL, file_in_place, write_whole
 
 if TYPE_CHECKING:
     from calibration.measuring.timing import Timing
@@ -234,7 +234,7 @@ class Readings:
         rows = [asdict(reading) for reading in self._readings]
         try:
             with file_in_place(target) as partial:
-                pl.DataFrame(rows, schema=SCHEMA).write_parquet(partial)
+                write_table(pl.DataFrame(rows, schema=SCHEMA), partial)
         except OSError as error:
             raise self.explained(error) from error
         return target
@@ -254,7 +254,7 @@ class Readings:
     def explained(self, error: OSError) -> InputError:
         """What a failed write here means to the user: a full disk, or another reason."""
         kept = f"{len(self._readings)} readings are kept"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             return InputError(
                 f"The disk is full; {kept} in {self._file}. Free some space and go on "
                 "with --resume.",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from calibration.serving.host import Host
 from calibration.serving.tally import gap_counts
+from helios_sim.columns import write_table
 from helios_sim.policy.contract import DECISION_NAMES
 from helios_sim.policy.objective import objective_of
 from helios_sim.policy.snapshot_json import SnapshotLog
@@ -335,7 +336,7 @@ def write_extras(host: Host, judgement: Judgement, folder: Path) -> None:
         (ITERATIONS_FILE, iterations_table(host)),
         (TOKENS_FILE, tokens_table(host, judgement)),
     ):
-        frame.write_parquet(folder / name, compression="zstd")
+        write_table(frame, folder / name, compression="zstd")
 
 
 def _drawn(host: Host, spent: str, energy_at: EnergyAt) -> float:

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, cast, get_args
@@ -48,6 +48,7 @@ from helios_sim.folder_names import folder_names
 from helios_sim.garbage import uncollected
 from helios_sim.laws import check_run
 from helios_sim.metrics import summarise
+from helios_sim.model import ModelShape
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import TRACES_FILE, Profile
@@ -560,7 +561,7 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
     model = expected.model
     settings = found.settings
     facts: list[tuple[str, object, object]] = [
-        ("shape", shape_of(found.config), model.shape),
+        ("shape", *_differences(shape_of(found.config), model.shape)),
     ]
     if settings is not None:
         kind = settings.confidence.kind
@@ -580,6 +581,13 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
                 "measure this one.",
                 str(found.folder),
             )
+
+
+def _differences(have: ModelShape, want: ModelShape) -> tuple[str, str]:
+    """What of two shapes differs, of each by name; nothing of equal ones."""
+    names = [one.name for one in fields(have) if getattr(have, one.name) != getattr(want, one.name)]
+    told = (", ".join(f"{name} {getattr(one, name)}" for name in names) for one in (have, want))
+    return next(told), next(told)
 
 
 def _check_maps(found: Checkpoint, confidence: Confidence) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,22 +27,26 @@ from helios_sim.profile import TRACES_FILE
 _TOLD_EVERY_S: Final = 10.0
 
 
-def check_belong_together(
-    heads_for: Path | None, *, of_family: Mapping[str, object], of_heads: Mapping[str, object]
-) -> None:
+_OF_FAMILY: Final = frozenset(
+    ("preset", "budget", "processes", "confidence", "threshold", "target_agreement")
+)
+_OF_HEADS: Final = frozenset(("exits", "domain", "iterations"))
+
+
+def check_belong_together(heads_for: Path | None, given: Sequence[str]) -> None:
     """Raise `InputError` for an option of a family beside --heads-for, or of heads without it.
 
-    What was not given is None or empty.
+    `given` names the parameters that were typed.
     """
     if heads_for is None:
-        idle, need = of_heads, "It applies to exit heads only; a family takes it from its preset"
+        idle, need = _OF_HEADS, "It applies to exit heads only; a family takes it from its preset"
         allowed = "leave it out, or name a checkpoint with --heads-for"
     else:
-        idle, need = of_family, "It applies to a family only; exit heads have no use for it"
+        idle, need = _OF_FAMILY, "It applies to a family only; exit heads have no use for it"
         allowed = "leave it out, or leave out --heads-for"
-    for option, value in idle.items():
-        if value is not None and value != []:
-            raise InputError(f"{need}: {allowed}.", option)
+    for name in given:
+        if name in idle:
+            raise InputError(f"{need}: {allowed}.", f"--{name.replace('_', '-')}")
 
 
 def train(

@@ -51,7 +51,7 @@ COMPARED: Final[tuple[tuple[str, str, str, str], ...]] = (
     ("num_evaluations", "Evaluations", "", "Decisions"),
     ("num_switches", "Switches", "", "Decisions"),
     ("num_loads", "Loads of more layers", "", "Decisions"),
-    ("switch_time_s", "Serves, switches, loads", "s", "Decisions"),
+    ("switch_time_s", "Time of serves, switches and loads", "s", "Decisions"),
 )
 """Figures set beside each other: key of the summary, title, usual unit, group."""
 

@@ -240,7 +240,7 @@ def _missing(name: str, found: Ingredients) -> str | None:
     if name == "exits" and found.exits is None:
         return f"not recorded: the real run has no {EXITS_FILE}"
     if name in ("times", "slow") and found.iterations is None:
-        return f"not recorded: the real run has no {ITERATIONS_FILE}"
+        return f"not recorded: the real run has no {ITERATIONS_FILE}, or an empty one"
     if name == "loads" and found.load_factor is None:
         return "not recorded: serving waited for no load in the real run"
     return None

@@ -50,16 +50,22 @@ def sentence(text: str) -> str:
 def name_of(row: FigureRow) -> str:
     """A figure as a sentence names it: 'p90 TTFT', 'mean batch size'."""
     title, _, statistic = row.title.partition(", ")
+    if " " in statistic or "," in statistic:
+        title, statistic = row.title, ""
     if title != "E2E" and title[:2] != title[:2].upper():
         title = title[0].lower() + title[1:]
     return f"{statistic} {title}" if statistic else title
 
 
 def spread_text(row: FigureRow) -> str:
-    """The run-to-run spread as 'low to high'; a dash where one repeat gives none."""
+    """The run-to-run spread as 'low to high'; a dash where one repeat gives none.
+
+    Two deviations about a median may reach where no figure can be.
+    """
     if row.low is None or row.high is None:
         return "\N{EN DASH}"
-    return spanned((row.low, row.high))
+    high = min(row.high, 100.0) if row.unit == "%" else row.high
+    return spanned((max(0.0, row.low), high))
 
 
 def spanned(values: Sequence[float]) -> str:

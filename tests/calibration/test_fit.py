@@ -630,6 +630,16 @@ def test_two_batches_tell_what_a_split_adds_and_not_what_a_row_does() -> None:
     assert numbers["rebatch.overhead_s_per_row"].grade == "derived"
 
 
+@pytest.mark.parametrize(("timed", "asked"), [("eager", "graph"), ("graph", "eager")])
+def test_a_mode_that_no_decode_was_timed_in_is_refused(
+    tmp_path: Path, timed: str, asked: str
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(modes=(timed,), energy=False))
+    with pytest.raises(InputError, match=f"mode '{asked}' and were timed in '{timed}' alone"):
+        fit_profile(folder, tmp_path / "profile", FitSettings(mode=asked))
+    assert not (tmp_path / "profile").exists()
+
+
 def test_rows_that_left_in_graphs_are_nothing_of_an_eager_profile(tmp_path: Path) -> None:
     plan = Plan(modes=("eager", "graph"), eager_slowdown_s=3e-5, energy=False)
     folder = planted.folder(tmp_path / "points", plan)

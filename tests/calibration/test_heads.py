@@ -170,6 +170,8 @@ def test_the_command_says_what_heads_gain(
         (["--exits", "2", "--iterations", "2"], 0, "L2"),
         ([], 2, "--exits 6,12"),
         (["--exits", "2", "--budget", "9m"], 2, "--budget: It applies to a family only"),
+        (["--exits", "2", "--preset", "cuda"], 2, "--preset: It applies to a family only"),
+        (["--exits", "2", "--target-agreement", "7"], 2, "--target-agreement: It applies to a"),
         (["--exits", "two"], 2, "write them like 8,16,32"),
     ):
         with pytest.raises(SystemExit) as end:

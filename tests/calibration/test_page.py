@@ -6,14 +6,19 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from calibration.cli import main
+from calibration.fitting.drawings import depth_figure
 from calibration.fitting.fit import fit_profile
 from calibration.fitting.page import page_path, render, write_page
+from calibration.fitting.points import gather, sound
+from calibration.fitting.predict import Predictor
+from calibration.measuring.readings import read_points
 from helios_sim.errors import InputError
 from helios_sim.profile import Profile, load_profile
 from tests.calibration import planted
@@ -75,6 +80,18 @@ def test_the_layer_figure_shows_points_curve_and_floors(page: str) -> None:
     names = {trace["name"] for trace in figures(page)["layers0"]["data"]}
     assert any(name.startswith("memory floor") for name in names)
     assert "16 tokens a row" in names
+
+
+def test_the_line_of_the_depths_is_the_factor_by_depth_alone(profile: Profile) -> None:
+    """Where one row has a factor of its own too, the deepest loaded depth stays at 1."""
+    fitted = profile.models["planted"]
+    knots = tuple((float(depth), 0.5 + depth / 24) for depth in (3, 6, 12))
+    both = replace(fitted, batch_residual=((1.0, 0.6), (8.0, 1.0)), depth_residual=knots)
+    points = gather(sound(read_points(profile.folder)))
+    figure = depth_figure([("planted", points, Predictor(both), "graph")])
+    line = next(trace for trace in figure["data"] if trace["mode"] == "lines")
+    assert dict(zip(line["x"], line["y"], strict=True))[12] == pytest.approx(1.0)
+    assert line["y"] == sorted(line["y"])
 
 
 def test_the_page_reads_nothing_from_the_network(page: str) -> None:

@@ -631,6 +631,20 @@ def test_another_model_than_the_profiles_is_refused(place, tmp_path, key, value,
         serve(place / "tiny.toml", tmp_path / "run", settings)
 
 
+def test_of_another_shape_what_differs_is_named(place, tmp_path) -> None:
+    paths = family(tmp_path / "family")
+    file = paths["small"] / "config.json"
+    config = json.loads(file.read_text())
+    longer = 2 * config["max_position_embeddings"]
+    file.write_text(json.dumps(config | {"max_position_embeddings": longer}))
+    settings = ServeSettings((tmp_path / "family",), device="cpu")
+    said = (
+        rf"shape is max_positions {longer} and that of 'small' in profile .* is max_positions \d+;"
+    )
+    with pytest.raises(InputError, match=said):
+        serve(place / "tiny.toml", tmp_path / "run", settings)
+
+
 def test_a_profile_whose_kv_takes_other_bytes_than_its_weights_is_refused(place, tmp_path) -> None:
     """The pool that is made would take other bytes than the one that is planned."""
     folder = tmp_path / "profile"

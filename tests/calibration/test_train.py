@@ -223,6 +223,7 @@ def test_bad_input_is_told_with_what_is_allowed(capsys: pytest.CaptureFixture[st
         ((), "--out"),
         (("--exits", "2,4"), "--exits: It applies to exit heads only"),
         (("--domain", "code"), "--domain: It applies to exit heads only"),
+        (("--iterations", "3"), "--iterations: It applies to exit heads only"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["train", "--preset", "tiny", *words])
