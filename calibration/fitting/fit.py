@@ -136,7 +136,7 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
 
 def _check_mode(readings: pl.DataFrame, mode: str, folder: Path) -> None:
     """Refuse a mode that no decode was timed in."""
-    decodes = readings.filter(pl.col("quantity").is_in(["decode_layers", "iteration"]))
+    decodes = readings.filter(pl.col("quantity") == "decode_layers")
     modes = sorted(set(decodes["mode"]) - {"", None})
     if mode != "auto" and modes and mode not in modes:
         raise InputError(
