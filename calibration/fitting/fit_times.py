@@ -269,13 +269,17 @@ def _errors(
 
 def _check_points(fitted: Mapping[str, pl.DataFrame], model: EarlyExitModel, where: str) -> None:
     """Refuse too few points, and rows that left where the model has no exit."""
-    for quantity, least in _LEAST_POINTS.items():
-        if fitted[quantity].height < least:
-            raise InputError(
-                f"Model {model.name!r} has {fitted[quantity].height} points of {quantity}; at "
-                f"least {least} are needed. Measure again with a larger budget.",
-                where=where,
-            )
+    lacking = [
+        f"{fitted[quantity].height} points of {quantity} instead of {least}"
+        for quantity, least in _LEAST_POINTS.items()
+        if fitted[quantity].height < least
+    ]
+    if lacking:
+        raise InputError(
+            f"Too little of model {model.name!r} was measured: {', '.join(lacking)}, at least. Go "
+            "on measuring with --resume, or measure again with a larger budget.",
+            where=where,
+        )
     exits = pl.concat([fitted[quantity] for quantity in LEAVING])["layers"].unique().to_list()
     if strange := sorted(set(exits) - set(model.exit_layers)):
         raise InputError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
@@ -241,12 +242,24 @@ def plan_energy(bounds: Bounds, window_s: float, allowed_s: float, seed: int) ->
 def in_turn(energy: Sequence[Job], latency: Sequence[Job], seed: int) -> tuple[Job, ...]:
     """All trials round by round, the energy windows of the first round before all others.
 
-    A fit of seconds bears that a few loads are missing where time runs out; one of joules needs
-    most of its few windows.
+    A fit of seconds bears that a few loads are missing where time runs out, though not all of one
+    quantity; one of joules needs most of its few windows.
     """
     first = [job for job in energy if job.trial == 0 and job.purpose == "fit"]
     others = [job for job in energy if job not in first]
-    return (*shuffled_rounds(first, seed), *shuffled_rounds((*others, *latency), seed))
+    rounds = shuffled_rounds((*others, *latency), seed)
+    return (*shuffled_rounds(first, seed), *_each_quantity_early(rounds))
+
+
+def _each_quantity_early(jobs: Sequence[Job]) -> list[Job]:
+    """Let the first round begin with one job of each quantity, go on with another of each, ..."""
+    seen: Counter[str] = Counter()
+    places = []
+    for job in jobs:
+        later = job.trial > 0 or job.purpose != "fit"
+        places.append(len(jobs) if later else seen[job.quantity])
+        seen[job.quantity] += not later
+    return [job for _, job in sorted(zip(places, jobs, strict=True), key=lambda pair: pair[0])]
 
 
 def shuffled_rounds(jobs: Iterable[Job], seed: int) -> tuple[Job, ...]:

@@ -226,6 +226,19 @@ def test_energy_windows_come_before_timings() -> None:
     assert trials == sorted(trials)
 
 
+def test_a_first_round_that_is_cut_short_has_every_quantity() -> None:
+    """One job of each comes before a second of any; what is held out comes after all of them."""
+    planned = in_turn((), latency(60.0), 0)
+    first = [job for job in planned if job.trial == 0]
+    fitted = [job.quantity for job in first if job.purpose == "fit"]
+    assert [job.purpose for job in first[: len(fitted)]] == ["fit"] * len(fitted)
+    kinds = set(fitted)
+    for turn in range(3):
+        for quantity in kinds:
+            wanted = min(turn + 1, fitted.count(quantity))
+            assert fitted[: (turn + 1) * len(kinds)].count(quantity) >= wanted
+
+
 @pytest.mark.parametrize("max_batch", [1, 2, 4, 64])
 def test_splits_have_three_batches_where_there_are_as_many(max_batch: int) -> None:
     bounds = replace(BOUNDS, max_batch=max_batch, pool_tokens=max_batch * 1024)
