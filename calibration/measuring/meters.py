@@ -76,8 +76,9 @@ class Window(Protocol):
     def curve(self) -> list[tuple[float, float]]:
         """Readings so far: seconds of `time.perf_counter` and joules since the first of them.
 
-        A counter gives the readings at which it moved. Empty where nothing is measured; it may be
-        asked for while the window is open, which costs what came since it was asked for before.
+        A counter gives the readings at which it moved. Empty where nothing is measured, and once
+        the source has stopped answering; it may be asked for while the window is open, which costs
+        what came since it was asked for before.
         """
 
 
@@ -146,6 +147,11 @@ class _Sampler:
         self._take()
         self._thread = threading.Thread(target=self._run, name="energy-meter", daemon=True)
         self._thread.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a reading raised: samples end there, and whatever was drawn later is unknown."""
+        return self._failure is not None
 
     def stop(self) -> None:
         """End the thread with a last sample; raises what a reading raised."""
@@ -244,6 +250,8 @@ class _CounterWindow:
         self._curve: list[tuple[float, float]] = []
 
     def curve(self) -> list[tuple[float, float]]:
+        if self._sampler.has_failed:
+            return []
         samples = self._sampler.samples
         count = len(samples)
         for place in range(self._seen, count):
@@ -333,6 +341,8 @@ class _PowerWindow:
         self._curve: list[tuple[float, float]] = []
 
     def curve(self) -> list[tuple[float, float]]:
+        if self._sampler.has_failed:
+            return []
         samples, points = self._sampler.samples, self._curve
         for place in range(len(points), len(samples)):
             at_s, watts = samples[place]
@@ -483,13 +493,18 @@ class _CrossWindow:
     def __init__(self, first: Window, second: Window) -> None:
         self._first = first
         self._second = second
+        self._counting: Window | None = None
+        """Whose word counts, known once both are closed."""
 
     def curve(self) -> list[tuple[float, float]]:
+        if self._counting is not None:
+            return self._counting.curve()
         return self._first.curve() or self._second.curve()
 
     def close(self, busy_s: float | None = None) -> Measurement | Absence:
         second = self._second.close(busy_s)
         first = self._first.close(busy_s)
+        self._counting = self._second if isinstance(first, Absence) else self._first
         if isinstance(first, Absence):
             return second
         if isinstance(second, Absence):

@@ -21,7 +21,8 @@ _RECENT_READINGS: Final = 2
 class RunEnergy:
     """What a meter says of a run that starts at `start_s` on the clock of `time.perf_counter`.
 
-    Without a meter every answer is NaN: unavailable is not zero.
+    Without a meter every answer is NaN, and so it is where the meter does not last the run:
+    unavailable is not zero.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -46,19 +47,21 @@ class RunEnergy:
         assert self._window is not None
         self._wait()
         self.outcome = self._window.close(busy_s)
-        self._curve = self._window.curve()
+        # A curve that ends within the run would be read as if nothing more had been drawn.
+        self._curve = [] if isinstance(self.outcome, Absence) else self._window.curve()
         return self.outcome
 
-    def drawn_so_far_j(self, spans: Sequence[tuple[float, float]]) -> float:
+    def drawn_so_far_j(self, spans: Sequence[tuple[float, float]]) -> float | None:
         """Joules within spans of the run's time, from and to, while a meter is read.
 
-        Between readings they run in a straight line, and after the last one on at the rate of the
-        latest: a span that ends now would miss up to a tick, and no later one would make up for it.
+        None where there is no reading, as of a meter that has stopped answering. Between readings
+        they run in a straight line, and after the last one on at the rate of the latest: a span
+        that ends now would miss up to a tick, and no later one would make up for it.
         """
         assert self.measures and self._window is not None
         curve = self._window.curve()
-        if not curve or not spans:
-            return 0.0
+        if not curve:
+            return None
         last_s, last_j = curve[-1]
         before_s, before_j = curve[max(0, len(curve) - 1 - _RECENT_READINGS)]
         watts = (last_j - before_j) / (last_s - before_s) if last_s > before_s else 0.0

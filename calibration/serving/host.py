@@ -106,8 +106,8 @@ class DecisionEntry:
     ready_s: float | None = None
 
 
-DrawnJ = Callable[[Sequence[tuple[float, float]]], float]
-"""Joules that a meter counted within spans of the run's time, from and to."""
+DrawnJ = Callable[[Sequence[tuple[float, float]]], float | None]
+"""Joules that a meter counted within spans of the run's time, from and to; None if unknown."""
 
 
 class Host(Replica):

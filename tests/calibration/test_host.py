@@ -463,6 +463,14 @@ def test_a_choice_by_energy_is_refused_without_a_meter_and_reads_it_otherwise() 
     assert all(telemetry.energy_j == 5.0 for telemetry in told)
 
 
+def test_a_choice_by_energy_goes_by_the_cards_where_the_meter_stops_answering() -> None:
+    host = host_of(policy_of("helios", objective="energy"), drawn_j=lambda spans: None)
+    host.play()
+    told = [one.snapshot.telemetry for one in host.decisions if one.snapshot.telemetry]
+    assert told
+    assert {(seen.energy_j, seen.working_energy_j) for seen in told} == {(None, None)}
+
+
 def test_both_tell_alike_what_was_drawn_while_no_request_was_there() -> None:
     setup = drifting_setup()
     requests = drifting_requests(60, rate_per_s=0.2)

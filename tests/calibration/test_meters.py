@@ -342,3 +342,35 @@ def test_a_file_that_holds_no_measurement_is_refused_with_its_line(tmp_path: Pat
         Replayed(file)
     with pytest.raises(InputError, match="cannot be read"):
         Replayed(tmp_path / "missing.jsonl")
+
+
+def test_the_curve_of_two_sources_is_that_of_the_one_that_lasts() -> None:
+    nvml = FakeNvml()
+    found = open_board(nvml=nvml)
+    assert isinstance(found, Board)
+    window = CrossChecked(NvmlCounter(found, **SHORT), NvmlPower(found)).open()
+    time.sleep(0.1)
+    failed_s = time.perf_counter()
+    nvml.without = ("nvmlDeviceGetTotalEnergyConsumption",)
+    time.sleep(0.1)
+    while_open = list(window.curve())
+    outcome = measured(window.close())
+    assert outcome.source == "nvml-power-instant"
+    assert while_open[0][0] < failed_s < while_open[-1][0]
+    assert window.curve()[: len(while_open)] == while_open
+    assert window.curve()[-1][1] == pytest.approx(outcome.joules)
+
+
+@undisturbed
+def test_a_curve_is_empty_once_no_source_answers() -> None:
+    nvml = FakeNvml()
+    found = open_board(nvml=nvml)
+    assert isinstance(found, Board)
+    window = CrossChecked(NvmlCounter(found, **SHORT), NvmlPower(found)).open()
+    time.sleep(0.1)
+    assert window.curve()
+    nvml.without = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues")
+    time.sleep(0.1)
+    assert window.curve() == []
+    assert isinstance(window.close(), Absence)
+    assert window.curve() == []

@@ -17,10 +17,18 @@ import torch
 
 from calibration.cli import main
 from calibration.measuring.board import Board, open_board
-from calibration.measuring.meters import Absence, Measurement, NoMeter, NvmlCounter, NvmlPower
+from calibration.measuring.meters import (
+    Absence,
+    CrossChecked,
+    Measurement,
+    NoMeter,
+    NvmlCounter,
+    NvmlPower,
+)
 from calibration.measuring.pace import Pace
 from calibration.model import checkpoint
 from calibration.model.early_exit import EarlyExitLM
+from calibration.serving.batching import Row
 from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
@@ -833,6 +841,42 @@ def test_a_policy_may_choose_by_energy_where_a_meter_is(place, monkeypatch) -> N
     snapshots = read_snapshots(log["replica"], log["snapshot"])
     told = [snapshot.telemetry for snapshot in snapshots if snapshot.telemetry]
     assert sum(telemetry.energy_j for telemetry in told) > 0.0
+
+
+@pytest.mark.parametrize("lasting", [0, 1])
+def test_a_meter_that_stops_answering_gives_the_joules_of_the_other_or_none(
+    place, monkeypatch, lasting
+) -> None:
+    nvml = FakeNvml(watts=200.0, tick_s=0.02)
+    board = open_board(nvml=nvml)
+    assert isinstance(board, Board)
+    meter = CrossChecked(NvmlCounter(board), NvmlPower(board))
+    monkeypatch.setattr("calibration.serving.serve.best_meter", lambda *_: meter)
+    sources = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues")
+    finish = Host.finish
+
+    def failing(host: Host, row: Row, now_s: float) -> None:
+        finish(host, row, now_s)
+        if host.num_ended == 8:
+            nvml.without = sources[: 2 - lasting]
+
+    monkeypatch.setattr(Host, "finish", failing)
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=30)
+    by_energy = ['policy.0.objective="energy"']
+    (one,) = serve(place / "tiny.toml", place / f"lasting-{lasting}", settings, by_energy)
+    run = read_run(one.folder)
+    log, totals = run.decisions, run.totals
+    told = [snapshot.telemetry for snapshot in read_snapshots(log["replica"], log["snapshot"])]
+    if lasting:
+        assert totals.energy_j == pytest.approx(220.0 * totals.end_s, rel=0.15)
+        assert all(telemetry.energy_j is not None for telemetry in told if telemetry)
+        return
+    assert "stopped answering" in run.environment["energy"]["absent"]
+    for joules in (totals.energy_j, totals.energy_idle_j, totals.energy_load_j):
+        assert math.isnan(joules)
+    assert run.timeline["power_w"].null_count() == run.timeline.height
+    assert one.summary["total_gpu_energy"] is None
+    assert told[-1].energy_j is None
 
 
 def test_a_choice_by_energy_is_refused_without_a_meter_before_anything_is_loaded(
