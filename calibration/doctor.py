@@ -25,7 +25,7 @@ from calibration.measuring.bench import Bench
 from calibration.measuring.board import board_of
 from calibration.measuring.floors import COPY_BYTES, time_copy, time_launch, time_read
 from calibration.measuring.grid import Job
-from calibration.measuring.meters import Absence, NoMeter, best_meter
+from calibration.measuring.meters import Absence, NoMeter, best_meter, window_of
 from calibration.measuring.sources import sample_tokens
 from calibration.measuring.timing import synchronise, timer_for
 from calibration.model import fused
@@ -471,13 +471,13 @@ def _energy(device: torch.device) -> str:
     if isinstance(meter, NoMeter):
         raise Skipped(meter.reason)
     square = torch.randn(1024, 1024, device=device).to(_usual_dtype(device))
-    window = meter.open()
-    end_s = time.perf_counter() + _WINDOW_S
-    while time.perf_counter() < end_s:
-        for _ in range(50):
-            torch.mm(square, square)
-        synchronise(device)
-    found = window.close(_WINDOW_S)
+    with window_of(meter) as window:
+        end_s = time.perf_counter() + _WINDOW_S
+        while time.perf_counter() < end_s:
+            for _ in range(50):
+                torch.mm(square, square)
+            synchronise(device)
+        found = window.close(_WINDOW_S)
     if isinstance(found, Absence):
         raise Disagreement(found.reason)
     if not found.watts > 0.0:

@@ -32,7 +32,7 @@ from calibration.measuring.grid import (
     ragged_lengths,
     timing_s,
 )
-from calibration.measuring.meters import Measurement, Meter
+from calibration.measuring.meters import Measurement, Meter, window_of
 from calibration.measuring.occupancy import peak_bytes, taken_bytes
 from calibration.measuring.readings import Reading
 from calibration.measuring.served import ServedLoad
@@ -328,9 +328,9 @@ class Bench:
         work = self.work(job, depth or self.depths[-1])
         chunk = max(1, round(0.05 / max(self._once(work), 1e-6)))
         self._repeat(work, chunk, min(_STEADY_S, window_s / 4))
-        window = meter.open()
-        seconds, repetitions = self._repeat(work, chunk, window_s)
-        found = window.close(busy_s=seconds)
+        with window_of(meter) as window:
+            seconds, repetitions = self._repeat(work, chunk, window_s)
+            found = window.close(busy_s=seconds)
         self._decoder(job)
         per_repetition_s = seconds / repetitions
         if not isinstance(found, Measurement):

@@ -45,7 +45,7 @@ from calibration.measuring.grid import (
 )
 from calibration.measuring.load_trials import Loading, checkpoint_loads, stand_in_loads
 from calibration.measuring.loading import StageTime, load_sizes, pinned_copies
-from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter
+from calibration.measuring.meters import Measurement, Meter, NoMeter, best_meter, window_of
 from calibration.measuring.occupancy import reserve_bytes
 from calibration.measuring.pace import Pace
 from calibration.measuring.plan_file import (
@@ -308,9 +308,9 @@ class _Session:
         if isinstance(self.meter, NoMeter) or reading.key in self.readings:
             return
         synchronise(self.device)
-        window = self.meter.open()
-        time.sleep(self._window_s())
-        found = window.close(busy_s=0.0)
+        with window_of(self.meter) as window:
+            time.sleep(self._window_s())
+            found = window.close(busy_s=0.0)
         if isinstance(found, Measurement):
             self._keep(replace(reading, seconds=found.seconds, **power_columns(found)))
 
@@ -377,13 +377,13 @@ class _Session:
             self._note(f"no power of loading: {copying}")
             return
         copying()
-        window = self.meter.open()
-        begin_s, repetitions = time.perf_counter(), 0
-        while time.perf_counter() - begin_s < self._window_s():
-            copying()
-            repetitions += 1
-        seconds = (time.perf_counter() - begin_s) / repetitions
-        found = window.close(busy_s=seconds * repetitions)
+        with window_of(self.meter) as window:
+            begin_s, repetitions = time.perf_counter(), 0
+            while time.perf_counter() - begin_s < self._window_s():
+                copying()
+                repetitions += 1
+            seconds = (time.perf_counter() - begin_s) / repetitions
+            found = window.close(busy_s=seconds * repetitions)
         if isinstance(found, Measurement):
             self._keep(
                 replace(

@@ -13,7 +13,8 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -106,6 +107,17 @@ class Meter(Protocol):
 
         A `sparing` one is read less often, so as not to slow what it measures: for long windows.
         """
+
+
+@contextmanager
+def window_of(meter: Meter, sparing: bool = False) -> Iterator[Window]:
+    """A window for the block to close; where the block raises it is closed, so nobody reads on."""
+    window = meter.open(sparing)
+    try:
+        yield window
+    except BaseException:
+        window.close()
+        raise
 
 
 @dataclass(frozen=True)
@@ -486,7 +498,8 @@ class CrossChecked:
 
     def open(self, sparing: bool = False) -> Window:
         """Open a window of both."""
-        return _CrossWindow(self._first.open(sparing), self._second.open(sparing))
+        with window_of(self._first, sparing) as first:
+            return _CrossWindow(first, self._second.open(sparing))
 
 
 class _CrossWindow:

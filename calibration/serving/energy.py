@@ -22,7 +22,7 @@ class RunEnergy:
     """What a meter says of a run that starts at `start_s` on the clock of `time.perf_counter`.
 
     Without a meter every answer is NaN, and so it is where the meter does not last the run:
-    unavailable is not zero.
+    unavailable is not zero. As a context it ends the reading of a run that fails.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -32,6 +32,13 @@ class RunEnergy:
         self.outcome: Measurement | Absence | None = None
         self._window: Window | None = None
         self._curve: list[tuple[float, float]] = []
+
+    def __enter__(self) -> RunEnergy:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._window is not None and self.outcome is None:
+            self._window.close()
 
     def open(self) -> None:
         """Begin to read, a little before the run, and no oftener than it takes."""

@@ -477,7 +477,7 @@ def _play(
     started_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     pace_before = measure_pace(prepared.device)
     gc.collect()
-    with uncollected():
+    with uncollected(), energy:
         energy.open()
         waited_before_s = waited_s()
         clock.restart()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from calibration.measuring.meters import (
     Rapl,
     RaplCounter,
     Replayed,
+    Window,
     best_meter,
     probe_ticks,
     to_json,
+    window_of,
 )
 from helios_sim.errors import InputError
 from tests.calibration.fake_nvml import FakeNvml
@@ -344,6 +347,12 @@ def test_a_file_that_holds_no_measurement_is_refused_with_its_line(tmp_path: Pat
         Replayed(tmp_path / "missing.jsonl")
 
 
+def sample_threads() -> int:
+    """Threads that read a meter now."""
+    return sum(thread.name == "energy-meter" for thread in threading.enumerate())
+
+
+@undisturbed
 def test_the_curve_of_two_sources_is_that_of_the_one_that_lasts() -> None:
     nvml = FakeNvml()
     found = open_board(nvml=nvml)
@@ -374,3 +383,25 @@ def test_a_curve_is_empty_once_no_source_answers() -> None:
     assert window.curve() == []
     assert isinstance(window.close(), Absence)
     assert window.curve() == []
+
+
+@pytest.mark.parametrize("make", [NvmlCounter, NvmlPower, CrossChecked])
+def test_no_thread_reads_on_where_the_work_of_a_window_raises(make: Any) -> None:
+    found = board()
+    meter = make(NvmlCounter(found), NvmlPower(found)) if make is CrossChecked else make(found)
+    before = sample_threads()
+    with pytest.raises(KeyboardInterrupt), window_of(meter):
+        assert sample_threads() > before
+        raise KeyboardInterrupt
+    assert sample_threads() == before
+
+
+def test_no_thread_reads_on_where_the_second_of_two_sources_cannot_be_opened() -> None:
+    class Shut(NvmlPower):
+        def open(self, sparing: bool = False) -> Window:
+            raise KeyboardInterrupt
+
+    before = sample_threads()
+    with pytest.raises(KeyboardInterrupt):
+        CrossChecked(NvmlCounter(board()), Shut(board())).open()
+    assert sample_threads() == before

@@ -6,6 +6,7 @@ import json
 import math
 import pkgutil
 import shutil
+import threading
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -877,6 +878,22 @@ def test_a_meter_that_stops_answering_gives_the_joules_of_the_other_or_none(
     assert run.timeline["power_w"].null_count() == run.timeline.height
     assert one.summary["total_gpu_energy"] is None
     assert told[-1].energy_j is None
+
+
+def test_no_thread_reads_the_meter_after_a_run_that_failed(place, monkeypatch) -> None:
+    board = open_board(nvml=FakeNvml())
+    assert isinstance(board, Board)
+    monkeypatch.setattr("calibration.serving.serve.best_meter", lambda *_: NvmlPower(board))
+
+    def interrupted(host: Host) -> None:
+        assert "energy-meter" in {thread.name for thread in threading.enumerate()}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Host, "play", interrupted)
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=4)
+    with pytest.raises(KeyboardInterrupt):
+        serve(place / "tiny.toml", place / "interrupted", settings)
+    assert "energy-meter" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_choice_by_energy_is_refused_without_a_meter_before_anything_is_loaded(
