@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Sequence
 from itertools import repeat
@@ -11,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calibration.device import dtype_name
 from calibration.model.decode import Decoder, Place
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.kv import Pool, to_device
 from calibration.serving.batching import Row
 from calibration.serving.iteration import NOTHING_CAPTURED, Answer, Captures
+from helios_sim.errors import InputError
 
 
 class ModelMachine:
@@ -104,10 +107,17 @@ class ModelMachine:
         self._run(self.exit_layers[level])
 
     def read(self, level: int) -> list[Answer]:
-        """What the exit's head says of each row, fetched from the device at once."""
+        """What the exit's head says of each row, fetched from the device at once.
+
+        Raises InputError where it says what is no number.
+        """
         assert self._place is not None and self._hidden is not None
         said = self.decoder.tell(self._place, self._hidden, level)
         tokens, confidences, nlls = said.cpu().tolist()
+        # What is no number would be confined below to a confidence and to nats like any other.
+        rows = len(self._order)
+        if not math.isfinite(sum(confidences[:rows]) + sum(nlls[:rows])):
+            raise self._not_finite(level)
         shares = map(min, repeat(1.0), map(max, repeat(0.0), confidences))
         found = list(map(Answer, map(int, tokens), shares, map(max, repeat(0.0), nlls)))
         if self._wanted == list(range(len(found))):
@@ -159,6 +169,18 @@ class ModelMachine:
         self._drop_last_gaps()
         row.slot = -1
         row.hidden = None
+
+    def _not_finite(self, level: int) -> InputError:
+        dtype = self.model.dtype
+        remedy = (
+            "measure and serve it in bfloat16 or float32, which hold larger numbers"
+            if dtype == torch.float16
+            else "its weights are not sound, so serve another checkpoint"
+        )
+        return InputError(
+            f"The logits of {self.model.spec.name!r} at the exit of layer "
+            f"{self.exit_layers[level]} are not finite in {dtype_name(dtype)}; {remedy}."
+        )
 
     def _take_in(self, row: Row) -> None:
         """Give a new row the first gap, or a place behind all others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.model.decode import Decoder
+from calibration.model.early_exit import from_stock
 from calibration.model.kv import PagedPool, Pool, SlotPool
 from calibration.serving.batching import Row
 from calibration.serving.machine import ModelMachine
+from helios_sim.errors import InputError
 from tests.calibration.serving import lives_for, model_of
+from tests.calibration.tiny import stock_model
 
 ROWS, TOKENS = 5, 24
 MODEL = model_of("one", (2, 3))
@@ -124,3 +128,40 @@ def test_a_row_is_told_the_same_however_others_come_and_go(kind: str, data: Any)
         expected = [prefill(single, [alone])[0].nll_nats]
         expected += [decode(single, [alone])[0].nll_nats for _ in found[1:]]
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_are_refused_with_what_to_do(broken: float) -> None:
+    machine = machine_of(pool_of("slots"))
+    rows = [new_row(0), new_row(1)]
+    prefill(machine, rows)
+    machine.begin(rows, 0, ())
+    machine.run_to(1)
+    assert machine._hidden is not None
+    machine._hidden[1] = broken
+    with pytest.raises(InputError, match=r"'one' at the exit of layer 3 are not finite in float32"):
+        machine.read(1)
+
+
+def test_in_float16_the_remedy_is_another_precision() -> None:
+    stock = stock_model("llama", 3)
+    with torch.no_grad():
+        stock.lm_head.weight.mul_(1e6)
+    model = from_stock(stock.to(torch.float16), (2, 3), name="steep", tokenizer="bytes")
+    pool = SlotPool(model.kv_dims, 3, ROWS, TOKENS)
+    machine = ModelMachine(model, pool, Decoder(model, pool), depth=3, free_running=False)
+    with pytest.raises(InputError, match="float16; measure and serve it in bfloat16 or float32"):
+        prefill(machine, [new_row(0)])
+
+
+def test_what_padding_rows_say_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = machine_of(pool_of("slots"))
+    tell = machine.decoder.tell
+
+    def padded(*arguments: Any) -> torch.Tensor:
+        said = torch.nn.functional.pad(tell(*arguments), (0, 2))
+        said[1:, -2:] = math.nan
+        return said
+
+    monkeypatch.setattr(machine.decoder, "tell", padded)
+    assert len(prefill(machine, [new_row(0), new_row(1)])) == 2
