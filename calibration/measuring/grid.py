@@ -21,6 +21,12 @@ SAMPLES: Final = 3
 
 WARMUPS: Final = 2
 
+LEAST_CONTEXT: Final = 2
+"""Tokens that a decode reads at the least: one that is held and its new one."""
+
+REACH: Final = 4
+"""Tokens by which the contexts of a load that is served begin below their mean and end above it."""
+
 ENERGY_SHARE: Final = 0.45
 """Of the budget, where there is a meter: windows of seconds are what takes long."""
 
@@ -154,6 +160,10 @@ class Bounds:
     def depth(self) -> int:
         """Loaded layers."""
         return self.depths[-1]
+
+    def served(self, context: int) -> int:
+        """The mean context nearest to this one that a load can be served at, and grow beyond."""
+        return max(LEAST_CONTEXT, min(context, self.max_context - REACH))
 
 
 @dataclass(frozen=True)
@@ -449,14 +459,17 @@ def _held_out(bounds: Bounds, richness: Richness, seed: int) -> Iterator[Job]:
     """Loads drawn between the grid's points, at a random one of the depths."""
     draw = random.Random(f"{seed}-{bounds.model}-held-out")
     for number in range(richness.held_out):
+        quantity = "iteration" if number % 4 == 3 else "decode_layers"
         batch = _between(draw, 1, bounds.max_batch)
         context = _between(draw, 32, bounds.max_context)
+        if quantity == "iteration":
+            context = bounds.served(context)
         batch = max(1, min(batch, bounds.pool_tokens // context))
         longest = _ragged_longest(context, batch, bounds) if number % 2 else context
         if batch * longest > bounds.pool_tokens:
             longest = context
         yield Job(
-            "iteration" if number % 4 == 3 else "decode_layers",
+            quantity,
             bounds.model,
             depths=(draw.choice(bounds.depths),),
             batch=batch,
@@ -471,7 +484,7 @@ def _held_out_leaving(bounds: Bounds, richness: Richness, seed: int) -> Iterator
     draw = random.Random(f"{seed}-{bounds.model}-held-out-leaving")
     for _ in range(richness.held_out // 3):
         batch = _between(draw, 1, bounds.max_batch)
-        context = _between(draw, 32, bounds.max_context)
+        context = bounds.served(_between(draw, 32, bounds.max_context))
         batch = max(1, min(batch, bounds.pool_tokens // context))
         for job in _leaving(bounds, batch, context):
             yield replace(job, depths=(draw.choice(job.depths),), purpose="held-out")
@@ -490,6 +503,8 @@ def _held_out_prefills(bounds: Bounds, richness: Richness, seed: int) -> Iterato
 
 
 def _decode(quantity: str, bounds: Bounds, batch: int, context: int, longest: int) -> Job:
+    if quantity != "decode_layers":
+        context, longest = bounds.served(context), bounds.served(longest)
     return Job(
         quantity,
         bounds.model,
@@ -529,8 +544,11 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
     few = 1 << (max(1, most // 4).bit_length() - 1)
     prompt = min(long, bounds.max_prefill_tokens)
     eighth = max(1, prompt // 8)
+    stack, whole = "decode_energy", "iteration_energy"
 
     def decode(quantity: str, depth: tuple[int, ...], batch: int, context: int) -> Job:
+        if quantity == whole:
+            context = bounds.served(context)
         return Job(
             quantity,
             name,
@@ -544,7 +562,6 @@ def _energy_jobs(bounds: Bounds) -> Iterator[Job]:
     def prefill(quantity: str, depth: tuple[int, ...], tokens: int) -> Job:
         return Job(quantity, name, "eager", depth, batch=1, context_tokens=0, prompt_tokens=tokens)
 
-    stack, whole = "decode_energy", "iteration_energy"
     decodes = [
         decode(whole, full, 1, short),
         decode(whole, full, most, short),
@@ -585,7 +602,10 @@ def _middle(axis: Sequence[int]) -> int:
 
 
 def _ragged_longest(mean: int, batch: int, bounds: Bounds) -> int:
-    return mean if batch < 2 else min(bounds.max_context, 2 * mean - 1)
+    """The longest of ragged rows, so that it and the shortest can be served around their means."""
+    if batch < 2:
+        return mean
+    return max(mean, min(bounds.max_context, 2 * mean - LEAST_CONTEXT) - REACH)
 
 
 def _between(draw: random.Random, low: int, high: int) -> int:

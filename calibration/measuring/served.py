@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, cycle, repeat
 from typing import Final
 
+from calibration.measuring.grid import LEAST_CONTEXT, REACH
 from calibration.measuring.timing import Work
 from calibration.serving.batching import Life, Row
 from calibration.serving.iteration import Answer, Stepper
@@ -22,8 +23,8 @@ from helios_sim.policy.registry import make_policy
 from helios_sim.scenario import ServingSettings
 from helios_sim.state import NEVER
 
-TURNS: Final = 8
-"""Iterations in which contexts grow before they are set back; their mean is the load's."""
+TURNS: Final = 2 * REACH + 1
+"""Iterations in which contexts grow before they are set back; odd, so that one has the mean."""
 
 _BLOCK_TOKENS: Final = 16
 
@@ -103,17 +104,20 @@ class ServedLoad:
     def decoding(self, lengths: Sequence[int], leaves_at: int | None = None) -> Work:
         """A token of rows that read so many tokens on average, their new one included.
 
+        Contexts are set back sooner where a row has no room to grow beyond its mean, or to begin
+        as far below it. A row of one token reads two: if it held none, it would be a prompt, which
+        no graph serves.
+
         With exits active all rows leave at the level `leaves_at`, those that wait having been asked
         at every exit before. Rebatching the first half leaves there, and the others go on as a
         batch of their own: two iterations.
         """
-        highest = min(max(lengths) + TURNS // 2, self.pool.max_tokens)
-        back = TURNS - (highest - max(lengths))
-        # A row that holds nothing would be a prompt, which no graph serves.
-        starts = [max(1, length - back) for length in lengths]
+        room = min(self.pool.max_tokens - max(lengths), min(lengths) - LEAST_CONTEXT)
+        reach = max(0, min(REACH, room))
+        starts = [max(1, length - reach - 1) for length in lengths]
         rows = self._rows(starts)
         self.replica.batch.rows = list(rows)
-        turns = cycle(range(min(TURNS, self.pool.max_tokens - max(starts))))
+        turns = cycle(range(2 * reach + 1))
         level = self.level if leaves_at is None else leaves_at
         splits = self.replica.batch.rebatches
         leaving = len(rows) // 2 if splits else len(rows)

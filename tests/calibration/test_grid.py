@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.measuring.grid import (
+    LEAST_CONTEXT,
+    REACH,
     RICHNESS,
     Bounds,
     Job,
@@ -126,9 +128,27 @@ def test_ragged_rows_are_fitted_beside_even_ones_of_the_same_mean(allowed_s: flo
         assert len(ragged) == 2
         assert max(ragged) == BOUNDS.max_context // 2
         for mean, longest in ragged.items():
-            assert longest == 2 * mean - 1
+            assert longest == 2 * mean - LEAST_CONTEXT - REACH
             for load in ((batch, mean, mean), (batch, mean, longest)):
                 assert fitted[load] == BOUNDS.depths
+
+
+@pytest.mark.parametrize("max_context", [2, 3, 6, 40, 64, 1024])
+def test_what_is_served_has_room_to_grow_beyond_its_mean_and_to_begin_below_it(
+    max_context: int,
+) -> None:
+    bounds = replace(BOUNDS, max_context=max_context, pool_tokens=BOUNDS.max_batch * max_context)
+    energy = plan_energy(bounds, window_s=5.0, allowed_s=700.0, seed=0).jobs
+    jobs = [job for job in (*latency(300.0, bounds), *energy) if not job.prompt_tokens]
+    served = [job for job in jobs if "iteration" in job.quantity]
+    assert served
+    for job in served:
+        mean, longest = job.context_tokens or 0, job.longest_tokens or 0
+        assert mean >= LEAST_CONTEXT
+        assert longest <= max(LEAST_CONTEXT, max_context - REACH)
+        if longest > mean:
+            assert 2 * mean - longest >= LEAST_CONTEXT + REACH
+    assert max(job.longest_tokens or 0 for job in jobs) == max_context
 
 
 @pytest.mark.parametrize("allowed_s", [0.01, 300.0])

@@ -196,7 +196,7 @@ def test_an_iteration_is_a_turn_of_the_serving_loop(bench: Bench) -> None:
         assert (told.outcome.rows, told.outcome.layers, told.running) == (3, 2, 3)
     assert len(load.replica.tally.tokens) == 3 * TURNS
     means = [statistics.fmean(column) for column in zip(*contexts, strict=True)]
-    assert means == [20.5, 31.5, 44.5]
+    assert means == [20.0, 31.0, 44.0]
     assert load.replica.window.seen + load.replica.window.breaches > 0
     bench.pool.check()
 
@@ -745,3 +745,26 @@ def test_the_same_on_a_gpu_with_graphs(checkpoint: Path, tmp_path: Path) -> None
     decode = points.filter(pl.col("quantity") == "decode_layers")
     assert set(decode["mode"]) == {"eager", "graph"}
     assert "graph_capture" in set(points["quantity"])
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[64, 64], [63], [61, 40], [60, 6], [9, 5], [3], [2, 64]],
+    ids=lambda lengths: "+".join(map(str, lengths)),
+)
+def test_contexts_of_an_iteration_have_the_mean_asked_for_wherever_in_the_pool(
+    bench: Bench, lengths: list[int]
+) -> None:
+    machine = ModelMachine(
+        bench.model, bench.pool, bench.decoders["eager"], depth=2, free_running=False
+    )
+    load = ServedLoad(machine, bench.depths, lambda count, place: [place] * count)
+    work = load.decoding(lengths)
+    read: list[list[int]] = []
+    # A multiple of every odd number of turns up to the most.
+    for _ in range(5 * 7 * 9):
+        work()
+        read.append([row.context for row in load.replica.batch.rows])
+    assert [statistics.fmean(column) for column in zip(*read, strict=True)] == lengths
+    assert max(map(max, read)) <= bench.max_context
+    bench.pool.check()
