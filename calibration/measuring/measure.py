@@ -34,6 +34,7 @@ from calibration.measuring.describe import (
 from calibration.measuring.floors import COPY_BYTES, time_copy, time_launch, time_read
 from calibration.measuring.grid import (
     ENERGY_SHARE,
+    LEAST_CONTEXT,
     LOADING_SHARE,
     SAMPLES,
     USED_SHARE,
@@ -103,7 +104,8 @@ _GRID: Final = {"cpu": (16, 512), "cuda": (64, 2048)}
 _POOL_SHARE: Final = 0.6
 """Of the memory left by the weights; the rest is for workspace and graphs."""
 
-_LEAST_CONTEXT: Final = 64
+_LEAST_HALVED: Final = 64
+"""Contexts are not halved below it, but rows."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,12 @@ class MeasureSettings:
             raise InputError(
                 f"A budget of {self.budget_s:g} s was given; {_LEAST_BUDGET_S:g} s is the least."
             )
-        for name, bound in (("batch", self.max_batch), ("context", self.max_context)):
-            if bound is not None and bound < 1:
-                raise InputError(f"A largest {name} of {bound} was given; 1 is the least.")
+        for name, bound, least in (
+            ("batch", self.max_batch, 1),
+            ("context", self.max_context, LEAST_CONTEXT),
+        ):
+            if bound is not None and bound < least:
+                raise InputError(f"A largest {name} of {bound} was given; {least} is the least.")
 
 
 @dataclass(frozen=True)
@@ -232,6 +237,11 @@ class _Session:
         self.dtype = dtype_of(settings.dtype, self.device)
         self.sources = find_sources(settings.models, settings.exits)
         for source in self.sources:
+            if source.shape.max_positions < LEAST_CONTEXT:
+                raise InputError(
+                    f"{source.name} has {counted(source.shape.max_positions, 'position')}; "
+                    f"{LEAST_CONTEXT} are the least that a decode can be measured with."
+                )
             shallowest = source.exit_layers[0]
             require(
                 self.device,
@@ -518,14 +528,14 @@ class _Session:
             return planned.grid
         allowed = None if available is None else int(_POOL_SHARE * available) // per_token
         while allowed is not None and batch * context > allowed:
-            if context > _LEAST_CONTEXT and (batch == 1 or context >= 8 * batch):
-                context = max(_LEAST_CONTEXT, context // 2)
+            if context > _LEAST_HALVED and (batch == 1 or context >= 8 * batch):
+                context = max(_LEAST_HALVED, context // 2)
             elif batch > 1:
                 batch //= 2
             else:
                 raise InputError(
                     f"{source.name} leaves room for {allowed} KV tokens on {self.device}; "
-                    f"{_LEAST_CONTEXT} are the least. Choose a smaller model, or earlier exits."
+                    f"{_LEAST_HALVED} are the least. Choose a smaller model, or earlier exits."
                 )
         grid = Grid(batch, context)
         if grid != asked:

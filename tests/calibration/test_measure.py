@@ -768,3 +768,27 @@ def test_contexts_of_an_iteration_have_the_mean_asked_for_wherever_in_the_pool(
     assert [statistics.fmean(column) for column in zip(*read, strict=True)] == lengths
     assert max(map(max, read)) <= bench.max_context
     bench.pool.check()
+
+
+@pytest.mark.parametrize("max_context", [2, 3, 7, 33])
+def test_a_grid_of_the_shortest_contexts_is_measured(
+    checkpoint: Path, tmp_path: Path, max_context: int
+) -> None:
+    out = tmp_path / "out"
+    measure(settings(checkpoint, out, max_context=max_context, max_batch=2))
+    points = read_points(out)
+    assert points["longest_context_tokens"].max() == max_context
+    assert points.filter(pl.col("quantity") == "iteration")["context_tokens"].min() is not None
+
+
+def test_a_context_of_one_token_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="largest context of 1 was given; 2 is the least"):
+        MeasureSettings(("x",), tmp_path, max_context=1)
+
+
+def test_a_model_of_one_position_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    stock = stock_model("llama", max_position_embeddings=1)
+    save(from_stock(stock, (1, 2, 4), name="short", tokenizer="bytes"), tmp_path / "short")
+    with pytest.raises(InputError, match="short has 1 position; 2 are the least"):
+        measure(settings(tmp_path / "short", tmp_path / "out"))
+    assert not (tmp_path / "out" / READINGS_FILE).exists()
