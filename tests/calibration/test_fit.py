@@ -536,7 +536,7 @@ def spoil(folder: Path, how: str) -> None:
     [
         ("truncated", "no readable Parquet file"),
         ("negative", "a finite number of at least 0"),
-        ("too few", "0 points of head; at least 1 are needed"),
+        ("too few", "0 points of head instead of 1, at least"),
         ("unknown quantity", "'colour' is unknown"),
         ("no environment", "cannot be read"),
         ("no models", "'models' must hold"),
