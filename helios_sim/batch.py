@@ -1060,7 +1060,8 @@ def emit_decoded(w: World, r: int, rep: Any) -> None:
     count = rep.num_ready
     if count == 0:
         return
-    if rep.depth < w.exit_layers[rep.model, w.exit_layers.shape[1] - 1]:
+    full_depth = w.exit_layers[rep.model, w.exit_layers.shape[1] - 1]
+    if rep.depth < full_depth or rep.counts_at_full_depth:
         count_breaches(w, r, rep)
     count_gap(w, r, rep, rep.now_s - rep.last_tick_s, count - rep.num_fresh)
     for k in range(count - rep.num_fresh, count):

@@ -54,6 +54,9 @@ from helios_sim.world import build_world, parking_lot, trace_tables
 
 Process = Generator[simpy.Event, Any, Any]
 
+_BREACH_RULES = frozenset({"is_breach", "watch_tumbling", "watch_sliding"})
+"""Rules of whose answers ours are known at full depth: nothing breaches, no window trips."""
+
 _WAITS = (AT_HORIZON, OUT_OF_WORK)
 """Causes that ask nobody to decide."""
 
@@ -447,6 +450,7 @@ class Run:
             self.policy.watching,
             setup.fleet.num_replicas,
         )
+        self.world.replicas["counts_at_full_depth"] = not _BREACH_RULES.isdisjoint(rules)
         self.candidates = tuple(candidate_card(setup, name) for name in names)
         self.places: dict[tuple[str, int], Place] = {}
         self.clock = Clock()

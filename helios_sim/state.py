@@ -190,6 +190,7 @@ REPLICA = np.dtype(
         ("quota", "i8"),
         ("finish_target", "i8"),
         ("watching", "i8"),
+        ("counts_at_full_depth", "i8"),
         ("window_kind", "i8"),
         ("window_tokens", "i8"),
         ("breach_limit", "i8"),
@@ -239,7 +240,9 @@ cache of decoding rows, and `longest_lead` is the most that one of them has, les
 UNKNOWN. Where skipped KV is recomputed, `partial_ticks` counts ticks since the
 last full pass and `pending_sum` the tokens to be fed again; `draining` admits nobody, `pausing`
 stops at the next boundary; where `rebatch` has more fresh rows than a pass, the next one begins
-with the row at `next_row`; `column` selects the trace tables for its exit mode and loaded level.
+with the row at `next_row`; `column` selects the trace tables for its exit mode and loaded level;
+`counts_at_full_depth` says that tokens decoded there may breach or move the window, as a policy's
+own rules may have it, where ours need not look.
 Sums run over the whole run; the host takes differences where it needs a period, except
 `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which the host clears at each
 decision."""

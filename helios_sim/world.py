@@ -133,7 +133,10 @@ def _trace_tables(
             top = min(column % num_levels, last)
             level = np.full(positions, top) if column < num_levels else np.minimum(own, top)
             everywhere = np.arange(positions)
-            observed = is_breach(confidence[everywhere, level], threshold, top == last)
+            # Who leaves before the loaded level is none to be asked about.
+            at_top = level == top
+            observed = np.zeros(positions, np.bool_)
+            observed[at_top] = is_breach(confidence[at_top, top], threshold, top == last)
             leaving[m, column] = level
             breach[m, column] = observed
             values = np.zeros((positions, 4), np.int64)

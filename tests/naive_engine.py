@@ -581,7 +581,9 @@ class NaiveReplica:
         life.agree += token.agrees[level]
         life.nll += token.nll[level]
         life.breaches += breached
-        life.relative_breaches += breached and max(deeper) >= self.model.threshold
+        life.relative_breaches += breached and any(
+            rules.leaves_here(confidence, self.model.threshold) for confidence in deeper
+        )
         self.num_breaches += breached
         self.num_emitted += 1
         if self.orders.watching:

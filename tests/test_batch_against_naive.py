@@ -130,6 +130,25 @@ def test_both_engines_agree_on_what_there_is_where_a_rule_would_admit_more(
         check_agreement(replace(scenario, requests=tuple(sent)))
 
 
+def nearly(confidence: float, threshold: float, at_full_depth: bool) -> bool:
+    """A rule that also counts the confident, which numba cannot compile."""
+    return {True: True}.get(confidence < threshold + 0.2, False)
+
+
+@settings(many_examples, max_examples=20)
+@given(scenario=scenarios())
+@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+def test_both_engines_ask_a_rule_of_breaches_for_the_same_tokens(scenario: Scenario) -> None:
+    """At full depth too, and nowhere before the loaded depth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worlds, "batch", loop_with({"is_breach": nearly}))
+        patch.setattr(rules, "is_breach", nearly)
+        # Only compiled sums of 32 and 64 bits have 64.
+        length = len(scenario.models[0].traces[0])
+        sent = (replace(one, trace_start=one.trace_start % length) for one in scenario.requests)
+        check_agreement(replace(scenario, requests=tuple(sent)))
+
+
 def check_agreement(scenario: Scenario) -> None:
     """Run a scenario in both engines and compare all there is to see."""
     compiled, naive = CompiledReplica(scenario), NaiveReplica(scenario)

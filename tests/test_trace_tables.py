@@ -15,6 +15,7 @@ from helios_sim.exits import ExitTraces
 from helios_sim.scenario import parse_scenario
 from helios_sim.search.executors import open_workers
 from helios_sim.search.points import point_of, run_point
+from helios_sim.state import OBSERVED_BREACH
 from helios_sim.world import TraceTables, keep_tables, trace_tables
 
 
@@ -93,3 +94,17 @@ def test_points_run_in_this_process_leave_nothing_behind(tmp_path: Path) -> None
     gc.collect()
     assert not experiment._TRACES
     assert not world._KEPT
+
+
+def test_a_rule_of_breaches_is_asked_for_tokens_of_the_loaded_level_alone() -> None:
+    """All ten tokens are confident at the first exit, and leave there if they may."""
+    asked: list[bool] = []
+
+    def whatever(confidence: float, threshold: float, at_full_depth: bool) -> bool:
+        asked.append(at_full_depth)
+        return True
+
+    tables = trace_tables(traces(), ["m"], {"m": 0.4}, {"is_breach": whatever})
+    assert asked == [False] * 10 + [True] * 10 + [False] * 10
+    assert tables.breach[0].sum(axis=1).tolist() == [10, 10, 10, 0]
+    assert tables.prefix[0, :, -1, OBSERVED_BREACH].tolist() == [10, 10, 10, 0]

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from helios_sim import batch, state
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
-from helios_sim.policy.rules import leaves_here
+from helios_sim.policy import rules
+from helios_sim.policy.rules import is_breach, leaves_here
 
 many_examples = settings(
     max_examples=int(os.environ.get("HELIOS_HYPOTHESIS_EXAMPLES", "200")),
@@ -366,6 +367,7 @@ def build_world(scenario: Scenario) -> state.World:
     record.watermark = scenario.watermark
     record.idle_w = scenario.idle_w
     record.sample_interval_s = 1.0
+    record.counts_at_full_depth = int(rules.is_breach is not is_breach)
     followers = {request.successor for request in scenario.requests}
     for i in range(len(scenario.requests)):
         if i not in followers:
@@ -385,7 +387,8 @@ def fate_of(
     left = level
     if at_own_exit and any(fits[:level]):
         left = fits.index(True)
-    breached = left == level and not fits[level] and level < len(fits) - 1
+    full = level == len(fits) - 1
+    breached = left == level and rules.is_breach(token.confidence[level], model.threshold, full)
     relative = breached and any(fits[level + 1 :])
     return left, token.agrees[left], token.nll[left], int(breached), int(relative)
 

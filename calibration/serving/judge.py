@@ -118,7 +118,7 @@ def judge(
             agrees[row] = True
         if one.breached:
             deeper = found.confidence[at, one.level + 1 :]
-            relative[row] = deeper.max(initial=0.0) >= thresholds[one.model]
+            relative[row] = (deeper >= thresholds[one.model]).any()
     starts = np.zeros(len(lives), np.int64)
     filled: dict[int, int] = {}
     for life, domain in zip(lives, domains, strict=True):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from helios_sim.metrics import summarise
 from helios_sim.policy import Controller, read_snapshots
 from helios_sim.policy.baselines import EeSingle
 from helios_sim.policy.contract import (
+    Assignment,
     Decision,
     Event,
     ExitMode,
@@ -372,6 +374,71 @@ def test_what_a_hot_rule_raises_is_told_in_one_sentence_by_both(name, rule, said
         play_policy(setup, requests, Failing)
     with pytest.raises(InputError, match=sentence):
         serve_by_clockwork(setup, setup.traces, requests, Failing())
+
+
+@dataclass
+class Watcher:
+    """Serves one assignment throughout, whatever it hears of breaches."""
+
+    assignment: Assignment
+    name: ClassVar = "watcher"
+    sees_future: ClassVar = False
+    confidence_threshold: ClassVar = None
+    watching: ClassVar = Watching(
+        reassess_requests=20, breach_window_tokens=9, breach_limit=4, window_kind="sliding"
+    )
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        if snapshot.assignment is None:
+            to = self.assignment
+            return Serve(to.model, to.depth, to.exit_mode, "It is what to watch.")
+        return Keep("There is nothing to do but to watch.")
+
+
+def nearly(confidence, threshold, at_full_depth):
+    """Also of tokens that are confident, but not by much; a table keeps it from being compiled."""
+    return {True: not at_full_depth}.get(confidence < threshold + 0.2, False)
+
+
+def anywhere(confidence, threshold, at_full_depth):
+    """At full depth like everywhere else."""
+    return {True: True}.get(confidence < threshold, False)
+
+
+def every_second(ring, num_seen, num_breaches, breached, breach_limit):
+    """Looks at tokens alone, of which it counts every second one."""
+    return {0: (num_seen + 1, num_breaches, num_seen % 16 == 15)}[0]
+
+
+@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+@pytest.mark.parametrize(
+    ("depth", "mode"),
+    [(8, "full"), *product((4, 8), ("loaded-depth", "solo", "wait", "rebatch"))],
+)
+@pytest.mark.parametrize(
+    "own",
+    [{"is_breach": nearly}, {"is_breach": anywhere}, {"watch_sliding": every_second}],
+    ids=lambda own: next(iter(own.values())).__name__,
+)
+def test_a_policys_own_rules_see_and_count_the_same_breaches_in_both(own, depth, mode) -> None:
+    """Only those at the loaded depth, full depth included, by request as by window."""
+
+    class Own(Watcher):
+        hot_rules: ClassVar = own
+
+    assignment = Assignment("large", depth, ExitMode(mode))
+    setup = drifting_setup()
+    requests = drifting_requests(40, rate_per_s=30.0)
+    run, data = play_policy(setup, requests, lambda: Own(assignment))
+    host = serve_by_clockwork(setup, setup.traces, requests, Own(assignment))
+    comparable(host, run, data.requests)
+    counted = int(run.world.replicas[0].num_breaches)
+    assert counted == host.tally.num_breaches == data.requests["breaches"].sum()
+    check_run(data)
+    if "is_breach" in own:
+        assert (counted > 0) == (own["is_breach"] is anywhere or depth < 8)
+    if "watch_sliding" in own:
+        assert any(entry.event is Event.BREACHED for entry in host.decisions)
 
 
 def test_rebatching_that_a_policy_decides_on_is_refused_by_both_where_kv_is_recomputed() -> None:
