@@ -480,3 +480,57 @@ def test_options_that_cannot_be_used_are_refused_with_what_can(tmp_path: Path) -
 def test_cuda_that_is_absent_is_said_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--device: CUDA is not available.*Give --device cpu"):
         cli.app(["--out", str(tmp_path / "out")], standalone_mode=False)
+
+
+def remembering(told: list[tuple[str, ...]], **options) -> Step:
+    """A step that never ends well, and that notes what it is told of its last command."""
+
+    def words(call: Call) -> list[str]:
+        told.append(call.earlier)
+        return [sys.executable, "-S", "-c", f"raise SystemExit({len(told)})"]
+
+    return Step("study", words, extra_s=30.0, least_s=0.5, **options)
+
+
+@pytest.mark.parametrize("missed", ["out of time", "skipped"])
+def test_a_step_goes_on_as_it_began_though_a_call_had_no_time_or_means_for_it(
+    missed: str, tmp_path: Path
+) -> None:
+    told: list[tuple[str, ...]] = []
+    study = remembering(told)
+    hindered = {
+        "out of time": replace(study, least_s=1000.0),
+        "skipped": replace(study, packages=("no_such_package",)),
+    }
+    run(tmp_path, study)
+    assert verdicts(run(tmp_path, hindered[missed])) == {"study": missed}
+    run(tmp_path, study)
+    assert told == [(), tuple(on_disk(tmp_path)[0]["command"])]
+    assert [one["verdict"] for one in on_disk(tmp_path)] == ["failed", missed, "failed"]
+
+
+def test_a_step_whose_input_is_newer_than_its_last_command_begins_anew(tmp_path: Path) -> None:
+    """Be it that the input was made in a call which had no time for the step itself."""
+    told: list[tuple[str, ...]] = []
+    flaky = fake("a", "import os; open('a', 'w'); raise SystemExit(not os.path.exists('b'))")
+    made = replace(flaky, leaves="a")
+    study = remembering(told, after=("a",))
+    run(tmp_path, made, study)
+    (tmp_path / "b").touch()
+    run(tmp_path, made, replace(study, least_s=1000.0))
+    run(tmp_path, made, study)
+    assert told == [(), ()]
+    run(tmp_path, made, study)
+    assert told[2]
+
+
+def test_what_is_done_is_done_again_where_its_input_was_made_anew_in_another_call(
+    tmp_path: Path,
+) -> None:
+    flaky = fake("a", "import os; open('a', 'w'); raise SystemExit(not os.path.exists('b'))")
+    steps = (replace(flaky, leaves="a"), leaving("b", after=("a",)))
+    run(tmp_path, *steps)
+    campaign = Campaign(steps, tmp_path, 60.0, say=lambda text: None)
+    campaign.run(steps[:1])
+    run(tmp_path, *steps)
+    assert [one["step"] for one in on_disk(tmp_path)] == ["a", "b", "a", "b"]

@@ -118,7 +118,6 @@ class Campaign:
         self.grace_s, self.say, self.forks = grace_s, say, forks
         self.order = [step.name for step in steps]
         self.tries = self._earlier_tries()
-        self.ran: set[str] = set()
         self.results: list[Try] = []
         self.interruptions = 0
         self._holds_them = False
@@ -170,7 +169,9 @@ class Campaign:
 
     def _step(self, step: Step) -> None:
         last = self._last(step.name)
-        stale = self.ran.intersection(step.after) or (step.resumes and self._was_too_little(step))
+        begun = self._last_begun(step.name)
+        is_new = any(self._last_begun(name) > begun for name in step.after)
+        stale = is_new or (step.resumes and self._was_too_little(step))
         if last and last.verdict == "done" and not stale:
             if self._leaves(step):
                 self.say(f"{step.name} is done; it is not repeated.")
@@ -187,7 +188,8 @@ class Campaign:
             return
         extra_s = min(step.extra_s, self.left_s)
         work_s = max(0.0, min(step.share * self.budget_s, self.left_s - extra_s))
-        earlier = () if last is None or stale else last.command
+        # A try that was not begun says nothing of how the step was gone about.
+        earlier = () if begun < 0 or stale else self.tries[begun].command
         try:
             words = tuple(step.words(Call(self.out, work_s, earlier, self.forks)))
         except (InputError, ImportError, OSError) as error:
@@ -198,6 +200,11 @@ class Campaign:
 
     def _last(self, name: str) -> Try | None:
         return next((one for one in reversed(self.tries) if one.step == name), None)
+
+    def _last_begun(self, name: str) -> int:
+        """The place of a step's last try that ran a command; -1 where none did."""
+        places = (k for k, one in enumerate(self.tries) if one.step == name and one.command)
+        return max(places, default=-1)
 
     def _was_too_little(self, step: Step) -> bool:
         """Whether a step after this one failed on what it left."""
@@ -227,7 +234,6 @@ class Campaign:
         log = self.out / "logs" / f"{self.order.index(step.name) + 1:02}-{step.name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         self.say(f"{step.name}, {limit_s:.0f} s at most: {shlex.join(words)}")
-        self.ran.add(step.name)
         grace_s = min(self.grace_s, limit_s / 4)
         began_s, began_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
         verdict, reason = "failed", ""
