@@ -67,9 +67,9 @@ class OptunaSampler:
         journal: Path | None,
     ) -> None:
         optuna = _optuna()
-        self._distributions = {one.key: _distribution(one) for one in space.ranges}
         self._space = space
         with _quietly():
+            self._distributions = {one.key: _distribution(one) for one in space.ranges}
             sampler: Any
             if name == "nsga2":
                 sampler = optuna.samplers.NSGAIISampler(
@@ -150,8 +150,8 @@ def importances(
     if len(trials) < 20 or len({score for _, score in trials}) < 2:
         return {}
     optuna = _optuna()
-    distributions = {one.key: _distribution(one) for one in space.ranges}
     with _quietly():
+        distributions = {one.key: _told_distribution(one) for one in space.ranges}
         study = optuna.create_study(direction="maximize" if better == "higher" else "minimize")
         for values, score in trials:
             study.add_trial(
@@ -184,6 +184,17 @@ def _distribution(one: Range) -> BaseDistribution:
     return found
 
 
+def _told_distribution(one: Range) -> BaseDistribution:
+    """What a value of a range was drawn from, whoever drew it.
+
+    Places stand for the values of a grid of any numbers, whose sums Optuna rounds in its own way.
+    """
+    if one.step is None or one.is_whole or one.choices:
+        return _distribution(one)
+    found: BaseDistribution = _optuna().distributions.IntDistribution(0, one.num_steps - 1)
+    return found
+
+
 def _values(space: Space, params: Mapping[str, Any]) -> Values:
     found: Values = {}
     for one in space.ranges:
@@ -191,7 +202,7 @@ def _values(space: Space, params: Mapping[str, Any]) -> Values:
         if one.choices:
             found[one.key] = one.choices[given]
         else:
-            found[one.key] = given if one.is_whole else float(f"{given:.6g}")
+            found[one.key] = one.fitted(given)
     return found
 
 
@@ -199,7 +210,12 @@ def _params(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in space.ranges:
         value = values[one.key]
-        found[one.key] = one.choices.index(value) if one.choices else value
+        if one.choices:
+            found[one.key] = one.choices.index(value)
+        elif one.step is not None and not one.is_whole:
+            found[one.key] = one.step_of(value)
+        else:
+            found[one.key] = value
     return found
 
 
@@ -224,7 +240,7 @@ def _journal(path: Path) -> Any:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Optuna warns that features are new; they are chosen on purpose."""
+    """Optuna warns of features that are new, and of steps that miss an end: both are on purpose."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -22,6 +22,10 @@ Values = dict[str, Any]
 _RANGE_KEYS: Final = ("low", "high", "log", "step", "points", "choices")
 BOUND_SHARE: Final = 1e-3
 """How much of a range of any numbers may lie beyond what its setting takes: a bound left out."""
+TOLD_APART: Final = 1e-3
+"""How much of a range of any numbers a rounded one may be off: trials do not tell less apart."""
+GRID_TOLERANCE: Final = 5e-10
+"""How much of a step a rounded number may be off: no more than sums of floats are."""
 GRID_POINTS: Final = 5
 """Values that a grid takes of a range which does not say how many."""
 
@@ -44,8 +48,7 @@ class Range:
         if self.choices:
             return self.choices[int(share * len(self.choices))]
         if self.step is not None:
-            num = int((self.high - self.low) / self.step + 1e-9) + 1
-            value = self.low + int(share * num) * self.step
+            value = self.low + int(share * self.num_steps) * self.step
         elif self.is_whole:
             low, high = self.low - 0.5, self.high + 0.5
             if self.log:
@@ -57,7 +60,7 @@ class Range:
             value = math.exp(math.log(self.low) + share * (math.log(self.high / self.low)))
         else:
             value = self.low + share * (self.high - self.low)
-        return self._fitted(value)
+        return self.fitted(value)
 
     def grid(self, most: int | None = None) -> list[Any]:
         """Evenly spread values, both ends included."""
@@ -65,28 +68,54 @@ class Range:
             return list(self.choices)
         num = most or self.points or GRID_POINTS
         if self.step is not None:
-            steps = int((self.high - self.low) / self.step + 1e-9) + 1
             if self.points is None and most is None:
-                num = steps
-            num = min(num, steps)
+                num = self.num_steps
+            num = min(num, self.num_steps)
         if num == 1 or self.low == self.high:
-            return [self._fitted(self.low)]
+            return [self.fitted(self.low)]
         values = []
         for place in range(num):
             share = place / (num - 1)
             if self.step is not None:
-                value = self.low + round(share * (steps - 1)) * self.step
+                value = self.low + round(share * (self.num_steps - 1)) * self.step
             elif self.log:
                 value = self.low * (self.high / self.low) ** share
             else:
                 value = self.low + share * (self.high - self.low)
-            values.append(self._fitted(value))
+            values.append(self.fitted(value))
         return list(dict.fromkeys(values))
 
-    def _fitted(self, value: float) -> Any:
+    @property
+    def num_steps(self) -> int:
+        """Values that a range with a step holds."""
+        assert self.step is not None
+        return int((self.high - self.low) / self.step + 1e-9) + 1
+
+    def step_of(self, value: float) -> int:
+        """The place of a value among those that a range with a step holds, or of the nearest."""
+        assert self.step is not None
+        return min(self.num_steps - 1, max(0, round((value - self.low) / self.step)))
+
+    def fitted(self, value: float) -> Any:
+        """The number of the range that a value stands for, to no more digits than tell it apart.
+
+        Six are enough wherever the range is not narrow against its numbers, and on a grid of steps
+        wherever they are all that its numbers have.
+        """
         if self.is_whole:
             return min(int(self.high), max(int(self.low), round(value)))
-        return min(self.high, max(self.low, float(f"{value:.6g}")))
+        if self.step is not None:
+            value = self.low + self.step_of(value) * self.step
+            tolerated = GRID_TOLERANCE * self.step
+        elif value in (self.low, self.high):
+            return value
+        else:
+            tolerated = TOLD_APART * (self.high - self.low)
+        for digits in range(6, 17):
+            rounded = float(f"{value:.{digits}g}")
+            if self.low <= rounded <= self.high and abs(rounded - value) <= tolerated:
+                return rounded
+        return min(self.high, max(self.low, value))
 
 
 @dataclass(frozen=True)
