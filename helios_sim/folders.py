@@ -43,7 +43,10 @@ def folder_in_place(target: Path) -> Iterator[Path]:
 
 
 def move_into_place(partial: Path, target: Path) -> None:
-    """Give a finished folder its name; what had the name before is removed, or kept on failure."""
+    """Give a finished folder its name; what had the name before is removed, or kept on failure.
+
+    Where it cannot get its name back either, it is kept aside, and the error says where.
+    """
     if not target.exists():
         partial.rename(target)
         return
@@ -52,12 +55,21 @@ def move_into_place(partial: Path, target: Path) -> None:
     try:
         target.rename(kept)
         partial.rename(target)
-    except BaseException:
+    except BaseException as error:
         if kept.exists() and not target.exists():
-            kept.rename(target)
+            try:
+                kept.rename(target)
+            except OSError as stuck:
+                raise OSError(
+                    stuck.errno,
+                    f"What had this name cannot be given it back ({stuck.strerror}), and is kept "
+                    f"as {kept}",
+                    str(target),
+                ) from error
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not kept.exists() or target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

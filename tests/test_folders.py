@@ -65,6 +65,27 @@ def test_a_folder_that_is_not_finished_or_not_moved_leaves_the_old_one(
     assert names_in(target) == ["old"]
 
 
+def test_an_old_folder_that_cannot_be_put_back_either_is_kept_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    with folder_in_place(target) as draft:
+        (draft / "old").write_text("old")
+    rename = Path.rename
+
+    def stuck(path: Path, to: Path) -> Path:
+        if to == target:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", stuck)
+    with pytest.raises(OSError, match="kept as") as caught, folder_in_place(target):
+        pass
+    (aside,) = tmp_path.iterdir()
+    assert names_in(aside / "target") == ["old"]
+    assert str(aside / "target") in str(caught.value)
+
+
 def test_a_link_keeps_leading_to_the_folder_that_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "far")
