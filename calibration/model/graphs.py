@@ -329,13 +329,15 @@ class DecodeGraphs:
     def key_of(self, place: Place, first: int, last: int, kind: Kind = Kind.RUN) -> GraphKey | None:
         """The graph that serves a place, or None."""
         rows = bucket_of(len(place.rows), self.settings.batch_buckets)
-        context: int | None = 0
-        if kind is Kind.RUN:
-            context = bucket_of(place.context_tokens, self.settings.context_buckets)
+        # What all graphs read has room for the blocks of the longest context alone.
+        context = bucket_of(place.context_tokens, self.settings.context_buckets)
         if not (place.is_decode and place.by_graphs) or rows is None or context is None:
             return None
-        gathers = kind is Kind.RUN and (self._finds_rows or place.located_host is not None)
-        key = GraphKey(first, last, rows, context, gathers, kind)
+        if kind is Kind.RUN:
+            gathers = self._finds_rows or place.located_host is not None
+            key = GraphKey(first, last, rows, context, gathers)
+        else:
+            key = GraphKey(first, last, rows, kind=kind)
         return key if key in self._keys else None
 
     def embed(self, place: Place, ids: Sequence[int] | Indices) -> Tensor | None:

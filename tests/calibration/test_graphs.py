@@ -243,6 +243,23 @@ def test_a_batch_or_context_beyond_every_bucket_goes_eager():
     assert graphs.key_of(decoder.place([0], [3]), 0, 3) is None
 
 
+def test_a_place_of_more_blocks_than_any_graph_reads_goes_eager_whatever_is_asked():
+    eager, decoder = (decoder_of(pool="paged") for _ in range(2))
+    recorder = capture(decoder, max_context=16)
+    found = []
+    for one in (eager, decoder):
+        row = one.pool.admit()
+        one.extend([row], [tiny.prompt(19)], [0])
+        place = one.place([row], [19])
+        hidden = one.run(place, one.embed(place, [3]), 0, 1)
+        one.fill([row], hidden, [19], 1, 4)
+        told = one.tell(place, hidden, 1)
+        found.append([hidden, told, *(one.pool.read(layer, [row], 20) for layer in range(4))])
+    assert not any(recording.replays for recording in recorder.recordings)
+    for ours, stock in zip(*found, strict=True):
+        torch.testing.assert_close(ours, stock)
+
+
 def test_graphs_are_void_once_layers_or_stores_are_dropped():
     decoder = decoder_of(exits=(2, 4))
     capture(decoder)
