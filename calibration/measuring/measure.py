@@ -257,6 +257,8 @@ class _Session:
                 "--resume to go on with them.",
                 str(settings.out),
             )
+        if settings.resume and not self.num_before:
+            console.print(f"There is nothing to go on with in {settings.out}: it begins anew.")
         self.plan = self._earlier_plan()
         self.environment = self._earlier_environment()
         self.board = board_of(self.device)
@@ -610,7 +612,9 @@ class _Session:
         trials = 1 + max(job.trial for job in planned)
         planned_s = latency.seconds * again + energy_s
         metered = f", {len(windows)} energy windows" if windows else ""
-        takes = f"about {_clock(min(planned_s, allowed_s))}"
+        takes = f"about {_clock(planned_s)}"
+        if planned_s > allowed_s:
+            takes += f", and {_clock(max(0.0, allowed_s))} are left"
         self._say(
             f"{bench.name}: {len(latency.jobs)} timings in {counted(trials, 'round')}{metered}; "
             f"rows up to {bounds.max_batch}, contexts up to {bounds.max_context}, layers "
