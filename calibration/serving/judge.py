@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from calibration.model.early_exit import EarlyExitLM
-from calibration.serving.batching import Life
+from calibration.serving.batching import Life, Rule
 from calibration.serving.record import Judgement
 from calibration.serving.tally import TokenEntry
 from helios_sim.exits import ExitTraces
+from helios_sim.policy.rules import leaves_here
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ def judge(
     thresholds: Mapping[str, float],
     domains: Sequence[int],
     recomputed_kv: bool = False,
+    leaves: Rule = leaves_here,
 ) -> Judgement:
     """Agreement and relative breaches of the logged tokens, and each request's trace place.
 
     A token that the whole model gave agrees with it, whatever other kernels make of it later: one
     of the last exit over KV that no exit skipped. Filled KV (unless `recomputed_kv`) is not the
-    whole model's, and tokens of the last exit over it are compared like all others.
+    whole model's, and tokens of the last exit over it are compared like all others. A breach is
+    relative where a deeper exit's confidence would have let the token leave, by the rule `leaves`.
     """
     agrees = np.zeros(len(log), np.bool_)
     relative = np.zeros(len(log), np.bool_)
@@ -118,7 +121,7 @@ def judge(
             agrees[row] = True
         if one.breached:
             deeper = found.confidence[at, one.level + 1 :]
-            relative[row] = (deeper >= thresholds[one.model]).any()
+            relative[row] = any(leaves(float(sure), thresholds[one.model]) for sure in deeper)
     starts = np.zeros(len(lives), np.int64)
     filled: dict[int, int] = {}
     for life, domain in zip(lives, domains, strict=True):

@@ -425,6 +425,7 @@ def serve_once(
         host.thresholds,
         domains,
         recomputed_kv=prepared.room.serving.skipped_kv == "recomputed",
+        leaves=host.rules.leaves_here,
     )
     facts |= {
         "full_depth_tokens": judgement.num_whole,

@@ -88,6 +88,10 @@ def test_a_breach_is_relative_where_a_deeper_exit_would_have_been_sure() -> None
     found = judge({"m": READ}, LIVES, log, {"m": 0.5}, [0, 0, 0])
     # Its own exit's word is none of a deeper one, and only breaches are relative ones.
     assert found.relative.tolist() == [False, True, True, False, False]
+    never = judge(
+        {"m": READ}, LIVES, log, {"m": 0.5}, [0, 0, 0], leaves=lambda confidence, threshold: False
+    )
+    assert not never.relative.any()
 
 
 def test_traces_of_a_domain_hold_what_was_emitted_request_after_request() -> None:
