@@ -138,17 +138,20 @@ def test_a_sweep_is_measured_by_the_processes_it_starts(
 ) -> None:
     """All points are handed over, and the processor time of ended processes is counted."""
     seen: list[Any] = []
+    used_s: list[float] = []
+    code = "import time; sum(range(5_000_000)); print(time.process_time())"
 
     def carry_out(asked: list[Any], workers: Workers, store: Any) -> None:
         (study,) = asked
         seen.extend((point.scenario.seed, workers.max_in_flight) for point in next(study.steps))
-        subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)
+        told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        used_s.append(float(told.stdout))
 
     monkeypatch.setattr(studies, "carry_out", carry_out)
     points = cases.sweep_points(scenario(f"helios continuous records {100_000:,}"))
     figures = work_off({"kind": "sweep", "scenarios": points, "started_at_s": 0.0})
     assert seen == [(seed, 2 * 2) for seed in range(1, 17)]
-    assert 0.0 < figures["cpu_use"] < 1.0
+    assert figures["cpu_use"] * cases.SWEEP_PROCESSES * figures["seconds"] >= used_s[0] > 0.0
 
 
 def test_at_the_probed_rate_a_replica_is_loaded_but_keeps_up() -> None:

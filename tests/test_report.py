@@ -818,7 +818,7 @@ def open_page(tmp_path: Path) -> Open:
             ],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=True,
         )
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -6,10 +6,12 @@ import mmap
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from calibration.measuring import floors
 from calibration.measuring.board import NoBoard, open_board
 from calibration.measuring.floors import (
     count_launches,
@@ -28,7 +30,7 @@ from calibration.measuring.loading import load_sizes, parts_file, time_checkpoin
 from calibration.measuring.occupancy import peak_bytes, reserve_bytes, reserved_bytes
 from calibration.measuring.readings import CACHED, Reading
 from calibration.measuring.sources import find_sources
-from calibration.measuring.timing import WallTimer
+from calibration.measuring.timing import Timing, WallTimer, timed
 from calibration.model import file_cache
 from calibration.model.early_exit import from_stock, save
 from calibration.model.file_cache import cached_share, forget, read_through
@@ -147,25 +149,36 @@ def test_launches_are_counted_without_views() -> None:
     assert count_launches(launch_chain(7, CPU)) == 7
 
 
-def test_a_launch_is_a_share_of_a_chain_and_graphs_are_declined_in_words() -> None:
+def test_a_launch_is_a_share_of_a_chain_and_graphs_are_declined_in_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     timer = WallTimer(CPU, 0.002)
+    chains: list[Timing] = []
+
+    def kept(*given: Any, **named: Any) -> list[Timing]:
+        chains.extend(found := timed(*given, **named))
+        return found
+
+    monkeypatch.setattr(floors, "timed", kept)
     found = time_launch(CPU, timer, "eager", 3)
     assert not isinstance(found, str)
-    # An operator on one number takes microseconds, a chain of them hundreds.
-    assert 1e-8 < found.seconds < 1e-4
+    (chain,) = chains
+    assert found.seconds == pytest.approx(chain.seconds / floors.CHAIN_LAUNCHES)
+    # An operator on one number takes microseconds where nobody disturbs.
+    assert 1e-8 < found.seconds < 1e-2
     assert "CUDA" in str(time_launch(CPU, timer, "graph", 3))
 
 
 def test_memory_is_read_at_a_speed_that_memory_can_have() -> None:
     read = time_read(2**24, CPU, WallTimer(CPU, 0.002), 3)
-    assert 1e8 < 2**24 / read.seconds < 1e13
+    assert 1e6 < 2**24 / read.seconds < 1e13
 
 
 def test_a_copy_counts_bytes_read_and_written() -> None:
     timing, moved = time_copy(2**22, CPU, WallTimer(CPU, 0.002), 3)
     assert moved == 2**23
-    # Slower than a disk or faster than any memory would be no copy.
-    assert 1e8 < moved / timing.seconds < 1e13
+    # Slower than a network or faster than any memory would be no copy.
+    assert 1e6 < moved / timing.seconds < 1e13
 
 
 def test_the_rise_of_memory_is_seen_where_the_system_tells() -> None:

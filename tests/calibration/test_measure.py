@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,8 +40,9 @@ from helios_sim.errors import InputError
 from helios_sim.policy.contract import ExitMode
 from tests.calibration.test_graphs import FakeRecorder
 from tests.calibration.tiny import stock_model
+from tests.shared_machine import undisturbed
 
-BUDGET_S = 60.0
+BUDGET_S = 600.0
 """More than is used, so that a busy machine leaves nothing out: the coarsest grid is soon done."""
 
 
@@ -137,6 +139,7 @@ def test_times_are_positive_and_energy_without_a_meter_is_null(measured: Path) -
     assert points["joules"].null_count() == points.height
 
 
+@undisturbed
 def test_deeper_stacks_take_longer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calibration.measuring.timing.DISTURBED_SHARE", 0.05)
     job = Job("decode_layers", "tiny-4l", "eager", (1, 4), 4, 64, 64)
@@ -172,8 +175,8 @@ def test_the_environment_says_where_readings_come_from(measured: Path) -> None:
     assert found["dtype"] == "float32"
     assert "No energy meter" in found["meter"]["explanation"]
     pace = Pace(**found["pace"])
-    assert 0.0 < pace.core_s < 0.1
-    assert 0.0 < pace.memory_s < 0.1
+    assert pace.core_s > 0.0
+    assert pace.memory_s > 0.0
 
 
 def iteration(batch: int, context: int, prompt: int | None = None, longest: int = 0) -> Job:
@@ -388,32 +391,42 @@ def test_an_energy_window_gives_joules_of_one_repetition(bench: Bench, tmp_path:
     assert silent.note == "the meter fell silent"
 
 
+class TwentyWatts:
+    """A meter of steady power, which no delay of a reading can make another."""
+
+    source = "made-up"
+    explanation = "A meter of twenty watts"
+    tick_s = 0.005
+    min_window_s = 0.05
+
+    def open(self, sparing: bool = False) -> TwentyWattsWindow:
+        return TwentyWattsWindow()
+
+
+class TwentyWattsWindow:
+    def __init__(self) -> None:
+        self.opened_s = time.perf_counter()
+
+    def curve(self) -> list[tuple[float, float]]:
+        now_s = time.perf_counter()
+        return [(self.opened_s, 0.0), (now_s, 20.0 * (now_s - self.opened_s))]
+
+    def close(self, busy_s: float | None = None) -> Measurement:
+        seconds = time.perf_counter() - self.opened_s
+        return Measurement("made-up", 20.0 * seconds, seconds, 20.0, seconds, 10, True, False)
+
+
 def test_with_a_meter_idle_power_and_energy_are_measured(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from calibration.measuring.meters import CounterMeter
-
-    def meter(*_: object) -> CounterMeter:
-        import time
-
-        return CounterMeter(
-            "made-up",
-            lambda: 20.0 * (int(time.perf_counter() / 0.005) * 0.005),
-            "A counter of twenty watts",
-            min_window_s=0.05,
-            min_ticks=5,
-        )
-
-    monkeypatch.setattr(measuring, "best_meter", meter)
+    monkeypatch.setattr(measuring, "best_meter", lambda *_: TwentyWatts())
     measure(settings(checkpoint, tmp_path / "out"))
     points = read_points(tmp_path / "out")
     idle = points.filter(pl.col("quantity") == "idle_power")
-    assert idle["watts"].to_list() == pytest.approx([20.0, 20.0], rel=0.1)
+    assert idle["watts"].to_list() == pytest.approx([20.0, 20.0])
     decode = points.filter(pl.col("quantity") == "decode_energy")
     assert decode.height >= 4
-    assert (decode["joules"] / decode["seconds"]).to_list() == pytest.approx(
-        [20.0] * decode.height, rel=0.1
-    )
+    assert (decode["joules"] / decode["seconds"]).to_list() == pytest.approx([20.0] * decode.height)
 
 
 def test_resuming_takes_only_what_is_missing(checkpoint: Path, tmp_path: Path) -> None:

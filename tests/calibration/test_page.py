@@ -152,7 +152,7 @@ def test_a_browser_draws_every_figure_without_an_error(profile: Profile, tmp_pat
         ],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=600,
         check=True,
     ).stdout
     opening = found[: found.index("<head>")]

@@ -19,6 +19,9 @@ from calibration.measuring.timing import (
     timed,
     timer_for,
 )
+from tests.calibration import scripted_time
+from tests.calibration.scripted_time import QuietReference, ScriptedTime
+from tests.shared_machine import undisturbed
 
 CPU = torch.device("cpu")
 
@@ -64,30 +67,35 @@ def test_an_outlier_moves_neither_median_nor_spread() -> None:
     assert median_and_mad([1.0, 1.1, 0.9, 1.0, 50.0]) == pytest.approx((1.0, 0.1))
 
 
-def spin(seconds: float) -> Work:
-    """Work that keeps the processor for a while."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> ScriptedTime:
+    return scripted_time.of_timers(monkeypatch)
 
+
+def test_the_clock_finds_the_time_of_known_work(clock: ScriptedTime) -> None:
+    (found,) = timed([lambda: clock.work(0.01)], WallTimer(CPU), samples=3)
+    assert found.seconds == pytest.approx(0.01)
+    assert found.lost_share == pytest.approx(0.0)
+
+
+@undisturbed
+def test_work_on_this_machine_takes_no_less_than_it_runs() -> None:
     def work() -> None:
-        end_s = time.process_time() + seconds
+        end_s = time.process_time() + 0.005
         while time.process_time() < end_s:
             pass
 
-    return work
+    assert WallTimer(CPU).sample(work, 2).seconds >= 2 * 0.005
 
 
-def test_the_clock_finds_the_time_of_known_work() -> None:
-    (found,) = timed([spin(0.01)], WallTimer(CPU), samples=3)
-    assert found.seconds == pytest.approx(0.01, rel=0.1)
-
-
-def test_time_in_which_others_ran_is_no_time_of_the_work() -> None:
+def test_time_in_which_others_ran_is_no_time_of_the_work(clock: ScriptedTime) -> None:
     def work() -> None:
-        spin(0.005)()
-        time.sleep(0.01)
+        clock.work(0.005)
+        clock.sleep(0.01)
 
     found = WallTimer(CPU).sample(work, 1)
-    assert found.seconds == pytest.approx(0.005, rel=0.3)
-    assert found.lost_share > 0.5
+    assert found.seconds == pytest.approx(0.005)
+    assert found.lost_share == pytest.approx(2 / 3)
 
 
 def test_samples_in_which_others_ran_are_taken_again() -> None:
@@ -133,6 +141,7 @@ def test_a_pace_is_held_against_another_by_its_slower_part() -> None:
     assert Pace(2.0, 1.0).quickest(quiet) == Pace(1.0, 1.0)
 
 
+@undisturbed
 def test_a_machines_pace_is_that_of_a_moment_before() -> None:
     first, second = measure_pace(CPU), measure_pace(CPU)
     assert first.core_s > 0.0
@@ -152,44 +161,44 @@ def test_a_slower_core_and_slower_memory_both_show(monkeypatch: pytest.MonkeyPat
         assert known.lost_share() > 0.3
 
 
-def test_repetitions_in_which_caches_fill_are_not_timed() -> None:
+def test_repetitions_in_which_caches_fill_are_not_timed(clock: ScriptedTime) -> None:
     calls: list[float] = []
 
     def work() -> None:
         calls.append(0.016 / 2 ** len(calls) if len(calls) < 3 else 0.002)
-        spin(calls[-1])()
+        clock.work(calls[-1])
 
-    assert WallTimer(CPU).sample(work, 3).seconds == pytest.approx(0.006, rel=0.2)
-    assert len(calls) >= 3 + 5
+    assert WallTimer(CPU).sample(work, 3).seconds == pytest.approx(0.006)
+    assert len(calls) == 3 + 2 + 3
 
 
-def test_a_repetition_that_is_long_anyway_needs_none_before_it() -> None:
+def test_a_repetition_that_is_long_anyway_needs_none_before_it(clock: ScriptedTime) -> None:
     calls: list[float] = []
 
     def work() -> None:
-        spin(0.06)()
+        clock.work(0.06)
         calls.append(0.0)
 
     timer = WallTimer(CPU)
-    assert timer.sample(work, 1).seconds == pytest.approx(0.06, rel=0.1)
+    assert timer.sample(work, 1).seconds == pytest.approx(0.06)
     assert len(calls) == 1
-    assert timer.sample_s(0.06) < 0.07
+    looks_s = QuietReference.best.core_s + 3 * QuietReference.best.memory_s
+    assert timer.sample_s(0.06) == pytest.approx(0.06 + looks_s)
     assert timer.sample_s(0.01) > 0.02
     assert timer.sample_s(0.001) > 0.009
 
 
-def test_twice_the_work_takes_about_twice_the_time() -> None:
-    matrix = torch.randn(192, 192)
-
-    def product(times: int) -> Work:
+def test_twice_the_work_takes_twice_the_time(clock: ScriptedTime) -> None:
+    def pieces(count: int) -> Work:
         def work() -> None:
-            for _ in range(times):
-                torch.mm(matrix, matrix)
+            for _ in range(count):
+                clock.work(0.001)
 
         return work
 
-    one, two = timed([product(4), product(8)], timer_for(CPU), samples=7)
-    assert two.seconds / one.seconds == pytest.approx(2.0, rel=0.5)
+    one, two = timed([pieces(4), pieces(8)], timer_for(CPU), samples=7)
+    assert two.seconds / one.seconds == pytest.approx(2.0)
+    assert one.repetitions > two.repetitions
 
 
 def test_no_sample_is_no_timing() -> None:

@@ -864,6 +864,7 @@ def test_a_dask_cluster_of_two_workers_gives_the_bytes_of_processes(
 ) -> None:
     """The cluster runs in processes of its own, in a folder of its own, as a real one does."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("helios_sim.search.executors.CONNECT_S", 600)
     path = write(tmp_path, search={"num_trials": 8}).relative_to(tmp_path)
     tune(path, [], inline(tmp_path / "here"))
     scheduler_file = tmp_path / "scheduler.json"
@@ -906,14 +907,16 @@ def test_a_dask_cluster_of_two_workers_gives_the_bytes_of_processes(
         for number in range(2)
     ]
     try:
+        end_s = time.monotonic() + 600.0
         while not scheduler_file.is_file() or not scheduler_file.read_text():
             assert scheduler.poll() is None
+            assert time.monotonic() < end_s
             time.sleep(0.1)
         address = json.loads(scheduler_file.read_text())["address"]
         from distributed import Client
 
-        with Client(address) as client:  # type: ignore[no-untyped-call]
-            client.wait_for_workers(2)  # type: ignore[no-untyped-call]
+        with Client(address, timeout=600) as client:  # type: ignore[no-untyped-call]
+            client.wait_for_workers(2, timeout=600)  # type: ignore[no-untyped-call]
         tune(path, [], Running(tmp_path / "there", scheduler=address))
     finally:
         for process in (*workers, scheduler):
