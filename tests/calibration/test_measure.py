@@ -608,12 +608,14 @@ def test_an_interruption_keeps_the_readings_and_says_where(
     out = tmp_path / "out"
     threads = torch.get_num_threads()
     try:
-        code = run("measure", str(checkpoint), "--out", str(out), "--budget", "60s")
+        code = run("measure", str(checkpoint), "--out", str(out), "--budget", "60s", "--resume")
     finally:
         torch.set_num_threads(threads)
     assert code == 130
-    said = capsys.readouterr().err
-    assert "--resume" in said
+    captured = capsys.readouterr()
+    assert "There is nothing to go on with in" in captured.out + captured.err
+    said = captured.err
+    assert "the readings so far are kept" in said
     assert "nothing was written" not in said
     assert read_points(out).height > 3
     assert (out / "points.parquet").is_file()

@@ -34,6 +34,7 @@ from helios_sim.errors import InputError
 from tests.calibration import scripted_time
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.scripted_time import ScriptedTime
+from tests.shared_machine import undisturbed
 
 SHORT: dict[str, Any] = {"min_window_s": 0.2, "min_ticks": 5}
 
