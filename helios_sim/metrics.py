@@ -59,7 +59,8 @@ DEFINITIONS: Final[dict[str, str]] = {
     "slo_attainment": "share of the measured requests sent that finished and met every limit",
     "slo_attainment_by_metric": "the same for each metric alone",
     "slo_limits": "each limit with its own attainment; a percentile limit passes when at least "
-    "that share of the measured requests sent meets it (of the pooled gaps, for ITL)",
+    "that share of the measured requests sent meets it (of the pooled gaps, for ITL, and at most "
+    "the share of these requests that finished)",
     "slo_passed": "whether every percentile limit passes; null where none asks for a percentile",
     "total_gpu_energy": "joules of all GPUs over the whole run, idling included",
     "average_gpu_power": "watts of all GPUs together: total_gpu_energy / duration",
@@ -306,11 +307,21 @@ def gap_percentile_s(run: RunData, percentile: float) -> float:
     return float(lower * (upper / lower) ** share)
 
 
-def gap_share_within(run: RunData, limit_s: float) -> float | None:
-    """Share of the pooled gaps within a limit, geometric inside the limit's bin."""
+def gap_share_met(run: RunData, columns: Columns, limit_s: float) -> float:
+    """Share of the pooled gaps within a limit, at most the share of measured requests that finish.
+
+    Requests that are refused or do not finish have no gaps, or too few, and miss every limit; one
+    token has none, and keeps it.
+    """
+    finished = float(columns.finished[columns.measured].mean())
+    return min(finished, _gap_share_within(run, limit_s))
+
+
+def _gap_share_within(run: RunData, limit_s: float) -> float:
+    """Share of the pooled gaps within a limit, geometric inside its bin; 1 where there is none."""
     counts = np.asarray(run.totals.itl_counts, dtype=np.int64)
     if int(counts.sum()) == 0:
-        return None
+        return 1.0
     edges = np.asarray(run.totals.itl_bins_s)
     place = int(np.searchsorted(edges, limit_s, "right")) - 1
     if place < 0:
@@ -339,11 +350,12 @@ def _slo_figures(run: RunData, columns: Columns, slo: SloSpec | None) -> dict[st
     good = meets_all(columns, slo)
     limits = []
     for limit in slo.limits:
-        attained: float | None = float(meets(columns, limit)[measured].mean())
+        attained = float(meets(columns, limit)[measured].mean())
         passed: bool | None = None
         if limit.percentile is not None:
-            share = gap_share_within(run, limit.limit_s) if limit.metric == "itl" else attained
-            passed = share is not None and reaches(share, limit.percentile / 100.0)
+            is_gap = limit.metric == "itl"
+            share = gap_share_met(run, columns, limit.limit_s) if is_gap else attained
+            passed = reaches(share, limit.percentile / 100.0)
         limits.append(
             {
                 "limit": str(limit),

@@ -97,7 +97,9 @@ def _drain_seconds(
     if left == 0:
         return max(0.0, float(known[-1]) - last_s)
     half_s = last_s - span_s / 2
-    finishes = int(np.count_nonzero((known > half_s) & (known <= end_s)))
+    # A refusal leaves too, and serves nobody.
+    done_s = columns.finished_s[columns.finished]
+    finishes = int(np.count_nonzero((done_s > half_s) & (done_s <= end_s)))
     observed_s = max(0.0, end_s - last_s)
     if finishes == 0 or end_s <= half_s:
         return math.inf

@@ -34,8 +34,8 @@ from helios_sim.fidelity.recordings import (
 from helios_sim.fidelity.replayed import replayed_run
 from helios_sim.fidelity.sides import Side
 from helios_sim.fidelity.swaps import Attribution
-from helios_sim.fidelity.timing import factors, loads, predict, reloaded, retimed
-from helios_sim.fidelity.words import name_of, remarks, signed_percent, spread_text
+from helios_sim.fidelity.timing import Factors, factors, loads, predict, reloaded, retimed
+from helios_sim.fidelity.words import headline, name_of, remarks, signed_percent, spread_text
 from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Event
@@ -331,6 +331,29 @@ def test_a_perfect_simulation_has_no_error_and_needs_no_cause(tmp_path: Path) ->
     assert found.attribution is not None
     assert set(errors(found.attribution, "decisions").values()) == {0.0}
     assert {cause.ingredient for cause in found.attribution.causes} == {None}
+
+
+def test_the_arrivals_of_a_closed_loop_are_those_of_the_order_of_time() -> None:
+    """Sent when they were sent, the requests of users make the very run that they made."""
+    arrivals = {"kind": "closed", "num_users": 4, "think_s": 0.5}
+    data = question("static-depth")
+    data["workload"] |= {"arrivals": arrivals, "num_requests": 60, "domains": []}
+    closed = prepare(parse_scenario(data, "closed", Path()), Path())
+    result = run_policy(closed, closed.scenario.policy[0])
+    sent = result.run.requests.sort("request_id")["arrival_s"].to_numpy()
+    assert not np.all(np.diff(sent) >= 0.0)
+    found = swaps.Ingredients(
+        arrival_s=sent,
+        exits=None,
+        trace_start=None,
+        iterations=None,
+        predicted=None,
+        load_factor=None,
+    )
+    scene = swaps._Scene(closed, closed.scenario.policy[0], 7, result.run, found)
+    as_it_was, swapped = (scene.play(frozenset(taken)) for taken in ((), ("arrivals",)))
+    for figure in ("output_throughput", "p90_ttft_ms", "mean_batch_size", "duration"):
+        assert swapped[figure] == pytest.approx(as_it_was[figure], rel=1e-9), figure
 
 
 def test_what_the_real_run_did_not_record_is_said(tmp_path: Path) -> None:
@@ -682,6 +705,9 @@ def test_an_iteration_that_captures_graphs_is_predicted_to_take_their_time() -> 
     assert factors(found, ignorant, "mean")["small"].decode == pytest.approx({1: 1.2})
     assert factors(found, ignorant, "mean")["small"].capture is None
     assert factors(found, plain, "slow")["small"].capture is None
+    # Each graph is captured once, so nothing of it is slower than usual.
+    stuttered = retimed(profile, {"small": Factors({1: 1.5}, {1: (1.0, 1.0)}, None)})
+    assert stuttered.models["small"].coefficients["capture.s_per_graph"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 2.5])
@@ -924,6 +950,19 @@ def test_numbers_and_names_read_as_people_write_them(base: Path) -> None:
     assert names["switch_time_s"] == "time of serves, switches and loads"
     recorded = replace(found.figures[0], title="Serves, switches, loads")
     assert name_of(recorded) == "serves, switches, loads"
+
+
+def test_both_sides_are_called_alike_where_every_repeat_is(base: Path, tmp_path: Path) -> None:
+    real = repeats(base, tmp_path / "real", (1.0, 1.0))
+    found = assess(read_sides([real], base / "simulated"), Path(), attribution=False)
+    row = found.row("saturation")
+    assert row is not None
+    assert f"Both sides are {row.simulated}." in headline(found)
+    mixed = replace(row, real=("overloaded", row.simulated))
+    figures = tuple(mixed if one.key == "saturation" else one for one in found.figures)
+    said = headline(replace(found, figures=figures))
+    assert "Both sides" not in said
+    assert f"The real side is overloaded and {row.simulated}" in said
 
 
 def test_a_spread_is_shown_no_further_than_a_figure_can_go() -> None:

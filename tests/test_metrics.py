@@ -216,7 +216,16 @@ def test_itl_percentile_limits_are_judged_on_pooled_gaps() -> None:
     """Four gaps of six lie within 200 ms, so p66 passes and p67 fails."""
     assert summarise(pencil_run(), parse_slo("itl:p66<200ms"))["slo_passed"] is True
     assert summarise(pencil_run(), parse_slo("itl:p67<200ms"))["slo_passed"] is False
-    assert summarise(pencil_run(), parse_slo("itl:p99<801ms"))["slo_passed"] is True
+    assert summarise(pencil_run(), parse_slo("itl:p75<801ms"))["slo_passed"] is True
+
+
+def test_itl_percentile_limits_are_missed_by_requests_that_have_no_gaps_to_judge() -> None:
+    """One of four is refused, so three quarters at most meet any limit; one token has no gap."""
+    assert summarise(pencil_run(), parse_slo("itl:p76<801ms"))["slo_passed"] is False
+    run = pencil_run(itl_counts=(0, 0, 0))
+    assert summarise(run, parse_slo("itl:p75<1ms"))["slo_passed"] is True
+    nobody = replace(run, requests=run.requests.with_columns(pl.lit("refused").alias("status")))
+    assert summarise(nobody, parse_slo("itl:p1<801ms"))["slo_passed"] is False
 
 
 def test_gap_percentiles_are_within_a_bin_of_the_exact_ones() -> None:
@@ -293,6 +302,27 @@ def md1_run(rho: float, seed: int, num_requests: int = 4000) -> RunData:
     return replace(
         run, requests=requests, totals=replace(run.totals, end_s=float(admitted[-1]) + 1.0)
     )
+
+
+def test_what_is_refused_does_not_help_a_backlog_to_drain() -> None:
+    """Of 100 requests in 100 s every second is refused; of the others ten finish, one in 10 s."""
+    run = make_run(num_requests=100)
+    number = np.arange(100)
+    refused = number % 2 == 1
+    done = (number % 20 == 0) & ~refused
+    # Ten to come, one in ten seconds: what is left then takes as long as all of it before.
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", number.astype(float)),
+        pl.Series("admitted_s", np.where(done, number.astype(float), np.nan)).fill_nan(None),
+        pl.Series("first_token_s", np.where(done, number + 0.5, np.nan)).fill_nan(None),
+        pl.Series("finished_s", np.where(done, number + 1.0, np.nan)).fill_nan(None),
+        pl.Series("status", np.where(refused, "refused", np.where(done, "finished", "waiting"))),
+    )
+    run = replace(run, requests=requests)
+    alone = replace(run, requests=requests.filter(pl.col("status") != "refused"))
+    found, wanted = (saturation_of(columns_of(one), 100.0).drain_s for one in (run, alone))
+    assert wanted > 1000.0
+    assert found == pytest.approx(wanted, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,10 @@ from helios_sim.report import render
 from helios_sim.report.document import document, plot_place
 from helios_sim.report.figures import (
     MAX_CURVE_POINTS,
+    MAX_REPLICA_ROWS,
     attainment_figure,
     cumulative_curve,
+    exits_figure,
     latency_figure,
     log_ticks,
     model_colours,
@@ -306,6 +308,32 @@ def test_nothing_loaded_is_in_no_legend(written: str | None, num_replicas: int) 
     named = [trace["name"] for trace in timeline_figure(run, colours)["data"]]
     assert "opt-6.7b" in named
     assert not {"", "opt-1.3b"} & set(named)
+
+
+def test_a_timeline_is_as_high_as_the_replicas_that_it_draws() -> None:
+    runs = [make_run("vanilla", num_replicas=num) for num in (MAX_REPLICA_ROWS, 40)]
+    heights = {timeline_figure(run, {"opt-6.7b": "@m1"})["layout"]["height"] for run in runs}
+    assert len(heights) == 1
+
+
+def test_exits_of_one_model_in_two_profiles_keep_their_layers() -> None:
+    """Shares stand at the layer of the run that they are of, in either order of the runs."""
+    run = make_run("vanilla")
+    (name,) = run.totals.exit_layers
+    totals = replace(run.totals, exit_layers={name: (8, 32)}, exit_counts={name: (30, 10)})
+    fine = replace(run, totals=totals)
+    totals = replace(run.totals, exit_layers={name: (16, 24, 32)}, exit_counts={name: (1, 1, 2)})
+    coarse = replace(run, totals=totals)
+    wanted = {8: (0.75, 0.0), 16: (0.0, 0.25), 24: (0.0, 0.25), 32: (0.25, 0.5)}
+    for turned in (False, True):
+        runs = [coarse, fine] if turned else [fine, coarse]
+        found = {}
+        for trace in exits_figure(runs, model_colours(runs))["data"]:
+            if "hovertemplate" in trace:
+                layer = re.search(r"layer (\d+) of 32", trace["hovertemplate"])
+                assert layer is not None
+                found[int(layer[1])] = tuple(trace["x"])
+        assert found == {k: shares[::-1] if turned else shares for k, shares in wanted.items()}
 
 
 def test_runs_of_one_name_are_told_apart() -> None:

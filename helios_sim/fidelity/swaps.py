@@ -261,13 +261,13 @@ class _Scene:
         scenario, found = self.experiment.scenario, self.found
         setup = replace(self.experiment.setup, seed=self.seed)
         requests, _ = self.experiment.requests(self.seed)
-        if "arrivals" in taken:
-            requests = _sent_at(requests, found.arrival_s)
         if "exits" in taken:
             assert found.exits is not None
             setup = replace(setup, traces=found.exits)
             start = np.asarray(found.trace_start % found.exits.num_positions, np.int32)
             requests = replace(requests, trace_start=start)
+        if "arrivals" in taken:
+            requests = _sent_at(requests, found.arrival_s)
         original = setup
         if taken & {"times", "slow"}:
             setup = replace(setup, profile=self._retimed(setup.profile, taken))
@@ -312,8 +312,20 @@ def _tell(run: Run, setup: Setup) -> None:
 
 
 def _sent_at(requests: Requests, arrival_s: Any) -> Requests:
-    """The requests sent when they were in fact sent; nobody overtakes another."""
-    return replace(requests, arrival_s=np.maximum.accumulate(arrival_s), user=None)
+    """The requests sent when they were in fact sent, in that order.
+
+    Rows of a closed loop are those of user after user, whatever the order of time.
+    """
+    order = np.argsort(arrival_s, kind="stable")
+    return replace(
+        requests,
+        arrival_s=arrival_s[order],
+        prompt_tokens=requests.prompt_tokens[order],
+        output_tokens=requests.output_tokens[order],
+        domain=requests.domain[order],
+        trace_start=requests.trace_start[order],
+        user=None,
+    )
 
 
 def _causes(attribution: Attribution) -> list[Cause]:

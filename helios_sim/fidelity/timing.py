@@ -231,7 +231,7 @@ def _retimed(model: ModelProfile, factors: Factors) -> ModelProfile:
             wanted = (factor * (layers_s + rest_s) / overall - rest_s) / layers_s
             knots.append((float(batch), float(before[batch]) * max(wanted, _LEAST)))
     scales = dict.fromkeys(_DECODING, overall)
-    scales["capture"] = overall if factors.capture is None else factors.capture
+    scales["capture"] = 1.0 if factors.capture is None else factors.capture
     if factors.prefill is not None and factors.prefill_s > 0.0:
         head_s = factors.prefill_head_s
         wanted = factors.prefill * (factors.prefill_s + head_s) - overall * head_s

@@ -86,7 +86,7 @@ def headline(fidelity: Fidelity) -> str:
     if row is not None:
         said += (
             f" Both sides are {row.simulated}."
-            if row.verdict == "same"
+            if set(row.real) == {row.simulated}
             else f" The real side is {listed(sorted({str(one) for one in row.real}))}, the "
             f"simulated one {row.simulated}."
         )

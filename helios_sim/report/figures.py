@@ -232,17 +232,25 @@ def cumulative_curve(values: Any) -> tuple[list[float], list[float]]:
     return np.quantile(positive, shares).tolist(), shares.tolist()
 
 
+def _exit_counts(run: RunData, name: str) -> dict[int, int]:
+    """Tokens of a model by the layer at which they left; empty where the run has no such model."""
+    layers = run.totals.exit_layers.get(name, ())
+    counts = run.totals.exit_counts.get(name, (0,) * len(layers))
+    return dict(zip(layers, counts, strict=True))
+
+
 def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
     """Batch and queue, model and depth, KV use, power and breaches over one time axis."""
     frame = thinned(run.timeline)
     time = rounded(frame["time_s"])
     replicas = run.timeline["replica"].unique().sort().to_list()
     single = len(replicas) == 1
+    num_rows = min(len(replicas), MAX_REPLICA_ROWS)
     lanes = [name for name in _MARKS if name in set(run.decisions["decision"])]
     panels = [
         ("batch", 0.85),
         ("waiting", 0.6),
-        ("loaded layers" if single else "replica", 1.15 if single else 0.3 + 0.16 * len(replicas)),
+        ("loaded layers", 1.15) if single else ("replica", 0.3 + 0.16 * num_rows),
         ("decisions", 0.14 + 0.15 * len(lanes)),
         ("KV use", 0.7),
     ]
@@ -502,13 +510,13 @@ def exits_figure(runs: Sequence[RunData], colours: Mapping[str, str]) -> Figure:
         for name in names
     ]
     for name in names:
-        layers = next(r.totals.exit_layers[name] for r in runs if name in r.totals.exit_layers)
+        counts = [_exit_counts(run, name) for run in runs]
+        # Runs of two profiles may have other exits of a model of one name.
+        layers = sorted(set().union(*counts))
         for level, layer in enumerate(layers):
             shares = [
-                run.totals.exit_counts.get(name, (0,) * len(layers))[level] / total
-                if total
-                else 0.0
-                for run, total in zip(runs, totals, strict=True)
+                count.get(layer, 0) / total if total else 0.0
+                for count, total in zip(counts, totals, strict=True)
             ]
             strength = 0.28 + 0.72 * (level + 1) / len(layers)
             data.append(

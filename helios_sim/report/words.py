@@ -48,11 +48,16 @@ def times(ratio: float | None) -> str:
 
 
 def limits(text: str) -> str:
-    """An SLO's text as people read it: 'TTFT p95 at most 500 ms, ...', with the sign for it."""
+    """An SLO's text as people read it: 'TTFT p95 at most 500 ms, ...', with the sign for it.
+
+    Limits have all their digits: a rounded one is another.
+    """
     said = []
     for limit in parse_slo(text).limits:
         at = "" if limit.percentile is None else f" p{limit.percentile:g}"
-        said.append(f"{limit.metric.upper()}{at} \N{LESS-THAN OR EQUAL TO} {span(limit.limit_s)}")
+        short = limit.limit_s < 1.0
+        value = f"{1e3 * limit.limit_s:.12g} ms" if short else f"{limit.limit_s:.12g} s"
+        said.append(f"{limit.metric.upper()}{at} \N{LESS-THAN OR EQUAL TO} {value}")
     return ", ".join(said)
 
 

@@ -719,7 +719,9 @@ def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
                 broken=question.judge.broken(served),
             )
     except InputError as error:
-        return replace(answer, refusal=error)
+        # What was found on the way is no plan: nobody has judged it by the constraints.
+        loads = tuple(bench.loads.values())
+        return replace(answer, planned=None, figures={}, refusal=error, loads=loads)
     return _priced(question, replace(answer, loads=tuple(bench.loads.values())))
 
 

@@ -17,7 +17,7 @@ import polars as pl
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.latencies import Columns, Floats, columns_of, meets, meets_all
-from helios_sim.metrics import gap_percentile_s, gap_share_within, rounded_figures
+from helios_sim.metrics import gap_percentile_s, gap_share_met, rounded_figures
 from helios_sim.policy.registry import policy_source
 from helios_sim.profile import load_profile
 from helios_sim.records import SCHEMA_VERSION, RunData
@@ -132,9 +132,11 @@ def _judged(run: RunData, columns: Columns, slo: SloSpec) -> list[dict[str, Any]
     for limit in slo.limits:
         percentile = 100.0 if limit.percentile is None else limit.percentile
         if limit.metric == "itl" and limit.percentile is not None:
-            has_gaps = sum(run.totals.itl_counts) > 0
-            value_s = gap_percentile_s(run, percentile) if has_gaps else 0.0
-            share = gap_share_within(run, limit.limit_s) if has_gaps else 1.0
+            share = gap_share_met(run, columns, limit.limit_s)
+            value_s = gap_percentile_s(run, percentile) if sum(run.totals.itl_counts) else 0.0
+            done = columns.finished[measured]
+            if int(done.sum()) < needed(percentile, len(done)):
+                value_s = math.inf
         else:
             sent_s = np.sort(_sent_s(columns, limit)[measured])
             place = max(0, needed(percentile, len(sent_s)) - 1)

@@ -15,6 +15,7 @@ from helios_sim.arrivals import ClosedArrivals, DailyArrivals, ScheduleArrivals
 from helios_sim.errors import InputError
 from helios_sim.experiment import expected_serving, prepare
 from helios_sim.scenario import EXPECTED_LENGTHS, Scenario, ServingSettings
+from helios_sim.streams import whole_ns
 from helios_sim.traces import TraceSettings, read_trace
 from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
 
@@ -139,7 +140,9 @@ class Traffic:
                     "requests; give fewer windows.",
                     f"{self.where}, {self.table}.windows",
                 )
-            found.append(Stretch(settings.start_s + start_s, settings.start_s + end_s, inside))
+            # As the trace's own times are, so that an edge is not a last digit beyond its request.
+            edges_s = whole_ns(settings.start_s + np.array([start_s, end_s]))
+            found.append(Stretch(float(edges_s[0]), float(edges_s[1]), inside))
         return tuple(found)
 
     @property

@@ -11,6 +11,7 @@ import pytest
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.scenario import load_scenario, resolved
+from helios_sim.search import commands
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.means import mean_figures
 from helios_sim.search.plan import (
@@ -26,7 +27,7 @@ from helios_sim.search.plan import (
 from helios_sim.search.prices import Cost
 from helios_sim.search.verdict import Verdict
 from helios_sim.toml_writer import toml_text
-from tests.search.test_commands import write
+from tests.search.test_commands import inline, write
 
 CARRIED = Verdict((), 3)
 DAY = [2.0, 1.0, 0.0, *[0.5] * 21]
@@ -217,3 +218,29 @@ def test_a_figure_that_one_run_lacks_has_no_mean() -> None:
         {"summary": {"p99_ttft_ms": 20.0, "energy": None, "completed": 3, "label": "b"}},
     ]
     assert mean_figures(runs) == {"p99_ttft_ms": 15.0, "energy": None, "completed": None}
+
+
+def test_a_fleet_whose_whole_run_is_refused_plans_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has judged it by the constraints, nor priced it."""
+    found: list[FleetAnswer] = []
+    kept = commands.check_answerable
+
+    def refuse(self: object, planned: Load) -> Any:
+        raise InputError("Request 9 is too long.")
+        yield
+
+    def seen(question: PlanQuestion, answers: list[FleetAnswer]) -> FleetAnswer:
+        found.extend(answers)
+        return kept(question, answers)
+
+    monkeypatch.setattr("helios_sim.search.plan._Bench.as_served", refuse)
+    monkeypatch.setattr(commands, "check_answerable", seen)
+    path = write(tmp_path)
+    with pytest.raises(InputError, match="Request 9 is too long"):
+        commands.plan(path, [], inline(tmp_path / "out"))
+    (answer,) = found
+    assert answer.planned is None
+    assert answer.capacity is not None and answer.capacity.rate_per_s > 0.0
+    assert not answer.figures and answer.cost is None and answer.loads
