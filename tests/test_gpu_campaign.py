@@ -527,7 +527,7 @@ def test_a_step_goes_on_as_it_began_though_a_call_had_no_time_or_means_for_it(
     told: list[tuple[str, ...]] = []
     study = remembering(told)
     hindered = {
-        "out of time": replace(study, least_s=1000.0),
+        "out of time": replace(study, least_s=1e6),
         "skipped": replace(study, packages=("no_such_package",)),
     }
     run(tmp_path, study)
@@ -545,7 +545,7 @@ def test_a_step_whose_input_is_newer_than_its_last_command_begins_anew(tmp_path:
     study = remembering(told, after=("a",))
     run(tmp_path, made, study)
     (tmp_path / "b").touch()
-    run(tmp_path, made, replace(study, least_s=1000.0))
+    run(tmp_path, made, replace(study, least_s=1e6))
     run(tmp_path, made, study)
     assert told == [(), ()]
     run(tmp_path, made, study)
