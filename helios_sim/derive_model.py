@@ -167,6 +167,15 @@ def write_with_models(
         return save_profile(document, folder, traces=traces, overwrite=overwrite)
 
 
+def _owner(place: str, profile: Profile) -> str | None:
+    """The model that a number is of; names may hold dots, and one may go on where another ends."""
+    for prefix in ("models.", "exits.candidates."):
+        if place.startswith(prefix):
+            told = place.removeprefix(prefix)
+            return max((name for name in profile.models if told.startswith(f"{name}.")), key=len)
+    return None
+
+
 def figures_of(profile: Profile, names: Sequence[str]) -> list[ModelFigures]:
     """What lets a user judge these models of a profile."""
     peaks = peaks_of(profile, Device(profile.device.name))
@@ -181,7 +190,7 @@ def figures_of(profile: Profile, names: Sequence[str]) -> list[ModelFigures]:
         grades = [
             quantity.grade
             for place, quantity in profile.quantities.items()
-            if place.startswith((f"models.{name}.", f"exits.candidates.{name}."))
+            if _owner(place, profile) == name
         ]
         found.append(
             ModelFigures(

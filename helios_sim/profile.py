@@ -435,6 +435,11 @@ def shipped_names() -> list[str]:
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{PROFILE_FILE}"))
 
 
+def is_shipped(profile: Profile) -> bool:
+    """Whether a profile is one that comes with the package, not a user's of the same name."""
+    return profile.folder.parent == _SHIPPED
+
+
 def where_to_find(model: str, profile: str) -> str:
     """A space and where a model is that a profile lacks: in a shipped one, or in its shape."""
     holding = [one.name for one in list_profiles() if model in one.models]
@@ -498,7 +503,8 @@ def check_target(folder: Path, overwrite: bool) -> None:
             "It is a file; allowed is a new folder, an empty one or a profile to replace.",
             where=str(folder),
         )
-    present = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    # Hidden files would go with the folder like any other.
+    present = sorted(entry.name for entry in folder.iterdir())
     foreign = [name for name in present if name not in PROFILE_FILES]
     if foreign or (present and PROFILE_FILE not in present):
         named = ", ".join((foreign or present)[:3])

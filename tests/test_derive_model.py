@@ -290,6 +290,19 @@ def test_the_worked_example_in_the_documentation_is_what_the_profile_says(
         assert [figure for figure in figures if figure not in section] == []
 
 
+def test_numbers_of_a_model_whose_name_goes_on_are_none_of_its_own(tmp_path: Path) -> None:
+    given = load_profile(H100)
+    config = written(tmp_path, QWEN2)
+    counts = []
+    for names in (("qwen2",), ("qwen2", "qwen2.5-7b")):
+        wanted = [Wanted(name, config) for name in names]
+        folder = tmp_path / names[-1]
+        derived = write_with_models(given, "mine", same_device(H100), wanted, folder)
+        counts += [one.grade_counts for one in figures_of(derived, names)]
+    alone, beside, longer = counts
+    assert alone == beside == longer
+
+
 def test_a_model_that_no_profile_has_is_answered_with_the_way_to_add_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,16 +130,20 @@ def test_a_folder_that_holds_anything_but_a_profile_is_never_replaced(
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     (tmp_path / "points").mkdir()
     (tmp_path / "points" / "points.parquet").write_text("readings")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / ".git").mkdir()
     (tmp_path / "file").write_text("text")
     for name, said in (
         ("mine", "it holds notes.txt"),
         ("points", "it holds points.parquet"),
+        ("work", r"it holds \.git"),
         ("file", "It is a file"),
     ):
         for overwrite in (False, True):
             with pytest.raises(InputError, match=said):
                 save_profile(document, tmp_path / name, overwrite=overwrite)
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "work" / ".git").is_dir()
     assert (tmp_path / "points" / "points.parquet").read_text() == "readings"
     (tmp_path / "empty").mkdir()
     assert save_profile(document, tmp_path / "empty").name == document["name"]

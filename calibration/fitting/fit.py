@@ -40,6 +40,7 @@ from helios_sim.profile import (
     FAMILIES,
     PROFILE_FILE,
     SCHEMA_VERSION,
+    STAND_INS,
     TRACES_FILE,
     MarkovExits,
     Profile,
@@ -86,6 +87,7 @@ class _Measured:
     threshold: float
     buckets: tuple[int, ...]
     random_weights: bool
+    exits_chosen: bool
 
 
 def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) -> Profile:
@@ -186,6 +188,7 @@ def _measured_model(name: str, node: Any, where: str) -> _Measured:
             float(confidence.get("threshold", 0.5)),
             tuple(int(batch) for batch in node.get("batch_buckets") or ()),
             node.get("weights") == "random",
+            bool(node.get("exits_chosen", node.get("weights") == "random")),
         )
     except KeyError as error:
         raise InputError(f"The key {error} is missing; measure again.", place) from error
@@ -440,6 +443,13 @@ def _entry(name: str, number: Number, whole: bool = False) -> dict[str, Any]:
     return quantity(name, short(number.value), number.grade, number.source, error)
 
 
+def _exits_of(found: _Measured) -> tuple[str, str]:
+    """The grade and the source of a model's exits."""
+    if found.exits_chosen:
+        return "assumed", "exits chosen for the measurement, which the model itself does not name"
+    return "measured", "the checkpoint's configuration"
+
+
 def _model_node(
     found: _Measured, times: TimesFit, energy: EnergyFit, points: pl.DataFrame
 ) -> dict[str, Any]:
@@ -454,7 +464,7 @@ def _model_node(
     )
     return {
         "shape": {**shape.as_table(), "grade": grade, "source": source},
-        "exit_layers": quantity("exit_layers", list(model.exit_layers), grade, source),
+        "exit_layers": quantity("exit_layers", list(model.exit_layers), *_exits_of(found)),
         "tokenizer": model.tokenizer,
         "bytes_per_param": model.bytes_per_param,
         "bytes_per_kv_element": model.bytes_per_kv_element,
@@ -560,10 +570,13 @@ def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
     groups = np.unique(size, return_inverse=True)[1].astype(np.int64)
     chosen = regression.choose_planes(readings, ((0,),), groups)
     (alpha, slope), (alpha_error, slope_error) = chosen.plane(0) or (np.zeros(2), np.zeros(2))
-    if slope <= 0.0:
-        # Loads too small to show a rate: all of their time is charged to the bytes.
-        slope, alpha = float(np.median(readings.seconds / size)), 0.0
     source, grade = f"{way}: fitted to {fitted.height} points of {name}", "measured"
+    errors: tuple[float | None, float | None] = float(alpha_error), float(slope_error / slope**2)
+    if slope <= 0.0 or len(np.unique(size)) < 2:
+        # Loads too small or too alike to tell a start from a rate.
+        slope, alpha, errors = float(np.median(readings.seconds / size)), 0.0, (None, None)
+        source = f"{source}: all of their time is charged to the bytes"
+        grade = "derived"
     cached = int(fitted["cached"].sum())
     if cached:
         source += f", of which {cached} may be of the system's cache: assumed to be of the disk"
@@ -572,8 +585,8 @@ def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
     measured = held_out["seconds"].to_numpy()
     predicted = alpha + slope * held_out["bytes"].cast(pl.Float64).to_numpy()
     return _Link(
-        Number(float(alpha), grade, source, float(alpha_error)),
-        Number(1.0 / float(slope), grade, source, float(slope_error / slope**2)),
+        Number(float(alpha), grade, source, errors[0]),
+        Number(1.0 / float(slope), grade, source, errors[1]),
         {
             **({"cached": [cached, fitted.height]} if cached else {}),
             "errors": {
@@ -702,6 +715,7 @@ def _with_exits(
     if given.is_file() and given.name != PROFILE_FILE:
         return _traced(document), given
     source = load_profile(settings.exits)
+    document = _with_borrowed(document, measured, source)
     if not isinstance(source.exits, MarkovExits):
         return _traced(document), source.exits.path
     node = dict(source.document["exits"])
@@ -716,13 +730,30 @@ def _with_exits(
                 where="--exits",
             )
         candidates[name] = node["candidates"][name]
+    return _in_order(document | {"exits": node | {"candidates": candidates}}), None
+
+
+def _with_borrowed(
+    document: dict[str, Any], measured: Mapping[str, _Measured], source: Profile
+) -> dict[str, Any]:
+    """The document of models whose exits are another profile's, with what belongs to these exits.
+
+    They leave at the confidence that they were told with, and what they stand in for is said on.
+    """
     provenance = dict(document["provenance"])
     provenance["notes"] = [
         *provenance["notes"],
         f"Exits were not measured: they are those of the profile {source.name!r}, at its grades.",
     ]
-    exits = node | {"candidates": candidates}
-    return _in_order(document | {"exits": exits, "provenance": provenance}), None
+    stand_ins = {name: like for name, like in source.stand_ins.items() if name in measured}
+    if stand_ins:
+        provenance["environment"] = {**provenance["environment"], STAND_INS: stand_ins}
+    models = dict(document["models"])
+    for name in measured:
+        if name in source.models:
+            confidence = source.document["models"][name]["confidence"]
+            models[name] = {**models[name], "confidence": confidence}
+    return document | {"provenance": provenance, "models": models}
 
 
 def _trace_report(traces: Path | None) -> dict[str, Any] | None:

@@ -66,6 +66,7 @@ def describe_model(source: Source, bench: Bench) -> dict[str, Any]:
             "calibrated": model.confidence.is_calibrated,
         },
         "weights": "random" if source.folder is None else "checkpoint",
+        "exits_chosen": source.exits_chosen,
         "loaded_layers": model.depth,
         "heads": model.heads_kind,
         "kernels": bench.kernels,

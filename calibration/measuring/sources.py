@@ -25,13 +25,17 @@ from helios_sim.model import PUBLIC_SHAPES, EarlyExitModel, ModelShape
 
 @dataclass(frozen=True)
 class Source:
-    """A model that can be loaded to any of its exits; `folder` is None for a public shape."""
+    """A model that can be loaded to any of its exits; `folder` is None for a public shape.
+
+    `exits_chosen` where the exits are not the model's own.
+    """
 
     name: str
     folder: Path | None
     shape: ModelShape
     exit_layers: tuple[int, ...]
     tokenizer: str
+    exits_chosen: bool = False
 
     def weight_bytes(self, depth: int, dtype: torch.dtype) -> int:
         """Bytes of the weights with the first `depth` layers, auxiliary exit heads left out."""
@@ -109,12 +113,14 @@ def _checkpoint(folder: Path, exits: Sequence[int] | None) -> Source:
     shape = shape_of(opened.config)
     settings = opened.settings
     standing = settings.exit_layers if settings else default_exits(shape.layers)
+    exit_layers = check_exits(exits, shape.layers, str(folder)) if exits else standing
     return Source(
         name=opened.name,
         folder=folder,
         shape=shape,
-        exit_layers=check_exits(exits, shape.layers, str(folder)) if exits else standing,
+        exit_layers=exit_layers,
         tokenizer=opened.tokenizer,
+        exits_chosen=settings is None or exit_layers != standing,
     )
 
 
@@ -128,4 +134,5 @@ def _shape(name: str, exits: Sequence[int] | None) -> Source:
         if exits
         else default_exits(shape.layers),
         tokenizer="random",
+        exits_chosen=True,
     )

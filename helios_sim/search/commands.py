@@ -16,7 +16,7 @@ from helios_sim.experiment import choose_policies
 from helios_sim.folder_names import folder_name
 from helios_sim.records import REPORT_FILE
 from helios_sim.report.words import counted, span
-from helios_sim.scenario import load_scenario
+from helios_sim.scenario import Scenario, load_scenario
 from helios_sim.search.executors import Workers, open_workers
 from helios_sim.search.page import plan_page, tune_page, whatif_page
 from helios_sim.search.plan import (
@@ -116,7 +116,7 @@ def plan(path: Path, changes: Sequence[str], running: Running) -> Output:
     out = running.out or Path("runs") / f"{folder_name(scenario.name)}-plan"
     studies = plan_studies(question)
     part = running.part
-    with _session(running, out) as (workers, store, on_point):
+    with _session(running, out, scenario, path) as (workers, store, on_point):
         if part is not None:
             mine = studies[part[0] :: part[1]]
             carry_out(mine, workers, store, on_point)
@@ -158,7 +158,7 @@ def tune(path: Path, changes: Sequence[str], running: Running) -> Output:
     out = running.out or Path("runs") / f"{folder_name(scenario.name)}-tune"
     part = running.part
     points = known_points(question) if part is not None else []
-    with _session(running, out) as (workers, store, on_point):
+    with _session(running, out, scenario, path) as (workers, store, on_point):
         if part is not None:
             mine = points[part[0] :: part[1]]
             carry_out([_all_of(mine)], workers, store, on_point)
@@ -203,7 +203,7 @@ def whatif(
     studies = whatif_studies(scenario, path.parent, str(path), chosen, parse_vary(vary), num)
     out = running.out or Path("runs") / f"{folder_name(scenario.name)}-whatif"
     part = running.part
-    with _session(running, out) as (workers, store, on_point):
+    with _session(running, out, scenario, path) as (workers, store, on_point):
         if part is not None:
             mine = studies[part[0] :: part[1]]
             carry_out(mine, workers, store, on_point)
@@ -245,10 +245,12 @@ def _shard_done(running: Running, store: Store, num: int, of: int, what: str, ou
 
 
 @contextmanager
-def _session(running: Running, out: Path) -> Iterator[tuple[Workers, Store, OnPoint]]:
+def _session(
+    running: Running, out: Path, scenario: Scenario, path: Path
+) -> Iterator[tuple[Workers, Store, OnPoint]]:
     """Workers, the store of the folder, and a bar; an interrupt says what is kept."""
     resume = running.resume or running.part is not None
-    store = open_folder(out, resume)
+    store = open_folder(out, resume, scenario, path.parent)
     try:
         with (
             _bar() as on_point,

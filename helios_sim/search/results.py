@@ -15,7 +15,7 @@ import polars as pl
 from helios_sim.errors import InputError
 from helios_sim.folders import write_whole
 from helios_sim.metrics import rounded_figures
-from helios_sim.profile import shipped_names
+from helios_sim.profile import is_shipped, load_profile
 from helios_sim.records import REPORT_FILE
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search.store import POINTS, Store
@@ -29,20 +29,30 @@ _log = logging.getLogger(__name__)
 _OURS: Final = (RESULTS, PARETO, SCENARIO, REPORT_FILE, JOURNAL, f"{JOURNAL}.lock", POINTS)
 
 
-def open_folder(out: Path, resume: bool) -> Store:
-    """The store of a search's folder.
+def open_folder(out: Path, resume: bool, scenario: Scenario, base_dir: Path) -> Store:
+    """The store of the folder of a scenario's search.
 
+    Only a folder with points or with the table is a search's: names that searches use are a user's
+    own elsewhere, and so is everything where the scenario itself lies.
     Results of a finished search are replaced: all of them go before anything runs, so that no
     answer stands beside points of another question. Points of an unfinished one are used with
     `resume` and never thrown away without a word.
     """
     if out.exists() and not out.is_dir():
         raise InputError("It is a file; allowed is a new folder.", str(out))
+    if out.resolve() == base_dir.resolve():
+        raise InputError(
+            "The scenario lies there, and results would take its place; give another --out.",
+            str(out),
+        )
     if out.is_dir():
+        is_search = (out / POINTS).is_dir() or (out / RESULTS).is_file()
+        ours = {*_OURS, *(part for part, *_ in _own_modules(scenario))} if is_search else set()
+        endings = (".partial", ".py") if is_search else (".partial",)
         foreign = [
             one.name
             for one in sorted(out.iterdir())
-            if one.name not in _OURS and not one.name.endswith((".partial", ".py"))
+            if one.name not in ours and not one.name.endswith(endings)
         ]
         if foreign:
             raise InputError(
@@ -123,18 +133,22 @@ def scenario_bytes(scenario: Scenario, base_dir: Path, out: Path, said: Sequence
     """
     data = resolved(scenario)
     _relocate(data["workload"], base_dir, out)
-    profile = data["fleet"]["profile"]
-    if profile not in shipped_names():
-        data["fleet"]["profile"] = _path_from(out, base_dir / profile)
-    for policy in scenario.policy:
-        module, colon, _ = policy.use.partition(":")
-        source = base_dir.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
-        if colon and source.is_file():
-            target = out.joinpath(*module.removesuffix(".py").split(".")).with_suffix(".py")
+    profile = load_profile(data["fleet"]["profile"], base_dir)
+    if not is_shipped(profile):
+        data["fleet"]["profile"] = _path_from(out, profile.folder)
+    for parts in _own_modules(scenario):
+        source, target = (at.joinpath(*parts).with_suffix(".py") for at in (base_dir, out))
+        if source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     header = "".join(f"# {line}\n" for line in said)
     return f"{header}\n{toml_text(data)}".encode()
+
+
+def _own_modules(scenario: Scenario) -> list[tuple[str, ...]]:
+    """The modules of policies of the user's own, as the parts of their paths."""
+    named = (policy.use.partition(":") for policy in scenario.policy)
+    return [tuple(module.removesuffix(".py").split(".")) for module, colon, _ in named if colon]
 
 
 def _relocate(node: Any, base_dir: Path, out: Path) -> None:

@@ -484,6 +484,54 @@ def test_exits_of_another_profile_can_stand_in(tmp_path: Path) -> None:
     assert any("opt-a100-40gb" in note for note in profile.provenance.notes)
 
 
+def test_borrowed_traces_are_told_and_bring_what_they_stand_in_for(tmp_path: Path) -> None:
+    """With the confidence that their tokens leave at, which a model of random weights has not."""
+    lender = fit_profile(planted.folder(tmp_path / "lent", Plan()), tmp_path / "lender")
+    document = json.loads((tmp_path / "lender" / "profile.json").read_text())
+    document["models"]["planted"]["confidence"]["default_threshold"]["value"] = 0.625
+    document["provenance"]["environment"]["stand_ins"] = {"planted": "another"}
+    (tmp_path / "lender" / "profile.json").write_text(json.dumps(document))
+    folder = planted.folder(tmp_path / "points", Plan(), with_traces=False)
+    settings = FitSettings(exits=str(tmp_path / "lender"))
+    profile = fit_profile(folder, tmp_path / "profile", settings)
+    assert profile.stand_ins == {"planted": "another"}
+    assert any(f"those of the profile {lender.name!r}" in one for one in profile.provenance.notes)
+    assert profile.models["planted"].confidence.default_threshold == 0.625
+
+
+@pytest.mark.parametrize(
+    ("told", "grade"),
+    [
+        ({"weights": "checkpoint", "exits_chosen": False}, "measured"),
+        ({"weights": "checkpoint", "exits_chosen": True}, "assumed"),
+        ({"weights": "random"}, "assumed"),
+    ],
+)
+def test_exits_that_were_chosen_are_nobody_s_measurement(
+    tmp_path: Path, told: dict[str, Any], grade: str
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["models"]["planted"] |= told
+    (folder / "environment.json").write_text(json.dumps(environment))
+    profile = fit_profile(folder, tmp_path / "profile")
+    assert profile.document["models"]["planted"]["exit_layers"]["grade"] == grade
+
+
+def test_loads_of_one_size_tell_no_start_from_a_rate(tmp_path: Path) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
+    points = pl.read_parquet(folder / POINTS_FILE)
+    disk = pl.col("quantity") == "load_disk"
+    largest = points.filter(disk)["bytes"].max()
+    points.filter(~disk | (pl.col("bytes") == largest)).write_parquet(folder / POINTS_FILE)
+    profile = fit_profile(folder, tmp_path / "profile")
+    start, rate = (profile.quantities[f"loading.disk.{one}"] for one in ("alpha_s", "bytes_per_s"))
+    assert (start.grade, rate.grade) == ("derived", "derived")
+    assert start.value == 0.0
+    assert start.error is None and rate.error is None
+    assert profile.quantities["loading.host.bytes_per_s"].grade == "measured"
+
+
 def test_an_existing_profile_is_replaced_only_when_asked(tmp_path: Path) -> None:
     folder = planted.folder(tmp_path / "points", Plan())
     fit_profile(folder, tmp_path / "profile")

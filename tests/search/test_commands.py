@@ -22,7 +22,7 @@ from helios_sim.cli import main
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
-from helios_sim.profile import load_profile
+from helios_sim.profile import load_profile, save_profile
 from helios_sim.questions import PlanSettings
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
@@ -1003,6 +1003,59 @@ def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path: Path) -> None
     (tmp_path / "out" / "thesis.tex").write_text("ten years of work")
     with pytest.raises(InputError, match=r"'thesis\.tex', which is no part of a search"):
         tune(write(tmp_path), [], inline(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", ["scenario.toml", "report.html", "pareto.csv", "mine.py"])
+def test_names_that_searches_use_are_a_user_s_own_where_no_search_was(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("ten years of work")
+    with pytest.raises(InputError, match=rf"'{name}', which is no part of a search"):
+        tune(write(tmp_path), [], inline(tmp_path / "out"))
+    assert (tmp_path / "out" / name).read_text() == "ten years of work"
+
+
+def test_results_never_take_the_place_of_their_own_scenario(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    plan(write(tmp_path), [], inline(out))
+    recommended = (out / "scenario.toml").read_bytes()
+    with pytest.raises(InputError, match="The scenario lies there"):
+        plan(out / "scenario.toml", [], inline(out))
+    assert (out / "scenario.toml").read_bytes() == recommended
+
+
+def test_a_search_with_a_policy_in_a_package_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+    """Its source is copied beside the scenario that is recommended, which then runs there."""
+    (tmp_path / "in_a_package").mkdir()
+    (tmp_path / "in_a_package" / "own.py").write_text(
+        "from helios_sim.policy import Helios\n\n\nclass Own(Helios):\n    name = 'own'\n"
+    )
+    path = write(tmp_path, policy=[{"use": "in_a_package.own:Own"}])
+    out = tmp_path / "out"
+    for _ in range(2):
+        plan(path, [], inline(out))
+        assert (out / "in_a_package" / "own.py").is_file()
+    plan(path, [], inline(out, resume=True))
+    assert load_scenario(out / "scenario.toml").policy[0].use == "in_a_package.own:Own"
+
+
+def test_a_recommended_scenario_runs_on_the_profile_of_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Be it one of the user's that is called like a shipped one, or found from where they are."""
+    document = dict(load_profile("opt-a100-40gb").document)
+    save_profile(document | {"name": "opt-a100-40gb"}, tmp_path / "opt-a100-40gb")
+    plan(write(tmp_path), [], inline(tmp_path / "out"))
+    found = load_scenario(tmp_path / "out" / "scenario.toml").fleet.profile
+    assert found == "../opt-a100-40gb"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    save_profile(document | {"name": "mine"}, elsewhere / "mine")
+    monkeypatch.chdir(elsewhere)
+    plan(write(tmp_path), ["fleet.profile=mine"], inline(tmp_path / "other"))
+    found = load_scenario(tmp_path / "other" / "scenario.toml").fleet.profile
+    assert load_profile(found, tmp_path / "other").name == "mine"
 
 
 def test_shards_together_are_the_whole_search(tmp_path: Path) -> None:
