@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from helios_sim.scenario import parse_scenario
 from helios_sim.search.samplers import importances, make_sampler
 from helios_sim.search.space import Range, Space
+from tests.search.test_space_and_goals import scenario
 
 RANGES = {
     "thirds": Range("k", 0.0, 1.0, step=1 / 3),
@@ -27,18 +27,7 @@ RANGES = {
 
 def space_of(one: Range) -> Space:
     """A space of one range; no scenario is made of it here."""
-    data = {
-        "name": "small",
-        "workload": {
-            "num_requests": 50,
-            "arrivals": {"kind": "poisson", "rate_per_s": 2.0},
-            "prompt": {"kind": "constant", "tokens": 50},
-            "output": {"kind": "constant", "tokens": 20},
-        },
-        "fleet": {"profile": "opt-a100-40gb"},
-        "policy": [{"use": "helios"}],
-    }
-    return Space(parse_scenario(data, "x.toml", Path()), Path(), "x.toml", (one,))
+    return Space(scenario({"policy.breach_limit": [10, 20]}), Path(), "x.toml", (one,))
 
 
 @pytest.mark.parametrize("name", ["grid", "sobol", "tpe", "nsga2"])
