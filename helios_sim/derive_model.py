@@ -172,7 +172,8 @@ def _owner(place: str, profile: Profile) -> str | None:
     for prefix in ("models.", "exits.candidates."):
         if place.startswith(prefix):
             told = place.removeprefix(prefix)
-            return max((name for name in profile.models if told.startswith(f"{name}.")), key=len)
+            names = [name for name in profile.models if told.startswith(f"{name}.")]
+            return max(names, key=len, default=None)
     return None
 
 

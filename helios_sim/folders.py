@@ -35,8 +35,8 @@ def folder_in_place(target: Path) -> Iterator[Path]:
         move_into_place(draft, folder)
     except BaseException as error:
         shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, InputError) and error.where is not None:
-            raise error.at(error.where.replace(str(draft), str(target))) from error
+        if isinstance(error, InputError) and str(draft) in (error.where or ""):
+            raise error.at(str(error.where).replace(str(draft), str(target))) from error
         if isinstance(error, OSError) and error.errno in FULL:
             raise InputError("It cannot be written: the disk is full.", str(target)) from error
         raise

@@ -468,7 +468,11 @@ def _model_node(
         "tokenizer": model.tokenizer,
         "bytes_per_param": model.bytes_per_param,
         "bytes_per_kv_element": model.bytes_per_kv_element,
-        "exit_head_params": quantity("exit_head_params", model.exit_head_params, grade, source),
+        "exit_head_params": quantity(
+            "exit_head_params",
+            model.exit_head_params,
+            *(_exits_of(found) if found.random_weights else (grade, source)),
+        ),
         "workspace_bytes": _entry("workspace_bytes", _workspace(points, found, times), whole=True),
         "confidence": {
             "kind": found.confidence_kind,
@@ -571,10 +575,12 @@ def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
     chosen = regression.choose_planes(readings, ((0,),), groups)
     (alpha, slope), (alpha_error, slope_error) = chosen.plane(0) or (np.zeros(2), np.zeros(2))
     source, grade = f"{way}: fitted to {fitted.height} points of {name}", "measured"
-    errors: tuple[float | None, float | None] = float(alpha_error), float(slope_error / slope**2)
-    if slope <= 0.0 or len(np.unique(size)) < 2:
+    errors: tuple[float | None, float | None] = None, None
+    if slope > 0.0 and len(np.unique(size)) > 1:
+        errors = float(alpha_error), float(slope_error / slope**2)
+    else:
         # Loads too small or too alike to tell a start from a rate.
-        slope, alpha, errors = float(np.median(readings.seconds / size)), 0.0, (None, None)
+        slope, alpha = float(np.median(readings.seconds / size)), 0.0
         source = f"{source}: all of their time is charged to the bytes"
         grade = "derived"
     cached = int(fitted["cached"].sum())

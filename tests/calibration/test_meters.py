@@ -365,13 +365,19 @@ def sample_threads() -> int:
     return sum(thread.name == "energy-meter" for thread in threading.enumerate())
 
 
-@undisturbed
-def test_the_curve_of_two_sources_is_that_of_the_one_that_lasts() -> None:
-    nvml = FakeNvml()
+def window_of_two(nvml: FakeNvml) -> Window:
+    """A window of both of a board's sources that has been open for a while."""
     found = open_board(nvml=nvml)
     assert isinstance(found, Board)
     window = CrossChecked(NvmlCounter(found, **SHORT), NvmlPower(found)).open()
     time.sleep(0.1)
+    return window
+
+
+@undisturbed
+def test_the_curve_of_two_sources_is_that_of_the_one_that_lasts() -> None:
+    nvml = FakeNvml()
+    window = window_of_two(nvml)
     failed_s = time.perf_counter()
     nvml.without = ("nvmlDeviceGetTotalEnergyConsumption",)
     time.sleep(0.1)
@@ -386,10 +392,7 @@ def test_the_curve_of_two_sources_is_that_of_the_one_that_lasts() -> None:
 @undisturbed
 def test_a_curve_is_empty_once_no_source_answers() -> None:
     nvml = FakeNvml()
-    found = open_board(nvml=nvml)
-    assert isinstance(found, Board)
-    window = CrossChecked(NvmlCounter(found, **SHORT), NvmlPower(found)).open()
-    time.sleep(0.1)
+    window = window_of_two(nvml)
     assert window.curve()
     nvml.without = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues")
     time.sleep(0.1)
