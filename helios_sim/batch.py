@@ -532,6 +532,27 @@ def begin(rep: Any, phase: int, seconds: float, joules: float, regime: int) -> N
 
 
 @compiled
+def count_decode(rep: Any, rows: int, seconds: float) -> None:
+    """Count an iteration in which so many rows decode."""
+    rep.num_decode_iterations += 1
+    rep.decode_rows += rows
+    rep.decode_s += seconds
+
+
+@compiled
+def count_pace(rep: Any, tokens: int, rows: int, computed_rows: int, layers: int) -> None:
+    """Add the iteration that has begun, without prompts and with so many tokens, to the pace.
+
+    Its seconds are those between two instants, as a clock would tell them.
+    """
+    rep.paced_tokens += tokens
+    rep.paced_rows += rows
+    rep.paced_row_s += rows * (rep.end_s - rep.iteration_start_s)
+    rep.paced_row_layers += rows * layers
+    rep.paced_row_rows += rows * computed_rows
+
+
+@compiled
 def start_prefill(w: World, r: int, rep: Any, count: int) -> None:
     """Start an iteration that prefills the `count` rows admitted last, whole."""
     tokens = 0
@@ -696,10 +717,9 @@ def start_decode(w: World, r: int, rep: Any) -> None:
             joules += cost.capture_joules(c, captured_s)
             regime = cost.LAUNCH
     rep.iteration_layers = layers
-    rep.num_decode_iterations += 1
-    rep.decode_rows += count
-    rep.decode_s += seconds
+    count_decode(rep, count, seconds)
     begin(rep, DECODING, seconds, joules, regime)
+    count_pace(rep, count, count, batch, layers)
 
 
 @compiled
@@ -849,10 +869,10 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         seconds += captured_s
         joules += cost.capture_joules(c, captured_s)
         regime = cost.LAUNCH
-    rep.num_decode_iterations += 1
-    rep.decode_rows += batch
-    rep.decode_s += seconds
+    first = 0 if passed == 0 else w.exit_layers[model, passed - 1]
+    count_decode(rep, batch, seconds)
     begin(rep, DECODING, seconds, joules, regime)
+    count_pace(rep, leaving, batch, batch, w.exit_layers[model, level] - first)
 
 
 @compiled
@@ -969,9 +989,7 @@ def start_mixed(w: World, r: int, rep: Any, tokens: int, reread: int, pairs: flo
     )
     rep.iteration_layers = rep.depth
     if decoding > 0:
-        rep.num_decode_iterations += 1
-        rep.decode_rows += decoding
-        rep.decode_s += seconds
+        count_decode(rep, decoding, seconds)
     begin(rep, MIXED, seconds, joules, regime)
 
 

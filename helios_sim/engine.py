@@ -47,7 +47,7 @@ from helios_sim.state import (
     World,
     live_record,
 )
-from helios_sim.steward import HOLD, Aim, Steward, View, event_of
+from helios_sim.steward import HOLD, Aim, PaceSums, Steward, View, event_of
 from helios_sim.streams import stream
 from helios_sim.workload import Requests
 from helios_sim.world import build_world, parking_lot, trace_tables
@@ -397,6 +397,13 @@ class Replica:
             nll_units=rep.nll,
             num_decode_iterations=rep.num_decode_iterations,
             decode_rows=rep.decode_rows,
+            paced=PaceSums(
+                rep.paced_tokens,
+                rep.paced_rows,
+                rep.paced_row_s,
+                rep.paced_row_layers,
+                rep.paced_row_rows,
+            ),
             period_finished=rep.period_finished,
             period_ttft_s=rep.ttft_sum_s,
             period_tpots=rep.period_tpots,

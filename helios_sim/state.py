@@ -155,6 +155,7 @@ REPLICA = np.dtype(
         ("idle_s", "f8"),
         ("busy_s", "f8"),
         ("decode_s", "f8"),
+        ("paced_row_s", "f8"),
         ("batch_seconds", "f8"),
         ("kv_block_seconds", "f8"),
         ("regime_s", "f8", (3,)),
@@ -221,6 +222,10 @@ REPLICA = np.dtype(
         ("num_iterations", "i8"),
         ("num_decode_iterations", "i8"),
         ("decode_rows", "i8"),
+        ("paced_tokens", "i8"),
+        ("paced_rows", "i8"),
+        ("paced_row_layers", "i8"),
+        ("paced_row_rows", "i8"),
         ("max_rows", "i8"),
         ("num_tokens", "i8"),
         ("num_breaches", "i8"),
@@ -242,7 +247,9 @@ last full pass and `pending_sum` the tokens to be fed again; `draining` admits n
 stops at the next boundary; where `rebatch` has more fresh rows than a pass, the next one begins
 with the row at `next_row`; `column` selects the trace tables for its exit mode and loaded level;
 `counts_at_full_depth` says that tokens decoded there may breach or move the window, as a policy's
-own rules may have it, where ours need not look.
+own rules may have it, where ours need not look. What is called `paced_` adds up decode iterations
+without prompts: the tokens they emitted, and their rows, alone and times the seconds, the layers
+and the rows computed.
 Sums run over the whole run; the host takes differences where it needs a period, except
 `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which the host clears at each
 decision."""

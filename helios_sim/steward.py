@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from helios_sim.cards import Room
 from helios_sim.policy.contract import (
@@ -22,6 +22,7 @@ from helios_sim.policy.contract import (
     Event,
     Keep,
     LoadLayers,
+    Pace,
     Policy,
     Slo,
     Snapshot,
@@ -29,6 +30,30 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.controller import Controller
 from helios_sim.state import NEVER, NLL_UNITS_PER_NAT
+
+
+class PaceSums(NamedTuple):
+    """Decode iterations without prompts: tokens emitted, rows, and rows times what each took.
+
+    `row_rows` are rows times the rows computed, with those of a static batch that are done.
+    """
+
+    tokens: int = 0
+    rows: int = 0
+    row_s: float = 0.0
+    row_layers: int = 0
+    row_rows: int = 0
+
+    def since(self, before: PaceSums) -> Pace | None:
+        """The pace of decoding since then; None where nothing was decoded without prompts."""
+        tokens, rows = self.tokens - before.tokens, self.rows - before.rows
+        if not tokens:
+            return None
+        return Pace(
+            token_s=(self.row_s - before.row_s) / tokens,
+            layers=(self.row_layers - before.row_layers) / tokens,
+            rows=(self.row_rows - before.row_rows) / rows,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +78,7 @@ class View:
     nll_units: int
     num_decode_iterations: int
     decode_rows: int
+    paced: PaceSums
     period_finished: int
     period_ttft_s: float
     period_tpots: int
@@ -298,6 +324,7 @@ class Steward:
             mean_batch=(view.decode_rows - since.decode_rows) / max(1, iterations),
             energy_j=energy_j,
             is_evaluation=view.evaluating,
+            pace=view.paced.since(since.paced),
             idle_energy_j=idle_energy_j,
         )
 

@@ -16,13 +16,14 @@ from helios_sim.policy.contract import (
     ExitMode,
     Keep,
     LoadLayers,
+    Pace,
     Serve,
     Slo,
     Snapshot,
     Watching,
 )
 from helios_sim.state import NEVER
-from helios_sim.steward import HOLD, Aim, Steward, View
+from helios_sim.steward import HOLD, Aim, PaceSums, Steward, View
 from tests.engine.factories import both_models, drifting_setup
 
 FULL = ExitMode.FULL
@@ -40,6 +41,7 @@ NOTHING_YET = View(
     nll_units=0,
     num_decode_iterations=0,
     decode_rows=0,
+    paced=PaceSums(),
     period_finished=0,
     period_ttft_s=0.0,
     period_tpots=0,
@@ -172,6 +174,7 @@ def test_telemetry_is_what_was_seen_since_the_last_decision_was_carried_out() ->
         nll_units=2048,
         num_decode_iterations=45,
         decode_rows=90,
+        paced=PaceSums(tokens=80, rows=80, row_s=4.0, row_layers=200, row_rows=160),
         period_finished=4,
         period_ttft_s=2.0,
         period_tpots=2,
@@ -183,6 +186,7 @@ def test_telemetry_is_what_was_seen_since_the_last_decision_was_carried_out() ->
     assert (told.duration_s, told.num_tokens, told.exit_counts) == (10.0, 100, (60, 30))
     assert (told.mean_ttft_s, told.mean_tpot_s, told.mean_batch) == (0.5, 0.25, 2.0)
     assert (told.nll_nats, told.num_breaches, told.energy_j) == (2.0, 7, None)
+    assert told.pace == Pace(token_s=0.05, layers=2.5, rows=2.0)
     second = replace(
         first,
         now_s=12.0,
@@ -191,6 +195,8 @@ def test_telemetry_is_what_was_seen_since_the_last_decision_was_carried_out() ->
         nll_units=3072,
         num_decode_iterations=50,
         decode_rows=100,
+        # Ten rows taken on in parts, by twos and threes, and five tokens that came of it.
+        paced=PaceSums(tokens=85, rows=90, row_s=4.5, row_layers=215, row_rows=186),
         period_finished=0,
         period_ttft_s=0.0,
         period_tpots=0,
@@ -201,6 +207,8 @@ def test_telemetry_is_what_was_seen_since_the_last_decision_was_carried_out() ->
     assert (told.duration_s, told.num_tokens, told.exit_counts) == (2.0, 10, (2, 8))
     assert (told.mean_ttft_s, told.mean_tpot_s, told.mean_batch) == (None, None, 2.0)
     assert (told.nll_nats, told.num_breaches) == (1.0, 0)
+    assert told.pace == Pace(token_s=0.1, layers=3.0, rows=2.6)
+    assert second.paced.since(second.paced) is None
 
 
 def test_an_evaluation_ends_with_its_requests_and_watches_nothing() -> None:

@@ -416,6 +416,7 @@ class Host(Replica):
             nll_units=tally.nll_units,
             num_decode_iterations=tally.num_decode_iterations,
             decode_rows=tally.decode_rows,
+            paced=tally.paced,
             period_finished=tally.period_finished,
             period_ttft_s=tally.ttft_sum_s,
             period_tpots=tally.period_tpots,

@@ -24,6 +24,7 @@ from helios_sim.state import (
     NLL_UNITS_PER_NAT,
     TIMELINE_CAPACITY,
 )
+from helios_sim.steward import PaceSums
 
 Spent = Literal["busy", "idle", "load"]
 
@@ -112,6 +113,7 @@ class Tally:
     num_decode_iterations: int = 0
     decode_rows: int = 0
     decode_s: float = 0.0
+    paced: PaceSums = field(default_factory=PaceSums)
     nll_units: int = 0
     executed_layers: int = 0
     batch_seconds: float = 0.0
@@ -147,6 +149,7 @@ class Tally:
         self.num_decode_iterations += 1
         self.decode_rows += outcome.rows
         self.decode_s += entry.seconds
+        self.paced = paced(self.paced, entry)
         self.executed_layers += outcome.layers * len(emitted)
         levels = self.exit_counts[entry.assignment.model]
         for one in emitted:
@@ -229,6 +232,19 @@ class Tally:
         self.samples.append(line)
         ticks = math.floor(line.time_s / self.timeline_interval_s)
         self.next_sample_s = (ticks + 1.0) * self.timeline_interval_s
+
+
+def paced(sums: PaceSums, entry: IterationEntry) -> PaceSums:
+    """The pace of decoding with an iteration added to it."""
+    outcome = entry.outcome
+    rows = outcome.rows
+    return PaceSums(
+        sums.tokens + len(outcome.emitted),
+        sums.rows + rows,
+        sums.row_s + rows * entry.seconds,
+        sums.row_layers + rows * (outcome.layers - outcome.first_layer),
+        sums.row_rows + rows * (rows + outcome.ghosts),
+    )
 
 
 def nll_units(answer: Answer) -> int:

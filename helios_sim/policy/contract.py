@@ -113,6 +113,19 @@ class Assignment:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How fast tokens were decoded in iterations without prompts, on average over these tokens.
+
+    `token_s` are the seconds of a token's iteration, `layers` those it ran, `rows` the rows that
+    ran with it. Where `rebatch` takes a token on in parts, seconds and layers are those of all.
+    """
+
+    token_s: float
+    layers: float
+    rows: float
+
+
+@dataclass(frozen=True)
 class Telemetry:
     """What a replica saw since its last decision, under one assignment.
 
@@ -120,7 +133,7 @@ class Telemetry:
     are means over the requests finished in the period (NaN-free: None without any).
     `nll_nats` is the summed negative log-likelihood of the emitted tokens. `energy_j` is all that
     was drawn, `idle_energy_j` the part of it drawn while no request was there to work on; None
-    where no meter was.
+    where no meter was. `pace` is None where nothing was decoded in iterations without prompts.
     """
 
     assignment: Assignment
@@ -136,6 +149,7 @@ class Telemetry:
     mean_batch: float
     energy_j: float | None
     is_evaluation: bool
+    pace: Pace | None = None
     idle_energy_j: float | None = None
 
     @property

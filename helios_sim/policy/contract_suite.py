@@ -25,6 +25,7 @@ from helios_sim.policy.contract import (
     Event,
     ExitMode,
     LoadLayers,
+    Pace,
     Policy,
     Serve,
     Slo,
@@ -92,7 +93,7 @@ def example_evaluation(
     candidate: Candidate,
     exit_counts: tuple[int, ...],
     *,
-    mean_tpot_s: float | None = None,
+    token_s: float | None = None,
     nll_nats: float = 0.0,
     energy_j: float | None = None,
     num_finished: int = 5,
@@ -105,7 +106,9 @@ def example_evaluation(
     )
     by_exit_j = candidate.decode_iteration_j or ((0.0,),) * len(exit_counts)
     card_j = sum(n * j for n, (j, *_) in zip(exit_counts, by_exit_j, strict=True))
-    tpot_s = (card_s / num_tokens if num_tokens else None) if mean_tpot_s is None else mean_tpot_s
+    pace = None
+    if num_tokens:
+        pace = Pace(card_s / num_tokens if token_s is None else token_s, layers / num_tokens, 1.0)
     return Telemetry(
         assignment=Assignment(candidate.name, candidate.num_layers, ExitMode.WAIT),
         duration_s=card_s,
@@ -116,10 +119,11 @@ def example_evaluation(
         num_breaches=0,
         nll_nats=nll_nats,
         mean_ttft_s=0.05,
-        mean_tpot_s=tpot_s,
+        mean_tpot_s=pace.token_s if pace else None,
         mean_batch=1.0,
         energy_j=card_j if energy_j is None else energy_j,
         is_evaluation=True,
+        pace=pace,
     )
 
 

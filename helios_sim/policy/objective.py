@@ -71,18 +71,17 @@ def _seconds_of(candidate: Candidate, exit_mode: ExitMode) -> Sequence[Sequence[
 
 
 def slowdown(candidate: Candidate, evaluation: Telemetry | None) -> float:
-    """Measured TPOT over the card's at the layers executed and the rows that ran; else 1.
+    """The measured pace of decoding over the card's at its layers and rows; 1 where none is known.
 
-    What asking exits and filling KV take is in both.
+    What asking exits and filling KV take is in both. What a response spends beside its own
+    iterations, while prompts of others are prefilled or it waits, says nothing of the candidate.
     """
-    if evaluation is None or evaluation.mean_tpot_s is None:
-        return 1.0
-    layers = mean_executed_layers(evaluation)
-    if layers is None:
+    pace = None if evaluation is None else evaluation.pace
+    if evaluation is None or pace is None:
         return 1.0
     table = _seconds_of(candidate, evaluation.assignment.exit_mode)
-    card_s = read_card(candidate, table, layers, evaluation.mean_batch)
-    return evaluation.mean_tpot_s / card_s if card_s > 0 else 1.0
+    card_s = read_card(candidate, table, pace.layers, pace.rows)
+    return pace.token_s / card_s if card_s > 0 else 1.0
 
 
 def predicted_tpot_s(candidate: Candidate, level: int, evaluation: Telemetry | None) -> float:

@@ -12,6 +12,7 @@ from helios_sim.policy.contract import (
     Candidate,
     Event,
     ExitMode,
+    Pace,
     Slo,
     Snapshot,
     Telemetry,
@@ -125,7 +126,8 @@ def _assignment(data: dict[str, Any]) -> Assignment:
 def _telemetry(data: dict[str, Any]) -> Telemetry:
     assignment = _assignment(data["assignment"])
     counts = tuple(data["exit_counts"])
-    return Telemetry(**data | {"assignment": assignment, "exit_counts": counts})
+    pace = Pace(**data["pace"]) if data.get("pace") else None
+    return Telemetry(**data | {"assignment": assignment, "exit_counts": counts, "pace": pace})
 
 
 def _candidates(data: list[dict[str, Any]]) -> tuple[Candidate, ...]:

@@ -17,6 +17,7 @@ from helios_sim.policy.contract import (
     ExitMode,
     Keep,
     LoadLayers,
+    Pace,
     Serve,
     Slo,
     Snapshot,
@@ -328,7 +329,7 @@ class TestOverhead:
 
     def test_what_was_measured_slower_than_its_card_is_slower_with_all_layers_too(self) -> None:
         """Twice the card's 10.296 ms a token."""
-        slow = example_evaluation(SMALL, SMALL_EXITS, mean_tpot_s=0.020592)
+        slow = example_evaluation(SMALL, SMALL_EXITS, token_s=0.020592)
         cost = overhead_of_load(SMALL, slow, ExitMode.WAIT, snapshot())
         assert cost.serving_s == pytest.approx(20.592)
 
@@ -383,14 +384,20 @@ class TestObjective:
     def test_a_measurement_is_compared_with_the_card_at_the_rows_that_ran(self) -> None:
         """Forty ms a token is what the card says of 16 rows: nothing is slower than told."""
         card = replace(SMALL, batches=(1, 16), decode_iteration_s=((0.01, 0.04),) * 3)
-        crowded = replace(example_evaluation(SMALL, SMALL_EXITS, mean_tpot_s=0.04), mean_batch=16.0)
-        assert slowdown(card, crowded) == pytest.approx(1.0)
-        assert slowdown(card, replace(crowded, mean_batch=1.0)) == pytest.approx(4.0)
+        found = example_evaluation(SMALL, SMALL_EXITS)
+        assert slowdown(card, replace(found, pace=Pace(0.04, 10.0, 16.0))) == pytest.approx(1.0)
+        assert slowdown(card, replace(found, pace=Pace(0.04, 10.0, 1.0))) == pytest.approx(4.0)
+
+    def test_responses_that_waited_make_nobody_slow(self) -> None:
+        """A second a token, nearly all of it for prompts of others or in the queue."""
+        waited = replace(EVALUATIONS[SMALL.name], mean_tpot_s=1.0)
+        assert slowdown(SMALL, waited) == pytest.approx(1.0)
+        assert slowdown(SMALL, replace(waited, pace=None)) == 1.0
 
     def test_what_exits_take_while_evaluated_slows_nothing_that_asks_none(self) -> None:
         """At 9 ms with exits asked the card is met to the letter: 6 ms where they are not."""
         card = replace(SMALL, exiting_iteration_s=((0.009,), (0.016,), (0.025,)))
-        shallow = example_evaluation(SMALL, (100, 0, 0), mean_tpot_s=0.009)
+        shallow = example_evaluation(SMALL, (100, 0, 0), token_s=0.009)
         assert slowdown(card, shallow) == pytest.approx(1.0)
         assert slowdown(SMALL, shallow) == pytest.approx(1.5)
         assert score("throughput", card, 0, shallow, 1) == pytest.approx(1 / 0.006)
@@ -398,7 +405,7 @@ class TestObjective:
 
     def test_a_measurement_without_exits_is_compared_with_the_card_without(self) -> None:
         card = replace(SMALL, exiting_iteration_s=((0.009,), (0.016,), (0.025,)))
-        found = example_evaluation(SMALL, (100, 0, 0), mean_tpot_s=0.012)
+        found = example_evaluation(SMALL, (100, 0, 0), token_s=0.012)
         ended = replace(found, assignment=Assignment(SMALL.name, 6, ExitMode.LOADED_DEPTH))
         assert slowdown(card, ended) == pytest.approx(2.0)
 
@@ -433,7 +440,7 @@ class TestObjective:
 
     def test_a_slower_measurement_slows_every_depth_alike(self) -> None:
         """20.592 ms measured where the card says 10.296: twice the time at any depth."""
-        slow = example_evaluation(SMALL, SMALL_EXITS, mean_tpot_s=0.020592)
+        slow = example_evaluation(SMALL, SMALL_EXITS, token_s=0.020592)
         assert slowdown(SMALL, slow) == pytest.approx(2.0)
         assert score("throughput", SMALL, 0, slow, 1) == pytest.approx(1 / 0.012)
         assert score("response-time", SMALL, 0, slow, 1) == pytest.approx(-0.024)
@@ -492,7 +499,7 @@ class TestObjective:
 
     def test_a_candidate_that_keeps_the_slo_beats_a_better_one_that_does_not(self) -> None:
         """Measured at twice its card, the large model misses 15 ms a token; quality gives way."""
-        slow = example_evaluation(LARGE, LARGE_EXITS, mean_tpot_s=2 * 0.014352, nll_nats=1000.0)
+        slow = example_evaluation(LARGE, LARGE_EXITS, token_s=2 * 0.014352, nll_nats=1000.0)
         asked = snapshot(
             Event.EVALUATED,
             assignment=served(LARGE.name, 32, ExitMode.WAIT),
