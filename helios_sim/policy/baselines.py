@@ -7,7 +7,7 @@ knowing the exits would be. None of them bounds speed: few layers are fast, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,12 @@ from helios_sim.policy.contract import (
     Switch,
     Watching,
 )
-from helios_sim.policy.depth import DepthRule, check_depth_options, greedy_level
+from helios_sim.policy.depth import (
+    DepthRule,
+    check_depth_options,
+    fixed_level,
+    greedy_level,
+)
 from helios_sim.policy.helios import Helios
 from helios_sim.policy.objective import OBJECTIVES, describe, meets_slo, score
 from helios_sim.policy.options import (
@@ -38,16 +43,24 @@ from helios_sim.policy.options import (
     check_whole_number,
     refused,
 )
-from helios_sim.policy.shortlist import fitting, ranked, sharing_a_tokenizer
+from helios_sim.policy.shortlist import (
+    deepest,
+    fitting,
+    ranked,
+    shallowest,
+    sharing_a_tokenizer,
+)
 
 DEFAULT_MODEL = "Model to serve; the one with the largest weights that fits where unset."
 THRESHOLD = "Confidence at which a token leaves; the profile's own where unset."
 
 
-def single_model(snapshot: Snapshot, name: str | None) -> Candidate:
-    """The named candidate, or the one with the largest full-depth weights that fits."""
+def single_model(
+    snapshot: Snapshot, name: str | None, level_of: Callable[[Candidate], int] = deepest
+) -> Candidate:
+    """The named candidate, or of those that fit at a level that with the most weights in all."""
     if name is None:
-        return max(fitting(snapshot.candidates), key=lambda c: c.weight_bytes[-1])
+        return max(fitting(snapshot.candidates, level_of), key=lambda c: c.weight_bytes[-1])
     for candidate in snapshot.candidates:
         if candidate.name == name:
             return candidate
@@ -144,13 +157,16 @@ class StaticDepth:
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Serve the model at the depth."""
-        model = single_model(snapshot, self.model)
+        model = single_model(snapshot, self.model, self._level)
         depth = model.exit_layers[0] if self.depth is None else self.depth
         if depth not in model.exit_layers:
             allowed = f"an exit layer of {model.name!r}: one of {list(model.exit_layers)}"
             raise refused("depth", depth, allowed)
         reason = f"One depth for the whole run: {depth} of {model.num_layers} layers."
         return only_at_start(snapshot, Serve(model.name, depth, ExitMode.LOADED_DEPTH, reason))
+
+    def _level(self, candidate: Candidate) -> int:
+        return fixed_level(candidate.exit_layers, self.depth or 1)
 
 
 class SwitchOnly(Helios):
@@ -174,6 +190,10 @@ class Never(Helios):
     fixed_settings: Mapping[str, Any] = {
         "reassess_requests": None,
         "breach_window_tokens": None,
+        "breach_limit": 0,
+        "window_kind": "tumbling",
+        "overhead_rule": "expected",
+        "after_load_exit_mode": ExitMode.WAIT,
         "evaluate_at_start": True,
         "actions": (),
     }
@@ -209,7 +229,7 @@ class Always:
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Serve the first candidate at its shallowest exit, then the next one, and round again."""
-        circle = sharing_a_tokenizer(fitting(snapshot.candidates))
+        circle = sharing_a_tokenizer(fitting(snapshot.candidates, shallowest))
         names = [c.name for c in circle]
         now = snapshot.assignment
         if snapshot.event is Event.START or now is None:

@@ -233,10 +233,12 @@ class Controller:
         """The error with the bytes of the smallest candidate, where the host can tell them."""
         if self._shortage is None:
             return error
-        smallest = min(self.candidates, key=lambda one: one.weight_bytes[-1])
+        level_of = error.level_of
+        smallest = min(self.candidates, key=lambda one: one.weight_bytes[level_of(one)])
+        depth = smallest.exit_layers[level_of(smallest)]
         return InputError(
             f"{error.message.rstrip('.')}; for {smallest.name!r} "
-            f"{self._shortage(smallest.name, smallest.num_layers)}.",
+            f"{self._shortage(smallest.name, depth)}.",
             error.where,
         )
 

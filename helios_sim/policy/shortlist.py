@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from helios_sim.errors import InputError, listed
@@ -18,20 +18,43 @@ class Shortlist:
     reason: str
 
 
+def deepest(candidate: Candidate) -> int:
+    """The exit level of full depth."""
+    return len(candidate.exit_layers) - 1
+
+
+def shallowest(candidate: Candidate) -> int:
+    """The exit level of the fewest layers."""
+    return 0
+
+
 class NothingFits(InputError):
-    """No candidate leaves room for a typical request at full depth."""
+    """No candidate leaves room for a typical request at the exit level that it needs."""
+
+    def __init__(
+        self,
+        message: str,
+        where: str | None = None,
+        level_of: Callable[[Candidate], int] = deepest,
+    ) -> None:
+        super().__init__(message, where)
+        self.level_of = level_of
 
 
-def fitting(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The candidates whose weights leave room for a typical request at every depth.
+def fitting(
+    candidates: Sequence[Candidate], level_of: Callable[[Candidate], int] = deepest
+) -> tuple[Candidate, ...]:
+    """The candidates whose weights, up to an exit level, leave room for a typical request.
 
-    Full depth must fit too, because a candidate is evaluated with all its exits.
+    Who evaluates candidates, or may load more of them, needs full depth to fit.
     """
-    fit = tuple(c for c in candidates if c.batch_limit[0] >= 1 and c.batch_limit[-1] >= 1)
+    fit = tuple(c for c in candidates if c.batch_limit[level_of(c)] >= 1)
     if not fit:
+        where = "full depth" if level_of is deepest else "the depth to be loaded"
         raise NothingFits(
             f"None of the models {listed(c.name for c in candidates)} fits in memory with one "
-            "request of the workload's typical length at full depth; at least one must."
+            f"request of the workload's typical length at {where}; at least one must.",
+            level_of=level_of,
         )
     return fit
 

@@ -49,6 +49,26 @@ def test_the_default_model_is_the_largest_that_fits() -> None:
     assert decision.model == SMALL.name
 
 
+def test_who_evaluates_nothing_needs_room_for_what_it_loads_alone() -> None:
+    """A full depth without room keeps out those who may come to load it, and nobody else."""
+    too_big = replace(LARGE, batch_limit=(9, 1, 0))
+    for use, options, depth in (
+        ("static-depth", {}, 9),
+        ("static-depth", {"depth": 17}, 17),
+        ("always", {}, 9),
+    ):
+        decision, _ = ScriptedHost(make_policy(use, options), (too_big,)).ask(Event.START)
+        assert decision == Serve(LARGE.name, depth, PARTIAL, decision.reason)
+    for use, options, where in (
+        ("static-depth", {"depth": 32}, "the depth to be loaded"),
+        ("vanilla", {}, "full depth"),
+        ("clairvoyant", {}, "full depth"),
+        ("helios", {}, "full depth"),
+    ):
+        with pytest.raises(InputError, match=f"typical length at {where}; at least one must"):
+            ScriptedHost(make_policy(use, options), (too_big,)).ask(Event.START)
+
+
 @pytest.mark.parametrize("mode", ["solo", "wait", "rebatch"])
 def test_ee_single_serves_all_layers_in_the_named_mode(mode: str) -> None:
     """The EE-LLM way and its two batched relatives."""

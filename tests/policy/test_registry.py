@@ -143,6 +143,7 @@ def test_options_reach_the_settings() -> None:
         ("helios", {"topk": 3}, "unknown option 'topk'; its options are .* Did you mean 'top_k'"),
         ("switch-only", {"actions": ["load"]}, "unknown option 'actions'"),
         ("never", {"reassess_requests": 10}, "unknown option 'reassess_requests'"),
+        ("never", {"breach_limit": 10}, "unknown option 'breach_limit'"),
         ("helios", {"top_k": "three"}, "^policy helios: Option 'top_k' was given 'three'"),
         ("vanilla", {"model": 3}, "'model' was given 3; it must be the name of a candidate"),
         ("ee-single", {"exit_mode": "full"}, "one of 'solo', 'wait', 'rebatch'"),
