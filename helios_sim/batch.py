@@ -1306,6 +1306,9 @@ def advance(w: World, r: int, horizon_s: float) -> int:
         take_arrivals(w, rep)
         if start_iteration(w, r, rep):
             continue
+        # The last row may have been preempted, and nobody is admitted.
+        if rep.draining:
+            return DRAINED
         if rep.inbox_head == NOBODY:
             return OUT_OF_WORK
         arrival_s = w.requests[rep.inbox_head].arrival_s

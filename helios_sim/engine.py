@@ -20,7 +20,7 @@ from helios_sim.cards import Room, candidate_card, confidence_thresholds
 from helios_sim.exits import ExitTraces
 from helios_sim.garbage import uncollected
 from helios_sim.hot_rules import loop_with
-from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
+from helios_sim.memory import resize_pool, stage_blocks
 from helios_sim.policy.contract import (
     Assignment,
     Decision,
@@ -236,8 +236,8 @@ class Replica:
             self.steward.stage(entry.moved_bytes)
             stage_blocks(self.record, staged)
             self.hold_questions()
+            # The weights stay in these blocks until the pool is cut anew beside them.
             yield from self.serve(ready_s)
-            unstage_blocks(self.record)
             self.record.energy_j += load_j
         else:
             yield from self.wait_for_weights(ready_s, load_j)

@@ -44,13 +44,6 @@ def resize_pool(rep: Any, num_blocks: int) -> None:
 
 @compilable
 def stage_blocks(rep: Any, num_blocks: int) -> None:
-    """Set free blocks aside for weights that arrive while requests run on."""
+    """Set free blocks aside, until the pool is resized, for weights that arrive beside requests."""
     rep.staged_blocks += num_blocks
     rep.free_blocks -= num_blocks
-
-
-@compilable
-def unstage_blocks(rep: Any) -> None:
-    """Return the blocks set aside for arriving weights to the pool."""
-    rep.free_blocks += rep.staged_blocks
-    rep.staged_blocks = 0

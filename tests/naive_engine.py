@@ -147,9 +147,6 @@ class NaiveReplica:
     def stage(self, num_blocks: int) -> None:
         self.free_blocks -= num_blocks
 
-    def unstage(self, num_blocks: int) -> None:
-        self.free_blocks += num_blocks
-
     def num_free_blocks(self) -> int:
         return self.free_blocks
 
@@ -176,6 +173,8 @@ class NaiveReplica:
             self.enter_arrivals()
             self.iteration = self.next_iteration()
             if self.iteration is None:
+                if self.draining:
+                    return "drained"
                 if not self.to_come:
                     return "out-of-work"
                 if self.next_to_come().arrival_s >= horizon_s:

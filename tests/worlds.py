@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from helios_sim import batch, state
 from helios_sim.cost import COEFFICIENTS
-from helios_sim.memory import resize_pool, stage_blocks, unstage_blocks
+from helios_sim.memory import resize_pool, stage_blocks
 from helios_sim.policy import rules
 from helios_sim.policy.rules import is_breach, leaves_here
 
@@ -111,9 +111,10 @@ class Orders:
 class Step:
     """What a host does at the next stop, or once `at_s` has come: at the first boundary then.
 
-    It stages a share of the free blocks for `stage_s`, as for weights that arrive meanwhile; then
-    it lets the running requests end (`drain`), preempts them (`recompute`) or keeps them and the
-    assignment (`keep`), idles for `load_s` and gives new orders.
+    It stages a share of the free blocks, as for weights that arrive within `stage_s`, until the
+    assignment changes; then it lets the running requests end (`drain`), preempts them (`recompute`)
+    or keeps them and the assignment (`keep`, which stages nothing), idles for `load_s` and gives
+    new orders.
     """
 
     at_s: float
@@ -158,7 +159,6 @@ class Replica(Protocol):
     def preempt_all(self) -> None: ...
     def num_free_blocks(self) -> int: ...
     def stage(self, num_blocks: int) -> None: ...
-    def unstage(self, num_blocks: int) -> None: ...
     def idle_until(self, until_s: float) -> None: ...
     def assign(self, assignment: Assignment) -> None: ...
     def order(self, orders: Orders) -> None: ...
@@ -195,7 +195,6 @@ def play(replica: Replica, scenario: Scenario) -> list[Stop]:
             replica.stage(staged)
             advance(ready_s)
             reach_boundary(ready_s)
-            replica.unstage(staged)
         if step.way == "drain":
             replica.drain(True)
             while replica.num_running() > 0:
@@ -264,10 +263,6 @@ class CompiledReplica:
 
     def stage(self, num_blocks: int) -> None:
         stage_blocks(self.record, num_blocks)
-
-    def unstage(self, num_blocks: int) -> None:
-        assert self.record.staged_blocks == num_blocks
-        unstage_blocks(self.record)
 
     def idle_until(self, until_s: float) -> None:
         batch.pass_idle_time(self.record, until_s)
@@ -450,7 +445,8 @@ def scenarios(draw: st.DrawFn, with_steps: bool = True, splitting: bool = False)
         if way != "keep":
             serving = assignment(target)
         at_s = rng.uniform(0.0, 1.5) * requests[-1].arrival_s if rng.random() < 0.5 else math.inf
-        stage_s = draw_time(rng, 8.0, on_grid) if rng.random() < 0.3 else 0.0
+        stages = way != "keep" and rng.random() < 0.4
+        stage_s = draw_time(rng, 8.0, on_grid) if stages else 0.0
         load_s = draw_time(rng, 2.0, on_grid) if rng.random() < 0.5 else 0.0
         steps.append(Step(at_s, rng.random(), stage_s, way, serving, load_s, draw_orders(rng)))
     return Scenario(

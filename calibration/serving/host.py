@@ -240,7 +240,8 @@ class Host(Replica):
     def bring_in_beside(self, entry: DecisionEntry, staged: int) -> float | None:
         """Serve on while the weights come; returns when they arrived.
 
-        None if the device had no room for them after all.
+        None if the device had no room for them after all. Otherwise the blocks stay set aside until
+        the weights are taken up, as in the simulator, where they lie in them.
         """
         self.batch.stage(staged)
         self.hold_questions()
@@ -250,10 +251,10 @@ class Host(Replica):
         try:
             self.serve()
         except NoRoomBeside:
+            self.batch.unstage()
             return None
         finally:
             self.transfer = None
-            self.batch.unstage()
         self.steward.stage(entry.moved_bytes)
         return transfer.arrived_s
 
@@ -329,6 +330,9 @@ class Host(Replica):
                 cause = self.who_must_decide()
                 if cause is not None:
                     return cause
+            elif self.batch.draining:
+                # The last row was preempted, and nobody is admitted.
+                return Cause.DRAINED
             elif self.to_come:
                 self.idle_until(self.to_come[0].arrival_s)
             elif self.transfer is not None:

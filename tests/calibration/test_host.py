@@ -29,6 +29,7 @@ from helios_sim.policy.contract import (
     Serve,
     Slo,
     Snapshot,
+    Switch,
     Watching,
 )
 from helios_sim.policy.helios import Helios
@@ -42,6 +43,7 @@ from tests.calibration.clockwork import (
     serve_by_clockwork,
 )
 from tests.engine.factories import (
+    DOMAINS,
     drifting_requests,
     drifting_setup,
     graph_models,
@@ -49,6 +51,7 @@ from tests.engine.factories import (
     play,
     play_policy,
     policy_of,
+    requests_of,
     thumbnail,
 )
 
@@ -302,6 +305,39 @@ def test_a_preempted_request_that_no_longer_fits_is_refused_in_both_and_keeps_it
     assert all(life.num_preemptions and life.model == "large" for life in late)
     check_run(data)
     assert summarise(data)["num_refused"] >= len(late)
+
+
+class Grower:
+    """Switches to all of the large model once a request has finished."""
+
+    name = "grower"
+    sees_future = False
+    confidence_threshold = None
+    watching = Watching(reassess_requests=1)
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        if snapshot.assignment is None:
+            return Serve("small", 4, ExitMode.LOADED_DEPTH, "It is small.")
+        if snapshot.assignment.model == "small":
+            return Switch("large", 8, ExitMode.LOADED_DEPTH, "There is time now.")
+        return Keep("There is nothing larger.")
+
+
+def test_a_drain_is_over_in_both_when_the_last_row_makes_room_for_weights() -> None:
+    """Of 23 blocks the weights take 17 until they run; the second request needs a seventh.
+
+    It waits until the switch is over, and not for the third request.
+    """
+    setup = drifting_setup(fleet={"memory_bytes": 21_000, "memory_utilisation": 1.0})
+    requests = requests_of([0.0, 0.0, 100.0], [4, 4, 4], [2, 24, 2], domains=DOMAINS)
+    run, data = play_policy(setup, requests, Grower)
+    host = serve_by_clockwork(setup, setup.traces, requests, Grower())
+    comparable(host, run, data.requests)
+    assert host.num_loads_waited_for == 0
+    assert data.requests["num_preemptions"].to_list() == [0, 1, 0]
+    assert data.requests["model"].to_list() == ["small", "large", "large"]
+    assert run.decisions[1].ready_s < data.requests["finished_s"][1] < 10.0
+    check_run(data)
 
 
 def whoever_comes(num_running, max_batch, needed_blocks, free_blocks, watermark_blocks):

@@ -34,7 +34,7 @@ from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.policy.snapshot_json import read_snapshots
 from helios_sim.profile import Link
 from helios_sim.records import RunData, write_run
-from helios_sim.state import FINISHED, NOBODY, REFUSED, RUNNING, UNSENT, WAITING
+from helios_sim.state import AT_HORIZON, FINISHED, NOBODY, REFUSED, RUNNING, UNSENT, WAITING
 from helios_sim.streams import stream
 from helios_sim.traces import TraceSettings
 from helios_sim.workload import Requests, WorkloadSettings, generate
@@ -809,14 +809,22 @@ def test_no_request_and_no_token_is_lost_across_switches(batching: str, on_chang
 def test_weights_and_pool_stay_within_memory_also_while_weights_arrive(
     memory_bytes: int, overlap_loads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arriving weights take blocks of the pool: old weights, pool and new weights fit at once."""
+    """Arriving weights take blocks of the pool: old weights, pool and new weights fit at once.
+
+    They do until the new ones are taken up, while running requests end too.
+    """
+    profile = both_models(memory_bytes=memory_bytes, host=Link(0.01, 20_000.0))
+    models = {name: replace(one, workspace_bytes=300) for name, one in profile.models.items()}
     setup = drifting_setup(
         profile=both_models(memory_bytes=memory_bytes),
         overlap_loads=overlap_loads,
         fleet={"reserve_bytes": 700},
     )
-    usable = int(memory_bytes * setup.fleet.memory_utilisation) - 700
-    take_up, stage, staged = Replica.take_up, engine.stage_blocks, []
+    usable = int(memory_bytes * setup.fleet.memory_utilisation) - 700 - 300
+    take_up, stage = Replica.take_up, engine.stage_blocks
+    arriving: list[int] = []
+    staged: list[int] = []
+    looks: list[bool] = []
 
     def checked(self: Replica, assignment: Any) -> None:
         take_up(self, assignment)
@@ -824,19 +832,39 @@ def test_weights_and_pool_stay_within_memory_also_while_weights_arrive(
         assert self.steward.weight_bytes + pool <= usable
         assert int(self.record.staged_blocks) == 0
         assert int(self.record.free_blocks) == int(self.record.pool_blocks)
+        arriving.clear()
 
     def noted(rep: Any, num_blocks: int) -> None:
         stage(rep, num_blocks)
         assert rep.free_blocks >= 0
         staged.append(num_blocks)
+        arriving.append(run.decisions[-1].moved_bytes)
+
+    requests = drifting_requests(200, rate_per_s=12.0, max_output=60)
+    run = Run(setup, requests, lambda: policy_of("helios"))
+    advance = run.advance
+
+    def looked_at(w: Any, r: int, horizon_s: float) -> int:
+        """Stop every 5 ms, which is within every iteration."""
+        replica = run.replicas[r]
+        rep, cut_s = replica.record, -math.inf
+        while True:
+            cut_s = min(horizon_s, max(cut_s, rep.now_s) + 0.005)
+            cause = int(advance(w, r, cut_s))
+            kv_bytes = used_blocks(rep) * replica.block_bytes
+            assert replica.steward.weight_bytes + sum(arriving) + kv_bytes <= usable
+            looks.append(bool(arriving) and bool(rep.draining))
+            if cause != AT_HORIZON or cut_s >= horizon_s:
+                return cause
 
     monkeypatch.setattr(Replica, "take_up", checked)
     monkeypatch.setattr(engine, "stage_blocks", noted)
-    run, data = play(setup, drifting_requests(200))
-    changes = [entry for entry in run.decisions if entry.moved_bytes]
-    assert len(changes) > 3
+    monkeypatch.setattr(run, "advance", looked_at)
+    run.play()
+    assert sum(bool(entry.moved_bytes) for entry in run.decisions) > 1
     assert bool(staged) == overlap_loads
-    check_run(data)
+    assert any(looks) == overlap_loads
+    check_run(run_data(run, "mine", run.policy.name, setup.seed, {}))
 
 
 def test_the_peak_of_the_weights_counts_those_that_arrive_beside_running_requests() -> None:
