@@ -173,9 +173,18 @@ class Replica:
             decision = self.ask(event)
             yield from self.carry_out(decision)
             cause = yield from self.serve(math.inf)
-            if cause == OUT_OF_WORK:
+            if cause == OUT_OF_WORK or self.is_out_of_work():
                 return
             event = event_of(breached=cause == BREACHED, evaluating=bool(self.record.evaluating))
+
+    def is_out_of_work(self) -> bool:
+        """Whether no request is here or on its way, nor any to come that may be routed here.
+
+        In a closed loop a request that ends has its user's next one on its way here at once.
+        """
+        rep = self.record
+        here = rep.num_rows + rep.num_waiting + rep.num_inbox
+        return bool(here == 0 and self.run.next_arrival_s == math.inf)
 
     def ask(self, event: Event) -> DecisionEntry:
         """Show the policy a snapshot and log what it decides."""

@@ -165,12 +165,16 @@ class Host(Replica):
         while True:
             self.carry_out(self.ask(event))
             cause = self.serve()
-            if cause is Cause.OUT_OF_WORK:
+            if cause is Cause.OUT_OF_WORK or self.is_out_of_work():
                 break
             event = event_of(breached=cause is Cause.BREACHED, evaluating=self.evaluating)
         self.end_s = self.tally.booked_s
         self.sample(self.state())
         self.steward.close(self.end_s)
+
+    def is_out_of_work(self) -> bool:
+        """Whether no request is here or still to come."""
+        return not (self.batch.rows or self.batch.queue or self.to_come)
 
     def ask(self, event: Event) -> DecisionEntry:
         """Show the policy a snapshot and log what it decides."""

@@ -914,6 +914,32 @@ def test_a_replica_that_runs_out_of_rows_while_weights_arrive_idles() -> None:
     assert totals.energy_idle_j == pytest.approx(50.0 * totals.idle_s)
 
 
+@pytest.mark.parametrize(
+    ("fleet", "num_users"),
+    [
+        ({}, 0),
+        ({}, 5),
+        ({"num_replicas": 2, "router": "round-robin"}, 0),
+        ({"num_replicas": 2, "router": "least-outstanding"}, 0),
+    ],
+    ids=["one replica", "closed loop", "routed beforehand", "routed as they arrive"],
+)
+def test_nobody_is_asked_once_no_request_can_come_any_more(
+    fleet: dict[str, Any], num_users: int
+) -> None:
+    """Whoever may still be sent one is asked; after the last one a load would serve nobody."""
+    setup = drifting_setup(fleet=fleet)
+    requests = drifting_requests(40, num_users=num_users)
+    run, data = play(setup, requests, "always", reassess_requests=1)
+    finished = data.requests.group_by("replica").agg(pl.col("finished_s").max())
+    last_s = dict(finished.iter_rows())
+    may_come_s = 0.0 if fleet.get("router") != "least-outstanding" else requests.arrival_s[-1]
+    assert len(run.decisions) > 5
+    for entry in run.decisions:
+        assert entry.time_s < max(last_s[entry.replica], may_come_s)
+    assert data.totals.end_s == max(last_s.values())
+
+
 def test_replicas_of_one_host_share_its_disk_and_its_link() -> None:
     """Three that load at once are served one after the other, but not on hosts of their own."""
     profile = both_models(disk=Link(1.0, 1e12), host=Link(0.5, 1e12))
