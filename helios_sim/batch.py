@@ -1263,6 +1263,8 @@ def complete(w: World, r: int, rep: Any) -> None:
 def why_stop(rep: Any) -> int:
     """Whether somebody has to decide now, and why."""
     if rep.finish_target <= 0:
+        # What tripped belongs to the period that is told now.
+        rep.tripped = 0
         return REASSESS_DUE
     if rep.tripped:
         rep.tripped = 0

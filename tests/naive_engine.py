@@ -195,6 +195,7 @@ class NaiveReplica:
 
     def who_must_decide(self) -> str | None:
         if self.to_finish <= 0:
+            self.tripped = False
             return "reassess"
         if self.tripped:
             self.tripped = False

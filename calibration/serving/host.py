@@ -347,6 +347,8 @@ class Host(Replica):
     def who_must_decide(self) -> Cause | None:
         """Whether somebody has to decide at the end of an iteration, and why."""
         if self.finish_target <= 0:
+            # What tripped belongs to the period that is told now.
+            self.window.tripped = False
             return Cause.TARGET
         if self.window.tripped:
             self.window.tripped = False

@@ -340,6 +340,36 @@ def test_a_drain_is_over_in_both_when_the_last_row_makes_room_for_weights() -> N
     check_run(data)
 
 
+class Content:
+    """Keeps half a model, whatever it hears of every breach and of every request that ends."""
+
+    name = "content"
+    sees_future = False
+    confidence_threshold = None
+    watching = Watching(reassess_requests=1, breach_window_tokens=1, breach_limit=0)
+
+    def decide(self, snapshot: Snapshot) -> Decision:
+        if snapshot.assignment is None:
+            return Serve("large", 4, ExitMode.LOADED_DEPTH, "Half of it.")
+        return Keep("It will do.")
+
+
+def test_a_breach_is_told_in_the_period_in_which_it_happened_in_both() -> None:
+    """Where a request ends with a breach, both are told at once, and the breach not once more."""
+    setup = drifting_setup()
+    requests = drifting_requests(60, max_output=4)
+    run, data = play_policy(setup, requests, Content)
+    host = serve_by_clockwork(setup, setup.traces, requests, Content())
+    comparable(host, run, data.requests)
+    told = [one.snapshot for one in host.decisions if one.snapshot.telemetry]
+    breaches = {event: [] for event in Event}
+    for snapshot in told:
+        breaches[snapshot.event].append(snapshot.telemetry.num_breaches)
+    assert any(breaches[Event.REASSESS])
+    assert breaches[Event.BREACHED]
+    assert all(breaches[Event.BREACHED])
+
+
 def whoever_comes(num_running, max_batch, needed_blocks, free_blocks, watermark_blocks):
     """Looks at nothing that a replica has, and uses what numba cannot compile."""
     return bool({"anybody": True}.get("anybody", needed_blocks))
