@@ -1220,7 +1220,7 @@ def sample(w: World, r: int, state: int) -> None:
         rep.sample_interval_s *= 2.0
     line = lines[rep.num_samples]
     line.time_s = rep.now_s
-    line.energy_j = rep.energy_j
+    line.energy_j = rep.energy_j + rep.moving_w * (rep.now_s - rep.moving_since_s)
     line.batch_seconds = rep.batch_seconds
     line.tokens = rep.num_tokens
     line.breaches = rep.num_breaches

@@ -245,11 +245,20 @@ class Replica:
             self.steward.stage(entry.moved_bytes)
             stage_blocks(self.record, staged)
             self.hold_questions()
+            self.draw_beside(load_j, ready_s)
             # The weights stay in these blocks until the pool is cut anew beside them.
             yield from self.serve(ready_s)
+            self.draw_beside(0.0, ready_s)
             self.record.energy_j += load_j
         else:
             yield from self.wait_for_weights(ready_s, load_j)
+
+    def draw_beside(self, load_j: float, ready_s: float) -> None:
+        """Draw joules of moving weights evenly until `ready_s`, as far as the timeline shows."""
+        rep = self.record
+        seconds = ready_s - rep.now_s
+        rep.moving_since_s = rep.now_s
+        rep.moving_w = load_j / seconds if seconds > 0.0 else 0.0
 
     def wait_for_weights(self, ready_s: float, load_j: float) -> Process:
         """Do nothing until the weights are here, at idle power beside what moving them takes."""

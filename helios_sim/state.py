@@ -150,6 +150,8 @@ REPLICA = np.dtype(
         ("iteration_j", "f8"),
         ("last_tick_s", "f8"),
         ("idle_w", "f8"),
+        ("moving_w", "f8"),
+        ("moving_since_s", "f8"),
         ("energy_j", "f8"),
         ("idle_energy_j", "f8"),
         ("idle_s", "f8"),
@@ -252,7 +254,8 @@ without prompts: the tokens they emitted, and their rows, alone and times the se
 and the rows computed.
 Sums run over the whole run; the host takes differences where it needs a period, except
 `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which the host clears at each
-decision."""
+decision. While weights move beside requests, `moving_w` is drawn for that from `moving_since_s` on;
+`energy_j` has it only once they are here."""
 
 
 _C_TYPES: Final[dict[str, Any]] = {"f": ctypes.c_double, "i": ctypes.c_int64}

@@ -914,6 +914,24 @@ def test_a_replica_that_runs_out_of_rows_while_weights_arrive_idles() -> None:
     assert totals.energy_idle_j == pytest.approx(50.0 * totals.idle_s)
 
 
+def test_weights_that_arrive_beside_requests_draw_their_watts_while_they_move() -> None:
+    """Moving takes 30 W above idle power; without them the same run draws that much less."""
+    profile = both_models(host=Link(0.3, 20_000.0))
+    timelines, loads_j = [], []
+    for load_w in (80.0, 50.0):
+        one = replace(profile, device=replace(profile.device, load_w=load_w))
+        setup = drifting_setup(profile=one, timeline_interval_s=0.01)
+        run, data = play(setup, drifting_requests(80), "always", reassess_requests=10)
+        assert data.totals.num_switches > 2
+        assert any(entry.moved_bytes for entry in run.decisions[1:])
+        timelines.append(data.timeline)
+        loads_j.append(data.totals.energy_load_j)
+    moving, still = timelines
+    more_w = moving["power_w"] - still["power_w"]
+    assert bool(more_w.is_between(-1e-6, 30.0 + 1e-6).all())
+    assert float((more_w * moving["interval_s"]).sum()) == pytest.approx(loads_j[0] - loads_j[1])
+
+
 @pytest.mark.parametrize(
     ("fleet", "num_users"),
     [
