@@ -84,26 +84,89 @@ def arrives_before(w: World, i: int, j: int) -> bool:
 
 
 @compiled
+def prompt_blocks(w: World, rep: Any, i: int) -> int:
+    """Blocks of all tokens that a request which is not running has so far."""
+    return blocks_for(w.requests[i].prompt + w.requests[i].generated, rep.block_tokens)
+
+
+@compiled
 def push_inbox(w: World, r: int, i: int) -> None:
-    """Hand replica `r` a request that arrives at its `arrival_s`, keeping arrivals in order."""
+    """Hand replica `r` a request that arrives at its `arrival_s`.
+
+    What arrives last goes behind the list, as nearly all do in an open loop, others into the heap.
+    """
     rep = w.replicas[r]
     rep.num_inbox += 1
-    before = NOBODY
-    if rep.inbox_tail != NOBODY and arrives_before(w, rep.inbox_tail, i):
-        before = rep.inbox_tail
-    else:
-        at = rep.inbox_head
-        while at != NOBODY and arrives_before(w, at, i):
-            before = at
-            at = w.requests[at].next
-    after = rep.inbox_head if before == NOBODY else w.requests[before].next
-    w.requests[i].next = after
-    if before == NOBODY:
+    rep.queued_blocks += prompt_blocks(w, rep, i)
+    w.requests[i].next = NOBODY
+    w.requests[i].later = NOBODY
+    if rep.inbox_tail == NOBODY:
         rep.inbox_head = i
-    else:
-        w.requests[before].next = i
-    if after == NOBODY:
         rep.inbox_tail = i
+    elif arrives_before(w, rep.inbox_tail, i):
+        w.requests[rep.inbox_tail].next = i
+        rep.inbox_tail = i
+    else:
+        rep.inbox_heap = meld(w, rep.inbox_heap, i)
+
+
+@compiled
+def next_inbox(w: World, rep: Any) -> int:
+    """The request of the inbox that arrives first; NOBODY if it is empty."""
+    if rep.inbox_heap == NOBODY:
+        return rep.inbox_head
+    if rep.inbox_head != NOBODY and arrives_before(w, rep.inbox_head, rep.inbox_heap):
+        return rep.inbox_head
+    return rep.inbox_heap
+
+
+@compiled
+def pop_inbox(w: World, rep: Any) -> int:
+    """Take the request out of the inbox that arrives first."""
+    i = next_inbox(w, rep)
+    rep.num_inbox -= 1
+    rep.queued_blocks -= prompt_blocks(w, rep, i)
+    if i == rep.inbox_heap:
+        rep.inbox_heap = without_first(w, i)
+    else:
+        rep.inbox_head = w.requests[i].next
+        if rep.inbox_head == NOBODY:
+            rep.inbox_tail = NOBODY
+    return i
+
+
+@compiled
+def meld(w: World, first: int, second: int) -> int:
+    """Make one of two heaps, either of which may be NOBODY; returns its first to arrive."""
+    if first == NOBODY:
+        return second
+    if second == NOBODY:
+        return first
+    if arrives_before(w, second, first):
+        first, second = second, first
+    w.requests[second].next = w.requests[first].later
+    w.requests[first].later = second
+    return first
+
+
+@compiled
+def without_first(w: World, first: int) -> int:
+    """What is left of a heap without its first: melded in pairs, then the last pairs first."""
+    at = w.requests[first].later
+    pairs = NOBODY
+    while at != NOBODY:
+        other = w.requests[at].next
+        rest = NOBODY if other == NOBODY else w.requests[other].next
+        pair = meld(w, at, other)
+        w.requests[pair].next = pairs
+        pairs = pair
+        at = rest
+    heap = NOBODY
+    while pairs != NOBODY:
+        rest = w.requests[pairs].next
+        heap = meld(w, heap, pairs)
+        pairs = rest
+    return heap
 
 
 @compiled
@@ -117,6 +180,7 @@ def push_waiting_last(w: World, rep: Any, i: int) -> None:
         w.requests[rep.waiting_tail].next = i
     rep.waiting_tail = i
     rep.num_waiting += 1
+    rep.queued_blocks += prompt_blocks(w, rep, i)
 
 
 @compiled
@@ -128,6 +192,7 @@ def push_waiting_first(w: World, rep: Any, i: int) -> None:
         rep.waiting_tail = i
     rep.waiting_head = i
     rep.num_waiting += 1
+    rep.queued_blocks += prompt_blocks(w, rep, i)
 
 
 @compiled
@@ -138,19 +203,15 @@ def pop_waiting(w: World, rep: Any) -> int:
     if rep.waiting_head == NOBODY:
         rep.waiting_tail = NOBODY
     rep.num_waiting -= 1
+    rep.queued_blocks -= prompt_blocks(w, rep, i)
     return i
 
 
 @compiled
 def take_arrivals(w: World, rep: Any) -> None:
     """Move every request that has arrived by now from the inbox into the queue."""
-    while rep.inbox_head != NOBODY and w.requests[rep.inbox_head].arrival_s <= rep.now_s:
-        i = rep.inbox_head
-        rep.inbox_head = w.requests[i].next
-        if rep.inbox_head == NOBODY:
-            rep.inbox_tail = NOBODY
-        rep.num_inbox -= 1
-        push_waiting_last(w, rep, i)
+    while rep.num_inbox > 0 and w.requests[next_inbox(w, rep)].arrival_s <= rep.now_s:
+        push_waiting_last(w, rep, pop_inbox(w, rep))
 
 
 @compiled
@@ -1311,9 +1372,9 @@ def advance(w: World, r: int, horizon_s: float) -> int:
         # The last row may have been preempted, and nobody is admitted.
         if rep.draining:
             return DRAINED
-        if rep.inbox_head == NOBODY:
+        if rep.num_inbox == 0:
             return OUT_OF_WORK
-        arrival_s = w.requests[rep.inbox_head].arrival_s
+        arrival_s = w.requests[next_inbox(w, rep)].arrival_s
         if arrival_s >= horizon_s:
             return AT_HORIZON
         pass_idle_time(rep, arrival_s)
@@ -1346,8 +1407,8 @@ def push_all(w: World, requests: Any, places: Any) -> None:
 def least_loaded(w: World, by_kv: bool) -> int:
     """The replica with the fewest outstanding requests, or the largest free share of its pool.
 
-    Requests in the inbox and in the queue count as outstanding; for KV, so do the blocks the
-    queue will need. Ties go to the lowest number.
+    Requests in the inbox and in the queue count as outstanding; for KV, so do the blocks that
+    these will need. Ties go to the lowest number.
     """
     best = 0
     best_load = math.inf
@@ -1355,26 +1416,11 @@ def least_loaded(w: World, by_kv: bool) -> int:
         rep = w.replicas[r]
         load = float(rep.num_rows + rep.num_waiting + rep.num_inbox)
         if by_kv:
-            load = (used_blocks(rep) + queued_blocks(w, rep)) / max(1.0, float(rep.pool_blocks))
+            load = (used_blocks(rep) + rep.queued_blocks) / max(1.0, float(rep.pool_blocks))
         if load < best_load:
             best_load = load
             best = r
     return best
-
-
-@compiled
-def queued_blocks(w: World, rep: Any) -> int:
-    """Blocks that the requests in the queue and the inbox will need for their prompts."""
-    total = 0
-    at = rep.waiting_head
-    while at != NOBODY:
-        total += blocks_for(w.requests[at].prompt + w.requests[at].generated, rep.block_tokens)
-        at = w.requests[at].next
-    at = rep.inbox_head
-    while at != NOBODY:
-        total += blocks_for(w.requests[at].prompt, rep.block_tokens)
-        at = w.requests[at].next
-    return total
 
 
 @compiled

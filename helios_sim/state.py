@@ -99,6 +99,7 @@ REQUEST = np.dtype(
         ("domain", "i4"),
         ("trace_start", "i4"),
         ("next", "i4"),
+        ("later", "i4"),
         ("successor", "i4"),
         ("agree", "i4"),
         ("breaches", "i4"),
@@ -216,8 +217,10 @@ REPLICA = np.dtype(
         ("waiting_tail", "i8"),
         ("inbox_head", "i8"),
         ("inbox_tail", "i8"),
+        ("inbox_heap", "i8"),
         ("num_waiting", "i8"),
         ("num_inbox", "i8"),
+        ("queued_blocks", "i8"),
         ("num_finished", "i8"),
         ("num_refused", "i8"),
         ("num_preemptions", "i8"),
@@ -249,7 +252,11 @@ last full pass and `pending_sum` the tokens to be fed again; `draining` admits n
 stops at the next boundary; where `rebatch` has more fresh rows than a pass, the next one begins
 with the row at `next_row`; `column` selects the trace tables for its exit mode and loaded level;
 `counts_at_full_depth` says that tokens decoded there may breach or move the window, as a policy's
-own rules may have it, where ours need not look. What is called `paced_` adds up decode iterations
+own rules may have it, where ours need not look. The inbox is a list from `inbox_head` to
+`inbox_tail`, in order of arrival, and a pairing heap under `inbox_heap` of those that were sent
+later than others behind them: a request's `later` is the first of those under it, whose others
+follow by `next`. `queued_blocks` are the blocks that the prompts of the queue and the inbox will
+need. What is called `paced_` adds up decode iterations
 without prompts: the tokens they emitted, and their rows, alone and times the seconds, the layers
 and the rows computed.
 Sums run over the whole run; the host takes differences where it needs a period, except

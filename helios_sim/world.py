@@ -219,7 +219,7 @@ def build_world(
     )
     for rep in world.replicas:
         rep.waiting_head = rep.waiting_tail = NOBODY
-        rep.inbox_head = rep.inbox_tail = NOBODY
+        rep.inbox_head = rep.inbox_tail = rep.inbox_heap = NOBODY
         rep.idle_w = profile.device.idle_w
         rep.batching = BATCHING[serving.batching]
         rep.max_batch = serving.max_batch

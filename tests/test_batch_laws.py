@@ -15,6 +15,8 @@ from tests.worlds import (
     CAUSES,
     CompiledReplica,
     Scenario,
+    inbox_of,
+    linked,
     many_examples,
     play,
     scenarios,
@@ -59,9 +61,9 @@ class SteppedReplica(CompiledReplica):
         record = self.record
         if self.in_iteration():
             return math.nextafter(float(record.end_s), math.inf)
-        if record.inbox_head == state.NOBODY:
+        if record.num_inbox == 0:
             return math.inf
-        arrival_s = float(self.world.requests[record.inbox_head].arrival_s)
+        arrival_s = float(self.world.requests[batch.next_inbox(self.world, record)].arrival_s)
         return math.nextafter(arrival_s, math.inf)
 
     def before_event(self) -> None:
@@ -70,22 +72,14 @@ class SteppedReplica(CompiledReplica):
     def after_event(self, cause: int, cut_s: float) -> None:
         """Called once it has, or once `cut_s` has come."""
 
-    def chained(self, head: int) -> list[int]:
-        """The requests of a linked list."""
-        found = []
-        while head != state.NOBODY:
-            found.append(int(head))
-            head = self.world.requests[head].next
-        return found
-
 
 class CountedReplica(SteppedReplica):
     """Counts every request at every cut."""
 
     def at_cut(self) -> None:
         record, requests = self.record, self.world.requests
-        waiting = self.chained(record.waiting_head)
-        to_come = self.chained(record.inbox_head)
+        waiting = linked(requests, record.waiting_head)
+        to_come = inbox_of(requests, record)
         running = self.world.rows[0][self.world.order[0, : record.num_rows]].request.tolist()
         numbers = {
             state.WAITING: record.num_waiting,
@@ -98,6 +92,11 @@ class CountedReplica(SteppedReplica):
         assert sorted(waiting) == np.flatnonzero(requests.status == state.WAITING).tolist()
         assert sorted(running) == np.flatnonzero(requests.status == state.RUNNING).tolist()
         assert len(to_come) == record.num_inbox
+        queued = [requests[i] for i in waiting + to_come]
+        needed = [
+            blocks_for(int(one.prompt + one.generated), int(record.block_tokens)) for one in queued
+        ]
+        assert sum(needed) == record.queued_blocks
         ended = np.isin(requests.status, (state.FINISHED, state.REFUSED))
         after = requests.successor[~ended]
         unsent = to_come + after[after != state.NOBODY].tolist()

@@ -291,6 +291,24 @@ class CompiledReplica:
         record.window_seen = record.window_breaches = record.tripped = 0
 
 
+def linked(requests: Any, head: int) -> list[int]:
+    """The requests of a linked list."""
+    found = []
+    while head != state.NOBODY:
+        found.append(int(head))
+        head = requests[head].next
+    return found
+
+
+def inbox_of(requests: Any, record: Any) -> list[int]:
+    """The requests of a replica's inbox, in no order: those of its list and those of its heap."""
+    found = linked(requests, record.inbox_head)
+    heap = [] if record.inbox_heap == state.NOBODY else [int(record.inbox_heap)]
+    for i in heap:
+        heap += linked(requests, requests[i].later)
+    return found + heap
+
+
 def world_bytes(world: state.World) -> bytes:
     """Every byte of a world's state."""
     arrays = (np.asarray(part) for part in world)
@@ -351,7 +369,7 @@ def build_world(scenario: Scenario) -> state.World:
     )
     record = world.replicas[0]
     record.waiting_head = record.waiting_tail = state.NOBODY
-    record.inbox_head = record.inbox_tail = state.NOBODY
+    record.inbox_head = record.inbox_tail = record.inbox_heap = state.NOBODY
     record.batching = state.BATCHING[scenario.batching]
     record.max_batch = scenario.max_batch
     record.max_held = scenario.max_held

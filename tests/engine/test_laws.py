@@ -25,7 +25,7 @@ from helios_sim.cards import candidate_card
 from helios_sim.engine import Replica, Run, Setup, decided
 from helios_sim.exits import ExitTraces
 from helios_sim.laws import check_run
-from helios_sim.memory import used_blocks
+from helios_sim.memory import blocks_for, used_blocks
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Evaluate, ExitMode, Keep, Watching
 from helios_sim.policy.controller import Controller
@@ -34,7 +34,7 @@ from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.policy.snapshot_json import read_snapshots
 from helios_sim.profile import Link
 from helios_sim.records import RunData, write_run
-from helios_sim.state import AT_HORIZON, FINISHED, NOBODY, REFUSED, RUNNING, UNSENT, WAITING
+from helios_sim.state import AT_HORIZON, FINISHED, REFUSED, RUNNING, UNSENT, WAITING
 from helios_sim.streams import stream
 from helios_sim.traces import TraceSettings
 from helios_sim.workload import Requests, WorkloadSettings, generate
@@ -54,6 +54,7 @@ from tests.engine.factories import (
     setup_of,
     snapshots_of,
 )
+from tests.worlds import inbox_of, linked
 
 WORLDS: dict[str, dict[str, Any]] = {
     "one replica": {},
@@ -82,26 +83,19 @@ def setup_in(world: str, **changes: Any) -> Setup:
     return drifting_setup(**(WORLDS[world] | changes))
 
 
-def lengths_of(linked: Any, head: int) -> int:
-    """Requests in a linked list."""
-    count = 0
-    while head != NOBODY:
-        head = int(linked[head].next)
-        count += 1
-    return count
-
-
 def check_books(w: Any) -> None:
     """Every request is in one place, every block in one hand."""
     status = w.requests["status"]
     listed = 0
     for r, rep in enumerate(w.replicas):
-        waiting = lengths_of(w.requests, int(rep.waiting_head))
-        coming = lengths_of(w.requests, int(rep.inbox_head))
-        assert (waiting, coming) == (int(rep.num_waiting), int(rep.num_inbox))
+        queue, inbox = linked(w.requests, int(rep.waiting_head)), inbox_of(w.requests, rep)
+        assert (len(queue), len(inbox)) == (int(rep.num_waiting), int(rep.num_inbox))
+        to_prefill = w.requests["prompt"] + w.requests["generated"]
+        needed = (blocks_for(int(to_prefill[i]), int(rep.block_tokens)) for i in queue + inbox)
+        assert sum(needed) == rep.queued_blocks
         rows = [w.rows[r, w.order[r, k]] for k in range(rep.num_rows)]
         assert all(status[row.request] == RUNNING for row in rows)
-        listed += waiting + len(rows)
+        listed += len(queue) + len(rows)
         held = sum(int(batch.row_blocks(rep, row)) for row in rows if row.chunk == 0)
         assert min(rep.free_blocks, rep.staged_blocks, used_blocks(rep)) >= 0
         assert used_blocks(rep) >= held
@@ -816,7 +810,7 @@ def test_weights_and_pool_stay_within_memory_also_while_weights_arrive(
     profile = both_models(memory_bytes=memory_bytes, host=Link(0.01, 20_000.0))
     models = {name: replace(one, workspace_bytes=300) for name, one in profile.models.items()}
     setup = drifting_setup(
-        profile=both_models(memory_bytes=memory_bytes),
+        profile=replace(profile, models=models),
         overlap_loads=overlap_loads,
         fleet={"reserve_bytes": 700},
     )
