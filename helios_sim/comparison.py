@@ -121,6 +121,13 @@ def gain(key: str, own: float, other: float) -> float | None:
     return above / below if below else None
 
 
+_AMOUNTS: Final = {
+    "output_throughput": "total_output_tokens",
+    "request_throughput": "completed",
+    "request_goodput": "slo_attainment",
+}
+"""Rates over the whole run, each with the figure that runs agree in where they do the same work."""
+
 SCALE: Final = {
     "slo_attainment": 100.0,
     "agreement": 100.0,
@@ -178,25 +185,63 @@ def comparison_rows(
                 better,
                 tuple(values),
                 ratios,
-                _best(numbers, better),
+                _best(key, numbers, better, summaries),
                 (differences or {}).get(key, (None,) * len(values)),
             )
         )
     return rows
 
 
-def _best(values: Sequence[float | None], better: Better | None) -> tuple[int, ...]:
-    """Positions of the best value and of those within 0.1 % of it; none where all are."""
+def _best(
+    key: str,
+    values: Sequence[float | None],
+    better: Better | None,
+    summaries: Sequence[Mapping[str, Any]],
+) -> tuple[int, ...]:
+    """Positions of the best value and of those level with it; none where all are.
+
+    Level is what is within 0.1 %, and a rate that only the last answers tell from the best.
+    """
     known = [value for value in values if value is not None]
     if better is None or len(known) < 2:
         return ()
     best = max(known) if better == "higher" else min(known)
-    places = tuple(i for i, value in enumerate(values) if value is not None and _level(value, best))
+    leader = summaries[values.index(best)]
+    places = tuple(
+        place
+        for place, value in enumerate(values)
+        if value is not None and (_level(value, best) or carry_alike(key, summaries[place], leader))
+    )
     return () if len(places) == len(known) else places
 
 
 def _level(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-3)
+
+
+def carry_alike(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs carry the same load, so that a rate of theirs differs by the drain alone.
+
+    Rates are per second of the whole run, and its last answers come after the last arrival: the
+    faster of two policies that both keep up has the higher rate, though no more was asked of it.
+    The load is the same where as many requests arrived in the same time, as they do in an open
+    loop. It says nothing of a burst, whose requests arrive in less time than their answers take.
+    """
+    amount = _AMOUNTS.get(key)
+    if amount is None or one.get("num_requests") != other.get("num_requests"):
+        return False
+    amounts, spans_s = [], []
+    for run in (one, other):
+        done, drain_s, duration_s = (
+            run.get(name) for name in (amount, "drain_after_arrivals_s", "duration")
+        )
+        if run.get("saturation") != "stable" or run.get("num_unfinished"):
+            return False
+        if done is None or drain_s is None or duration_s is None or 2 * drain_s > duration_s:
+            return False
+        amounts.append(done)
+        spans_s.append(duration_s - drain_s)
+    return _level(*spans_s) and 0 < max(amounts) <= 1.02 * min(amounts)
 
 
 def compare(

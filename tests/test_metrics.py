@@ -599,6 +599,51 @@ def test_seconds_of_serves_and_switches_have_no_best_and_no_ratio() -> None:
     assert gain("switch_time_s", 0.4, 0.8) == 2.0
 
 
+def drained(drain_s: float, **more: Any) -> dict[str, Any]:
+    """100 requests of 10 tokens that arrive within 100 s, and so many seconds until the last ends."""
+    duration = 100.0 + drain_s
+    return {
+        "saturation": "stable",
+        "duration": duration,
+        "drain_after_arrivals_s": drain_s,
+        "num_requests": 100,
+        "num_unfinished": 0,
+        "completed": 100,
+        "total_output_tokens": 1000,
+        "output_throughput": 1000 / duration,
+        "request_throughput": 100 / duration,
+    } | more
+
+
+@pytest.mark.parametrize(
+    ("changes", "alike"),
+    [
+        ({}, True),
+        ({"saturation": "backlogged"}, False),
+        ({"num_unfinished": 1}, False),
+        ({"total_output_tokens": 970}, False),
+        # Of a closed loop the last arrival of the faster is earlier.
+        ({"duration": 90.0}, False),
+        ({"num_requests": 200}, False),
+        # A burst: what was asked for in 1 s takes 9 s to answer.
+        ({"duration": 10.0, "drain_after_arrivals_s": 9.0}, False),
+    ],
+)
+def test_of_runs_that_carry_the_same_load_none_has_the_best_rate(
+    changes: dict[str, Any], alike: bool
+) -> None:
+    """1,000 tokens in 102 s are 1.18 times the rate of 1,000 in 120 s, and the same 10 a second."""
+    given = [drained(20.0), drained(2.0, **changes)]
+    best = {row.key: row.best for row in comparison_rows(given)}
+    assert best["output_throughput"] == (() if alike else (1,))
+
+
+def test_runs_of_the_same_load_share_the_best_rate_beside_one_that_falls_short() -> None:
+    short = drained(60.0, saturation="overloaded")
+    best = {row.key: row.best for row in comparison_rows([short, drained(20.0), drained(2.0)])}
+    assert best["request_throughput"] == (1, 2)
+
+
 def test_equal_labels_are_numbered() -> None:
     """A label met before gets the first number that makes it one of its own."""
     assert distinct_labels(["a", "b"]) == ["a", "b"]

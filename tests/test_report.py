@@ -673,6 +673,49 @@ def test_headlines_name_no_winner_by_rounding(
     assert headline(summaries) == expected
 
 
+def drained(label: str, drain_s: float, tpot_ms: float, **more: Any) -> dict[str, Any]:
+    """40,000 tokens of 400 requests that arrive within 400 s, and the drain behind them."""
+    duration = 400.0 + drain_s
+    timed = {"duration": duration, "drain_after_arrivals_s": drain_s, "total_output_tokens": 40_000}
+    met = {"slo_attainment": 0.99, "request_goodput": 396 / duration}
+    return summary(label, 40_000 / duration, tpot_ms, **timed, **met, **more)
+
+
+def test_a_drain_is_no_throughput() -> None:
+    """100 tokens/s are asked for and served, whether the last answers take 4 s or 80 s."""
+    slow, quick = drained("vanilla", 80.0, 20.0), drained("helios", 4.0, 10.0)
+    fastest = (
+        "helios answers fastest, with a median TPOT of 10 ms, 0.50\N{MULTIPLICATION SIGN} that of "
+        "vanilla (20 ms)."
+    )
+    within = ", with 99 % of the requests within the SLO"
+    assert headline([slow, quick], 100.0) == (
+        f"Both policies carry the load of 100 tokens/s offered{within}; {fastest}"
+    )
+    assert headline([slow, quick]) == f"Both policies carry the load{within}; {fastest}"
+    no_slo = [one | {"request_goodput": None} for one in (slow, quick)]
+    assert headline(no_slo, 100.0) == (
+        f"Both policies carry the load of 100 tokens/s offered; {fastest}"
+    )
+    late = quick | {"slo_attainment": 0.5, "request_goodput": 200 / 404}
+    assert headline([slow, late], 100.0).startswith("vanilla serves the most goodput, ")
+
+
+def test_those_who_carry_a_load_alike_share_the_lead_over_one_that_does_not() -> None:
+    poor = {"saturation": "overloaded", "slo_attainment": 0.1, "request_goodput": 0.1}
+    runs = [
+        drained("vanilla", 200.0, 40.0) | poor,
+        drained("static", 80.0, 20.0),
+        drained("helios", 4.0, 10.0),
+    ]
+    assert headline(runs, 100.0) == (
+        "static and helios carry the load alike, at up to 0.98 requests/s within the SLO "
+        "(9.80\N{MULTIPLICATION SIGN} the goodput of vanilla) and differ most in median TPOT: "
+        "10 ms of helios against 20 ms of static."
+    )
+    assert remarks(runs)[0].startswith("Latency of helios against vanilla: ")
+
+
 def test_no_sentence_has_an_empty_value() -> None:
     """What a policy that refuses everything has no figure for is left out of the remarks."""
     nothing = {"median_ttft_ms": None, "median_tpot_ms": None, "num_refused": 400}

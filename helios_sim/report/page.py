@@ -15,6 +15,7 @@ import polars as pl
 from helios_sim.comparison import (
     COMPARED,
     ComparisonRow,
+    carry_alike,
     check_comparable,
     comparison_rows,
     distinct_labels,
@@ -216,6 +217,11 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         if several
         else "Figures of the run."
     )
+    if any(carry_alike("output_throughput", summaries[0], one) for one in summaries[1:]):
+        caption += (
+            " Rates are per second of the whole run, the last answers included: those who carry "
+            "the same load are level in them."
+        )
     table = (
         f'<div class="panel scroll"><table {_columns(len(runs), "figures")}>'
         f"<caption>{escape(caption)}</caption>"

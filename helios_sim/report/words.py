@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from helios_sim.comparison import carry_alike
 from helios_sim.slo import parse_slo
 
 Summary = Mapping[str, Any]
@@ -194,11 +195,14 @@ def headline(
         return _single(summaries[0], offered_tokens_per_s)
     key, noun, unit = _load_figure(summaries)
     values = [summary[key] or 0.0 for summary in summaries]
+    if all(carry_alike(key, summaries[0], other) for other in summaries[1:]):
+        load = _same_load(summaries, key, offered_tokens_per_s)
+        return f"{_equal_load(summaries, load, num_refused_by_all)}."
     differ = max(values) > 1.02 * min(values)
     if not any(_carries(summary) for summary in summaries):
         none = _none_carries(len(summaries), noun_of(summaries), offered_tokens_per_s)
         if differ:
-            return f"{_unequal_load(summaries, values, noun, unit)}; {none}."
+            return f"{_unequal_load(summaries, key, noun, unit)}; {none}."
         served = [summary["output_throughput"] or 0.0 for summary in summaries]
         ends = list(dict.fromkeys((number(min(served)), number(max(served)))))
         return (
@@ -206,8 +210,23 @@ def headline(
             f"{' to '.join(ends)} tokens/s."
         )
     if differ:
-        return f"{_unequal_load(summaries, values, noun, unit)}."
-    return f"{_equal_load(summaries, values, key, unit, num_refused_by_all)}."
+        return f"{_unequal_load(summaries, key, noun, unit)}."
+    carrier = next(place for place, one in enumerate(summaries) if _carries(one))
+    load = f"{number(values[carrier])} {unit}"
+    load = f" of {load}" if key == "output_throughput" else f", with {load}"
+    return f"{_equal_load(summaries, load, num_refused_by_all)}."
+
+
+def _same_load(summaries: Sequence[Summary], key: str, offered_tokens_per_s: float | None) -> str:
+    """The load that all runs carry: what is offered, not what is served until the last answer."""
+    load = ""
+    if offered_tokens_per_s is not None:
+        load = f" of {number(offered_tokens_per_s)} tokens/s offered"
+    if key == "request_goodput":
+        met = [100.0 * summary["slo_attainment"] for summary in summaries]
+        ends = dict.fromkeys((number(min(met)), number(max(met))))
+        load += f", with {' to '.join(ends)} % of the requests within the SLO"
+    return load
 
 
 def _carries(summary: Summary) -> bool:
@@ -276,12 +295,11 @@ def _refused(summary: Summary) -> str:
     return "every request" if refused == num else f"{number(refused)} of {number(num)} requests"
 
 
-def _unequal_load(
-    summaries: Sequence[Summary], values: Sequence[float], noun: str, unit: str
-) -> str:
+def _unequal_load(summaries: Sequence[Summary], key: str, noun: str, unit: str) -> str:
     """Who serves most, or who share the lead, and by how much."""
+    values = [summary[key] or 0.0 for summary in summaries]
     first, base, most = summaries[0], values[0], max(values)
-    leaders = [i for i, value in enumerate(values) if _is_level(value, most)]
+    leaders = _leaders(summaries, key)
     of_first = ""
     if 0 not in leaders:
         of_first = (
@@ -291,7 +309,9 @@ def _unequal_load(
         )
     if len(leaders) > 1:
         level = [summaries[i] for i in leaders]
-        said = f"{_labels(level)} are level at {number(most)} {unit}"
+        by_drain = not all(_is_level(values[i], most) for i in leaders)
+        what = "carry the load alike, at up to" if by_drain else "are level at"
+        said = f"{_labels(level)} {what} {number(most)} {unit}"
         if of_first:
             said += f" ({of_first})"
         apart = _most_apart(level)
@@ -312,16 +332,12 @@ def _unequal_load(
 
 def _equal_load(
     summaries: Sequence[Summary],
-    values: Sequence[float],
-    key: str,
-    unit: str,
+    load: str,
     num_refused_by_all: int,
 ) -> str:
     """Who carries a load that all serve alike, and who of them answers fastest."""
     first = summaries[0]
     carriers = [summary for summary in summaries if _carries(summary)]
-    load = f"{number(values[summaries.index(carriers[0])])} {unit}"
-    load = f" of {load}" if key == "output_throughput" else f", with {load}"
     but = _exceptions(carriers, num_refused_by_all)
     if len(carriers) < len(summaries):
         verb = "carries" if len(carriers) == 1 else "carry"
@@ -369,6 +385,17 @@ def _labels(summaries: Sequence[Summary]) -> str:
 def _is_level(value: float, best: float) -> bool:
     """Whether two figures read the same, or are within 0.5 % of each other."""
     return abs(value - best) <= 0.005 * abs(best) or number(value) == number(best)
+
+
+def _leaders(summaries: Sequence[Summary], key: str) -> list[int]:
+    """The places of who serves most, and of who is level with it."""
+    best = max(summaries, key=lambda one: one[key] or 0.0)
+    most = best[key] or 0.0
+    return [
+        place
+        for place, one in enumerate(summaries)
+        if _is_level(one[key] or 0.0, most) or carry_alike(key, one, best)
+    ]
 
 
 def _most_apart(summaries: Sequence[Summary]) -> str:
@@ -539,9 +566,7 @@ def _star(summaries: Sequence[Summary]) -> Summary:
     key, _, _ = _load_figure(summaries)
 
     def best_of(runs: Sequence[Summary]) -> Summary:
-        most = max(summary[key] or 0.0 for summary in runs)
-        level = [summary for summary in runs if _is_level(summary[key] or 0.0, most)]
-        return min(level, key=_rank)
+        return min((runs[place] for place in _leaders(runs, key)), key=_rank)
 
     best = best_of(summaries)
     return best if best is not summaries[0] or len(summaries) == 1 else best_of(summaries[1:])

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final
 
+from helios_sim.comparison import carry_alike
 from helios_sim.errors import InputError, UnknownOption, did_you_mean
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.profile import Profile, load_profile
@@ -226,14 +227,25 @@ def leaders(cells: Sequence[Cell], goal: Goal) -> list[int]:
     """The places of the best cell by a figure and, behind it, of those level with it.
 
     Level is who differs from the best by no more than the 95 % interval of the differences seed by
-    seed; of one run alone, who has the same figure. Behind one that is not, nobody is.
+    seed; of one run alone, who has the same figure. Behind one that is not, nobody is, but for
+    cells that carry the same load as the best.
     """
     known = [(place, _mean(cell, goal)) for place, cell in enumerate(cells)]
     costs = {place: goal.cost(mean) for place, mean in known if mean is not None}
     if not costs:
         return []
     best, *others = sorted(costs, key=lambda place: costs[place])
-    return [best, *takewhile(lambda one: _is_level(cells[one], cells[best], goal), others)]
+    level = set(takewhile(lambda one: _is_level(cells[one], cells[best], goal), others))
+    return [
+        best,
+        *(one for one in others if one in level or carries_as(cells[one], cells[best], goal)),
+    ]
+
+
+def carries_as(one: Cell, other: Cell, goal: Goal) -> bool:
+    """Whether two cells carry the same load, so that a rate of theirs differs by the drain alone."""
+    summaries = ({**(cell.means or {}), "saturation": cell.saturation} for cell in (one, other))
+    return carry_alike(goal.key, *summaries)
 
 
 def _mean(cell: Cell, goal: Goal) -> float | None:

@@ -25,7 +25,7 @@ from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss
 from helios_sim.search.prices import grades_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, few_rounds, nearest_miss
-from helios_sim.search.whatif import Cell, compared_by, leaders, short_names
+from helios_sim.search.whatif import Cell, carries_as, compared_by, leaders, short_names
 
 FULL_AGREEMENT: Final = 0.9995
 """Agreement that is shown as 100 %."""
@@ -388,6 +388,8 @@ def whatif_answer(cells: Sequence[Cell], replications: int) -> list[str]:
     for goal in goals:
         best, *others = leaders(able, goal)
         figure = f"{goal.name} ({_best_value(able[best], goal)})"
+        if any(carries_as(able[one], able[best], goal) for one in others):
+            figure = f"{goal.name} (up to {_best_value(able[best], goal)}, of the same load)"
         told.setdefault(tuple(sorted([best, *others])), []).append(figure)
     intervals = " beyond their 95 % intervals" if replications > 1 else ""
     sentences = []

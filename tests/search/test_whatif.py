@@ -101,6 +101,21 @@ def test_cells_that_differ_by_no_more_than_their_intervals_are_said_not_to_diffe
     assert f'<p class="headline">{said}' in page
 
 
+def test_cells_that_carry_the_same_load_are_level_in_goodput_though_one_drains_faster() -> None:
+    """60 requests within 60 s, all good: 1 a second, 0.5 to the end of the slow cell."""
+    cells = []
+    for batching, drain_s in (("static", 60.0), ("chunked", 15.0)):
+        given = cell(batching, [60.0 / (60.0 + drain_s)], 20.0)
+        carried = {"duration": 60.0 + drain_s, "drain_after_arrivals_s": drain_s}
+        cells.append(replace(given, means={**(given.means or {}), **carried}))
+    assert leaders(cells, GOODPUT) == [1, 0]
+    assert whatif_answer(cells, 1) == [
+        "The 2 cells do not differ in goodput (up to 0.8 requests/s, of the same load) and TTFT "
+        "p99 (20 ms)."
+    ]
+    assert not whatif_best(cells)
+
+
 def test_cells_of_one_run_are_ranked_by_it_and_a_remark_says_that_it_may_be_chance(
     tmp_path: Path,
 ) -> None:
