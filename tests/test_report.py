@@ -740,6 +740,28 @@ def test_the_page_says_what_is_offered_to_policies_that_do_not_carry_it() -> Non
     assert "offered" not in closed.partition("Definitions")[0]
 
 
+def test_limits_and_ticks_of_shares_have_all_their_digits() -> None:
+    """A limit of 1,234.5 ms is not one of 1,234, nor is 0.5 % of the KV blocks 1 %."""
+    run = make_run()
+    layout = latency_figure([columns_of(run)], ["vanilla"], parse_slo("tpot:1234.5"))
+    assert [one["text"] for one in layout["layout"]["annotations"]] == ["limit 1234.5 ms"]
+    timeline = timeline_figure(run, model_colours([run]))["layout"]
+    formats = [timeline[key].get("tickformat") for key in timeline if key.startswith("yaxis")]
+    assert [one for one in formats if one] == [".2~%", ".2~%"]
+
+
+@pytest.mark.parametrize(("late_s", "unit", "last"), [(0.0, "ms", None), (900.0, "s", "1,200")])
+def test_latencies_of_minutes_are_drawn_in_seconds(
+    late_s: float, unit: str, last: str | None
+) -> None:
+    run = make_run()
+    late = [pl.col(name) + late_s for name in ("first_token_s", "finished_s")]
+    run = replace(run, requests=run.requests.with_columns(late))
+    axis = latency_figure([columns_of(run)], ["vanilla"], None)["layout"]["xaxis"]
+    assert axis["title"]["text"] == f"TTFT ({unit})"
+    assert last is None or axis["ticktext"][-1] == last
+
+
 def test_remarks_name_the_price() -> None:
     """Lost agreement, overload and refusals are said beside the headline."""
     said = " ".join(

@@ -27,6 +27,8 @@ Figure = dict[str, Any]
 MAX_CURVE_POINTS: Final = 400
 MAX_SEGMENTS: Final = 2000
 MAX_REPLICA_ROWS: Final = 8
+MAX_MS_SECONDS: Final = 10.0
+"""Latencies beyond it are drawn in seconds: in milliseconds their ticks would not fit."""
 
 _FONT: Final = 'Inter, "Segoe UI", system-ui, -apple-system, "Helvetica Neue", Arial, sans-serif'
 _DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash")
@@ -130,22 +132,19 @@ def latency_figure(
         annotations=[],
         margin={"l": 60, "r": 16, "t": 40, "b": 50},
     )
-    parts = (
-        ("ttft", "TTFT", "ms", 1e3, (0.0, 0.315)),
-        ("tpot", "TPOT", "ms", 1e3, (0.345, 0.655)),
-        ("e2e", "E2E", "s", 1.0, (0.685, 1.0)),
-    )
-    for at, (metric, name, unit, scale, domain) in enumerate(parts):
+    domains = {"ttft": (0.0, 0.315), "tpot": (0.345, 0.655), "e2e": (0.685, 1.0)}
+    for at, (metric, domain) in enumerate(domains.items()):
         suffix = "" if at == 0 else str(at + 1)
-        layout[f"xaxis{suffix}"] = plain_axis(f"{name} ({unit})", type="log", domain=list(domain))
-        drawn: list[float] = []
-        for place, (one, label) in enumerate(zip(columns, labels, strict=True)):
-            counted = one.measured & one.finished
-            if metric == "tpot":
-                counted = counted & one.several_tokens
-            values = getattr(one, f"{metric}_s")[counted]
-            seconds, shares = cumulative_curve(values)
-            drawn += [second * scale for second in seconds[:1] + seconds[-1:]]
+        curves = [_latency_curve(one, metric) for one in columns]
+        limit_s = slo.limit_s(metric) if slo is not None else None
+        ends_s = [second for seconds, _ in curves for second in seconds[:1] + seconds[-1:]]
+        ends_s += [] if limit_s is None else [limit_s]
+        in_ms = metric != "e2e" and max(ends_s, default=0.0) <= MAX_MS_SECONDS
+        unit, scale = ("ms", 1e3) if in_ms else ("s", 1.0)
+        layout[f"xaxis{suffix}"] = plain_axis(
+            f"{metric.upper()} ({unit})", type="log", domain=list(domain), tickangle=0
+        )
+        for place, ((seconds, shares), label) in enumerate(zip(curves, labels, strict=True)):
             data.append(
                 {
                     "type": "scatter",
@@ -168,7 +167,6 @@ def latency_figure(
                     ),
                 }
             )
-        limit_s = slo.limit_s(metric) if slo is not None else None
         if limit_s is not None:
             layout["shapes"].append(
                 {
@@ -188,7 +186,7 @@ def latency_figure(
                     "yref": "y",
                     "x": math.log10(limit_s * scale),
                     "y": 0.03,
-                    "text": f"limit {number(limit_s * scale)} {unit}",
+                    "text": f"limit {limit_s * scale:.12g} {unit}",
                     "showarrow": False,
                     "textangle": -90,
                     "xanchor": "right",
@@ -196,14 +194,21 @@ def latency_figure(
                     "font": {"size": 11, "color": "@muted"},
                 }
             )
-            drawn.append(limit_s * scale)
-        if drawn and min(drawn) > 0.0:
-            ticks = log_ticks(min(drawn), max(drawn))
+        if ends_s and min(ends_s) > 0.0:
+            ticks = log_ticks(scale * min(ends_s), scale * max(ends_s))
             layout[f"xaxis{suffix}"] |= {
                 "tickvals": ticks,
                 "ticktext": [number(tick) for tick in ticks],
             }
     return {"data": data, "layout": layout}
+
+
+def _latency_curve(columns: Columns, metric: str) -> tuple[list[float], list[float]]:
+    """The distribution of a latency over the requests that it is defined for."""
+    counted = columns.measured & columns.finished
+    if metric == "tpot":
+        counted = counted & columns.several_tokens
+    return cumulative_curve(getattr(columns, f"{metric}_s")[counted])
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -311,7 +316,7 @@ def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
             trace |= {"fill": "tozeroy", "fillcolor": f"{colour}/0.16"}
         data.append(trace)
     for axis in (5, len(panels)):
-        layout[f"yaxis{axis}"]["tickformat"] = ".0%"
+        layout[f"yaxis{axis}"]["tickformat"] = ".2~%"
     shown = replicas[:MAX_REPLICA_ROWS]
     if single:
         data += _depth_steps(run, replicas[0], colours)
@@ -601,7 +606,8 @@ def attainment_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
     layout = _rows_layout(len(rows), "share of the requests sent", barmode="group")
     layout["height"] = 110 + len(rows) * (18 + 19 * len(summaries))
     layout["bargap"] = 0.2
-    layout["xaxis"]["range"] = [0, 1.07]
+    # Labels stand right of their bars, and the longest is as wide on a narrow page.
+    layout["margin"]["r"] = 56
     return {"data": data, "layout": layout}
 
 

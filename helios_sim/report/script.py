@@ -91,11 +91,23 @@ SCRIPT: Final = """
     return { data, layout };
   }
 
+  // On a narrow page each entry of a long legend has a row of its own: room for these rows, and
+  // type in which long names fit.
+  function withLegend(figure) {
+    const rows = figure.data.filter((one) => one.name && one.showlegend !== false).length;
+    if (rows <= 5 || !figure.layout.legend) return figure;
+    const { data, layout } = structuredClone(figure);
+    layout.height += 20 * rows;
+    layout.legend.font.size = 10.5;
+    return { data, layout };
+  }
+
   const narrow = matchMedia("(max-width: 700px)");
 
   function draw(id) {
     const place = document.getElementById(id);
-    const { data, layout } = narrow.matches ? stacked(figures[id]) : figures[id];
+    const { data, layout } = narrow.matches
+      ? withLegend(stacked(figures[id])) : figures[id];
     place.style.height = layout.height + "px";
     drawn.add(id);
     return Plotly.react(place, themed(data), themed(layout), config);
