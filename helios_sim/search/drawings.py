@@ -183,11 +183,10 @@ def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
                     "%{x:.4~g}, %{y:.4~g}<extra></extra>",
                 }
             )
-    layout = _two_panels(
-        ("energy per output token (J)", f"goodput (requests/s and {device})"),
-        ("tokens/s per user", f"tokens/s per {device}"),
-    )
-    layout["xaxis"] |= _logarithmic([x for one in data if one["xaxis"] == "x" for x in one["x"]])
+    data, layout = _frontiers(data, f"goodput (requests/s and {device})", device)
+    if draws_energy(layout):
+        energies = [x for one in data if one["xaxis"] == "x" for x in one["x"]]
+        layout["xaxis"] |= _logarithmic(energies)
     layout["margin"]["t"] = 34 + 10 * min(len(answers), MAX_FLEETS)
     layout["height"] = 370 + 10 * min(len(answers), MAX_FLEETS)
     return {"data": data, "layout": layout}
@@ -206,16 +205,33 @@ def _user_points(loads: Sequence[Load]) -> list[tuple[float | None, float | None
     return [(user_rate(load.means), gpu_rate(load.means)) for load in loads]
 
 
-def _two_panels(left: tuple[str, str], right: tuple[str, str]) -> Figure:
-    return base_layout(
-        400,
-        legend=top_legend(),
-        hovermode="closest",
-        xaxis=plain_axis(left[0], domain=[0, 0.455]),
-        yaxis=plain_axis(left[1], rangemode="tozero"),
-        xaxis2=plain_axis(right[0], domain=[0.565, 1], anchor="y2"),
-        yaxis2=plain_axis(right[1], anchor="x2", rangemode="tozero"),
-    )
+def _frontiers(data: list[Figure], against: str, device: str) -> tuple[list[Figure], Figure]:
+    """Marks and layout of two panels, against energy and per user against per device.
+
+    Where no mark has an energy, what is against it is left out.
+    """
+    common = base_layout(400, legend=top_legend(), hovermode="closest")
+    users, devices = "tokens/s per user", f"tokens/s per {device}"
+    if all(x is None for one in data if one["xaxis"] == "x" for x in one["x"]):
+        shown = [
+            right | {"xaxis": "x", "yaxis": "y", "showlegend": left["showlegend"]}
+            for left, right in zip(data[::2], data[1::2], strict=True)
+        ]
+        return shown, common | {
+            "xaxis": plain_axis(users),
+            "yaxis": plain_axis(devices, rangemode="tozero"),
+        }
+    return data, common | {
+        "xaxis": plain_axis("energy per output token (J)", domain=[0, 0.455]),
+        "yaxis": plain_axis(against, rangemode="tozero"),
+        "xaxis2": plain_axis(users, domain=[0.565, 1], anchor="y2"),
+        "yaxis2": plain_axis(devices, anchor="x2", rangemode="tozero"),
+    }
+
+
+def draws_energy(layout: Figure) -> bool:
+    """Whether a figure of frontiers has the panel against energy, which needs one."""
+    return "xaxis2" in layout
 
 
 def day_figure(hours: Sequence[Hour]) -> Figure:
@@ -349,11 +365,8 @@ def tune_frontiers(tuned: Tuned) -> Figure:
                 }
             )
     unit = f" ({against.unit})" if against.unit else ""
-    layout = _two_panels(
-        ("energy per output token (J)", f"{against.name}{unit}"),
-        ("tokens/s per user", f"tokens/s per {tuned.question.device}"),
-    )
-    if against.bound is not None:
+    data, layout = _frontiers(data, f"{against.name}{unit}", tuned.question.device)
+    if against.bound is not None and draws_energy(layout):
         layout["shapes"] = [_line(y=against.bound) | {"xref": "x domain"}]
         values = [y for one in data if one["yaxis"] == "y" for y in one["y"]]
         layout["yaxis"] |= _logarithmic([*values, against.bound])
@@ -468,7 +481,7 @@ def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Fi
 def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
     """The cells of a grid by energy and throughput, and by tokens per user and per device."""
     known = [cell for cell in cells if cell.means is not None]
-    labels = short_names(known) if len(known) <= MAX_LABELS else [""] * len(known)
+    labels = short_names(known)
     policies = list(dict.fromkeys(cell.policy for cell in known))
     data: list[Figure] = []
     points = {
@@ -479,10 +492,11 @@ def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
         mine = [at for at, cell in enumerate(known) if cell.policy == policy]
         for axis, every in points.items():
             pairs, sides = [every[at] for at in mine], _sides(every)
+            named = bool(sides) and len(known) <= MAX_LABELS
             data.append(
                 {
                     "type": "scatter",
-                    "mode": "markers+text",
+                    "mode": "markers+text" if named else "markers",
                     "name": escape(policy),
                     "legendgroup": policy,
                     "showlegend": axis == "" and len(policies) > 1,
@@ -491,25 +505,26 @@ def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
                     "xaxis": f"x{axis}",
                     "yaxis": f"y{axis}",
                     "marker": {"color": policy_colour(place), "size": 9},
-                    "text": [escape(labels[at]) for at in mine],
-                    "textposition": [sides[at] for at in mine],
-                    "textfont": {"size": 11, "color": "@ink"},
                     "cliponaxis": False,
                     "customdata": [escape(known[at].name) for at in mine],
                     "hovertemplate": "<b>%{customdata}</b><br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
                 }
             )
-    layout = _two_panels(
-        ("energy per output token (J)", "output tokens/s"),
-        ("tokens/s per user", f"tokens/s per {device}"),
-    )
+            if named:
+                data[-1] |= {
+                    "text": [escape(labels[at]) for at in mine],
+                    "textposition": [sides[at] for at in mine],
+                    "textfont": {"size": 11, "color": "@ink"},
+                }
+    data, layout = _frontiers(data, "output tokens/s", device)
     return {"data": data, "layout": layout}
 
 
 def _sides(points: Sequence[tuple[float | None, float | None]]) -> list[str]:
     """Where the labels of marks stand: to their inner sides, so that none leaves its panel.
 
-    Of two marks at nearly one height the higher has its label above, the lower below.
+    Of two marks at nearly one height the higher has its label above, the lower below. Where three
+    are, labels would cover one another, and there are none.
     """
     xs = [0.0 if x is None else x for x, _ in points]
     ys = [0.0 if y is None else y for _, y in points]
@@ -521,6 +536,8 @@ def _sides(points: Sequence[tuple[float | None, float | None]]) -> list[str]:
             for other in range(len(points))
             if other != at and (xs[other] <= middle) == (x <= middle) and abs(ys[other] - y) < near
         ]
+        if len(beside) > 1:
+            return []
         height = "middle" if not beside else "top" if (y, at) > max(beside) else "bottom"
         sides.append(f"{height} {'right' if x <= middle else 'left'}")
     return sides

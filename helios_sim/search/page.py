@@ -82,22 +82,7 @@ def plan_page(plan: Plan, scenario: Scenario | None = None) -> str:
         )
         if compared
         else "",
-        section(
-            "Frontiers",
-            f"What a rate costs in energy, and what users see against what a {question.device} "
-            "gives.",
-            add_figure(
-                drawn,
-                "frontiers",
-                drawings.plan_frontiers(compared, question.device),
-                f"Goodput against energy, and tokens per second per user against per "
-                f"{question.device}",
-                "Every rate that was measured; open marks miss the SLO. Up and to the left is "
-                "better in the first, up and to the right in the second.",
-            ),
-        )
-        if compared
-        else "",
+        _plan_frontiers(compared, question.device, drawn) if compared else "",
         _day(plan, drawn),
         _evidence(plan.best) if plan.best.loads else "",
         notes_section(question.scenario.notes),
@@ -114,6 +99,26 @@ def plan_page(plan: Plan, scenario: Scenario | None = None) -> str:
         ),
     ]
     return document(f"{question.scenario.name}: plan", sections, drawn)
+
+
+def _plan_frontiers(compared: Sequence[FleetAnswer], device: str, drawn: dict[str, Figure]) -> str:
+    figure = drawings.plan_frontiers(compared, device)
+    lead, label = _frontier_words("a rate", "Goodput", device, figure)
+    caption = "Every rate that was measured; open marks miss the SLO. "
+    if drawings.draws_energy(figure["layout"]):
+        caption += "Up and to the left is better in the first, up and to the right in the second."
+    else:
+        caption += "Up and to the right is better."
+    return section("Frontiers", lead, add_figure(drawn, "frontiers", figure, label, caption))
+
+
+def _frontier_words(what: str, against: str, device: str, figure: Figure) -> tuple[str, str]:
+    """The lead of a section on frontiers, and what its figure is."""
+    lead = f"what users see against what a {device} gives."
+    label = f"tokens per second per user against per {device}"
+    if drawings.draws_energy(figure["layout"]):
+        return f"What {what} costs in energy, and {lead}", f"{against} against energy, and {label}"
+    return f"{lead[0].upper()}{lead[1:]} Energy is not known.", f"{label[0].upper()}{label[1:]}"
 
 
 _NAMES: Final[Mapping[TuneVerdict, str]] = {
@@ -141,19 +146,7 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
         _finals(tuned),
         _held_out(tuned),
         _trials(tuned),
-        section(
-            "Frontier",
-            "Every trial, on the tuning traffic.",
-            add_figure(
-                drawn,
-                "frontier",
-                drawings.tune_frontiers(tuned),
-                f"{drawings.against_energy(tuned).name} against energy, and tokens per second per "
-                f"user against per {question.device}",
-                "Hover for the settings. Trials that were stopped early show their first sample "
-                "of traffic alone.",
-            ),
-        ),
+        _tune_frontier(tuned, drawn),
     ]
     if tuned.importance:
         sections.append(
@@ -196,6 +189,24 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
     return document(f"{question.scenario.name}: tune", sections, drawn)
 
 
+def _tune_frontier(tuned: Tuned, drawn: dict[str, Figure]) -> str:
+    figure = drawings.tune_frontiers(tuned)
+    against = drawings.against_energy(tuned).name
+    _, label = _frontier_words("a trial", against, tuned.question.device, figure)
+    return section(
+        "Frontier",
+        "Every trial, on the tuning traffic.",
+        add_figure(
+            drawn,
+            "frontier",
+            figure,
+            label,
+            "Hover for the settings. Trials that were stopped early show their first sample "
+            "of traffic alone.",
+        ),
+    )
+
+
 def whatif_page(
     scenario: Scenario, cells: Sequence[Cell], replications: int, profiles: Sequence[Profile]
 ) -> str:
@@ -211,23 +222,18 @@ def whatif_page(
             "Bold: the best of a column, and what is level with it." if best else "",
             _table(whatif_rows(cells), best=best),
         ),
-        section(
-            "Frontiers",
-            f"What throughput costs in energy, and what users see against what a {device} gives.",
-            add_figure(
-                drawn,
-                "cells",
-                drawings.cells_figure(cells, device),
-                f"Throughput against energy, and tokens per second per user against per {device}",
-                "A mark a cell; hover for its settings and figures.",
-            ),
-        )
-        if best
-        else "",
+        _cell_frontiers(cells, device, drawn) if best else "",
         notes_section(scenario.notes),
         section("The scenario", "", _scenario("As it stands, in full", scenario)),
     ]
     return document(f"{scenario.name}: what if", sections, drawn)
+
+
+def _cell_frontiers(cells: Sequence[Cell], device: str, drawn: dict[str, Figure]) -> str:
+    figure = drawings.cells_figure(cells, device)
+    lead, label = _frontier_words("throughput", "Throughput", device, figure)
+    caption = "A mark a cell; hover for its settings and figures."
+    return section("Frontiers", lead, add_figure(drawn, "cells", figure, label, caption))
 
 
 def _opening(scenario: Scenario, headline: str, remarks: Sequence[str]) -> str:

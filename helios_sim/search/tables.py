@@ -95,12 +95,12 @@ def setting_rows(tuned: Tuned) -> Cells:
     assert tuned.winner is not None
     rows = []
     for one in tuned.question.space.ranges:
-        own = tuned.question.space.own(one.key)
+        own = _as_it_stands(tuned, one.key)
         share = tuned.importance.get(one.key)
         rows.append(
             [
                 one.key,
-                str(_default(tuned, one.key) if own is None else own),
+                "default" if own is None else str(own),
                 str(tuned.winner.values[one.key]),
                 _DASH if share is None else f"{100 * share:.0f} %",
             ]
@@ -108,12 +108,15 @@ def setting_rows(tuned: Tuned) -> Cells:
     return ["Setting", "as it stands", "winner", "importance"], rows
 
 
-def _default(tuned: Tuned, key: str) -> Any:
-    """What a policy's option is where the scenario leaves it out."""
+def _as_it_stands(tuned: Tuned, key: str) -> Any:
+    """What the scenario says of a setting, or its policy's default; None of what has neither."""
+    own = tuned.question.space.own(key)
+    if own is not None:
+        return own
     use = tuned.question.space.base.policy[0].use
     options = policy_options(use) if use in policy_names() else {}
     default, _ = options.get(key.split(".")[-1], (None, ""))
-    return "default" if default is None else default
+    return list(default) if isinstance(default, tuple) else default
 
 
 def trial_rows(tuned: Tuned, most: int = 10, with_settings: bool = False) -> Cells:
@@ -132,7 +135,7 @@ def trial_rows(tuned: Tuned, most: int = 10, with_settings: bool = False) -> Cel
     keys = [one.key for one in tuned.question.space.ranges] if with_settings else []
     rows = []
     for trial in [*shown[:most], tuned.base]:
-        own = [trial.values.get(key, tuned.question.space.own(key)) for key in keys]
+        own = [trial.values.get(key, _as_it_stands(tuned, key)) for key in keys]
         rows.append(
             [
                 f"{trial.number}" if trial.number >= 0 else "as it stands",
@@ -370,7 +373,7 @@ def _trial_record(tuned: Tuned, trial: Trial) -> dict[str, Any]:
     goals = tuned.question.judge.goals
     scores = trial.scores or (None,) * len(goals)
     finalist = next((one for one in tuned.finalists if one.trial is trial), None)
-    own = {one.key: tuned.question.space.own(one.key) for one in tuned.question.space.ranges}
+    own = {one.key: _as_it_stands(tuned, one.key) for one in tuned.question.space.ranges}
     return {
         "trial": trial.number,
         "state": trial.state,

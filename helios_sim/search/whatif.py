@@ -243,7 +243,7 @@ def leaders(cells: Sequence[Cell], goal: Goal) -> list[int]:
 
 
 def carries_as(one: Cell, other: Cell, goal: Goal) -> bool:
-    """Whether two cells carry the same load, so that a rate of theirs differs by the drain alone."""
+    """Whether two cells carry the same load, so that a rate differs by the drain alone."""
     summaries = ({**(cell.means or {}), "saturation": cell.saturation} for cell in (one, other))
     return carry_alike(goal.key, *summaries)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from helios_sim.scenario import PolicySettings
@@ -10,7 +12,7 @@ from helios_sim.search.plan import Fleet, FleetAnswer, Load
 from helios_sim.search.verdict import BACKLOG, Criterion, Verdict
 
 
-def answer(energies_mj: list[float]) -> FleetAnswer:
+def answer(energies_mj: Sequence[float | None]) -> FleetAnswer:
     """A fleet at rates of 1, 2 and so on, with so many millijoules a token at each."""
     policy = PolicySettings(use="never")
     fleet = Fleet("never", "opt-a100-40gb", "X", 1, ("opt-1.3b",), policy, "round-robin")
@@ -33,3 +35,10 @@ def test_the_energies_of_a_plan_stand_on_a_logarithmic_axis_beyond_a_decade(
     assert layout["xaxis2"].get("type") is None
     if kind is not None:
         assert layout["xaxis"]["ticktext"] == ["1", "2", "5", "10"]
+
+
+def test_a_plan_whose_profiles_know_no_energy_draws_none() -> None:
+    figure = plan_frontiers([answer([None, None])], "GPU")
+    assert figure["layout"]["xaxis"]["title"]["text"] == "tokens/s per user"
+    assert "xaxis2" not in figure["layout"]
+    assert [(one["xaxis"], one["showlegend"]) for one in figure["data"]] == [("x", True)]

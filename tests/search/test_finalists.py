@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from helios_sim.errors import InputError
+from helios_sim.policy.registry import policy_options
 from helios_sim.scenario import parse_scenario
 from helios_sim.search.drawings import against_energy, tune_frontiers
 from helios_sim.search.page import tune_page
 from helios_sim.search.points import Point
 from helios_sim.search.samplers import Listed, Sampler
 from helios_sim.search.space import Space
-from helios_sim.search.tables import trial_records, trial_rows, tune_front
+from helios_sim.search.tables import setting_rows, trial_records, trial_rows, tune_front
 from helios_sim.search.tune import Tuned, read_tune, recommended, tune_study
 from helios_sim.search.words import tune_headline, tune_remarks
 
@@ -305,6 +306,21 @@ def test_a_trace_with_too_few_windows_for_the_finals_says_which_samples_there_ar
         read_tune(parse_scenario(data, "x.toml", tmp_path), tmp_path, "x.toml")
     data["search"]["finalists"] = 1  # type: ignore[index]
     read_tune(parse_scenario(data, "x.toml", tmp_path), tmp_path, "x.toml")
+
+
+def test_the_scenario_as_it_stands_has_the_defaults_of_the_policy_in_every_table() -> None:
+    """It does not say how often to reassess; the default of the policy does."""
+
+    def answer(batch: int, sample: int) -> tuple[float, float, float]:
+        return joules(batch, sample), 0.95, 1.0
+
+    key = "policy.reassess_requests"
+    found = tuned(answer, ranges={"serving.max_batch": list(BATCHES), key: [100, 200]})
+    default = policy_options("helios")["reassess_requests"][0]
+    (settings,) = [row for row in setting_rows(found)[1] if row[0] == key]
+    titles, rows = trial_rows(found, with_settings=True)
+    assert settings[1] == rows[-1][list(titles).index(key)] == str(default)
+    assert trial_records(found)[0][f"setting {key}"] == default
 
 
 def test_trials_show_what_is_bounded_and_no_figure_twice() -> None:

@@ -177,10 +177,51 @@ def test_the_best_of_a_grid_is_marked_and_its_marks_are_labelled_on_the_page(
     page = whatif_page(load_scenario(write(tmp_path)), cells, 2, [])
     assert page.count('<td class="best">') == 1
     assert '<td class="best">5<span class="hidden"> (best)</span></td>' in page
-    (left, right) = cells_figure(cells, "GPU")["data"]
-    assert left["text"] == right["text"] == ["batching chunked", "batching static"]
-    many = [cell(str(place), [5.0], 20.0) for place in range(MAX_LABELS + 1)]
-    assert set(cells_figure(many, "GPU")["data"][0]["text"]) == {""}
+    (users,) = cells_figure(cells, "GPU")["data"]
+    assert users["text"] == ["batching chunked", "batching static"]
+    metered = [
+        replace(one, means={**(one.means or {}), "energy_per_output_token": 1e3 * joules})
+        for one, joules in zip(cells, (1.0, 2.0), strict=True)
+    ]
+    for trace in cells_figure(metered, "GPU")["data"]:
+        assert trace["text"] == ["batching chunked", "batching static"]
+
+
+@pytest.mark.parametrize(
+    ("heights", "labelled"),
+    [
+        ([100.0, 100.0], True),
+        ([100.0, 100.0, 100.0], False),
+        ([100.0, 60.0, 20.0], True),
+        (list(range(10, 10 * MAX_LABELS + 1, 10)), True),
+        (list(range(MAX_LABELS + 1)), False),
+    ],
+)
+def test_marks_have_labels_only_where_these_do_not_cover_one_another(
+    heights: list[float], labelled: bool
+) -> None:
+    """Two labels fit at one height, above and below their marks; twelve marks are 8 % apart."""
+    cells = [
+        Cell({"serving.max_batch": at}, "vanilla", {"output_throughput": one, "num_gpus": 1.0})
+        for at, one in enumerate(heights)
+    ]
+    (trace,) = cells_figure(cells, "GPU")["data"]
+    assert (trace["mode"] == "markers+text") == ("text" in trace) == labelled
+
+
+def test_without_an_energy_the_panel_against_it_is_left_out(tmp_path: Path) -> None:
+    cells = [cell("chunked", [5.0, 5.0], 20.0), cell("static", [4.0, 4.0], 20.0)]
+    scenario = load_scenario(write(tmp_path))
+    page = whatif_page(scenario, cells, 2, [])
+    assert (
+        '<p class="lead">What users see against what a GPU gives. Energy is not known.' in page
+    )
+    layout = cells_figure(cells, "GPU")["layout"]
+    assert (layout["xaxis"]["title"]["text"], "xaxis2" in layout) == ("tokens/s per user", False)
+    cells[0] = replace(cells[0], means={**(cells[0].means or {}), "energy_per_output_token": 1e3})
+    page = whatif_page(scenario, cells, 2, [])
+    assert "What throughput costs in energy, and what users see against what a " in page
+    assert "xaxis2" in cells_figure(cells, "GPU")["layout"]
 
 
 def test_a_cell_is_told_by_its_policy_where_several_are_compared() -> None:
