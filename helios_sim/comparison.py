@@ -230,7 +230,7 @@ def carry_alike(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> b
     amount = _AMOUNTS.get(key)
     if amount is None or one.get("num_requests") != other.get("num_requests"):
         return False
-    amounts, spans_s = [], []
+    amounts, spans_s, durations_s = [], [], []
     for run in (one, other):
         done, drain_s, duration_s = (
             run.get(name) for name in (amount, "drain_after_arrivals_s", "duration")
@@ -241,7 +241,10 @@ def carry_alike(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> b
             return False
         amounts.append(done)
         spans_s.append(duration_s - drain_s)
-    return _level(*spans_s) and 0 < max(amounts) <= 1.02 * min(amounts)
+        durations_s.append(duration_s)
+    least, most = min(amounts), max(amounts)
+    by_drain = most * min(durations_s) <= least * max(durations_s)
+    return _level(*spans_s) and by_drain and 0 < most <= 1.02 * least
 
 
 def compare(

@@ -600,7 +600,7 @@ def test_seconds_of_serves_and_switches_have_no_best_and_no_ratio() -> None:
 
 
 def drained(drain_s: float, **more: Any) -> dict[str, Any]:
-    """100 requests of 10 tokens that arrive within 100 s, and so many seconds until the last ends."""
+    """100 requests of 10 tokens that arrive within 100 s, and the drain behind them."""
     duration = 100.0 + drain_s
     return {
         "saturation": "stable",
@@ -636,6 +636,13 @@ def test_of_runs_that_carry_the_same_load_none_has_the_best_rate(
     given = [drained(20.0), drained(2.0, **changes)]
     best = {row.key: row.best for row in comparison_rows(given)}
     assert best["output_throughput"] == (() if alike else (1,))
+
+
+def test_what_the_drain_does_not_explain_makes_a_rate_the_best() -> None:
+    """As long a run with 1 % fewer tokens serves fewer."""
+    fewer = drained(2.0, total_output_tokens=990, output_throughput=990 / 102)
+    best = {row.key: row.best for row in comparison_rows([fewer, drained(2.0)])}
+    assert (best["output_throughput"], best["request_throughput"]) == ((1,), ())
 
 
 def test_runs_of_the_same_load_share_the_best_rate_beside_one_that_falls_short() -> None:
