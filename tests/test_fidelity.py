@@ -419,6 +419,20 @@ def test_the_spread_is_the_wider_of_range_and_two_deviations(base: Path, tmp_pat
     assert e2e.noise_mape == pytest.approx(sum(pairs) / 3)
 
 
+def test_the_page_says_that_causes_are_told_against_one_real_run(
+    base: Path, tmp_path: Path
+) -> None:
+    """The errors above it are against the median of all; with one run these are the same."""
+    said = " Errors here are against that one run, above against the median of all."
+    for factors in ((1.24, 1.25, 1.26), (1.25,)):
+        real = repeats(base, tmp_path / str(len(factors)), factors)
+        found = assess(read_sides([real], base / "simulated"), Path())
+        assert found.attribution is not None
+        page = render(found)
+        assert f"Errors are against {found.attribution.repeat}: the first bar as the " in page
+        assert (said in page) == (len(factors) > 1)
+
+
 def test_how_much_slower_the_machine_was_is_said_where_it_is_known(
     base: Path, tmp_path: Path
 ) -> None:

@@ -118,6 +118,11 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
     assert len(said) == 3
     results = results_of(done, ground, "python -m reports.fidelity --profile <mine>")
     page = render(results, ["The clocks were free."])
+    drawn = json.loads(page.partition('id="figures">')[2].partition("</script>")[0])["cases"]
+    axes = [one for key, one in drawn["layout"].items() if key.startswith("xaxis")]
+    assert {len(one["tickvals"]) for one in axes} == {3}
+    assert all(one["tickvals"][-1] <= one["range"][-1] for one in axes)
+    assert {"<br>" in name for trace in drawn["data"] for name in trace["y"]} == {True}
     judging.write_results(results, page, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [case["name"] for case in found["cases"]] == [case.name for case in SOME]

@@ -373,7 +373,7 @@ def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
     for cause in causes:
         row = fidelity.row(cause.key)
         names.append(escape(cause.key if row is None else row.title))
-    colours = ["@ink", "@c6", "@c3", "@c2", "@c5", "@c4", "@m3", "@m1", "@c7"]
+    colours = ["@ink", "@c1", "@c3", "@c2", "@c5", "@c4", "@m1", "@c7"]
     every = [
         abs(error)
         for swap in swaps
@@ -412,7 +412,7 @@ def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
             bargap=0.28,
             legend=top_legend(y=1.01, traceorder="normal"),
             xaxis=plain_axis(
-                "error of the simulation",
+                f"difference to {attribution.repeat}",
                 range=[-reach, reach],
                 ticksuffix=" %",
                 zeroline=True,

@@ -145,6 +145,9 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
     if attribution is None:
         return ""
     swaps = attribution.telling
+    against = ""
+    if len(fidelity.sides.reals) > 1:
+        against = " Errors here are against that one run, above against the median of all."
     rows = []
     for cause in attribution.causes:
         row = fidelity.row(cause.key)
@@ -166,14 +169,14 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
         "What the error comes from",
         "The scenario simulated again with one ingredient at a time taken from the real run "
         f"({attribution.repeat}). An error that goes away came from that ingredient; what is left "
-        "with everything swapped is in none of them.",
+        f"with everything swapped is in none of them.{against}",
         add_figure(
             drawn,
             "attribution",
             charts.attribution_figure(fidelity, attribution),
             "Error of each headline figure by the ingredient taken from the real run",
-            "The first bar is the error as it stands, the last what everything swapped leaves. "
-            "Errors within half a per cent are left out.",
+            f"Errors are against {attribution.repeat}: the first bar as the simulation stands, the "
+            "last with everything swapped. Errors within half a per cent are left out.",
         ),
         _plain_table(("Figure", *(one.name for one in swaps), "Cause"), rows),
         f'<ul class="notes small">{gone}</ul>' if gone else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
@@ -216,7 +217,7 @@ def _cell(row: Mapping[str, Any] | None) -> str:
 
 def _cases_figure(results: Mapping[str, Any]) -> Figure:
     """A panel a figure, a row a case."""
-    cases = [case["name"] for case in results["cases"]]
+    cases = [_in_two_lines(case["name"]) for case in results["cases"]]
     shown = [
         key
         for key in JUDGED
@@ -228,7 +229,7 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
     ]
     data: list[Figure] = []
     layout = base_layout(
-        110 + 25 * len(cases), barmode="overlay", showlegend=False, legend=top_legend()
+        110 + 31 * len(cases), barmode="overlay", showlegend=False, legend=top_legend()
     )
     width = 1.0 / max(len(shown), 1)
     for at, key in enumerate(shown):
@@ -242,6 +243,7 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
         every = [abs(one) for one in errors if one is not None]
         every += [abs(edge) for pair in spreads if pair is not None for edge in pair]
         reach = min(1.15 * 100 * max([*every, 0.01]), 60.0)
+        edge = _round_below(reach)
         data += [
             {
                 "type": "bar",
@@ -284,8 +286,9 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
             JUDGED[key].name,
             domain=[at * width + 0.02, (at + 1) * width - 0.02],
             range=[-reach, reach],
-            ticksuffix=" %",
-            nticks=4,
+            tickvals=[-edge, 0, edge],
+            ticktext=[f"\N{MINUS SIGN}{edge:g} %", "0 %", f"{edge:g} %"],
+            tickangle=0,
             zeroline=True,
             zerolinecolor="@muted",
         )
@@ -293,6 +296,20 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
         type="category", autorange="reversed", tickfont={"color": "@ink", "size": 11.5}
     )
     return {"data": data, "layout": layout}
+
+
+def _round_below(value: float) -> float:
+    """The largest of 1, 2 and 5 times a power of ten that is not above a positive number."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return max(step * power for step in (1.0, 2.0, 5.0) if step * power <= value)
+
+
+def _in_two_lines(name: str) -> str:
+    """A case's name with a break near its middle, so that it fits a narrow page."""
+    parts = name.split("-")
+    halves = (("-".join(parts[:at]), "-".join(parts[at:])) for at in range(1, len(parts)))
+    best = min(halves, key=lambda pair: max(map(len, pair)), default=(name,))
+    return "-<br>".join(map(escape, best))
 
 
 def _spread(row: Mapping[str, Any] | None) -> tuple[float, float] | None:
