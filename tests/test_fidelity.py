@@ -424,8 +424,8 @@ def test_the_page_says_that_causes_are_told_against_one_real_run(
 ) -> None:
     """The errors above it are against the median of all; with one run these are the same."""
     said = " Errors here are against that one run, above against the median of all."
-    for factors in ((1.24, 1.25, 1.26), (1.25,)):
-        real = repeats(base, tmp_path / str(len(factors)), factors)
+    for paces in ((1.24, 1.25, 1.26), (1.25,)):
+        real = repeats(base, tmp_path / str(len(paces)), paces)
         found = assess(read_sides([real], base / "simulated"), Path())
         assert found.attribution is not None
         page = render(found)

@@ -213,9 +213,7 @@ def test_without_an_energy_the_panel_against_it_is_left_out(tmp_path: Path) -> N
     cells = [cell("chunked", [5.0, 5.0], 20.0), cell("static", [4.0, 4.0], 20.0)]
     scenario = load_scenario(write(tmp_path))
     page = whatif_page(scenario, cells, 2, [])
-    assert (
-        '<p class="lead">What users see against what a GPU gives. Energy is not known.' in page
-    )
+    assert '<p class="lead">What users see against what a GPU gives. Energy is not known.' in page
     layout = cells_figure(cells, "GPU")["layout"]
     assert (layout["xaxis"]["title"]["text"], "xaxis2" in layout) == ("tokens/s per user", False)
     cells[0] = replace(cells[0], means={**(cells[0].means or {}), "energy_per_output_token": 1e3})
