@@ -247,7 +247,7 @@ def compare(
     if given is not None:
         from helios_sim.fidelity import read_sides
 
-        sides = read_sides(*given, allow_simulated=allow_simulated)
+        sides = read_sides(*given, allow_simulated=allow_simulated, base_dir=files or Path())
         _compare_sides(sides, files or Path(), attribution, as_json, out)
         return
     for option, is_given in (("--files", files is not None), ("--no-attribution", not attribution)):

@@ -28,7 +28,7 @@ from helios_sim.scenario import (
     Scenario,
     ServingSettings,
     check_warmup,
-    resolved,
+    of_one_policy,
 )
 from helios_sim.workload import Requests, fit_context, generate
 
@@ -232,9 +232,7 @@ def run_policy(
     """Run one policy, over all replications, and summarise it."""
     scenario = experiment.scenario
     measure = scenario.measure
-    # A run answers one policy; what else is asked of the scenario is not its business.
-    alone = {"policy": (policy,), "plan": None, "search": None}
-    plain = resolved(scenario.model_copy(update=alone))
+    plain = of_one_policy(scenario, policy, experiment.base_dir)
     results: list[Result] = []
     for replication in range(measure.replications):
         seed = scenario.seed + replication

@@ -12,7 +12,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from helios_sim.errors import InputError, UnknownSetting
 from helios_sim.policy.controller import rebatches_recomputed
-from helios_sim.policy.registry import make_policy, policy_names, policy_options
+from helios_sim.policy.registry import (
+    make_policy,
+    policy_names,
+    policy_options,
+    settled_options,
+)
 from helios_sim.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.records import TOTALS_FILE
 from helios_sim.settings import StrictSettings, as_tuple, first_flaw
@@ -361,6 +366,25 @@ def _is_index(text: str, length: int) -> bool:
 def resolved(scenario: Scenario) -> dict[str, Any]:
     """The scenario as plain data with every default filled in, without unset keys."""
     return scenario.model_dump(mode="json", exclude_none=True)
+
+
+def of_one_policy(scenario: Scenario, policy: PolicySettings, base_dir: Path) -> dict[str, Any]:
+    """What a run of one policy answers, as plain data with every default filled in.
+
+    What else is asked of the scenario is not the run's business.
+    """
+    alone = {"policy": (settled(policy, base_dir),), "plan": None, "search": None}
+    return resolved(scenario.model_copy(update=alone))
+
+
+def settled(policy: PolicySettings, base_dir: Path) -> PolicySettings:
+    """A policy with the defaults of its options written out, so that no later default changes it.
+
+    An option of a user's class that is called like a key of every policy has no place in a file.
+    """
+    options = settled_options(policy.use, policy.options, search_path=base_dir)
+    own = {name: one for name, one in options.items() if name not in PolicySettings.model_fields}
+    return PolicySettings(use=policy.use, label=policy.label, **own)
 
 
 def scenario_schema() -> dict[str, Any]:

@@ -540,6 +540,47 @@ def test_runs_of_different_questions_are_refused(
         read_sides([tmp_path / "real"], base / "simulated")
 
 
+def policy_told(run: RunData, **entry: Any) -> RunData:
+    """The run with an entry of its policy as a file has it."""
+    return replace(run, scenario=run.scenario | {"policy": [entry]})
+
+
+def test_a_run_that_leaves_options_out_was_asked_what_one_that_says_their_defaults_was(
+    tmp_path: Path,
+) -> None:
+    """On either side; what was given otherwise is another question."""
+    ours = replace(simulated_data("helios"), label="helios")
+    given = {"use": "helios", **POLICIES["helios"]}
+    runs = {
+        "settled": ours,
+        "given": policy_told(ours, **given),
+        "other": policy_told(ours, **given, depth_rule="quantile"),
+    }
+    for name, run in runs.items():
+        real = replace(run, origin="measured")
+        write_run(real, summarise(real), tmp_path / "real" / name)
+        write_run(run, summarise(run), tmp_path / "simulated" / name)
+    assert len(ours.scenario["policy"][0]) > len(given)
+    for real, simulated in (("given", "settled"), ("settled", "given"), ("given", "given")):
+        read_sides([tmp_path / "real" / real], tmp_path / "simulated" / simulated)
+    with pytest.raises(InputError, match=r"policy\.depth_rule: quantile in the real run and domin"):
+        read_sides([tmp_path / "real" / "other"], tmp_path / "simulated" / "settled")
+
+
+def test_defaults_of_an_own_policy_are_known_where_its_class_is(tmp_path: Path) -> None:
+    (tmp_path / "own_of_two_runs.py").write_text(
+        "class Own:\n    def __init__(self, patience: int = 3): pass\n", encoding="utf-8"
+    )
+    entry = {"use": "own_of_two_runs:Own", "label": "helios"}
+    ours = policy_told(simulated_data("helios"), **entry, patience=3)
+    real = replace(policy_told(ours, **entry), origin="measured")
+    write_run(ours, summarise(ours), tmp_path / "simulated")
+    write_run(real, summarise(real), tmp_path / "real")
+    read_sides([tmp_path / "real"], tmp_path / "simulated", base_dir=tmp_path)
+    with pytest.raises(InputError, match=r"policy\.patience: unset in the real run and 3"):
+        read_sides([tmp_path / "real"], tmp_path / "simulated")
+
+
 def test_fewer_requests_are_refused(base: Path, tmp_path: Path) -> None:
     run = simulated_data("static-depth")
     fewer = {"workload": question("static-depth")["workload"] | {"num_requests": 40}}

@@ -14,14 +14,18 @@ from helios_sim.cards import policy_slo
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies, prepare, run_policy
 from helios_sim.policy.contract import Slo
-from helios_sim.policy.registry import policy_names
+from helios_sim.policy.registry import policy_names, settled_options
+from helios_sim.records import RUN_FILES, write_run
 from helios_sim.scenario import (
+    PolicySettings,
     Scenario,
     apply_change,
     load_scenario,
+    of_one_policy,
     parse_scenario,
     resolved,
     scenario_schema,
+    settled,
 )
 from helios_sim.slo import parse_slo
 from helios_sim.toml_writer import toml_text
@@ -44,6 +48,23 @@ text = "ttft:200 tpot:50"
 
 [[policy]]
 use = "helios"
+"""
+
+
+OWN = """\
+from helios_sim.policy.contract import Keep, Watching
+
+class Own:
+    name = "own"
+    sees_future = False
+    watching = Watching()
+    confidence_threshold = None
+
+    def __init__(self):
+        pass
+
+    def decide(self, snapshot):
+        return Keep("Own.")
 """
 
 
@@ -559,6 +580,57 @@ def test_a_resolved_scenario_written_as_toml_is_the_same_scenario(path: Path) ->
     scenario = load_scenario(path)
     again = tomllib.loads(toml_text(resolved(scenario)))
     assert parse_scenario(again, "again", path.parent) == scenario
+
+
+@pytest.mark.parametrize("use", policy_names())
+def test_a_run_says_every_option_of_its_policy_and_is_itself_when_run_again(
+    use: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "base.toml"
+    path.write_text(BASE.replace("helios", use), encoding="utf-8")
+    scenario = load_scenario(path)
+    first = run_policy(prepare(scenario, tmp_path), scenario.policy[0])
+    write_run(first.run, first.summary, tmp_path / "first")
+    again = load_scenario(tmp_path / "first" / "scenario.toml")
+    assert set(again.policy[0].options) == set(settled_options(use, {}))
+    assert parse_scenario(of_one_policy(again, again.policy[0], tmp_path), "", tmp_path) == again
+    second = run_policy(prepare(again, tmp_path), again.policy[0])
+    write_run(second.run, second.summary, tmp_path / "second")
+    for name in RUN_FILES:
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
+def test_a_run_of_helios_says_which_settings_it_used(file: Path) -> None:
+    """Defaults, what is given, and off; settings that are unset stay out."""
+    file.write_text(BASE + 'breach_window_tokens = "off"\ntop_k = 2\n', encoding="utf-8")
+    scenario = load_scenario(file)
+    data = of_one_policy(scenario, scenario.policy[0], file.parent)
+    (entry,) = tomllib.loads(toml_text(data))["policy"]
+    assert entry == {
+        "use": "helios",
+        "top_k": 2,
+        "evaluation_requests": 5,
+        "reassess_requests": 150,
+        "breach_window_tokens": "off",
+        "breach_limit": 50,
+        "window_kind": "tumbling",
+        "objective": "throughput",
+        "depth_rule": "dominant",
+        "depth_quantile": 0.9,
+        "overhead_rule": "expected",
+        "evaluation_exit_mode": "wait",
+        "after_load_exit_mode": "wait",
+        "evaluate_at_start": True,
+        "actions": ["load", "switch"],
+    }
+
+
+def test_an_option_of_an_own_class_that_is_called_like_a_key_of_all_stays_out(file: Path) -> None:
+    source = OWN.replace("def __init__(self)", 'def __init__(self, label="here", patience=3)')
+    (file.parent / "own.py").write_text(source, encoding="utf-8")
+    file.write_text(BASE.replace("helios", "own:Own"), encoding="utf-8")
+    policy = load_scenario(file).policy[0]
+    assert settled(policy, file.parent) == PolicySettings(use="own:Own", patience=3)
 
 
 def test_a_scenario_cannot_be_changed_once_read(file: Path) -> None:

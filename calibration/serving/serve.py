@@ -59,7 +59,7 @@ from helios_sim.scenario import (
     Scenario,
     check_warmup,
     load_scenario,
-    resolved,
+    of_one_policy,
 )
 from helios_sim.workload import Requests, fit_context, generate
 
@@ -395,8 +395,7 @@ def serve_once(
     backend = backend or Backend()
     say = progress or _silence
     scenario = prepared.scenario
-    alone = {"policy": (chosen,), "plan": None, "search": None}
-    asked = resolved(scenario.model_copy(update=alone)) | {"seed": scenario.seed}
+    asked = of_one_policy(scenario, chosen, prepared.base_dir) | {"seed": scenario.seed}
     clock = backend.clock()
     weights = backend.weights(prepared, clock)
     say(f"{chosen.name}: preparing", 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from helios_sim.errors import InputError
 from helios_sim.latencies import columns_of
 from helios_sim.metrics import summarise
+from helios_sim.policy.registry import settled_options
 from helios_sim.records import SCENARIO_FILE, TOTALS_FILE, RunData, flat_items, read_run
 from helios_sim.scenario import Scenario, of_a_run
 from helios_sim.settings import first_flaw
@@ -111,10 +113,17 @@ def _origin(path: Path) -> str:
         return read_run(folder).origin
 
 
-def read_sides(reals: Sequence[Path], simulated: Path, *, allow_simulated: bool = False) -> Sides:
+def read_sides(
+    reals: Sequence[Path],
+    simulated: Path,
+    *,
+    allow_simulated: bool = False,
+    base_dir: Path | None = None,
+) -> Sides:
     """Read both sides and refuse, with the reason, what cannot be compared.
 
     `allow_simulated` takes simulated runs as the real side, to see what a changed profile does.
+    `base_dir` is the folder that the scenario's files are relative to; a user's policies are there.
     """
     folders = [folder for path in reals for folder in run_folders(path)]
     if not folders:
@@ -138,7 +147,7 @@ def read_sides(reals: Sequence[Path], simulated: Path, *, allow_simulated: bool 
                 "--allow-simulated to take simulated runs for it.",
                 str(folder),
             )
-        _check_same_question(run, folder, ours, simulated)
+        _check_same_question(run, folder, ours, simulated, base_dir)
         _check_same_requests(run, folder, ours, simulated)
         notes += _differences(run, folder, ours)
         sides.append(_side(folder, run, scenario))
@@ -162,26 +171,34 @@ def _side(folder: Path, run: RunData, scenario: Scenario) -> Side:
     return Side(folder, run, summary)
 
 
-def _question(run: RunData, folder: Path) -> dict[str, str]:
-    """What the run was asked, as dotted keys and texts: its policy with options, and the tables."""
+def _question(run: RunData, folder: Path, base_dir: Path | None) -> dict[str, str]:
+    """What the run was asked, as dotted keys and texts: its policy with options, and the tables.
+
+    An option that the run leaves out has its default, where the policy's class is there to tell.
+    """
     scenario = scenario_of(run, folder)
     plain = scenario.model_dump(mode="json", exclude_none=True)
     named = [one for one in scenario.policy if one.name == run.label]
     named = named or [one for one in scenario.policy if one.use == run.policy]
     policy = (named or list(scenario.policy))[0]
     asked: dict[str, Any] = {name: plain.get(name, {}) for name in _ASKED}
-    asked["policy"] = {"use": policy.use} | policy.options
+    options = policy.options
+    with suppress(InputError):
+        options = settled_options(policy.use, options, search_path=base_dir)
+    asked["policy"] = {"use": policy.use} | options
     return dict(flat_items(asked))
 
 
-def _check_same_question(run: RunData, folder: Path, ours: RunData, simulated: Path) -> None:
+def _check_same_question(
+    run: RunData, folder: Path, ours: RunData, simulated: Path, base_dir: Path | None
+) -> None:
     if run.seed != ours.seed:
         raise InputError(
             f"The run has seed {run.seed} and the simulated one has {ours.seed}, so their requests "
             "are not the same; simulate with the seed of the real run.",
             str(folder),
         )
-    theirs, own = _question(run, folder), _question(ours, simulated)
+    theirs, own = _question(run, folder, base_dir), _question(ours, simulated, base_dir)
     for key in sorted({*theirs, *own}):
         if theirs.get(key) != own.get(key) and key not in _MAY_DIFFER:
             raise InputError(

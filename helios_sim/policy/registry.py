@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import zlib
 from collections.abc import Callable, Mapping
@@ -111,9 +112,41 @@ def policy_options(
     }
 
 
+def settled_options(
+    use: str, given: Mapping[str, Any], *, search_path: str | Path | None = None
+) -> dict[str, Any]:
+    """Options as a scenario writes them: those given, and the defaults of those that are not.
+
+    A default that means unset stays out, or is "off" where the option can be off. So does one of a
+    user's class that would not come back from a file as what it is, such as an object.
+    """
+    target, fixed = _settings_of(_find_class(use, search_path))
+    declared = _types_of(target)
+    is_ours = target in {_settings_of(shipped)[0] for shipped in SHIPPED.values()}
+    can_be_off = _can_be_off(target)
+    found: dict[str, Any] = {}
+    chosen = {n: one.default for n, one in _keyword_parameters(target).items() if n not in fixed}
+    for name, default in chosen.items():
+        if name in given:
+            found[name] = given[name]
+        elif default is None and name in can_be_off:
+            found[name] = OFF
+        elif is_ours and default is not None:
+            # Our settings take the text of a word and the list of a tuple.
+            found[name] = list(default) if isinstance(default, tuple) else default
+        elif _comes_back(default) and _is_of(default, declared.get(name)):
+            found[name] = default
+    return found | dict(given)
+
+
 def option_types(use: str, *, search_path: str | Path | None = None) -> dict[str, Any]:
     """What a policy declares its options to be; empty where it does not, or not readably."""
     target, _ = _settings_of(_find_class(use, search_path))
+    return _types_of(target)
+
+
+def _types_of(target: type[Any]) -> dict[str, Any]:
+    """The types that a class gives its arguments; empty where it gives none, or not readably."""
     try:
         return get_type_hints(vars(target).get("__init__", target.__init__))
     except Exception:
@@ -295,16 +328,33 @@ def _check_types(use: str, given: Mapping[str, Any], search_path: str | Path | N
     """
     declared = option_types(use, search_path=search_path)
     for name, value in given.items():
-        allowed, said = _PLAIN.get(declared.get(name), ((), ""))
-        is_right = isinstance(value, allowed) and isinstance(value, bool) == (allowed == (bool,))
-        if allowed and not is_right:
+        if not _is_of(value, declared.get(name)):
+            _, said = _PLAIN[declared[name]]
             raise UnfitValue(f"Policy {use!r} was given {name} = {value!r}; it must be {said}.")
 
 
-def _off_becomes_none(target: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+def _is_of(value: Any, declared: Any) -> bool:
+    """Whether a value is of the plain type that is declared; of another type, anything is."""
+    if declared not in _PLAIN:
+        return True
+    allowed, _ = _PLAIN[declared]
+    return isinstance(value, allowed) and isinstance(value, bool) == (allowed == (bool,))
+
+
+def _comes_back(value: Any) -> bool:
+    """Whether a file gives a value back as what it is: a tuple would be a list, a word a text."""
+    return type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
+
+
+def _can_be_off(target: type[Any]) -> set[str]:
+    """The options that a scenario may switch off."""
     if not dataclasses.is_dataclass(target):
-        return given
-    can_be_off = {f.name for f in dataclasses.fields(target) if f.metadata.get("can_be_off")}
+        return set()
+    return {f.name for f in dataclasses.fields(target) if f.metadata.get("can_be_off")}
+
+
+def _off_becomes_none(target: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    can_be_off = _can_be_off(target)
     return {
         name: None if name in can_be_off and value == OFF else value
         for name, value in given.items()

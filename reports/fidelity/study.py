@@ -200,7 +200,7 @@ def run_case(
     experiment = prepare(scenario, path.parent, str(path))
     result = run_policy(experiment, scenario.policy[0])
     write_run(result.run, result.summary, simulated)
-    sides = read_sides([real], simulated, allow_simulated=allow_simulated)
+    sides = read_sides([real], simulated, allow_simulated=allow_simulated, base_dir=path.parent)
     fidelity = assess(sides, path.parent)
     write_fidelity(fidelity, folder / "fidelity")
     return Outcome(plan, fidelity, len(_earlier(discarded)))

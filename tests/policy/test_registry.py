@@ -20,6 +20,7 @@ from helios_sim.policy import (
 from helios_sim.policy.contract import Event, ExitMode, Keep, Policy, Serve
 from helios_sim.policy.contract_suite import PolicyContract, ScriptedHost, example_candidates
 from helios_sim.policy.helios import Helios, HeliosSettings
+from helios_sim.policy.registry import SHIPPED, settled_options
 
 PAGE = Path(__file__).parents[2] / "docs" / "policy.md"
 
@@ -220,6 +221,54 @@ def test_files_of_one_name_in_two_folders_do_not_meet(folder: Path) -> None:
     (other / "mine.py").write_text(MINE.replace("patience: int = 3", "patience: int = 4"))
     assert policy_options("mine:Mine", search_path=folder)["patience"][0] == 3
     assert policy_options("mine:Mine", search_path=other)["patience"][0] == 4
+
+
+@pytest.mark.parametrize("use", policy_names())
+def test_the_settled_options_of_a_shipped_policy_make_the_policy_that_its_defaults_make(
+    use: str,
+) -> None:
+    settled = settled_options(use, {})
+    fixed = getattr(SHIPPED[use], "fixed_settings", {})
+    assert set(settled) == set(policy_options(use)) - set(fixed) - {
+        name for name, (default, _) in policy_options(use).items() if default is None
+    }
+    own, made = make_policy(use), make_policy(use, settled)
+    assert getattr(made, "settings", made) == getattr(own, "settings", own)
+
+
+def test_settled_options_keep_what_was_given_in_the_order_of_the_class() -> None:
+    given = {"breach_limit": 9, "reassess_requests": "off", "confidence_threshold": 0.5}
+    settled = settled_options("helios", given)
+    assert settled == settled_options("helios", dict(reversed(given.items())))
+    assert list(settled)[:3] == ["top_k", "evaluation_requests", "reassess_requests"]
+    assert {name: settled[name] for name in given} == given
+    assert settled["actions"] == ["load", "switch"]
+    assert "fixed_depth" not in settled
+
+
+OPTIONAL = """
+from dataclasses import field
+from helios_sim.policy.options import about
+
+@dataclass(frozen=True)
+class Optional(Mine):
+    share: float = 1
+    most: int = 2.0
+    limit: float = float("inf")
+    pair: tuple = (1, 2)
+    names: list = field(default_factory=list)
+    model: str | None = None
+    window: int | None = field(default=None, metadata=about("A window.", "ours", can_be_off=True))
+"""
+
+
+def test_defaults_of_an_own_class_are_settled_where_a_file_gives_them_back(folder: Path) -> None:
+    """Of another type than declared, endless, a tuple, a list, nothing: all of these stay out."""
+    (folder / "mine.py").write_text(MINE + OPTIONAL)
+    settled = settled_options("mine:Optional", {"model": "opt"}, search_path=folder)
+    assert settled == {"patience": 3, "share": 1, "model": "opt", "window": "off"}
+    policy = make_policy("mine:Optional", settled, search_path=folder)
+    assert repr(policy) == repr(make_policy("mine:Optional", {"model": "opt"}, search_path=folder))
 
 
 def test_hot_rules_are_passed_through(folder: Path) -> None:
