@@ -141,7 +141,7 @@ def _announce() -> None:
     global _is_announced
     if not _is_announced:
         _is_announced = True
-        _log.info("The simulator is compiled for this machine, once: it takes a minute or two.")
+        _log.info("The simulator is compiled for this machine, once: it takes about half a minute.")
 
 
 def compilable(function: F) -> F:

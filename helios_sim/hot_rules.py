@@ -77,7 +77,7 @@ def _bind(replaced: Mapping[str, Callable[..., Any]], rules_hash: str) -> Module
     elif not rules_hash:
         _log.info(
             "The simulator is compiled with the policy's own rules, for each run, since they refer "
-            "to more than numbers and functions: it takes a minute or two."
+            "to more than numbers and functions: it takes about half a minute."
         )
     name = f"helios_sim.batch_with_own_rules{rules_hash and '_'}{rules_hash}"
     spec = importlib.util.spec_from_file_location(name, batch.__file__)
