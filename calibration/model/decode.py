@@ -491,9 +491,7 @@ def decode_attend(
     `context_tokens` bounds what any of the rows holds.
     """
     if fusion.usable:
-        return fused.FusedAttend(
-            pool, addresses, positions, located, context_tokens, rotary, fusion.processors
-        )
+        return fused.FusedAttend(pool, addresses, positions, located, rotary, fusion.processors)
     if choice.varlen is not None and isinstance(pool, PagedPool) and located is not None:
         return varlen.decode_attend(choice.varlen, pool, addresses, positions, located)
     return DecodeAttend(pool, addresses, positions, located, context_tokens)

@@ -128,7 +128,7 @@ class FusedReader(FusedWriter, ABC):
 class FusedAttend(FusedReader):
     """One new token a row, each reading its row's own tokens in place.
 
-    `located` finds the rows in the pool, and `context_tokens` bounds what any of them holds.
+    `located` finds the rows in the pool.
     """
 
     def __init__(
@@ -137,14 +137,13 @@ class FusedAttend(FusedReader):
         addresses: Tensor,
         positions: Tensor,
         located: Tensor | None,
-        context_tokens: int,
         rotary: Rotary | None,
         processors: int,
     ) -> None:
         super().__init__(pool, addresses, positions, rotary)
         self.located = located
         self.place_tokens = pool.block_tokens if isinstance(pool, PagedPool) else pool.max_tokens
-        self.splits = splits_for(positions.shape[0], pool.dims.kv_heads, context_tokens, processors)
+        self.splits = splits_for(positions.shape[0], pool.dims.kv_heads, processors)
 
     def read(self, query: Tensor, layer: int, scaling: float) -> Tensor:
         """Attention [N, heads x head_dim] of queries of that shape over what the pool holds."""
@@ -389,7 +388,7 @@ def self_test(
         query = random(1, num_heads, len(rows), head_dim)
         stock = DecodeAttend(pool, addresses, positions, located, context)
         expected = stock.attend(query, query, query, 0, head_dim**-0.5)
-        ours = FusedAttend(pool, addresses, positions, located, context, None, 1)
+        ours = FusedAttend(pool, addresses, positions, located, None, 1)
         for splits in divisions:
             ours.splits = splits
             errors.append(_distance(ours.attend(query, query, query, 0, head_dim**-0.5), expected))

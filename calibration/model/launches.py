@@ -29,9 +29,6 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, each [positions, head_dim]."""
 
 MOST_SPLITS: Final = 32
-LEAST_SPLIT_TOKENS: Final = 128
-"""Tokens of a row that one program reads at least: merging what splits found is a launch too."""
-
 PROGRAMS_PER_PROCESSOR: Final = 2
 """Programs that keep a multiprocessor's memory busy."""
 
@@ -91,14 +88,14 @@ def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: An
     compiled()[kernel.__name__][grid](*arguments, **constants)
 
 
-def splits_for(rows: int, kv_heads: int, context_tokens: int, processors: int) -> int:
-    """Shares that each row's tokens are divided into, a power of two.
+def splits_for(rows: int, kv_heads: int, processors: int) -> int:
+    """Shares that each row's tokens are divided into, a power of two that keeps the device busy.
 
-    As many as keep the multiprocessors busy, with `LEAST_SPLIT_TOKENS` in each.
+    Lengths have no say: a graph is for rows of any length, and a pool of short rows must take the
+    launches that were measured over one of long rows. Shares without tokens end at once.
     """
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors // (rows * kv_heads))
-    most = min(MOST_SPLITS, wanted, context_tokens // LEAST_SPLIT_TOKENS)
-    return 1 << max(0, most.bit_length() - 1)
+    return 1 << (min(MOST_SPLITS, wanted).bit_length() - 1)
 
 
 def store(

@@ -222,16 +222,16 @@ def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int
         return scaled_dot_product_attention(asked, key, value, scale=scale, enable_gqa=True)
 
     processors = torch.cuda.get_device_properties(bench.device).multi_processor_count
-    usual = splits_for(rows, dims.kv_heads, context, processors)
+    usual = splits_for(rows, dims.kv_heads, processors)
     ways: dict[str, Callable[[], Tensor]] = {
         "masked": lambda: masked.attend(query, query, query, next(turn) % layers, scale),
         "unmasked": unmasked,
     }
     for splits in sorted({1, max(1, usual // 2), usual, min(32, 2 * usual)}):
-        made = FusedAttend(pool, ends, ends, None, context, None, processors)
+        made = FusedAttend(pool, ends, ends, None, None, processors)
         made.splits = splits
         ways[f"ours in {splits}{'*' if splits == usual else ''}"] = reading(made)
-    made = FusedAttend(pool, ends, ends, None, context, None, processors)
+    made = FusedAttend(pool, ends, ends, None, None, processors)
     for at_once, warps in ATTENDING if (rows, context) in TRIED_AT else ():
         shaped = {"tokens_at_once": lambda _, n=at_once: n, "ATTEND_WARPS": warps}
         ways[f"{at_once} by {warps} warps"] = reading(made, **shaped)

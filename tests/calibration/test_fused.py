@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -269,7 +270,8 @@ def test_a_layer_takes_few_launches(family, wanted, tmp_path, monkeypatch):
             layer.input_layernorm = layer.post_attention_layernorm = torch.nn.Identity()
         norms = 2
     decoder = Decoder(model, slot_pool(model, 2, 64))
-    decoder.fusion = OURS
+    # One processor is busy with a row that is not divided.
+    decoder.fusion = replace(OURS, processors=1)
     row = decoder.pool.admit(9)
     hidden = decoder.begin([row], [3], [0])
     place = decoder.place([row], [0])
@@ -279,18 +281,36 @@ def test_a_layer_takes_few_launches(family, wanted, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "kv_heads", "context_tokens", "splits"),
+    ("rows", "kv_heads", "splits"),
     [
-        (64, 12, 2048, 1),  # 768 programs are more than 264
-        (1, 12, 2048, 16),  # 22 are wanted, 16 of 128 tokens fit
-        (1, 12, 256, 2),
-        (1, 12, 16, 1),
-        (8, 8, 2048, 4),  # 5 are wanted; powers of two alone
-        (1, 1, 65536, 32),
+        (64, 12, 1),  # 768 programs are more than 264
+        (1, 12, 16),  # 22 are wanted; powers of two alone
+        (8, 8, 4),  # 5 are wanted
+        (1, 1, 32),  # 264 are wanted, and 32 are the most
     ],
 )
-def test_rows_are_divided_until_the_device_is_busy(rows, kv_heads, context_tokens, splits):
-    assert splits_for(rows, kv_heads, context_tokens, 132) == splits
+def test_rows_are_divided_until_the_device_is_busy(rows, kv_heads, splits):
+    assert splits_for(rows, kv_heads, 132) == splits
+
+
+def test_a_pool_of_short_rows_takes_the_launches_of_one_of_long_rows(monkeypatch):
+    model = from_stock(tiny.stock_model("llama", max_position_embeddings=2048), (1, 2, 4))
+    found = []
+    monkeypatch.setattr(launches, "compiled", lambda: defaultdict(Nothing))
+    launch = launches._launch
+
+    def noted(kernel, grid, *arguments, **constants):
+        found[-1].append((kernel.__name__, grid))
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(launches, "_launch", noted)
+    for max_tokens in (64, 2048):
+        found.append([])
+        decoder = Decoder(model, slot_pool(model, 2, max_tokens))
+        decoder.fusion = replace(OURS, processors=132)
+        assert decoder.use_graphs(recorder=FakeRecorder())
+    assert found[0] == found[1]
+    assert {"attend_kernel", "merge_kernel"} <= {name for name, _ in found[0]}
 
 
 def test_kernels_compile_for_a_gpu_and_keep_to_its_registers(tmp_path):
