@@ -281,6 +281,8 @@ class DecodeGraphs:
         self.host[rows : 2 * rows] = pool.scratch_address
         self.integers = torch.from_numpy(self.host.copy()).to(device)
         self.laid_out: Place | None = None
+        # Layers' recordings for the place laid out: finding one takes a host as long as replaying.
+        self._segments: dict[tuple[int, int], Recording] = {}
         self.recordings: dict[GraphKey, Recording] = {}
         self.capture_s = 0.0
         self.num_exits = self.ran_layers = self.filled_layers = 0
@@ -355,17 +357,22 @@ class DecodeGraphs:
 
     def run(self, place: Place, hidden: Tensor, first: int, last: int) -> Tensor | None:
         """Replay a segment: states [rows, hidden] in and out, or None where no graph serves."""
-        key = self.key_of(place, first, last)
-        if key is None:
-            return None
-        self._find(place)
-        if key not in self.recordings:
-            # Warming up writes the rows' keys and values, as the replay then does again, and takes
-            # states through the layers that may be the ones given.
-            hidden = hidden.clone()
-            self._capture(key)
+        recording = None
+        if self.laid_out is place and place.by_graphs:
+            recording = self._segments.get((first, last))
+        if recording is None:
+            key = self.key_of(place, first, last)
+            if key is None:
+                return None
+            self._find(place)
+            if key not in self.recordings:
+                # Warming up writes the rows' keys and values, as the replay then does again, and
+                # takes states through the layers that may be the ones given.
+                hidden = hidden.clone()
+                self._capture(key)
+            recording = self._segments[first, last] = self.recordings[key]
         self._put(hidden)
-        self._replay(key)
+        recording.replay()
         return self.hidden[: len(place.rows)]
 
     def tell(self, place: Place, hidden: Tensor, exit_layer: int) -> Tensor | None:
@@ -507,6 +514,7 @@ class DecodeGraphs:
             values = values.pin_memory()
         self.integers.copy_(values, non_blocking=True)
         self.laid_out = place
+        self._segments.clear()
 
     def _parts(self, integers: Any) -> list[Any]:
         """Positions, addresses, targets and tokens of all rows, and what finds the rows."""

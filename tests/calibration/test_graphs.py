@@ -137,6 +137,31 @@ def test_each_replay_leaves_its_states_where_the_next_one_reads_them():
     assert torch.equal(decoder.run(place, decoder.graphs.hidden[:1], 1, 2), elsewhere)
 
 
+def test_a_segments_graph_is_looked_for_once_as_long_as_the_place_stays(monkeypatch):
+    decoder, eager = decoder_of(), decoder_of()
+    capture(decoder, subsets=True)
+    for one in (decoder, eager):
+        for _ in range(3):
+            one.pool.admit()
+    asked, key_of = [], decoder.graphs.key_of
+    monkeypatch.setattr(
+        decoder.graphs, "key_of", lambda *given: asked.append(given[1:]) or key_of(*given)
+    )
+    # Of one bucket, of another, and of rows that are not the first.
+    states = torch.randn(3, 64)
+    for rows in ([0], [0, 1, 2], [2, 0], [0]):
+        place, other = (one.place(rows, [4] * len(rows)) for one in (decoder, eager))
+        asked.clear()
+        for _ in range(2):
+            for first, last in ((1, 2), (2, 4)):
+                given = states[: len(rows)]
+                found = decoder.run(place, given.clone(), first, last)
+                torch.testing.assert_close(found, eager.run(other, given, first, last))
+        assert asked == [(1, 2), (2, 4)]
+    place.by_graphs = False
+    assert decoder.graphs.run(place, states[:1], 1, 2) is None
+
+
 def test_a_capture_amid_an_iteration_leaves_its_states_as_they_were():
     decoder = decoder_of()
     eager = decoder_of()
