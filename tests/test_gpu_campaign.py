@@ -23,7 +23,7 @@ from reports.fidelity.cases import CASES as STUDIED
 from reports.forked import Nursery, children_can
 from reports.gpu import campaign as campaigns
 from reports.gpu import cli
-from reports.gpu.campaign import STEPS_FILE, Call, Campaign, Step, Try, chosen
+from reports.gpu.campaign import GRACE_S, STEPS_FILE, Call, Campaign, Step, Try, chosen
 from reports.gpu.packages import how_to_install, missing
 from reports.gpu.packing import MANIFEST, MOST_FILES, pack, unpack
 from reports.gpu.steps import CASES, CUDA_TESTS, PRESETS, steps_of, study_size
@@ -399,11 +399,47 @@ def test_the_study_takes_what_fits_and_goes_on_as_it_began() -> None:
     size = PRESETS["cuda"]
     cases, seconds, repeats = study_size(Call(Path(), 200.0), size)
     assert (len(cases), repeats) == (8, "1")
-    assert len(cases) * (float(seconds) + size.serving_s) + size.study_s <= 204.0
+    assert len(cases) * (float(seconds) + size.serving_s) + size.study_s <= 200.0
+    cases, seconds, _ = study_size(Call(Path(), 215.0), size)
+    assert (len(cases), seconds) == (9, "3")
     assert study_size(Call(Path(), 60.0), size) == (CASES[:8], "3", "1")
     assert study_size(Call(Path(), 1800.0), size) == (CASES, "15", "3")
     words = ("x", "--seconds", "4", "--repeats", "2", "--case", "a", "--case", "b")
     assert study_size(Call(Path(), 900.0, words), size) == (("a", "b"), "4", "2")
+
+
+@pytest.mark.parametrize("budget_s", [45.0, 100.0, 300.0, 3600.0])
+def test_the_study_is_planned_to_end_before_it_is_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget_s: float
+) -> None:
+    calls: list[Call] = []
+    limits: list[float] = []
+    study = next(step for step in steps_of("cuda", "cuda") if step.name == "fidelity")
+    study = replace(study, after=(), packages=(), words=lambda call: calls.append(call) or ("x",))
+    monkeypatch.setattr(Campaign, "_run", lambda self, step, words, limit_s: limits.append(limit_s))
+    run(tmp_path, study, budget_s=budget_s)
+    (call,), (limit_s,) = calls, limits
+    assert 0.0 < call.work_s <= limit_s - min(GRACE_S, limit_s / 4)
+
+
+@pytest.mark.parametrize(
+    ("forked", "apart", "forks"),
+    [
+        ({True}, None, True),
+        ({False}, False, True),
+        ({False}, True, False),
+        (set(), False, False),
+    ],
+)
+def test_another_process_looks_for_the_gpu_only_where_a_child_cannot_use_it(
+    monkeypatch: pytest.MonkeyPatch, forked: set[bool], apart: bool | None, forks: bool
+) -> None:
+    """`forked` are the readings of a meter, wanted or not, with which a child works."""
+    asked = []
+    monkeypatch.setattr(cli, "children_can", lambda work: work.keywords["meters"] in forked)
+    monkeypatch.setattr(cli, "_require", lambda: asked.append(apart) or apart)
+    assert cli._children_can_use_gpu() is forks
+    assert asked == ([] if apart is None else [apart])
 
 
 def filled(out: Path) -> Path:

@@ -62,13 +62,12 @@ def campaign(
     steps = steps_of(device, preset)
     wanted = chosen(steps, only or (), skip or ())
     budget_s, margin_s = _budget(budget, wanted, pack_into is not None)
-    meters = _require(device)
+    import_ahead(IMPORTED)
+    forks = device != "cuda" or _children_can_use_gpu()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"No campaign can be kept there: {error.strerror}.", str(out)) from error
-    import_ahead(IMPORTED)
-    forks = device != "cuda" or children_can(partial(_use_gpu, meters))
     if not forks:
         typer.echo("Steps begin on their own: a child of this process cannot use the GPU.")
     times = {"began_s": float(context.obj), "margin_s": margin_s}
@@ -115,13 +114,21 @@ except Exception:
 """
 
 
-def _require(device: str) -> bool:
-    """Raise `InputError` where the device cannot be had; whether its power can be read.
+def _children_can_use_gpu() -> bool:
+    """Whether a child can use the GPU and its meter; raises `InputError` where there is no GPU.
+
+    Only a child that cannot calls for another process, which takes its time to import torch.
+    """
+    if children_can(partial(_use_gpu, meters=True)):
+        return True
+    return not _require() and children_can(partial(_use_gpu, meters=False))
+
+
+def _require() -> bool:
+    """Raise `InputError` where no GPU can be had; whether its power can be read.
 
     Another process looks: one that has asked for a GPU hands none on to its children.
     """
-    if device != "cuda":
-        return False
     words = [sys.executable, "-c", _LOOK]
     found = subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
     if found[:1] == ["True"]:
@@ -136,7 +143,7 @@ def _require(device: str) -> bool:
 
 
 def _use_gpu(meters: bool) -> None:
-    """Raise where this process cannot use the GPU, or not read its power though that can be had."""
+    """Raise where this process cannot use the GPU, or not read its power if that is wanted."""
     import torch
 
     torch.zeros(1, device="cuda").item()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from reports.gpu.campaign import Call, Step
+from reports.gpu.campaign import GRACE_S, Call, Step
 
 IMPORTED: Final = (
     "calibration.cli",
@@ -219,7 +219,8 @@ def steps_of(device: str, preset: str) -> list[Step]:
         Step(
             "fidelity",
             fidelity,
-            extra_s=0,
+            # At its limit it is asked to end so long before it is killed.
+            extra_s=GRACE_S,
             least_s=40,
             share=0.5,
             packages=("simpy", *pages),
@@ -286,4 +287,4 @@ def study_size(call: Call, size: Preset) -> tuple[tuple[str, ...], str, str]:
     repeats = max(1, min(3, int(time_s / (count * wanted_s))))
     seconds = time_s / (count * repeats) - size.serving_s
     seconds = max(size.least_seconds, min(size.most_seconds, seconds))
-    return CASES[:count], f"{seconds:.0f}", str(repeats)
+    return CASES[:count], str(int(seconds)), str(repeats)
