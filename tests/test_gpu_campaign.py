@@ -25,7 +25,7 @@ from reports.gpu import campaign as campaigns
 from reports.gpu import cli
 from reports.gpu.campaign import GRACE_S, STEPS_FILE, Call, Campaign, Step, Try, chosen
 from reports.gpu.packages import how_to_install, missing
-from reports.gpu.packing import MANIFEST, MOST_FILES, pack, unpack
+from reports.gpu.packing import MANIFEST, MOST_FILES, pack, unpack, worth_keeping
 from reports.gpu.steps import CASES, CUDA_TESTS, PRESETS, steps_of, study_size
 
 
@@ -462,12 +462,13 @@ def filled(out: Path) -> Path:
 
 def test_packing_leaves_weights_and_discarded_runs_out_and_keeps_to_sizes(tmp_path: Path) -> None:
     out, packed, restored = filled(tmp_path / "out"), tmp_path / "packed", tmp_path / "restored"
-    assert pack(out, packed, most_bytes=100_000) == ["study/runs/case/real/large.parquet"]
+    sizes = {"most_bytes": 100_000, "most_together": 200_000}
+    assert pack(out, packed, **sizes) == ["study/runs/case/real/large.parquet"]
     files = sorted(packed.iterdir())
     assert [file.name for file in files] == [MANIFEST, "part-1.tar.gz", "part-2.tar.gz"]
     assert len(files) <= MOST_FILES
     assert all(file.stat().st_size <= 100_000 for file in files)
-    assert unpack(packed, restored) == 2
+    assert unpack(packed, restored) == (2, [])
     found = {path.relative_to(restored).as_posix() for path in restored.rglob("*.*")}
     assert found == {
         "steps.json",
@@ -479,8 +480,46 @@ def test_packing_leaves_weights_and_discarded_runs_out_and_keeps_to_sizes(tmp_pa
     same = (restored / "points/points.parquet").read_bytes()
     assert same == (out / "points/points.parquet").read_bytes()
     before = [file.read_bytes() for file in files]
-    pack(out, packed, most_bytes=100_000)
+    pack(out, packed, **sizes)
     assert [file.read_bytes() for file in sorted(packed.iterdir())] == before
+
+
+def test_what_is_larger_than_an_archive_comes_in_pieces_that_wait_for_each_other(
+    tmp_path: Path,
+) -> None:
+    out, packed, restored = filled(tmp_path / "out"), tmp_path / "packed", tmp_path / "restored"
+    large = Path("study/runs/case/real/large.parquet")
+    assert pack(out, packed, most_bytes=100_000) == []
+    assert all(file.stat().st_size <= 100_000 for file in packed.iterdir())
+    # Readings and the last piece lie in the first archive, two pieces in one each.
+    lost = packed / "part-3.tar.gz"
+    lost.rename(tmp_path / lost.name)
+    assert unpack(packed, restored) == (3, [lost.name, large.as_posix()])
+    assert (restored / "steps.json").is_file() and not (restored / large).exists()
+    (tmp_path / lost.name).rename(lost)
+    assert unpack(packed, restored) == (4, [])
+    assert (restored / large).read_bytes() == (out / large).read_bytes()
+    assert not list(restored.rglob("*.piece-*"))
+
+
+def test_repeats_beyond_the_first_are_packed_last_and_left_out_first(tmp_path: Path) -> None:
+    for case in "ab":
+        for repeat in (1, 2):
+            path = tmp_path / f"study/runs/{case}/real/repeat-{repeat}/exits.parquet"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(os.urandom(10_000))
+    (tmp_path / "shapes").mkdir()
+    (tmp_path / "shapes/points.parquet").write_bytes(os.urandom(10_000))
+    found = [path.relative_to(tmp_path).as_posix() for path in worth_keeping(tmp_path)]
+    assert found == [
+        "study/runs/a/real/repeat-1/exits.parquet",
+        "study/runs/b/real/repeat-1/exits.parquet",
+        "shapes/points.parquet",
+        "study/runs/a/real/repeat-2/exits.parquet",
+        "study/runs/b/real/repeat-2/exits.parquet",
+    ]
+    # Three files of 10 kB and what is set aside for headers.
+    assert pack(tmp_path, tmp_path / "packed", most_together=55_000) == found[3:]
 
 
 def planted(folder: Path, member: str, name: str = "part-1.tar.gz") -> Path:

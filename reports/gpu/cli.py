@@ -50,7 +50,11 @@ def campaign(
 ) -> None:
     """Do everything that a GPU is needed for within a time, and keep whatever was taken."""
     if packed is not None:
-        typer.echo(f"{unpack(packed, out)} archives are unpacked into {out}.")
+        number, absent = unpack(packed, out)
+        typer.echo(f"{number} archives are unpacked into {out}.")
+        if absent:
+            typer.echo(f"Missing: {', '.join(absent)}. Copy all archives and unpack again.")
+            raise typer.Exit(1)
         return
     preset = preset or ("tiny" if device == "cpu" else "cuda")
     for given, known, option in (
