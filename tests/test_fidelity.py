@@ -430,7 +430,7 @@ def test_the_page_says_that_causes_are_told_against_one_real_run(
         assert found.attribution is not None
         page = render(found)
         assert f"Errors are against {found.attribution.repeat}: the first bar as the " in page
-        assert (said in page) == (len(factors) > 1)
+        assert (said in page) == (len(paces) > 1)
 
 
 def test_how_much_slower_the_machine_was_is_said_where_it_is_known(
