@@ -113,7 +113,7 @@ points = st.lists(
 
 
 @given(points=points, interpolate=st.booleans(), periodic=st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_when_inverts_expected(
     points: list[tuple[float, float]], interpolate: bool, periodic: bool
 ) -> None:
@@ -129,7 +129,7 @@ def test_when_inverts_expected(
 
 
 @given(points=points, interpolate=st.booleans(), seed=st.integers(0, 10_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_schedule_holds_its_expected_count_in_each_window(
     points: list[tuple[float, float]], interpolate: bool, seed: int
 ) -> None:

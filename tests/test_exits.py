@@ -241,7 +241,7 @@ def test_a_candidate_without_statistics_is_refused() -> None:
         generate_markov_traces(opt_spec(), ["opt-13b"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     weights=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any),
     nominal=st.floats(0.05, 0.95),

@@ -400,7 +400,7 @@ def test_a_context_of_one_position_is_an_error() -> None:
     ),
     positions=st.integers(2, 5000),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_truncated_requests_always_fit(lengths: list[tuple[int, int]], positions: int) -> None:
     """Whatever the lengths, the sum fits, both stay positive and short requests stay put."""
     prompt, output = (list(column) for column in zip(*lengths, strict=True))

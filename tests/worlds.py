@@ -25,7 +25,6 @@ from helios_sim.policy.rules import is_breach, leaves_here
 
 many_examples = settings(
     max_examples=int(os.environ.get("HELIOS_HYPOTHESIS_EXAMPLES", "200")),
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 BATCHING = ("static", "continuous", "chunked")

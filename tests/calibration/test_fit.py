@@ -118,7 +118,6 @@ def test_the_measured_range_is_the_hull(exact: Profile) -> None:
 # Where noise is drawn, every bound is met with luck: the same draws each time tell of a change.
 @settings(
     max_examples=8,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )

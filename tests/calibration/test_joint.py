@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.fitting.joint import BATCH, DEPTH, Growth, Loads, choose, fit_joint
@@ -69,7 +69,6 @@ def test_a_factor_is_kept_only_where_it_clearly_lowers_the_left_out_error() -> N
     assert choose(plain, ((0,),), cells(plain)).knots == {}
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(0.4, 2.5), min_size=5, max_size=5),
     st.lists(st.floats(0.4, 2.5), min_size=3, max_size=3),

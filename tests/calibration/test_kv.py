@@ -59,7 +59,7 @@ def test_the_first_slots_are_a_view_and_others_a_copy():
 
 @pytest.mark.parametrize("make", [0, 1], ids=["slots", "paged"])
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_keep_their_tokens_through_any_coming_and_going(make, data):
     pool = pools()[make]
     contents: list[torch.Tensor] = []

@@ -94,7 +94,7 @@ def test_gaps_that_nobody_fills_are_closed_before_the_next_decode(kind: str) -> 
 
 @pytest.mark.parametrize("kind", ["slots", "pages"])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_row_is_told_the_same_however_others_come_and_go(kind: str, data: Any) -> None:
     pool = pool_of(kind)
     machine = machine_of(pool)

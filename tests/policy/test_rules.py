@@ -94,7 +94,7 @@ def test_a_tumbling_window_forgets_at_its_end_and_a_sliding_one_does_not() -> No
     assert [place for place, tripped in enumerate(sliding) if tripped] == [4]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     tokens=st.lists(st.booleans(), max_size=60),
     window=st.integers(1, 8),
