@@ -122,6 +122,12 @@ def test_always_switches_to_the_next_candidate_at_every_reassessment() -> None:
     assert [type(d) for d, _ in alone.walk(1)] == [Serve, Keep]
 
 
+def test_always_goes_round_among_models_of_one_tokenizer() -> None:
+    host = ScriptedHost(make_policy("always"), (SMALL, LARGE, OTHER))
+    served = [decision.model for decision, _ in host.walk(3)]  # type: ignore[union-attr]
+    assert served == [SMALL.name, LARGE.name, SMALL.name, LARGE.name]
+
+
 def test_clairvoyant_follows_the_coming_exits_without_evaluating() -> None:
     """At batch 1 it goes where the dominant coming exit takes the fewest milliseconds."""
     first, second, third = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
@@ -168,6 +174,18 @@ def test_the_clairvoyant_takes_a_model_that_keeps_the_slo_at_the_depth_it_would_
     decision, _ = ScriptedHost(policy, PAIR, slo=slo).ask(Event.START, foresight=coming)
     assert replace(decision, reason="") == Serve(SMALL.name, 6, PARTIAL, "")
     assert "SLO" not in decision.reason
+
+
+def test_the_clairvoyant_takes_the_tokenizer_of_the_models_that_may_keep_the_slo() -> None:
+    """Two models take 6 and 9 ms an iteration at the least; the lone one of another 4 ms."""
+    coming = {SMALL.name: (1.0, 0.0, 0.0), LARGE.name: (1.0, 0.0, 0.0), OTHER.name: (1.0, 0.0, 0.0)}
+    for slo, served in (
+        (Slo(tpot_s=0.007), Serve(SMALL.name, 6, PARTIAL, "")),
+        (Slo(tpot_s=0.005), Serve(OTHER.name, 4, PARTIAL, "")),
+    ):
+        host = ScriptedHost(make_policy("clairvoyant"), (SMALL, LARGE, OTHER), slo=slo)
+        decision, _ = host.ask(Event.START, foresight=coming)
+        assert replace(decision, reason="") == served
 
 
 def test_where_no_model_keeps_the_slo_the_clairvoyant_compares_them_at_their_depths() -> None:

@@ -37,6 +37,7 @@ from helios_sim.policy.objective import (
     interpolate,
     meets_slo,
     predicted_token_j,
+    predicted_tpot_s,
     score,
     slowdown,
 )
@@ -148,6 +149,24 @@ class TestAlgorithm:
         decisions = [decision for decision, _ in host.round(Event.START)]
         evaluated = [d.model for d in decisions if isinstance(d, Evaluate)]
         assert evaluated == [SMALL.name, MIDDLE.name, LARGE.name]
+
+    def test_the_objective_chooses_whom_to_evaluate(self) -> None:
+        """Of a model that takes a ms an iteration and one of less memory, one is evaluated."""
+        quick = replace(LARGE, decode_iteration_s=((0.001,),) * 3)
+        for objective, winner in (("throughput", quick.name), ("memory", SMALL.name)):
+            policy = Helios(HeliosSettings(top_k=1, objective=objective))  # type: ignore[arg-type]
+            decision = policy.decide(snapshot(Event.START, candidates=(SMALL, quick)))
+            assert decision == Evaluate(winner, 5, ExitMode.WAIT, decision.reason)
+
+    def test_tokens_leave_in_one_mode_when_evaluated_and_in_another_after_loading(self) -> None:
+        settings = HeliosSettings(
+            evaluation_exit_mode=ExitMode.SOLO, after_load_exit_mode=ExitMode.REBATCH
+        )
+        first = Helios(settings).decide(snapshot(Event.START))
+        assert first == Evaluate(SMALL.name, 5, ExitMode.SOLO, first.reason)
+        asked = snapshot(assignment=served(SMALL.name, 6), load_s=transfers((0, 1, 2), (9, 9, 9)))
+        then = Helios(settings).decide(asked)
+        assert then == LoadLayers(24, ExitMode.REBATCH, then.reason)
 
     def test_defaults_are_the_published_ones(self) -> None:
         """TopK 3, 5 requests, RI 150, CBCmax 50 in 100 tokens."""
@@ -333,6 +352,19 @@ class TestOverhead:
         cost = overhead_of_load(SMALL, slow, ExitMode.WAIT, snapshot())
         assert cost.serving_s == pytest.approx(20.592)
 
+    @pytest.mark.parametrize(("times", "expected"), [(1, Switch), (2, LoadLayers)])
+    def test_what_was_measured_slower_than_its_card_is_not_switched_to(
+        self, times: int, expected: type[Decision]
+    ) -> None:
+        """Loading takes 2 + 10.296 s; switching 1 + 9 s by the card, and 1 + 18 s at half pace."""
+        found = example_evaluation(LARGE, LARGE_EXITS, token_s=times * 0.014352)
+        asked = snapshot(
+            assignment=served(SMALL.name, 6),
+            evaluations={**EVALUATIONS, LARGE.name: found},
+            load_s=transfers((0, 1, 2), (1, 9, 9)),
+        )
+        assert isinstance(Helios().decide(asked), expected)
+
     def test_layers_that_leave_no_room_for_a_request_are_not_loaded(self) -> None:
         """The other model is brought in, though it takes a thousand times as long."""
         shallow_only = replace(SMALL, batch_limit=(9, 9, 0))
@@ -466,6 +498,26 @@ class TestObjective:
     def test_memory_is_weights_and_a_typical_kv_cache(self) -> None:
         """Ten layers' worth of 100 MB and 1,000 tokens of 6 x 8,192 bytes."""
         assert score("memory", SMALL, 0, None, 1) == -(1_000_000_000 + 49_152_000)
+
+    def test_memory_holds_the_typical_kv_cache_of_every_row_of_the_reference_batch(self) -> None:
+        """100 bytes of weights, and four rows of ten tokens at two bytes."""
+        card = replace(
+            SMALL,
+            weight_bytes=(100,) * 3,
+            kv_bytes_per_token=(2,) * 3,
+            typical_tokens=10,
+            reference_batch=4,
+        )
+        assert score("memory", card, 0, None, 1) == -180
+
+    def test_gaps_between_tokens_are_predicted_at_the_reference_batch(self) -> None:
+        """Ten ms for one row, and 30 for the four of a replica with little to do."""
+        card = replace(
+            SMALL, batches=(1, 4), decode_iteration_s=((0.01, 0.03),) * 3, reference_batch=4
+        )
+        assert predicted_tpot_s(card, 0, None) == 0.03
+        assert meets_slo(card, 0, None, Slo(tpot_s=0.03))
+        assert not meets_slo(card, 0, None, Slo(tpot_s=0.02))
 
     def test_the_objective_chooses_the_model(self) -> None:
         """The small model is faster, the large one better: each wins its own objective."""
