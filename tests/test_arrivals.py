@@ -60,6 +60,12 @@ def test_constant_arrivals_are_evenly_spaced_from_zero() -> None:
     assert minute[-1] == 59.9
 
 
+def test_a_duration_holds_every_constant_arrival_before_its_end() -> None:
+    """At 2.5 a second the third comes at 0.8 s, and the fourth after the first second."""
+    times = arrivals({"kind": "constant", "rate_per_s": 2.5}, duration_s=1.0)
+    assert times.tolist() == [0.0, 0.4, 0.8]
+
+
 @pytest.mark.parametrize("cv", [0.02, 0.5, 1.0, 1.09, 4.0, 13.15, 50.0])
 def test_weibull_shape_inverts_the_cv(cv: float) -> None:
     """The solved shape has the asked CV, and shape 1 is the exponential."""
@@ -199,6 +205,13 @@ def test_a_daily_rate_has_its_mean_and_repeats(interpolate: bool) -> None:
     assert busy / quiet == pytest.approx(13, rel=0.35)
     first, second = np.count_nonzero(times < 86_400), np.count_nonzero(times >= 86_400)
     assert first == pytest.approx(second, rel=0.03)
+
+
+def test_a_day_is_as_bursty_as_asked() -> None:
+    """Of a day without busy hours the gaps have the CV of the process."""
+    day = {"kind": "daily", "mean_rate_per_s": 4.0, "hourly_weights": [1.0] * 24, "cv": 3.0}
+    gaps = np.diff(arrivals(day, num=100_001))
+    assert gaps.std() / gaps.mean() == pytest.approx(3.0, rel=0.04)
 
 
 def test_a_daily_rate_starts_at_its_hour() -> None:

@@ -137,6 +137,19 @@ def test_a_prefill_pays_its_fixed_part_by_the_prompts_in_it() -> None:
     assert cost.mixed_seconds(c, *prompt, 0.0, 1.0, 1.0)[0] == 2.25
 
 
+def test_the_residual_of_a_prefill_stretches_its_layers_alone() -> None:
+    c = coefficients(prefill_launch_s=0.5, prefill_fixed_s=1.0, head_base_s=4.0)
+    prompt = (0.0, 0.0, 0.0, 30.0, 0.0, 99.0, 4.0, 0.0, 1.0, 1.0)
+    assert cost.mixed_seconds(c, *prompt, 1.0)[0] == 1.0 + 4 * 0.5 + 4.0
+    assert cost.mixed_seconds(c, *prompt, 2.0)[0] == 1.0 + 4 * 0.5 * 2 + 4.0
+
+
+def test_joules_of_checks_and_head_are_drawn_by_rows_that_emit_not_by_those_fed_again() -> None:
+    c = coefficients(check_j_per_row=1.0, head_j_per_row=10.0, power_limit_w=1000.0)
+    # Six rows of which two emit, with one check and one head.
+    assert cost.decode_joules(c, 6.0, 9.0, 9.0, 4.0, 1.0, 1.0, 0.0, 2.0, 1.0) == 2 * 1.0 + 2 * 10.0
+
+
 def test_joules_of_padding_are_drawn_by_decode_rows_alone() -> None:
     c = coefficients(decode_j_per_padded_token_layer=0.5)
     assert cost.layer_joules(c, 2.0, 7.0, 10.0, 0.0, 0.0) == 5.0

@@ -61,6 +61,12 @@ def test_a_token_leaves_at_its_first_confident_exit_or_at_the_last() -> None:
     assert traces.exit_level_at("m", 0.5).dtype == np.int8
 
 
+def test_a_confidence_stored_just_below_the_threshold_does_not_leave() -> None:
+    """0.7 is stored in single precision as 0.69999999."""
+    confidence = np.array([[[0.7, 0.9], [0.75, 0.9]]], dtype=np.float32)
+    assert tiny(confidence={"m": confidence}).exit_level_at("m", 0.7).tolist() == [[1, 0]]
+
+
 def test_shares_count_one_domain_or_all() -> None:
     traces = tiny(
         domains=("text", "more"),
@@ -289,6 +295,15 @@ def test_a_trace_survives_its_file(tmp_path: Path, opt: ExitTraces) -> None:
         assert np.array_equal(read.nll_nats[name], opt.nll_nats[name])
     some = read_traces(tmp_path / "exits.parquet", ["opt-6.7b"])
     assert some.candidates == ("opt-6.7b",)
+
+
+def test_exits_ascend_whatever_the_order_of_a_file_s_columns(tmp_path: Path) -> None:
+    write_traces(tiny(), tmp_path / "exits.parquet")
+    frame = pl.read_parquet(tmp_path / "exits.parquet")
+    frame.select(reversed(frame.columns)).write_parquet(tmp_path / "turned.parquet")
+    read = read_traces(tmp_path / "turned.parquet")
+    assert read.exit_layers == {"m": (2, 4)}
+    assert np.array_equal(read.confidence["m"], tiny().confidence["m"])
 
 
 def test_a_measured_profile_is_read_from_its_own_trace(tmp_path: Path, opt: ExitTraces) -> None:
