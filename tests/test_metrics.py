@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from helios_sim.comparison import compare, comparison_rows, distinct_labels, gain
+from helios_sim.comparison import COMPARED, compare, comparison_rows, distinct_labels, gain
 from helios_sim.errors import InputError
 from helios_sim.latencies import columns_of, meets_all
 from helios_sim.metrics import (
@@ -21,6 +21,7 @@ from helios_sim.metrics import (
     batch_interval,
     figure_at,
     gap_percentile_s,
+    gap_share_met,
     rounded_figures,
     summarise,
 )
@@ -217,6 +218,21 @@ def test_itl_percentile_limits_are_judged_on_pooled_gaps() -> None:
     assert summarise(pencil_run(), parse_slo("itl:p66<200ms"))["slo_passed"] is True
     assert summarise(pencil_run(), parse_slo("itl:p67<200ms"))["slo_passed"] is False
     assert summarise(pencil_run(), parse_slo("itl:p75<801ms"))["slo_passed"] is True
+
+
+def test_every_limit_of_a_metric_is_to_be_met_and_every_percentile_to_pass() -> None:
+    """0.1, 0.4 and 0.2 s and one refused: a quarter keeps 150 ms, and half keeps 300 ms."""
+    summary = summarise(pencil_run(), parse_slo("ttft:p25<150ms ttft:p99<300ms"))
+    assert [limit["attainment"] for limit in summary["slo_limits"]] == [0.25, 0.5]
+    assert [limit["passed"] for limit in summary["slo_limits"]] == [True, False]
+    assert summary["slo_attainment_by_metric"] == {"ttft": 0.25}
+    assert summary["slo_passed"] is False
+
+
+def test_gaps_within_a_limit_are_told_apart_geometrically_inside_a_bin() -> None:
+    """Of a bin from 1 to 100 s half of the gaps are within 10 s."""
+    run = pencil_run(itl_bins_s=(1.0, 100.0), itl_counts=(8,))
+    assert gap_share_met(run, columns_of(run), 10.0) == pytest.approx(0.5)
 
 
 def test_itl_percentile_limits_are_missed_by_requests_that_have_no_gaps_to_judge() -> None:
@@ -473,6 +489,32 @@ def test_batch_means_cover_the_mean_of_a_correlated_series() -> None:
     assert 180 <= held <= 199
 
 
+def test_an_interval_of_twenty_batches_by_pencil() -> None:
+    """Means of 0 and 2 by turns deviate by 1.026; t of 19 degrees of freedom is 2.093."""
+    interval = batch_interval(np.array([0.5, -0.5, 2.5, 1.5] * 10))
+    assert interval is not None
+    half = 2.093024 * math.sqrt(20 / 19) / math.sqrt(20)
+    assert interval["mean"] == pytest.approx(1.0)
+    assert interval["low"] == pytest.approx(1.0 - half)
+    assert interval["high"] == pytest.approx(1.0 + half)
+
+
+def test_intervals_are_of_measured_requests_and_of_breaches_that_a_deeper_exit_satisfies() -> None:
+    """After a warm-up all requests have 8 layers a token, and 2 of 10 tokens, not 5, breach."""
+    warm = np.arange(80) < 40
+    run = make_run(num_requests=80)
+    requests = run.requests.with_columns(
+        pl.lit(10).alias("generated_tokens"),
+        pl.lit(10).alias("decoded_tokens"),
+        pl.lit(5).alias("breaches"),
+        pl.Series("breaches_relative", np.where(warm, 4, 2)),
+        pl.Series("executed_layers", np.where(warm, 20, 80)),
+    )
+    found = summarise(conformed(replace(run, requests=requests)), warmup_requests=40)["intervals"]
+    for key, value in (("mean_executed_layers", 8.0), ("breach_rate", 0.2)):
+        assert [found[key][part] for part in ("low", "mean", "high")] == [value] * 3
+
+
 def test_batch_interval_of_a_ratio_is_centred_on_the_ratio_of_sums() -> None:
     """With a denominator the figure is the sum over the sum, and too few values give none."""
     top, below = np.arange(1.0, 101.0), np.full(100, 2.0)
@@ -567,6 +609,120 @@ def test_comparison_pairs_requests_and_marks_the_best() -> None:
     assert tpot.differences[0] is None
     assert rows["num_evaluations"].best == ()
     assert rows["energy_per_output_token"].unit == "J"
+
+
+def evenly(num_requests: int, **columns: np.ndarray) -> RunData:
+    """Requests a second apart: first token after 0.1 s, then 10 more within 0.2 s."""
+    run = make_run(num_requests=num_requests)
+    arrival = np.arange(float(num_requests))
+    usual = {
+        "arrival_s": arrival,
+        "admitted_s": arrival,
+        "first_token_s": arrival + 0.1,
+        "finished_s": arrival + 0.3,
+        "output_tokens": np.full(num_requests, 11),
+        "generated_tokens": np.full(num_requests, 11),
+    }
+    return conformed(replace(run, requests=run.requests.with_columns(**usual | columns)))
+
+
+def differences(first: RunData, second: RunData, **measure: Any) -> dict[str, tuple[float, ...]]:
+    """Low, mean and high of each paired difference."""
+    runs = [first, second]
+    rows = compare(runs, [summarise(run, **measure) for run in runs])
+    found = {row.key: row.differences[1] for row in rows}
+    return {key: (one.low, one.mean, one.high) for key, one in found.items() if one is not None}
+
+
+def test_a_warm_up_is_left_out_of_paired_differences() -> None:
+    """Of 100 requests the first 50 are slower in the second run, and none of them is measured."""
+    first = evenly(100)
+    warm = np.where(np.arange(100) < 50, 1.0, 0.0)
+    second = evenly(
+        100,
+        first_token_s=first.requests["first_token_s"].to_numpy() + warm,
+        finished_s=first.requests["finished_s"].to_numpy() + 2.0 * warm,
+    )
+    whole = differences(first, second, slo=parse_slo("ttft:500"))
+    assert whole["mean_ttft_ms"][1] == pytest.approx(500.0)
+    assert whole["slo_attainment"][1] == pytest.approx(-50.0)
+    measured = differences(first, second, slo=parse_slo("ttft:500"), warmup_requests=50)
+    assert measured == dict.fromkeys(whole, (0.0, 0.0, 0.0))
+
+
+def test_a_request_of_one_token_is_no_pair_of_tpot() -> None:
+    """Ten gaps take 0.1 s longer; every second request has none."""
+    tokens = np.where(np.arange(100) % 2 == 1, 1, 11)
+    first, second = (
+        evenly(
+            100,
+            output_tokens=tokens,
+            generated_tokens=tokens,
+            finished_s=np.arange(100.0) + 0.1 + np.where(tokens > 1, decode_s, 0.0),
+        )
+        for decode_s in (0.2, 0.3)
+    )
+    assert differences(first, second)["mean_tpot_ms"] == pytest.approx((10.0,) * 3)
+
+
+def test_pairs_are_batched_by_arrival_whatever_their_numbers() -> None:
+    """Slower by 0 and 20 ms by turns: two neighbours in the queue always by 10 ms on average."""
+    place = np.arange(40)
+    numbers = place // 2 + 20 * (place % 2)
+    first, second = (
+        evenly(40, request_id=numbers, first_token_s=1.001 * place + 0.1 + slower_s)
+        for slower_s in (0.0, 0.02 * (place % 2))
+    )
+    assert differences(first, second)["mean_ttft_ms"] == pytest.approx((10.0,) * 3)
+
+
+def test_figures_are_compared_in_the_units_of_their_rows() -> None:
+    """1,500 mJ a token are 1.5 J, and a quarter is 25 %."""
+    shares = ("slo_attainment", "agreement", "breach_rate")
+    rows = comparison_rows([{"energy_per_output_token": 1500.0} | dict.fromkeys(shares, 0.25)])
+    assert {row.key: (*row.values, row.unit) for row in rows} == {
+        "energy_per_output_token": (1.5, "J"),
+        **dict.fromkeys(shares, (25.0, "%")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ((100.0, 99.5, 80.0), (0,)),
+        ((80.0, 99.95, 100.0), (1, 2)),
+        ((100.0, 99.95), ()),
+        ((100.0, None), ()),
+    ],
+)
+def test_the_best_shares_its_place_with_what_is_within_a_thousandth_of_it(
+    values: tuple[float | None, ...], best: tuple[int, ...]
+) -> None:
+    (row,) = comparison_rows([{"max_batch_size_supported": value} for value in values])
+    assert row.best == best
+
+
+def test_the_better_direction_of_every_row_of_a_comparison() -> None:
+    """Rates, shares met and room are better higher; neither way is better of what was done."""
+    better: dict[str | None, set[str]] = {"higher": set(), "lower": set(), None: set()}
+    for key, *_, direction in COMPARED:
+        better[direction].add(key)
+    assert better["higher"] == {
+        "output_throughput",
+        "request_throughput",
+        "request_goodput",
+        "slo_attainment",
+        "max_batch_size_supported",
+        "agreement",
+    }
+    assert better[None] == {
+        "saturation",
+        "mean_batch_size",
+        "num_evaluations",
+        "num_switches",
+        "num_loads",
+        "switch_time_s",
+    }
 
 
 @pytest.mark.parametrize(
