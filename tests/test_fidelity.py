@@ -23,7 +23,7 @@ from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.experiment import Experiment, prepare, run_policy
 from helios_sim.fidelity import assess, read_sides, run_folders, swaps
-from helios_sim.fidelity.figures import figure_row, figure_rows, per_request
+from helios_sim.fidelity.figures import figure_row, figure_rows, per_request, request_rows
 from helios_sim.fidelity.page import render
 from helios_sim.fidelity.recordings import (
     EXITS_FILE,
@@ -33,8 +33,16 @@ from helios_sim.fidelity.recordings import (
 )
 from helios_sim.fidelity.replayed import replayed_run
 from helios_sim.fidelity.sides import Side
-from helios_sim.fidelity.swaps import Attribution
-from helios_sim.fidelity.timing import Factors, factors, loads, predict, reloaded, retimed
+from helios_sim.fidelity.swaps import Attribution, Swap, attribute
+from helios_sim.fidelity.timing import (
+    Factors,
+    factors,
+    loads,
+    predict,
+    reloaded,
+    retimed,
+    timing_rows,
+)
 from helios_sim.fidelity.words import headline, name_of, remarks, signed_percent, spread_text
 from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
@@ -356,6 +364,40 @@ def test_the_arrivals_of_a_closed_loop_are_those_of_the_order_of_time() -> None:
         assert swapped[figure] == pytest.approx(as_it_was[figure], rel=1e-9), figure
 
 
+@pytest.mark.parametrize("warm_up", [{"warmup_s": 20.0}, {"warmup_requests": 20}])
+def test_a_run_with_a_warm_up_is_simulated_again_with_the_same_figures(
+    warm_up: dict[str, Any], tmp_path: Path
+) -> None:
+    data = question("static-depth", measure=warm_up)
+    data["workload"]["num_requests"] = 60
+    experiment = prepare(parse_scenario(data, "test", Path()), Path())
+    given = run_policy(experiment, experiment.scenario.policy[0])
+    write_run(given.run, given.summary, tmp_path / "simulated")
+    write_run(replace(given.run, origin="measured"), given.summary, tmp_path / "real")
+    sides = read_sides([tmp_path / "real"], tmp_path / "simulated")
+    assert sides.simulated.summary["mean_tpot_ms"] != summarise(given.run)["mean_tpot_ms"]
+    assert attribute(sides, experiment).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("left", "together", "ingredient", "said"),
+    [
+        (6.0, 6.0, "times", "mostly recorded iteration times"),
+        (-6.0, 6.0, "times", "mostly recorded iteration times"),
+        (8.0, 6.0, None, "several ingredients together"),
+        (8.0, 8.0, None, "no ingredient: physics that the model does not have, or noise"),
+    ],
+)
+def test_a_cause_takes_away_three_tenths_of_an_error(
+    left: float, together: float, ingredient: str | None, said: str
+) -> None:
+    """The simulated TPOT is 10 % off; recorded times, the best of two ingredients, leave less."""
+    off = {"nothing": 10.0, "exits": 9.0, "times": left, "everything": together}
+    swapped = tuple(Swap(name, name, {"mean_tpot_ms": 100.0 + one}) for name, one in off.items())
+    (cause,) = swaps._causes(Attribution("real", {"mean_tpot_ms": 100.0}, swapped, (), ()))
+    assert (cause.ingredient, cause.said) == (ingredient, said)
+
+
 def test_what_the_real_run_did_not_record_is_said(tmp_path: Path) -> None:
     """Without its extra files the swaps that need them are left out, with the reason."""
     real = serve(tmp_path / "real", "static-depth")
@@ -417,6 +459,30 @@ def test_the_spread_is_the_wider_of_range_and_two_deviations(base: Path, tmp_pat
     assert e2e.mape == pytest.approx(0.0, abs=1e-9)
     pairs = (0.1 / 0.95, 0.1 / 1.05, 0.2 / 1.0)
     assert e2e.noise_mape == pytest.approx(sum(pairs) / 3)
+
+
+def test_one_disturbed_repeat_is_no_error_of_any_request(base: Path, tmp_path: Path) -> None:
+    """Two of three repeats are as simulated, and all takes four times as long in the third."""
+    real = repeats(base, tmp_path / "real", (1.0, 1.0, 4.0))
+    found = request_rows(read_sides([real], base / "simulated"))
+    assert [row.mape for row in found] == pytest.approx([0.0] * 3, abs=1e-9)
+    assert {row.num_requests for row in found} == {240}
+
+
+def test_iteration_times_are_those_of_the_typical_repeat_or_of_the_first_that_has_any(
+    base: Path, tmp_path: Path
+) -> None:
+    real = repeats(base, tmp_path / "real", (1.2, 1.0, 0.9))
+    iteration = pl.read_parquet(base / "real" / ITERATIONS_FILE).head(1)
+    for number, seconds in enumerate((0.1, 0.2, 0.3), 1):
+        log = iteration.with_columns(seconds=pl.lit(seconds))
+        log.write_parquet(real / f"repeat-{number}" / ITERATIONS_FILE)
+    sides = read_sides([real], base / "simulated")
+    assert sides.typical.path.name == "repeat-2"
+    for recorded_ms in (200.0, 100.0):
+        (row,) = assess(sides, Path(), attribution=False).timing
+        assert row.recorded_ms == pytest.approx(recorded_ms)
+        (sides.typical.path / ITERATIONS_FILE).unlink(missing_ok=True)
 
 
 def test_the_page_says_that_causes_are_told_against_one_real_run(
@@ -727,6 +793,25 @@ def test_typical_and_slow_iterations_are_told_apart() -> None:
     assert factors(found, predicted, "typical")["small"].decode[1] == pytest.approx(1.2)
     assert factors(found, predicted, "mean")["small"].decode[1] == pytest.approx(1.44)
     assert factors(found, predicted, "slow")["small"].decode[1] == pytest.approx(1.2)
+
+
+def test_iterations_are_told_by_the_middle_of_their_times_and_prompts_by_doubling_classes() -> None:
+    """Decodes of 1 to 11 ms; a prompt of 5 tokens is of the class up to 8, as one of 8 is."""
+    prompts = np.array([0.0] * 11 + [5.0, 8.0, 9.0])
+    found = recorded(
+        "small",
+        [1e-3 * ms for ms in (*range(1, 12), 20, 20, 20)],
+        is_decode=prompts == 0.0,
+        prompt_tokens=prompts,
+        prompt_pairs=prompts * (prompts + 1) / 2,
+    )
+    decode, *prefills = timing_rows(found, predict(found, profile_of(thumbnail()), 8))
+    assert (decode.kind, decode.batch, decode.num_iterations) == ("decode", 1, 11)
+    assert (decode.low_ms, decode.recorded_ms, decode.high_ms) == pytest.approx((2.0, 6.0, 10.0))
+    assert [(row.kind, row.batch, row.num_iterations) for row in prefills] == [
+        ("prefill", 8, 2),
+        ("prefill", 16, 1),
+    ]
 
 
 def test_an_iteration_that_captures_graphs_is_predicted_to_take_their_time() -> None:
