@@ -101,8 +101,8 @@ class Swap:
 class Cause:
     """What explains the error of one figure best.
 
-    Errors are relative. `ingredient` is None where the error is small or nothing takes away a
-    third of it; `remainder` is the error with everything swapped at once.
+    Errors are relative. `ingredient` is None where the error is small or nothing takes away
+    enough of it; `remainder` is the error with everything swapped at once.
     """
 
     key: str
