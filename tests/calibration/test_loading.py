@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from calibration.measuring import floors
+from calibration.measuring import floors, occupancy
 from calibration.measuring.board import NoBoard, open_board
 from calibration.measuring.floors import (
     count_launches,
@@ -27,11 +27,16 @@ from calibration.measuring.load_trials import (
     stand_in_loads,
 )
 from calibration.measuring.loading import load_sizes, parts_file, time_checkpoint
-from calibration.measuring.occupancy import peak_bytes, reserve_bytes, reserved_bytes
+from calibration.measuring.occupancy import (
+    peak_bytes,
+    reserve_bytes,
+    reserved_bytes,
+    taken_bytes,
+)
 from calibration.measuring.readings import CACHED, Reading
 from calibration.measuring.sources import find_sources
-from calibration.measuring.timing import Timing, WallTimer, timed
-from calibration.model import file_cache
+from calibration.measuring.timing import Sample, Timing, WallTimer, Work, timed
+from calibration.model import file_cache, launches
 from calibration.model.early_exit import from_stock, save
 from calibration.model.file_cache import cached_share, forget, read_through
 from tests.calibration.fake_nvml import FakeNvml
@@ -149,6 +154,17 @@ def test_launches_are_counted_without_views() -> None:
     assert count_launches(launch_chain(7, CPU)) == 7
 
 
+def test_kernels_of_ours_count_from_where_the_work_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = torch.ones(4)
+    monkeypatch.setitem(launches._launched, "earlier", 3)
+
+    def work() -> object:
+        launches._launched["earlier"] += 1
+        return value + 1.0
+
+    assert [count_launches(work) for _ in range(2)] == [2, 2]
+
+
 def test_a_launch_is_a_share_of_a_chain_and_graphs_are_declined_in_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -172,6 +188,25 @@ def test_a_launch_is_a_share_of_a_chain_and_graphs_are_declined_in_words(
 def test_memory_is_read_at_a_speed_that_memory_can_have() -> None:
     read = time_read(2**24, CPU, WallTimer(CPU, 0.002), 3)
     assert 1e6 < 2**24 / read.seconds < 1e13
+
+
+def test_as_many_bytes_are_read_as_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SecondTimer:
+        """A timer by which every repetition takes a second."""
+
+        min_sample_s = 0.5
+
+        def sample(self, work: Work, repetitions: int) -> Sample:
+            work()
+            return Sample(float(repetitions))
+
+        def sample_s(self, pass_s: float) -> float:
+            return pass_s
+
+    read: set[int] = set()
+    monkeypatch.setattr(torch, "sum", lambda source: read.add(source.nbytes))
+    assert time_read(4096, CPU, SecondTimer(), 1).seconds == 1.0
+    assert read == {4096}
 
 
 def test_a_copy_counts_bytes_read_and_written() -> None:
@@ -200,3 +235,32 @@ def test_the_reserve_is_the_process_without_models() -> None:
     assert reserve is None or reserve > 2**24
     assert reserved_bytes(CPU) == 0
     assert open_board(nvml=FakeNvml()).state().memory_used_bytes == 600 * 2**20
+
+
+def test_bytes_of_a_gpu_are_told_apart_by_who_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1000 bytes 700 are free; torch holds 100, of which 50 are in use and were 90 at most."""
+    told = {
+        "init": None,
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "mem_get_info": (700, 1000),
+        "memory_reserved": 100,
+        "memory_allocated": 50,
+        "max_memory_allocated": 90,
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    gpu = torch.device("cuda")
+    assert taken_bytes(gpu) == 300
+    assert reserve_bytes(gpu, NoBoard("none answers")) == 200
+    assert peak_bytes(gpu, lambda: None) == 40
+
+
+def test_the_system_tells_resident_memory_in_units_of_1024_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmRSS:\t      3 kB\n")
+    monkeypatch.setattr(occupancy, "_STATUS", status)
+    assert reserve_bytes(CPU, NoBoard("a processor has no board")) == 3072

@@ -104,6 +104,38 @@ def test_power_is_integrated_by_trapezoids() -> None:
     assert found.joules == pytest.approx(110.0 * found.seconds, rel=1e-6)
 
 
+def test_rising_power_is_integrated_by_the_mean_of_every_two_samples(
+    clock: ScriptedTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 100 W to 200 W over a second."""
+    found, begin_s = board(), clock.perf_counter()
+    monkeypatch.setattr(
+        found, "instant_power_w", lambda: 100.0 * (1.0 + clock.perf_counter() - begin_s)
+    )
+    window = NvmlPower(found).open()
+    clock.sleep(1.0)
+    joules = measured(window.close()).joules
+    assert joules == pytest.approx(150.0)
+    assert window.curve()[-1][1] == pytest.approx(joules)
+
+
+def test_two_changes_of_a_counter_are_enough_for_a_window_from_tick_to_tick(
+    clock: ScriptedTime,
+) -> None:
+    window = NvmlCounter(board(watts=300.0, tick_s=0.03), **SHORT).open()
+    clock.sleep(0.07)
+    found = measured(window.close())
+    assert found.ticks == 1
+    assert found.aligned
+    assert found.watts == pytest.approx(300.0, rel=0.1)
+
+
+def test_a_window_of_two_sources_is_as_long_as_the_slower_one_needs() -> None:
+    quick, slow = (NoMeter("none", min_window_s=least_s) for least_s in (5.0, 8.0))
+    assert CrossChecked(quick, slow).min_window_s == 8.0
+    assert CrossChecked(slow, quick).min_window_s == 8.0
+
+
 def test_power_falls_back_to_the_boards_mean_and_says_it_is_a_mean() -> None:
     meter = NvmlPower(board(watts=100.0, without=("nvmlDeviceGetFieldValues",)))
     assert meter.source == "nvml-power-mean"

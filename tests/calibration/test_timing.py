@@ -7,15 +7,18 @@ import time
 import pytest
 import torch
 
+from calibration.measuring import timing
 from calibration.measuring.capture import Captured, NotCaptured, capture
 from calibration.measuring.pace import Pace, Reference
 from calibration.measuring.timing import (
     MAX_TRIES,
+    CudaTimer,
     Sample,
     WallTimer,
     Work,
     measure_pace,
     median_and_mad,
+    quiet_share,
     timed,
     timer_for,
 )
@@ -38,6 +41,19 @@ class CountingTimer:
     def sample(self, work: Work, repetitions: int) -> Sample:
         self.calls.append((work, repetitions))
         return Sample(self.seconds[work] * repetitions)
+
+
+class BusyTimer:
+    """A timer on a machine that is never quiet."""
+
+    min_sample_s = 0.5
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def sample(self, work: Work, repetitions: int) -> Sample:
+        self.calls += 1
+        return Sample(2.0, 0.5)
 
 
 def works(count: int) -> list[Work]:
@@ -114,14 +130,6 @@ def test_samples_in_which_others_ran_are_taken_again() -> None:
 
 
 def test_a_machine_that_is_never_quiet_ends_the_wait_and_says_so() -> None:
-    class BusyTimer:
-        min_sample_s = 0.5
-        calls = 0
-
-        def sample(self, work: Work, repetitions: int) -> Sample:
-            self.calls += 1
-            return Sample(2.0, 0.5)
-
     timer = BusyTimer()
     (found,) = timed(works(1), timer, samples=3)
     assert found.lost_share == 0.5
@@ -131,6 +139,24 @@ def test_a_machine_that_is_never_quiet_ends_the_wait_and_says_so() -> None:
     (found,) = timed(works(1), hurried, samples=3, patience_s=0.0)
     assert found.samples == 3
     assert hurried.calls == 2 + 3
+
+
+def test_where_no_look_is_quiet_the_share_is_that_of_one_look() -> None:
+    assert quiet_share(BusyTimer(), works(1)[0], looks=10) == 0.1
+
+
+@pytest.mark.parametrize("shares", [(0.3, 0.0), (0.0, 0.3)])
+def test_others_before_a_sample_disturb_it_as_those_after_it_do(
+    clock: ScriptedTime, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, float]
+) -> None:
+    looks = iter(shares)
+
+    class Visited(QuietReference):
+        def lost_share(self) -> float:
+            return next(looks)
+
+    monkeypatch.setattr(timing, "reference", Visited)
+    assert WallTimer(CPU).sample(lambda: clock.work(0.06), 1).lost_share == 0.3
 
 
 def test_a_pace_is_held_against_another_by_its_slower_part() -> None:
@@ -210,6 +236,25 @@ def test_without_cuda_nothing_is_captured_and_the_reason_is_told() -> None:
     found = capture(lambda: None, CPU)
     assert isinstance(found, NotCaptured)
     assert "CUDA device" in found.reason
+
+
+def test_events_tell_milliseconds_and_a_sample_is_in_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None: ...
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Event) -> float:
+            return 20.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert CudaTimer().sample(lambda: None, 1).seconds == pytest.approx(0.02)
 
 
 @pytest.mark.cuda
