@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibration.measuring import grid
 from calibration.measuring.grid import (
     LEAST_CONTEXT,
     REACH,
@@ -183,6 +184,14 @@ def test_the_pool_bounds_every_load() -> None:
             assert (job.batch or 0) * job.prompt_tokens <= 512
 
 
+def test_energy_windows_of_the_longest_rows_have_only_as_many_as_the_pool_holds() -> None:
+    small = replace(BOUNDS, max_batch=8, max_context=500, pool_tokens=1000)
+    jobs = plan_energy(small, window_s=5.0, allowed_s=700.0, seed=0).jobs
+    loads = {(job.batch or 0, job.longest_tokens or 0) for job in jobs if not job.prompt_tokens}
+    assert (2, 500) in loads
+    assert max(batch * longest for batch, longest in loads) <= 1000
+
+
 def test_a_point_that_would_eat_the_budget_is_left_out_and_told() -> None:
     plan = plan_latency(
         BOUNDS,
@@ -289,6 +298,14 @@ def test_ragged_rows_have_exactly_the_mean_and_the_longest_asked_for() -> None:
     assert ragged_lengths(1, 7, 12, seed=0) == [7]
     with pytest.raises(ValueError, match="cannot be ragged"):
         ragged_lengths(2, 10, 20, seed=0)
+
+
+def test_timing_takes_the_samples_wanted_two_to_find_repetitions_and_the_warm_ups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(grid, "SAMPLES", 3)
+    monkeypatch.setattr(grid, "WARMUPS", 1)
+    assert timing_s((1.0, 2.0), lambda pass_s: 10.0 * pass_s) == 5 * (10.0 + 20.0) + 1.0 + 2.0
 
 
 def test_axes_hold_both_ends() -> None:
