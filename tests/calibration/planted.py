@@ -262,7 +262,8 @@ def readings(plan: Plan) -> list[Reading]:
             "memory_weights", plan.name, layers=12, bytes=weights + 4096, predicted_bytes=weights
         )
     )
-    found.append(Reading("memory_workspace", plan.name, batch=128, bytes=3_000_000))
+    for batch, taken in ((1, 1_000_000), (128, 3_000_000)):
+        found.append(Reading("memory_workspace", plan.name, batch=batch, bytes=taken))
     if plan.energy:
         found += energy_readings(plan, c, noisy)
     return found

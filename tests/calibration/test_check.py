@@ -11,15 +11,25 @@ import pytest
 
 from calibration.cli import main
 from calibration.fitting import anchors
-from calibration.fitting.anchors import beside_anchors
-from calibration.fitting.check import check_rows, check_text, compare, place_of, verdict
+from calibration.fitting.anchors import _beside, beside_anchors
+from calibration.fitting.check import (
+    CheckRow,
+    check_rows,
+    check_text,
+    compare,
+    place_of,
+    verdict,
+)
 from calibration.fitting.fit import fit_profile
+from calibration.fitting.fit_times import Number, model_profile
 from calibration.fitting.page import render
-from calibration.fitting.points import gather
+from calibration.fitting.points import EXIT_ITERATION, gather
+from calibration.fitting.predict import Predictor, prefill_load
 from calibration.measuring.readings import SCHEMA, Reading, busy_machine
 from helios_sim.cost import decode_joules, decode_seconds
 from helios_sim.errors import InputError
-from helios_sim.profile import Profile, load_profile
+from helios_sim.profile import ModelProfile, Profile, load_profile
+from helios_sim.profiles.published import ENERGY_ANCHORS
 from tests.calibration import planted
 from tests.calibration.planted import Plan
 
@@ -78,6 +88,34 @@ def test_noise_is_the_deviation_among_trials(profile: Profile) -> None:
     assert 0.001 < row.noise < 0.02
 
 
+def gathered(*readings: Reading) -> pl.DataFrame:
+    """The points of these readings."""
+    return gather(pl.DataFrame([asdict(one) for one in readings], schema=SCHEMA))
+
+
+def test_the_95th_percentile_lies_between_the_two_largest_of_twenty_errors(
+    profile: Profile,
+) -> None:
+    heads = [Reading("head", "planted", batch=rows, seconds=1.0) for rows in range(1, 21)]
+    compared = gathered(*heads).with_columns(error=pl.int_range(20) / -100.0)
+    (row,) = check_rows(profile, compared)
+    assert row.median == pytest.approx(0.095)
+    assert row.p95 == pytest.approx(0.1805)
+    assert row.worst == -0.19
+    assert row.where == "20 rows"
+
+
+@pytest.mark.parametrize(
+    ("median", "p95", "within"),
+    [(0.01, 0.2, False), (0.05, 0.06, False), (0.03, 0.06, False), (0.01, 0.06, True)],
+)
+def test_bars_are_met_by_the_median_and_by_the_95th_percentile(
+    median: float, p95: float, within: bool
+) -> None:
+    row = CheckRow("planted", "head", "", "held-out", 9, median, p95, p95, "", None, None)
+    assert row.within_bars is within
+
+
 def test_a_profile_that_is_off_misses_the_bars(profile: Profile, tmp_path: Path) -> None:
     folder = tmp_path / "off"
     folder.mkdir()
@@ -113,6 +151,33 @@ def test_energy_stands_beside_published_figures_of_the_same_model(
     said = f"({found[1].joules / 0.165:.2f} times the published 0.165 J)"
     assert said in check_text(profile)
     assert "Published rate" in render(profile)
+
+
+def model_with(coefficients: dict[str, float], **named: Any) -> ModelProfile:
+    """The planted model with these coefficients and no others."""
+    numbers = {name: Number(value, "assumed", "") for name, value in coefficients.items()}
+    given: dict[str, Any] = {"buckets": (), "batch_residual": (), "hull": None} | named
+    return model_profile(planted.model(), numbers, **given)
+
+
+def test_beside_an_anchor_every_padded_row_is_read_to_the_longest_ones_end() -> None:
+    """Three rows in a graph of four, 12 layers, 512 tokens of context."""
+    model = model_with({"decode.memory_s_per_padded_token": 1e-6}, buckets=(4,))
+    found = _beside("planted", model, replace(ENERGY_ANCHORS[0], batch=3))
+    assert 3 / found.tokens_per_s == pytest.approx(12 * 4 * 512 * 1e-6)
+
+
+def test_rows_that_leave_early_take_the_factor_of_what_is_loaded() -> None:
+    predictor = Predictor(model_with({}, depth_residual=((3, 0.6), (12, 1.1))))
+    load = {"layers": 3, "batch": 1}
+    assert predictor.factor({"quantity": EXIT_ITERATION, **load}) == 1.1
+    assert predictor.factor({"quantity": "decode_layers", **load}) == 0.6
+
+
+@pytest.mark.parametrize(("cached", "pairs"), [(0, 1 + 2 + 3 + 4), (3, 4 + 5 + 6 + 7)])
+def test_a_prompt_token_meets_those_before_it_and_itself(cached: int, pairs: int) -> None:
+    row = {"batch": 2, "prompt_tokens": 4, "context_tokens": cached}
+    assert prefill_load(row) == (8, 2 * cached, 2 * pairs)
 
 
 def test_without_joules_nothing_stands_beside_published_ones() -> None:
@@ -238,7 +303,7 @@ def test_long_trials_of_captures_and_windows_are_no_disturbed_ones() -> None:
         *of_trials("capture_run"),
         *of_trials("decode_energy", joules=5.0, watts=5.0),
     ]
-    points = gather(pl.DataFrame([asdict(one) for one in taken], schema=SCHEMA))
+    points = gathered(*taken)
     assert dict(points.select("quantity", "num_trials").iter_rows()) == {
         "decode_layers": 1,
         "capture_run": 3,
@@ -246,10 +311,32 @@ def test_long_trials_of_captures_and_windows_are_no_disturbed_ones() -> None:
     }
 
 
+def test_a_point_is_the_median_of_its_trials_and_their_deviation_its_noise() -> None:
+    trial = Reading("decode_layers", "planted", layers=3, batch=2)
+    points = gathered(*(replace(trial, trial=n, seconds=1.0 + n / 10) for n in range(3)))
+    assert points["seconds"].to_list() == [1.1]
+    assert points["noise"].to_list() == [pytest.approx(0.1 / 1.1)]
+
+
+def test_a_window_in_which_the_device_waited_is_no_disturbed_one() -> None:
+    window = Reading("decode_energy", "planted", layers=3, batch=2, seconds=1.0, joules=5.0)
+    waited = replace(window, trial=1, idle_share=0.3)
+    assert gathered(replace(window, idle_share=0.0), waited)["num_trials"].to_list() == [2]
+
+
+def test_of_several_looks_at_memory_the_most_bytes_count() -> None:
+    looks = [
+        Reading("memory_kv", "planted", trial=n, bytes=10 * (n + 1), predicted_bytes=9 + n)
+        for n in range(2)
+    ]
+    points = gathered(*looks)
+    assert points.select("bytes", "predicted_bytes").row(0) == (20, 10)
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_load_that_was_measured_for_both_purposes_was_fitted(order: int) -> None:
     fit = Reading("decode_layers", "planted", layers=3, batch=2, seconds=1.0)
     both = [fit, replace(fit, purpose="held-out")][::order]
     alone = replace(fit, batch=3, purpose="held-out")
-    points = gather(pl.DataFrame([asdict(one) for one in [*both, alone]], schema=SCHEMA))
+    points = gathered(*both, alone)
     assert points["purpose"].to_list() == ["fit", "held-out"]

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,8 +18,16 @@ from hypothesis import strategies as st
 
 from calibration.cli import main
 from calibration.fitting.check import check_rows, compare
-from calibration.fitting.fit import FitSettings, device_floors, fit_profile
-from calibration.fitting.fit_energy import EnergyFit, fit_energy
+from calibration.fitting.fit import (
+    FitSettings,
+    _device_node,
+    _floors,
+    _idle,
+    _links,
+    device_floors,
+    fit_profile,
+)
+from calibration.fitting.fit_energy import EnergyFit, _leave_one_out, fit_energy
 from calibration.fitting.fit_times import (
     Number,
     falling_time,
@@ -26,8 +35,8 @@ from calibration.fitting.fit_times import (
     launch_bound_share,
     model_profile,
 )
-from calibration.fitting.points import CAPTURES, LEAVING, PREFILL_ITERATION
-from calibration.measuring.readings import CACHED, POINTS_FILE, Reading
+from calibration.fitting.points import CAPTURES, LEAVING, PREFILL_ITERATION, gather
+from calibration.measuring.readings import CACHED, POINTS_FILE, SCHEMA, Reading
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
@@ -427,6 +436,29 @@ def test_idle_power_is_as_sure_as_its_windows_agree(
     assert f"median of {len(watts)} idle windows" in found.source
 
 
+def table(*readings: Reading) -> pl.DataFrame:
+    """Some readings as a table."""
+    return pl.DataFrame([asdict(one) for one in readings], schema=SCHEMA)
+
+
+def test_one_idle_window_that_was_not_idle_does_not_move_the_idle_power() -> None:
+    windows = [Reading("idle_power", watts=watts) for watts in (50.0, 50.0, 110.0)]
+    found = _idle(table(*windows), "")
+    assert found.value == 50.0
+    assert found.error == pytest.approx(20.0)
+
+
+def test_the_active_power_is_the_least_that_a_model_was_seen_to_draw() -> None:
+    energy = {
+        name: EnergyFit({"power.active_w": Number(watts, "measured", "windows")}, {})
+        for name, watts in (("small", 100.0), ("large", 140.0))
+    }
+    device = {"name": "Planted GPU", "memory_bytes": 2**30}
+    found = _device_node(device, Number(50.0, "measured", "idle"), energy, gather(table()))
+    assert found["active_w"]["value"] == 100.0
+    assert found["load_w"]["value"] == 100.0
+
+
 def test_power_while_weights_move_is_never_below_idle_and_says_what_was_read(
     tmp_path: Path,
 ) -> None:
@@ -529,6 +561,43 @@ def test_loads_of_one_size_tell_no_start_from_a_rate(tmp_path: Path) -> None:
     assert start.value == 0.0
     assert start.error is None and rate.error is None
     assert profile.quantities["loading.host.bytes_per_s"].grade == "measured"
+
+
+def disk_loads(seconds: tuple[float, ...], unit: int, held_out_s: float) -> pl.DataFrame:
+    """Loads of 1, 2, 3, ... units, and one of two and a half that is held out."""
+    fit = [
+        Reading("load_disk", "planted", bytes=unit * n, seconds=one)
+        for n, one in enumerate(seconds, 1)
+    ]
+    new = replace(fit[0], purpose="held-out", bytes=unit * 5 // 2, seconds=held_out_s)
+    return gather(table(*fit, new))
+
+
+def test_a_held_out_load_is_predicted_with_its_start() -> None:
+    """A start of a second and a second a gigabyte."""
+    nodes, record = _links(disk_loads((2.0, 3.0, 4.0, 5.0), 10**9, 3.5))
+    assert nodes["disk"]["alpha_s"]["value"] == pytest.approx(1.0)
+    assert nodes["disk"]["bytes_per_s"]["value"] == pytest.approx(1e9)
+    assert record["disk"]["errors"]["held_out"]["p95"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_twice_the_bytes_in_the_same_time_are_twice_the_rate_and_twice_its_error() -> None:
+    seconds = (2.0, 3.02, 3.97, 5.01)
+    rates = [
+        _links(disk_loads(seconds, unit, 3.5))[0]["disk"]["bytes_per_s"]
+        for unit in (10**9, 2 * 10**9)
+    ]
+    assert 1e6 < rates[0]["error"] < 1e8
+    assert rates[1]["value"] == pytest.approx(2 * rates[0]["value"])
+    assert rates[1]["error"] == pytest.approx(2 * rates[0]["error"], rel=0.01)
+
+
+def test_the_fastest_copy_is_the_floor_of_copying() -> None:
+    copies = [
+        Reading("copy_bandwidth", bytes=size, seconds=size / rate)
+        for size, rate in ((2**20, 8e9), (2**22, 1e10), (2**24, 9e9))
+    ]
+    assert _floors(gather(table(*copies)))["copy_bytes_per_s"] == {"": pytest.approx(1e10)}
 
 
 def test_an_existing_profile_is_replaced_only_when_asked(tmp_path: Path) -> None:
@@ -756,6 +825,13 @@ def test_without_a_window_of_the_head_it_counts_as_its_weights_do_beside_a_layer
     numbers = energy_of(points.filter(pl.col("quantity") != "head_energy")).numbers
     for name in ("head.j_base", "decode.j_per_layer", "decode.j_per_row_layer"):
         assert numbers[name].value == pytest.approx({**GPU_LIKE, **like_layers}[name], rel=1e-3)
+
+
+def test_the_jackknife_of_the_same_work_again_and_again_is_the_error_of_a_mean() -> None:
+    ones, joules = np.ones(4), np.array([1.0, 2.0, 4.0, 7.0])
+    errors, standard_errors = _leave_one_out(ones[:, None], joules, ones)
+    assert standard_errors == pytest.approx([joules.std(ddof=1) / 2.0])
+    assert errors == pytest.approx([(14.0 - one) / 3 - one for one in joules])
 
 
 def test_held_out_windows_take_no_part_and_are_judged_with_idle_power() -> None:

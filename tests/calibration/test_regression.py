@@ -21,6 +21,7 @@ from calibration.fitting.regression import (
     leave_out,
     relative_nnls,
     trust_in,
+    tryable,
 )
 
 SMALL = st.floats(1e-7, 1e-3)
@@ -156,6 +157,15 @@ def test_readings_of_one_group_do_not_vouch_for_each_other() -> None:
     found = leave_out(readings, fit_max(readings), np.array([0, 0, 1, 1]))
     assert found.errors == pytest.approx([0.5, 0.5, -1 / 3, -1 / 3])
     assert abs(leave_out(readings, fit_max(readings)).errors[0]) < 0.4
+
+
+def test_options_leave_two_readings_beyond_their_coefficients_but_for_the_first() -> None:
+    ones = np.ones(6)
+    planes = tuple(np.ones((6, width)) for width in (1, 3, 4))
+    readings = Equations(ones, ones, 0.0 * ones, np.zeros((6, 0)), planes)
+    options = ((0,), (1,), (2,))
+    assert tryable(readings, options, np.array([0, 0, 1, 2, 3, 4])) == [(0,), (1,)]
+    assert tryable(readings, options[::-1], np.array([0, 0, 0, 1, 1, 1])) == [(2,)]
 
 
 def test_an_error_beyond_the_edge_pulls_as_one_at_the_edge() -> None:
