@@ -193,9 +193,10 @@ def _tune_frontier(tuned: Tuned, drawn: dict[str, Figure]) -> str:
     figure = drawings.tune_frontiers(tuned)
     against = drawings.against_energy(tuned).name
     _, label = _frontier_words("a trial", against, tuned.question.device, figure)
+    unknown = "" if drawings.draws_energy(figure["layout"]) else " Energy is not known."
     return section(
         "Frontier",
-        "Every trial, on the tuning traffic.",
+        f"Every trial, on the tuning traffic.{unknown}",
         add_figure(
             drawn,
             "frontier",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from helios_sim.search.points import Point
 from helios_sim.search.samplers import Listed, Sampler
 from helios_sim.search.space import Space
 from helios_sim.search.tables import setting_rows, trial_records, trial_rows, tune_front
-from helios_sim.search.tune import Tuned, read_tune, recommended, tune_study
+from helios_sim.search.tune import Trial, Tuned, read_tune, recommended, tune_study
 from helios_sim.search.words import tune_headline, tune_remarks
 
 BATCHES = (8, 16, 32, 64)
@@ -340,3 +341,19 @@ def test_trials_show_what_is_bounded_and_no_figure_twice() -> None:
     for title in ("Finalists", "Trials"):
         assert f"<h2>{title}</h2>" in page
     assert "<th>serving.max_batch</th>" in page.replace(' scope="col"', "")
+
+
+def test_without_an_energy_the_page_says_so_and_leaves_its_panel_out() -> None:
+    def answer(batch: int, sample: int) -> tuple[float, float, float]:
+        return 1.0, (0.8 if batch == OWN else 0.9), 40.0
+
+    found = tuned(answer, objectives=["agreement"])
+    assert "Energy is not known" not in tune_page(found, recommended(found))
+
+    def unread(trial: Trial) -> Trial:
+        return replace(trial, means={**(trial.means or {}), "energy_per_output_token": None})
+
+    trials = tuple(map(unread, found.trials))
+    blind = replace(found, base=unread(found.base), trials=trials, winner=trials[0])
+    assert "on the tuning traffic. Energy is not known." in tune_page(blind, recommended(blind))
+    assert tune_frontiers(blind)["layout"]["xaxis"]["title"]["text"] == "tokens/s per user"
