@@ -7,12 +7,7 @@ later call exactly as by the same one. The rules come from `policy.rules` and th
 `cost`, compiled here as they stand.
 
 `w` is the world, `r` the number of a replica and `rep` its record, `i` the number of a request, and
-`k` the place of a row among the replica's running ones, in order of admission. A row is a running
-request; its *slot* in `w.rows` never changes while its place does. A *tick* is an iteration that
-decodes, and what would grow by one with each is kept less the ticks, so that nothing is written:
-a row's *lane* is its place in the exit trace, its *lead* the tokens in its KV cache, its *block
-offset* where these stand in their last block. A *turn* is the tick at which some row ends or
-reaches the end of its domain's trace. Under `rebatch` a *company* are rows that run together.
+`k` the place of a row among the replica's running ones. What is counted by ticks is told in `rows`.
 """
 
 from __future__ import annotations
@@ -21,11 +16,38 @@ import math
 from typing import Any
 
 from helios_sim import cost
+from helios_sim.captures import capture
+from helios_sim.companies import (
+    choose_company,
+    company_size,
+    held_level,
+    num_confident,
+    num_starting,
+    sit_out,
+    split_company,
+)
 from helios_sim.compiled import compilable, compiled, compiled_rule
 from helios_sim.memory import blocks_for, give_back_blocks, take_blocks, used_blocks
 from helios_sim.policy import rules
+from helios_sim.queues import (
+    next_inbox,
+    pop_waiting,
+    push_inbox,
+    push_waiting_first,
+    send_successor,
+    take_arrivals,
+)
+from helios_sim.rows import (
+    account_token,
+    block_offset,
+    full_rows,
+    join,
+    leave,
+    longest_context,
+    row_context,
+    settle,
+)
 from helios_sim.state import (
-    AGREE,
     AT_HORIZON,
     BETWEEN,
     BREACHED,
@@ -34,9 +56,7 @@ from helios_sim.state import (
     DECODING,
     DRAINED,
     DRAINING_STATE,
-    EMBEDS,
     EVALUATING_STATE,
-    FILLS,
     FINISHED,
     IDLE_STATE,
     ITL_BINS_PER_OCTAVE,
@@ -44,27 +64,20 @@ from helios_sim.state import (
     ITL_SMALLEST_EXPONENT,
     MIXED,
     NEVER,
-    NLL,
     NOBODY,
-    OBSERVED_BREACH,
     OUT_OF_WORK,
     PAUSED,
     PREFILLING,
     REASSESS_DUE,
     REBATCH,
     REFUSED,
-    RELATIVE_BREACH,
     RUNNING,
-    RUNS,
     SERVING_STATE,
     SOLO,
     STATIC,
-    TELLS,
     TIMELINE_CAPACITY,
     TUMBLING,
-    UNKNOWN,
     WAIT,
-    WAITING,
     Parking,
     World,
 )
@@ -73,155 +86,6 @@ may_join = compiled_rule(rules.may_join)
 rebatch_pays = compiled_rule(rules.rebatch_pays)
 watch_tumbling = compiled_rule(rules.watch_tumbling)
 watch_sliding = compiled_rule(rules.watch_sliding)
-
-
-@compiled
-def arrives_before(w: World, i: int, j: int) -> bool:
-    """Whether request `i` arrives before request `j`; at one instant the smaller id does."""
-    if w.requests[i].arrival_s != w.requests[j].arrival_s:
-        return w.requests[i].arrival_s < w.requests[j].arrival_s
-    return i < j
-
-
-@compiled
-def prompt_blocks(w: World, rep: Any, i: int) -> int:
-    """Blocks of all tokens that a request which is not running has so far."""
-    return blocks_for(w.requests[i].prompt + w.requests[i].generated, rep.block_tokens)
-
-
-@compiled
-def push_inbox(w: World, r: int, i: int) -> None:
-    """Hand replica `r` a request that arrives at its `arrival_s`.
-
-    What arrives last goes behind the list, as nearly all do in an open loop, others into the heap.
-    """
-    rep = w.replicas[r]
-    rep.num_inbox += 1
-    rep.queued_blocks += prompt_blocks(w, rep, i)
-    w.requests[i].next = NOBODY
-    w.requests[i].later = NOBODY
-    if rep.inbox_tail == NOBODY:
-        rep.inbox_head = i
-        rep.inbox_tail = i
-    elif arrives_before(w, rep.inbox_tail, i):
-        w.requests[rep.inbox_tail].next = i
-        rep.inbox_tail = i
-    else:
-        rep.inbox_heap = meld(w, rep.inbox_heap, i)
-
-
-@compiled
-def next_inbox(w: World, rep: Any) -> int:
-    """The request of the inbox that arrives first; NOBODY if it is empty."""
-    if rep.inbox_heap == NOBODY:
-        return rep.inbox_head
-    if rep.inbox_head != NOBODY and arrives_before(w, rep.inbox_head, rep.inbox_heap):
-        return rep.inbox_head
-    return rep.inbox_heap
-
-
-@compiled
-def pop_inbox(w: World, rep: Any) -> int:
-    """Take the request out of the inbox that arrives first."""
-    i = next_inbox(w, rep)
-    rep.num_inbox -= 1
-    rep.queued_blocks -= prompt_blocks(w, rep, i)
-    if i == rep.inbox_heap:
-        rep.inbox_heap = without_first(w, i)
-    else:
-        rep.inbox_head = w.requests[i].next
-        if rep.inbox_head == NOBODY:
-            rep.inbox_tail = NOBODY
-    return i
-
-
-@compiled
-def meld(w: World, first: int, second: int) -> int:
-    """Make one of two heaps, either of which may be NOBODY; returns its first to arrive."""
-    if first == NOBODY:
-        return second
-    if second == NOBODY:
-        return first
-    if arrives_before(w, second, first):
-        first, second = second, first
-    w.requests[second].next = w.requests[first].later
-    w.requests[first].later = second
-    return first
-
-
-@compiled
-def without_first(w: World, first: int) -> int:
-    """What is left of a heap without its first: melded in pairs, then the last pairs first."""
-    at = w.requests[first].later
-    pairs = NOBODY
-    while at != NOBODY:
-        other = w.requests[at].next
-        rest = NOBODY if other == NOBODY else w.requests[other].next
-        pair = meld(w, at, other)
-        w.requests[pair].next = pairs
-        pairs = pair
-        at = rest
-    heap = NOBODY
-    while pairs != NOBODY:
-        rest = w.requests[pairs].next
-        heap = meld(w, heap, pairs)
-        pairs = rest
-    return heap
-
-
-@compiled
-def push_waiting_last(w: World, rep: Any, i: int) -> None:
-    """Let a request wait behind all others."""
-    w.requests[i].next = NOBODY
-    w.requests[i].status = WAITING
-    if rep.waiting_head == NOBODY:
-        rep.waiting_head = i
-    else:
-        w.requests[rep.waiting_tail].next = i
-    rep.waiting_tail = i
-    rep.num_waiting += 1
-    rep.queued_blocks += prompt_blocks(w, rep, i)
-
-
-@compiled
-def push_waiting_first(w: World, rep: Any, i: int) -> None:
-    """Let a request wait ahead of all others."""
-    w.requests[i].next = rep.waiting_head
-    w.requests[i].status = WAITING
-    if rep.waiting_head == NOBODY:
-        rep.waiting_tail = i
-    rep.waiting_head = i
-    rep.num_waiting += 1
-    rep.queued_blocks += prompt_blocks(w, rep, i)
-
-
-@compiled
-def pop_waiting(w: World, rep: Any) -> int:
-    """Take the request at the head of the queue."""
-    i = rep.waiting_head
-    rep.waiting_head = w.requests[i].next
-    if rep.waiting_head == NOBODY:
-        rep.waiting_tail = NOBODY
-    rep.num_waiting -= 1
-    rep.queued_blocks -= prompt_blocks(w, rep, i)
-    return i
-
-
-@compiled
-def take_arrivals(w: World, rep: Any) -> None:
-    """Move every request that has arrived by now from the inbox into the queue."""
-    while rep.num_inbox > 0 and w.requests[next_inbox(w, rep)].arrival_s <= rep.now_s:
-        push_waiting_last(w, rep, pop_inbox(w, rep))
-
-
-@compiled
-def send_successor(w: World, r: int, rep: Any, i: int) -> None:
-    """In a closed loop, send the user's next request once this one has ended."""
-    after = w.requests[i].successor
-    if after != NOBODY:
-        w.requests[after].arrival_s = rep.now_s + w.requests[after].think_s
-        w.requests[after].replica = r
-        push_inbox(w, r, after)
 
 
 @compiled
@@ -328,174 +192,6 @@ def admit_prompts(w: World, r: int, rep: Any, token_budget: int) -> int:
         count += 1
         tokens += size
     return count
-
-
-@compiled
-def settle(w: World, rep: Any, row: Any) -> None:
-    """Write what a decoding row's tokens came to into its request, up to its latest token.
-
-    Quality follows from where the tokens stand in the exit trace: a difference of running sums.
-    """
-    req = w.requests[row.request]
-    tokens = rep.ticks - row.joined_tick
-    req.generated = req.output - row.remaining + tokens
-    if tokens <= 0:
-        return
-    req.decoded += tokens
-    start = row.place
-    place = start + tokens
-    while place >= row.wrap:
-        place -= w.trace_length
-    if rep.exit_mode != REBATCH:
-        layers = rep.cumulative_layers - row.layers_mark
-        req.executed_layers += layers
-        rep.executed_layers += layers
-        # Running sums have one entry more than positions in every domain.
-        domain = (row.wrap - w.trace_length) // w.trace_length
-        sums = w.prefix[rep.model, rep.column]
-        agree = 0
-        nll = 0
-        observed = 0
-        relative = 0
-        left = tokens
-        while left > 0:
-            stop = min(start + left, row.wrap)
-            agree += sums[stop + domain, AGREE] - sums[start + domain, AGREE]
-            nll += sums[stop + domain, NLL] - sums[start + domain, NLL]
-            observed += sums[stop + domain, OBSERVED_BREACH] - sums[start + domain, OBSERVED_BREACH]
-            relative += sums[stop + domain, RELATIVE_BREACH] - sums[start + domain, RELATIVE_BREACH]
-            left -= stop - start
-            start = row.wrap - w.trace_length
-        req.agree += agree
-        req.nll += nll
-        req.breaches += observed
-        req.relative_breaches += relative
-        rep.nll += nll
-    row.place = place
-    row.remaining -= tokens
-    row.context += tokens
-    row.joined_tick = rep.ticks
-    row.layers_mark = rep.cumulative_layers
-
-
-@compiled
-def account_token(
-    w: World, rep: Any, row: Any, place: int, column: int, counts_breach: bool
-) -> None:
-    """Write the quality of the single token at `place`, left under `column`."""
-    req = w.requests[row.request]
-    at = place + (row.wrap - w.trace_length) // w.trace_length
-    sums = w.prefix[rep.model, column]
-    nll = sums[at + 1, NLL] - sums[at, NLL]
-    req.agree += sums[at + 1, AGREE] - sums[at, AGREE]
-    req.nll += nll
-    rep.nll += nll
-    if counts_breach:
-        observed = sums[at + 1, OBSERVED_BREACH] - sums[at, OBSERVED_BREACH]
-        req.breaches += observed
-        req.relative_breaches += sums[at + 1, RELATIVE_BREACH] - sums[at, RELATIVE_BREACH]
-        rep.num_breaches += observed
-
-
-@compiled
-def row_context(rep: Any, row: Any) -> int:
-    """Tokens in the KV cache of a row."""
-    if row.to_prefill > 0:
-        return row.context
-    return row.context + rep.ticks - row.joined_tick
-
-
-@compiled
-def lead(row: Any) -> int:
-    """Tokens in the KV cache of a decoding row, less the ticks: so they never change."""
-    return row.context - row.joined_tick
-
-
-@compiled
-def count_lead(rep: Any, row: Any) -> None:
-    """Let a row that joins the decoding ones be the longest of them."""
-    if rep.num_ready == 0:
-        rep.longest_lead = lead(row)
-    elif rep.longest_lead != UNKNOWN:
-        rep.longest_lead = max(rep.longest_lead, lead(row))
-
-
-@compiled
-def forget_lead(rep: Any, row: Any) -> None:
-    """Look the longest row up again when this one leaves or changes, if it may have been it."""
-    if lead(row) == rep.longest_lead:
-        rep.longest_lead = UNKNOWN
-
-
-@compiled
-def longest_context(w: World, r: int, rep: Any) -> int:
-    """KV tokens that the longest decoding row reads, its own new one included.
-
-    It is looked up only after the longest has gone, so that finding it costs a row's leaving.
-    """
-    if rep.longest_lead == UNKNOWN:
-        for k in range(rep.num_ready):
-            rep.longest_lead = max(rep.longest_lead, lead(w.rows[r, w.order[r, k]]))
-    return rep.longest_lead + rep.ticks + 1
-
-
-@compiled
-def row_blocks(rep: Any, row: Any) -> int:
-    """Blocks a row holds between iterations; a held row has room for the token under way."""
-    started = 1 if row.held > 0 else 0
-    return blocks_for(row_context(rep, row) + row.to_prefill + started, rep.block_tokens)
-
-
-@compiled
-def block_offset(rep: Any, row: Any) -> int:
-    """Where a decoding row's KV stands in its last block, less the ticks: so it never moves."""
-    return lead(row) % rep.block_tokens
-
-
-@compiled
-def full_rows(w: World, r: int, rep: Any) -> int:
-    """Decoding rows that begin a token now and whose last block is full."""
-    return w.block_offsets[r, -rep.ticks % rep.block_tokens]
-
-
-@compiled
-def join(w: World, r: int, rep: Any, row: Any, k: int) -> None:
-    """Let a prefilled row decode from the next iteration on."""
-    row.joined_tick = rep.ticks
-    row.first_tick = rep.ticks
-    row.layers_mark = rep.cumulative_layers
-    w.lanes[r, k] = row.place - rep.ticks
-    w.block_offsets[r, block_offset(rep, row)] += 1
-    rep.context_sum += row.context
-    count_lead(rep, row)
-    rep.num_ready += 1
-    rep.num_fresh += 1
-    rep.next_turn = min(rep.next_turn, rep.ticks + row.remaining, rep.ticks + row.wrap - row.place)
-
-
-@compiled
-def leave(w: World, r: int, rep: Any, k: int) -> Any:
-    """Take the `k`-th row out of the running ones; returns it, settled, its blocks given back."""
-    order = w.order[r]
-    lanes = w.lanes[r]
-    slot = order[k]
-    row = w.rows[r, slot]
-    give_back_blocks(rep, row_blocks(rep, row))
-    if row.to_prefill == 0:
-        settle(w, rep, row)
-        rep.context_sum -= row.context
-        forget_lead(rep, row)
-        rep.num_ready -= 1
-        if row.held == 0:
-            w.block_offsets[r, block_offset(rep, row)] -= 1
-        if rep.recompute_kv:
-            rep.pending_sum -= min(rep.ticks - row.first_tick, rep.partial_ticks)
-    rep.num_rows -= 1
-    for j in range(k, rep.num_rows):
-        order[j] = order[j + 1]
-        lanes[j] = lanes[j + 1]
-    order[rep.num_rows] = slot
-    return row
 
 
 @compiled
@@ -660,62 +356,6 @@ def count_exits(w: World, r: int, rep: Any) -> int:
 
 
 @compiled
-def take_graph(w: World, r: int, rep: Any, kind: int, level: int, rows: float) -> int:
-    """1 where a graph has to be captured, which is there from now on; 0 where there is none to."""
-    if rows > w.graph_rows[rep.model] or w.captured[r, kind, level, int(rows)] != 0:
-        return 0
-    w.captured[r, kind, level, int(rows)] = 1
-    return 1
-
-
-@compiled
-def capture(
-    w: World,
-    r: int,
-    rep: Any,
-    passed: int,
-    asked: int,
-    stops_at: int,
-    rows: float,
-    filled_rows: float,
-) -> float:
-    """Capture the graphs that a decode wants and that are not there; returns the seconds.
-
-    It embeds unless exits were `passed`, runs to the level `stops_at` by way of all before it, asks
-    the levels from `asked` on, and fills the KV beyond for `filled_rows`.
-    """
-    if w.graph_rows[rep.model] == 0:
-        return 0.0
-    graphs = 0
-    exits = 0
-    ran_layers = 0
-    filled_layers = 0
-    if passed == 0:
-        graphs += take_graph(w, r, rep, EMBEDS, 0, rows)
-    for level in range(passed, rep.level + 1):
-        layers = w.exit_layers[rep.model, level]
-        if level > 0:
-            layers -= w.exit_layers[rep.model, level - 1]
-        if level <= stops_at:
-            new = take_graph(w, r, rep, RUNS, level, rows)
-            graphs += new
-            ran_layers += new * layers
-            if level >= asked:
-                exits += take_graph(w, r, rep, TELLS, level, rows)
-        elif filled_rows > 0.0:
-            new = take_graph(w, r, rep, FILLS, level, filled_rows)
-            graphs += new
-            filled_layers += new * layers
-    return cost.capture_seconds(
-        w.coefficients[rep.model],
-        float(graphs),
-        float(exits),
-        float(ran_layers),
-        float(filled_layers),
-    )
-
-
-@compiled
 def start_decode(w: World, r: int, rep: Any) -> None:
     """Start an iteration in which every row emits one token.
 
@@ -784,96 +424,12 @@ def start_decode(w: World, r: int, rep: Any) -> None:
 
 
 @compiled
-def held_level(w: World, r: int, rep: Any) -> int:
-    """The exits passed by the rows that run next: the deepest company as large as the fresh one.
-
-    No company is larger than a pass.
-    """
-    fresh = min(company_size(w, r, rep, 0), rep.batch_limit)
-    for passed in range(rep.level, 0, -1):
-        company = company_size(w, r, rep, passed)
-        if company > 0 and company >= fresh:
-            return passed
-    return 0
-
-
-@compiled
-def company_size(w: World, r: int, rep: Any, passed: int) -> int:
-    """Decoding rows that have passed `passed` exits of their token."""
-    size = 0
-    for k in range(rep.num_ready):
-        if w.rows[r, w.order[r, k]].held == passed:
-            size += 1
-    return size
-
-
-@compiled
-def choose_company(w: World, r: int, rep: Any, passed: int) -> tuple[int, int, int]:
-    """Choose the rows of the next pass; returns how many, their summed context and the longest.
-
-    Of more fresh rows than a pass has, each has its turn, in order of admission.
-    """
-    batch = 0
-    context = 0
-    longest = 0
-    growing = 0
-    count = rep.num_ready
-    k = rep.next_row if passed == 0 and rep.next_row < count else 0
-    for _ in range(count):
-        row = w.rows[r, w.order[r, k]]
-        row.leaves_at = 0
-        row.runs = 0
-        if row.held == passed and batch < rep.batch_limit:
-            row.runs = 1
-            batch += 1
-            own = row_context(rep, row)
-            context += own + 1
-            longest = max(longest, own + 1)
-            if own % rep.block_tokens == 0:
-                growing += 1
-            if passed == 0:
-                rep.next_row = k + 1
-        k = k + 1 if k + 1 < count else 0
-    if passed == 0:
-        take_blocks(rep, growing)
-    return batch, context, longest
-
-
-@compiled
 def remaining_seconds(w: World, rep: Any, next_level: int, batch: float, layer_s: float) -> float:
     """Seconds from after the exit before `next_level` to the loaded depth, head included."""
     c = w.coefficients[rep.model]
     layers = rep.depth - w.exit_layers[rep.model, next_level - 1]
     seconds = layers * layer_s + cost.head_seconds(c, batch)
     return seconds + (rep.level - next_level) * cost.check_seconds(c, batch)
-
-
-@compiled
-def num_confident(w: World, r: int, rep: Any, level: int) -> int:
-    """Rows of the pass under way that are confident at this exit or at one before."""
-    levels = w.leaving_level[rep.model, rep.column]
-    leaving = 0
-    for k in range(rep.num_ready):
-        own = levels[w.lanes[r, k] + rep.ticks]
-        if w.rows[r, w.order[r, k]].runs and own <= level:
-            leaving += 1
-    return leaving
-
-
-@compiled
-def split_company(w: World, r: int, rep: Any, passed: int, level: int, all_leave: bool) -> None:
-    """Mark who leaves at this exit, the confident or all; the others are held after it."""
-    levels = w.leaving_level[rep.model, rep.column]
-    for k in range(rep.num_ready):
-        row = w.rows[r, w.order[r, k]]
-        if row.runs:
-            if all_leave or levels[w.lanes[r, k] + rep.ticks] <= level:
-                row.leaves_at = level + 1
-                w.exit_counts[r, rep.model, level] += 1
-            else:
-                if passed == 0:
-                    w.block_offsets[r, block_offset(rep, row)] -= 1
-                row.held = level + 1
 
 
 @compiled
@@ -934,14 +490,6 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     count_decode(rep, batch, seconds)
     begin(rep, DECODING, seconds, joules, regime)
     count_pace(rep, leaving, batch, batch, w.exit_layers[model, level] - first)
-
-
-@compiled
-def num_starting(w: World, r: int, rep: Any) -> int:
-    """Decoding rows that begin a token with the next iteration: all but those held at an exit."""
-    if rep.exit_mode == REBATCH:
-        return company_size(w, r, rep, 0)
-    return rep.num_ready
 
 
 @compiled
@@ -1219,18 +767,6 @@ def emit_rebatched(w: World, r: int, rep: Any) -> None:
         else:
             sit_out(w, r, rep, row, k)
         k += 1
-
-
-@compiled
-def sit_out(w: World, r: int, rep: Any, row: Any, k: int) -> None:
-    """Let a tick pass that emits none of this row's tokens."""
-    if row.held == 0:
-        w.block_offsets[r, block_offset(rep, row)] -= 1
-    forget_lead(rep, row)
-    row.joined_tick += 1
-    w.lanes[r, k] -= 1
-    if row.held == 0:
-        w.block_offsets[r, block_offset(rep, row)] += 1
 
 
 @compiled

@@ -23,9 +23,13 @@ from numba.core.runtime.nrt import rtsys
 _PACKAGE = Path(__file__).parent
 _SOURCES = (
     "batch.py",
+    "captures.py",
+    "companies.py",
     "compiled.py",
     "cost.py",
     "memory.py",
+    "queues.py",
+    "rows.py",
     "state.py",
     "policy/rules.py",
 )

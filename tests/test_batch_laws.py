@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from helios_sim import batch, state
 from helios_sim.memory import blocks_for, used_blocks
+from helios_sim.queues import next_inbox
+from helios_sim.rows import full_rows, row_context
 from tests.worlds import (
     CAUSES,
     CompiledReplica,
@@ -63,7 +65,7 @@ class SteppedReplica(CompiledReplica):
             return math.nextafter(float(record.end_s), math.inf)
         if record.num_inbox == 0:
             return math.inf
-        arrival_s = float(self.world.requests[batch.next_inbox(self.world, record)].arrival_s)
+        arrival_s = float(self.world.requests[next_inbox(self.world, record)].arrival_s)
         return math.nextafter(arrival_s, math.inf)
 
     def before_event(self) -> None:
@@ -136,11 +138,11 @@ class BlockReplica(SteppedReplica):
             # A token under way has its place in the KV cache from its start.
             ready = row.to_prefill == 0
             under_way = (all_decode and ready) or row.held > 0 or row.leaves_at > 0
-            context = int(batch.row_context(record, row))
+            context = int(row_context(record, row))
             tokens = context + int(row.to_prefill) + int(under_way)
             held_blocks += blocks_for(tokens, int(record.block_tokens))
             num_full += int(ready and row.held == 0 and context % record.block_tokens == 0)
-        assert batch.full_rows(self.world, 0, record) == num_full
+        assert full_rows(self.world, 0, record) == num_full
         assert used_blocks(record) == held_blocks
         assert record.free_blocks >= 0
         assert record.staged_blocks >= 0
@@ -154,7 +156,7 @@ class LongestReplica(SteppedReplica):
     def at_cut(self) -> None:
         record = self.record
         rows = self.world.rows[0][self.world.order[0, : record.num_ready]]
-        contexts = [int(batch.row_context(record, row)) for row in rows]
+        contexts = [int(row_context(record, row)) for row in rows]
         assert sum(contexts) == record.context_sum
         if contexts and record.longest_lead != state.UNKNOWN:
             assert record.longest_lead + record.ticks == max(contexts)

@@ -1,10 +1,13 @@
-"""What compiles on a machine for the first time says so; what is cached is loaded in silence."""
+"""Compiling says so, what is cached loads in silence, and a changed source is compiled anew."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from helios_sim import compiled
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,3 +40,14 @@ def test_compiling_is_announced_once_and_loading_what_is_cached_is_not(tmp_path:
     ]
     assert said[0].count("compiled for this machine") == 1
     assert said[1] == ""
+
+
+def test_every_module_with_compiled_functions_takes_part_in_the_name_of_the_cache() -> None:
+    package = ROOT / "helios_sim"
+    compiling = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"^@compil|^\w+ = compiled_rule\(", path.read_text(), re.MULTILINE)
+    }
+    assert "batch.py" in compiling
+    assert compiling | {"compiled.py", "policy/rules.py", "state.py"} == {*compiled._SOURCES}

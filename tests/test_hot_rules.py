@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from helios_sim import hot_rules
-from helios_sim.batch import push_waiting_last
 from helios_sim.experiment import Result, prepare, run_policy
 from helios_sim.hot_rules import InterpretedRuleWarning, fingerprint, loop_with
 from helios_sim.policy import rules
 from helios_sim.policy.contract import Watching
+from helios_sim.queues import push_waiting_last
 from helios_sim.scenario import parse_scenario
 from helios_sim.state import SLIDING, World
 from helios_sim.world import build_world, trace_tables

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from typing import Any
 
 import numpy as np
 import pytest
 
+from helios_sim import queues
+from helios_sim.compiled import compiling
 from helios_sim.engine import Run
 from helios_sim.hot_rules import loop_with
 from helios_sim.state import NOBODY
@@ -27,6 +30,16 @@ def loop() -> Any:
     return loop_with({"may_join": whoever_comes})
 
 
+@pytest.fixture(scope="module")
+def line() -> Any:
+    """The queues as plain Python, so that their lines can be counted."""
+    assert queues.__spec__ is not None and queues.__spec__.loader is not None
+    plain = importlib.util.module_from_spec(queues.__spec__)
+    with compiling("interpreted"):
+        queues.__spec__.loader.exec_module(plain)
+    return plain
+
+
 def empty_world(arrival_s: Any) -> Any:
     """A world in which these requests, of five tokens, are still in nobody's inbox."""
     num = len(arrival_s)
@@ -35,11 +48,11 @@ def empty_world(arrival_s: Any) -> Any:
     return Run(setup, requests, lambda: policy_of("vanilla")).world
 
 
-def emptied(loop: Any, world: Any) -> list[int]:
+def emptied(line: Any, world: Any) -> list[int]:
     """The requests of the first replica's inbox, as they leave it."""
     record, found = world.replicas[0], []
     while record.num_inbox > 0:
-        found.append(int(loop.pop_inbox(world, record)))
+        found.append(int(line.pop_inbox(world, record)))
     ends = (record.inbox_head, record.inbox_tail, record.inbox_heap)
     assert ends == (NOBODY,) * 3
     assert record.queued_blocks == 0
@@ -48,7 +61,7 @@ def emptied(loop: Any, world: Any) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_whoever_arrives_first_leaves_first_and_of_one_instant_the_smaller_number(
-    loop: Any, seed: int
+    line: Any, seed: int
 ) -> None:
     """Half are sent before the first leave, the others one by one as those do."""
     draws = random.Random(seed)
@@ -56,21 +69,21 @@ def test_whoever_arrives_first_leaves_first_and_of_one_instant_the_smaller_numbe
     world, sent = empty_world(arrival_s), draws.sample(range(80), 80)
     inbox, found, expected = [], [], []
     for i in sent[:40]:
-        loop.push_inbox(world, 0, i)
+        line.push_inbox(world, 0, i)
         inbox.append(i)
     for i in sent[40:]:
         expected.append(min(inbox, key=lambda one: (arrival_s[one], one)))
         inbox.remove(expected[-1])
-        found.append(loop.pop_inbox(world, world.replicas[0]))
-        loop.push_inbox(world, 0, i)
+        found.append(line.pop_inbox(world, world.replicas[0]))
+        line.push_inbox(world, 0, i)
         inbox.append(i)
     assert found == expected
-    assert emptied(loop, world) == sorted(inbox, key=lambda one: (arrival_s[one], one))
+    assert emptied(line, world) == sorted(inbox, key=lambda one: (arrival_s[one], one))
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
 def test_twice_as_many_in_an_inbox_take_little_more_than_twice_the_effort(
-    loop: Any, order: str
+    line: Any, order: str
 ) -> None:
     def effort(count: int) -> int:
         world, sent = empty_world(np.arange(float(count))), list(range(count))
@@ -79,21 +92,21 @@ def test_twice_as_many_in_an_inbox_take_little_more_than_twice_the_effort(
 
         def work() -> None:
             for i in reversed(sent) if order == "backwards" else sent:
-                loop.push_inbox(world, 0, i)
-            assert emptied(loop, world) == list(range(count))
+                line.push_inbox(world, 0, i)
+            assert emptied(line, world) == list(range(count))
 
         return lines_of(work)
 
     assert effort(400) < 2.5 * effort(200)
 
 
-def test_a_long_queue_makes_a_request_no_harder_to_route_by_kv(loop: Any) -> None:
+def test_a_long_queue_makes_a_request_no_harder_to_route_by_kv(loop: Any, line: Any) -> None:
     """Five tokens take two blocks of four: the replica with nobody has the larger free share."""
 
     def effort(count: int) -> int:
         world = empty_world(np.arange(float(count)))
         for i in range(count):
-            loop.push_inbox(world, 0, i)
+            line.push_inbox(world, 0, i)
         assert world.replicas[0].queued_blocks == 2 * count
 
         def work() -> None:

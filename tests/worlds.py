@@ -22,6 +22,7 @@ from helios_sim.cost import COEFFICIENTS
 from helios_sim.memory import resize_pool, stage_blocks
 from helios_sim.policy import rules
 from helios_sim.policy.rules import is_breach, leaves_here
+from helios_sim.queues import push_inbox
 
 many_examples = settings(
     max_examples=int(os.environ.get("HELIOS_HYPOTHESIS_EXAMPLES", "200")),
@@ -383,7 +384,7 @@ def build_world(scenario: Scenario) -> state.World:
     followers = {request.successor for request in scenario.requests}
     for i in range(len(scenario.requests)):
         if i not in followers:
-            batch.push_inbox(world, 0, i)
+            push_inbox(world, 0, i)
     replica = CompiledReplica.__new__(CompiledReplica)
     replica.world, replica.record = world, record
     replica.assign(scenario.assignment)

@@ -34,6 +34,7 @@ from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.policy.snapshot_json import read_snapshots
 from helios_sim.profile import Link
 from helios_sim.records import RunData, write_run
+from helios_sim.rows import row_blocks
 from helios_sim.state import AT_HORIZON, FINISHED, REFUSED, RUNNING, UNSENT, WAITING
 from helios_sim.streams import stream
 from helios_sim.traces import TraceSettings
@@ -96,7 +97,7 @@ def check_books(w: Any) -> None:
         rows = [w.rows[r, w.order[r, k]] for k in range(rep.num_rows)]
         assert all(status[row.request] == RUNNING for row in rows)
         listed += len(queue) + len(rows)
-        held = sum(int(batch.row_blocks(rep, row)) for row in rows if row.chunk == 0)
+        held = sum(int(row_blocks(rep, row)) for row in rows if row.chunk == 0)
         assert min(rep.free_blocks, rep.staged_blocks, used_blocks(rep)) >= 0
         assert used_blocks(rep) >= held
     assert listed == int(np.isin(status, (WAITING, RUNNING)).sum())
