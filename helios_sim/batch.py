@@ -300,7 +300,8 @@ def count_decode(rep: Any, rows: int, seconds: float) -> None:
 def count_pace(rep: Any, tokens: int, rows: int, computed_rows: int, layers: int) -> None:
     """Add the iteration that has begun, without prompts and with so many tokens, to the pace.
 
-    Its seconds are those between two instants, as a clock would tell them.
+    Its seconds are those between two instants, as a clock would tell them. Iterations that capture
+    graphs are no part of the pace: the candidate serves without once it is chosen.
     """
     rep.paced_tokens += tokens
     rep.paced_rows += rows
@@ -408,6 +409,7 @@ def start_decode(w: World, r: int, rep: Any) -> None:
         padded,
         seconds,
     )
+    captured_s = 0.0
     # Tokens fed again take several places a row, which no graph serves.
     if pending == 0:
         asked = rep.level if num_checks == 0 else 0
@@ -420,7 +422,8 @@ def start_decode(w: World, r: int, rep: Any) -> None:
     rep.iteration_layers = layers
     count_decode(rep, count, seconds)
     begin(rep, DECODING, seconds, joules, regime)
-    count_pace(rep, count, count, batch, layers)
+    if captured_s == 0.0:
+        count_pace(rep, count, count, batch, layers)
 
 
 @compiled
@@ -486,10 +489,11 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
         seconds += captured_s
         joules += cost.capture_joules(c, captured_s)
         regime = cost.LAUNCH
-    first = 0 if passed == 0 else w.exit_layers[model, passed - 1]
     count_decode(rep, batch, seconds)
     begin(rep, DECODING, seconds, joules, regime)
-    count_pace(rep, leaving, batch, batch, w.exit_layers[model, level] - first)
+    if captured_s == 0.0:
+        first = 0 if passed == 0 else w.exit_layers[model, passed - 1]
+        count_pace(rep, leaving, batch, batch, w.exit_layers[model, level] - first)
 
 
 @compiled

@@ -256,9 +256,9 @@ own rules may have it, where ours need not look. The inbox is a list from `inbox
 `inbox_tail`, in order of arrival, and a pairing heap under `inbox_heap` of those that were sent
 later than others behind them: a request's `later` is the first of those under it, whose others
 follow by `next`. `queued_blocks` are the blocks that the prompts of the queue and the inbox will
-need. What is called `paced_` adds up decode iterations
-without prompts: the tokens they emitted, and their rows, alone and times the seconds, the layers
-and the rows computed.
+need. What is called `paced_` adds up iterations that decode alone, without prompts and without
+capturing: the tokens they emitted, and their rows, alone and times the seconds, the layers and the
+rows computed.
 Sums run over the whole run; the host takes differences where it needs a period, except
 `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which the host clears at each
 decision. While weights move beside requests, `moving_w` is drawn for that from `moving_since_s` on;

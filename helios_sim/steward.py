@@ -33,8 +33,9 @@ from helios_sim.state import NEVER, NLL_UNITS_PER_NAT
 
 
 class PaceSums(NamedTuple):
-    """Decode iterations without prompts: tokens emitted, rows, and rows times what each took.
+    """Iterations that decode alone: tokens emitted, rows, and rows times what each took.
 
+    Those with prompts, or that capture graphs, are left out.
     `row_rows` are rows times the rows computed, with those of a static batch that are done.
     """
 
@@ -45,7 +46,7 @@ class PaceSums(NamedTuple):
     row_rows: int = 0
 
     def since(self, before: PaceSums) -> Pace | None:
-        """The pace of decoding since then; None where nothing was decoded without prompts."""
+        """The pace of decoding since then; None where nothing was decoded like that."""
         tokens, rows = self.tokens - before.tokens, self.rows - before.rows
         if not tokens:
             return None

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from calibration.serving.batching import Life
-from calibration.serving.iteration import Answer, Outcome
+from calibration.serving.iteration import NOTHING_CAPTURED, Answer, Outcome
 from helios_sim.policy.contract import Assignment
 from helios_sim.state import (
     ITL_BINS_PER_OCTAVE,
@@ -149,7 +149,9 @@ class Tally:
         self.num_decode_iterations += 1
         self.decode_rows += outcome.rows
         self.decode_s += entry.seconds
-        self.paced = paced(self.paced, entry)
+        # Once it is chosen, a candidate serves without what it captured while it was evaluated.
+        if outcome.captured == NOTHING_CAPTURED:
+            self.paced = paced(self.paced, entry)
         self.executed_layers += outcome.layers * len(emitted)
         levels = self.exit_counts[entry.assignment.model]
         for one in emitted:

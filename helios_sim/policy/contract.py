@@ -114,7 +114,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast tokens were decoded in iterations without prompts, on average over these tokens.
+    """How fast tokens were decoded where no prompt ran and no graph was captured, on average.
 
     `token_s` are the seconds of a token's iteration, `layers` those it ran, `rows` the rows that
     ran with it. Where `rebatch` takes a token on in parts, seconds and layers are those of all.
@@ -133,7 +133,7 @@ class Telemetry:
     are means over the requests finished in the period (NaN-free: None without any).
     `nll_nats` is the summed negative log-likelihood of the emitted tokens. `energy_j` is all that
     was drawn, `idle_energy_j` the part of it drawn while no request was there to work on; None
-    where no meter was. `pace` is None where nothing was decoded in iterations without prompts.
+    where no meter was. `pace` is None where nothing was decoded in iterations that do nothing else.
     """
 
     assignment: Assignment

@@ -32,7 +32,7 @@ from helios_sim.policy.controller import Controller
 from helios_sim.policy.objective import slowdown
 from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.policy.snapshot_json import read_snapshots
-from helios_sim.profile import Link
+from helios_sim.profile import Link, Profile
 from helios_sim.records import RunData, write_run
 from helios_sim.rows import row_blocks
 from helios_sim.state import AT_HORIZON, FINISHED, REFUSED, RUNNING, UNSENT, WAITING
@@ -47,6 +47,7 @@ from tests.engine.factories import (
     drifting_requests,
     drifting_setup,
     drifting_traces,
+    graph_models,
     padding_models,
     play,
     play_policy,
@@ -670,11 +671,15 @@ def test_a_candidate_s_card_of_the_whole_model_charges_what_exits_ask_and_skip(
 
 @pytest.mark.parametrize("batching", ["static", "continuous", "chunked"])
 @pytest.mark.parametrize("on_change", ["drain", "recompute"])
+@pytest.mark.parametrize("models", [both_models, graph_models])
 def test_an_evaluation_is_as_fast_as_its_card_whatever_its_responses_waited_for(
-    batching: str, on_change: str
+    batching: str, on_change: str, models: Callable[[], Profile]
 ) -> None:
-    """Prompts of others, loads and the queue are no news of a candidate; exits are in the card."""
-    setup = drifting_setup(max_batch=6, batching=batching, on_change=on_change)
+    """Prompts of others, loads, the queue and captured graphs are no news; exits are in the card.
+
+    A graph of theirs takes as long to capture as a whole iteration.
+    """
+    setup = drifting_setup(profile=models(), max_batch=6, batching=batching, on_change=on_change)
     run, data = play(setup, drifting_requests(300, rate_per_s=12.0))
     cards = {card.name: card for card in run.candidates}
     snapshots = read_snapshots(data.decisions["replica"], data.decisions["snapshot"])
