@@ -136,7 +136,7 @@ def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room
     """Read the profile that a scenario names and check that it has the scenario's candidates."""
     fleet = scenario.fleet
     try:
-        profile = load_profile(fleet.profile, base_dir)
+        profile = load_profile(fleet.profile, base_dir, fleet.assume)
     except InputError as error:
         raise InputError(error.message, f"{where}, fleet.profile, {error.where}") from error
     candidates = fleet.candidates or tuple(profile.models)

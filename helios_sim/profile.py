@@ -16,13 +16,14 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.assumptions import Assumed, Assumption, assume, hash_with
 from helios_sim.cost import CAPTURE_COEFFICIENTS, COEFFICIENTS, OPTIONAL_COEFFICIENTS
 from helios_sim.errors import InputError, did_you_mean, listed, shown
 from helios_sim.folders import folder_in_place
@@ -58,6 +59,8 @@ PROFILE_FILES: Final = (PROFILE_FILE, POINTS_FILE, TRACES_FILE)
 """All that `save_profile` writes."""
 STAND_INS: Final = "stand_ins"
 """Where a profile's environment names the models that leave as another one does."""
+ASSUMED: Final = "assumed"
+"""Where a run's environment says which numbers its scenario takes otherwise than the profile."""
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -297,7 +300,8 @@ class Profile:
     """A device and its models, as read from a profile folder.
 
     `quantities` maps the place of every number in the file ("models.opt-1.3b.workspace_bytes",
-    lists with their index) to the number and its grade; `hash` identifies the folder's content.
+    lists with their index) to the number and its grade; `hash` identifies the folder's content,
+    and the `assumptions` with which a scenario replaced some of its numbers.
     """
 
     name: str
@@ -311,6 +315,7 @@ class Profile:
     document: Mapping[str, Any]
     folder: Path
     hash: str
+    assumptions: tuple[Assumption, ...] = ()
 
     def model(self, name: str) -> ModelProfile:
         """The model of that name; an `InputError` names the nearest one otherwise."""
@@ -451,16 +456,24 @@ def where_to_find(model: str, profile: str) -> str:
     )
 
 
-def load_profile(name_or_path: str | Path, search_path: Path | None = None) -> Profile:
+def load_profile(
+    name_or_path: str | Path,
+    search_path: Path | None = None,
+    assumed: Mapping[str, Assumed] | None = None,
+) -> Profile:
     """Read a profile: a folder, or the name of a shipped one.
 
     A relative folder is looked for under `search_path` (the scenario's folder, say), then under
-    the current one; a folder found there goes before a shipped profile of the same name.
+    the current one; a folder found there goes before a shipped profile of the same name. `assumed`
+    are values by the places of numbers that are taken otherwise than the profile has them.
     """
     folder = _find(name_or_path, search_path)
-    path = folder / PROFILE_FILE
-    document = _read_json(path)
-    return _parse(document, folder, folder_hash(folder))
+    profile = _parse(_read_json(folder / PROFILE_FILE), folder, folder_hash(folder))
+    if not assumed:
+        return profile
+    document, made = assume(profile.document, assumed)
+    found = _parse(document, folder, hash_with(profile.hash, assumed))
+    return replace(found, assumptions=made)
 
 
 def save_profile(

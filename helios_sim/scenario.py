@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from helios_sim.assumptions import Assumed, flattened
 from helios_sim.errors import InputError, UnknownSetting
 from helios_sim.policy.controller import rebatches_recomputed
 from helios_sim.policy.registry import (
@@ -32,10 +33,15 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Router = Literal["round-robin", "random", "least-outstanding", "least-kv"]
 
 
+def _flat(given: Any) -> Any:
+    return flattened(given) if isinstance(given, Mapping) else given
+
+
 class FleetSettings(StrictSettings):
     """The `[fleet]` table: which profile, which candidates, how many replicas, how routed.
 
     `memory_bytes` overrides the profile's device; `reserve_bytes` is kept free of weights and KV.
+    `assume` are values by the places of numbers in the profile that are taken otherwise.
     With `weights_start = "disk"` the first load of each model on a host comes from disk, later
     ones from host memory. Replicas of one host share its disk and its link.
     """
@@ -49,6 +55,7 @@ class FleetSettings(StrictSettings):
     memory_utilisation: Share = 0.9
     reserve_bytes: Bytes = 0
     weights_start: Literal["disk", "host"] = "disk"
+    assume: Annotated[dict[str, Assumed] | None, BeforeValidator(_flat)] = None
 
 
 EXPECTED_LENGTHS: Final = ("expected_prompt_tokens", "expected_output_tokens")

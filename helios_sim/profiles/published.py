@@ -27,6 +27,7 @@ from helios_sim.profile import (
     PROFILE_FILE,
     SCHEMA_VERSION,
     ModelProfile,
+    Profile,
     document_text,
     load_profile,
     quantity,
@@ -99,17 +100,18 @@ DREX_OVERHEAD_S: Final = 29.0e-3 + 42.3e-3 - 55.0e-3
 
 @dataclass(frozen=True)
 class EnergyAnchor:
-    """A published load: its batch, joules a token, tokens a second."""
+    """A published load: its batch, joules a token, tokens a second, and watts where printed."""
 
     batch: int
     joules: float
     tokens_per_s: float
+    watts: float | None = None
 
 
 ENERGY_ANCHORS: Final = (
-    EnergyAnchor(8, 0.455, 1070.0),
+    EnergyAnchor(8, 0.455, 1070.0, 486.0),
     EnergyAnchor(32, 0.165, 3391.0),
-    EnergyAnchor(128, 0.095, 7037.0),
+    EnergyAnchor(128, 0.095, 7037.0, 669.0),
     EnergyAnchor(256, 0.077, 9010.0),
     EnergyAnchor(512, 0.070, 9806.0),
 )
@@ -224,6 +226,9 @@ def solve_stickiness(near: float, by_chance: float, last: int = 5) -> float:
     1 - (1 - h)^last = by_chance. In a chain that keeps its state with probability rho, a token is
     near none of them if it was drawn anew, misses the latest, and misses each older one that was
     drawn anew too: 1 - near = (1 - rho)(1 - h)(1 - (1 - rho) h)^(last - 1).
+
+    This reads `by_chance` as independence, which it cannot quite be: over 32 layers two independent
+    exits lie within 2 layers of each other at least once in eleven, and h is less than that.
     """
     h: float = 1.0 - (1.0 - by_chance) ** (1.0 / last)
 
@@ -300,7 +305,9 @@ def recipes() -> tuple[Recipe, ...]:
     )
     layerskip_notes = (
         "FlexEE prints a mean exit layer by data set and no histogram: the shape is the one of "
-        "greatest entropy with that mean, over exits every four layers.",
+        "greatest entropy with that mean, over exits every four layers. Its mode is always the "
+        "first exit or the last: which exit most tokens take, and so the depth that HELIOS loads, "
+        "rests on this assumption.",
         "FlexEE let tokens leave at every layer from the first exit on; the grid of four layers "
         "keeps the mean.",
         "llama2-7b and llama2-13b share a tokenizer; the perplexity of llama3-8b counts other "
@@ -615,9 +622,10 @@ def _exits_entry(recipe: Recipe) -> dict[str, Any]:
         "stickiness": quantity(
             "stickiness",
             _rounded(stickiness),
-            "derived",
-            f"{SPECEE}: 80 % of exits lie within 2 layers of one of the last five, 32 % by "
-            "chance; a chain that keeps its state or draws anew",
+            "assumed",
+            f"a chain that keeps its state or draws anew, solved from {SPECEE}: 80 % of exits lie "
+            "within 2 layers of one of the last five, 32 % by chance. These models' exits do not "
+            "tell it: vary it",
         ),
         "correlation": quantity(
             "correlation", _rounded(correlation), "derived" if is_opt else "assumed", joint
@@ -683,6 +691,12 @@ def _shares_entry(model: EarlyExitModel, domain: str) -> dict[str, Any]:
     )
 
 
+def _brief(value: float, digits: int) -> str:
+    """A value to so many digits, in whole numbers from a thousand on."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if rounded >= 1000 else f"{value:.{digits}g}"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A published figure and what the profile predicts for it."""
@@ -697,8 +711,8 @@ class Comparison:
     def row(self) -> str:
         """A row of a Markdown table."""
         ratio = self.predicted / self.published
-        published = f"{self.published:.4g} {self.unit}".strip()
-        predicted = f"{self.predicted:.3g} {self.unit}".strip()
+        published = f"{_brief(self.published, 4)} {self.unit}".strip()
+        predicted = f"{_brief(self.predicted, 3)} {self.unit}".strip()
         return (
             f"| {self.what} | {self.profile} | {published} | {predicted} | {ratio:.2f} | "
             f"{self.basis} |"
@@ -754,15 +768,6 @@ def solo_decode(profile: ModelProfile, shares: Sequence[float]) -> tuple[float, 
         seconds += share * token_s
         joules += share * token_j
     return seconds, joules
-
-
-def joules_per_token(profile: ModelProfile, batch: int) -> float:
-    """Joules of a token at full depth in steady decode, without launch floors.
-
-    ML.ENERGY's anchors print 7.3 ms between tokens at batch 8, below the eager floor of 15.9 ms:
-    their backend does not launch kernel by kernel.
-    """
-    return decode(profile, profile.model.shape.layers, batch, launch_free=True)[1] / batch
 
 
 def comparisons() -> list[Comparison]:
@@ -838,18 +843,35 @@ def comparisons() -> list[Comparison]:
         basis = "batch 1, leaves at that layer, nothing filled, CNN-DM"
         basis += read_off if name == "llama2-7b" else ""
         rows.append(Comparison(what, h100.name, rate, predicted, "tok/s", basis))
-    for anchor in ENERGY_ANCHORS:
-        rows.append(
-            Comparison(
-                f"energy of a token at batch {anchor.batch}, llama3-8b",
-                h100.name,
-                anchor.joules,
-                joules_per_token(h100.models["llama3-8b"], anchor.batch),
-                "J",
-                "full depth, context 512 assumed, no launch floor; ML.ENERGY, Llama-3.1-8B",
-            )
+    return rows + [row for anchor in ENERGY_ANCHORS for row in anchored(anchor, h100)]
+
+
+def anchored(anchor: EnergyAnchor, profile: Profile) -> list[Comparison]:
+    """A load of ML.ENERGY beside steady decode at full depth without launch floors.
+
+    They print 7.3 ms between tokens at batch 8, below the eager floor of 15.9 ms: their backend
+    does not launch kernel by kernel.
+    """
+    model = profile.models["llama3-8b"]
+    seconds, joules = decode(model, model.model.shape.layers, anchor.batch, launch_free=True)
+    pairs = [
+        ("energy of a token", anchor.joules, joules / anchor.batch, "J"),
+        ("tokens a second", anchor.tokens_per_s, anchor.batch / seconds, "tok/s"),
+        ("board power", anchor.watts, joules / seconds, "W"),
+    ]
+    basis = "full depth, context 512 assumed, no launch floor; ML.ENERGY, Llama-3.1-8B"
+    return [
+        Comparison(
+            f"{what} at batch {anchor.batch}, llama3-8b",
+            profile.name,
+            published,
+            predicted,
+            unit,
+            basis,
         )
-    return rows
+        for what, published, predicted, unit in pairs
+        if published is not None
+    ]
 
 
 def comparison_table() -> str:

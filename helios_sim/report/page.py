@@ -26,12 +26,13 @@ from helios_sim.comparison import (
 from helios_sim.errors import InputError
 from helios_sim.latencies import columns_of
 from helios_sim.metrics import DEFINITIONS, figure_at
-from helios_sim.profile import STAND_INS
+from helios_sim.profile import ASSUMED, STAND_INS
 from helios_sim.records import RunData, flat_items
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
 from helios_sim.report.words import (
+    assuming,
     counted,
     device_of,
     headline,
@@ -698,6 +699,9 @@ def _provenance(runs: Sequence[RunData]) -> str:
     }
     if likes:
         parts.append(f"<p>{escape(standing_in(likes))}</p>")
+    assumed = dict.fromkeys(part for run in runs for part in run.environment.get(ASSUMED) or ())
+    if assumed:
+        parts.append(f"<p>{escape(assuming(list(assumed)))}</p>")
     origins = listed(list(dict.fromkeys(run.origin for run in runs)))
     seeds = listed(list(dict.fromkeys(str(run.seed) for run in runs)))
     facts = [("origin", origins), ("seed", seeds), ("schema", str(runs[0].schema_version))]

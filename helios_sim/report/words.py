@@ -152,6 +152,11 @@ def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
     return f"{said} None{whose} is measured: read ratios between {compared}, not absolute figures."
 
 
+def assuming(parts: Sequence[str]) -> str:
+    """What a scenario takes otherwise than its profile has it; a part for each number."""
+    return f"The scenario assumes {listed(list(parts))}."
+
+
 def standing_in(likes: Mapping[str, str]) -> str:
     """What is assumed of models that leave as another one does; `likes` names it for each."""
     said = listed([f"{name} leaves as {like} does" for name, like in likes.items()])

@@ -268,7 +268,8 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
     goals = [bound.goal for bound in constraints.bounds]
     check_countable(goals, True, settings.prices is not None, where, "plan")
     fleets, skipped = _fleets(scenario, settings, base_dir, where)
-    profiles = {fleet.profile: load_profile(fleet.profile, base_dir) for fleet in fleets}
+    assumed = scenario.fleet.assume
+    profiles = {fleet.profile: load_profile(fleet.profile, base_dir, assumed) for fleet in fleets}
     scenario = _with_one_context(scenario, _contexts(fleets, profiles))
     prices = None
     if settings.prices is not None:
@@ -360,7 +361,7 @@ def _fleets(
     absent: list[tuple[str, str]] = []
     for name in settings.profiles or (scenario.fleet.profile,):
         try:
-            profile = load_profile(name, base_dir)
+            profile = load_profile(name, base_dir, scenario.fleet.assume)
         except InputError as error:
             raise InputError(error.message, f"{place}.profiles, {error.where}") from error
         own = scenario.fleet.candidates or tuple(profile.models)

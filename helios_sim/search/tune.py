@@ -283,12 +283,13 @@ def held_out_samples(settings: SearchSettings) -> range:
 
 def _profiles(space: Space, place: str) -> list[Profile]:
     """The profiles that trials may stand on, the scenario's own first."""
-    found = [load_profile(space.base.fleet.profile, space.base_dir)]
+    assumed = space.base.fleet.assume
+    found = [load_profile(space.base.fleet.profile, space.base_dir, assumed)]
     for one in space.ranges:
         if one.key == "fleet.profile":
             for name in one.choices:
                 try:
-                    found.append(load_profile(str(name), space.base_dir))
+                    found.append(load_profile(str(name), space.base_dir, assumed))
                 except InputError as error:
                     raise InputError(error.message, f"{place}.ranges.fleet.profile") from error
     return found

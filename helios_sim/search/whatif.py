@@ -144,7 +144,7 @@ def profiles_of(scenario: Scenario, base_dir: Path, cells: Sequence[Cell]) -> li
     """The profiles that the cells of a grid stand on."""
     own = scenario.fleet.profile
     names = {str(one.values.get("fleet.profile", own)) for one in cells if one.means is not None}
-    return [load_profile(name, base_dir) for name in sorted(names)]
+    return [load_profile(name, base_dir, scenario.fleet.assume) for name in sorted(names)]
 
 
 def _is_for(key: str, policy: PolicySettings, own: Scenario, base_dir: Path, value: Any) -> bool:

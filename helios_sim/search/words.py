@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-from helios_sim.profile import Profile
+from helios_sim.profile import MarkovExits, Profile
 from helios_sim.questions import MAX_PEAK_FACTOR
 from helios_sim.report.words import (
+    assuming,
     counted,
     extrapolated,
     limits,
@@ -24,7 +25,14 @@ from helios_sim.search.goals import Goal, in_words
 from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
 from helios_sim.search.prices import grades_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic
-from helios_sim.search.tune import Finalist, HeldOut, Tuned, few_rounds, nearest_miss
+from helios_sim.search.tune import (
+    Finalist,
+    HeldOut,
+    Tuned,
+    TuneQuestion,
+    few_rounds,
+    nearest_miss,
+)
 from helios_sim.search.whatif import Cell, carries_as, compared_by, leaders, short_names
 
 FULL_AGREEMENT: Final = 0.9995
@@ -225,7 +233,7 @@ def _grades(plan: Plan) -> list[str]:
     """What the numbers of the profiles are worth."""
     profiles = plan.question.profiles.values()
     planned = {name for one in plan.answers for name in one.fleet.candidates}
-    return [worth(grades_by_name(profiles), "fleets"), *_standing_in(profiles, planned)]
+    return [worth(grades_by_name(profiles), "fleets"), *_assumed(profiles, planned)]
 
 
 def _extrapolations(plan: Plan) -> list[str]:
@@ -429,7 +437,7 @@ def whatif_remarks(
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
     grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
     varied = [cell.values[CANDIDATES] for cell in cells if CANDIDATES in cell.values]
-    return [*found, *grades, *_standing_in(profiles, _candidates(scenario, varied)), *beyond]
+    return [*found, *grades, *_assumed(profiles, _candidates(scenario, varied)), *beyond]
 
 
 def _agreements(able: Sequence[Cell]) -> list[str]:
@@ -453,15 +461,33 @@ def grades_by_name(profiles: Iterable[Profile]) -> dict[str, Mapping[str, int]]:
     return {one.name: one.grade_counts() for one in profiles}
 
 
-def _standing_in(profiles: Iterable[Profile], used: Collection[str] | None = None) -> list[str]:
-    """What is assumed of the exits of models, of all in the profiles or of those that are used."""
+def _assumed(profiles: Collection[Profile], used: Collection[str] | None = None) -> list[str]:
+    """What is assumed: by the scenario, and of the exits of models, of all or of those used."""
     likes = {
         name: like
         for profile in profiles
         for name, like in profile.stand_ins.items()
         if used is None or name in used
     }
-    return [standing_in(likes)] if likes else []
+    found = [standing_in(likes)] if likes else []
+    parts = dict.fromkeys(one.said() for profile in profiles for one in profile.assumptions)
+    return [*found, *([assuming(list(parts))] if parts else [])]
+
+
+def _generated(question: TuneQuestion) -> list[str]:
+    """What tuning a threshold cannot tell where nobody observed a token."""
+    tunes = any(one.key.endswith(".confidence_threshold") for one in question.space.ranges)
+    steps = {
+        one.exits.agreement.step_confidence
+        for one in question.profiles
+        if isinstance(one.exits, MarkovExits)
+    }
+    if not tunes or not steps:
+        return []
+    return [
+        f"Exits are generated: from confidence {max(steps):g} on no token is likelier to agree "
+        "than another, so what a higher threshold gains here in quality says little of real text."
+    ]
 
 
 def _candidates(scenario: Scenario, varied: Iterable[Iterable[str]]) -> set[str] | None:
@@ -623,7 +649,8 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     question = tuned.question
     ranged = [one.choices for one in question.space.ranges if one.key == CANDIDATES]
     varied = [candidates for choices in ranged for candidates in choices]
-    found += _standing_in(question.profiles, _candidates(question.scenario, varied))
+    found += _assumed(question.profiles, _candidates(question.scenario, varied))
+    found += _generated(question)
     found += _beyond(tried) + _few_rounds(tuned) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:

@@ -1,0 +1,144 @@
+"""Numbers of a profile that a scenario takes otherwise, to see whether its answer holds."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from helios_sim.errors import InputError, did_you_mean
+
+EVERY: Final = "*"
+"""A part of a place that stands for all names there."""
+
+Assumed = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A number of a profile as a scenario takes it, and as the profile has it."""
+
+    place: str
+    value: Any
+    of_the_profile: Any
+    grade: str
+
+    def said(self) -> str:
+        """The number, what it is taken for and what it is in the profile."""
+        return (
+            f"{self.place} = {_shown(self.value)} (profile: {_shown(self.of_the_profile)}, "
+            f"{self.grade})"
+        )
+
+
+def flattened(given: Mapping[str, Any]) -> dict[str, Assumed]:
+    """Values by their dotted places; quoted places and nested tables mean the same.
+
+    Of a place that is given twice the later one counts: what the command line sets comes last.
+    Raises ValueError where a value is neither a number nor an array of numbers.
+    """
+    found: dict[str, Assumed] = {}
+    for place, value in _items(given, ""):
+        parts = value if isinstance(value, list | tuple) else [value]
+        if not parts or not all(_is_number(part) for part in parts):
+            raise ValueError(
+                f"{place} was given {json.dumps(value, default=str)}; a number of the profile is "
+                "replaced by a number, and a list of numbers by an array of them."
+            )
+        found[place] = tuple(value) if isinstance(value, list | tuple) else value
+    return found
+
+
+def _items(given: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in given.items():
+        if isinstance(value, Mapping):
+            yield from _items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def assume(
+    document: Any, assumed: Mapping[str, Assumed]
+) -> tuple[dict[str, Any], tuple[Assumption, ...]]:
+    """A profile's document with other numbers, graded `assumed`, and what was replaced.
+
+    Raises `InputError` for a place at which the document has no number.
+    """
+    changed = copy.deepcopy(document)
+    made: list[Assumption] = []
+    for place, value in assumed.items():
+        entries = list(_entries(changed, place.split("."), ""))
+        if not entries:
+            known = [name for name, _ in _numbers(changed, "")]
+            raise InputError(
+                f"The profile has no number at {place!r}.{did_you_mean(place, known)} Places are "
+                f"those of its profile.json, such as {known[0]}; {EVERY} stands for all names.",
+                place,
+            )
+        for name, entry in entries:
+            was, grade = entry["value"], str(entry["grade"])
+            if isinstance(was, list) != isinstance(value, tuple):
+                kind = "an array of numbers" if isinstance(was, list) else "one number"
+                raise InputError(f"{name} is {kind} in the profile; give as much.", place)
+            entry["value"] = list(value) if isinstance(value, tuple) else value
+            entry["grade"] = "assumed"
+            entry["source"] = f"assumed by the scenario; {_shown(was)} in the profile ({grade})"
+            entry.pop("error", None)
+            made.append(Assumption(name, entry["value"], was, grade))
+    return changed, tuple(made)
+
+
+def hash_with(content_hash: str, assumed: Mapping[str, Assumed]) -> str:
+    """What identifies a profile's content with these numbers replaced."""
+    said = json.dumps([content_hash, sorted(assumed.items())])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _entries(node: Any, parts: list[str], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The numbers meant by a place; names in a document may themselves hold dots."""
+    if not isinstance(node, dict):
+        return
+    if not parts:
+        if _is_entry(node):
+            yield prefix, node
+        return
+    if parts[0] == EVERY:
+        for key, inner in node.items():
+            yield from _entries(inner, parts[1:], _under(prefix, key))
+        return
+    for length in range(1, len(parts) + 1):
+        key = ".".join(parts[:length])
+        if key in node:
+            yield from _entries(node[key], parts[length:], _under(prefix, key))
+
+
+def _numbers(node: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every number of a document by its place."""
+    if isinstance(node, dict):
+        if _is_entry(node):
+            yield prefix, node
+        else:
+            for key, inner in node.items():
+                yield from _numbers(inner, _under(prefix, key))
+
+
+def _under(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _is_entry(node: dict[str, Any]) -> bool:
+    return {"value", "unit", "grade", "source"} <= node.keys()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_shown(one) for one in value) + "]"
+    return "unavailable" if value is None else f"{value:g}"
