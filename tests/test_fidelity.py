@@ -606,6 +606,16 @@ def test_runs_of_different_questions_are_refused(
         read_sides([tmp_path / "real"], base / "simulated")
 
 
+def test_a_simulation_with_other_numbers_of_the_profile_may_be_held_to_a_real_run(
+    base: Path, tmp_path: Path
+) -> None:
+    ours = read_run(base / "simulated")
+    fleet = ours.scenario["fleet"] | {"assume": {"exits.stickiness": 0.5}, "profile": "elsewhere"}
+    assumed = replace(ours, scenario=ours.scenario | {"fleet": fleet})
+    write_run(assumed, summarise(assumed), tmp_path / "assumed")
+    assert read_sides([base / "real"], tmp_path / "assumed").scenario.fleet.assume
+
+
 def policy_told(run: RunData, **entry: Any) -> RunData:
     """The run with an entry of its policy as a file has it."""
     return replace(run, scenario=run.scenario | {"policy": [entry]})

@@ -27,8 +27,8 @@ REPEAT: Final = re.compile(r"repeat-(\d+)")
 
 _ASKED: Final = ("workload", "serving", "fleet", "slo")
 """Tables of a scenario in which both sides must agree; the rest says how it is measured or told."""
-_MAY_DIFFER: Final = ("fleet.profile",)
-"""Keys that name files, which are called differently from another folder."""
+_MAY_DIFFER: Final = ("fleet.profile", "fleet.assume.")
+"""Beginnings of keys that tell one side which numbers to predict with, and no more."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _check_same_question(
         )
     theirs, own = _question(run, folder, base_dir), _question(ours, simulated, base_dir)
     for key in sorted({*theirs, *own}):
-        if theirs.get(key) != own.get(key) and key not in _MAY_DIFFER:
+        if theirs.get(key) != own.get(key) and not key.startswith(_MAY_DIFFER):
             raise InputError(
                 f"The scenarios differ in {key}: {theirs.get(key, 'unset')} in the real run and "
                 f"{own.get(key, 'unset')} in the simulated one; both sides must answer the same "
