@@ -232,6 +232,8 @@ def summarise(
         "intervals": _intervals(run, columns, slo),
     }
     rounded: dict[str, Any] = rounded_figures(summary)
+    # A limit, not a figure: rounded it could let another request count.
+    rounded["warmup_s"] = warmup_s
     return rounded
 
 

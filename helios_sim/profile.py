@@ -57,6 +57,8 @@ POINTS_FILE: Final = "points.parquet"
 TRACES_FILE: Final = "exits.parquet"
 PROFILE_FILES: Final = (PROFILE_FILE, POINTS_FILE, TRACES_FILE)
 """All that `save_profile` writes."""
+MAX_NUMBER: Final = 1e18
+"""The largest number of a profile, in any unit: what is multiplied with it stays finite."""
 STAND_INS: Final = "stand_ins"
 """Where a profile's environment names the models that leave as another one does."""
 ASSUMED: Final = "assumed"
@@ -694,6 +696,10 @@ class _Reader:
         # The bound leaves out NaN, infinities and whole numbers that no float holds.
         if not abs(node) <= sys.float_info.max:
             raise self.fail(place, f"The value {node} was given; it must be finite.")
+        if node > MAX_NUMBER:
+            raise self.fail(
+                place, f"The value {node:g} was given; at most {MAX_NUMBER:g} is allowed."
+            )
         if node < minimum:
             raise self.fail(place, f"The value {node} was given; it must be at least {minimum:g}.")
         return float(node)

@@ -184,7 +184,8 @@ def build_world(
     """An empty fleet before its first event; requests are unsent and in nobody's inbox."""
     models = [profile.model(name) for name in names]
     num_levels = max(model.model.num_exits for model in models)
-    window = max(1, watching.breach_window_tokens or 1)
+    slides = watching.window_kind == "sliding"
+    window = (watching.breach_window_tokens if slides else None) or 1
     num_rows = serving.max_batch + serving.max_held
     padded = np.array([model.padded_rows(serving.max_batch) for model in models])
     world = World(

@@ -268,6 +268,12 @@ def test_warm_up_cuts_latencies_and_attainment_only() -> None:
         assert by_time[key] == whole[key]
 
 
+def test_the_warm_up_is_told_as_it_was_given() -> None:
+    """Rounded like a figure, it could count a request that the summary did not."""
+    third_s = 0.3333333333333333
+    assert summarise(pencil_run(), SLO, warmup_s=third_s)["warmup_s"] == third_s
+
+
 @pytest.mark.parametrize("warmup", [{"warmup_s": 9.0}, {"warmup_requests": 4}])
 def test_a_warm_up_that_leaves_nothing_is_refused(warmup: dict[str, Any]) -> None:
     """A warm-up longer than the run is an error, not an empty summary."""

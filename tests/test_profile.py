@@ -382,6 +382,7 @@ MISTAKES: list[tuple[str, str, Any, str]] = [
     ),
     ("falling exits", "models/opt-1.3b/exit_layers/value", [12, 6, 24], "ascending"),
     ("half an exit", "models/opt-1.3b/exit_layers/value", [6.5, 24], "must be whole"),
+    ("a number too large", "device/active_w/value", 1e300, "1e.300 was given; at most 1e.18 is"),
     ("half a byte", "device/memory_bytes/value", 1.5, "must be whole"),
     ("no memory", "device/memory_bytes/value", 0, "must be greater"),
     ("active below idle power", "device/active_w/value", 1.0, "at least idle_w"),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Literal, Protocol
 
+MAX_WINDOW_TOKENS: Final = 10_000_000
+"""Tokens in a breach window, at most: a sliding one remembers each of them."""
 USUAL_REASSESS_REQUESTS: Final = 150
 """The paper's interval; as far as expectations reach where nobody reassesses."""
 

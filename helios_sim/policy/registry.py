@@ -26,7 +26,7 @@ from helios_sim.policy.baselines import (
     SwitchOnly,
     Vanilla,
 )
-from helios_sim.policy.contract import Policy, Watching, WindowKind
+from helios_sim.policy.contract import MAX_WINDOW_TOKENS, Policy, Watching, WindowKind
 from helios_sim.policy.failure import failure_of
 from helios_sim.policy.helios import Helios
 from helios_sim.policy.options import OFF
@@ -413,6 +413,11 @@ def _check_watching(use: str, watching: Watching) -> None:
                 f"{least}{none}."
             )
     window = watching.breach_window_tokens
+    if window is not None and window > MAX_WINDOW_TOKENS:
+        raise InputError(
+            f"Policy {use!r} watches breach_window_tokens = {window}; at most "
+            f"{MAX_WINDOW_TOKENS:,} are allowed."
+        )
     if window is not None and watching.breach_limit >= window:
         raise InputError(
             f"Policy {use!r} watches breach_limit = {watching.breach_limit!r}; it must be below "

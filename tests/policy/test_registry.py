@@ -171,6 +171,8 @@ def test_options_reach_the_settings() -> None:
         ("mine:Trusting", {"trust": -1}, "confidence_threshold = -1; it must be a number from 0"),
         ("mine:Trusting", {"trust": float("nan")}, "confidence_threshold = nan"),
         ("mine:Breached", {"window": 9, "limit": 9}, "breach_limit = 9; it must be below the 9"),
+        ("mine:Breached", {"window": 10**15, "limit": 9}, "at most 10,000,000 are allowed"),
+        ("helios", {"breach_window_tokens": 10**20}, "at most 10,000,000 are allowed"),
         ("mine:Misspelt", {}, "hot_rules names 'may_jion'; .* Did you mean 'may_join'"),
         ("mine:Short", {}, "a function of 5 arguments for 'is_breach'; it must take 3"),
         ("mine:Uncallable", {}, "gives 3 for 'is_breach'; it must be a function"),
