@@ -360,7 +360,7 @@ class World(NamedTuple):
     itl_counts: Any
     """i8, (R, bins)"""
     window: Any
-    """u1, (R, W): the last tokens' breaches, for a sliding window"""
+    """u1, (R, W): the last tokens' breaches of a sliding window; W is 1 for a tumbling one"""
     samples: Any
     """SAMPLE, (R, TIMELINE_CAPACITY)"""
 

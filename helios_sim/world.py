@@ -184,8 +184,7 @@ def build_world(
     """An empty fleet before its first event; requests are unsent and in nobody's inbox."""
     models = [profile.model(name) for name in names]
     num_levels = max(model.model.num_exits for model in models)
-    slides = watching.window_kind == "sliding"
-    window = (watching.breach_window_tokens if slides else None) or 1
+    window_tokens = watching.breach_window_tokens or 1
     num_rows = serving.max_batch + serving.max_held
     padded = np.array([model.padded_rows(serving.max_batch) for model in models])
     world = World(
@@ -215,7 +214,9 @@ def build_world(
         trace_length=tables.trace_length,
         exit_counts=np.zeros((num_replicas, len(models), num_levels), np.int64),
         itl_counts=np.zeros((num_replicas, ITL_OCTAVES * ITL_BINS_PER_OCTAVE), np.int64),
-        window=np.zeros((num_replicas, window), np.uint8),
+        window=np.zeros(
+            (num_replicas, window_tokens if watching.window_kind == "sliding" else 1), np.uint8
+        ),
         samples=records((num_replicas, TIMELINE_CAPACITY), SAMPLE),
     )
     for rep in world.replicas:
@@ -234,7 +235,7 @@ def build_world(
         rep.quota = NEVER
         rep.finish_target = NEVER
         rep.window_kind = TUMBLING if watching.window_kind == "tumbling" else SLIDING
-        rep.window_tokens = window
+        rep.window_tokens = window_tokens
         rep.breach_limit = watching.breach_limit
         rep.sample_interval_s = measure.timeline_interval_s
     return world
