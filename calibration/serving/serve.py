@@ -39,6 +39,7 @@ from calibration.serving.weights import (
     WeightSettings,
     choose_kv,
 )
+from calibration.training.thresholds import name_of
 from helios_sim import __version__
 from helios_sim.cards import Room, check_room, expecting, policy_slo, room_of
 from helios_sim.command import Interrupted
@@ -560,19 +561,17 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
     expected = profile.model(name)
     model = expected.model
     settings = found.settings
+    # Without early_exit.json exits go where they are asked for, and confidence is the default.
+    confidence = Confidence() if settings is None else settings.confidence
+    if confidence.is_calibrated:
+        _check_maps(found, confidence)
     facts: list[tuple[str, object, object]] = [
         ("shape", *_differences(shape_of(found.config), model.shape)),
+        ("tokenizer", found.tokenizer, model.tokenizer),
+        ("confidence", name_of(confidence), expected.confidence.kind),
     ]
     if settings is not None:
-        kind = settings.confidence.kind
-        if settings.confidence.is_calibrated:
-            kind = f"calibrated-{kind}"  # type: ignore[assignment]
-            _check_maps(found, settings.confidence)
-        facts += [
-            ("exit_layers", tuple(settings.exit_layers), tuple(model.exit_layers)),
-            ("tokenizer", found.tokenizer, model.tokenizer),
-            ("confidence", kind, expected.confidence.kind),
-        ]
+        facts.append(("exit_layers", tuple(settings.exit_layers), tuple(model.exit_layers)))
     for what, have, want in facts:
         if have != want:
             raise InputError(

@@ -7,6 +7,7 @@ import math
 import pkgutil
 import shutil
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -28,6 +29,7 @@ from calibration.measuring.meters import (
 )
 from calibration.measuring.pace import Pace
 from calibration.model import checkpoint
+from calibration.model.checkpoint import open_checkpoint
 from calibration.model.early_exit import EarlyExitLM
 from calibration.serving.batching import Row
 from calibration.serving.energy import RunEnergy
@@ -35,6 +37,7 @@ from calibration.serving.host import Host
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.serve import (
     ServeSettings,
+    check_checkpoint,
     line_of,
     places_of,
     prepare,
@@ -638,6 +641,33 @@ def test_another_model_than_the_profiles_is_refused(place, tmp_path, key, value,
     settings = ServeSettings((tmp_path / "family",), device="cpu")
     with pytest.raises(InputError, match=said.replace("[", r"\[")):
         serve(place / "tiny.toml", tmp_path / "run", settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "held", "said"),
+    [
+        ("max-softmax", "{ }", r"tokenizer is sha256:\w{16} and that of 'small' .* is sha256:"),
+        ("entropy", "{}", "confidence is max-softmax and that of 'small' .* is entropy"),
+        ("max-softmax", "{}", None),
+    ],
+)
+def test_a_checkpoint_without_settings_is_compared_by_its_files_and_the_default_confidence(
+    place, tmp_path, kind, held, said
+) -> None:
+    for path in family(tmp_path / "family").values():
+        (path / "early_exit.json").unlink()
+        (path / "tokenizer.json").write_text("{}")
+    name = open_checkpoint(path).tokenizer
+    (tmp_path / "family" / "small" / "tokenizer.json").write_text(held)
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    for model in document["models"].values():
+        model["tokenizer"] = name
+        model["confidence"]["kind"] = kind
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    profile = load_profile(tmp_path / "profile")
+    found = open_checkpoint(tmp_path / "family" / "small")
+    with nullcontext() if said is None else pytest.raises(InputError, match=said):
+        check_checkpoint("small", found, profile)
 
 
 def test_of_another_shape_what_differs_is_named(place, tmp_path) -> None:
