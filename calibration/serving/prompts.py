@@ -75,8 +75,15 @@ def read_prompts(domains: Sequence[str], tokenizer: Tokenizer) -> Prompts:
     return Prompts(tokenizer.name, ids, hashes)
 
 
-def tokenizer_of(name: str, folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint: bytes, or the one whose files lie in its folder."""
+def tokenizer_of(name: str, folder: Path, vocab: int) -> Tokenizer:
+    """The tokenizer of a checkpoint: bytes, or the one whose files lie in its folder.
+
+    It raises `InputError` for text of which it makes ids that a model of `vocab` ids lacks.
+    """
+    return _Bounded(_tokenizer(name, folder), folder, vocab)
+
+
+def _tokenizer(name: str, folder: Path) -> Tokenizer:
     if name == ByteTokenizer.name:
         return ByteTokenizer()
     if not (folder / TOKENIZER_FILE).is_file():
@@ -86,6 +93,36 @@ def tokenizer_of(name: str, folder: Path) -> Tokenizer:
             str(folder),
         )
     return _FolderTokenizer(name, folder)
+
+
+class _Bounded:
+    """A tokenizer whose ids a model has been found to know.
+
+    They are looked at in the text, since a vocabulary may list ids that no text has, and before
+    the embedding does, which on a GPU takes the process down.
+    """
+
+    def __init__(self, stock: Tokenizer, folder: Path, vocab: int) -> None:
+        self._stock = stock
+        self._folder = folder
+        self._vocab = vocab
+
+    @property
+    def name(self) -> str:
+        """The name that candidates of one vocabulary share."""
+        return self._stock.name
+
+    def encode(self, text: bytes) -> Ids:
+        """Token ids of UTF-8 text, shape [tokens], all below the model's number of ids."""
+        ids = self._stock.encode(text)
+        highest = int(ids.max(initial=0))
+        if highest >= self._vocab:
+            raise InputError(
+                f"The tokenizer {self.name!r} gives the id {highest} and the model knows "
+                f"{self._vocab}; use the tokenizer that belongs to the weights.",
+                str(self._folder),
+            )
+        return ids
 
 
 class _FolderTokenizer:

@@ -154,15 +154,7 @@ def _tokenizer(model: EarlyExitLM, folder: Path) -> Tokenizer:
     name = model.spec.tokenizer
     if name == UNKNOWN and model.spec.shape.vocab == ByteTokenizer.vocab_size:
         name = ByteTokenizer.name
-    tokenizer = tokenizer_of(name, folder)
-    highest = int(tokenizer.encode(corpus("prose", "train", max_bytes=4096).data).max())
-    if highest >= model.spec.shape.vocab:
-        raise InputError(
-            f"The tokenizer gives the id {highest} and the model knows "
-            f"{model.spec.shape.vocab}; use the tokenizer that belongs to the weights.",
-            str(folder),
-        )
-    return tokenizer
+    return tokenizer_of(name, folder, model.spec.shape.vocab)
 
 
 def _train(

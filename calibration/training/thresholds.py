@@ -164,7 +164,7 @@ def fitting_scores(
     model: EarlyExitLM, folder: Path, options: FittingOptions, kinds: Sequence[Kind]
 ) -> dict[str, Scores]:
     """A model's scores on the calibration text of each domain."""
-    tokenizer = tokenizer_of(model.spec.tokenizer, folder)
+    tokenizer = tokenizer_of(model.spec.tokenizer, folder, model.spec.shape.vocab)
     window = min(options.window_tokens, model.spec.shape.max_positions)
     windows = Windows(window, max(1, window // 2), options.num_positions)
     found = {}

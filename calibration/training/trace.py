@@ -18,9 +18,15 @@ import torch
 from numpy.typing import NDArray
 
 from calibration.device import dtype_name
-from calibration.model.checkpoint import TOKENIZER_FILE, open_checkpoint, write_json
+from calibration.model.checkpoint import (
+    TOKENIZER_FILE,
+    Checkpoint,
+    open_checkpoint,
+    write_json,
+)
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.early_exit import load
+from calibration.model.family import shape_of
 from calibration.serving.prompts import tokenizer_of
 from calibration.training.exit_quality import (
     NUM_BINS,
@@ -127,7 +133,8 @@ def trace_checkpoints(
     """
     chosen = options or TraceOptions()
     where = device or torch.device("cpu")
-    tokenizer, max_positions = _check_alike(folders)
+    opened = _check_alike(folders)
+    max_positions = min(shape_of(one.config).max_positions for one in opened)
     window = chosen.window_tokens or min(512, max_positions)
     if window > max_positions:
         raise InputError(
@@ -140,7 +147,9 @@ def trace_checkpoints(
         domain: corpus(domain, "trace", max_bytes=16 * windows.needed_tokens)
         for domain in chosen.domains
     }
-    encoder = tokenizer_of(tokenizer, folders[0])
+    smallest = min(opened, key=lambda one: shape_of(one.config).vocab)
+    tokenizer = smallest.tokenizer
+    encoder = tokenizer_of(tokenizer, smallest.folder, shape_of(smallest.config).vocab)
     tokens = {domain: text.tokens(encoder) for domain, text in texts.items()}
     candidates = [_score(folder, tokens, windows, chosen, where, dtype) for folder in folders]
     traces = _traces(candidates, chosen)
@@ -166,17 +175,15 @@ def trace_checkpoints(
     return report
 
 
-def _check_alike(folders: Sequence[Path]) -> tuple[str, int]:
-    """The tokenizer the candidates share, and the positions that all of them take."""
+def _check_alike(folders: Sequence[Path]) -> list[Checkpoint]:
+    """The candidates opened; they share a tokenizer, and no two have one name."""
     if not folders:
         raise InputError("No checkpoint was given; name at least one folder.")
     names: dict[str, Path] = {}
     tokenizers: dict[str, Path] = {}
-    max_positions = []
-    for folder in folders:
-        opened = open_checkpoint(folder)
-        settings = opened.settings
-        name = settings.name if settings else folder.resolve().name
+    found = [open_checkpoint(folder) for folder in folders]
+    for folder, opened in zip(folders, found, strict=True):
+        name = opened.name
         if name in names:
             raise InputError(
                 f"Two checkpoints are named {name!r}: {names[name]} and {folder}; a trace holds "
@@ -184,7 +191,6 @@ def _check_alike(folders: Sequence[Path]) -> tuple[str, int]:
             )
         names[name] = folder
         tokenizers.setdefault(opened.tokenizer, folder)
-        max_positions.append(int(opened.config.max_position_embeddings))
     if len(tokenizers) > 1:
         listed = ", ".join(f"{name!r} ({folder})" for name, folder in tokenizers.items())
         raise InputError(
@@ -192,7 +198,7 @@ def _check_alike(folders: Sequence[Path]) -> tuple[str, int]:
             "positions, so they must share one. Where only their files differ, copy one's "
             f"{TOKENIZER_FILE} over the others'."
         )
-    return next(iter(tokenizers)), min(max_positions)
+    return found
 
 
 def _score(

@@ -135,6 +135,10 @@ def test_what_cannot_be_trained_is_refused_with_the_remedy(tmp_path: Path) -> No
     save(large, tmp_path / "large")
     with pytest.raises(InputError, match="tokenizer"):
         train_heads(tmp_path / "large", (2,), OPTIONS)
+    small = from_stock(stock_model("opt", vocab_size=100), (2, 4), name="s", tokenizer="bytes")
+    save(small, tmp_path / "small")
+    with pytest.raises(InputError, match="the model knows 100"):
+        train_heads(tmp_path / "small", (2,), OPTIONS)
     with pytest.raises(InputError, match="there are 'code'"):
         HeadOptions(domains=("poems",))
 

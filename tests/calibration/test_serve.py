@@ -30,7 +30,7 @@ from calibration.measuring.meters import (
 from calibration.measuring.pace import Pace
 from calibration.model import checkpoint
 from calibration.model.checkpoint import open_checkpoint
-from calibration.model.early_exit import EarlyExitLM
+from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.serving.batching import Row
 from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host
@@ -55,6 +55,7 @@ from helios_sim.profile import load_profile, save_profile
 from helios_sim.records import read_run, read_summary
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.serving import DOMAINS, family, first_exit_threshold, model_of, write_profile
+from tests.calibration.tiny import stock_model
 from tests.engine.factories import requests_of
 
 HELIOS = """
@@ -824,9 +825,24 @@ def test_prompts_longer_than_the_text_and_domains_without_one_are_refused() -> N
         read_prompts(("poetry",), ByteTokenizer())
 
 
+def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(place, tmp_path) -> None:
+    """The embedding would end the run in a traceback, and on a GPU the process."""
+    models = [
+        from_stock(stock_model("llama", vocab_size=vocab), (2, 4), name=name, tokenizer="bytes")
+        for name, vocab in (("large", 256), ("small", 100))
+    ]
+    for model in models:
+        save(model, tmp_path / "family" / model.spec.name)
+    write_profile(tmp_path / "profile", models, 0.5)
+    (tmp_path / "tiny.toml").write_text((place / "tiny.toml").read_text())
+    settings = ServeSettings((tmp_path / "family",), ("helios",), device="cpu")
+    with pytest.raises(InputError, match=r"'bytes' gives the id 1.. and the model knows 100"):
+        prepare(tmp_path / "tiny.toml", settings)
+
+
 def test_a_tokenizer_whose_files_are_missing_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
-        tokenizer_of("llama", tmp_path)
+        tokenizer_of("llama", tmp_path, vocab=256)
 
 
 class Steady:

@@ -221,6 +221,21 @@ def test_candidates_of_several_tokenizers_or_one_name_are_refused(
         trace_checkpoints([tmp_path / "other"], tmp_path / "out", OPTIONS)
 
 
+def test_a_tokenizer_of_more_ids_than_a_candidate_has_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, vocab in (("large", 256), ("small", 100)):
+        stock = stock_model("llama", vocab_size=vocab)
+        save(from_stock(stock, (2, 4), name=name, tokenizer="bytes"), tmp_path / name)
+    said = "'bytes' gives the id 1.. and the model knows 100; use the tokenizer that belongs"
+    with pytest.raises(InputError, match=said):
+        settle([tmp_path / "small"], options=OPTIONS.fitting)
+    monkeypatch.setattr(trace, "load", None)
+    with pytest.raises(InputError, match=said) as refusal:
+        trace_checkpoints([tmp_path / "large", tmp_path / "small"], tmp_path / "out", OPTIONS)
+    assert refusal.value.where == str(tmp_path / "small")
+
+
 def test_windows_longer_than_a_model_and_unknown_kinds_are_refused(
     folders: list[Path], tmp_path: Path
 ) -> None:
