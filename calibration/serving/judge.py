@@ -18,6 +18,7 @@ from calibration.model.early_exit import EarlyExitLM
 from calibration.serving.batching import Life, Rule
 from calibration.serving.record import Judgement
 from calibration.serving.tally import TokenEntry
+from calibration.training.scoring import MAX_LOGITS
 from helios_sim.exits import ExitTraces
 from helios_sim.policy.rules import leaves_here
 
@@ -48,8 +49,11 @@ def reread(
 ) -> Reread:
     """Read what was served again with a whole model, several requests of like length at once.
 
-    A model says nothing of requests beyond its context, which it would refuse: zeros stay.
+    A model says nothing of requests beyond its context, which it would refuse: zeros stay. Heads
+    take as many positions at once as logits are allowed, so that a large vocabulary takes no more
+    memory than a small one.
     """
+    most = max(1, MAX_LOGITS // model.spec.shape.vocab)
     counts = np.array([life.generated for life in lives], dtype=np.int64)
     first = np.concatenate([[0], np.cumsum(counts)[:-1]])
     shape = (int(counts.sum()), len(model.exit_layers))
@@ -79,10 +83,12 @@ def reread(
         where = np.concatenate([np.arange(first[n], first[n] + counts[n]) for n in group])
         for level, layer in enumerate(model.exit_layers):
             hidden = states[layer - 1][rows[:, 0], rows[:, 1]]
-            decided = model.decide(model.logits(hidden, level), level)
-            tokens[where, level] = decided.tokens.cpu().numpy()
-            confidence[where, level] = decided.confidence.float().cpu().numpy()
-            nll[where, level] = decided.nll(targets).cpu().numpy()
+            for begin in range(0, len(rows), most):
+                piece = slice(begin, begin + most)
+                decided = model.decide(model.logits(hidden[piece], level), level)
+                tokens[where[piece], level] = decided.tokens.cpu().numpy()
+                confidence[where[piece], level] = decided.confidence.float().cpu().numpy()
+                nll[where[piece], level] = decided.nll(targets[piece]).cpu().numpy()
     return Reread(tokens, np.clip(confidence, 0.0, 1.0), np.maximum(nll, 0.0), first)
 
 

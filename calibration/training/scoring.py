@@ -15,7 +15,7 @@ from calibration.model.confidence import KINDS, Kind, confidence_of
 from calibration.model.early_exit import EarlyExitLM
 from helios_sim.errors import InputError
 
-_MAX_LOGITS: Final = 32_000_000
+MAX_LOGITS: Final = 32_000_000
 """Logits held at once: 128 MB in single precision."""
 
 
@@ -100,7 +100,7 @@ def score(
 ) -> Scores:
     """Score a text at every exit of a model loaded to its full depth, windows in batches."""
     cut = windows.cut(tokens)
-    rows = max(1, _MAX_LOGITS // (model.spec.shape.vocab * windows.window_tokens))
+    rows = max(1, MAX_LOGITS // (model.spec.shape.vocab * windows.window_tokens))
     parts: list[list[list[Tensor]]] = []
     for first in range(0, len(cut), rows):
         batch = cut[first : first + rows].to(model.device)

@@ -77,6 +77,26 @@ def test_a_model_is_not_asked_about_requests_beyond_its_context() -> None:
     assert not both.confidence[8:].any()
 
 
+def test_text_is_read_again_with_no_more_logits_at_once_than_are_allowed(monkeypatch) -> None:
+    """A served run would be lost to a large vocabulary that takes all memory after it."""
+    model = model_of()
+    lives = [life(0, 8), life(1, 5), life(2, 20)]
+    whole = reread(model, lives, free_running=False)
+    taken = []
+
+    def counted(hidden, level):
+        taken.append(len(hidden))
+        return type(model).logits(model, hidden, level)
+
+    monkeypatch.setattr(model, "logits", counted)
+    monkeypatch.setattr("calibration.serving.judge.MAX_LOGITS", 4 * 256)
+    parts = reread(model, lives, free_running=False)
+    assert max(taken) == 4
+    assert (parts.tokens == whole.tokens).all()
+    np.testing.assert_allclose(parts.confidence, whole.confidence, rtol=1e-5)
+    np.testing.assert_allclose(parts.nll_nats, whole.nll_nats, rtol=1e-5)
+
+
 def test_a_breach_is_relative_where_a_deeper_exit_would_have_been_sure() -> None:
     log = [
         entry(0, 0, 1, 0, True),
