@@ -100,7 +100,7 @@ def score(
 ) -> Scores:
     """Score a text at every exit of a model loaded to its full depth, windows in batches."""
     cut = windows.cut(tokens)
-    rows = max(1, MAX_LOGITS // (model.spec.shape.vocab * windows.window_tokens))
+    rows = max(1, MAX_LOGITS // (model.spec.shape.vocab * windows.traced_tokens))
     parts: list[list[list[Tensor]]] = []
     for first in range(0, len(cut), rows):
         batch = cut[first : first + rows].to(model.device)

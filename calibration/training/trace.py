@@ -75,7 +75,7 @@ class TraceOptions:
     """Which text is traced: positions of each domain, in windows with context.
 
     A window's first half is context alone; None takes windows of 512 tokens, or as many as the
-    smallest candidate allows.
+    smallest candidate allows. Of the calibration text no more positions are read than are traced.
     """
 
     num_positions: int = 16384
@@ -212,7 +212,11 @@ def _score(
     model = load(folder, device=device, dtype=dtype)
     settings = open_checkpoint(folder).settings
     kinds = (model.confidence.kind,)
-    fitting = replace(options.fitting, domains=options.domains)
+    fitting = replace(
+        options.fitting,
+        domains=options.domains,
+        num_positions=min(options.fitting.num_positions, options.num_positions),
+    )
     try:
         return _Candidate(
             name=model.name,

@@ -320,6 +320,43 @@ def test_confidence_is_fitted_on_other_text_than_is_traced(
     assert traced == {(domain, "trace") for domain in OPTIONS.domains}
 
 
+def test_no_more_calibration_text_is_read_than_positions_are_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def told(model: Any, folder: Path, options: FittingOptions, kinds: Any) -> Any:
+        asked.append(options.num_positions)
+        return fitting_scores(model, folder, options, kinds)
+
+    monkeypatch.setattr(trace, "fitting_scores", told)
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    for num_positions in (64, 1024):
+        trace_checkpoints([folder], tmp_path, replace(OPTIONS, num_positions=num_positions))
+    assert asked == [64, 512]
+
+
+def test_a_batch_of_windows_has_as_many_logits_as_are_allowed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Logits are those of the scored half alone; what stands before it meets no head."""
+    model = from_stock(stock_model("llama"), (2, 4), tokenizer="bytes")
+    tokens = corpus("code", "trace", max_bytes=2000).tokens()
+    windows = Windows(32, 16, 160)
+    whole, taken = score(model, tokens, windows), []
+
+    def counted(hidden: torch.Tensor, level: int) -> torch.Tensor:
+        taken.append(len(hidden))
+        return type(model).logits(model, hidden, level)
+
+    monkeypatch.setattr(model, "logits", counted)
+    monkeypatch.setattr("calibration.training.scoring.MAX_LOGITS", 4 * 16 * 256)
+    parts = score(model, tokens, windows)
+    assert taken == [64, 64, 64, 64, 32, 32]
+    assert (parts.predicted == whole.predicted).all()
+    np.testing.assert_allclose(parts.nll_nats, whole.nll_nats, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["max-softmax", "calibrated-max-softmax"])
 def test_what_leaves_early_is_counted_as_it_is_served_on_a_models_own_domains(
     tmp_path: Path, kind: str
