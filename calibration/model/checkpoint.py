@@ -32,6 +32,8 @@ HEADS_FILE: Final = "exit_heads.safetensors"
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 TOKENIZER_FILE: Final = "tokenizer.json"
+TOKENIZER_PARTS: Final = ("vocab.json", "merges.txt")
+"""What holds the same in a folder that has no such file, as OPT's own repositories do."""
 UNKNOWN: Final = "unknown"
 """The tokenizer of a checkpoint that names none."""
 SCHEMA_VERSION: Final = 1
@@ -310,16 +312,19 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> str:
-        """What identifies its tokenizer: the name in its settings, or else the hash of its file."""
+        """What identifies its tokenizer: its settings' name, or else the hash of its files."""
         named = UNKNOWN if self.settings is None else self.settings.tokenizer
-        file = self.folder / TOKENIZER_FILE
-        if named != UNKNOWN or not file.is_file():
+        files = tokenizer_files(self.folder)
+        if named != UNKNOWN or not files:
             return named
-        try:
-            held = file.read_bytes()
-        except OSError as error:
-            raise InputError(f"The file cannot be read: {error.strerror}.", str(file)) from error
-        return f"sha256:{hashlib.sha256(held).hexdigest()[:16]}"
+        held = hashlib.sha256()
+        for file in files:
+            try:
+                held.update(file.read_bytes())
+            except OSError as error:
+                why = f"The file cannot be read: {error.strerror}."
+                raise InputError(why, str(file)) from error
+        return f"sha256:{held.hexdigest()[:16]}"
 
     @property
     def where(self) -> str:
@@ -371,6 +376,15 @@ class Checkpoint:
         except OSError:
             return False
         return True
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The files that hold a folder's vocabulary: one or two; none where they are missing."""
+    for names in ((TOKENIZER_FILE,), TOKENIZER_PARTS):
+        paths = tuple(folder / name for name in names)
+        if all(path.is_file() for path in paths):
+            return paths
+    return ()
 
 
 def write_settings(folder: Path, settings: EarlyExitSettings) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.model.checkpoint import TOKENIZER_FILE
+from calibration.model.checkpoint import TOKENIZER_FILE, tokenizer_files
 from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.workload import Requests
@@ -86,10 +86,11 @@ def tokenizer_of(name: str, folder: Path, vocab: int) -> Tokenizer:
 def _tokenizer(name: str, folder: Path) -> Tokenizer:
     if name == ByteTokenizer.name:
         return ByteTokenizer()
-    if not (folder / TOKENIZER_FILE).is_file():
+    if not tokenizer_files(folder):
         raise InputError(
-            f"The checkpoint's tokenizer is {name!r} and its folder has no tokenizer.json; copy "
-            "the tokenizer's files into it.",
+            f"The checkpoint's tokenizer is {name!r} and its folder has no tokenizer.json, nor "
+            "vocab.json with merges.txt; copy them there, or have transformers write the first "
+            "with AutoTokenizer.from_pretrained(...).save_pretrained(...).",
             str(folder),
         )
     return _FolderTokenizer(name, folder)
@@ -129,11 +130,25 @@ class _FolderTokenizer:
     """A Hugging Face tokenizer read from a local folder."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        from transformers import PreTrainedTokenizerFast
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         self._name = name
         make: Callable[..., Any] = PreTrainedTokenizerFast
-        self._stock = make(tokenizer_file=str(folder / TOKENIZER_FILE))
+        pick: Callable[..., Any] = AutoTokenizer.from_pretrained
+        try:
+            self._stock = (
+                make(tokenizer_file=str(folder / TOKENIZER_FILE))
+                if (folder / TOKENIZER_FILE).is_file()
+                # What splits words before merges do is up to the family, which config.json names.
+                else pick(folder, local_files_only=True, trust_remote_code=False)
+            )
+        except Exception as error:  # the library raises plain exceptions of a faulty file
+            why = " ".join(str(error).split()).rstrip(".")
+            raise InputError(
+                f"The tokenizer {name!r} cannot be read: {why}. Copy the files that belong to "
+                "the weights into the folder.",
+                str(folder),
+            ) from error
 
     @property
     def name(self) -> str:
@@ -143,5 +158,6 @@ class _FolderTokenizer:
     def encode(self, text: bytes) -> Ids:
         """Token ids of UTF-8 text, shape [tokens]."""
         plain = text.decode("utf-8", errors="replace").replace("\0", "\n\n")
-        found = self._stock.encode(plain, add_special_tokens=False)
+        # Quietly: a text longer than the model's context is cut into windows later.
+        found = self._stock.encode(plain, add_special_tokens=False, verbose=False)
         return np.asarray(found, dtype=np.int64)

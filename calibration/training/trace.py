@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from calibration.device import dtype_name
 from calibration.model.checkpoint import (
+    SETTINGS_FILE,
     TOKENIZER_FILE,
     Checkpoint,
     open_checkpoint,
@@ -196,7 +197,7 @@ def _check_alike(folders: Sequence[Path]) -> list[Checkpoint]:
         raise InputError(
             f"The candidates have several tokenizers: {listed}. They are traced on the same "
             "positions, so they must share one. Where only their files differ, copy one's "
-            f"{TOKENIZER_FILE} over the others'."
+            f"{TOKENIZER_FILE} to the others, or name one tokenizer in every {SETTINGS_FILE}."
         )
     return found
 

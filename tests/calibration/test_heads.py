@@ -18,6 +18,7 @@ from calibration.model.checkpoint import open_checkpoint, write_settings
 from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
+from calibration.serving.prompts import tokenizer_of
 from calibration.training import heads
 from calibration.training.heads import HeadOptions, train_heads
 from calibration.training.text import DOMAINS, Corpus, corpus
@@ -37,9 +38,12 @@ OPTIONS = HeadOptions(
 )
 
 
-def checkpoint(folder: Path, family: str = "opt", settings: bool = False) -> Path:
+def checkpoint(
+    folder: Path, family: str = "opt", settings: bool = False, vocab_size: int = 256
+) -> Path:
     """A tiny stock model's folder, with or without early_exit.json."""
-    save(from_stock(stock_model(family), (2, 4), name="stock", tokenizer="bytes"), folder)
+    stock = stock_model(family, vocab_size=vocab_size)
+    save(from_stock(stock, (2, 4), name="stock", tokenizer="bytes"), folder)
     if not settings:
         (folder / "early_exit.json").unlink()
     return folder
@@ -88,6 +92,49 @@ def test_text_goes_through_the_folders_own_tokenizer(tmp_path: Path) -> None:
     held = (folder / "tokenizer.json").read_bytes()
     named = f"sha256:{hashlib.sha256(held).hexdigest()[:16]}"
     assert json.loads((folder / "early_exit.json").read_text())["tokenizer"] == named
+
+
+def test_a_vocabulary_and_merges_are_the_tokenizer_where_no_single_file_holds_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in OPT's own repositories; they give the ids that tokenizer.json does."""
+    tokenizers: Any = pytest.importorskip("tokenizers")
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE())
+    whole.pre_tokenizer = split
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=split.alphabet(), show_progress=False
+    )
+    text = corpus("code", "train", max_bytes=20_000).data
+    whole.train_from_iterator([text.decode(errors="replace")], trainer)
+    one, two = (checkpoint(tmp_path / name, vocab_size=300) for name in ("one", "two"))
+    whole.save(str(one / "tokenizer.json"))
+    whole.model.save(str(two))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 64}
+    (two / "tokenizer_config.json").write_text(json.dumps(settings))
+    in_one, in_two = (
+        corpus("prose", "trace", max_bytes=4000).tokens(tokenizer_of("any", folder, 300))
+        for folder in (one, two)
+    )
+    assert in_one.tolist() == in_two.tolist()
+    assert not capfd.readouterr().err
+    assert len(in_one) < 4000
+
+    report = train_heads(two, (2,), replace(OPTIONS, iterations=1))
+    assert np.isfinite(report["held_out_nll_nats"]["code"]).all()
+    held = b"".join((two / name).read_bytes() for name in ("vocab.json", "merges.txt"))
+    named = f"sha256:{hashlib.sha256(held).hexdigest()[:16]}"
+    assert json.loads((two / "early_exit.json").read_text())["tokenizer"] == named
+    options = TraceOptions(num_positions=64, domains=("code",))
+    assert trace_checkpoints([two], tmp_path / "out", options)["tokenizer"] == named
+    with pytest.raises(InputError, match=r"or name one tokenizer in every early_exit\.json"):
+        trace_checkpoints([one, two], tmp_path / "out", options)
+
+
+def test_a_faulty_tokenizer_file_is_refused_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("words")
+    with pytest.raises(InputError, match=r"'any' cannot be read: expected .*belong to the weights"):
+        tokenizer_of("any", tmp_path, 256)
 
 
 def test_checkpoints_with_heads_and_one_tokenizer_file_are_traced_together(tmp_path: Path) -> None:
