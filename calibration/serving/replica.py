@@ -11,7 +11,6 @@ from typing import Protocol
 from calibration.serving.batching import Batch, Decode, HotRules, Life, Prefill, Row
 from calibration.serving.iteration import Machine, Outcome, Stepper
 from calibration.serving.tally import IterationEntry, Tally
-from helios_sim.errors import InputError
 from helios_sim.policy.contract import Assignment, Policy
 from helios_sim.scenario import ServingSettings
 
@@ -73,12 +72,8 @@ class Replica:
         clock: Clock,
         timeline_interval_s: float,
     ) -> None:
-        if serving.batching == "chunked":
-            raise InputError(
-                'batching is "chunked"; the real backend serves "continuous" and "static" batches, '
-                "so choose one of these.",
-                "serving.batching",
-            )
+        # Whoever reads a scenario refuses it in words, before anything is loaded.
+        assert serving.batching != "chunked"
         self.clock = clock
         self.rules = HotRules.of(policy)
         self.batch = Batch(

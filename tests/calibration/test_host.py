@@ -580,11 +580,6 @@ def test_a_policy_that_knows_the_future_is_refused() -> None:
         host_of("clairvoyant")
 
 
-def test_chunked_batches_are_refused_with_what_is_allowed() -> None:
-    with pytest.raises(InputError, match='"continuous" and "static"'):
-        host_of("vanilla", batching="chunked")
-
-
 def test_a_choice_by_energy_is_refused_without_a_meter_and_reads_it_otherwise() -> None:
     by_energy = policy_of("helios", objective="energy")
     with pytest.raises(InputError, match="no energy meter"):
