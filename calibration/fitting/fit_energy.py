@@ -26,7 +26,7 @@ from calibration.fitting.points import (
     WHOLE_WINDOWS,
 )
 from calibration.fitting.predict import prefill_load
-from calibration.fitting.regression import Floats, relative_errors, relative_nnls
+from calibration.fitting.regression import Floats, jackknife, relative_errors, relative_nnls
 from calibration.measuring.readings import LEAST_DECODE_WINDOWS
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.model import EarlyExitModel
@@ -182,13 +182,13 @@ def _features(windows: pl.DataFrame, head_layers: float | None) -> Floats:
 def _leave_one_out(features: Floats, above_idle: Floats, joules: Floats) -> tuple[Floats, Floats]:
     """Relative error of each window left out, and the jackknife's standard errors."""
     count = len(joules)
-    errors, moved = np.zeros(count), np.zeros((count, features.shape[1]))
+    errors, moved = np.zeros(count), []
     for at in range(count):
         keep = np.arange(count) != at
-        moved[at] = relative_nnls(features[keep], above_idle[keep], joules[keep])
-        errors[at] = (features[at] @ moved[at] - above_idle[at]) / joules[at]
-    deviations = moved - moved.mean(axis=0)
-    return errors, np.sqrt((count - 1) / count * (deviations**2).sum(axis=0))
+        found = relative_nnls(features[keep], above_idle[keep], joules[keep])
+        errors[at] = (features[at] @ found - above_idle[at]) / joules[at]
+        moved.append(found)
+    return errors, jackknife(moved)
 
 
 def _errors(windows: pl.DataFrame, above_idle: Floats, idle_w: float) -> Floats:

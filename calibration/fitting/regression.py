@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import isotonic_regression, nnls
 
 Floats: TypeAlias = NDArray[np.float64]
 Assignment: TypeAlias = NDArray[np.int64]
@@ -25,6 +25,8 @@ MAX_ROUNDS: Final = 60
 TRUST_ROUNDS: Final = 3
 HUBER_EDGE: Final = 2.0
 """Errors beyond so many usual ones (as standard deviations) are trusted less."""
+
+_LEAST_WEIGHT: Final = 1e-300
 
 REAL_GAIN: Final = 0.9
 """An extra plane must bring the left-out error below this share of what it is without."""
@@ -360,18 +362,7 @@ def fit_floor_line(rows: Floats, seconds: Floats) -> Chosen:
 
 
 def isotonic(values: Sequence[float] | Floats, weights: Floats) -> Floats:
-    """The nearest values that never fall, in weighted least squares.
-
-    Neighbours that fall are pooled to their mean: Ayer et al., "An empirical distribution function
-    for sampling with incomplete information", Annals of Mathematical Statistics 26 (1955).
-    """
-    pools: list[tuple[float, float, int]] = []
-    for value, weight in zip(values, weights, strict=True):
-        pool = (float(value), float(weight), 1)
-        while pools and pools[-1][0] > pool[0]:
-            before, heavy, count = pools.pop()
-            total = heavy + pool[1]
-            mean = (before * heavy + pool[0] * pool[1]) / total if total > 0.0 else pool[0]
-            pool = (mean, total, count + pool[2])
-        pools.append(pool)
-    return np.repeat([mean for mean, _, _ in pools], [count for _, _, count in pools])
+    """The nearest values that never fall, in weighted least squares; weights are 0 or more."""
+    # scipy asks for weights above 0; the least there are next to any other count for nothing.
+    heavy = np.maximum(weights, _LEAST_WEIGHT)
+    return np.asarray(isotonic_regression(values, weights=heavy).x, dtype=np.float64)

@@ -121,6 +121,13 @@ def test_values_that_fall_are_pooled_to_the_nearest_that_do_not(
         assert weights @ (rising - values) ** 2 <= weights @ (other - values) ** 2 + 1e-12
 
 
+def test_values_without_weight_follow_their_neighbours() -> None:
+    """A batch of which every reading is another plane's says nothing of its factor."""
+    assert isotonic([1.0, 0.5, 2.0], np.array([1.0, 0.0, 1.0])).tolist() == [1.0, 1.0, 2.0]
+    assert isotonic([2.0, 2.0, 1.0], np.array([0.0, 1.0, 1.0])).tolist() == [1.5, 1.5, 1.5]
+    assert isotonic([1.0, 2.0], np.zeros(2)).tolist() == [1.0, 2.0]
+
+
 def test_a_few_interrupted_readings_hardly_move_the_fit() -> None:
     plain = two_planes(0.0, 1e-5, 3e-6).with_planes((1,))
     factor = np.exp(0.01 * np.random.default_rng(2).standard_normal(24))
