@@ -109,7 +109,7 @@ class Loading:
                     yield load, trial
 
     def stages(self, load: Load) -> Iterator[StageTime]:
-        """Load and let go, stage by stage; raises `InputError` where memory lacks for one."""
+        """Load and let go, stage by stage; raises `TooLittleMemory` where one lacks room."""
         if load.source is not None and load.source.folder is not None and load.depth is not None:
             yield from time_checkpoint(
                 load.source.folder,

@@ -71,7 +71,7 @@ from calibration.measuring.timing import measure_pace, synchronise, timed, timer
 from calibration.model.decode import NOT_USABLE
 from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError
-from calibration.model.memory import available_bytes, require
+from calibration.model.memory import TooLittleMemory, available_bytes, require
 from calibration.options import parse_budget, parse_exits
 from calibration.training.trace import trace_checkpoints
 from helios_sim.command import Interrupted
@@ -411,7 +411,7 @@ class _Session:
         """Stages up to one that cannot be had: a machine may lack memory for a copy alone."""
         try:
             yield from stages
-        except InputError as error:
+        except TooLittleMemory as error:
             self._note(f"A stage of loading is not measured: {error.message}")
 
     def _model_readings(self, source: Source, share_s: float) -> None:
@@ -475,7 +475,11 @@ class _Session:
                     self._note(f"{bench.name}: the kernel {name} is {said}")
 
     def _load(self, source: Source) -> tuple[EarlyExitLM, int]:
-        """The model to its deepest exit that fits; weights at each exit are weighed on the way."""
+        """The model to its deepest exit that fits; weights at each exit are weighed on the way.
+
+        Weights that cannot be read, or that the guard refuses, are no matter of memory: they end
+        the run.
+        """
         model: EarlyExitLM | None = None
         depth = 0
         for layers in source.exit_layers:
@@ -484,7 +488,7 @@ class _Session:
                     model = source.load(layers, self.device, self.dtype)
                 else:
                     model.grow(layers)
-            except InputError as error:
+            except TooLittleMemory as error:
                 if model is None:
                     raise
                 self._note(f"{source.name} is measured to layer {depth}: {error.message}")

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calibration.cli import main
 from calibration.measuring import load_trials, timing
@@ -32,8 +33,11 @@ from calibration.measuring.readings import (
 )
 from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
-from calibration.model.early_exit import from_stock, save
+from calibration.model.checkpoint import WEIGHTS_FILE
+from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.model.fused import Fusion
+from calibration.model.loading import LoadReport
+from calibration.model.memory import TooLittleMemory
 from calibration.options import parse_budget, parse_exits
 from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
@@ -656,6 +660,48 @@ def test_exits_are_traced_in_the_precision_that_is_measured(
 def test_cuda_that_is_absent_is_said_with_the_remedy(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"CUDA was asked for .* --device cpu"):
         measure(settings(checkpoint, tmp_path / "out", device="cuda"))
+
+
+def spoilt(checkpoint: Path, folder: Path) -> Path:
+    """A copy whose third layer holds other weights than its guard was made of."""
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    tensors["model.layers.2.mlp.up_proj.weight"].normal_()
+    save_file(tensors, folder / WEIGHTS_FILE)
+    return folder
+
+
+def test_weights_that_the_guard_refuses_end_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    """Found while loading is timed; nothing of such a model is a measurement."""
+    folder = spoilt(checkpoint, tmp_path / "spoilt")
+    with pytest.raises(InputError, match=r"exit layer 4 .* not the weights the guard"):
+        measure(settings(folder, tmp_path / "out"))
+
+
+def test_a_model_is_not_measured_up_to_the_layers_that_the_guard_refuses(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring._Session, "_loading", lambda _: None)
+    folder = spoilt(checkpoint, tmp_path / "spoilt")
+    with pytest.raises(InputError, match=r"exit layer 4 .* not the weights the guard"):
+        measure(settings(folder, tmp_path / "out"))
+
+
+def test_a_model_that_memory_lacks_for_is_measured_to_the_exit_that_fits(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grow = EarlyExitLM.grow
+
+    def lacking(model: EarlyExitLM, depth: int) -> LoadReport:
+        if depth > 2:
+            raise TooLittleMemory("Layers 3 and 4 need more than there is.")
+        return grow(model, depth)
+
+    monkeypatch.setattr(EarlyExitLM, "grow", lacking)
+    done = measure(settings(checkpoint, tmp_path / "out"))
+    said = "tiny-4l is measured to layer 2: Layers 3 and 4 need more than there is"
+    assert said in done.notes
+    assert any(note.startswith("A stage of loading is not measured") for note in done.notes)
 
 
 def test_too_little_memory_shrinks_the_grid_and_says_so(
