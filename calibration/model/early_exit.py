@@ -372,7 +372,12 @@ class EarlyExitLM:
         layers = opened.settings.exit_layers
         if guard is None:
             guard = replace(self.new_guard(), sums=(None,) * len(layers))
-        new = [layer if checked_depth < layer else self.num_layers + 1 for layer in layers]
+        # An auxiliary head of an exit that was not asked for is not there to be compared.
+        told = layers if self.heads_kind == "shared" else self.exit_layers
+        new = [
+            layer if checked_depth < layer and layer in told else self.num_layers + 1
+            for layer in layers
+        ]
         sums = self.logits_sums(guard.token_ids, new)
         tolerance = max(guard.tolerance, ROUGH_TOLERANCE if self._is_rough else 0.0)
         for layer, stored, found in zip(layers, guard.sums, sums, strict=True):

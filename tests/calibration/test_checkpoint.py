@@ -389,6 +389,27 @@ def test_auxiliary_heads_come_from_their_own_file(family, tmp_path):
     assert caught.value.where == str(tmp_path / HEADS_FILE)
 
 
+@pytest.mark.parametrize("exits", [(2, 4), (1, 4), (4,)])
+def test_some_of_the_exits_with_heads_are_compared_with_their_own_sums(exits, tmp_path):
+    """A sum that is not known yet stays so where its exit was not asked for."""
+    stock = tiny.stock_model("llama")
+    heads = new_exit_heads(from_stock(stock, (1, 2, 4)).backbone, (1, 2, 4))
+    with torch.no_grad():
+        for head in heads.values():
+            head.head.weight.normal_()
+    save(from_stock(stock, (1, 2, 4), exit_heads=heads), tmp_path)
+    sums = json.loads((tmp_path / SETTINGS_FILE).read_text())["guard"]["logits_sums"]
+    assert load(tmp_path, exits=exits).guard_note == "the logits agree with the stored guard"
+    edit(tmp_path / SETTINGS_FILE, lambda s: s["guard"].update(logits_sums=[None] * 3))
+    load(tmp_path, exits=exits)
+    found = json.loads((tmp_path / SETTINGS_FILE).read_text())["guard"]["logits_sums"]
+    assert found == [
+        one if layer in exits else None for layer, one in zip((1, 2, 4), sums, strict=True)
+    ]
+    load(tmp_path)
+    assert json.loads((tmp_path / SETTINGS_FILE).read_text())["guard"]["logits_sums"] == sums
+
+
 def test_missing_heads_are_named(folder):
     edit(folder / SETTINGS_FILE, lambda s: s.update(heads="auxiliary"))
     with pytest.raises(InputError, match="cannot be read: No such file") as caught:
