@@ -258,7 +258,7 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
             guard=guard
             and Guard(
                 tuple(int(token) for token in guard["token_ids"]),
-                tuple(None if s is None else float(s) for s in guard["logits_sums"]),
+                tuple(map(known_sum, guard["logits_sums"])),
                 float(guard["tolerance"]),
             ),
             corpus=corpus,
@@ -271,6 +271,11 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
             "must be there and of their kinds.",
             where,
         ) from error
+
+
+def known_sum(value: float | None) -> float | None:
+    """A guard's sum, None where it is unknown or none that logits could be compared with."""
+    return None if value is None or not math.isfinite(float(value)) else float(value)
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:

@@ -350,7 +350,7 @@ class EarlyExitLM:
         """A guard of the model as it is loaded, over tokens spread through the vocabulary."""
         vocab = self.spec.shape.vocab
         ids = tuple((7 + 977 * place) % vocab for place in range(GUARD_TOKENS))
-        sums = tuple(self.logits_sums(ids, self.exit_layers))
+        sums = tuple(map(files.known_sum, self.logits_sums(ids, self.exit_layers)))
         # Sums that 16 bits gave are no closer than that where another device or type checks them.
         return Guard(ids, sums, tolerance=ROUGH_TOLERANCE) if self._is_rough else Guard(ids, sums)
 
@@ -383,10 +383,18 @@ class EarlyExitLM:
         for layer, stored, found in zip(layers, guard.sums, sums, strict=True):
             if found is None or (stored is not None and _close(stored, found, tolerance)):
                 continue
-            if stored is not None or math.isnan(found):
+            if not math.isfinite(found):
+                raise InputError(
+                    f"The logits at exit layer {layer} add up to {found} in "
+                    f"{str(self.dtype).removeprefix('torch.')}: the weights are corrupt, or too "
+                    "large for that type. Load them in bfloat16 or float32, or download or train "
+                    "the checkpoint again.",
+                    opened.where,
+                )
+            if stored is not None:
                 raise InputError(
                     f"The logits at exit layer {layer} add up to {found:.6g} and the guard in "
-                    f"{files.SETTINGS_FILE} says {stored if stored is None else f'{stored:.6g}'}: "
+                    f"{files.SETTINGS_FILE} says {stored:.6g}: "
                     "these are not the weights the guard was made of. Download or train the "
                     "checkpoint again, or remove the guard if the weights were changed on purpose.",
                     opened.where,

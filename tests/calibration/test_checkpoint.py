@@ -348,6 +348,28 @@ def test_the_guard_holds_in_sixteen_bits(folder):
     assert load(folder, dtype=torch.bfloat16).guard_note == "the logits agree with the stored guard"
 
 
+def test_logits_beyond_a_type_are_refused_and_leave_the_guard_to_a_wider_one(folder):
+    resave(folder, lambda tensors: tensors["lm_head.weight"].mul_(1e5))
+    edit(folder / SETTINGS_FILE, lambda s: s.update(guard=None))
+    with pytest.raises(InputError, match=r"exit layer 1 add up to inf in float16: .* too large"):
+        load(folder, dtype=torch.float16)
+    assert json.loads((folder / SETTINGS_FILE).read_text())["guard"] is None
+    load(folder)
+    assert load(folder).guard_note == "the logits agree with the stored guard"
+
+
+def test_a_sum_that_is_no_number_is_none_that_weights_agree_with(folder):
+    edit(folder / SETTINGS_FILE, lambda s: s["guard"]["logits_sums"].__setitem__(2, float("inf")))
+    model = load(folder)
+    assert model.guard_note == f"the guard was stored in {SETTINGS_FILE}"
+    assert model.guard is not None
+    assert model.guard.sums[2] == pytest.approx(model.logits_sums(model.guard.token_ids, [4])[0])
+    with torch.no_grad():
+        model.backbone.head_weight.fill_(torch.inf)
+    save(model, folder)
+    assert json.loads((folder / SETTINGS_FILE).read_text())["guard"]["logits_sums"] == [None] * 3
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_guard_made_in_sixteen_bits_holds_where_more_are_used(seed, tmp_path):
     stock = tiny.stock_model("llama", layers=12, seed=seed).to(torch.bfloat16)
