@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from calibration.model.confidence import Confidence, confidence_from_json
-from calibration.model.family import unsupported
+from calibration.model.family import check_supported, unsupported
 from helios_sim.errors import InputError
 from helios_sim.folders import write_whole
 
@@ -542,6 +542,7 @@ def _config(path: Path) -> Config:
         said = " ".join(str(error).split())
         raise InputError(f"The configuration is not accepted: {said}", str(file)) from error
     _check_names_known(config, str(file))
+    check_supported(config, str(file))
     return config
 
 

@@ -54,6 +54,7 @@ class Backbone(ABC):
     """Modules of a layer that read the same input: as one product where their weights lie so."""
 
     def __init__(self, model: Any) -> None:
+        check_supported(model.config)
         self.model = model
         self.config = model.config
         self._cache_argument = cache_argument(self.layer_class)
@@ -253,15 +254,6 @@ class LlamaBackbone(Backbone):
     )
     has_fused_norms = False
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
-        super().__init__(model)
-        rope = str((self.config.rope_parameters or {}).get("rope_type", "default"))
-        if rope in CHANGING_ROPE:
-            raise InputError(
-                f"The rotary embedding {rope!r} changes with the length of the text, so cached "
-                "keys would be out of date; use a checkpoint with another rope_type."
-            )
-
     @property
     def decoder(self) -> Any:
         """The stock LlamaModel."""
@@ -394,16 +386,6 @@ class OptBackbone(Backbone):
     layer_prefix = "model.decoder.layers."
     stacks = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),)
 
-    def __init__(self, model: OPTForCausalLM) -> None:
-        super().__init__(model)
-        config = self.config
-        if config.word_embed_proj_dim != config.hidden_size:
-            raise InputError(
-                f"This OPT model projects embeddings of width {config.word_embed_proj_dim} to "
-                f"{config.hidden_size} (as OPT-350M does), which early exits here do not "
-                "support; use a size with word_embed_proj_dim equal to hidden_size."
-            )
-
     @property
     def decoder(self) -> Any:
         """The stock OPTDecoder."""
@@ -508,6 +490,26 @@ def unsupported(architecture: str, where: str | None = None) -> InputError:
         f"{' and '.join(SUPPORTED)}.",
         where,
     )
+
+
+def check_supported(config: LlamaConfig | OPTConfig, where: str | None = None) -> None:
+    """Raise `InputError` for a model of a known architecture that early exits cannot run."""
+    if isinstance(config, OPTConfig):
+        if config.word_embed_proj_dim != config.hidden_size:
+            raise InputError(
+                f"This OPT model projects embeddings of width {config.word_embed_proj_dim} to "
+                f"{config.hidden_size} (as OPT-350M does), which early exits here do not "
+                "support; use a size with word_embed_proj_dim equal to hidden_size.",
+                where,
+            )
+        return
+    rope = str((config.rope_parameters or {}).get("rope_type", "default"))
+    if rope in CHANGING_ROPE:
+        raise InputError(
+            f"The rotary embedding {rope!r} changes with the length of the text, so cached keys "
+            "would be out of date; use a checkpoint with another rope_type.",
+            where,
+        )
 
 
 def empty_backbone(config: LlamaConfig | OPTConfig, device: torch.device) -> Backbone:

@@ -217,14 +217,16 @@ def test_an_unsupported_architecture_is_named(folder):
     [
         ({"hidden_act": "hope"}, "hidden_act is 'hope'; transformers has .*silu"),
         ({"rope_parameters": {"rope_type": "hope"}}, "rope_type is 'hope'; transformers has"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "changes with the length"),
         ({"architectures": 5}, "'5' has no adapter"),
+        ({"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 32}, "width 32 to 64"),
         ({"num_hidden_layers": "x"}, r"^[^\n]*not accepted[^\n]*$"),
     ],
 )
 def test_a_configuration_that_no_layer_can_be_built_of_is_named(folder, change, message):
     edit(folder / "config.json", lambda c: c.update(change))
     with pytest.raises(InputError, match=message) as caught:
-        load(folder)
+        open_checkpoint(folder)
     assert caught.value.where == str(folder / "config.json")
 
 
