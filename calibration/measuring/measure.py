@@ -73,7 +73,7 @@ from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError
 from calibration.model.memory import TooLittleMemory, available_bytes, require
 from calibration.options import parse_budget, parse_exits
-from calibration.training.trace import trace_checkpoints
+from calibration.training.trace import check_traceable, trace_checkpoints
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
@@ -249,6 +249,7 @@ class _Session:
                 f"{source.name} with its first {shallowest} layers",
                 "choose a smaller model, or earlier exits with --exits",
             )
+        self._check_traceable()
         self.readings = Readings(settings.out)
         self.num_before = len(self.readings)
         if self.num_before and not settings.resume:
@@ -678,14 +679,11 @@ class _Session:
 
     def _trace(self) -> None:
         """Exit traces of the checkpoints, beside the readings; their time is not the budget's."""
-        folders = [source.folder for source in self.sources if source.folder is not None]
-        if not self.settings.traces or not folders:
-            return
-        if self.settings.exits is not None:
+        folders = self._to_trace()
+        if folders and self.settings.exits is not None:
             self._note("No exits are traced: the models were given other exits than their own")
             return
-        target = self.settings.out / TRACES_FILE
-        if target.is_file():
+        if not folders:
             return
         self._say(f"Tracing the exits of {len(folders)} checkpoints on held-out text.")
         try:
@@ -693,6 +691,24 @@ class _Session:
             trace_checkpoints(folders, out, device=device, dtype=dtype)
         except InputError as error:
             self._note(f"No exits are traced: {error}")
+
+    def _to_trace(self) -> list[Path]:
+        """Checkpoints without traces, where traces are asked for."""
+        if not self.settings.traces or (self.settings.out / TRACES_FILE).is_file():
+            return []
+        return [source.folder for source in self.sources if source.folder is not None]
+
+    def _check_traceable(self) -> None:
+        """Refuse checkpoints that cannot be traced together, before time is spent on them."""
+        folders = self._to_trace()
+        if not folders or self.settings.exits is not None:
+            return
+        try:
+            check_traceable(folders)
+        except InputError as error:
+            raise InputError(
+                f"{error.message} Or measure without exit traces: --no-traces.", error.where
+            ) from error
 
     def _keep(
         self, reading: Reading, state: BoardState | None = None, started_at: str | None = None

@@ -28,7 +28,7 @@ from calibration.model.checkpoint import (
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.early_exit import load
 from calibration.model.family import shape_of
-from calibration.serving.prompts import tokenizer_of
+from calibration.serving.prompts import Tokenizer, tokenizer_of
 from calibration.training.exit_quality import (
     NUM_BINS,
     deep_and_early,
@@ -148,9 +148,7 @@ def trace_checkpoints(
         domain: corpus(domain, "trace", max_bytes=16 * windows.needed_tokens)
         for domain in chosen.domains
     }
-    smallest = min(opened, key=lambda one: shape_of(one.config).vocab)
-    tokenizer = smallest.tokenizer
-    encoder = tokenizer_of(tokenizer, smallest.folder, shape_of(smallest.config).vocab)
+    encoder = _encoder_of(opened)
     tokens = {domain: text.tokens(encoder) for domain, text in texts.items()}
     candidates = [_score(folder, tokens, windows, chosen, where, dtype) for folder in folders]
     traces = _traces(candidates, chosen)
@@ -159,7 +157,7 @@ def trace_checkpoints(
         "dtype": candidates[0].dtype,
         "window_tokens": window,
         "min_context_tokens": windows.min_context_tokens,
-        "tokenizer": tokenizer,
+        "tokenizer": opened[0].tokenizer,
         "text": {domain: text.facts() for domain, text in texts.items()},
         "definitions": dict(DEFINITIONS),
         "candidates": {found.name: _quality(found) for found in candidates},
@@ -174,6 +172,17 @@ def trace_checkpoints(
     except OSError as error:
         raise InputError(f"The traces cannot be written: {error.strerror}.", str(out)) from error
     return report
+
+
+def check_traceable(folders: Sequence[Path]) -> None:
+    """Raise `InputError` for checkpoints that `trace_checkpoints` refuses; nothing is loaded."""
+    _encoder_of(_check_alike(folders))
+
+
+def _encoder_of(opened: Sequence[Checkpoint]) -> Tokenizer:
+    """The tokenizer that candidates share, bounded by the smallest vocabulary among them."""
+    smallest = min(opened, key=lambda one: shape_of(one.config).vocab)
+    return tokenizer_of(smallest.tokenizer, smallest.folder, shape_of(smallest.config).vocab)
 
 
 def _check_alike(folders: Sequence[Path]) -> list[Checkpoint]:

@@ -656,6 +656,22 @@ def test_exits_are_traced_in_the_precision_that_is_measured(
     assert asked == [{"device": torch.device("cpu"), "dtype": torch.bfloat16}]
 
 
+def test_checkpoints_that_cannot_be_traced_are_refused_before_anything_is_measured(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, tokenizer in (("words", "words"), ("bare", "unknown")):
+        save(from_stock(stock_model("llama"), name=name, tokenizer=tokenizer), tmp_path / name)
+    out, both = tmp_path / "out", (str(checkpoint), str(tmp_path / "words"))
+    with pytest.raises(InputError, match=r"several tokenizers: 'bytes' .* 'words' .*--no-traces"):
+        measure(replace(settings(checkpoint, out, traces=True), models=both))
+    with pytest.raises(InputError, match=r"'unknown' .* no tokenizer\.json; .*--no-traces"):
+        measure(settings(tmp_path / "bare", out, traces=True))
+    assert not out.exists()
+    monkeypatch.setattr(measuring._Session, "_model_readings", lambda *_: None)
+    measure(settings(tmp_path / "bare", out, traces=False))
+    measure(settings(tmp_path / "bare", tmp_path / "exits", traces=True, exits=(2, 4)))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_cuda_that_is_absent_is_said_with_the_remedy(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"CUDA was asked for .* --device cpu"):
