@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -374,11 +374,20 @@ class Checkpoint:
         for name, target in views.items():
             read_into(self.head_entries.get(name) or self.entries[name], target)
 
-    def store_settings(self, settings: EarlyExitSettings) -> bool:
-        """Write early_exit.json; False where the folder does not allow it."""
+    def store_guard(self, guard: Guard) -> bool:
+        """Write a guard into early_exit.json.
+
+        False where the folder does not allow it, and where the exits that the guard has sums of are
+        no longer those of the file.
+        """
+        opened = self.settings
+        assert opened is not None
         try:
-            write_settings(self.folder, settings)
-        except OSError:
+            now = read_settings(self.folder) or opened
+            if (now.exit_layers, now.heads) != (opened.exit_layers, opened.heads):
+                return False
+            update_settings(self.folder, opened, guard=guard)
+        except (OSError, InputError):
             return False
         return True
 
@@ -392,8 +401,30 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     return ()
 
 
+def read_settings(folder: Path) -> EarlyExitSettings | None:
+    """What early_exit.json says now, None where there is none."""
+    file = folder / SETTINGS_FILE
+    return settings_from_json(_json(file), str(file)) if file.exists() else None
+
+
+def update_settings(
+    folder: Path, otherwise: EarlyExitSettings | None = None, **changed: Any
+) -> EarlyExitSettings:
+    """Change some of early_exit.json, and leave the rest as it stands there by now.
+
+    A model may have been opened long ago, and others write the file too. `otherwise` stands in for
+    a file that is not there.
+    """
+    now = read_settings(folder) or otherwise
+    if now is None:
+        raise InputError(f"There is no {SETTINGS_FILE} to change.", str(folder))
+    now = replace(now, **changed)
+    write_settings(folder, now)
+    return now
+
+
 def write_settings(folder: Path, settings: EarlyExitSettings) -> None:
-    """Write early_exit.json, whole or not at all."""
+    """Write the early_exit.json of a checkpoint that is made, whole or not at all."""
     write_json(folder / SETTINGS_FILE, settings.to_json())
 
 
@@ -415,9 +446,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     entries = _weights(path)
     config = _config(path)
     settings_path = path / SETTINGS_FILE
-    settings = None
-    if settings_path.exists():
-        settings = settings_from_json(_json(settings_path), str(settings_path))
+    settings = read_settings(path)
+    if settings is not None:
         check_exits(settings.exit_layers, int(config.num_hidden_layers), str(settings_path))
         if settings.guard and len(settings.guard.sums) != len(settings.exit_layers):
             raise InputError("The guard needs one sum for each exit layer.", str(settings_path))

@@ -402,11 +402,11 @@ class EarlyExitLM:
         known = tuple(s if s is not None else f for s, f in zip(guard.sums, sums, strict=True))
         if known != guard.sums:
             guard = replace(guard, sums=known)
-            stored_it = opened.store_settings(replace(opened.settings, guard=guard))
             self.guard_note = (
                 f"the guard was stored in {files.SETTINGS_FILE}"
-                if stored_it
-                else "the folder cannot be written, so the guard holds for this process alone"
+                if opened.store_guard(guard)
+                else f"{files.SETTINGS_FILE} does not take the guard, which holds for this process "
+                "alone"
             )
         else:
             self.guard_note = "the logits agree with the stored guard"

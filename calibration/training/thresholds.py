@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from calibration.model.checkpoint import open_checkpoint, write_settings
+from calibration.model.checkpoint import open_checkpoint, update_settings
 from calibration.model.confidence import ALL_DOMAINS, KINDS, Confidence, Kind, PiecewiseLinear
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.serving.prompts import tokenizer_of
@@ -220,9 +220,8 @@ def settle(
     if level is None:
         level = choose_threshold(confidences, agrees, target_agreement)
     for folder in folders:
-        chosen_here = replace(settings[folder], confidence=Confidence(raw, level, maps[folder]))
         try:
-            write_settings(folder, chosen_here)
+            update_settings(folder, confidence=Confidence(raw, level, maps[folder]))
         except OSError as error:
             raise InputError(
                 f"The confidence cannot be stored there: {error.strerror}. Checkpoints before it "

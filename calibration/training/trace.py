@@ -28,7 +28,7 @@ from calibration.model.checkpoint import (
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.early_exit import load
 from calibration.model.family import shape_of
-from calibration.serving.prompts import Tokenizer, tokenizer_of
+from calibration.serving.prompts import tokenizer_of
 from calibration.training.exit_quality import (
     NUM_BINS,
     deep_and_early,
@@ -36,7 +36,7 @@ from calibration.training.exit_quality import (
     expected_calibration_error,
 )
 from calibration.training.scoring import Scores, Windows, score
-from calibration.training.text import DOMAINS, corpus
+from calibration.training.text import DOMAINS, Tokenizer, corpus
 from calibration.training.thresholds import (
     TARGET_AGREEMENT,
     FittingOptions,

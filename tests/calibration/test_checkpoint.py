@@ -21,7 +21,9 @@ from calibration.model.checkpoint import (
     open_checkpoint,
     read_header,
     read_into,
+    update_settings,
 )
+from calibration.model.confidence import Confidence
 from calibration.model.early_exit import EarlyExitLM, from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
 from helios_sim.errors import InputError
@@ -344,6 +346,37 @@ def test_a_folder_without_settings_gets_them_with_a_guard_at_its_first_load(fold
     sums = json.loads((folder / SETTINGS_FILE).read_text())["guard"]["logits_sums"]
     assert sums[2] > 0
     assert load(folder).guard_note == "the logits agree with the stored guard"
+
+
+def test_a_guard_that_grows_leaves_what_others_have_written_meanwhile(folder):
+    (folder / SETTINGS_FILE).unlink()
+    model = load(folder, depth=2)
+    sure = Confidence("entropy", 0.75)
+    update_settings(folder, confidence=sure)
+    model.grow(4)
+    settings = open_checkpoint(folder).settings
+    assert settings is not None
+    assert settings.confidence == sure
+    assert settings.guard == model.guard
+    assert None not in settings.guard.sums
+
+
+def test_a_guard_of_exits_that_the_file_no_longer_has_is_not_stored(folder):
+    edit(folder / SETTINGS_FILE, lambda s: s.update(guard=None))
+    model = load(folder, depth=2)
+    update_settings(folder, exit_layers=(3, 4), guard=None)
+    model.grow(4)
+    assert (
+        model.guard_note
+        == f"{SETTINGS_FILE} does not take the guard, which holds for this process alone"
+    )
+    assert load(folder).guard_note == f"the guard was stored in {SETTINGS_FILE}"
+
+
+def test_settings_that_are_not_there_cannot_be_changed(folder):
+    (folder / SETTINGS_FILE).unlink()
+    with pytest.raises(InputError, match=r"no early_exit\.json to change"):
+        update_settings(folder, tokenizer="bytes")
 
 
 def test_the_guard_holds_in_sixteen_bits(folder):

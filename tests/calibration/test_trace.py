@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from calibration.cli import main
-from calibration.model.checkpoint import EarlyExitSettings
+from calibration.model.checkpoint import EarlyExitSettings, open_checkpoint, update_settings
 from calibration.model.confidence import Confidence, confidence_of
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
@@ -355,6 +355,23 @@ def test_a_batch_of_windows_has_as_many_logits_as_are_allowed(
     assert taken == [64, 64, 64, 64, 32, 32]
     assert (parts.predicted == whole.predicted).all()
     np.testing.assert_allclose(parts.nll_nats, whole.nll_nats, rtol=1e-4)
+
+
+def test_confidence_that_is_settled_leaves_what_others_have_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, choose = tiny_checkpoint(tmp_path / "tiny"), thresholds.choose_threshold
+
+    def meanwhile(*given: Any) -> float:
+        update_settings(folder, tokenizer="another")
+        return choose(*given)
+
+    monkeypatch.setattr(thresholds, "choose_threshold", meanwhile)
+    chosen = settle([folder], kind="entropy", options=OPTIONS.fitting)
+    settings = open_checkpoint(folder).settings
+    assert settings is not None
+    assert settings.confidence == Confidence("entropy", chosen["threshold"])
+    assert settings.tokenizer == "another"
 
 
 @pytest.mark.parametrize("kind", ["max-softmax", "calibrated-max-softmax"])
