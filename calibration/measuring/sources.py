@@ -120,7 +120,7 @@ def _checkpoint(folder: Path, exits: Sequence[int] | None) -> Source:
         shape=shape,
         exit_layers=exit_layers,
         tokenizer=opened.tokenizer,
-        exits_chosen=settings is None or exit_layers != standing,
+        exits_chosen=settings is None or settings.exits_chosen or exit_layers != standing,
     )
 
 

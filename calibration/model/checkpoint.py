@@ -174,10 +174,14 @@ class Guard:
 
 @dataclass(frozen=True)
 class EarlyExitSettings:
-    """What early_exit.json says of a checkpoint."""
+    """What early_exit.json says of a checkpoint.
+
+    `exits_chosen` where the exits are the usual ones of a checkpoint that named none.
+    """
 
     name: str
     exit_layers: tuple[int, ...]
+    exits_chosen: bool = False
     heads: Heads = "shared"
     tokenizer: str = UNKNOWN
     confidence: Confidence = field(default_factory=Confidence)
@@ -191,6 +195,7 @@ class EarlyExitSettings:
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "exit_layers": list(self.exit_layers),
+            "exits_chosen": self.exits_chosen,
             "heads": self.heads,
             "tokenizer": self.tokenizer,
             "confidence": self.confidence.to_json(),
@@ -209,6 +214,7 @@ SETTINGS_KEYS: Final = frozenset(
         "schema_version",
         "name",
         "exit_layers",
+        "exits_chosen",
         "heads",
         "tokenizer",
         "confidence",
@@ -236,6 +242,9 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
     heads = document.get("heads", "shared")
     if heads not in ("shared", "auxiliary"):
         raise InputError(f"heads is {heads!r}; allowed are shared, auxiliary.", where)
+    exits_chosen = document.get("exits_chosen", False)
+    if not isinstance(exits_chosen, bool):
+        raise InputError(f"exits_chosen is {exits_chosen!r}; allowed are true, false.", where)
     corpus = document.get("corpus")
     if corpus is not None and not (
         isinstance(corpus, dict)
@@ -252,6 +261,7 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
         return EarlyExitSettings(
             name=str(document["name"]),
             exit_layers=layers,
+            exits_chosen=exits_chosen,
             heads=cast(Heads, heads),
             tokenizer=str(document.get("tokenizer", UNKNOWN)),
             confidence=confidence_from_json(document.get("confidence") or {}, where),

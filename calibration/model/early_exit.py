@@ -481,11 +481,11 @@ def load(
 ) -> EarlyExitLM:
     """Load the first `depth` layers (all unless given) of a local checkpoint folder.
 
-    `exits` replaces the exit layers of early_exit.json, or the default of a quarter, half and
-    all layers; `dtype` is float32 on a CPU and bfloat16 on a GPU unless given. `host_copy` keeps
-    every part that was read in host memory, `pinned` in one page-locked buffer. Loads compare the
-    logits with the guard, but for what comes from a copy in host memory that was compared before;
-    a folder without a guard gets it at its first load.
+    `exits` replaces, for this model alone, the exit layers of early_exit.json, or the default of a
+    quarter, half and all layers; `dtype` is float32 on a CPU and bfloat16 on a GPU unless given.
+    `host_copy` keeps every part that was read in host memory, `pinned` in one page-locked buffer.
+    Loads compare the logits with the guard, but for what comes from a copy in host memory that was
+    compared before; a folder without a guard gets it at its first load.
     """
     where = torch.device(device)
     opened = files.open_checkpoint(folder)
@@ -493,8 +493,8 @@ def load(
     layers = int(config.num_hidden_layers)
     settings = opened.settings
     if settings is None:
-        chosen = files.default_exits(layers) if exits is None else tuple(exits)
-        settings = EarlyExitSettings(opened.name, files.check_exits(chosen, layers))
+        # Exits of one load are not the checkpoint's: others are to find the usual ones.
+        settings = EarlyExitSettings(opened.name, files.default_exits(layers), exits_chosen=True)
         opened = replace(opened, settings=settings)
     exit_layers = settings.exit_layers if exits is None else files.check_exits(exits, layers)
     if settings.heads == "auxiliary" and not set(exit_layers) <= set(settings.exit_layers):

@@ -561,7 +561,8 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
     expected = profile.model(name)
     model = expected.model
     settings = found.settings
-    # Without early_exit.json exits go where they are asked for, and confidence is the default.
+    # Exits that a checkpoint does not name itself go where they are asked for, and confidence that
+    # it does not name is the default.
     confidence = Confidence() if settings is None else settings.confidence
     if confidence.is_calibrated:
         _check_maps(found, confidence)
@@ -570,7 +571,7 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
         ("tokenizer", found.tokenizer, model.tokenizer),
         ("confidence", name_of(confidence), expected.confidence.kind),
     ]
-    if settings is not None:
+    if settings is not None and not settings.exits_chosen:
         facts.append(("exit_layers", tuple(settings.exit_layers), tuple(model.exit_layers)))
     for what, have, want in facts:
         if have != want:

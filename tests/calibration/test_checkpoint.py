@@ -268,6 +268,7 @@ GUARD = {"token_ids": [1], "logits_sums": [1.0] * 3, "tolerance": 0.1}
         ({"exit_layers": "all"}, "must be there and of their kinds"),
         ({"schema_version": 2}, "schema_version is 2"),
         ({"heads": "none"}, "heads is 'none'"),
+        ({"exits_chosen": "yes"}, "exits_chosen is 'yes'; allowed are true, false"),
         ({"exits": [1]}, "Unknown keys"),
         ({"guard": {"token_ids": [1], "logits_sums": [1.0], "tolerance": 0.1}}, "one sum for each"),
         ({"guard": GUARD | {"token_ids": [1, 999]}}, r"\[1, 999\]; they must be some of 0 to"),
@@ -346,6 +347,15 @@ def test_a_folder_without_settings_gets_them_with_a_guard_at_its_first_load(fold
     sums = json.loads((folder / SETTINGS_FILE).read_text())["guard"]["logits_sums"]
     assert sums[2] > 0
     assert load(folder).guard_note == "the logits agree with the stored guard"
+
+
+def test_exits_of_one_load_do_not_become_the_checkpoints_own(folder):
+    (folder / SETTINGS_FILE).unlink()
+    assert load(folder, exits=(3, 4)).exit_layers == (3, 4)
+    written = json.loads((folder / SETTINGS_FILE).read_text())
+    assert (written["exit_layers"], written["exits_chosen"]) == ([1, 2, 4], True)
+    assert None not in written["guard"]["logits_sums"]
+    assert load(folder).exit_layers == (1, 2, 4)
 
 
 def test_a_guard_that_grows_leaves_what_others_have_written_meanwhile(folder):

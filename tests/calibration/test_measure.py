@@ -33,7 +33,7 @@ from calibration.measuring.readings import (
 )
 from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
-from calibration.model.checkpoint import WEIGHTS_FILE
+from calibration.model.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
 from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.model.fused import Fusion
 from calibration.model.loading import LoadReport
@@ -755,6 +755,22 @@ def test_a_folder_of_checkpoints_stands_for_all_of_them(checkpoint: Path) -> Non
     assert source.name == "tiny-4l"
     with pytest.raises(InputError, match="Two models are called"):
         find_sources([str(checkpoint), str(checkpoint.parent)])
+
+
+def test_exits_that_a_checkpoint_does_not_name_stay_chosen_ones(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Also once a load has written them down, and whatever exits that load was given."""
+    folder = tmp_path / "bare"
+    shutil.copytree(checkpoint, folder)
+    (folder / SETTINGS_FILE).unlink()
+    for exits, asked in (((1, 2, 4), None), ((3, 4), (3, 4)), ((1, 2, 4), None)):
+        (source,) = find_sources([str(folder)], asked)
+        assert (source.exit_layers, source.exits_chosen) == (exits, True)
+        source.load(4, torch.device("cpu"), torch.float32)
+    for asked, chosen in ((None, False), ((1, 2, 4), False), ((3, 4), True)):
+        (source,) = find_sources([str(checkpoint)], asked)
+        assert source.exits_chosen == chosen
 
 
 def test_public_shapes_have_default_exits() -> None:

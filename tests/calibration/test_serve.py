@@ -671,6 +671,14 @@ def test_a_checkpoint_without_settings_is_compared_by_its_files_and_the_default_
         check_checkpoint("small", found, profile)
 
 
+def test_exits_that_a_checkpoint_does_not_name_itself_are_the_profiles(place, tmp_path) -> None:
+    file = family(tmp_path / "family")["small"] / "early_exit.json"
+    chosen = {"exit_layers": [1, 4], "exits_chosen": True, "guard": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | chosen))
+    settings = ServeSettings((tmp_path / "family",), device="cpu")
+    assert prepare(place / "tiny.toml", settings).folders["small"] == file.parent
+
+
 def test_of_another_shape_what_differs_is_named(place, tmp_path) -> None:
     paths = family(tmp_path / "family")
     file = paths["small"] / "config.json"
