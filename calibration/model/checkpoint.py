@@ -323,7 +323,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """What its settings call it, or else its folder."""
-        return self.folder.resolve().name if self.settings is None else self.settings.name
+        return _name(self.folder, self.settings)
 
     @property
     def tokenizer(self) -> str:
@@ -500,23 +500,33 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return inside
 
 
-def find_checkpoints(folders: Sequence[Path]) -> dict[str, Checkpoint]:
-    """The checkpoints of these folders by name, each folder one or a folder of several.
+def named_folders(folders: Sequence[Path]) -> dict[str, Path]:
+    """The checkpoints' folders by name, each given one a checkpoint or a folder of several.
 
-    Raises `InputError` where there is none, and for two of one name.
+    None is opened, so that one that cannot be used is no matter where others are asked for. Raises
+    `InputError` where there is none, and for two of one name.
     """
-    found: dict[str, Checkpoint] = {}
+    found: dict[str, Path] = {}
     for folder in folders:
         for path in checkpoint_folders(folder):
-            opened = open_checkpoint(path)
-            if opened.name in found:
+            name = _name(path, read_settings(path))
+            if name in found:
                 raise InputError(
-                    f"Two checkpoints are called {opened.name!r}; the other is "
-                    f"{found[opened.name].folder}. Give one of them.",
+                    f"Two checkpoints are called {name!r}; the other is {found[name]}. Give one "
+                    "of them.",
                     str(path),
                 )
-            found[opened.name] = opened
+            found[name] = path
     return found
+
+
+def find_checkpoints(folders: Sequence[Path]) -> dict[str, Checkpoint]:
+    """All of `named_folders`, opened."""
+    return {name: open_checkpoint(path) for name, path in named_folders(folders).items()}
+
+
+def _name(folder: Path, settings: EarlyExitSettings | None) -> str:
+    return folder.resolve().name if settings is None else settings.name
 
 
 def _weights(path: Path) -> dict[str, Entry]:

@@ -23,7 +23,7 @@ from calibration.device import DTYPES, device_name, device_of, dtype_name
 from calibration.measuring.board import board_of
 from calibration.measuring.meters import Absence, Meter, NoMeter, best_meter
 from calibration.measuring.timing import measure_pace
-from calibration.model.checkpoint import Checkpoint, find_checkpoints
+from calibration.model.checkpoint import Checkpoint, named_folders, open_checkpoint
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.family import shape_of
 from calibration.serving.energy import RunEnergy
@@ -308,8 +308,8 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     room = room_of(scenario, base_dir, where)
     _check_serving(scenario, where)
     device = device_of(settings.device)
-    folders = find_checkpoints(settings.checkpoints)
-    chosen = {name: _folder_of(name, folders) for name in room.candidates}
+    folders = named_folders(settings.checkpoints)
+    chosen = {name: open_checkpoint(_folder_of(name, folders)) for name in room.candidates}
     for name, found in chosen.items():
         check_checkpoint(name, found, room.profile)
     dtype = _dtype(room)
@@ -660,7 +660,7 @@ def _check_serving(scenario: Scenario, where: str) -> None:
         )
 
 
-def _folder_of(name: str, folders: Mapping[str, Checkpoint]) -> Checkpoint:
+def _folder_of(name: str, folders: Mapping[str, Path]) -> Path:
     if name not in folders:
         given = ", ".join(map(repr, folders)) or "none"
         raise InputError(

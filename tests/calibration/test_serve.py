@@ -671,6 +671,20 @@ def test_a_checkpoint_without_settings_is_compared_by_its_files_and_the_default_
         check_checkpoint("small", found, profile)
 
 
+def test_a_checkpoint_that_nobody_asks_for_may_be_unsupported(place, tmp_path) -> None:
+    paths = family(tmp_path / "family")
+    other = tmp_path / "family" / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
+    settings = ServeSettings((tmp_path / "family",), device="cpu")
+    assert prepare(place / "tiny.toml", settings).folders == paths
+    with pytest.raises(InputError, match="holds neither model"):
+        checkpoint.find_checkpoints([tmp_path / "family"])
+    shutil.rmtree(paths["small"])
+    with pytest.raises(InputError, match="'small' has no checkpoint; given are 'large', 'other'"):
+        prepare(place / "tiny.toml", settings)
+
+
 def test_exits_that_a_checkpoint_does_not_name_itself_are_the_profiles(place, tmp_path) -> None:
     file = family(tmp_path / "family")["small"] / "early_exit.json"
     chosen = {"exit_layers": [1, 4], "exits_chosen": True, "guard": None}
