@@ -138,7 +138,7 @@ def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room
     try:
         profile = load_profile(fleet.profile, base_dir, fleet.assume)
     except InputError as error:
-        raise InputError(error.message, f"{where}, fleet.profile, {error.where}") from error
+        raise error.at(f"{where}, fleet.profile, {error.where}") from error
     candidates = fleet.candidates or tuple(profile.models)
     for index, name in enumerate(candidates):
         if name not in profile.models:

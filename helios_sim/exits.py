@@ -258,7 +258,7 @@ def read_traces(path: Path, candidates: Sequence[str] | None = None) -> ExitTrac
     except InputError as error:
         if error.where is not None:
             raise
-        raise InputError(error.message, where=str(path)) from error
+        raise error.at(str(path)) from error
 
 
 def _leaving(confidence: Confidence, threshold: float) -> Flags:

@@ -124,7 +124,7 @@ def _requests(
     except InputError as error:
         # An error in the scenario names a key; an error in a file has named the file.
         if error.where and error.where.split(".")[0] == "workload":
-            raise InputError(error.message, f"{where}, {error.where}") from error
+            raise error.at(f"{where}, {error.where}") from error
         raise
 
 
@@ -207,7 +207,7 @@ def _play(
         )
     except InputError as error:
         place = error.where or f"policy {policy.name}"
-        raise InputError(error.message, f"{experiment.where}, {place}") from error
+        raise error.at(f"{experiment.where}, {place}") from error
 
 
 def choose_policies(scenario: Scenario, names: Sequence[str]) -> tuple[PolicySettings, ...]:

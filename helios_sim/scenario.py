@@ -281,7 +281,7 @@ def _check_together(scenario: Scenario, where: str) -> None:
         for option, value in policy.options.items():
             if option.endswith("exit_mode") and value == "rebatch":
                 error = rebatches_recomputed(policy.name, option)
-                raise InputError(error.message, f"{where}, {error.where}")
+                raise error.at(f"{where}, {error.where}")
 
 
 def check_warmup(measure: MeasureSettings, requests: Requests, where: str) -> None:

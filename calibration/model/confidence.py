@@ -157,7 +157,7 @@ def confidence_from_json(document: Mapping[str, Any], where: str | None = None) 
         kind, threshold = document.get("kind", "max-softmax"), document.get("threshold", 0.5)
         return Confidence(kind, float(threshold), maps)
     except InputError as error:
-        raise InputError(error.message, where) from error
+        raise error.at(where) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise InputError(
             "The confidence's calibration must map domains to exit layers to [x, y] lists of "

@@ -355,7 +355,7 @@ def _fleets(
     try:
         policies = choose_policies(scenario, settings.policies)
     except InputError as error:
-        raise InputError(error.message, f"{place}.policies") from error
+        raise error.at(f"{place}.policies") from error
     found: list[Fleet] = []
     skipped: list[str] = []
     absent: list[tuple[str, str]] = []
@@ -363,7 +363,7 @@ def _fleets(
         try:
             profile = load_profile(name, base_dir, scenario.fleet.assume)
         except InputError as error:
-            raise InputError(error.message, f"{place}.profiles, {error.where}") from error
+            raise error.at(f"{place}.profiles, {error.where}") from error
         own = scenario.fleet.candidates or tuple(profile.models)
         for models in settings.candidates or (own,):
             lacking = [model for model in models if model not in profile.models]

@@ -65,7 +65,7 @@ def load_prices(name: str, base_dir: Path, where: str) -> Prices:
     try:
         data = read_toml(path)
     except InputError as error:
-        raise InputError(error.message, f"{where}, {error.where}") from error
+        raise error.at(f"{where}, {error.where}") from error
     try:
         return Prices.model_validate(data)
     except ValidationError as error:

@@ -191,7 +191,7 @@ def alone(scenario: Scenario, policy: str | None, where: str) -> Scenario:
         try:
             chosen = choose_policies(scenario, [policy])[:1]
         except InputError as error:
-            raise InputError(error.message, f"{where}.policy") from error
+            raise error.at(f"{where}.policy") from error
     update = {"policy": chosen, "plan": None, "search": None, "published": ()}
     return scenario.model_copy(update=update)
 

@@ -194,7 +194,7 @@ class Traffic:
         try:
             return len(first_of(trace, self.scenario.workload))
         except InputError as error:
-            raise InputError(error.message, f"{self.where}, {error.where}") from error
+            raise error.at(f"{self.where}, {error.where}") from error
 
     @cached_property
     def rate_per_s(self) -> float:

@@ -291,7 +291,7 @@ def _profiles(space: Space, place: str) -> list[Profile]:
                 try:
                     found.append(load_profile(str(name), space.base_dir, assumed))
                 except InputError as error:
-                    raise InputError(error.message, f"{place}.ranges.fleet.profile") from error
+                    raise error.at(f"{place}.ranges.fleet.profile") from error
     return found
 
 
