@@ -19,9 +19,12 @@ from helios_sim.fidelity.words import TOLD, signed_percent
 from helios_sim.report.figures import (
     Figure,
     base_layout,
-    log_ticks,
+    panel,
     plain_axis,
     rounded,
+    row_axis,
+    stacked,
+    ticks,
     top_legend,
 )
 from helios_sim.report.thinning import drawn_decisions, thinned
@@ -102,15 +105,7 @@ def errors_figure(rows: Sequence[FigureRow]) -> Figure:
                 zeroline=True,
                 zerolinecolor="@muted",
             ),
-            yaxis=plain_axis(
-                type="category",
-                autorange="reversed",
-                showgrid=True,
-                tickfont={"color": "@ink", "size": 12},
-                ticks="outside",
-                ticklen=6,
-                tickcolor="rgba(0,0,0,0)",
-            ),
+            yaxis=row_axis(showgrid=True),
         ),
     }
 
@@ -130,7 +125,7 @@ def scatter_figure(sides: Sides) -> Figure:
     for at, (metric, title, unit, scale) in enumerate(
         (("ttft", "TTFT", "ms", 1e3), ("tpot", "TPOT", "ms", 1e3), ("e2e", "E2E", "s", 1.0))
     ):
-        suffix = "" if at == 0 else str(at + 1)
+        suffix = panel(at)
         both = (real[metric] > 0.0) & (ours[metric] > 0.0)
         x, y = scale * real[metric][both], scale * ours[metric][both]
         ids = np.flatnonzero(both)
@@ -164,12 +159,10 @@ def scatter_figure(sides: Sides) -> Figure:
                 f"simulated %{{y:.4~g}} {unit}<extra></extra>",
             },
         ]
-        ticks = log_ticks(least, most)
         shared = {
             "type": "log",
             "range": [math.log10(least), math.log10(most)],
-            "tickvals": ticks,
-            "ticktext": [number(tick) for tick in ticks],
+            **ticks(least, most),
         }
         layout[f"xaxis{suffix}"] = plain_axis(
             f"{title} real ({unit})", domain=list(domains[at]), anchor=f"y{suffix}", **shared
@@ -192,7 +185,7 @@ def timing_figure(rows: Sequence[TimingRow]) -> Figure:
     for at, (kind, title) in enumerate(
         (("decode", "decode, rows computed"), ("prefill", "prefill, prompt tokens up to"))
     ):
-        suffix = "" if at == 0 else str(at + 1)
+        suffix = panel(at)
         for place, model in enumerate(models):
             mine = [row for row in rows if row.model == model and row.kind == kind]
             if not mine:
@@ -247,8 +240,8 @@ def timing_figure(rows: Sequence[TimingRow]) -> Figure:
             "median ms" if at == 0 else None, anchor=f"x{suffix}", rangemode="tozero"
         )
         if at == 1:
-            ticks = sorted({row.batch for row in rows if row.kind == kind})
-            layout["xaxis2"] |= {"tickvals": ticks, "ticktext": [number(one) for one in ticks]}
+            classes = sorted({row.batch for row in rows if row.kind == kind})
+            layout["xaxis2"] |= {"tickvals": classes, "ticktext": list(map(number, classes))}
     return {"data": data, "layout": layout}
 
 
@@ -265,17 +258,11 @@ def overlay_figure(sides: Sides) -> Figure:
         hovermode="closest",
         margin={"l": 66, "r": 16, "t": 44, "b": 46},
     )
-    top, gap = 1.0, 0.05
-    whole = sum(share for _, _, share in panels)
+    stacked(layout, [(title, share) for _, title, share in panels], 0.05)
     data: list[Figure] = []
     num = len(sides.reals)
-    for at, (column, title, share) in enumerate(panels):
-        suffix = "" if at == 0 else str(at + 1)
-        height = share / whole * (1.0 - gap * (len(panels) - 1))
-        layout[f"yaxis{suffix}"] = plain_axis(
-            title, domain=[max(0.0, top - height), top], rangemode="tozero", nticks=5
-        )
-        top -= height + gap
+    for at, (column, title, _) in enumerate(panels):
+        suffix = panel(at)
         for place, frame in enumerate(frames):
             is_real = place < num
             data.append(
@@ -393,7 +380,7 @@ def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
                 "y": names,
                 "x": rounded(
                     [
-                        math.nan if one is None else max(-reach, min(reach, 100.0 * one))
+                        None if one is None else max(-reach, min(reach, 100.0 * one))
                         for one in errors
                     ],
                     4,
@@ -418,14 +405,7 @@ def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
                 zeroline=True,
                 zerolinecolor="@muted",
             ),
-            yaxis=plain_axis(
-                type="category",
-                autorange="reversed",
-                tickfont={"color": "@ink", "size": 12},
-                ticks="outside",
-                ticklen=6,
-                tickcolor="rgba(0,0,0,0)",
-            ),
+            yaxis=row_axis(),
             margin={"l": 60, "r": 16, "t": 66, "b": 46},
         ),
     }

@@ -64,10 +64,45 @@ def model_colours(runs: Sequence[RunData]) -> dict[str, str]:
 
 
 def rounded(values: Any, digits: int = 5) -> list[float | None]:
-    """Numbers at so many significant digits, None for what is not finite: short in JSON."""
+    """Numbers at so many significant digits, None for what is unknown or not finite."""
     return [
-        float(f"{float(value):.{digits}g}") if math.isfinite(value) else None for value in values
+        None if value is None or not math.isfinite(value) else float(f"{float(value):.{digits}g}")
+        for value in values
     ]
+
+
+def panel(at: int) -> str:
+    """What plotly adds to the names of the axes of a figure's panel, from 0 on."""
+    return "" if at == 0 else str(at + 1)
+
+
+def ticks(low: float, high: float) -> Figure:
+    """Round ticks of a logarithmic axis, in the words of the page."""
+    places = log_ticks(low, high)
+    return {"tickvals": places, "ticktext": [number(place) for place in places]}
+
+
+def row_axis(**more: Any) -> Figure:
+    """The axis of horizontal rows that have names, the first on top, with `more` on top."""
+    return plain_axis(
+        type="category",
+        autorange="reversed",
+        ticks="outside",
+        ticklen=6,
+        tickcolor="rgba(0,0,0,0)",
+        **{"tickfont": {"color": "@ink", "size": 12}, **more},
+    )
+
+
+def stacked(layout: Figure, panels: Sequence[tuple[str, float]], gap: float) -> None:
+    """Give panels, by title and share of the height, their y axes one below the other."""
+    top, whole = 1.0, sum(share for _, share in panels)
+    for at, (title, share) in enumerate(panels):
+        height = share / whole * (1.0 - gap * (len(panels) - 1))
+        layout[f"yaxis{panel(at)}"] = plain_axis(
+            title, domain=[max(0.0, top - height), top], rangemode="tozero", nticks=5
+        )
+        top -= height + gap
 
 
 def base_layout(height: int, **more: Any) -> Figure:
@@ -134,7 +169,7 @@ def latency_figure(
     )
     domains = {"ttft": (0.0, 0.315), "tpot": (0.345, 0.655), "e2e": (0.685, 1.0)}
     for at, (metric, domain) in enumerate(domains.items()):
-        suffix = "" if at == 0 else str(at + 1)
+        suffix = panel(at)
         curves = [_latency_curve(one, metric) for one in columns]
         limit_s = slo.limit_s(metric) if slo is not None else None
         ends_s = [second for seconds, _ in curves for second in seconds[:1] + seconds[-1:]]
@@ -195,11 +230,7 @@ def latency_figure(
                 }
             )
         if ends_s and min(ends_s) > 0.0:
-            ticks = log_ticks(scale * min(ends_s), scale * max(ends_s))
-            layout[f"xaxis{suffix}"] |= {
-                "tickvals": ticks,
-                "ticktext": [number(tick) for tick in ticks],
-            }
+            layout[f"xaxis{suffix}"] |= ticks(scale * min(ends_s), scale * max(ends_s))
     return {"data": data, "layout": layout}
 
 
@@ -263,24 +294,15 @@ def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
     if has_power:
         panels.append(("power (W)", 0.7))
     panels.append(("breaches", 0.7))
-    gap = 0.035
-    whole = sum(share for _, share in panels)
     layout = base_layout(
-        int(170 + 100 * whole),
+        int(170 + 100 * sum(share for _, share in panels)),
         hovermode="closest",
         legend=top_legend(y=1.01),
         barmode="overlay",
         bargap=0.25,
         margin={"l": 66, "r": 16, "t": 60, "b": 46},
     )
-    top = 1.0
-    for at, (title, share) in enumerate(panels):
-        height = share / whole * (1.0 - gap * (len(panels) - 1))
-        suffix = "" if at == 0 else str(at + 1)
-        layout[f"yaxis{suffix}"] = plain_axis(
-            title, domain=[max(0.0, top - height), top], rangemode="tozero", nticks=5
-        )
-        top -= height + gap
+    stacked(layout, panels, 0.035)
     layout["xaxis"] = plain_axis(
         "seconds since the start",
         anchor=f"y{len(panels)}",
@@ -291,30 +313,31 @@ def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
         spikedash="solid",
         spikecolor="@line",
     )
-    lines: list[tuple[str, str, int, str, str, bool]] = [
-        ("running", "mean_running", 1, "@c1", "%{y:.3~g} running", True),
-        ("waiting", "waiting", 2, "@c2", "%{y} waiting", True),
-        ("KV use", "kv_use", 5, "@c3", "%{y:.1%} of KV blocks", True),
+    lines: list[tuple[str, str, int, str, str]] = [
+        ("running", "mean_running", 1, "@c1", "%{y:.3~g} running"),
+        ("waiting", "waiting", 2, "@c2", "%{y} waiting"),
+        ("KV use", "kv_use", 5, "@c3", "%{y:.1%} of KV blocks"),
     ]
     if has_power:
-        lines.append(("power", "power_w", 6, "@c5", "%{y:.4~g} W", True))
-    lines.append(("breaches", "breach_share", len(panels), "@c4", "%{y:.1%} of tokens", True))
+        lines.append(("power", "power_w", 6, "@c5", "%{y:.4~g} W"))
+    lines.append(("breaches", "breach_share", len(panels), "@c4", "%{y:.1%} of tokens"))
     data: list[Figure] = []
-    for name, column, axis, colour, hover, filled in lines:
-        trace: Figure = {
-            "type": "scatter",
-            "mode": "lines",
-            "name": name,
-            "x": time,
-            "y": rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
-            "yaxis": "y" if axis == 1 else f"y{axis}",
-            "showlegend": False,
-            "line": {"color": colour, "width": 1.4},
-            "hovertemplate": f"{hover} at %{{x:.4~g}} s<extra></extra>",
-        }
-        if filled:
-            trace |= {"fill": "tozeroy", "fillcolor": f"{colour}/0.16"}
-        data.append(trace)
+    for name, column, axis, colour, hover in lines:
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": name,
+                "x": time,
+                "y": rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
+                "yaxis": "y" if axis == 1 else f"y{axis}",
+                "showlegend": False,
+                "line": {"color": colour, "width": 1.4},
+                "hovertemplate": f"{hover} at %{{x:.4~g}} s<extra></extra>",
+                "fill": "tozeroy",
+                "fillcolor": f"{colour}/0.16",
+            }
+        )
     for axis in (5, len(panels)):
         layout[f"yaxis{axis}"]["tickformat"] = ".2~%"
     shown = replicas[:MAX_REPLICA_ROWS]
@@ -559,15 +582,7 @@ def _rows_layout(num_rows: int, title: str, **more: Any) -> Figure:
         bargap=0.32,
         legend=top_legend(traceorder="normal"),
         xaxis=plain_axis(title, range=[0, 1.001], tickformat=".0%", dtick=0.25),
-        yaxis=plain_axis(
-            autorange="reversed",
-            type="category",
-            showgrid=False,
-            ticks="outside",
-            ticklen=6,
-            tickcolor="rgba(0,0,0,0)",
-            tickfont={"color": "@ink", "size": 12.5},
-        ),
+        yaxis=row_axis(showgrid=False, tickfont={"color": "@ink", "size": 12.5}),
         **more,
     )
 

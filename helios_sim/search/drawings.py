@@ -11,13 +11,13 @@ from typing import Any, Final
 from helios_sim.report.figures import (
     Figure,
     base_layout,
-    log_ticks,
+    panel,
     plain_axis,
     policy_colour,
     rounded,
+    ticks,
     top_legend,
 )
-from helios_sim.report.words import number
 from helios_sim.search.plan import FleetAnswer, Hour, Load
 from helios_sim.search.tune import Sensitivity, Trial, Tuned
 from helios_sim.search.whatif import Cell, short_names
@@ -53,14 +53,10 @@ def attainment_figure(answers: Sequence[FleetAnswer], target_per_s: float | None
     """The worst criterion's share against the rate, a line a fleet, with its bounds."""
     data: list[Figure] = []
     for place, answer in enumerate(answers[:MAX_FLEETS]):
-        replicas = answer.capacity_replicas
-        loads = sorted(
-            (one for one in answer.loads if one.num_replicas == replicas),
-            key=lambda one: one.rate_per_s,
-        )
+        loads = _at_capacity(answer)
         rates = [one.rate_per_s for one in loads]
         worst = [min(one.verdict.criteria[:-1], key=lambda c: c.mean - c.target) for one in loads]
-        colour, name = policy_colour(place), escape(_label(answer, replicas))
+        colour, name = policy_colour(place), escape(_label(answer))
         common = {"type": "scatter", "legendgroup": str(place), "x": rounded(rates)}
         data += [
             common
@@ -105,8 +101,7 @@ def attainment_figure(answers: Sequence[FleetAnswer], target_per_s: float | None
     layout["margin"]["t"] = 34 + 10 * min(len(answers), MAX_FLEETS)
     rates = [load.rate_per_s for answer in answers for load in answer.loads]
     if rates:
-        ticks = log_ticks(min(rates), max(rates))
-        layout["xaxis"] |= {"tickvals": ticks, "ticktext": [number(one) for one in ticks]}
+        layout["xaxis"] |= ticks(min(rates), max(rates))
     targets = {
         one.target
         for answer in answers
@@ -120,8 +115,14 @@ def attainment_figure(answers: Sequence[FleetAnswer], target_per_s: float | None
     return {"data": data, "layout": layout}
 
 
-def _label(answer: FleetAnswer, replicas: int) -> str:
-    text = answer.fleet.name
+def _at_capacity(answer: FleetAnswer) -> list[Load]:
+    """The loads of as many replicas as a fleet's capacity is of, by rate."""
+    loads = (one for one in answer.loads if one.num_replicas == answer.capacity_replicas)
+    return sorted(loads, key=lambda one: one.rate_per_s)
+
+
+def _label(answer: FleetAnswer) -> str:
+    text, replicas = answer.fleet.name, answer.capacity_replicas
     return text if replicas == 1 else f"{replicas} \N{MULTIPLICATION SIGN} {text}"
 
 
@@ -144,38 +145,23 @@ def _logarithmic(values: Sequence[float | None]) -> Figure:
     known = [one for one in values if one is not None and math.isfinite(one)]
     if not known or min(known) <= 0.0 or max(known) <= 10.0 * min(known):
         return {}
-    ticks = log_ticks(min(known), max(known))
-    return {
-        "type": "log",
-        "rangemode": "normal",
-        "tickvals": ticks,
-        "ticktext": [number(one) for one in ticks],
-    }
+    return {"type": "log", "rangemode": "normal", **ticks(min(known), max(known))}
 
 
 def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
     """Goodput against energy and tokens per user against tokens per device, a line a fleet."""
     data: list[Figure] = []
     for place, answer in enumerate(answers[:MAX_FLEETS]):
-        replicas = answer.capacity_replicas
-        loads = sorted(
-            (one for one in answer.loads if one.num_replicas == replicas),
-            key=lambda one: one.rate_per_s,
-        )
-        colour, name = policy_colour(place), escape(_label(answer, replicas))
+        loads = _at_capacity(answer)
+        colour, name = policy_colour(place), escape(_label(answer))
+        symbols = ["circle" if one.verdict.carried else "circle-open" for one in loads]
         for axis, pairs in (("", _energy_points(loads)), ("2", _user_points(loads))):
-            symbols = ["circle" if one.verdict.carried else "circle-open" for one in loads]
             data.append(
-                {
-                    "type": "scatter",
+                _marks(axis, pairs)
+                | {
                     "mode": "lines+markers",
                     "name": name,
                     "legendgroup": str(place),
-                    "showlegend": axis == "",
-                    "x": rounded([float("nan") if x is None else x for x, _ in pairs]),
-                    "y": rounded([float("nan") if y is None else y for _, y in pairs]),
-                    "xaxis": f"x{axis}",
-                    "yaxis": f"y{axis}",
                     "line": {"color": colour, "width": 1.4},
                     "marker": {"color": colour, "size": 7, "symbol": symbols},
                     "customdata": rounded([one.rate_per_s for one in loads]),
@@ -190,6 +176,18 @@ def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
     layout["margin"]["t"] = 34 + 10 * min(len(answers), MAX_FLEETS)
     layout["height"] = 370 + 10 * min(len(answers), MAX_FLEETS)
     return {"data": data, "layout": layout}
+
+
+def _marks(axis: str, pairs: Sequence[tuple[float | None, float | None]]) -> Figure:
+    """Points of one of two panels ("" and "2"), of which the first is in the legend."""
+    return {
+        "type": "scatter",
+        "showlegend": axis == "",
+        "x": rounded([x for x, _ in pairs]),
+        "y": rounded([y for _, y in pairs]),
+        "xaxis": f"x{axis}",
+        "yaxis": f"y{axis}",
+    }
 
 
 def _energy_points(loads: Sequence[Load]) -> list[tuple[float | None, float | None]]:
@@ -349,16 +347,11 @@ def tune_frontiers(tuned: Tuned) -> Figure:
                 for one in known
             ]
             data.append(
-                {
-                    "type": "scatter",
+                _marks(axis, pairs)
+                | {
                     "mode": "markers",
                     "name": name,
                     "legendgroup": name,
-                    "showlegend": axis == "",
-                    "x": rounded([float("nan") if x is None else x for x, _ in pairs]),
-                    "y": rounded([float("nan") if y is None else y for _, y in pairs]),
-                    "xaxis": f"x{axis}",
-                    "yaxis": f"y{axis}",
                     "marker": {"color": colour, "size": size, "symbol": symbol},
                     "text": [_settings(one) for one in known],
                     "hovertemplate": "%{text}<br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
@@ -424,7 +417,7 @@ def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Fi
     data: list[Figure] = []
     for place, part in enumerate(parts):
         row, column = divmod(place, columns)
-        suffix = "" if place == 0 else str(place + 1)
+        suffix = panel(place)
         left = column / columns + (0.02 if column else 0.0)
         top = 1.0 - row / rows
         height = 1.0 / rows
@@ -463,7 +456,7 @@ def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Fi
                 "type": "scatter",
                 "mode": "lines+markers" if numeric else "markers",
                 "x": shown,
-                "y": rounded([float("nan") if one is None else one for one in part.scores]),
+                "y": rounded(part.scores),
                 "xaxis": f"x{suffix}",
                 "yaxis": f"y{suffix}",
                 "line": {"color": "@c1", "width": 1.6},
@@ -494,16 +487,12 @@ def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
             pairs, sides = [every[at] for at in mine], _sides(every)
             named = bool(sides) and len(known) <= MAX_LABELS
             data.append(
-                {
-                    "type": "scatter",
+                _marks(axis, pairs)
+                | {
                     "mode": "markers+text" if named else "markers",
                     "name": escape(policy),
                     "legendgroup": policy,
                     "showlegend": axis == "" and len(policies) > 1,
-                    "x": rounded([float("nan") if x is None else x for x, _ in pairs]),
-                    "y": rounded([float("nan") if y is None else y for _, y in pairs]),
-                    "xaxis": f"x{axis}",
-                    "yaxis": f"y{axis}",
                     "marker": {"color": policy_colour(place), "size": 9},
                     "cliponaxis": False,
                     "customdata": [escape(known[at].name) for at in mine],
