@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from helios_sim.experiment import Progress, Result
     from helios_sim.fidelity import Sides
     from helios_sim.scenario import Scenario
-    from helios_sim.search.commands import Output, Running
+    from helios_sim.search.commands import Output
     from helios_sim.workload import Requests
 
 app = typer.Typer(
@@ -116,7 +116,7 @@ def simulate(
     usual = Path("runs") / folder_name(question.name)
     target = out if out is not None else (None if as_json else usual)
     if target is not None:
-        from helios_sim.publish import check_results_target
+        from helios_sim.publish import check_results_target, write_results
 
         check_results_target(target)
     before = _entries(target)
@@ -124,7 +124,7 @@ def simulate(
         results = [run_policy(experiment, chosen, progress) for chosen in policies]
         if target is not None:
             progress("writing", 0.0)
-            _write(results, target)
+            write_results(results, target)
     if as_json:
         summaries = [result.summary for result in results]
         _print_json(summaries[0] if len(summaries) == 1 else summaries)
@@ -146,9 +146,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Find the highest rate that fleets carry under the SLO, or the fleet that a rate needs."""
+    from helios_sim.search.commands import Running
     from helios_sim.search.commands import plan as plan_command
 
-    running = _running(out, resume, processes, scheduler, shard)
+    running = Running(out, resume, processes, scheduler, shard)
     _show_search(plan_command(scenario, changes or [], running), as_json)
 
 
@@ -164,9 +165,10 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Search the ranges that the scenario declares, and try the best on traffic not tuned on."""
+    from helios_sim.search.commands import Running
     from helios_sim.search.commands import tune as tune_command
 
-    running = _running(out, resume, processes, scheduler, shard)
+    running = Running(out, resume, processes, scheduler, shard)
     _show_search(tune_command(scenario, changes or [], running), as_json)
 
 
@@ -191,9 +193,10 @@ def whatif(
     as_json: AsJson = False,
 ) -> None:
     """Compare a small grid of settings side by side."""
+    from helios_sim.search.commands import Running
     from helios_sim.search.commands import whatif as whatif_command
 
-    running = _running(out, resume, processes, scheduler, shard)
+    running = Running(out, resume, processes, scheduler, shard)
     output = whatif_command(scenario, changes or [], vary, policy or [], replications, running)
     _show_search(output, as_json)
 
@@ -263,6 +266,8 @@ def compare(
 
 def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None:
     """Runs of the same requests beside each other, in a table and on a page."""
+    from dataclasses import asdict, replace
+
     from helios_sim.comparison import compare as compare_runs
     from helios_sim.records import read_run, read_summary
     from helios_sim.report.words import labels_apart
@@ -280,18 +285,16 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
         [run.label for run in data], [run.environment for run in data], [str(path) for path in runs]
     )
     told = [{**one, "label": label} for one, label in zip(summaries, labels, strict=True)]
+    figures = [asdict(row) for row in rows]
     page = None
     if out is not None:
-        from dataclasses import replace
-
         from helios_sim.publish import write_comparison
+        from helios_sim.report import render
 
         named = [replace(run, label=label) for run, label in zip(data, labels, strict=True)]
-        page = write_comparison(named, told, rows, out)
+        page = write_comparison(render(named, told), f"{_json_text(figures)}\n", out)
     if as_json:
-        from dataclasses import asdict
-
-        _print_json([asdict(row) for row in rows])
+        _print_json(figures)
         return
     from helios_sim.terminal import comparison_table
 
@@ -585,15 +588,19 @@ def _compare_sides(
 ) -> None:
     """Compare real runs with the simulated one."""
     from helios_sim.fidelity import assess
-    from helios_sim.fidelity.publish import check_fidelity_target, write_fidelity
+    from helios_sim.fidelity.assessment import FIDELITY_FILE, json_text
+    from helios_sim.fidelity.page import render
     from helios_sim.fidelity.tables import attribution_table, figures_table, requests_table
     from helios_sim.fidelity.words import headline, remarks
+    from helios_sim.publish import check_comparison_target, write_comparison
 
     if out is not None:
-        check_fidelity_target(out)
+        check_comparison_target(out, FIDELITY_FILE)
     with _progress(quiet=as_json) as progress:
         found = assess(sides, files, attribution=attribution, report=progress)
-    page = None if out is None else write_fidelity(found, out)
+    page = None
+    if out is not None:
+        page = write_comparison(render(found), json_text(found), out, FIDELITY_FILE)
     if as_json:
         _print_json(found.data())
         return
@@ -609,18 +616,6 @@ def _compare_sides(
         _say(text)
     if page is not None:
         _say(f"Page: {page}")
-
-
-def _running(
-    out: Path | None,
-    resume: bool,
-    processes: int | None,
-    scheduler: str | None,
-    shard: str | None,
-) -> Running:
-    from helios_sim.search.commands import Running
-
-    return Running(out, resume, processes, scheduler, shard)
 
 
 def _show_search(output: Output, as_json: bool) -> None:
@@ -651,12 +646,6 @@ def _replaced(before: set[str], now: set[str]) -> str:
     if gone:
         return f" (the folder was replaced; gone are the earlier runs {', '.join(gone)})"
     return " (the folder was replaced)" if before else ""
-
-
-def _write(results: Sequence[Result], target: Path) -> None:
-    from helios_sim.publish import write_results
-
-    write_results(results, target)
 
 
 def _show(results: Sequence[Result]) -> None:
@@ -748,4 +737,8 @@ def _say(text: str) -> None:
 
 
 def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+    typer.echo(_json_text(data))
+
+
+def _json_text(data: Any) -> str:
+    return json.dumps(data, indent=2, allow_nan=False)

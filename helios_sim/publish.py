@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from helios_sim.comparison import ComparisonRow
 from helios_sim.errors import InputError
 from helios_sim.experiment import Result
 from helios_sim.folder_names import folder_names
@@ -117,23 +114,19 @@ def check_comparison_target(target: Path, figures_file: str = COMPARISON_FILE) -
 
 
 def write_comparison(
-    runs: Sequence[RunData],
-    summaries: Sequence[Mapping[str, Any]],
-    rows: Sequence[ComparisonRow],
-    target: Path,
+    page: str, figures: str, target: Path, figures_file: str = COMPARISON_FILE
 ) -> Path:
-    """Write the page of runs compared, with its rows where the target is a folder; gives the page.
+    """Write a comparison's page, with its figures where the target is a folder; gives the page.
 
-    A folder is written under a temporary name and moved into place.
+    `figures` are JSON text. A folder is written under a temporary name and moved into place.
     """
-    check_comparison_target(target)
+    check_comparison_target(target, figures_file)
     if is_page(target):
-        write_page(runs, summaries, target)
+        write_page_text(page, target)
         return target
-    text = json.dumps([asdict(row) for row in rows], indent=2, allow_nan=False)
     with folder_in_place(target) as draft:
-        write_page(runs, summaries, draft / REPORT_FILE)
-        (draft / COMPARISON_FILE).write_text(f"{text}\n", encoding="utf-8", newline="\n")
+        for name, text in ((REPORT_FILE, page), (figures_file, figures)):
+            (draft / name).write_text(text, encoding="utf-8", newline="\n")
     return target / REPORT_FILE
 
 

@@ -17,7 +17,9 @@ from typing import Any, Final
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.fidelity import Fidelity, assess, read_sides, run_folders
-from helios_sim.fidelity.publish import write_fidelity
+from helios_sim.fidelity.assessment import FIDELITY_FILE, json_text
+from helios_sim.fidelity.page import render
+from helios_sim.publish import write_comparison
 from helios_sim.records import TOTALS_FILE, write_run
 from helios_sim.scenario import load_scenario
 from helios_sim.toml_writer import toml_text
@@ -202,7 +204,7 @@ def run_case(
     write_run(result.run, result.summary, simulated)
     sides = read_sides([real], simulated, allow_simulated=allow_simulated, base_dir=path.parent)
     fidelity = assess(sides, path.parent)
-    write_fidelity(fidelity, folder / "fidelity")
+    write_comparison(render(fidelity), json_text(fidelity), folder / "fidelity", FIDELITY_FILE)
     return Outcome(plan, fidelity, len(_earlier(discarded)))
 
 
