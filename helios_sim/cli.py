@@ -349,6 +349,7 @@ def _amount(option: str, help_text: str) -> Any:
 
 @profiles_app.command("derive")
 def derive(
+    context: typer.Context,
     source: Annotated[
         str, typer.Option("--from", metavar="PROFILE", help="The profile to start from.")
     ],
@@ -361,39 +362,39 @@ def derive(
         str | None,
         typer.Option(help="Name of the device.", show_default="that of the profile"),
     ] = None,
-    memory: Annotated[str | None, _amount("--memory", "Memory, such as 48GiB.")] = None,
-    bandwidth: Annotated[
+    memory_bytes: Annotated[str | None, _amount("--memory", "Memory, such as 48GiB.")] = None,
+    bytes_per_s: Annotated[
         str | None, _amount("--bandwidth", "Memory bandwidth, such as 864GB/s.")
     ] = None,
-    flops: Annotated[
+    flops_per_s: Annotated[
         str | None, _amount("--flops", "Peak at the models' width, such as 362TFLOP/s.")
     ] = None,
-    launch: Annotated[
+    launch_s: Annotated[
         str | None, _amount("--launch", "Launch floor of a layer, such as 0.1ms.")
     ] = None,
-    fixed: Annotated[
+    fixed_s: Annotated[
         str | None, _amount("--fixed", "Fixed part of an iteration, such as 0.5ms.")
     ] = None,
-    watts: Annotated[str | None, _amount("--watts", "Power limit, such as 350.")] = None,
-    idle_watts: Annotated[
+    limit_w: Annotated[str | None, _amount("--watts", "Power limit, such as 350.")] = None,
+    idle_w: Annotated[
         str | None, _amount("--idle-watts", "Idle power; scaled with the power limit unless given.")
     ] = None,
-    active_watts: Annotated[
-        str | None, _amount("--active-watts", "Least power while working.")
-    ] = None,
-    load_watts: Annotated[
+    active_w: Annotated[str | None, _amount("--active-watts", "Least power while working.")] = None,
+    load_w: Annotated[
         str | None, _amount("--load-watts", "Power while weights are loaded.")
     ] = None,
-    load_bandwidth: Annotated[
+    host_bytes_per_s: Annotated[
         str | None, _amount("--load-bandwidth", "Bandwidth of the link from host memory.")
     ] = None,
-    disk_bandwidth: Annotated[
+    disk_bytes_per_s: Annotated[
         str | None, _amount("--disk-bandwidth", "Bandwidth of the disk.")
     ] = None,
-    from_bandwidth: Annotated[
+    from_bytes_per_s: Annotated[
         str | None, _amount("--from-bandwidth", "Memory bandwidth of the given device.")
     ] = None,
-    from_flops: Annotated[str | None, _amount("--from-flops", "Peak of the given device.")] = None,
+    from_flops_per_s: Annotated[
+        str | None, _amount("--from-flops", "Peak of the given device.")
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -439,7 +440,7 @@ def derive(
     """Make a profile of a device or of models that are not here, by scaling those of another."""
     from dataclasses import replace
 
-    from helios_sim.derive import changes, device_of, tells_a_device, write_derived
+    from helios_sim.derive import OPTIONS, changes, device_of, tells_a_device, write_derived
     from helios_sim.derive_model import figures_of, wanted_of, write_with_models
     from helios_sim.profile import load_profile
     from helios_sim.report.words import standing_in
@@ -449,24 +450,9 @@ def derive(
     wanted = wanted_of(model or [], like or [], exits or [], tokenizer or [])
     if replacing and not wanted:
         raise InputError("--replace is of models; give a --model too.", "--replace")
-    device = device_of(
-        device_name if device_name is not None else own_name,
-        {
-            "memory_bytes": memory,
-            "bytes_per_s": bandwidth,
-            "flops_per_s": flops,
-            "launch_s": launch,
-            "fixed_s": fixed,
-            "limit_w": watts,
-            "idle_w": idle_watts,
-            "active_w": active_watts,
-            "load_w": load_watts,
-            "host_bytes_per_s": load_bandwidth,
-            "disk_bytes_per_s": disk_bandwidth,
-            "from_bytes_per_s": from_bandwidth,
-            "from_flops_per_s": from_flops,
-        },
-    )
+    # The amounts are parameters by the names that a device's numbers have.
+    amounts = {key: context.params[key] for key in OPTIONS}
+    device = device_of(device_name if device_name is not None else own_name, amounts)
     given = load_profile(source)
     if not wanted:
         derived = write_derived(given, own_name, device, out, overwrite)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
 from helios_sim import cost
-from helios_sim.cli import main
+from helios_sim.cli import main, profiles_app
 from helios_sim.derive import OPTIONS, RULES, Device, amount, derive, write_derived
 from helios_sim.errors import InputError
 from helios_sim.profile import GRADES, load_profile, shipped_names
@@ -182,6 +183,12 @@ candidates = ["llama2-7b"]
 [[policy]]
 use = "helios"
 """
+
+
+def test_each_number_of_a_device_is_taken_by_the_option_that_its_errors_name() -> None:
+    group: Any = typer.main.get_command(profiles_app)
+    flags = {one.name: one.opts for one in group.commands["derive"].params}
+    assert {key: flags[key] for key in OPTIONS} == {key: [OPTIONS[key][0]] for key in OPTIONS}
 
 
 def test_a_derived_profile_loads_simulates_and_can_be_derived_from(
