@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType, NoneType
 from typing import Any, Final
 
 import numba
@@ -115,7 +115,7 @@ def _meaning(value: object, within: tuple[object, ...]) -> object:
     value = getattr(value, "py_func", value)
     if value is None or isinstance(value, (bool, int, float)):
         return type(value).__name__, repr(value)
-    if inspect.isbuiltin(value) or value is math or value is np:
+    if _is_builtin(value) or value is math or value is np:
         return "name", getattr(value, "__module__", None), getattr(value, "__name__", None)
     if not inspect.isfunction(value) or not _is_kept(value):
         raise _NotToldError
@@ -129,7 +129,16 @@ def _meaning(value: object, within: tuple[object, ...]) -> object:
         [(name, _meaning(value.__globals__[name], inner)) for name in names],
         [_meaning(cell.cell_contents, inner) for cell in value.__closure__ or ()],
         [_meaning(default, inner) for default in value.__defaults__ or ()],
+        [
+            (name, _meaning(default, inner))
+            for name, default in sorted((value.__kwdefaults__ or {}).items())
+        ],
     )
+
+
+def _is_builtin(value: object) -> bool:
+    """Whether a value is a function of Python's own; a method of some value depends on that too."""
+    return inspect.isbuiltin(value) and isinstance(value.__self__, (ModuleType, NoneType))
 
 
 def _is_kept(function: FunctionType) -> bool:

@@ -114,8 +114,15 @@ def by_table(confidence: float, threshold: float) -> bool:
     return confidence >= threshold * SCALES["half"]
 
 
-def closing_over(scale: float) -> Rule:
+def closing_over(scale: Any) -> Rule:
     def leaves_here(confidence: float, threshold: float) -> bool:
+        return confidence >= threshold * scale
+
+    return leaves_here
+
+
+def with_default(scale: float) -> Rule:
+    def leaves_here(confidence: float, threshold: float, *, scale: float = scale) -> bool:
         return confidence >= threshold * scale
 
     return leaves_here
@@ -134,6 +141,16 @@ def test_a_number_that_a_rule_refers_to_is_part_of_what_it_means(
 def test_rules_of_one_code_that_close_over_other_numbers_differ() -> None:
     prints = {fingerprint({"leaves_here": closing_over(scale)}) for scale in (0.5, 0.5, 0.9)}
     assert len(prints) == 2 and None not in prints
+
+
+def test_rules_of_one_code_whose_arguments_by_name_have_other_defaults_differ() -> None:
+    prints = {fingerprint({"leaves_here": with_default(scale)}) for scale in (0.5, 0.5, 0.9)}
+    assert len(prints) == 2 and None not in prints
+
+
+def test_a_method_of_a_value_does_not_tell_what_the_value_is() -> None:
+    for table in ({1.0: True}, {1.0: False}):
+        assert fingerprint({"leaves_here": closing_over(table.get)}) is None
 
 
 def test_the_same_function_for_another_rule_is_another_loop() -> None:
