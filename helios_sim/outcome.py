@@ -30,7 +30,7 @@ from helios_sim.state import (
     WAITING,
     itl_edges,
 )
-from helios_sim.steward import evaluation_seconds
+from helios_sim.steward import evaluation_seconds, held_by
 
 _STATUS_OF = np.zeros(5, np.uint32)
 for _code, _name in (
@@ -248,10 +248,10 @@ def totals(run: Run) -> RunTotals:
     counts = run.world.exit_counts.sum(axis=0)
     exit_layers = {name: setup.profile.model(name).model.exit_layers for name in setup.candidates}
     per_request = run.requests.mean_prompt_tokens + run.requests.mean_output_tokens
-    model, _, depth = max(depth_seconds, key=lambda name: depth_seconds[name]).partition("@")
+    model, depth = held_by(max(depth_seconds, key=lambda name: depth_seconds[name]))
     held_s = run.end_s * len(reps)
     pool_seconds = sum(
-        seconds * setup.pool_blocks(*_assignment(name)) for name, seconds in depth_seconds.items()
+        seconds * setup.pool_blocks(*held_by(name)) for name, seconds in depth_seconds.items()
     )
     return RunTotals(
         end_s=run.end_s,
@@ -273,7 +273,7 @@ def totals(run: Run) -> RunTotals:
         decode_s=_sum(reps, "decode_s"),
         batch_seconds=_sum(reps, "batch_seconds"),
         max_running=int(reps["max_rows"].max()),
-        max_batch_size_supported=setup.requests_that_fit(model, int(depth), per_request),
+        max_batch_size_supported=setup.requests_that_fit(model, depth, per_request),
         peak_weight_bytes=max(one.peak_weight_bytes for one in stewards),
         mean_weight_bytes=sum(one.weight_byte_seconds for one in stewards) / held_s,
         num_switches=sum(one.num_switches for one in stewards),
@@ -306,11 +306,6 @@ def by_replica(run: Run) -> list[list[DecisionEntry]]:
     for entry in run.decisions:
         logs[entry.replica].append(entry)
     return logs
-
-
-def _assignment(name: str) -> tuple[str, int]:
-    model, _, depth = name.partition("@")
-    return model, int(depth)
 
 
 def _sum(reps: Any, name: str) -> float:

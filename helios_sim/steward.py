@@ -330,6 +330,12 @@ class Steward:
         )
 
 
+def held_by(name: str) -> tuple[str, int]:
+    """The model and the layers of a key of `depth_seconds`; a model's name may have an @ too."""
+    model, _, depth = name.rpartition("@")
+    return model, int(depth)
+
+
 def _mean(total: float, count: int) -> float | None:
     """A mean, or None of nothing."""
     return total / count if count else None

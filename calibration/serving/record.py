@@ -20,7 +20,7 @@ from helios_sim.policy.objective import objective_of
 from helios_sim.policy.snapshot_json import SnapshotLog
 from helios_sim.records import RunData, RunTotals
 from helios_sim.state import NLL_UNITS_PER_NAT, itl_edges
-from helios_sim.steward import evaluation_seconds
+from helios_sim.steward import evaluation_seconds, held_by
 from helios_sim.workload import Requests
 
 ITERATIONS_FILE: Final = "iterations.parquet"
@@ -184,12 +184,11 @@ def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:
     """Sums of the run; the regimes of layer times are the simulator's notion and stay empty."""
     tally, room, steward = host.tally, host.room, host.steward
     held = steward.depth_seconds
-    model, _, depth = max(held, key=lambda name: held[name]).partition("@")
+    model, depth = held_by(max(held, key=lambda name: held[name]))
     per_request = requests.mean_prompt_tokens + requests.mean_output_tokens
     pool_seconds = 0.0
     for name, seconds in held.items():
-        served, _, layers = name.partition("@")
-        pool_seconds += seconds * room.pool_blocks(served, int(layers))
+        pool_seconds += seconds * room.pool_blocks(*held_by(name))
     gaps_s = tally.gaps_s
     return RunTotals(
         end_s=host.end_s,
@@ -209,7 +208,7 @@ def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:
         decode_s=tally.decode_s,
         batch_seconds=tally.batch_seconds,
         max_running=host.batch.max_running,
-        max_batch_size_supported=room.requests_that_fit(model, int(depth), per_request),
+        max_batch_size_supported=room.requests_that_fit(model, depth, per_request),
         peak_weight_bytes=steward.peak_weight_bytes,
         mean_weight_bytes=steward.weight_byte_seconds / host.end_s,
         num_switches=steward.num_switches,

@@ -544,7 +544,7 @@ def other_kernels(profile: Profile, kernels: Mapping[str, Mapping[str, str]]) ->
     measured = profile.document.get("measurement", {}).get("models", {})
     found = []
     for taken_up, said in kernels.items():
-        before = measured.get(taken_up.partition("@")[0], {}).get("kernels", {})
+        before = measured.get(taken_up.rpartition("@")[0], {}).get("kernels", {})
         found += [
             f"{taken_up} was served with the kernel {kernel!r} {now}; while profile "
             f"{profile.name!r} was measured it was {before[kernel]}."

@@ -12,6 +12,7 @@ import pytest
 from calibration.serving.batching import HotRules
 from calibration.serving.host import Host, NoRoomBeside, lives_of
 from calibration.serving.iteration import split_pays
+from calibration.serving.record import totals
 from calibration.serving.tally import Sample, Tally, gap_counts
 from helios_sim import cost
 from helios_sim.errors import InputError
@@ -51,6 +52,7 @@ from tests.engine.factories import (
     play,
     play_policy,
     policy_of,
+    profile_of,
     requests_of,
     thumbnail,
 )
@@ -237,6 +239,16 @@ def test_where_the_device_has_no_room_for_both_serving_waits_and_loads_are_count
     models = {name: setup.profile.model(name).model for name, _ in held}
     bytes_held = [models[name].weight_bytes(int(depth)) for name, depth in held]
     assert host.steward.peak_weight_bytes == max(bytes_held)
+
+
+def test_a_model_may_have_an_at_sign_in_its_name() -> None:
+    profile = profile_of(thumbnail("small@main", (2, 4)), thumbnail("large@v2", (2, 4, 8)))
+    setup, requests = drifting_setup(profile=profile), drifting_requests(60)
+    host = serve_by_clockwork(setup, setup.traces, requests, policy_of("always"))
+    _, ours = play(setup, requests, "always")
+    told = totals(host, requests, lambda at_s: 0.0)
+    assert told.max_batch_size_supported == ours.totals.max_batch_size_supported
+    assert told.depth_seconds == ours.totals.depth_seconds
 
 
 def test_the_time_to_build_a_machine_is_that_of_the_assignment_before(monkeypatch) -> None:

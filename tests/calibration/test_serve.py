@@ -39,6 +39,7 @@ from calibration.serving.serve import (
     ServeSettings,
     check_checkpoint,
     line_of,
+    other_kernels,
     places_of,
     prepare,
     serve,
@@ -56,7 +57,7 @@ from helios_sim.records import read_run, read_summary
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.serving import DOMAINS, family, first_exit_threshold, model_of, write_profile
 from tests.calibration.tiny import stock_model
-from tests.engine.factories import requests_of
+from tests.engine.factories import profile_of, requests_of, thumbnail
 
 HELIOS = """
 [[policy]]
@@ -784,6 +785,15 @@ def test_models_are_served_in_the_type_that_the_profile_was_measured_in(
         return
     with pytest.raises(InputError, match=wanted):
         prepare(tmp_path / "tiny.toml", settings)
+
+
+def test_kernels_are_told_apart_of_a_model_that_has_an_at_sign_in_its_name() -> None:
+    document = {
+        "measurement": {"models": {"chat@v2": {"kernels": {"fusion": "usable: it agrees"}}}}
+    }
+    profile = replace(profile_of(thumbnail("chat@v2")), document=document)
+    (note,) = other_kernels(profile, {"chat@v2@4": {"fusion": "not usable: no GPU"}})
+    assert note.startswith("chat@v2@4 was served with the kernel 'fusion' not usable: no GPU")
 
 
 def test_a_run_says_which_kernels_it_took_and_warns_where_the_profile_had_others(

@@ -27,7 +27,9 @@ from tests.engine.factories import (
     drifting_setup,
     play,
     play_policy,
+    profile_of,
     snapshots_of,
+    thumbnail,
 )
 
 ROUTERS = ("round-robin", "random", "least-outstanding", "least-kv")
@@ -334,3 +336,10 @@ def test_a_policy_whose_decision_cannot_be_carried_out_is_told_so() -> None:
 
     with pytest.raises(InputError, match=r"depth 3; it must name one of its exit layers \[2, 4\]"):
         play_policy(drifting_setup(), drifting_requests(10), Deep)
+
+
+def test_a_model_may_have_an_at_sign_in_its_name() -> None:
+    profile = profile_of(thumbnail("small@main", (2, 4)), thumbnail("large@v2", (2, 4, 8)))
+    _, data = play(drifting_setup(profile=profile), drifting_requests(60), "always")
+    check_whole(data, 60)
+    assert {name.rpartition("@")[0] for name in data.totals.depth_seconds} == set(profile.models)
