@@ -788,6 +788,27 @@ def test_one_run_is_told_the_limits_that_it_is_judged_by() -> None:
     )
 
 
+def test_what_meets_other_limits_is_not_set_against_each_other() -> None:
+    runs = make_runs()
+    strict, loose = (parse_slo(text) for text in ("ttft:100", "ttft:500 tpot:24"))
+    judged = [strict, *([loose] * (len(runs) - 1))]
+    summaries = [summarise(run, slo) for run, slo in zip(runs, judged, strict=True)]
+    (said,) = (text for text in remarks(summaries) if "SLO" in text)
+    met = number(100 * summaries[-1]["slo_attainment"])
+    assert said == (
+        f"SLO of helios (TTFT ≤ 500 ms, TPOT ≤ 24 ms): met by {met} % of the requests sent."
+    )
+    assert "goodput" not in headline(summaries) and "SLO" not in headline(summaries)
+    page = render(runs, summaries)
+    labels = "ee-single, static-depth, helios"
+    assert f"TTFT ≤ 100 ms (vanilla); TTFT ≤ 500 ms, TPOT ≤ 24 ms ({labels})." in page
+    assert "Each run is judged by its own limits." in page
+    assert "thin vertical lines are the limits" not in page
+    alike = render(runs, [summarise(run, loose) for run in runs])
+    assert "Each run is judged by its own limits." not in alike
+    assert "thin vertical lines are the limits" in alike
+
+
 def test_remarks_say_how_many_requests_were_shortened_or_left_out_and_why() -> None:
     """Once where it holds for all runs, else with the runs it holds for."""
     plain = summary("vanilla", 100.0, 20.0, num_shortened=0, num_dropped=0)

@@ -36,7 +36,9 @@ from helios_sim.report.words import (
     counted,
     device_of,
     headline,
+    judged_alike,
     limits,
+    limits_of,
     listed,
     noun_of,
     number,
@@ -465,7 +467,7 @@ def _latencies(
         columns_of(run, summary.get("warmup_s", 0.0), summary.get("warmup_requests", 0))
         for run, summary in zip(runs, summaries, strict=True)
     ]
-    text = summaries[0].get("slo")
+    text = summaries[0].get("slo") if judged_alike(summaries) else None
     figure = figures.latency_figure(
         columns, [run.label for run in runs], parse_slo(text) if text else None
     )
@@ -501,10 +503,11 @@ def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) 
         if summary["slo_passed"] is not None
     ]
     extra = "".join(f"<li>{escape(text)}</li>" for text in verdicts)
-    several = len(parse_slo(judged[0]["slo"]).limits) > 1
+    several = any(len(parse_slo(summary["slo"]).limits) > 1 for summary in judged)
+    apart = "" if judged_alike(judged) else " Each run is judged by its own limits."
     return section(
         "SLO attainment",
-        f"{limits(judged[0]['slo'])}.",
+        f"{limits_of(summaries)}.",
         add_figure(
             drawn,
             "attainment",
@@ -512,7 +515,7 @@ def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) 
             "Share of the requests sent that met each limit",
             "Share of the requests sent (after the warm-up) that finished within "
             f"{'each limit, and within all of them' if several else 'the limit'}. Refused and "
-            "unfinished requests count as missed.",
+            f"unfinished requests count as missed.{apart}",
         ),
         f'<ul class="notes small">{extra}</ul>' if extra else "",
     )

@@ -130,8 +130,20 @@ def serving(environments: Sequence[Mapping[str, Any]], summaries: Sequence[Summa
 
 def judged_by(summaries: Sequence[Summary]) -> str | None:
     """The limits that goodput and attainment judge by; None where no run has any."""
+    told = limits_of(summaries)
+    return f"SLO: {told}." if told else None
+
+
+def limits_of(summaries: Sequence[Summary]) -> str:
+    """The limits of runs, with the runs that each are of where they differ; empty without any."""
     told = [limits(one["slo"]) if one.get("slo") else "" for one in summaries]
-    return f"SLO: {_by_label(told, summaries)}." if any(told) else None
+    return _by_label(told, summaries)
+
+
+def judged_alike(summaries: Sequence[Summary]) -> bool:
+    """Whether runs are judged by the same limits or none, so that what meets them compares."""
+    first = summaries[0].get("slo")
+    return all(one.get("slo") == first for one in summaries)
 
 
 def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
@@ -480,8 +492,11 @@ def _slo_met(pair: _Pair) -> str | None:
     star = pair.star
     if not pair.is_comparison or not star.get("slo") or star.get("slo_attainment") is None:
         return judged_by([star])
-    met = pair.figure("slo_attainment", 100.0)
-    return f"SLO ({limits(star['slo'])}): met by {met} % of the requests sent."
+    if judged_alike([star, pair.first]):
+        whose, met = "", pair.figure("slo_attainment", 100.0)
+    else:
+        whose, met = f" of {star['label']}", number(100.0 * star["slo_attainment"])
+    return f"SLO{whose} ({limits(star['slo'])}): met by {met} % of the requests sent."
 
 
 def _energy(pair: _Pair) -> str | None:
@@ -617,10 +632,9 @@ def extrapolated(named: Sequence[tuple[str, Sequence[str]]]) -> str | None:
 
 
 def _load_figure(summaries: Sequence[Summary]) -> tuple[str, str, str]:
-    """What 'carrying the load' is measured by: goodput under an SLO, tokens otherwise."""
-    if all(summary.get("request_goodput") is not None for summary in summaries) and any(
-        summary["request_goodput"] for summary in summaries
-    ):
+    """What 'carrying the load' is measured by: goodput under one SLO, tokens otherwise."""
+    goodputs = [summary.get("request_goodput") for summary in summaries]
+    if judged_alike(summaries) and None not in goodputs and any(goodputs):
         return "request_goodput", "goodput", "requests/s within the SLO"
     return "output_throughput", "tokens", "tokens/s"
 
