@@ -326,10 +326,10 @@ def apply_value(data: dict[str, Any], path: list[str], value: Any, where: str) -
         last = depth == len(path) - 1
         if isinstance(node, list):
             if not _is_index(part, len(node)):
-                raise UnknownSetting(
-                    f"{key!r} needs an index from 0 to {len(node) - 1} in place of {part!r}.",
-                    where,
-                )
+                allowed = f"needs an index from 0 to {len(node) - 1} in place of {part!r}"
+                if not node:
+                    allowed = f"goes into {'.'.join(path[:depth])!r}, which is an empty list"
+                raise UnknownSetting(f"{key!r} {allowed}.", where)
             if last:
                 node[int(part)] = value
             else:

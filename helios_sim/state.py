@@ -316,9 +316,9 @@ STATE_NAMES: Final = ("idle", "serving", "evaluating", "draining", "loading")
 class World(NamedTuple):
     """Everything the batch loop reads and writes.
 
-    Shapes: R replicas, S rows a replica, N requests, M models, K exit levels, P positions of all
-    domains' traces. A trace column is a loaded level where all leave (0..K-1) or a level up to
-    which tokens leave at their own exits (K..2K-1).
+    Shapes: R replicas, S rows a replica, B rows of a batch at most, N requests, M models, K exit
+    levels, P positions of all domains' traces. A trace column is a loaded level where all leave
+    (0..K-1) or a level up to which tokens leave at their own exits (K..2K-1).
     """
 
     replicas: Any
@@ -336,15 +336,15 @@ class World(NamedTuple):
     coefficients: Any
     """f8, (M, C), in the order of cost.COEFFICIENTS"""
     padded: Any
-    """f8, (M, S + 1): decode rows after padding to a graph bucket"""
+    """f8, (M, B + 1): decode rows after padding to a graph bucket"""
     residual: Any
-    """f8, (M, K, S + 1): correction of a decode layer's time at a loaded level and a batch size"""
+    """f8, (M, K, B + 1): correction of a decode layer's time at a loaded level and a batch size"""
     exit_layers: Any
     """i8, (M, K)"""
     graph_rows: Any
     """i8, (M,): the most rows for which graphs are captured at a cost; 0 where none are"""
     captured: Any
-    """u1, (R, kinds, K, padded rows): the graphs that a replica has by now"""
+    """u1, (R, kinds, K, padded rows + 1): the graphs that a replica has by now"""
     max_positions: Any
     """i8, (M,)"""
     leaving_level: Any

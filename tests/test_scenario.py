@@ -511,6 +511,12 @@ def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
         assert message.startswith("The file cannot be read (Exceeds the limit (4300 digits)")
 
 
+def test_a_place_in_an_empty_list_is_refused_as_such(file: Path) -> None:
+    where, message = told(file, "policy=[]", "policy.0.use='x'")
+    assert where == "--set"
+    assert message == "'policy.0.use' goes into 'policy', which is an empty list."
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
