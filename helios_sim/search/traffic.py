@@ -296,7 +296,8 @@ class Traffic:
         assert trace is not None
         scale = trace.rate_scale if rate_per_s is None else rate_per_s / part.rate_per_s
         if part.num_requests / part.rate_per_s / scale * num_replicas > MAX_SPAN_S:
-            raise InputError(f"A rate of {rate_per_s:g} per second is too low for the trace.")
+            rate = part.rate_per_s * scale
+            raise InputError(f"A rate of {rate:g} per second is too low for the trace.")
         changed = trace.model_copy(
             update={
                 "start_s": part.start_s,

@@ -256,7 +256,7 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
     traffic.check()
     judge = Judge(goals, constraints, prices, f"{place}.prices")
     device = device_of_all(profile.is_of_processor for profile in profiles)
-    return TuneQuestion(
+    question = TuneQuestion(
         scenario=scenario,
         settings=settings,
         base_dir=base_dir,
@@ -267,6 +267,13 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
         device=device,
         profiles=tuple(profiles),
     )
+    for scale in settings.held_out_rates if traffic.replays else ():
+        # A rate that the trace does not go down to is told before hours of trials.
+        try:
+            samples_of(question, space.base, held_out_samples(settings), scale)
+        except InputError as error:
+            raise error.at(error.where or f"{place}.held_out_rates") from error
+    return question
 
 
 def finals_samples(settings: SearchSettings) -> range:

@@ -852,6 +852,20 @@ def test_held_out_rates_multiply_the_pace_of_each_stretch_of_a_trace(tmp_path: P
         assert scales == pytest.approx([scale] * 4)
 
 
+def test_a_rate_that_a_trace_does_not_go_down_to_is_told_before_anything_runs(
+    tmp_path: Path,
+) -> None:
+    lines = [f'{{"timestamp":{100 * i},"input_length":9,"output_length":5}}\n' for i in range(200)]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    changes = ['workload={trace={file="t.jsonl"}}', "search.windows=4", "search.finalists=1"]
+    path = write(tmp_path)
+    scenario = load_scenario(path, [*changes, "search.held_out_rates=[1e-9, 1.0]"])
+    with pytest.raises(InputError) as error:
+        read_tune(scenario, tmp_path, "x.toml")
+    assert error.value.message == "A rate of 1e-08 per second is too low for the trace."
+    assert error.value.where == "x.toml, search.held_out_rates"
+
+
 def test_the_number_of_workers_changes_no_byte_of_a_search(tmp_path: Path) -> None:
     path = write(tmp_path, search={"num_trials": 8})
     tune(path, [], inline(tmp_path / "one"))
