@@ -37,13 +37,17 @@ _NO_PART: Final = (
     "comparison.py",
     "derive.py",
     "derive_model.py",
+    "fidelity",
     "folder_names.py",
     "folders.py",
     "model_config.py",
+    "profiles/published.py",
     "publish.py",
     "terminal.py",
 )
-"""Sources that change no figure of a point: what proposes points, and what shows results."""
+"""Sources that change no figure of a point: what proposes points, what shows results, and what
+makes profiles, whose content takes part itself.
+"""
 _JUDGES: Final = "search/points.py"
 """The one source among them that makes figures: it judges a point's limits."""
 
@@ -272,7 +276,7 @@ def code_files() -> list[str]:
     return [
         path.as_posix()
         for path in inside
-        if path.parts[0] not in _NO_PART or path.as_posix() == _JUDGES
+        if path.as_posix() == _JUDGES or not {path.parts[0], path.as_posix()} & {*_NO_PART}
     ]
 
 

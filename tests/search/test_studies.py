@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import itertools
+import subprocess
+import sys
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
@@ -120,6 +122,39 @@ def test_what_judges_a_point_is_part_of_its_code_and_what_shows_it_is_not() -> N
     files = set(code_files())
     assert {"search/points.py", "metrics.py", "slo.py", "policy/helios.py"} <= files
     assert not {"search/page.py", "search/tune.py", "report/page.py"} & files
+    assert not {"fidelity/page.py", "profiles/published.py"} & files
+
+
+def test_all_that_runs_a_point_is_part_of_its_code() -> None:
+    """But for what writes files: a fresh process that runs one loads nothing else of ours."""
+    program = """
+import sys, tempfile
+from pathlib import Path
+from helios_sim import __file__ as package
+from helios_sim.scenario import parse_scenario
+from helios_sim.search.points import code_files, point_of, run_point
+data = {
+    "name": "small",
+    "workload": {
+        "num_requests": 20,
+        "arrivals": {"kind": "poisson", "rate_per_s": 1.0},
+        "prompt": {"kind": "constant", "tokens": 50},
+        "output": {"kind": "constant", "tokens": 5},
+    },
+    "fleet": {"profile": "opt-a100-40gb"},
+    "slo": {"text": "ttft:500"},
+    "policy": [{"use": "helios"}],
+}
+run_point(point_of(parse_scenario(data, "here", Path()), Path(), "ttft:p99<500ms"))
+root = Path(package).parent
+ours = [module.__file__ for name, module in sys.modules.items() if name.startswith("helios_sim")]
+loaded = {Path(file).relative_to(root).as_posix() for file in ours if file}
+print(*sorted(loaded - {*code_files()}))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split() == ["folders.py", "search/__init__.py"]
 
 
 def test_outcomes_come_in_the_order_of_asking_and_errors_among_them(tmp_path: Path) -> None:
