@@ -28,7 +28,7 @@ from helios_sim.profile import (
     save_profile,
     shipped_names,
 )
-from helios_sim.profiles import published
+from helios_sim.work import BOARDS, COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, Work, work_of
 
 Rule = Literal[
     "bytes", "flops", "both", "launch", "launches", "fixed", "host", "active power", "power limit"
@@ -101,7 +101,7 @@ class Part:
     flops: int
 
 
-def part_of(key: str, work: published.Work) -> Part:
+def part_of(key: str, work: Work) -> Part:
     """The part of a model's work that a coefficient is the price of."""
     where, _, what = key.partition(".")
     is_weights = what in ("base_s", "j_base") or what.endswith(("s_per_layer", "j_per_layer"))
@@ -124,10 +124,10 @@ def share_of_bytes(part: Part, peaks: tuple[float, float]) -> float:
     """The share of a part's time that bytes take on a device, by its roofline.
 
     `peaks` are its bytes and flops a second; both are reached to the shares that the shipped
-    profiles assume (`helios_sim.profiles.published`).
+    profiles assume.
     """
-    memory_s = part.num_bytes / (peaks[0] * published.MEMORY_EFFICIENCY)
-    compute_s = part.flops / (peaks[1] * published.COMPUTE_EFFICIENCY)
+    memory_s = part.num_bytes / (peaks[0] * MEMORY_EFFICIENCY)
+    compute_s = part.flops / (peaks[1] * COMPUTE_EFFICIENCY)
     return memory_s / (memory_s + compute_s)
 
 
@@ -277,7 +277,7 @@ def tells_a_device(device: Device) -> bool:
 def peaks_of(profile: Profile, device: Device) -> tuple[float, float] | None:
     """Bytes and flops a second of a profile's device; None where nobody says both."""
     said = profile.provenance.environment.get("peaks")
-    board = published.BOARDS.get(profile.device.name)
+    board = BOARDS.get(profile.device.name)
     bytes_per_s = flops_per_s = None
     if isinstance(said, Mapping):
         bytes_per_s, flops_per_s = said.get("memory_bytes_per_s"), said.get("flops_per_s")
@@ -616,7 +616,7 @@ class _Derivation:
         by_bytes, by_flops = self.by_bytes, self.by_flops
         if self.peaks is None or (by_bytes.factor == 1.0 and by_flops.factor == 1.0):
             return _UNCHANGED
-        part = part_of(key, published.work_of(self.profile.models[model].model))
+        part = part_of(key, work_of(self.profile.models[model].model))
         share = share_of_bytes(part, self.peaks)
         told = [one.how for one in (by_bytes, by_flops) if one.factor != 1.0]
         return _Scaled(

@@ -40,7 +40,7 @@ from helios_sim.profile import (
     quantity,
     save_profile,
 )
-from helios_sim.profiles import published
+from helios_sim.work import REFERENCE_CONTEXT_TOKENS, decode, work_of
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -180,13 +180,13 @@ def _owner(place: str, profile: Profile) -> str | None:
 def figures_of(profile: Profile, names: Sequence[str]) -> list[ModelFigures]:
     """What lets a user judge these models of a profile."""
     peaks = peaks_of(profile, Device(profile.device.name))
-    context = published.REFERENCE_CONTEXT_TOKENS
+    context = REFERENCE_CONTEXT_TOKENS
     found = []
     for name in names:
         own = profile.models[name]
         model, layers = own.model, own.model.shape.layers
         # Of the embedding a token reads one row; of the head it reads all.
-        read = layers * model.layer_weight_bytes() + published.work_of(model).head_bytes
+        read = layers * model.layer_weight_bytes() + work_of(model).head_bytes
         read += context * model.kv_bytes_per_token(layers)
         grades = [
             quantity.grade
@@ -200,7 +200,7 @@ def figures_of(profile: Profile, names: Sequence[str]) -> list[ModelFigures]:
                 exit_layers=model.exit_layers,
                 weight_bytes=model.weight_bytes(layers),
                 kv_bytes_per_token=model.kv_bytes_per_token(layers),
-                decode_s=published.decode(own, layers)[0],
+                decode_s=decode(own, layers)[0],
                 bytes_s=None if peaks is None else read / peaks[0],
                 context_tokens=context,
                 grade_counts={grade: grades.count(grade) for grade in GRADES},
@@ -226,8 +226,8 @@ class _Derived:
             )
         self.there = profile.models[self.like].model
         self.model = self._model()
-        self.work = published.work_of(self.model)
-        self.work_there = published.work_of(self.there)
+        self.work = work_of(self.model)
+        self.work_there = work_of(self.there)
 
     @property
     def observed(self) -> str:
