@@ -540,7 +540,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
 
 def _arrivals(requests: Requests) -> str:
     """Within what time requests arrive and how many a second, which shows a mistaken unit."""
-    from helios_sim.report.words import number, span
+    from helios_sim.wording import number, span
 
     if requests.user is not None:
         return "Users send them in a closed loop, as they are answered."

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from helios_sim.comparison import ComparisonRow, comparison_rows
 from helios_sim.profile import ProfileSummary
-from helios_sim.report.words import number, size, times
+from helios_sim.wording import number, size, times
 
 if TYPE_CHECKING:
     from helios_sim.derive_model import ModelFigures

@@ -43,17 +43,14 @@ from helios_sim.report.words import (
     headline,
     judged_by,
     labels_apart,
-    limits,
-    number,
     remarks,
     serving,
-    span,
-    times,
     worth,
 )
 from helios_sim.search.drawings import sensitivity_figure
 from helios_sim.search.tune import Sensitivity
 from helios_sim.slo import parse_slo
+from helios_sim.wording import limits, number, span, times
 from tests.factories import make_run
 
 SLO = parse_slo("ttft:p95<500 tpot:24 e2e:30s")

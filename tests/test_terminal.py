@@ -11,9 +11,9 @@ from rich.text import Text
 
 from helios_sim.comparison import COMPARED
 from helios_sim.profile import list_profiles
-from helios_sim.report.words import number
 from helios_sim.search.tables import terminal_table
 from helios_sim.terminal import FittedTable, profiles_table, summary_table
+from helios_sim.wording import number
 
 LABELS = ("vanilla", "ee-single wait", "static-depth", "helios", "helios, RI 3000")
 

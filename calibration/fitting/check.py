@@ -25,7 +25,7 @@ from calibration.fitting.points import (
 from calibration.fitting.predict import predictor_of
 from calibration.measuring.readings import POINTS_FILE
 from helios_sim.profile import Profile
-from helios_sim.report.words import number
+from helios_sim.wording import number
 
 MEDIAN_BAR: Final = 0.03
 P95_BAR: Final = 0.08

@@ -23,7 +23,7 @@ from helios_sim.report.figures import (
     rounded,
     top_legend,
 )
-from helios_sim.report.words import number
+from helios_sim.wording import number
 
 _COLUMNS: Final = 3
 _PANEL_HEIGHT: Final = 190

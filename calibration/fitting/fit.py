@@ -49,7 +49,7 @@ from helios_sim.profile import (
     quantity,
     save_profile,
 )
-from helios_sim.report.words import counted
+from helios_sim.wording import counted
 
 TRACE_REPORT_FILE: Final = "trace.json"
 """Written by `calibration.training.trace` beside exits.parquet; importing it needs torch."""

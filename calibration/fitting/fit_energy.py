@@ -31,7 +31,7 @@ from calibration.measuring.readings import LEAST_DECODE_WINDOWS
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.model import EarlyExitModel
 from helios_sim.profile import UNAVAILABLE, unit_of
-from helios_sim.report.words import counted
+from helios_sim.wording import counted
 
 _COLUMNS: Final = (
     "power.active_w",

@@ -77,7 +77,7 @@ from calibration.training.trace import check_traceable, trace_checkpoints
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
-from helios_sim.report.words import counted
+from helios_sim.wording import counted
 
 _LEAST_BUDGET_S: Final = 5.0
 _COPY_TRIALS: Final = 3

@@ -28,7 +28,7 @@ from helios_sim.report.figures import (
     top_legend,
 )
 from helios_sim.report.thinning import drawn_decisions, thinned
-from helios_sim.report.words import number
+from helios_sim.wording import number
 
 MAX_POINTS: Final = 2500
 REAL: Final = "@c1"

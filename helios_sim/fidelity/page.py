@@ -23,8 +23,8 @@ from helios_sim.fidelity.words import (
 from helios_sim.records import flat_items
 from helios_sim.report.document import Figure, add_figure, document, opening, section
 from helios_sim.report.thinning import thinned_decisions
-from helios_sim.report.words import number
 from helios_sim.toml_writer import toml_text
+from helios_sim.wording import number
 
 _MEANINGS: Final = (
     ("Real", "the median over the real runs"),

@@ -8,7 +8,7 @@ from typing import Final
 from helios_sim.fidelity.assessment import Fidelity
 from helios_sim.fidelity.figures import FigureRow
 from helios_sim.fidelity.swaps import SMALL
-from helios_sim.report.words import listed, number
+from helios_sim.wording import listed, number
 
 TOLD: Final[dict[str, str]] = {
     "within": "within the spread",

@@ -19,8 +19,8 @@ from helios_sim.latencies import Columns
 from helios_sim.records import RunData
 from helios_sim.report.style import NUM_MODEL_COLOURS, NUM_POLICY_COLOURS
 from helios_sim.report.thinning import drawn_decisions, thinned
-from helios_sim.report.words import number
 from helios_sim.slo import SloSpec
+from helios_sim.wording import number
 
 Figure = dict[str, Any]
 

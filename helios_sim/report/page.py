@@ -33,26 +33,20 @@ from helios_sim.report.document import add_figure, document, notes_section, open
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
 from helios_sim.report.words import (
     assuming,
-    counted,
     device_of,
     headline,
     judged_alike,
-    limits,
     limits_of,
-    listed,
     noun_of,
-    number,
     remarks,
     seeds_of,
     seeds_said,
     serving,
-    size,
-    span,
     standing_in,
-    times,
 )
 from helios_sim.slo import parse_slo
 from helios_sim.toml_writer import toml_text
+from helios_sim.wording import counted, limits, listed, number, size, span, times
 
 Summary = Mapping[str, Any]
 

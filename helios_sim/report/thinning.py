@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from helios_sim.report.words import number
+from helios_sim.wording import number
 
 MAX_TIMELINE_POINTS: Final = 400
 MAX_MARKERS: Final = 800

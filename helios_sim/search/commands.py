@@ -15,7 +15,6 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies
 from helios_sim.folder_names import folder_name
 from helios_sim.records import REPORT_FILE
-from helios_sim.report.words import counted, span
 from helios_sim.scenario import Scenario, load_scenario
 from helios_sim.search.executors import Workers, open_workers
 from helios_sim.search.page import plan_page, tune_page, whatif_page
@@ -65,6 +64,7 @@ from helios_sim.search.words import (
     whatif_answer,
     whatif_remarks,
 )
+from helios_sim.wording import counted, span
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Final
 from helios_sim.comparison import Better
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.metrics import LATENCIES, PERCENTILES
-from helios_sim.report.words import number
 from helios_sim.search.points import Figures
 from helios_sim.search.prices import Prices, cost_of
 from helios_sim.slo import SloSpec, parse_slo
+from helios_sim.wording import number
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Final
 from helios_sim.profile import Profile
 from helios_sim.report.document import Figure, add_figure, document, notes_section, opening, section
 from helios_sim.report.figures import policy_colour
-from helios_sim.report.words import counted, device_of_all, limits, number, span
+from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
 from helios_sim.search.goals import in_words
@@ -39,6 +39,7 @@ from helios_sim.search.words import (
     whatif_remarks,
 )
 from helios_sim.toml_writer import toml_text
+from helios_sim.wording import counted, limits, number, span
 
 MAX_TRIALS: Final = 20
 """Trials in the table of a page."""

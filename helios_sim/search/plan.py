@@ -15,7 +15,7 @@ from helios_sim.experiment import choose_policies
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile, load_profile, where_to_find
 from helios_sim.questions import PlanSettings
-from helios_sim.report.words import counted, device_of_all
+from helios_sim.report.words import device_of_all
 from helios_sim.scenario import PolicySettings, Router, Scenario
 from helios_sim.search.bottleneck import Bottleneck, find_bottleneck
 from helios_sim.search.capacity import (
@@ -45,6 +45,7 @@ from helios_sim.search.traffic import (
 )
 from helios_sim.search.verdict import BACKLOG, Verdict, judge
 from helios_sim.slo import SloSpec
+from helios_sim.wording import counted
 
 Asked = TypeVar("Asked", int, float)
 Found = TypeVar("Found")

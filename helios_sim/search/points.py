@@ -44,6 +44,7 @@ _NO_PART: Final = (
     "profiles/published.py",
     "publish.py",
     "terminal.py",
+    "wording.py",
     "work.py",
 )
 """Sources that change no figure of a point: what proposes points, what shows results, and what

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 from rich.text import Text
 
 from helios_sim.policy.registry import policy_names, policy_options
-from helios_sim.report.words import number
 from helios_sim.search.drawings import gpu_rate, joules, limit_words, user_rate
 from helios_sim.search.goals import in_words
 from helios_sim.search.means import Means
@@ -19,6 +18,7 @@ from helios_sim.search.tune import Trial, Tuned, by_violation
 from helios_sim.search.whatif import Cell, compared_by, leaders, short_keys
 from helios_sim.search.words import bracket
 from helios_sim.terminal import FittedTable
+from helios_sim.wording import number
 
 Cells: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Titles and rows; the first column names the row."""

@@ -13,7 +13,7 @@ from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile, load_profile
 from helios_sim.questions import SearchSettings
-from helios_sim.report.words import device_of_all, listed
+from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import (
     Broken,
@@ -33,6 +33,7 @@ from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic, at_rate, rounds_in_sample
 from helios_sim.search.verdict import t_quantile
+from helios_sim.wording import listed
 
 State = Literal["full", "stopped", "impossible"]
 

@@ -9,8 +9,8 @@ from functools import lru_cache
 from statistics import fmean, stdev
 from typing import Any, Final
 
-from helios_sim.report.words import limits
 from helios_sim.slo import SloSpec, reaches
+from helios_sim.wording import limits
 
 BACKLOG: Final = "backlog"
 """The criterion that no backlog grows: a short run may meet an SLO while it drowns.

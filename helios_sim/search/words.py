@@ -8,17 +8,7 @@ from typing import Final
 
 from helios_sim.profile import MarkovExits, Profile
 from helios_sim.questions import MAX_PEAK_FACTOR
-from helios_sim.report.words import (
-    assuming,
-    counted,
-    extrapolated,
-    limits,
-    listed,
-    number,
-    span,
-    standing_in,
-    worth,
-)
+from helios_sim.report.words import assuming, extrapolated, standing_in, worth
 from helios_sim.scenario import Scenario
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import Goal, in_words
@@ -34,6 +24,7 @@ from helios_sim.search.tune import (
     nearest_miss,
 )
 from helios_sim.search.whatif import Cell, carries_as, compared_by, leaders, short_names
+from helios_sim.wording import counted, limits, listed, number, span
 
 FULL_AGREEMENT: Final = 0.9995
 """Agreement that is shown as 100 %."""

@@ -11,7 +11,7 @@ from helios_sim.fidelity.words import signed_percent, spanned
 from helios_sim.records import flat_items
 from helios_sim.report.document import Figure, add_figure, document, notes_section, opening, section
 from helios_sim.report.figures import base_layout, plain_axis, rounded, top_legend
-from helios_sim.report.words import listed, number, times
+from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.quality import BOUND
 from reports.fidelity.summary import (

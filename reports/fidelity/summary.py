@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from helios_sim.report.words import listed, number, times
+from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import JUDGED
 
 TITLES: Final = (
