@@ -349,6 +349,35 @@ def _process(settings: OpenArrivals) -> tuple[Renewal, RateProfile, float]:
     return Renewal("gamma", 1.0), profile, 0.0
 
 
+def mean_rate_per_s(
+    settings: OpenArrivals, num_requests: int | None, duration_s: float | None
+) -> float:
+    """Requests a second on average before `duration_s`, or until `num_requests` are expected.
+
+    It is the integral of the rate, so no draw has a part in it.
+    """
+    _, profile, start_s = _process(settings)
+    offset = profile.expected(start_s)
+    if duration_s is not None:
+        expected = profile.expected(start_s + duration_s) - offset
+        if expected <= 0.0:
+            raise InputError(
+                f"No request is expected within duration_s = {duration_s:g}; give a longer "
+                "duration or a rate above 0 in it.",
+                where="workload.arrivals",
+            )
+        return expected / duration_s
+    assert num_requests is not None
+    if offset + num_requests > profile.total_expected:
+        raise InputError(
+            f"The schedule ends at rate 0 after about {profile.total_expected - offset:g} "
+            f"requests; num_requests = {num_requests} is not to be expected: ask for fewer, or "
+            "give duration_s.",
+            where="workload.arrivals",
+        )
+    return num_requests / (float(profile.when(np.array([offset + num_requests]))[0]) - start_s)
+
+
 def open_arrivals(
     settings: OpenArrivals, seed: int, num_requests: int | None, duration_s: float | None
 ) -> Floats:

@@ -11,9 +11,14 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from helios_sim.arrivals import ClosedArrivals, DailyArrivals, ScheduleArrivals
+from helios_sim.arrivals import (
+    ClosedArrivals,
+    DailyArrivals,
+    ScheduleArrivals,
+    mean_rate_per_s,
+)
 from helios_sim.errors import InputError
-from helios_sim.experiment import expected_serving, prepare
+from helios_sim.experiment import expected_serving
 from helios_sim.scenario import EXPECTED_LENGTHS, Scenario, ServingSettings
 from helios_sim.streams import whole_ns
 from helios_sim.traces import TraceSettings, read_trace
@@ -209,9 +214,13 @@ class Traffic:
         given = getattr(workload.arrivals, "rate_per_s", None)
         if given is not None:
             return float(given)
-        experiment = prepare(self.scenario, self.base_dir, self.where)
-        requests, _ = experiment.requests(self.scenario.seed)
-        return len(requests) / (workload.duration_s or requests.span_s)
+        arrivals = workload.arrivals
+        assert isinstance(arrivals, ScheduleArrivals | DailyArrivals)
+        try:
+            # Every rate asked for is a multiple of this one: a draw's would put all of them off.
+            return mean_rate_per_s(arrivals, workload.num_requests, workload.duration_s)
+        except InputError as error:
+            raise InputError(error.message, f"{self.where}, {error.where}") from error
 
     def sample_s(self, rate_per_s: float, num_replicas: int = 1) -> float:
         """How long the shortest sample lasts at a rate, from its first arrival to its last."""

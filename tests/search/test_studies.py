@@ -449,6 +449,59 @@ def test_samples_of_drawn_traffic_are_seeds_at_the_rate_asked_for(tmp_path: Path
     assert sample.measure.warmup_requests == pytest.approx(0.1 * num_requests, abs=1.0)
 
 
+SHORT = {"prompt": {"kind": "constant", "tokens": 50}, "output": {"kind": "constant", "tokens": 20}}
+SCHEDULE = {"kind": "schedule", "points": [[0, 1.0], [300, 5.0], [400, 0.5]]}
+"""300 requests are expected in the first five minutes and 500 in the 100 s after them."""
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(
+    ("workload", "rate_per_s"),
+    [
+        ({"duration_s": 400.0, "arrivals": SCHEDULE}, 2.0),
+        ({"duration_s": 600.0, "arrivals": SCHEDULE}, 1.5),
+        ({"num_requests": 800, "arrivals": SCHEDULE}, 2.0),
+        ({"duration_s": 400.0, "arrivals": {**SCHEDULE, "cv": 4.0}}, 2.0),
+        (
+            {
+                "duration_s": 7200.0,
+                "arrivals": {
+                    "kind": "daily",
+                    "mean_rate_per_s": 2.0,
+                    "hourly_weights": [1.0, 3.0] * 12,
+                    "start_hour": 0.5,
+                },
+            },
+            2.0,
+        ),
+    ],
+)
+def test_the_mean_rate_of_a_changing_one_is_its_integral_whatever_the_seed(
+    tmp_path: Path, seed: int, workload: dict[str, Any], rate_per_s: float
+) -> None:
+    """With one draw of it in the way, every rate of a plan would be off by that draw's luck."""
+    base = scenario(tmp_path, workload={**workload, **SHORT}, seed=seed)
+    traffic = Traffic(base, tmp_path, "x.toml", 100, 4, 0.1)
+    assert traffic.rate_per_s == pytest.approx(rate_per_s, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ({"num_requests": 301}, "ends at rate 0 after about 300 requests; num_requests = 301"),
+        ({"duration_s": 20.0}, "No request is expected within duration_s = 20;"),
+    ],
+)
+def test_a_schedule_that_never_brings_what_is_asked_for_has_no_mean_rate(
+    tmp_path: Path, size: dict[str, Any], said: str
+) -> None:
+    arrivals = {"kind": "schedule", "points": [[0, 0.0], [100, 3.0], [200, 0.0]]}
+    base = scenario(tmp_path, workload={"arrivals": arrivals, **size, **SHORT})
+    traffic = Traffic(base, tmp_path, "x.toml", 100, 4, 0.1)
+    with pytest.raises(InputError, match=rf"^x\.toml, workload\.arrivals: .*{said}"):
+        _ = traffic.rate_per_s
+
+
 def test_every_sample_expects_the_lengths_of_all_the_traffic(tmp_path: Path) -> None:
     """Not those of its own seed; what the scenario gives stays."""
     drawn = scenario(tmp_path)
