@@ -67,7 +67,8 @@ class Traffic:
     equally many requests instead, `num_windows` of them, with the domains of that time: for a plan
     in an order in which the first few are spread over the whole trace, for a search in the order of
     time, so that what is held out comes after what was tuned on. Where
-    other arrivals or domains change with time, a sample is the whole workload under another seed.
+    other arrivals or domains change with time, a sample is the whole workload under another seed,
+    over the same time at every rate.
     Anything else is `num_requests` requests a replica. The first `warmup_share` of the requests
     are not measured. `table` is the scenario's table that asks for the windows. `grows` says
     whether samples may be made longer than that.
@@ -175,7 +176,8 @@ class Traffic:
         if self.replays:
             assert workload.trace is not None
             return self._num_replayed(workload.trace)
-        ends = [] if workload.num_requests is None else [workload.num_requests]
+        num = self.num_whole(rate_per_s) if self.is_shaped else workload.num_requests
+        ends = [] if num is None else [num]
         if workload.duration_s is not None:
             ends.append(int(workload.duration_s * rate_per_s))
         return min(ends)
@@ -226,7 +228,7 @@ class Traffic:
         """How long the shortest sample lasts at a rate, from its first arrival to its last."""
         if self.is_shaped and not self.replays:
             workload = self.scenario.workload
-            return workload.duration_s or (workload.num_requests or 0) / rate_per_s
+            return workload.duration_s or (workload.num_requests or 0) / self.rate_per_s
         times = min(num_replicas, self._most_times)
         return self._num_at_once * times / rate_per_s
 
@@ -235,6 +237,14 @@ class Traffic:
         if not self.grows:
             return 1
         return max(1, self._most_times // num_replicas)
+
+    def num_whole(self, rate_per_s: float) -> int | None:
+        """Requests of a whole workload that changes with time, at a rate; None where time ends it.
+
+        As many at every rate would end it sooner at a high one: before its peak, say.
+        """
+        num = self.scenario.workload.num_requests
+        return None if num is None else max(1, round(num * rate_per_s / self.rate_per_s))
 
     @property
     def _num_at_once(self) -> int:
@@ -335,9 +345,10 @@ class Traffic:
         arrivals = _faster(workload.arrivals, factor)
         if self.is_shaped:
             changed: dict[str, Any] = {"arrivals": arrivals}
-            if workload.duration_s is None:
-                return changed, workload.num_requests or 0
-            return changed, int(rate * workload.duration_s)
+            whole = self.num_whole(rate)
+            if whole is not None:
+                return changed | {"num_requests": whole}, whole
+            return changed, int(rate * (workload.duration_s or 0.0))
         num = self.num_requests * num_replicas
         return {"arrivals": arrivals, "num_requests": num, "duration_s": None}, num
 
@@ -355,6 +366,8 @@ def at_rate(scenario: Scenario, traffic: Traffic, rate_per_s: float) -> Scenario
         }
     else:
         update = {"arrivals": _faster(workload.arrivals, factor)}
+        if traffic.is_shaped:
+            update["num_requests"] = traffic.num_whole(rate_per_s)
     return scenario.model_copy(update={"workload": workload.model_copy(update=update)})
 
 

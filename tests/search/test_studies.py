@@ -26,6 +26,7 @@ from helios_sim.search.store import Store
 from helios_sim.search.studies import Outcome, Standing, Study, carry_out
 from helios_sim.search.traffic import Traffic, at_rate
 from helios_sim.slo import parse_slo
+from helios_sim.workload import generate
 from tests.test_metrics import pencil_run
 
 INLINE = Workers(InlineExecutor(), 1)
@@ -483,6 +484,42 @@ def test_the_mean_rate_of_a_changing_one_is_its_integral_whatever_the_seed(
     base = scenario(tmp_path, workload={**workload, **SHORT}, seed=seed)
     traffic = Traffic(base, tmp_path, "x.toml", 100, 4, 0.1)
     assert traffic.rate_per_s == pytest.approx(rate_per_s, rel=1e-12)
+
+
+DRIFT = [
+    {"name": "text", "shares": [[0, 1.0], [400, 0.0]]},
+    {"name": "code", "shares": [[0, 0.0], [400, 1.0]]},
+]
+
+
+@pytest.mark.parametrize(
+    "workload",
+    [
+        pytest.param({"arrivals": SCHEDULE}, id="a schedule"),
+        pytest.param(
+            {"arrivals": {"kind": "poisson", "rate_per_s": 2.0}, "domains": DRIFT},
+            id="drifting domains",
+        ),
+    ],
+)
+def test_a_workload_that_changes_lasts_as_long_at_every_rate_also_where_a_number_ends_it(
+    tmp_path: Path, workload: dict[str, Any]
+) -> None:
+    """800 requests in 400 s: at half the rate 400 of them, and the peak stays inside."""
+    base = scenario(tmp_path, workload={"num_requests": 800, **workload, **SHORT})
+    traffic = Traffic(base, tmp_path, "x.toml", 100, 4, 0.1)
+    for factor in (0.5, 1.0, 8.0):
+        rate_per_s = 2.0 * factor
+        sample = traffic.sample(base, 0, rate_per_s)
+        whole = at_rate(base, traffic, rate_per_s)
+        for played in (sample.workload, whole.workload):
+            assert played.num_requests == 800 * factor
+            requests = generate(played, 1, tmp_path, ("text", "code"))
+            assert requests.span_s == pytest.approx(400.0, rel=0.15)
+        assert traffic.sample_s(rate_per_s) == pytest.approx(400.0)
+        assert traffic.num_in_run(rate_per_s) == 800 * factor
+        assert sample.measure.warmup_requests == 80 * factor
+    assert traffic.sample(base, 0).workload == base.workload
 
 
 @pytest.mark.parametrize(
