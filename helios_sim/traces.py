@@ -196,6 +196,12 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
     return _stretch(_cut(trace, settings), settings)
 
 
+def is_drawn(settings: TraceSettings, base_dir: Path) -> bool:
+    """Whether the file holds distributions, so that every seed brings requests of its own."""
+    path = _locate(base_dir / settings.file)
+    return _recognise(path, "csv" if settings.columns else settings.format)[0] == "servegen"
+
+
 _EPOCHS: Final = (
     (1e17, "nanoseconds", 1e9),
     (1e14, "microseconds", 1e6),

@@ -300,8 +300,8 @@ class WorkloadSettings(StrictSettings):
     """The `[workload]` table of a scenario.
 
     With a trace, arrivals and lengths are the trace's unless given. Trace lengths under other
-    arrivals are taken row by row (from the top again at the end) or, with `trace_rows =
-    "random"`, drawn by row, so that a prompt keeps its output.
+    arrivals are taken row by row from `first_trace_row` on (from the top again at the end) or,
+    with `trace_rows = "random"`, drawn by row, so that a prompt keeps its output.
     """
 
     arrivals: ArrivalSettings | None = None
@@ -313,6 +313,7 @@ class WorkloadSettings(StrictSettings):
     prompt_share: Annotated[float | None, Field(gt=0, lt=1)] = None
     trace: TraceSettings | None = None
     trace_rows: Literal["in-order", "random"] = "in-order"
+    first_trace_row: Annotated[int | None, Field(ge=0, lt=MAX_REQUESTS)] = None
     domains: Annotated[tuple[DomainSettings, ...], BeforeValidator(as_tuple)] = ()
     block_requests: Annotated[int, Field(ge=1, le=MAX_REQUESTS)] = 1
     over_context: OverContext = "refuse"
@@ -322,6 +323,13 @@ class WorkloadSettings(StrictSettings):
     def replays_arrivals(self) -> bool:
         """Whether requests arrive when the trace's did."""
         return isinstance(self.arrivals, TraceArrivals) or self.arrivals is None
+
+    @property
+    def takes_rows_in_order(self) -> bool:
+        """Whether other arrivals take their lengths from the trace row by row."""
+        return (
+            self.trace is not None and not self.replays_arrivals and self.trace_rows == "in-order"
+        )
 
     @property
     def prompt_lengths(self) -> SampledTokens | TraceTokens:
@@ -347,6 +355,12 @@ class WorkloadSettings(StrictSettings):
         return self
 
     def _check_trace(self) -> None:
+        if self.first_trace_row is not None and not self.takes_rows_in_order:
+            raise ValueError(
+                f"first_trace_row is {self.first_trace_row}, but no lengths are taken from a trace "
+                "in order; leave it out, or give lengths from a trace to arrivals of another kind "
+                'with trace_rows = "in-order".'
+            )
         wants_lengths = self.total is None and (
             isinstance(self.prompt_lengths, TraceTokens)
             or isinstance(self.output_lengths, TraceTokens)
@@ -576,7 +590,14 @@ def _lengths(
         if settings.trace_rows == "random":
             rows = stream(seed, "trace-rows").integers(0, len(trace), size=num)
         else:
-            rows = np.arange(num) % len(trace)
+            first = settings.first_trace_row or 0
+            if first >= len(trace):
+                raise InputError(
+                    f"first_trace_row is {first} but the trace holds {len(trace)} rows, counted "
+                    "from 0; give a lower one.",
+                    where="workload.first_trace_row",
+                )
+            rows = (first + np.arange(num)) % len(trace)
     columns = []
     for name, lengths in (
         ("prompt", settings.prompt_lengths),

@@ -278,6 +278,32 @@ def test_trace_lengths_under_other_arrivals_keep_their_pairs() -> None:
     assert np.array_equal(drawn.arrival_s[:25], ordered.arrival_s)
 
 
+def test_lengths_in_order_may_begin_at_another_row_of_the_trace() -> None:
+    """From the eighth of ten on, then from the top again; arrivals stay as they are."""
+    trace = {"file": CONV, "max_requests": 10}
+    table = {"prompt": None, "output": None, "trace": trace, "num_requests": 15}
+    plain, later = make(table), make(table, first_trace_row=7)
+    for name in ("prompt_tokens", "output_tokens"):
+        own, moved = getattr(plain, name), getattr(later, name)
+        assert moved.tolist() == [*own[7:10], *own[:10], *own[:2]]
+    assert np.array_equal(plain.arrival_s, later.arrival_s)
+    with pytest.raises(InputError, match="first_trace_row is 10 but the trace holds 10 rows"):
+        make(table, first_trace_row=10)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"trace": {"file": CONV}, "output": None, "trace_rows": "random"},
+        {"trace": {"file": CONV}, "arrivals": {"kind": "trace"}},
+    ],
+)
+def test_a_first_row_is_refused_where_no_lengths_are_taken_in_order(keys: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="first_trace_row is 3, but no lengths are taken"):
+        make(keys, first_trace_row=3)
+
+
 def test_fixed_shares_mix_the_domains() -> None:
     """Shares are relative: 3 to 1 gives three quarters within 1 %."""
     requests = make(

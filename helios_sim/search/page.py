@@ -446,10 +446,14 @@ def _samples(traffic: Traffic) -> str:
             f"Replications are stretches of the trace, {traffic.num_windows} of equally many "
             f"requests, {order}, each played {pace}"
         )
+    rows = "" if traffic.num_rows is None else ", with the lengths from another row of the trace on"
     if traffic.is_shaped:
-        return "Replications are the whole workload under other seeds"
+        return f"Replications are the whole workload under other seeds{rows}"
     least = "at least " if traffic.grows else ""
-    return f"Replications are {least}{traffic.num_requests:,} requests a replica under other seeds"
+    return (
+        f"Replications are {least}{traffic.num_requests:,} requests a replica under other "
+        f"seeds{rows}"
+    )
 
 
 def _method(plan: Plan) -> str:

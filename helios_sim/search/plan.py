@@ -284,6 +284,7 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
         settings.num_requests or MIN_REQUESTS,
         settings.windows,
         settings.warmup_share,
+        most_samples=settings.max_replications,
     )
     # A number of requests that is asked for is kept to; so is a workload that changes with time.
     grows = traffic.replays or not (traffic.is_shaped or settings.num_requests)

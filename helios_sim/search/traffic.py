@@ -21,7 +21,7 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import expected_serving
 from helios_sim.scenario import EXPECTED_LENGTHS, Scenario, ServingSettings
 from helios_sim.streams import whole_ns
-from helios_sim.traces import TraceSettings, read_trace
+from helios_sim.traces import TraceSettings, is_drawn, read_trace
 from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
 
 MIN_WINDOW_REQUESTS = 40
@@ -72,6 +72,10 @@ class Traffic:
     Anything else is `num_requests` requests a replica. The first `warmup_share` of the requests
     are not measured. `table` is the scenario's table that asks for the windows. `grows` says
     whether samples may be made longer than that.
+
+    Drawn arrivals that take the rows of a trace in order would all meet the same lengths, whatever
+    the seed, so each of up to `most_samples` samples begins at another row, in the order in which
+    windows are taken.
     """
 
     scenario: Scenario
@@ -82,6 +86,7 @@ class Traffic:
     warmup_share: float
     table: Literal["plan", "search"] = "plan"
     grows: bool = False
+    most_samples: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.scenario.workload.arrivals, ClosedArrivals):
@@ -154,13 +159,38 @@ class Traffic:
     @property
     def windows(self) -> tuple[Stretch, ...]:
         """The windows of a replayed trace in the order in which samples take them."""
-        parts = self.stretches
+        return tuple(self.stretches[place] for place in self._order(len(self.stretches)))
+
+    def _order(self, num: int) -> list[int]:
+        """The places of so many parts of a trace in the order in which samples take them."""
         if self.table == "search":
-            return parts
-        bits = (len(parts) - 1).bit_length()
+            return list(range(num))
+        bits = (num - 1).bit_length()
         # Counting with the bits reversed halves the trace, then its halves, and so on.
-        order = sorted(range(len(parts)), key=lambda place: int(f"{place:0{bits}b}"[::-1], 2))
-        return tuple(parts[place] for place in order)
+        return sorted(range(num), key=lambda place: int(f"{place:0{bits}b}"[::-1], 2))
+
+    @cached_property
+    def num_rows(self) -> int | None:
+        """Rows of a trace that drawn arrivals take in order; None where seeds bring others."""
+        workload = self.scenario.workload
+        trace = workload.trace
+        if trace is None or not workload.takes_rows_in_order or is_drawn(trace, self.base_dir):
+            return None
+        once = trace.model_copy(update={"repeat": 1})
+        return len(read_trace(once, self.base_dir, self.scenario.seed))
+
+    def share_rows(self, num_requests: float, num_samples: int) -> bool:
+        """Whether so many samples of so many requests take some row of the trace twice."""
+        if self.num_rows is None:
+            return False
+        rows = sorted(self._rows_on(self.num_rows, index) for index in range(num_samples))
+        return num_requests > min(
+            following - row for row, following in pairwise([*rows, rows[0] + self.num_rows])
+        )
+
+    def _rows_on(self, num_rows: int, index: int) -> int:
+        """How many rows of the trace a sample begins behind the first one."""
+        return num_rows * self._order(self.most_samples)[index] // self.most_samples
 
     @property
     def peak_factor(self) -> float:
@@ -284,6 +314,10 @@ class Traffic:
             update, num = self._window(base, index, rate_per_s, num_replicas)
         else:
             update, num = self._drawn(base, rate_per_s, num_replicas)
+            if self.num_rows is not None and base.workload.takes_rows_in_order:
+                own = base.workload.first_trace_row or 0
+                row = (own + self._rows_on(self.num_rows, index)) % self.num_rows
+                update["first_trace_row"] = row or None
         measure = base.measure.model_copy(
             update={"warmup_s": 0.0, "warmup_requests": int(self.warmup_share * num)}
         )

@@ -234,6 +234,7 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
     if prices is not None:
         for profile in profiles:
             check_prices(prices, profile, f"{place}.prices")
+    needed = held_out_samples(settings).stop
     traffic = Traffic(
         space.base,
         base_dir,
@@ -242,8 +243,8 @@ def read_tune(scenario: Scenario, base_dir: Path, where: str) -> TuneQuestion:
         settings.windows,
         settings.warmup_share,
         "search",
+        most_samples=needed,
     )
-    needed = held_out_samples(settings).stop
     if traffic.num_samples is not None and needed > traffic.num_samples:
         parts = [f"{settings.replications} replications"]
         if finals_samples(settings):

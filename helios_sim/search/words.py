@@ -308,6 +308,27 @@ def _unlike_the_trace(plan: Plan) -> list[str]:
     ]
 
 
+def _shared_rows(plan: Plan) -> list[str]:
+    """That samples meet lengths which others met, where the trace is too short for all of them."""
+    traffic = plan.question.traffic
+    nums = [
+        num
+        for load in plan.best.loads
+        if (num := load.means.get("num_requests"))
+        and traffic.share_rows(num, load.verdict.num_replications)
+    ]
+    return [_shared(traffic, max(nums), "bounds tell less of other lengths")] if nums else []
+
+
+def _shared(traffic: Traffic, num_requests: float, so: str) -> str:
+    """That samples of up to so many requests share rows of the trace, and what helps."""
+    return (
+        f"Samples of up to {number(round(num_requests))} requests take the "
+        f"{number(traffic.num_rows)} rows of the trace in order, each from another one on, and "
+        f'share some: {so}. Give a longer trace, or workload.trace_rows = "random".'
+    )
+
+
 _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
     _objective,
     _carried,
@@ -316,6 +337,7 @@ _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
     _too_short,
     _peak,
     _unlike_the_trace,
+    _shared_rows,
     _shortened,
     _quality,
     _constraints,
@@ -570,6 +592,18 @@ def _few_rounds(tuned: Tuned) -> list[str]:
     ]
 
 
+def _rows_met_again(tuned: Tuned) -> list[str]:
+    """That held-out samples meet lengths which were tuned on, where the trace is too short."""
+    traffic, settings = tuned.question.traffic, tuned.question.settings
+    met = [one.means for one in (tuned.base, tuned.winner) if one is not None and one.means]
+    num = max((means.get("num_requests") or 0.0 for means in met), default=0.0)
+    if traffic.is_shaped:
+        num *= max(settings.held_out_rates)
+    if not traffic.share_rows(num, traffic.most_samples):
+        return []
+    return [_shared(traffic, num, "what is held out is not all new")]
+
+
 def _together(tuned: Tuned) -> list[str]:
     """What several objectives gain together, by which the winner is judged."""
     held = tuned.own_rate
@@ -642,7 +676,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     varied = [candidates for choices in ranged for candidates in choices]
     found += _assumed(question.profiles, _candidates(question.scenario, varied))
     found += _generated(question)
-    found += _beyond(tried) + _few_rounds(tuned) + _finals(tuned)
+    found += _beyond(tried) + _few_rounds(tuned) + _rows_met_again(tuned) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:
         return found

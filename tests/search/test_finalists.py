@@ -33,7 +33,13 @@ Answer = Callable[[int, int], tuple[float, float, float]]
 """Joules a token, agreement and TPOT p90 in ms of a batch on a sample."""
 
 
-def tuned(answer: Answer, policy: str = "helios", **search: Any) -> Tuned:
+def tuned(
+    answer: Answer,
+    policy: str = "helios",
+    workload: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    **search: Any,
+) -> Tuned:
     """A search over batches for the least energy, with these figures for answers."""
     data = {
         "name": "pencil",
@@ -43,6 +49,7 @@ def tuned(answer: Answer, policy: str = "helios", **search: Any) -> Tuned:
             "arrivals": {"kind": "poisson", "rate_per_s": 4.0},
             "prompt": {"kind": "constant", "tokens": 100},
             "output": {"kind": "constant", "tokens": 40},
+            **(workload or {}),
         },
         "fleet": {"profile": "opt-a100-40gb"},
         "policy": [{"use": policy}],
@@ -59,7 +66,8 @@ def tuned(answer: Answer, policy: str = "helios", **search: Any) -> Tuned:
             **search,
         },
     }
-    question = read_tune(parse_scenario(data, "x.toml", Path()), Path(), "x.toml")
+    base_dir = folder or Path()
+    question = read_tune(parse_scenario(data, "x.toml", base_dir), base_dir, "x.toml")
 
     def figures(point: Point) -> dict[str, Any]:
         sample = point.scenario.seed - 1
@@ -71,6 +79,7 @@ def tuned(answer: Answer, policy: str = "helios", **search: Any) -> Tuned:
                 "agreement": agreement,
                 "p99_ttft_ms": 300.0,
                 "num_measured": MEASURED,
+                "num_requests": 60,
                 "num_replicas": point.scenario.fleet.num_replicas,
                 "p99_tpot_ms": 2 * tpot_ms,
             },
@@ -203,6 +212,24 @@ def test_rounds_are_those_of_each_replica_and_of_who_reassesses() -> None:
     ten = {"policy.reassess_requests": [10], "fleet.num_replicas": [10]}
     (said,) = few_in_words(ten)
     assert "for each replica, 0.54 with trial 0: what" in said
+
+
+@pytest.mark.parametrize(("num_rows", "told"), [(360, False), (359, True)])
+def test_held_out_samples_that_share_rows_with_those_tuned_on_are_said_to(
+    tmp_path: Path, num_rows: int, told: bool
+) -> None:
+    """Six samples of 60 requests each take 360 rows."""
+    row = '{"timestamp":0,"input_length":100,"output_length":40}\n'
+    (tmp_path / "t.jsonl").write_text(num_rows * row)
+    workload = {"prompt": {"kind": "trace"}, "trace": {"file": "t.jsonl"}}
+    found = tuned(
+        lambda batch, sample: (joules(batch, sample), 0.95, 1.0),
+        workload=workload,
+        folder=tmp_path,
+        num_requests=60,
+    )
+    said = [one for one in tune_remarks(found) if "what is held out is not all new" in one]
+    assert bool(said) == told
 
 
 def test_where_no_finalist_keeps_the_constraints_the_nearest_is_named_and_nothing_changed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,14 @@ from helios_sim.search.plan import (
 )
 from helios_sim.search.prices import Cost
 from helios_sim.search.verdict import Verdict
+from helios_sim.search.words import plan_remarks
 from helios_sim.toml_writer import toml_text
 from tests.search.test_commands import inline, write
 
 CARRIED = Verdict((), 3)
+TRACE = (
+    Path(__file__).parents[2] / "scenarios/traces/azure_llm_2023/AzureLLMInferenceTrace_conv.csv.gz"
+)
 DAY = [2.0, 1.0, 0.0, *[0.5] * 21]
 """Weights of the hours: the first is the busiest."""
 
@@ -180,6 +186,35 @@ def test_requests_are_left_to_the_context_where_no_fleet_would_meet_others(
     path = write(tmp_path, **TWO_CONTEXTS)
     question = read_plan(load_scenario(path, [change]), tmp_path, "small.toml")
     assert question.scenario.workload.context_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("num_requests", "num_samples", "rows", "told"),
+    [
+        pytest.param(6000.0, 3, "in-order", False, id="three samples of a third of the trace"),
+        pytest.param(7000.0, 3, "in-order", True, id="three samples of more than a third"),
+        pytest.param(6000.0, 6, "in-order", True, id="six samples of a third"),
+        pytest.param(90_000.0, 6, "random", False, id="rows are drawn"),
+    ],
+)
+def test_samples_that_share_rows_of_a_short_trace_are_said_to(
+    tmp_path: Path, num_requests: float, num_samples: int, rows: str, told: bool
+) -> None:
+    """The trace has 19,366 rows; samples begin at three or six places of it."""
+    trace = {"file": str(TRACE)}
+    arrivals = {"kind": "poisson", "rate_per_s": 4.0}
+    workload = {"num_requests": 60, "arrivals": arrivals, "trace": trace, "trace_rows": rows}
+    path = tmp_path / "short.toml"
+    data = tomllib.loads(write(tmp_path, plan={"max_replications": 6}).read_text())
+    path.write_text(toml_text({**data, "workload": workload}))
+    question = read_plan(load_scenario(path), tmp_path, "short.toml")
+    load = Load(1, 4.0, Verdict((), num_samples), {"num_requests": num_requests})
+    capacity = Capacity(4.0, 4.0, math.inf, (), "all carried")
+    best = replace(answer_of(question, 1), loads=(load,), capacity=capacity)
+    said = [one for one in plan_remarks(make_plan(question, [best], best)) if "share some" in one]
+    assert bool(said) == told
+    if told:
+        assert f"Samples of up to {num_requests:,.0f} requests take the 19,366 rows" in said[0]
 
 
 TWO_FAMILIES = ["layerskip-a100-40gb", "opt-a100-40gb"]

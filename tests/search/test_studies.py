@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -554,6 +554,68 @@ def test_every_sample_expects_the_lengths_of_all_the_traffic(tmp_path: Path) -> 
         assert sample.serving.expected_output_tokens == 9
         own.add(prepare(sample, tmp_path).requests(sample.seed)[0].mean_prompt_tokens)
     assert len(own) == 3
+
+
+def of_rows(folder: Path, num: int, **more: Any) -> Scenario:
+    """Poisson arrivals with the lengths of a trace in which every prompt has its row's length."""
+    lines = [
+        f'{{"timestamp":{100 * i},"input_length":{1 + i},"output_length":5}}\n' for i in range(num)
+    ]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    arrivals = {"kind": "poisson", "rate_per_s": 4.0}
+    workload = {"num_requests": 50, "arrivals": arrivals, "trace": {"file": "rows.jsonl"}, **more}
+    return scenario(folder, workload=workload)
+
+
+def rows_of(sample: Scenario, folder: Path) -> list[int]:
+    """The rows of the trace that a sample takes, counted from 0."""
+    requests = generate(sample.workload, sample.seed, folder, ("text",))
+    return [int(tokens) - 1 for tokens in requests.prompt_tokens]
+
+
+@pytest.mark.parametrize(
+    ("table", "places"), [("plan", [0, 4, 2, 1, 5, 3]), ("search", [0, 1, 2, 3, 4, 5])]
+)
+def test_samples_that_take_a_trace_s_lengths_in_order_take_rows_of_their_own(
+    tmp_path: Path, table: Literal["plan", "search"], places: list[int]
+) -> None:
+    """Six samples of 100 rows each share none of 600, at any rate; longer ones begin as they do.
+
+    Else every seed would bring the same lengths, and no bound would hold what others would do.
+    """
+    base = of_rows(tmp_path, 600)
+    traffic = Traffic(base, tmp_path, "x.toml", 100, 4, 0.1, table, most_samples=6)
+    for index, place in enumerate(places):
+        for rate in (None, 9.0):
+            rows = rows_of(traffic.sample(base, index, rate), tmp_path)
+            assert rows == list(range(100 * place, 100 * place + 100))
+        longer = rows_of(traffic.sample(base, index, 9.0, 2), tmp_path)
+        assert longer == [(100 * place + row) % 600 for row in range(200)]
+    assert traffic.sample(base, 0).workload.first_trace_row is None
+    later = of_rows(tmp_path, 600, first_trace_row=550)
+    traffic = replace(traffic, scenario=later)
+    assert rows_of(traffic.sample(later, 1), tmp_path)[0] == (550 + 100 * places[1]) % 600
+
+
+def test_a_whole_workload_that_changes_takes_rows_of_its_own_too(tmp_path: Path) -> None:
+    base = of_rows(tmp_path, 600, arrivals=SCHEDULE)
+    traffic = Traffic(base, tmp_path, "x.toml", 100, 4, 0.1, "search", most_samples=3)
+    firsts = [rows_of(traffic.sample(base, index), tmp_path)[0] for index in range(3)]
+    assert firsts == [0, 200, 400]
+
+
+def test_samples_share_rows_where_the_trace_is_too_short_for_all_of_them(tmp_path: Path) -> None:
+    """Of six places the first three are two apart; one sample shares rows once it wraps around."""
+    base = of_rows(tmp_path, 600)
+    traffic = Traffic(base, tmp_path, "x.toml", 100, 4, 0.1, most_samples=6)
+    for num_samples, apart in ((1, 600), (3, 200), (6, 100)):
+        assert not traffic.share_rows(apart, num_samples)
+        assert traffic.share_rows(apart + 1, num_samples)
+    repeated = of_rows(tmp_path, 600, trace={"file": "rows.jsonl", "repeat": 9})
+    assert replace(traffic, scenario=repeated).num_rows == 600
+    for more in ({"trace_rows": "random"}, {"arrivals": {"kind": "trace"}}):
+        other = replace(traffic, scenario=of_rows(tmp_path, 600, **more))
+        assert other.num_rows is None and not other.share_rows(10_000, 6)
 
 
 def test_a_closed_loop_has_no_rate_to_search(tmp_path: Path) -> None:
