@@ -662,10 +662,10 @@ def _show(results: Sequence[Result]) -> None:
 
 
 def _say_changed(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Say below a table how many requests were not sent as the workload has them."""
-    from helios_sim.report.words import changed_requests
+    """Say below a table how many requests were not sent, or users not there, as asked for."""
+    from helios_sim.report.words import changed_requests, idle_users
 
-    for text in changed_requests(summaries):
+    for text in [*changed_requests(summaries), *idle_users(summaries)]:
         _say(text)
 
 

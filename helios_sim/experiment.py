@@ -16,7 +16,7 @@ from helios_sim.errors import InputError, did_you_mean
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
 from helios_sim.laws import check_run
-from helios_sim.metrics import aggregate, summarise
+from helios_sim.metrics import aggregate, summarise, user_figures
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
@@ -247,13 +247,14 @@ def run_policy(
         _check_fits(experiment, policy, requests)
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
-        num_dropped = requests.num_dropped
+        num_dropped, user = requests.num_dropped, requests.user
         # The world is as large as the records made of it, and nobody needs it any more.
         played.disband()
         del played, requests
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary |= {"num_dropped": num_dropped, "num_shortened": num_shortened}
+        summary |= user_figures(run, user)
         beyond = _beyond_measured(experiment.setup.profile, run, scenario.serving.max_batch)
         if beyond:
             summary["beyond_measured"] = beyond

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from helios_sim.errors import InputError
@@ -235,6 +236,29 @@ def summarise(
     # A limit, not a figure: rounded it could let another request count.
     rounded["warmup_s"] = warmup_s
     return rounded
+
+
+def user_figures(run: RunData, user: NDArray[np.int32] | None) -> dict[str, Any]:
+    """How many users a closed loop has, and how many are active on average over the whole run.
+
+    A user is active from the first request on until the last one has left. `user` has that of
+    every request, in the order in which they were numbered; without any there is nothing to say.
+    """
+    if user is None:
+        return {}
+    columns, end_s = columns_of(run), run.totals.end_s
+    mine = user[columns.request_id]
+    num_users = int(user.max()) + 1
+    left_s = np.where(columns.finished, columns.finished_s, end_s)
+    left_s = np.where(columns.refused, columns.arrival_s, left_s)
+    begun_s, ended_s = np.full(num_users, end_s), np.zeros(num_users)
+    np.minimum.at(begun_s, mine, columns.arrival_s)
+    np.maximum.at(ended_s, mine, left_s)
+    active_s = float(np.maximum(ended_s - begun_s, 0.0).sum())
+    found: dict[str, Any] = rounded_figures(
+        {"num_users": num_users, "mean_active_users": _ratio(active_s, end_s)}
+    )
+    return found
 
 
 def rounded_figures(value: Any) -> Any:

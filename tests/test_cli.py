@@ -557,6 +557,27 @@ def test_check_says_within_what_time_and_how_often_requests_arrive(
     assert said in _out(capsys)
 
 
+def test_a_closed_loop_tells_how_many_users_are_active_and_says_where_they_are_few(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forty users with a request each, who start one after the other and rest once answered."""
+    closed = '{kind="closed", num_users=40, think_s=1, ramp_s=60}'
+    changes = ("--set", "workload.num_requests=40", "--set", f"workload.arrivals={closed}")
+    out = tmp_path / "out"
+    assert run("simulate", scenario, *changes, "--policy", "vanilla", "--out", out) == 0
+    figures = json.loads((out / "vanilla" / "summary.json").read_text())
+    # Nobody thinks after the only answer: users are active as long as requests are in the system.
+    active = figures["mean_e2el_ms"] / 1e3 * 40 / figures["duration"]
+    assert figures["num_users"] == 40
+    assert figures["mean_active_users"] == pytest.approx(active)
+    assert active < 38.0
+    assert "of 40 users. A user is dealt its requests beforehand" in _out(capsys)
+    assert "of 40 users. A user is dealt its" in (out / "report.html").read_text()
+    assert run("simulate", scenario, "--policy", "vanilla", "--out", out) == 0
+    assert "num_users" not in json.loads((out / "vanilla" / "summary.json").read_text())
+    assert "Active on average" not in _out(capsys)
+
+
 @pytest.mark.parametrize(
     ("now", "rate_scale", "said"),
     [

@@ -825,6 +825,17 @@ def test_remarks_say_how_many_requests_were_shortened_or_left_out_and_why() -> N
     assert not [one for one in remarks([plain]) if "Shortened" in one or "Left out" in one]
 
 
+def test_remarks_say_that_users_rest_for_a_part_of_a_closed_loop() -> None:
+    """From 95 % of them on they are as good as all."""
+    enough = summary("vanilla", 100.0, 20.0, num_users=40, mean_active_users=38.0)
+    few = summary("helios", 100.0, 20.0, num_users=40, mean_active_users=37.9)
+    open_loop = summary("never", 100.0, 20.0)
+    assert not [one for one in remarks([enough, open_loop]) if "Active" in one]
+    (said,) = [one for one in remarks([enough, few, open_loop]) if "Active" in one]
+    assert said.startswith("Active on average: 37.9 of 40 users (helios). A user is dealt its ")
+    assert said.endswith("give more requests per user (workload.num_requests).")
+
+
 def test_one_limit_is_drawn_once_and_of_several_their_meeting_too() -> None:
     runs = make_runs()
     for text, rows in (

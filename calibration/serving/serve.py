@@ -48,7 +48,7 @@ from helios_sim.exits import load_traces, write_traces
 from helios_sim.folder_names import folder_names
 from helios_sim.garbage import uncollected
 from helios_sim.laws import check_run
-from helios_sim.metrics import summarise
+from helios_sim.metrics import summarise, user_figures
 from helios_sim.model import ModelShape
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
@@ -449,6 +449,7 @@ def serve_once(
     summary |= {
         "num_dropped": prepared.requests.num_dropped,
         "num_shortened": prepared.num_shortened,
+        **user_figures(run, prepared.requests.user),
     }
     traces = served_traces(
         judged,

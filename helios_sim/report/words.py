@@ -21,6 +21,8 @@ _TELLING: Final = (
     ("perplexity", "perplexity", "", 1.0),
 )
 """What tells runs apart that serve the same load: key, title, unit, factor to the unit."""
+ENOUGH_ACTIVE: Final = 0.95
+"""Share of a closed loop's users that are active on average, below which a run is not theirs."""
 
 
 def device_of(environment: Mapping[str, Any]) -> str:
@@ -374,6 +376,7 @@ def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[s
         _refused_by_all(summaries, num_refused_by_all),
         _refused_by_some(summaries, num_refused_by_all),
         *changed_requests(summaries),
+        *idle_users(summaries),
         _one_of_the_seeds(summaries),
     )
     return [remark for remark in said if remark is not None]
@@ -498,6 +501,22 @@ def changed_requests(summaries: Sequence[Summary]) -> list[str]:
             "tokens or without an arrival is no request (num_dropped)."
         )
     return said
+
+
+def idle_users(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That users of a closed loop rest for a part of the run, so that it is driven by fewer."""
+    told = []
+    for one in summaries:
+        num, active = one.get("num_users"), one.get("mean_active_users")
+        rest = num is not None and active is not None and active < ENOUGH_ACTIVE * num
+        told.append(f"{number(active)} of {number(num)} users" if rest else "")
+    if not any(told):
+        return []
+    return [
+        f"Active on average: {_by_label(told, summaries)}. A user is dealt its requests beforehand "
+        "and rests before the first and after the last, so throughput and load are those of fewer "
+        "users; give more requests per user (workload.num_requests)."
+    ]
 
 
 def _one_of_the_seeds(summaries: Sequence[Summary]) -> str | None:

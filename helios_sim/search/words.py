@@ -8,7 +8,7 @@ from typing import Final
 
 from helios_sim.profile import MarkovExits, Profile
 from helios_sim.questions import MAX_PEAK_FACTOR
-from helios_sim.report.words import assuming, extrapolated, standing_in, worth
+from helios_sim.report.words import assuming, extrapolated, idle_users, standing_in, worth
 from helios_sim.scenario import Scenario
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import Goal, in_words
@@ -446,7 +446,9 @@ def whatif_remarks(
     if slo is not None and not any(key.startswith("slo") for cell in cells for key in cell.values):
         found.append(f"SLO: {limits(str(slo))}; a request that meets all of it is good.")
     found += [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
-    found += _agreements([cell for cell in cells if cell.means is not None])
+    able = [cell for cell in cells if cell.means is not None]
+    found += _agreements(able)
+    found += idle_users([{**(cell.means or {}), "label": cell.name} for cell in able])
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
     grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
     varied = [cell.values[CANDIDATES] for cell in cells if CANDIDATES in cell.values]

@@ -145,6 +145,16 @@ def test_the_remarks_of_a_grid_say_its_slo_unless_that_is_what_varies(tmp_path: 
     assert not any("SLO" in one for one in whatif_remarks(scenario, varied, 1, []))
 
 
+def test_a_grid_says_which_cells_have_users_who_rest(tmp_path: Path) -> None:
+    cells = [cell("chunked", [5.0], 20.0), cell("static", [4.0], 20.0)]
+    for one, active in zip(cells, (7.9, 6.0), strict=True):
+        assert isinstance(one.means, dict)
+        one.means.update(num_users=8.0, mean_active_users=active)
+    told = whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [])
+    (said,) = [one for one in told if "Active" in one]
+    assert said.startswith(f"Active on average: 6 of 8 users ({cells[1].name}). A user")
+
+
 def test_a_grid_whose_cells_differ_in_quality_says_so(tmp_path: Path) -> None:
     cells = [cell("chunked", [5.0], 20.0, 0.75), cell("static", [4.0], 20.0)]
     (said,) = [
