@@ -62,7 +62,7 @@ def attainment_figure(answers: Sequence[FleetAnswer], target_per_s: float | None
             common
             | {
                 "mode": "lines",
-                "y": rounded([min(1.0, one.high) for one in worst], 4),
+                "y": rounded([one.bounds[1] for one in worst], 4),
                 "line": {"width": 0},
                 "showlegend": False,
                 "hoverinfo": "skip",
@@ -70,7 +70,7 @@ def attainment_figure(answers: Sequence[FleetAnswer], target_per_s: float | None
             common
             | {
                 "mode": "lines",
-                "y": rounded([max(0.0, one.low) for one in worst], 4),
+                "y": rounded([one.bounds[0] for one in worst], 4),
                 "line": {"width": 0},
                 "fill": "tonexty",
                 "fillcolor": f"{colour}/0.13",

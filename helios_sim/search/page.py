@@ -322,10 +322,8 @@ def _evidence(best: FleetAnswer) -> str:
             if one is None:
                 shares.append("\N{EN DASH}")
             else:
-                shares.append(
-                    f"{100 * one.mean:.1f} [{100 * max(0.0, one.low):.1f}, "
-                    f"{100 * min(1.0, one.high):.1f}]"
-                )
+                low, high = one.bounds
+                shares.append(f"{100 * one.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         rows.append(
             [
                 f"{load.num_replicas} at {number(load.rate_per_s, 4)}/s",

@@ -310,6 +310,7 @@ def _load_record(answer: FleetAnswer, load: Load) -> dict[str, Any]:
         load.rate_per_s,
     )
     worst = load.verdict.worst
+    worst_low, worst_high = worst.bounds
     means = answer.figures if is_planned else load.means
     return {
         "num_replicas": load.num_replicas,
@@ -320,8 +321,8 @@ def _load_record(answer: FleetAnswer, load: Load) -> dict[str, Any]:
         "num_replications": load.verdict.num_replications,
         "worst_limit": worst.words,
         "worst_share": worst.mean,
-        "worst_share_low": worst.low,
-        "worst_share_high": worst.high,
+        "worst_share_low": worst_low,
+        "worst_share_high": worst_high,
         "planned": is_planned,
         "cost_per_hour": answer.cost.per_hour if is_planned and answer.cost else None,
         "cost_per_million_tokens": (

@@ -48,6 +48,11 @@ class Criterion:
         return f"{told} for {100 * self.target:g} % of the requests"
 
     @property
+    def bounds(self) -> tuple[float, float]:
+        """The bounds as the shares that they are of: Student's t reaches beyond 0 and 1."""
+        return max(0.0, self.low), min(1.0, self.high)
+
+    @property
     def holds(self) -> bool:
         """Whether the share reaches the target on average."""
         return reaches(self.mean, self.target)
