@@ -192,7 +192,7 @@ def _cost(plan: Plan) -> list[str]:
     if cost is None or prices is None:
         return []
     currency = prices.currency
-    grades = listed(grades_of(prices, {one.fleet.device for one in plan.answers}))
+    grades = listed(grades_of(prices, [plan.best.fleet.device]))
     found = [
         f"Cost: {number(cost.per_hour)} {currency} an hour, "
         f"{number(cost.per_million_tokens)} {currency} a million output tokens, at the {grades} "

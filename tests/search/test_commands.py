@@ -31,6 +31,8 @@ from helios_sim.search.tune import read_tune, samples_of
 from helios_sim.search.words import TIMES
 from helios_sim.toml_writer import toml_text
 
+A100, H100 = "NVIDIA A100-SXM4-40GB", "NVIDIA H100-SXM5-80GB"
+
 RANGES = {
     "policy.breach_limit": {"low": 10, "high": 90},
     "policy.reassess_requests": {"low": 20, "high": 500, "log": True},
@@ -150,13 +152,19 @@ def test_every_answer_says_what_the_numbers_behind_it_are(tmp_path: Path) -> Non
 
 
 def test_the_cost_of_a_plan_is_at_prices_of_a_named_grade(tmp_path: Path) -> None:
-    """The energy's too; a device that is not compared has no part in it."""
+    """The energy's too; a device that is not recommended has no part in it."""
     (tmp_path / "prices.toml").write_text(
-        '[gpu."NVIDIA A100-SXM4-40GB"]\nper_gpu_hour = 3.6\ngrade = "quoted"\n'
-        '[gpu.another]\nper_gpu_hour = 1.0\ngrade = "paid"\n'
+        f'[gpu."{A100}"]\nper_gpu_hour = 3.6\ngrade = "quoted"\n'
+        f'[gpu."{H100}"]\nper_gpu_hour = 99.0\ngrade = "paid"\n'
         '[energy]\nper_kwh = 0.1\ngrade = "assumed"\n'
     )
-    path = write(tmp_path, policy=[{"use": "never"}], plan={"prices": "prices.toml"})
+    profiles = {"profiles": ["layerskip-a100-40gb", "layerskip-h100-80gb"]}
+    path = write(
+        tmp_path,
+        fleet={"profile": "layerskip-a100-40gb", "candidates": ["llama3-8b"]},
+        policy=[{"use": "never"}],
+        plan={"prices": "prices.toml", **profiles},
+    )
     said = plan(path, [], inline(tmp_path / "out"))
     (cost,) = [one for one in said.sentences if one.startswith("Cost: ")]
     assert cost.endswith("at the quoted and assumed prices of prices.toml.")
@@ -768,9 +776,6 @@ def priced(folder: Path, devices: dict[str, float]) -> Path:
     }
     fleet = {"profile": "layerskip-a100-40gb", "candidates": ["llama2-7b"]}
     return write(folder, policy=[{"use": "never"}], fleet=fleet, search=search)
-
-
-A100, H100 = "NVIDIA A100-SXM4-40GB", "NVIDIA H100-SXM5-80GB"
 
 
 def test_a_trial_on_another_device_costs_what_that_device_does(tmp_path: Path) -> None:
