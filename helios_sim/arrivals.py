@@ -305,6 +305,27 @@ class RateProfile:
         area = into_s * (float(self.rate_per_s[piece]) + 0.5 * float(self.slope[piece]) * into_s)
         return periods * self.period_expected + float(self.expected_at[piece]) + area
 
+    def highest(self, since_s: float, until_s: float) -> float:
+        """The highest rate between two times."""
+        laps_s, last_s = [0.0], math.inf
+        if self.period_s is not None:
+            laps_s, last_s = [0.0, self.period_s], self.period_s
+            until_s -= since_s
+            since_s %= self.period_s
+            until_s += since_s
+            if until_s - since_s >= self.period_s:
+                since_s, until_s = 0.0, self.period_s
+        most = 0.0
+        for lap_s in laps_s:
+            at_s = self.at_s + lap_s
+            begin_s = np.maximum(at_s, since_s)
+            end_s = np.minimum(np.append(at_s[1:], lap_s + last_s), until_s)
+            # A rate that holds for ever has no slope, so that its begin says it all.
+            for time_s in (begin_s, np.where(np.isinf(end_s), begin_s, end_s)):
+                rates = self.rate_per_s + self.slope * (time_s - at_s)
+                most = max([most, *rates[begin_s < end_s]])
+        return float(most)
+
     def when(self, expected: Floats) -> Floats:
         """The times before which so many arrivals are expected: the inverse of `expected`."""
         periods: Floats | float = 0.0
@@ -431,3 +452,16 @@ def closed_arrivals(
         think_s = -np.log1p(-stream(seed, "think").random(num_requests)) * settings.think_s
     start_s = settings.ramp_s * rows / settings.num_users
     return whole_ns(np.where(rows < settings.num_users, start_s, think_s)), user
+
+
+def peak_rate_per_s(
+    settings: OpenArrivals, num_requests: int | None, duration_s: float | None
+) -> float:
+    """The highest rate before `duration_s`, or until `num_requests` are expected."""
+    _, profile, start_s = _process(settings)
+    if duration_s is not None:
+        return profile.highest(start_s, start_s + duration_s)
+    until = profile.expected(start_s) + (num_requests or 0)
+    if until >= profile.total_expected:
+        return profile.highest(start_s, math.inf)
+    return profile.highest(start_s, float(profile.when(np.array([until]))[0]))

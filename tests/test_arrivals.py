@@ -17,6 +17,7 @@ from helios_sim.arrivals import (
     Renewal,
     closed_arrivals,
     open_arrivals,
+    peak_rate_per_s,
     weibull_shape,
 )
 from helios_sim.errors import InputError
@@ -132,6 +133,39 @@ def test_when_inverts_expected(
     assert np.all(np.diff(times) >= 0)
     back = np.array([profile.expected(float(time_s)) for time_s in times])
     assert np.allclose(back, asked, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("table", "num", "duration_s", "peak"),
+    [
+        pytest.param({"rate_per_s": 3.0}, None, 9.0, 3.0, id="one rate"),
+        pytest.param({"points": [[0, 2], [10, 8], [20, 1]]}, None, 15.0, 8.0, id="within time"),
+        pytest.param({"points": [[0, 2], [10, 8], [20, 1]]}, None, 10.0, 2.0, id="before it"),
+        pytest.param({"points": [[0, 2], [10, 8], [20, 1]]}, 20, None, 2.0, id="few requests"),
+        pytest.param({"points": [[0, 2], [10, 8], [20, 1]]}, 21, None, 8.0, id="one more"),
+        pytest.param({"points": [[0, 2], [10, 8], [20, 0]]}, 100, None, 8.0, id="all there are"),
+        pytest.param(
+            {"points": [[0, 2], [10, 8]], "interpolate": True}, None, 5.0, 5.0, id="half way up"
+        ),
+        pytest.param({"weights": OFFICE_DAY}, None, 86400.0, 13.0, id="a day"),
+        pytest.param({"weights": OFFICE_DAY}, None, 3600.0, 2.0, id="its first hour"),
+        pytest.param({"weights": OFFICE_DAY, "start": 23.5}, None, 2700.0, 3.0, id="midnight"),
+        pytest.param({"weights": OFFICE_DAY, "start": 19.5}, None, 36000.0, 8.0, id="a night"),
+        pytest.param({"weights": OFFICE_DAY, "start": 20}, None, 100000.0, 13.0, id="for longer"),
+    ],
+)
+def test_the_peak_of_a_changing_rate_is_the_highest_that_a_run_comes_to(
+    table: dict[str, Any], num: int | None, duration_s: float | None, peak: float
+) -> None:
+    """Rates of the office day are its weights: its mean rate is theirs."""
+    if "weights" in table:
+        weights, mean = table["weights"], sum(OFFICE_DAY) / 24
+        table = {"kind": "daily", "mean_rate_per_s": mean, "start_hour": table.get("start", 0)}
+        table["hourly_weights"] = weights
+    else:
+        table = {"kind": "schedule" if "points" in table else "poisson", **table}
+    found = peak_rate_per_s(ADAPTER.validate_python(table), num, duration_s)
+    assert found == pytest.approx(peak)
 
 
 @given(points=points, interpolate=st.booleans(), seed=st.integers(0, 10_000))

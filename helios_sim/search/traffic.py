@@ -16,6 +16,7 @@ from helios_sim.arrivals import (
     DailyArrivals,
     ScheduleArrivals,
     mean_rate_per_s,
+    peak_rate_per_s,
 )
 from helios_sim.errors import InputError
 from helios_sim.experiment import expected_serving
@@ -194,7 +195,13 @@ class Traffic:
 
     @property
     def peak_factor(self) -> float:
-        """How many times the mean rate of a trace its busiest window has."""
+        """How many times the mean rate a trace's busiest window, or a changing rate's peak, has."""
+        workload = self.scenario.workload
+        if isinstance(workload.arrivals, ScheduleArrivals | DailyArrivals):
+            peak = peak_rate_per_s(workload.arrivals, workload.num_requests, workload.duration_s)
+            return peak / self.rate_per_s
+        if not self.replays:
+            return 1.0
         parts = self.stretches
         span_s = parts[-1].end_s - parts[0].start_s
         mean = sum(part.num_requests for part in parts) / span_s

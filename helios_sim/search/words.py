@@ -120,6 +120,20 @@ def _carried(plan: Plan) -> list[str]:
     ]
 
 
+def _mean(plan: Plan) -> list[str]:
+    """That rates are means, where the workload changes with time, and what its peak is."""
+    traffic, planned = plan.question.traffic, plan.best.planned
+    assert planned is not None
+    factor = traffic.peak_factor
+    if traffic.replays or factor < 1.0 + ALIKE:
+        return []
+    return [
+        "Rates are means of a workload that changes with time, which samples play whole: its peak "
+        f"is {factor:.2f} times the mean, {number(factor * planned.rate_per_s, 4)} requests/s "
+        f"where the mean is {number(planned.rate_per_s, 4)}."
+    ]
+
+
 def _breaks_first(plan: Plan) -> list[str]:
     """Which limit is missed at the first rate that is, and what is short there."""
     capacity, bottleneck = plan.best.capacity, plan.best.bottleneck
@@ -332,6 +346,7 @@ def _shared(traffic: Traffic, num_requests: float, so: str) -> str:
 _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
     _objective,
     _carried,
+    _mean,
     _peak_missed,
     _breaks_first,
     _too_short,

@@ -556,6 +556,32 @@ def test_a_peak_that_is_not_carried_at_the_mean_asked_for_is_said_with_what_carr
     assert not any("not carried" in one for one in said.sentences)
 
 
+@pytest.mark.parametrize("target", [None, 8.0])
+def test_rates_of_a_workload_that_changes_are_said_to_be_means_and_its_peak_is_named(
+    tmp_path: Path, target: float | None
+) -> None:
+    """3 a second but for 12 in the second of four minutes: 5.25 on average, 2.29 times as many."""
+    arrivals = {"kind": "schedule", "points": [[0, 3], [60, 12], [120, 3]]}
+    data: dict[str, Any] = {"policy": [{"use": "vanilla"}], "slo": {"text": "ttft:4000"}}
+    path = write(tmp_path, **data, plan={} if target is None else {"target_rate_per_s": target})
+    data = tomllib.loads(path.read_text())
+    data["workload"] |= {"arrivals": arrivals, "duration_s": 240.0}
+    del data["workload"]["num_requests"]
+    path.write_text(toml_text(data))
+    said = plan(path, [], inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if one.startswith("Rates are means")]
+    found = re.search(
+        r"its peak is (\S+) times the mean, (\S+) requests/s where .* is (\S+)\.", told
+    )
+    assert found is not None
+    factor, peak, mean = map(float, found.groups())
+    (planned,) = [row["rate_per_s"] for row in said.rows if row["planned"]]
+    assert mean == pytest.approx(planned if target is None else target, rel=1e-3)
+    assert factor == pytest.approx(12 / 5.25, rel=0.05)
+    assert peak == pytest.approx(factor * mean, rel=2e-3)
+    assert told in html.unescape((tmp_path / "out" / "report.html").read_text())
+
+
 def test_replications_nobody_asked_for_give_way_to_the_windows(tmp_path: Path) -> None:
     path = bursty(tmp_path)
     path.write_text(path.read_text().replace("max_replications = 3\n", ""))
