@@ -194,7 +194,9 @@ def _energy(plan: Plan) -> list[str]:
     energy, agreement = plan.best.figures.get("energy_per_output_token"), plan.best.agreement
     if energy is None:
         return []
-    said = f"Energy: {number(1e-3 * energy)} J an output token at that rate"
+    assert plan.best.planned is not None
+    at = number(plan.best.planned.rate_per_s, 4)
+    said = f"Energy at {at} requests/s: {number(1e-3 * energy)} J an output token"
     if agreement is not None:
         said += f"; {number(100 * agreement)} % of the tokens equal the full model's"
     return [f"{said}."]
@@ -202,24 +204,30 @@ def _energy(plan: Plan) -> list[str]:
 
 def _cost(plan: Plan) -> list[str]:
     """What the fleet costs, at which prices, and what its day does."""
-    cost, prices = plan.best.cost, plan.question.prices
-    if cost is None or prices is None:
+    cost, prices, planned = plan.best.cost, plan.question.prices, plan.best.planned
+    if cost is None or prices is None or planned is None:
         return []
     currency = prices.currency
     grades = listed(grades_of(prices, [plan.best.fleet.device]))
     found = [
-        f"Cost: {number(cost.per_hour)} {currency} an hour, "
-        f"{number(cost.per_million_tokens)} {currency} a million output tokens, at the {grades} "
-        f"prices of {plan.question.settings.prices}."
+        f"Cost at {number(planned.rate_per_s, 4)} requests/s: {number(cost.per_hour)} {currency} "
+        f"an hour, {number(cost.per_million_tokens)} {currency} a million output tokens, at the "
+        f"{grades} prices of {plan.question.settings.prices}."
     ]
     if plan.hours:
         day = sum(hour.cost_per_hour or 0.0 for hour in plan.hours)
         always = 24 * cost.per_hour
         saved = 1.0 - day / always if always else 0.0
-        found.append(
+        said = (
             f"Over the day: {number(day)} {currency} instead of {number(always)} with the fleet "
-            f"always on, {100 * saved:.0f} % less."
+            f"always on, {100 * saved:.0f} % less"
         )
+        if cost.per_million_tokens is not None:
+            # Tokens are as many for each request of the day as at its busiest.
+            tokens_m = cost.per_hour / cost.per_million_tokens
+            tokens_m *= sum(hour.rate_per_s for hour in plan.hours) / planned.rate_per_s
+            said += f"; {number(day / tokens_m)} {currency} a million output tokens"
+        found.append(f"{said}.")
     return found
 
 

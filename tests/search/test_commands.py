@@ -166,7 +166,7 @@ def test_the_cost_of_a_plan_is_at_prices_of_a_named_grade(tmp_path: Path) -> Non
         plan={"prices": "prices.toml", **profiles},
     )
     said = plan(path, [], inline(tmp_path / "out"))
-    (cost,) = [one for one in said.sentences if one.startswith("Cost: ")]
+    (cost,) = [one for one in said.sentences if one.startswith("Cost at ")]
     assert cost.endswith("at the quoted and assumed prices of prices.toml.")
 
 

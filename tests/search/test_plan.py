@@ -95,6 +95,33 @@ def test_each_hour_has_the_replicas_for_its_rate_at_the_less_that_one_surely_car
     assert plan.headroom == pytest.approx(1.5 * together_per_s / 30.0 - 1.0)
 
 
+def test_a_day_has_its_own_cost_a_token_beside_that_of_its_busiest_hour(tmp_path: Path) -> None:
+    """The busiest hour gives 4 million tokens and the day 6.75 times that, with 28 replica hours.
+
+    A replica hour costs 2.
+    """
+    (tmp_path / "prices.toml").write_text(
+        '[gpu."NVIDIA A100-SXM4-40GB"]\nper_gpu_hour = 2.0\ngrade = "paid"\n'
+    )
+    asked = {"target_rate_per_s": 30.0, "hourly_weights": DAY, "prices": "prices.toml"}
+    question = question_of(tmp_path, **asked)
+    alone = answer_of(question, 4, cost=Cost(8.0, 2.0))
+    together = Capacity(40.0, 40.0, 40.0, (), "all carried")
+    plan = make_plan(question, [alone], replace(alone, capacity=together, capacity_replicas=4))
+    replicas = [hour.num_replicas for hour in plan.hours]
+    assert replicas == [4, 2, *[1] * 22]
+    tokens_m = 4.0 * (1 + 1 / 2 + 0 + 21 / 4)
+    cost, day = (one for one in plan_remarks(plan) if " USD" in one)
+    assert cost == (
+        "Cost at 30 requests/s: 8 USD an hour, 2 USD a million output tokens, at the paid prices "
+        "of prices.toml."
+    )
+    assert day == (
+        "Over the day: 56 USD instead of 192 with the fleet always on, 71 % less; "
+        f"{56 / tokens_m:.2f} USD a million output tokens."
+    )
+
+
 def test_where_one_replica_surely_carries_no_rate_every_hour_has_the_whole_fleet(
     tmp_path: Path,
 ) -> None:
