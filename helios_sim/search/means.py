@@ -31,3 +31,13 @@ def clauses_beyond(figures: Sequence[Figures]) -> tuple[str, ...]:
         for clause in one["summary"].get("beyond_measured", ()):
             found.setdefault(clause.partition(":")[0], clause)
     return tuple(found.values())
+
+
+def models_served(figures: Sequence[Figures]) -> tuple[str, ...]:
+    """The models that served in any of some runs, in the order of the candidates."""
+    summaries = [one["summary"] for one in figures]
+    served = {
+        place.rpartition("@")[0] for one in summaries for place in one.get("depth_share") or {}
+    }
+    candidates = [name for one in summaries for name in one.get("exit_histogram") or {}]
+    return tuple(name for name in dict.fromkeys(candidates) if name in served)

@@ -32,7 +32,7 @@ from helios_sim.search.goals import (
     in_words,
     parse_constraints,
 )
-from helios_sim.search.means import Means, clauses_beyond, mean_figures
+from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import Cost, Prices, check_prices, cost_of, load_prices
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
@@ -129,8 +129,8 @@ class FleetAnswer:
     `capacity` is that of `capacity_replicas` replicas. With a target, `size` is the smallest
     number that carries it and `planned` what that number does at the target; without one
     `planned` is the load at the capacity. `loads` are all that was measured. `figures` are of a
-    run of the planned scenario, or means over samples where `is_one_run` is False; `broken` are
-    the constraints that they break.
+    run of the planned scenario, or means over samples where `is_one_run` is False, in which
+    `models` served; `broken` are the constraints that they break.
     """
 
     fleet: Fleet
@@ -144,6 +144,7 @@ class FleetAnswer:
     cost: Cost | None = None
     figures: Means = field(default_factory=dict)
     is_one_run: bool = False
+    models: tuple[str, ...] = ()
     broken: tuple[Broken, ...] = ()
 
     @property
@@ -719,6 +720,7 @@ def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
                 answer,
                 figures=mean_figures(served),
                 is_one_run=len(served) == 1,
+                models=models_served(served),
                 broken=question.judge.broken(served),
             )
     except InputError as error:

@@ -96,6 +96,56 @@ def plan_remarks(plan: Plan) -> list[str]:
     return [text for part in parts for text in part(plan)]
 
 
+def _held_alike(plan: Plan) -> list[str]:
+    """The device and the models, where no fleet's name has them since all have the same."""
+    fleets, found = plan.question.fleets, []
+    if len({one.profile for one in fleets}) == 1:
+        one = fleets[0]
+        kind = plan.question.device
+        each = f", {counted(one.gpus_per_replica, kind)} a replica" * (one.gpus_per_replica > 1)
+        found.append(f"Device: {one.device}{each}, profile {one.profile}.")
+    if len({one.candidates for one in fleets}) == 1:
+        found += _serving(plan)
+    return found
+
+
+def _serving(plan: Plan) -> list[str]:
+    """Which of the candidates served, in which fleets where they differ in that."""
+    held: dict[str, list[str]] = {}
+    for answer in plan.answers:
+        num = len(answer.fleet.candidates)
+        models = answer.fleet.candidates if num == 1 else answer.models
+        of_all = f" of {num} candidates" if len(models) < num else ""
+        if models:
+            held.setdefault(f"{listed(models)}{of_all}", []).append(answer.fleet.name)
+    if not held:
+        return []
+    if len(held) == 1:
+        return [f"Serving: {next(iter(held))}."]
+    each = [f"{models} ({', '.join(names)})" for models, names in held.items()]
+    return [f"Serving: {'; '.join(each)}."]
+
+
+def _target(plan: Plan) -> list[str]:
+    """What the target is made of, where it is not a rate that the scenario gives."""
+    settings, target = plan.question.settings, plan.question.target_per_s
+    if target is None:
+        return []
+    factor, mean = settings.peak_factor, target / settings.peak_factor
+    times = f" times the peak factor of {factor:g}" if factor != 1.0 else ""
+    if settings.users is not None and settings.requests_per_user_per_min is not None:
+        num = settings.requests_per_user_per_min
+        each = f"{num:g} request{'s' * (num != 1.0)}"
+        said = f"Target: {counted(settings.users, 'user')} with {each} a minute each"
+        if times:
+            said += f", or {number(mean, 4)} requests/s,{times}"
+    elif times:
+        said = f"Target: {number(mean, 4)} requests/s{times}"
+    else:
+        return []
+    return [f"{said}, which is {number(target, 4)} requests/s."]
+
+
 def _objective(plan: Plan) -> list[str]:
     """The SLO, and the share of the requests that it asks for where it names none."""
     slo, share = plan.question.slo, plan.question.settings.attainment
@@ -352,6 +402,8 @@ def _shared(traffic: Traffic, num_requests: float, so: str) -> str:
 
 
 _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
+    _held_alike,
+    _target,
     _objective,
     _carried,
     _mean,
@@ -374,6 +426,8 @@ _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
 """What is said of a plan, in this order."""
 
 _NO_PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
+    _held_alike,
+    _target,
     _objective,
     _constraints,
     _left_out,

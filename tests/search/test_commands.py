@@ -376,6 +376,36 @@ def test_without_a_floor_a_plan_says_what_its_quality_is_and_what_full_quality_t
     assert [row[titles.index("agree %")] for row in rows] == [shown.split()[0], "100"]
 
 
+OF_TWO_SIZES = {"vanilla": "opt-6.7b", "static-depth": "opt-1.3b"}
+"""Two policies and the models that they keep to."""
+
+
+def test_a_plan_names_the_device_and_the_models_that_all_its_fleets_have(tmp_path: Path) -> None:
+    """In their names, which say what tells them apart, neither stands."""
+    policies = [{"use": name, "model": model} for name, model in OF_TWO_SIZES.items()]
+    target = {"users": 120, "requests_per_user_per_min": 1.5, "peak_factor": 2}
+    path, out = write(tmp_path, policy=policies, plan=target), tmp_path / "out"
+    said = plan(path, [], inline(out))
+    assert said.sentences[1:4] == [
+        f"Device: {A100}, profile opt-a100-40gb.",
+        "Serving: opt-1.3b of 2 candidates (static-depth); opt-6.7b of 2 candidates (vanilla).",
+        "Target: 120 users with 1.5 requests a minute each, or 3 requests/s, times the peak "
+        "factor of 2, which is 6 requests/s.",
+    ]
+    page = html.unescape((out / "report.html").read_text())
+    assert all(one in page for one in said.sentences[1:4])
+    change = "fleet.candidates=['opt-6.7b']"
+    alone = "policy=[{use='vanilla'}]"
+    told = plan(path, [change, alone, "plan.peak_factor=1"], inline(tmp_path / "one")).sentences
+    assert told[2] == "Serving: opt-6.7b."
+    assert told[3] == "Target: 120 users with 1.5 requests a minute each, which is 3 requests/s."
+    profiles = {"profiles": ["layerskip-a100-40gb", "layerskip-h100-80gb"]}
+    several = write(tmp_path, **TWO_QUALITIES, plan=profiles)
+    told = plan(several, [], inline(tmp_path / "several")).sentences
+    assert told[1] == "Serving: llama3-8b."
+    assert not any(one.startswith(("Device: ", "Target: ")) for one in told)
+
+
 def test_a_fleet_that_breaks_a_constraint_is_shown_and_not_recommended(tmp_path: Path) -> None:
     floor = {"target_rate_per_s": 6.0, "constraints": "agreement >= 95%"}
     said = plan(write(tmp_path, **TWO_QUALITIES, plan=floor), [], inline(tmp_path / "out"))
