@@ -149,7 +149,7 @@ class FleetAnswer:
 
     @property
     def agreement(self) -> float | None:
-        """Share of the planned load's tokens that equal the full model's."""
+        """Share of the planned load's tokens that equal those of their own model at full depth."""
         return self.figures.get("agreement")
 
     @property
@@ -236,7 +236,7 @@ class PlanQuestion:
 
     @property
     def has_floor(self) -> bool:
-        """Whether a constraint says how often tokens have to equal the full model's."""
+        """Whether a constraint says how often tokens have to equal those at full depth."""
         return any(bound.goal.name == "agreement" for bound in self.constraints.bounds)
 
 

@@ -14,6 +14,7 @@ from helios_sim.search.goals import in_words
 from helios_sim.search.means import Means
 from helios_sim.search.pareto import front
 from helios_sim.search.plan import FleetAnswer, Load, Plan
+from helios_sim.search.quality import fleet_perplexities, trial_perplexities
 from helios_sim.search.tune import Trial, Tuned, by_violation
 from helios_sim.search.whatif import Cell, compared_by, leaders, short_keys
 from helios_sim.search.words import bracket
@@ -50,10 +51,13 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
     # Capacities are of as many replicas as they were measured for, which differs by fleet.
     titles += [f"{capacity} of n" if target else capacity, "bounds", "held by"]
     titles += ["J/tok", "agree %"] if brief else ["tok/s per user", "J/token", "agreement %"]
+    perplexities = fleet_perplexities(plan)
+    has_perplexities = any(one is not None for one in perplexities)
+    titles += ["perplexity"] * has_perplexities
     if question.prices is not None:
         titles += [f"{question.prices.currency}/h", f"{question.prices.currency}/Mtok"]
     rows = []
-    for answer in plan.answers:
+    for answer, perplexity in zip(plan.answers, perplexities, strict=True):
         row = [answer.fleet.name]
         if answer.broken:
             row[0] += f", breaks {', '.join(one.constraint for one in answer.broken)}"
@@ -69,6 +73,7 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
         row += _capacity_cells(answer, target)
         row += [] if brief else [number(user_rate(answer.figures))]
         row += [number(joules(answer.figures)), _percent(answer.agreement)]
+        row += [number(perplexity, 4)] * has_perplexities
         if question.prices is not None:
             cost = answer.cost
             row += [number(cost.per_hour if cost else None)]
@@ -199,6 +204,9 @@ def _figure_columns(tuned: Tuned) -> list[Column]:
         ("tpot", "TPOT p99 ms", "p99_tpot_ms", 1.0),
     )
     found += [(title, mean(key, scale)) for name, title, key, scale in others if name not in named]
+    perplexities = trial_perplexities(tuned)
+    if "perplexity" not in named and any(one is not None for one in perplexities.values()):
+        found.append(("perplexity", lambda trial: number(perplexities[trial.number], 4)))
     return found
 
 

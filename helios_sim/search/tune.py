@@ -24,7 +24,7 @@ from helios_sim.search.goals import (
     parse_constraints,
     parse_goal,
 )
-from helios_sim.search.means import Means, clauses_beyond, mean_figures
+from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
 from helios_sim.search.pareto import best_first, ranks
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import check_prices, load_prices
@@ -74,6 +74,8 @@ class Trial:
     beyond: tuple[str, ...] = ()
     reached: tuple[float | None, ...] = ()
     """What each constraint bounds, as it is judged: latency limits in ms, then other bounds."""
+    models: tuple[str, ...] = ()
+    """The models that served."""
 
     @property
     def is_feasible(self) -> bool:
@@ -484,6 +486,7 @@ def _trial(
         mean_figures(figures),
         beyond=clauses_beyond(figures),
         reached=_reached(judge, figures),
+        models=models_served(figures),
     )
 
 

@@ -16,7 +16,7 @@ from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.profile import Profile, load_profile
 from helios_sim.scenario import PolicySettings, Scenario
 from helios_sim.search.goals import Goal
-from helios_sim.search.means import Means, clauses_beyond, mean_figures
+from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
 from helios_sim.search.points import Point, point_of
 from helios_sim.search.space import with_settings
 from helios_sim.search.studies import Outcome, Study, figures_of
@@ -40,7 +40,7 @@ class Cell:
     """Settings, a policy, and what they give.
 
     `why` says what cannot be, `beyond` what the profile can only extrapolate. `runs` are the main
-    figures of each seed, which is the same in every cell.
+    figures of each seed, which is the same in every cell; `models` served in them.
     """
 
     values: dict[str, Any]
@@ -50,6 +50,7 @@ class Cell:
     why: str = ""
     beyond: tuple[str, ...] = ()
     runs: tuple[Means, ...] = ()
+    models: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -187,7 +188,15 @@ def _steps(
     )
     means = mean_figures(figures)
     runs = tuple({goal.key: one["summary"].get(goal.key) for goal in MAIN} for one in figures)
-    return Cell(cell.values, cell.policy, means, worst, beyond=clauses_beyond(figures), runs=runs)
+    return Cell(
+        cell.values,
+        cell.policy,
+        means,
+        worst,
+        beyond=clauses_beyond(figures),
+        runs=runs,
+        models=models_served(figures),
+    )
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:

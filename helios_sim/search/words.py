@@ -14,6 +14,7 @@ from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import Goal, in_words
 from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
 from helios_sim.search.prices import grades_of
+from helios_sim.search.quality import cell_perplexities, fleet_pays, is_worse, winner_pays
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic
 from helios_sim.search.tune import (
     Finalist,
@@ -28,6 +29,8 @@ from helios_sim.wording import counted, limits, listed, number, span
 
 FULL_AGREEMENT: Final = 0.9995
 """Agreement that is shown as 100 %."""
+SAME_MODEL: Final = "same model at full depth"
+"""With what agreement compares a token: a small model agrees with itself."""
 ALIKE: Final = 0.03
 """By how much of it mean lengths may differ and still be alike."""
 CANDIDATES: Final = "fleet.candidates"
@@ -75,7 +78,7 @@ def _sized(plan: Plan, answer: FleetAnswer) -> str:
 
 
 def _in_full(plan: Plan) -> str:
-    """What the best fleet is whose tokens all equal the full model's, or the nearest to that."""
+    """What the best fleet is whose tokens all equal those at full depth, or the nearest to that."""
     known = [one for one in plan.answers if one.agreement is not None and not one.broken]
     best = max(known, key=lambda one: min(one.agreement or 0.0, FULL_AGREEMENT))
     share = f"{number(100 * (best.agreement or 0.0))} % agreement"
@@ -221,8 +224,8 @@ def _quality(plan: Plan) -> list[str]:
     """What full agreement takes, where nobody has set a floor and the best fleet has less."""
     agreement = plan.best.agreement
     if agreement is None or agreement >= FULL_AGREEMENT or plan.question.has_floor:
-        return []
-    return [_in_full(plan)]
+        return fleet_pays(plan)
+    return [_in_full(plan), *fleet_pays(plan)]
 
 
 def _constraints(plan: Plan) -> list[str]:
@@ -248,7 +251,7 @@ def _energy(plan: Plan) -> list[str]:
     at = number(plan.best.planned.rate_per_s, 4)
     said = f"Energy at {at} requests/s: {number(1e-3 * energy)} J an output token"
     if agreement is not None:
-        said += f"; {number(100 * agreement)} % of the tokens equal the full model's"
+        said += f"; {number(100 * agreement)} % of the tokens equal those of the {SAME_MODEL}"
     return [f"{said}."]
 
 
@@ -524,7 +527,7 @@ def whatif_remarks(
         found.append(f"SLO: {limits(str(slo))}; a request that meets all of it is good.")
     found += [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
     able = [cell for cell in cells if cell.means is not None]
-    found += _agreements(able)
+    found += _qualities(able, profiles)
     found += idle_users([{**(cell.means or {}), "label": cell.name} for cell in able])
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
     grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
@@ -532,20 +535,26 @@ def whatif_remarks(
     return [*found, *grades, *_assumed(profiles, _candidates(scenario, varied)), *beyond]
 
 
-def _agreements(able: Sequence[Cell]) -> list[str]:
-    """That some cells emit tokens which the full model would not, where cells differ in that."""
-    known = []
-    for name, cell in zip(short_names(able), able, strict=True):
-        agreement = (cell.means or {}).get("agreement")
-        if agreement is not None:
-            known.append((agreement, name))
-    if not known or max(known)[0] - min(known)[0] < 1.0 - FULL_AGREEMENT:
-        return []
-    (low, least), (high, most) = min(known), max(known)
-    return [
-        f"Quality differs: {number(100 * low)} % of the tokens equal the full model's with "
-        f"{least}, {number(100 * high)} % with {most}."
+def _qualities(able: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:
+    """In what quality cells differ: tokens unlike those at full depth, and other perplexities."""
+    names, said = short_names(able), []
+    agreements = [
+        (agreement, name)
+        for name, cell in zip(names, able, strict=True)
+        if (agreement := (cell.means or {}).get("agreement")) is not None
     ]
+    if agreements and max(agreements)[0] - min(agreements)[0] >= 1.0 - FULL_AGREEMENT:
+        (low, least), (high, most) = min(agreements), max(agreements)
+        said.append(
+            f"{number(100 * low)} % of the tokens equal those of the {SAME_MODEL} with {least}, "
+            f"{number(100 * high)} % with {most}"
+        )
+    known = cell_perplexities(able, profiles)
+    each = [(value, name) for name, value in zip(names, known, strict=True) if value is not None]
+    if each and is_worse(max(each)[0], min(each)[0]):
+        (low, best), (high, worst) = min(each), max(each)
+        said.append(f"perplexity is {number(low, 4)} with {best}, {number(high, 4)} with {worst}")
+    return [f"Quality differs: {'; '.join(said)}."] if said else []
 
 
 def grades_by_name(profiles: Iterable[Profile]) -> dict[str, Mapping[str, int]]:
@@ -782,6 +791,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
             f"{'' if sure else ', which shows no difference'}; {_loss(tuned, place)}."
         )
     found += _together(tuned)
+    found += winner_pays(tuned)
     if held.tuned_broken:
         found.append(
             "On held-out traffic the winner breaks "

@@ -417,6 +417,89 @@ def test_a_fleet_that_breaks_a_constraint_is_shown_and_not_recommended(tmp_path:
     assert "breaks agreement" in (tmp_path / "out" / "report.html").read_text()
 
 
+TWO_SIZES = {
+    "workload": {**TWO_QUALITIES["workload"], "num_requests": 400},
+    "slo": {"text": "ttft:4000"},
+    "policy": [
+        {"use": "vanilla", "label": "large", "model": "opt-6.7b"},
+        {"use": "vanilla", "label": "small", "model": "opt-1.3b"},
+    ],
+}
+"""Two models of one tokenizer at full depth: each agrees with itself, the small one is poorer."""
+
+
+def test_a_small_model_that_agrees_with_itself_is_not_passed_off_as_full_quality(
+    tmp_path: Path,
+) -> None:
+    """Its perplexity stands beside the better one, with the constraint that asks for that."""
+    floor = {"target_rate_per_s": 30.0, "constraints": "agreement>=0.99"}
+    path = write(tmp_path, **TWO_SIZES, plan=floor)
+    said = plan(path, [], inline(tmp_path / "out"))
+    assert said.sentences[0].endswith(f"{TIMES} small.")
+    found = {row["policy"]: f"{row['perplexity']:.2f}" for row in said.rows if row["planned"]}
+    assert float(found["small"]) > 1.2 * float(found["large"])
+    assert any(
+        "100 % of the tokens equal those of the same model at full depth" in one
+        for one in said.sentences
+    )
+    assert not any("the full model" in one for one in said.sentences)
+    (told,) = [one for one in said.sentences if one.startswith("Quality: ")]
+    asked = re.fullmatch(
+        r"Quality: perplexity is (\S+) with small, and (\S+) with large\. Agreement does not show "
+        r'it: it compares each model with itself\. plan\.constraints = "(\S+)" asks for the better '
+        r"one\.",
+        told,
+    )
+    assert asked is not None
+    assert asked.groups()[:2] == (found["small"], found["large"])
+    assert told in html.unescape((tmp_path / "out" / "report.html").read_text())
+    titles, rows = said.tables[0][0]
+    assert [row[titles.index("perplexity")] for row in rows] == [found["small"], found["large"]]
+    change = f'plan.constraints="{asked[3]}"'
+    better = plan(path, [change], inline(tmp_path / "better"))
+    assert better.sentences[0].endswith(f"{TIMES} large.")
+    assert not any(one.startswith("Quality: ") for one in better.sentences)
+
+
+def test_perplexity_stands_in_no_table_of_one_model(tmp_path: Path) -> None:
+    said = plan(write(tmp_path, **TWO_QUALITIES), [], inline(tmp_path / "out"))
+    assert "perplexity" not in said.tables[0][0][0]
+    assert not any(one.startswith("Quality: ") for one in said.sentences)
+
+
+@pytest.mark.parametrize("own", ["opt-6.7b", "opt-1.3b"])
+def test_a_winner_of_a_poorer_model_has_its_perplexity_beside_the_better_one(
+    tmp_path: Path, own: str
+) -> None:
+    """That of the scenario as it stands, or where that is no better of another trial."""
+    search = {
+        "objectives": ["energy"],
+        "constraints": "agreement>=0.99",
+        "sampler": "grid",
+        "go_on_share": 1.0,
+        "ranges": {"policy.model": ["opt-6.7b", "opt-1.3b"]},
+    }
+    path = write(tmp_path, policy=[{"use": "vanilla", "model": own}], search=search)
+    said = tune(path, [], inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if one.startswith("Quality: ")]
+    asked = re.fullmatch(
+        r"Quality: perplexity is (\S+) with trial 1, and (\S+) with (.*)\. Agreement does not show "
+        r'it: it compares each model with itself\. search\.constraints = "(\S+)" asks for the '
+        r"better one\.",
+        told,
+    )
+    assert asked is not None
+    assert asked[3] == ("trial 0" if own == "opt-1.3b" else "the scenario as it stands")
+    assert told in html.unescape((tmp_path / "out" / "report.html").read_text())
+    titles, rows = said.tables[0][0]
+    shown = {row[0]: row[titles.index("perplexity")] for row in rows}
+    assert (shown["1"], shown["0"]) == asked.groups()[:2]
+    change = f'search.constraints="{asked[4]}"'
+    better = tune(path, [change], inline(tmp_path / "better"))
+    assert not any(one.startswith("Quality: ") for one in better.sentences)
+    assert better.tables[0][0][1][0][0] == "0"
+
+
 def test_constraints_that_no_fleet_keeps_are_told_with_the_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, policy=[{"use": "vanilla"}], plan={"constraints": "tpot:p99<1ms"})
     with pytest.raises(InputError, match=r"'vanilla' comes nearest and breaks tpot:p99<=1ms \(r"):

@@ -163,9 +163,34 @@ def test_a_grid_whose_cells_differ_in_quality_says_so(tmp_path: Path) -> None:
         if one.startswith("Quality differs: ")
     ]
     assert said.endswith(
-        "75 % of the tokens equal the full model's with batching chunked, 100 % "
-        "with batching static."
+        "75 % of the tokens equal those of the same model at full depth with batching chunked, "
+        "100 % with batching static."
     )
+
+
+def test_cells_of_models_that_share_a_tokenizer_are_said_to_differ_in_perplexity(
+    tmp_path: Path,
+) -> None:
+    """Each agrees with itself in every token; of two tokenizers perplexities do not compare."""
+    for profile, others, is_said in (
+        ("opt-a100-40gb", ("opt-1.3b", "opt-6.7b"), True),
+        ("layerskip-a100-40gb", ("llama2-7b", "llama2-13b"), True),
+        ("layerskip-a100-40gb", ("llama2-7b", "llama3-8b"), False),
+    ):
+        cells = []
+        for batching, model, perplexity in zip(
+            ("chunked", "static"), others, (14.62, 10.83), strict=True
+        ):
+            given = cell(batching, [5.0], 20.0)
+            means = {**(given.means or {}), "perplexity": perplexity}
+            cells.append(replace(given, means=means, models=(model,)))
+        remarks = whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [load_profile(profile)])
+        said = (
+            "Quality differs: perplexity is 10.83 with batching static, 14.62 with batching "
+            "chunked."
+        )
+        assert (said in remarks) is is_said
+        assert any("Quality" in one for one in remarks) is is_said
 
 
 def test_cells_that_cannot_be_have_their_reasons_in_the_answer_and_on_the_page(
