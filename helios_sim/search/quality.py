@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from helios_sim.profile import Profile
-from helios_sim.report.words import number
 from helios_sim.search.goals import Constraints
 from helios_sim.search.means import Means
 from helios_sim.search.plan import Plan
 from helios_sim.search.tune import Trial, Tuned
 from helios_sim.search.whatif import Cell
+from helios_sim.wording import number
 
 CLEARLY: Final = 1.02
 """How many times another's a perplexity has to be to count as worse."""
