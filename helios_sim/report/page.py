@@ -153,10 +153,11 @@ def _opening(
     runs: Sequence[RunData], summaries: Sequence[Summary], title: str, question: str
 ) -> str:
     by_all = _num_refused_by_all(runs)
+    assumed = dict.fromkeys(part for run in runs for part in run.environment.get(ASSUMED) or ())
     return opening(
         title,
         headline(summaries, _offered_tokens_per_s(runs), by_all),
-        remarks(summaries, by_all),
+        [*remarks(summaries, by_all), *([assuming(list(assumed))] if assumed else [])],
         question=question,
         setting=" ".join(serving([run.environment for run in runs], summaries)),
     )
@@ -696,9 +697,6 @@ def _provenance(runs: Sequence[RunData]) -> str:
     }
     if likes:
         parts.append(f"<p>{escape(standing_in(likes))}</p>")
-    assumed = dict.fromkeys(part for run in runs for part in run.environment.get(ASSUMED) or ())
-    if assumed:
-        parts.append(f"<p>{escape(assuming(list(assumed)))}</p>")
     origins = listed(list(dict.fromkeys(run.origin for run in runs)))
     seeds = listed(list(dict.fromkeys(str(run.seed) for run in runs)))
     facts = [("origin", origins), ("seed", seeds), ("schema", str(runs[0].schema_version))]
