@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -70,21 +71,30 @@ def assume(
 ) -> tuple[dict[str, Any], tuple[Assumption, ...]]:
     """A profile's document with other numbers, graded `assumed`, and what was replaced.
 
-    Raises `InputError` for a place at which the document has no number.
+    Of a number that a place with a star and one without it mean, the latter has the say. Raises
+    `InputError` for a place at which the document has no number, and for two with stars that mean
+    the same.
     """
     changed = copy.deepcopy(document)
-    made: list[Assumption] = []
-    for place, value in assumed.items():
+    taken: dict[str, str] = {}
+    made: dict[str, Assumption] = {}
+    # Those with a star come first, so that one without it has the last word on its number.
+    for place in sorted(assumed, key=lambda one: EVERY not in one.split(".")):
+        value = assumed[place]
         entries = list(_entries(changed, place.split("."), ""))
         if not entries:
-            known = [name for name, _ in _numbers(changed, "")]
+            known = [name for name, _ in _numbers(document, "")]
             raise InputError(
                 f"The profile has no number at {place!r}.{did_you_mean(place, known)} Places are "
                 f"those of its profile.json, such as {known[0]}; {EVERY} stands for all names.",
                 place,
             )
         for name, entry in entries:
-            was, grade = entry["value"], str(entry["grade"])
+            other = taken.setdefault(name, place)
+            if other != place and EVERY in place.split("."):
+                raise InputError(f"{name} is meant by {other!r} too; give one of the two.", place)
+            own = dict(_numbers(document, ""))[name]
+            was, grade = own["value"], str(own["grade"])
             if isinstance(was, list) != isinstance(value, tuple):
                 kind = "an array of numbers" if isinstance(was, list) else "one number"
                 raise InputError(f"{name} is {kind} in the profile; give as much.", place)
@@ -92,8 +102,14 @@ def assume(
             entry["grade"] = "assumed"
             entry["source"] = f"assumed by the scenario; {_shown(was)} in the profile ({grade})"
             entry.pop("error", None)
-            made.append(Assumption(name, entry["value"], was, grade))
-    return changed, tuple(made)
+            made[name] = Assumption(name, entry["value"], was, grade)
+    return changed, tuple(made.values())
+
+
+def means(place: str, name: str) -> bool:
+    """Whether a place means the number of that name, or a table that it is in."""
+    parts = (".*" if part == EVERY else re.escape(part) for part in place.split("."))
+    return re.fullmatch(rf"{'[.]'.join(parts)}([.].*)?", name) is not None
 
 
 def hash_with(content_hash: str, assumed: Mapping[str, Assumed]) -> str:

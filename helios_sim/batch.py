@@ -409,12 +409,12 @@ def start_decode(w: World, r: int, rep: Any) -> None:
         padded,
         seconds,
     )
-    captured_s = 0.0
+    captured = 0
     # Tokens fed again take several places a row, which no graph serves.
     if pending == 0:
         asked = rep.level if num_checks == 0 else 0
         filled_rows = 0.0 if filled == 0 else padded
-        captured_s = capture(w, r, rep, 0, asked, deepest, padded, filled_rows)
+        captured, captured_s = capture(w, r, rep, 0, asked, deepest, padded, filled_rows)
         if captured_s > 0.0:
             seconds += captured_s
             joules += cost.capture_joules(c, captured_s)
@@ -422,7 +422,7 @@ def start_decode(w: World, r: int, rep: Any) -> None:
     rep.iteration_layers = layers
     count_decode(rep, count, seconds)
     begin(rep, DECODING, seconds, joules, regime)
-    if captured_s == 0.0:
+    if captured == 0:
         count_pace(rep, count, count, batch, layers)
 
 
@@ -484,14 +484,14 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
     split_company(w, r, rep, passed, level, leaving == batch)
     joules = cost.iteration_joules(c, seconds, joules)
-    captured_s = capture(w, r, rep, passed, passed, level, padded, leavers)
+    captured, captured_s = capture(w, r, rep, passed, passed, level, padded, leavers)
     if captured_s > 0.0:
         seconds += captured_s
         joules += cost.capture_joules(c, captured_s)
         regime = cost.LAUNCH
     count_decode(rep, batch, seconds)
     begin(rep, DECODING, seconds, joules, regime)
-    if captured_s == 0.0:
+    if captured == 0:
         first = 0 if passed == 0 else w.exit_layers[model, passed - 1]
         count_pace(rep, leaving, batch, batch, w.exit_layers[model, level] - first)
 

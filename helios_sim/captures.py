@@ -28,14 +28,14 @@ def capture(
     stops_at: int,
     rows: float,
     filled_rows: float,
-) -> float:
-    """Capture the graphs that a decode wants and that are not there; returns the seconds.
+) -> tuple[int, float]:
+    """Capture the graphs that a decode wants and that are not there; how many, in what seconds.
 
     It embeds unless exits were `passed`, runs to the level `stops_at` by way of all before it, asks
     the levels from `asked` on, and fills the KV beyond for `filled_rows`.
     """
     if w.graph_rows[rep.model] == 0:
-        return 0.0
+        return 0, 0.0
     graphs = 0
     exits = 0
     ran_layers = 0
@@ -56,10 +56,11 @@ def capture(
             new = take_graph(w, r, rep, FILLS, level, filled_rows)
             graphs += new
             filled_layers += new * layers
-    return cost.capture_seconds(
+    seconds = cost.capture_seconds(
         w.coefficients[rep.model],
         float(graphs),
         float(exits),
         float(ran_layers),
         float(filled_layers),
     )
+    return graphs + exits, seconds

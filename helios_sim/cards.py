@@ -16,7 +16,7 @@ from helios_sim import cost
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.model import kv_pool_blocks
 from helios_sim.policy.contract import Candidate, Policy, Slo
-from helios_sim.profile import Profile, load_profile, where_to_find
+from helios_sim.profile import Profile, load_profile, where_to_find, with_assumptions
 from helios_sim.scenario import EXPECTED_LENGTHS, FleetSettings, Scenario, ServingSettings
 from helios_sim.slo import SloSpec
 from helios_sim.workload import Requests
@@ -136,9 +136,14 @@ def room_of(scenario: Scenario, base_dir: Path, where: str = "scenario") -> Room
     """Read the profile that a scenario names and check that it has the scenario's candidates."""
     fleet = scenario.fleet
     try:
-        profile = load_profile(fleet.profile, base_dir, fleet.assume)
+        profile = load_profile(fleet.profile, base_dir)
     except InputError as error:
         raise error.at(f"{where}, fleet.profile, {error.where}") from error
+    if fleet.assume:
+        try:
+            profile = with_assumptions(profile, fleet.assume)
+        except InputError as error:
+            raise error.at(f"{where}, fleet.{error.where}") from error
     candidates = fleet.candidates or tuple(profile.models)
     for index, name in enumerate(candidates):
         if name not in profile.models:

@@ -635,8 +635,8 @@ def _replaced(before: set[str], now: set[str]) -> str:
 
 
 def _show(results: Sequence[Result]) -> None:
-    from helios_sim.profile import ASSUMED, STAND_INS
-    from helios_sim.report.words import assuming, standing_in, worth
+    from helios_sim.profile import STAND_INS
+    from helios_sim.report.words import standing_in, worth
     from helios_sim.terminal import summary_table
 
     summaries = [result.summary for result in results]
@@ -646,9 +646,6 @@ def _show(results: Sequence[Result]) -> None:
     assumed = {name: like for one in environments for name, like in one.get(STAND_INS, {}).items()}
     if assumed:
         _say(standing_in(assumed))
-    otherwise = dict.fromkeys(part for one in environments for part in one.get(ASSUMED, ()))
-    if otherwise:
-        _say(assuming(list(otherwise)))
     _console().print(summary_table(summaries))
     replications = summaries[0].get("replications")
     if replications is not None:

@@ -17,7 +17,7 @@ from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
 from helios_sim.policy.contract import DECISION_NAMES
 from helios_sim.policy.objective import objective_of
-from helios_sim.profile import ASSUMED, STAND_INS
+from helios_sim.profile import STAND_INS, assumed_in
 from helios_sim.records import RunData, RunTotals
 from helios_sim.state import (
     FINISHED,
@@ -89,7 +89,6 @@ def environment(run: Run) -> dict[str, Any]:
     stand_ins = {
         name: like for name, like in profile.stand_ins.items() if name in run.setup.candidates
     }
-    assumed = [one.said() for one in profile.assumptions]
     packages = ("simpy", "numpy", "scipy", "polars", "numba")
     return {
         "versions": {"helios-sim": __version__}
@@ -101,7 +100,7 @@ def environment(run: Run) -> dict[str, Any]:
         "profile_hash": profile.hash,
         "profile_origin": profile.provenance.origin,
         "profile_grades": profile.grade_counts(),
-        **({ASSUMED: assumed} if assumed else {}),
+        **assumed_in(profile),
         "exit_traces": run.setup.traces.origin,
         **({STAND_INS: stand_ins} if stand_ins else {}),
         "confidence_thresholds": dict(run.thresholds),

@@ -471,11 +471,28 @@ def load_profile(
     """
     folder = _find(name_or_path, search_path)
     profile = _parse(_read_json(folder / PROFILE_FILE), folder, folder_hash(folder))
-    if not assumed:
-        return profile
-    document, made = assume(profile.document, assumed)
-    found = _parse(document, folder, hash_with(profile.hash, assumed))
+    return with_assumptions(profile, assumed) if assumed else profile
+
+
+def with_assumptions(profile: Profile, assumed: Mapping[str, Assumed]) -> Profile:
+    """A profile some of whose numbers are taken otherwise, by their places.
+
+    Raises `InputError` for a place without a number and for a value that is not allowed there.
+    """
+    try:
+        document, made = assume(profile.document, assumed)
+        found = _parse(document, profile.folder, hash_with(profile.hash, assumed))
+    except InputError as error:
+        # What is wrong stands in no file of the profile.
+        place = (error.where or "").removeprefix(f"{profile.folder / PROFILE_FILE}, ")
+        raise InputError(error.message, f"assume, profile {profile.name}, {place}") from error
     return replace(found, assumptions=made)
+
+
+def assumed_in(profile: Profile) -> dict[str, Any]:
+    """The entry of a run's environment that says what was assumed; empty where nothing was."""
+    said = [one.said() for one in profile.assumptions]
+    return {ASSUMED: said} if said else {}
 
 
 def save_profile(

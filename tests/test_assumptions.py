@@ -11,6 +11,7 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.profile import load_profile
 from helios_sim.report.page import render
+from helios_sim.report.words import serving
 from helios_sim.scenario import load_scenario, of_a_run, parse_scenario, resolved
 from helios_sim.toml_writer import toml_text
 from tests.test_cli import run
@@ -75,6 +76,20 @@ def test_a_place_or_value_that_cannot_be_is_told(place: str, value: Any, said: s
     assert said in str(caught.value)
 
 
+def test_a_place_of_its_own_has_the_last_word_over_a_star_in_whichever_order() -> None:
+    one = FILL.replace("*", "opt-1.3b")
+    for given in ({FILL: 0.0, one: 0.001}, {one: 0.001, FILL: 0.0}):
+        taken = load_profile("opt-a100-40gb", None, given)
+        assert taken.quantities[one].value == 0.001
+        assert taken.quantities[FILL.replace("*", "opt-6.7b")].value == 0.0
+        assert sorted(made.said() for made in taken.assumptions) == [
+            f"{one} = 0.001 (profile: 0.00012, assumed)",
+            f"{FILL.replace('*', 'opt-6.7b')} = 0 (profile: 0.00012, assumed)",
+        ]
+    with pytest.raises(InputError, match=r"is meant by .* too; give one of the two"):
+        load_profile("opt-a100-40gb", None, {FILL: 0.0, one.replace("models", "*"): 0.001})
+
+
 @pytest.mark.parametrize("value", ["true", '"a"', "[]", "nan", '["a"]', "[[1.0]]"])
 def test_only_numbers_and_arrays_of_them_replace_numbers(value: str) -> None:
     with pytest.raises(InputError, match="a number of the profile is replaced by a number"):
@@ -114,10 +129,28 @@ def test_a_run_follows_the_assumption_and_names_it_on_its_page() -> None:
     assert again.fleet.assume == {FILL: 0}
 
 
+def test_an_assumption_is_blamed_for_itself_and_not_on_a_file_of_the_profile() -> None:
+    for place, said in (("stickiness=2", "at most 0.999"), ("stick=0.5", "has no number at")):
+        with pytest.raises(InputError, match=said) as caught:
+            prepare(load_scenario(SCENARIO, [f"fleet.assume.exits.{place}"]), SCENARIO.parent)
+        assert "fleet.assume, profile opt-a100-40gb, exits.stick" in str(caught.value)
+        assert "profile.json, exits" not in str(caught.value)
+
+
+def test_where_one_of_two_runs_assumes_it_is_named(tmp_path: Path) -> None:
+    plain, taken = played(), played(f"fleet.assume.{FILL}=0")
+    told = [plain.summary | {"label": "plain"}, taken.summary | {"label": "taken"}]
+    said = serving([plain.run.environment, taken.run.environment], told)
+    assert [text for text in said if text.startswith("Assumed: ")] == [
+        f"Assumed: {FILL.replace('*', 'opt-1.3b')} = 0 (profile: 0.00012, assumed) and "
+        f"{FILL.replace('*', 'opt-6.7b')} = 0 (profile: 0.00012, assumed) (taken)."
+    ]
+
+
 def test_the_terminal_names_what_was_assumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = ("--set", "workload.num_requests=5", "--set", "fleet.assume.exits.stickiness=0.5")
     assert run("simulate", SCENARIO, "--policy", "helios", *changes, "--out", tmp_path / "out") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "The scenario assumes exits.stickiness = 0.5 (profile: 0.768448, assumed)." in printed
+    assert "Assumed: exits.stickiness = 0.5 (profile: 0.768448, assumed)." in printed

@@ -52,7 +52,7 @@ from helios_sim.metrics import summarise, user_figures
 from helios_sim.model import ModelShape
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
-from helios_sim.profile import TRACES_FILE, Profile
+from helios_sim.profile import TRACES_FILE, Profile, assumed_in
 from helios_sim.records import REPORT_FILE, TOTALS_FILE, check_target, write_run
 from helios_sim.report import render
 from helios_sim.scenario import (
@@ -514,6 +514,7 @@ def environment(
         "profile_hash": profile.hash,
         "profile_origin": profile.provenance.origin,
         "profile_grades": profile.grade_counts(),
+        **assumed_in(profile),
         "exit_traces": "served",
         "confidence_thresholds": dict(host.thresholds),
         "device": backend.device_name(prepared),

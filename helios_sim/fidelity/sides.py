@@ -17,6 +17,7 @@ from helios_sim.errors import InputError
 from helios_sim.latencies import columns_of
 from helios_sim.metrics import summarise
 from helios_sim.policy.registry import settled_options
+from helios_sim.profile import ASSUMED
 from helios_sim.records import SCENARIO_FILE, TOTALS_FILE, RunData, flat_items, read_run
 from helios_sim.scenario import Scenario, of_a_run
 from helios_sim.settings import first_flaw
@@ -239,6 +240,9 @@ def _differences(run: RunData, folder: Path, ours: RunData) -> list[str]:
             f"{folder.name} knew the profile {theirs[:12]}, the simulated run used {own[:12]}: "
             "what the policy was told may differ."
         )
+    for who, one in ((folder.name, run), ("the simulated run", ours)):
+        if one.environment.get(ASSUMED):
+            notes.append(f"Assumed in {who}: {', '.join(one.environment[ASSUMED])}.")
     if not ours.closed_loop:
         late_s = np.abs(columns_of(run).arrival_s - columns_of(ours).arrival_s)
         if float(late_s.max()) > 1e-3:

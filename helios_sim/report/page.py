@@ -26,13 +26,12 @@ from helios_sim.comparison import (
 from helios_sim.errors import InputError
 from helios_sim.latencies import columns_of
 from helios_sim.metrics import DEFINITIONS, figure_at
-from helios_sim.profile import ASSUMED, STAND_INS
+from helios_sim.profile import STAND_INS
 from helios_sim.records import RunData, flat_items
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
 from helios_sim.report.words import (
-    assuming,
     device_of,
     headline,
     judged_alike,
@@ -153,11 +152,10 @@ def _opening(
     runs: Sequence[RunData], summaries: Sequence[Summary], title: str, question: str
 ) -> str:
     by_all = _num_refused_by_all(runs)
-    assumed = dict.fromkeys(part for run in runs for part in run.environment.get(ASSUMED) or ())
     return opening(
         title,
         headline(summaries, _offered_tokens_per_s(runs), by_all),
-        [*remarks(summaries, by_all), *([assuming(list(assumed))] if assumed else [])],
+        remarks(summaries, by_all),
         question=question,
         setting=" ".join(serving([run.environment for run in runs], summaries)),
     )

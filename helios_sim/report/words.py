@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from helios_sim.comparison import carry_alike
+from helios_sim.profile import ASSUMED
 from helios_sim.wording import counted, limits, listed, number, times
 
 Summary = Mapping[str, Any]
@@ -38,10 +39,12 @@ def device_of_all(are_processors: Iterable[bool]) -> str:
 
 
 def serving(environments: Sequence[Mapping[str, Any]], summaries: Sequence[Summary]) -> list[str]:
-    """What a column of figures is of: the device and how many, and which models served.
+    """What a column of figures is of: the device and how many, the models that served.
 
-    A policy that keeps to one model may do so silently, and its figures are that model's.
+    Also what was assumed of the profile, where anything was. A policy that keeps to one model may
+    do so silently, and its figures are that model's.
     """
+    assumed = [listed(list(one.get(ASSUMED) or ())) for one in environments]
     fleets, models = [], []
     for environment, summary in zip(environments, summaries, strict=True):
         device = environment.get("device")
@@ -56,6 +59,8 @@ def serving(environments: Sequence[Mapping[str, Any]], summaries: Sequence[Summa
     said = [f"Device: {_by_label(fleets, summaries)}."]
     if all(models):
         said.append(f"Serving: {_by_label(models, summaries)}.")
+    if any(assumed):
+        said.append(f"Assumed: {_by_label(assumed, summaries)}.")
     return said
 
 
@@ -93,11 +98,6 @@ def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
         return said
     whose = "" if len(unmeasured) == len(each) else f" of {listed(unmeasured)}"
     return f"{said} None{whose} is measured: read ratios between {compared}, not absolute figures."
-
-
-def assuming(parts: Sequence[str]) -> str:
-    """What a scenario takes otherwise than its profile has it; a part for each number."""
-    return f"The scenario assumes {listed(list(parts))}."
 
 
 def standing_in(likes: Mapping[str, str]) -> str:

@@ -50,6 +50,8 @@ from helios_sim.wording import counted
 Asked = TypeVar("Asked", int, float)
 Found = TypeVar("Found")
 
+MAX_WHOLE_REQUESTS: Final = 2_000_000
+"""Requests of a workload that is played whole, at most: some seconds each time it is played."""
 MIN_REQUESTS: Final = 2000
 """Requests of a sample for each replica, at least, where no number is asked for."""
 SAMPLE_ANSWERS: Final = 20.0
@@ -300,7 +302,7 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
             f"{place}.windows",
         )
     traffic.check()
-    return PlanQuestion(
+    question = PlanQuestion(
         scenario=scenario,
         settings=settings,
         base_dir=base_dir,
@@ -313,6 +315,24 @@ def read_plan(scenario: Scenario, base_dir: Path, where: str) -> PlanQuestion:
         profiles=profiles,
         skipped=skipped,
     )
+    _check_playable(question)
+    return question
+
+
+def _check_playable(question: PlanQuestion) -> None:
+    """Refuse a workload that is played whole and holds more requests than anybody waits for."""
+    traffic = question.traffic
+    if not traffic.is_shaped:
+        return
+    rate_per_s = question.target_per_s or traffic.rate_per_s
+    num = traffic.num_in_run(rate_per_s)
+    if num > MAX_WHOLE_REQUESTS:
+        raise InputError(
+            f"At {rate_per_s:.4g} requests/s this workload holds {num:,} requests; it changes with "
+            f"time and is played whole, so at most {MAX_WHOLE_REQUESTS:,} are allowed. Give fewer "
+            "(workload.num_requests, workload.duration_s), or a lower target.",
+            f"{question.where}, workload",
+        )
 
 
 def _contexts(fleets: Sequence[Fleet], profiles: Mapping[str, Profile]) -> set[int]:

@@ -196,6 +196,12 @@ def alone(scenario: Scenario, policy: str | None, where: str) -> Scenario:
     return scenario.model_copy(update=update)
 
 
+_NO_SETTINGS: Final = {
+    "fleet.assume": "nobody chooses what is assumed; helios whatif --vary shows what hangs on it",
+    "workload.first_trace_row": "it chooses the traffic, which samples do",
+}
+
+
 def read_space(scenario: Scenario, base_dir: Path, where: str) -> Space:
     """The space of a scenario's `[search]` table, with every key known to be a setting."""
     settings = scenario.search
@@ -309,6 +315,9 @@ def _frozen(value: Any) -> Any:
 
 def _check_key(space: Space, one: Range, where: str) -> None:
     """Raise `InputError` if no setting has this key; a value may still need others beside it."""
+    for beginning, why in _NO_SETTINGS.items():
+        if one.key == beginning or one.key.startswith(f"{beginning}."):
+            raise InputError(f"{one.key} is no setting to be tuned: {why}.", where)
     try:
         space.scenario({one.key: one.grid()[0]})
     except UnknownSetting as error:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
+from helios_sim.assumptions import means
 from helios_sim.profile import MarkovExits, Profile
 from helios_sim.questions import MAX_PEAK_FACTOR
-from helios_sim.report.words import assuming, extrapolated, idle_users, standing_in, worth
+from helios_sim.report.words import extrapolated, idle_users, standing_in, worth
 from helios_sim.scenario import Scenario
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import Goal, in_words
@@ -34,6 +35,7 @@ SAME_MODEL: Final = "same model at full depth"
 ALIKE: Final = 0.03
 """By how much of it mean lengths may differ and still be alike."""
 CANDIDATES: Final = "fleet.candidates"
+ASSUME: Final = "fleet.assume"
 MAX_NAMED: Final = 4
 """Cells that one clause names, at most."""
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -532,7 +534,9 @@ def whatif_remarks(
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
     grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
     varied = [cell.values[CANDIDATES] for cell in cells if CANDIDATES in cell.values]
-    return [*found, *grades, *_assumed(profiles, _candidates(scenario, varied)), *beyond]
+    keys = {key for cell in cells for key in cell.values}
+    assumed = _assumed(profiles, _candidates(scenario, varied), keys)
+    return [*found, *grades, *assumed, *beyond]
 
 
 def _qualities(able: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:
@@ -562,8 +566,15 @@ def grades_by_name(profiles: Iterable[Profile]) -> dict[str, Mapping[str, int]]:
     return {one.name: one.grade_counts() for one in profiles}
 
 
-def _assumed(profiles: Collection[Profile], used: Collection[str] | None = None) -> list[str]:
-    """What is assumed: by the scenario, and of the exits of models, of all or of those used."""
+def _assumed(
+    profiles: Collection[Profile],
+    used: Collection[str] | None = None,
+    varied: Collection[str] = (),
+) -> list[str]:
+    """What is assumed: of the exits of models, of all or those used, and by the scenario.
+
+    Settings that are `varied` say themselves what they assume.
+    """
     likes = {
         name: like
         for profile in profiles
@@ -571,8 +582,14 @@ def _assumed(profiles: Collection[Profile], used: Collection[str] | None = None)
         if used is None or name in used
     }
     found = [standing_in(likes)] if likes else []
-    parts = dict.fromkeys(one.said() for profile in profiles for one in profile.assumptions)
-    return [*found, *([assuming(list(parts))] if parts else [])]
+    places = [key.removeprefix(ASSUME).lstrip(".") for key in varied if key.startswith(ASSUME)]
+    parts = dict.fromkeys(
+        one.said()
+        for profile in profiles
+        for one in profile.assumptions
+        if not any(not place or means(place, one.place) for place in places)
+    )
+    return [*found, *([f"The scenario assumes {listed(list(parts))}."] if parts else [])]
 
 
 def _generated(question: TuneQuestion) -> list[str]:

@@ -1259,6 +1259,35 @@ def test_whatif_shows_every_cell_of_the_grid_once(tmp_path: Path) -> None:
     assert all(len(row) == len(titles) for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("varied", "told"),
+    [("exits.stickiness", ()), ("exits.correlation", ("exits.stickiness = 0.5",))],
+)
+def test_a_grid_of_assumptions_claims_none_of_the_scenario_that_it_varies(
+    tmp_path: Path, varied: str, told: tuple[str, ...]
+) -> None:
+    path = write(tmp_path, fleet={"assume": {"exits.stickiness": 0.5}})
+    vary = [f"fleet.assume.{varied}=0.2,0.3"]
+    said = whatif(path, [], vary, [], 1, inline(tmp_path / "out"))
+    assumed = [one for one in said.sentences if one.startswith("The scenario assumes ")]
+    assert len(assumed) == len(told)
+    assert all(part in sentence for part, sentence in zip(told, assumed, strict=True))
+    assert {row[f"setting fleet.assume.{varied}"] for row in said.rows} == {0.2, 0.3}
+
+
+def test_a_changing_workload_of_millions_is_refused_before_anything_is_played(
+    tmp_path: Path,
+) -> None:
+    daily = {"kind": "daily", "mean_rate_per_s": 0.0005, "hourly_weights": [1.0] * 23 + [2.0]}
+    path = write(
+        tmp_path,
+        workload={"arrivals": daily, "num_requests": 2000},
+        plan={"target_rate_per_s": 5.0},
+    )
+    with pytest.raises(InputError, match=r"holds 20,\d{3},\d{3} requests; .* at most 2,000,000"):
+        plan(path, [], inline(tmp_path / "out"))
+
+
 def test_only_what_is_recommended_is_called_so(tmp_path: Path) -> None:
     """A grid recommends nothing, and neither does a search that found nothing better."""
     path = write(tmp_path, search={"ranges": {"serving.max_batch": [256]}, "sampler": "grid"})

@@ -136,6 +136,18 @@ def test_a_range_beyond_what_its_setting_takes_is_refused_at_either_end_and_at_a
     assert re.search(r"input should be|it must be", text)
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("fleet.assume.exits.stickiness", "nobody chooses what is assumed"),
+        ("workload.first_trace_row", "it chooses the traffic"),
+    ],
+)
+def test_what_nobody_may_choose_is_no_setting_to_be_tuned(key: str, said: str) -> None:
+    text = told({key: {"low": 0.1, "high": 0.9}})
+    assert text.startswith(f"x.toml, search.ranges.{key}: {key} is no setting to be tuned: {said}")
+
+
 def test_a_range_whose_end_needs_another_setting_beside_it_stands() -> None:
     """A breach limit of 150 needs a longer window than the default of 100."""
     ranges = {
