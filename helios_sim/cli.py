@@ -495,7 +495,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     for chosen in question.policy:
         rehearse(experiment, chosen)
     if question.plan is not None:
-        from helios_sim.search.plan import read_plan
+        from helios_sim.search.fleets import read_plan
 
         read_plan(question, scenario.parent, str(scenario))
     if question.search is not None:

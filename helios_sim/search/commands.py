@@ -16,16 +16,11 @@ from helios_sim.experiment import choose_policies
 from helios_sim.folder_names import folder_name
 from helios_sim.records import REPORT_FILE
 from helios_sim.scenario import Scenario, load_scenario
+from helios_sim.search.bench import headroom_study, plan_studies
 from helios_sim.search.executors import Workers, open_workers
+from helios_sim.search.fleets import read_plan
 from helios_sim.search.page import plan_page, tune_page, whatif_page
-from helios_sim.search.plan import (
-    check_answerable,
-    headroom_study,
-    make_plan,
-    no_plan,
-    plan_studies,
-    read_plan,
-)
+from helios_sim.search.plan import check_answerable, make_plan, no_plan
 from helios_sim.search.plan import recommended as planned_scenario
 from helios_sim.search.points import Point
 from helios_sim.search.results import (

@@ -18,7 +18,8 @@ from helios_sim.report.figures import (
     ticks,
     top_legend,
 )
-from helios_sim.search.plan import FleetAnswer, Hour, Load
+from helios_sim.search.bench import FleetAnswer, Load
+from helios_sim.search.plan import Hour
 from helios_sim.search.tune import Sensitivity, Trial, Tuned
 from helios_sim.search.whatif import Cell, short_names
 from helios_sim.slo import SloLimit

@@ -12,8 +12,10 @@ from helios_sim.report.figures import policy_colour
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
+from helios_sim.search.bench import LONGER, SAMPLE_ANSWERS, FleetAnswer
+from helios_sim.search.fleets import PlanQuestion
 from helios_sim.search.goals import in_words
-from helios_sim.search.plan import LONGER, SAMPLE_ANSWERS, FleetAnswer, Plan, PlanQuestion
+from helios_sim.search.plan import Plan
 from helios_sim.search.prices import words_of
 from helios_sim.search.results import RESULTS
 from helios_sim.search.tables import (

@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 from rich.text import Text
 
 from helios_sim.policy.registry import policy_names, policy_options
+from helios_sim.search.bench import FleetAnswer, Load
 from helios_sim.search.drawings import gpu_rate, joules, limit_words, user_rate
 from helios_sim.search.goals import in_words
 from helios_sim.search.means import Means
 from helios_sim.search.pareto import front
-from helios_sim.search.plan import FleetAnswer, Load, Plan
+from helios_sim.search.plan import Plan
 from helios_sim.search.quality import fleet_perplexities, trial_perplexities
 from helios_sim.search.tune import Trial, Tuned, by_violation
 from helios_sim.search.whatif import Cell, compared_by, leaders, short_keys

@@ -11,9 +11,10 @@ from helios_sim.profile import MarkovExits, Profile
 from helios_sim.questions import MAX_PEAK_FACTOR
 from helios_sim.report.words import extrapolated, idle_users, standing_in, worth
 from helios_sim.scenario import Scenario
+from helios_sim.search.bench import SAMPLE_ANSWERS, FleetAnswer, Load
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import Goal, in_words
-from helios_sim.search.plan import SAMPLE_ANSWERS, FleetAnswer, Load, Plan, miss_in_words
+from helios_sim.search.plan import Plan, miss_in_words
 from helios_sim.search.prices import grades_of
 from helios_sim.search.quality import cell_perplexities, fleet_pays, is_worse, winner_pays
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from helios_sim.scenario import PolicySettings
+from helios_sim.search.bench import FleetAnswer, Load
 from helios_sim.search.drawings import plan_frontiers
-from helios_sim.search.plan import Fleet, FleetAnswer, Load
+from helios_sim.search.fleets import Fleet
 from helios_sim.search.verdict import BACKLOG, Criterion, Verdict
 
 

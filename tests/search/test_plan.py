@@ -14,18 +14,11 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.scenario import load_scenario, resolved
 from helios_sim.search import commands
+from helios_sim.search.bench import FleetAnswer, Load, planned_scenario
 from helios_sim.search.capacity import Capacity
+from helios_sim.search.fleets import PlanQuestion, fleet_scenario, read_plan
 from helios_sim.search.means import mean_figures
-from helios_sim.search.plan import (
-    FleetAnswer,
-    Load,
-    PlanQuestion,
-    fleet_scenario,
-    make_plan,
-    planned_scenario,
-    ranked,
-    read_plan,
-)
+from helios_sim.search.plan import make_plan, ranked
 from helios_sim.search.prices import Cost
 from helios_sim.search.verdict import Verdict
 from helios_sim.search.words import plan_remarks
@@ -297,7 +290,7 @@ def test_a_fleet_whose_whole_run_is_refused_plans_nothing(
         found.extend(answers)
         return kept(question, answers)
 
-    monkeypatch.setattr("helios_sim.search.plan._Bench.as_served", refuse)
+    monkeypatch.setattr("helios_sim.search.bench._Bench.as_served", refuse)
     monkeypatch.setattr(commands, "check_answerable", seen)
     path = write(tmp_path)
     with pytest.raises(InputError, match="Request 9 is too long"):

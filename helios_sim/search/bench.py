@@ -1,0 +1,466 @@
+"""One fleet measured: its loads, the highest it carries, the replicas that carry a target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Final, TypeVar
+
+from helios_sim.errors import InputError
+from helios_sim.policy.registry import make_policy
+from helios_sim.scenario import Scenario
+from helios_sim.search.bottleneck import Bottleneck, find_bottleneck
+from helios_sim.search.capacity import Capacity, FleetSize, find_capacity, find_fleet
+from helios_sim.search.fleets import Fleet, PlanQuestion, fleet_scenario
+from helios_sim.search.goals import Broken
+from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
+from helios_sim.search.points import Figures, Point, point_of
+from helios_sim.search.prices import Cost, cost_of
+from helios_sim.search.studies import Outcome, Steps, Study, figures_of
+from helios_sim.search.traffic import FEW_ROUNDS, MAX_RUN_REQUESTS, at_rate, rounds_in_sample
+from helios_sim.search.verdict import BACKLOG, Verdict, judge
+
+Asked = TypeVar("Asked", int, float)
+Found = TypeVar("Found")
+
+SAMPLE_ANSWERS: Final = 20.0
+"""How many times as long as an answer (the 99th percentile) a sample has to last.
+
+A sample begins empty, and a fleet is full only once the first answers end: a shorter sample shows
+it on the way there. A tenth of the sample, two answers, is not measured.
+"""
+LONGER: Final = 4
+"""How many times as long a sample has to agree with an answer before it is given.
+
+Near the boundary a queue grows more slowly than answers end, and replications cannot see what all
+of them are too short for.
+"""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A number of replicas at a rate: the verdict, and the figures' means over replications.
+
+    `saturations` are those of the replications; `beyond` says what the profile can only
+    extrapolate. Its samples are `lengthened` times as long as at first and last `sample_s`, in
+    which answers take up to `answer_s`; they are `longer` times as long as answers ask for. They
+    hold so many `rounds` of reassessment, infinitely many for a policy that does not reassess.
+    """
+
+    num_replicas: int
+    rate_per_s: float
+    verdict: Verdict
+    means: Means
+    saturations: tuple[str, ...] = ()
+    beyond: tuple[str, ...] = ()
+    lengthened: int = 1
+    longer: int = 1
+    sample_s: float = math.inf
+    answer_s: float = 0.0
+    rounds: float = math.inf
+
+    @property
+    def is_short(self) -> bool:
+        """Whether samples are shorter than answers ask for, so that they flatter the fleet."""
+        return self.sample_s < SAMPLE_ANSWERS * self.answer_s
+
+    @property
+    def has_few_rounds(self) -> bool:
+        """Whether samples hold too few rounds of reassessment to show what these cost."""
+        return self.rounds < FEW_ROUNDS * (1.0 - 1e-9)
+
+    @property
+    def enough_s(self) -> float:
+        """How long a run has to last to tell as much as a sample that is no longer than asked."""
+        for_rounds = 0.0 if math.isinf(self.rounds) else FEW_ROUNDS / self.rounds * self.sample_s
+        return min(max(SAMPLE_ANSWERS * self.answer_s, for_rounds), self.sample_s)
+
+
+@dataclass(frozen=True)
+class FleetAnswer:
+    """What was found for one fleet; `refusal` says why it cannot serve at all.
+
+    `capacity` is that of `capacity_replicas` replicas. With a target, `size` is the smallest
+    number that carries it and `planned` what that number does at the target; without one
+    `planned` is the load at the capacity. `loads` are all that was measured. `figures` are of a
+    run of the planned scenario, or means over samples where `is_one_run` is False, in which
+    `models` served; `broken` are the constraints that they break.
+    """
+
+    fleet: Fleet
+    capacity_replicas: int
+    capacity: Capacity | None = None
+    bottleneck: Bottleneck | None = None
+    size: FleetSize | None = None
+    planned: Load | None = None
+    loads: tuple[Load, ...] = ()
+    refusal: InputError | None = None
+    cost: Cost | None = None
+    figures: Means = field(default_factory=dict)
+    is_one_run: bool = False
+    models: tuple[str, ...] = ()
+    broken: tuple[Broken, ...] = ()
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the planned load's tokens that equal those of their own model at full depth."""
+        return self.figures.get("agreement")
+
+    @property
+    def num_gpus(self) -> int | None:
+        """GPUs of the planned fleet."""
+        if self.planned is None:
+            return None
+        return self.planned.num_replicas * self.fleet.gpus_per_replica
+
+    @property
+    def beyond(self) -> tuple[str, ...]:
+        """What the profile can only extrapolate of the planned load, or of that at the capacity."""
+        return next((load.beyond for load in self._shown if load.beyond), ())
+
+    @property
+    def short(self) -> Load | None:
+        """The planned load, or that at the capacity, where its samples are too short."""
+        return next((load for load in self._shown if load.is_short), None)
+
+    @property
+    def of_few_rounds(self) -> Load | None:
+        """The planned load, or that at the capacity, where its samples hold too few rounds."""
+        return next((load for load in self._shown if load.has_few_rounds), None)
+
+    @property
+    def _shown(self) -> tuple[Load, ...]:
+        """The loads that the answer stands on."""
+        rate = None if self.capacity is None else self.capacity.rate_per_s
+        at_capacity = (
+            one
+            for one in self.loads
+            if (one.num_replicas, one.rate_per_s) == (self.capacity_replicas, rate)
+        )
+        return tuple(load for load in (self.planned, *at_capacity) if load is not None)
+
+
+def plan_studies(question: PlanQuestion) -> list[Study[FleetAnswer]]:
+    """A study a fleet."""
+    expected = 45 if question.target_per_s is None else 65
+    return [Study(fleet.name, _fleet_steps(question, fleet), expected) for fleet in question.fleets]
+
+
+def planned_scenario(question: PlanQuestion, fleet: Fleet, planned: Load) -> Scenario:
+    """The whole scenario with a fleet in place of its own, at the rate it is planned for."""
+    scenario = fleet_scenario(question, fleet, planned.num_replicas)
+    return at_rate(scenario, question.traffic, planned.rate_per_s)
+
+
+Measured = Generator[Sequence[Point], list[Outcome], Load]
+
+
+class _Bench:
+    """Measures loads of one fleet and keeps them."""
+
+    def __init__(self, question: PlanQuestion, fleet: Fleet) -> None:
+        self.question, self.fleet = question, fleet
+        policy = fleet.policy
+        made = make_policy(policy.use, policy.options, search_path=question.base_dir)
+        self.reassess_requests = made.watching.reassess_requests
+        self.loads: dict[tuple[int, float], Load] = {}
+        self.figures: dict[tuple[int, float], list[Figures]] = {}
+
+    def measure(self, num_replicas: int, rate_per_s: float, longer: int = 1) -> Measured:
+        """Replicated runs at a load, more of them where the first leave doubt.
+
+        They are as long as answers at this load and the policy's rounds ask for, and `longer` times
+        as long as answers do unless shorter ones, which flatter, surely miss it already.
+        """
+        key = num_replicas, rate_per_s
+        known = self.loads.get(key)
+        if known is not None and (known.longer >= longer or known.verdict.surely_missed):
+            return known
+        settings = self.question.settings
+        scenario = fleet_scenario(self.question, self.fleet, num_replicas)
+        figures: list[Figures] = [] if known is None else self.figures[key]
+        lengthened = 1 if known is None else known.lengthened
+        for upto in (settings.replications, settings.max_replications):
+            while True:
+                points = [
+                    self._point(scenario, index, rate_per_s, num_replicas, lengthened)
+                    for index in range(len(figures), upto)
+                ]
+                if points:
+                    figures = figures + figures_of((yield points))
+                verdict = judge(
+                    figures, self.question.slo, settings.attainment, settings.confidence
+                )
+                wanted = self._lengthening(num_replicas, rate_per_s, figures, verdict, longer)
+                if wanted <= lengthened:
+                    break
+                lengthened, figures = wanted, []
+            if verdict.is_sure:
+                break
+        sample_s = lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas)
+        load = Load(
+            num_replicas=num_replicas,
+            rate_per_s=rate_per_s,
+            verdict=verdict,
+            means=mean_figures(figures),
+            saturations=tuple(one["summary"]["saturation"] for one in figures),
+            beyond=clauses_beyond(figures),
+            lengthened=lengthened,
+            longer=longer,
+            sample_s=sample_s,
+            answer_s=_answer_s(figures),
+            rounds=self._rounds(num_replicas, rate_per_s * sample_s),
+        )
+        self.loads[key], self.figures[key] = load, figures
+        return load
+
+    def _lengthening(
+        self,
+        num_replicas: int,
+        rate_per_s: float,
+        figures: Sequence[Figures],
+        verdict: Verdict,
+        longer: int,
+    ) -> int:
+        """How many times as long as at first the samples of a load have to be.
+
+        A load that is surely missed with a backlog that grows is left as it is: time would not
+        mend it.
+        """
+        if verdict.surely_missed and any(one.name == BACKLOG for one in verdict.broken):
+            return 1
+        traffic = self.question.traffic
+        sample_s = traffic.sample_s(rate_per_s, num_replicas)
+        for_answers = longer * SAMPLE_ANSWERS * _answer_s(figures) / sample_s
+        for_rounds = FEW_ROUNDS / self._rounds(num_replicas, rate_per_s * sample_s)
+        wanted = math.ceil(max(1.0, for_answers, for_rounds))
+        return min(wanted, traffic.most_lengthened(num_replicas))
+
+    def _rounds(self, num_replicas: int, num_requests: float) -> float:
+        """Rounds of reassessment of each replica in a sample of so many requests.
+
+        A sample that ends before the first one would show the policy without its main cost.
+        """
+        measured = (1.0 - self.question.traffic.warmup_share) * num_requests
+        return rounds_in_sample(measured, num_replicas, self.reassess_requests)
+
+    def _point(
+        self,
+        scenario: Scenario,
+        index: int,
+        rate: float,
+        num_replicas: int,
+        lengthened: int,
+        limits: str | None = None,
+    ) -> Point:
+        sample = self.question.traffic.sample(scenario, index, rate, num_replicas, lengthened)
+        return point_of(sample, self.question.base_dir, limits or str(self.question.slo))
+
+    def capacity(
+        self, num_replicas: int, start_per_s: float
+    ) -> Generator[Sequence[Point], list[Outcome], Capacity]:
+        """The capacity of so many replicas, on which samples `LONGER` times as long agree.
+
+        Where they do not, the search begins anew at the rate they refute, with samples as long.
+        """
+        longer = 1
+        while True:
+            found = yield from _follow(
+                find_capacity(start_per_s, self.question.settings.precision),
+                partial(self.measure, num_replicas, longer=longer),
+            )
+            longer *= LONGER
+            surely = yield from self._holds(num_replicas, found.low_per_s, longer, surely=True)
+            if surely:
+                start_per_s = found.rate_per_s
+                holds = yield from self._holds(num_replicas, start_per_s, longer, surely=False)
+                if holds:
+                    break
+            else:
+                start_per_s = found.low_per_s
+            for key in [key for key in self.loads if key[0] == num_replicas]:
+                self._forget(key, longer)
+        probes = tuple(
+            replace(one, verdict=self.loads[num_replicas, one.rate_per_s].verdict)
+            for one in found.probes
+        )
+        return replace(found, probes=probes)
+
+    def _holds(
+        self, num_replicas: int, rate_per_s: float, longer: int, *, surely: bool
+    ) -> Generator[Sequence[Point], list[Outcome], bool]:
+        """Whether longer samples say too that a rate is carried; no rate is none to doubt."""
+        if rate_per_s == 0.0:
+            return True
+        load = yield from self.measure(num_replicas, rate_per_s, longer)
+        return load.verdict.surely_carried if surely else load.verdict.carried
+
+    def _forget(self, key: tuple[int, float], longer: int) -> None:
+        """Drop a load that is not surely missed by samples shorter than those that count."""
+        if self.loads[key].longer < longer and not self.loads[key].verdict.surely_missed:
+            del self.loads[key], self.figures[key]
+
+    def size(
+        self, guess: int, rate_per_s: float
+    ) -> Generator[Sequence[Point], list[Outcome], FleetSize]:
+        """The smallest number of replicas that carries a rate, as longer samples say too."""
+        longer = 1
+        while True:
+            found = yield from _follow(
+                find_fleet(guess, self.question.settings.max_replicas),
+                partial(self.measure, rate_per_s=rate_per_s, longer=longer),
+            )
+            if found.num_replicas is None:
+                return found
+            longer, guess = LONGER * longer, found.num_replicas
+            holds = yield from self._holds(guess, rate_per_s, longer, surely=True)
+            if holds:
+                verdicts = {num: self.loads[num, rate_per_s].verdict for num in found.verdicts}
+                return replace(found, verdicts=verdicts)
+            for key in [key for key in self.loads if key[1] == rate_per_s]:
+                self._forget(key, longer)
+
+    def as_served(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], list[Figures]]:
+        """A run of the planned scenario as it stands, judged by the constraints.
+
+        Where other requests may be drawn, a run that is too short for its answers, or for its
+        policy's rounds, tells less than samples do; so does one that would hold more requests than
+        a sample may.
+        """
+        question, traffic = self.question, self.question.traffic
+        limits = question.constraints.limits or str(question.slo)
+        num = traffic.num_in_run(planned.rate_per_s)
+        lasts_s = num / planned.rate_per_s
+        is_long = traffic.replays or traffic.is_shaped or lasts_s >= planned.enough_s
+        if num <= MAX_RUN_REQUESTS and is_long:
+            scenario = planned_scenario(question, self.fleet, planned)
+            points = [point_of(scenario, question.base_dir, limits)]
+        else:
+            scenario = fleet_scenario(question, self.fleet, planned.num_replicas)
+            points = [
+                self._point(
+                    scenario,
+                    index,
+                    planned.rate_per_s,
+                    planned.num_replicas,
+                    planned.lengthened,
+                    limits,
+                )
+                for index in range(question.settings.replications)
+            ]
+        return figures_of((yield points))
+
+    def bottleneck(self, num_replicas: int, capacity: Capacity) -> Bottleneck | None:
+        """What gives way at the first rate that is missed."""
+        if capacity.outcome == "all carried":
+            return None
+        at = num_replicas, capacity.first_missed.rate_per_s
+        summaries = [one["summary"] for one in self.figures[at]]
+        late = capacity.first_missed.verdict.worst.limit.split(":")[0].split("<")[0] in (
+            "tpot",
+            "itl",
+        )
+        limits = [str(limit) for limit in self.question.slo.limits]
+        missed = capacity.first_missed.verdict.worst.limit
+        late_while = [
+            one["judged"][limits.index(missed)]["late_while"]
+            for one in self.figures[at]
+            if missed in limits
+        ]
+        return find_bottleneck(summaries, self.question.scenario.serving, late, late_while)
+
+
+def _follow(
+    search: Generator[Asked, Verdict, Found],
+    measure: Callable[[Asked], Generator[Sequence[Point], list[Outcome], Load]],
+) -> Generator[Sequence[Point], list[Outcome], Found]:
+    """Measure whatever a search asks for until it has found what it looks for."""
+    try:
+        asked = next(search)
+        while True:
+            load = yield from measure(asked)
+            asked = search.send(load.verdict)
+    except StopIteration as end:
+        found: Found = end.value
+        return found
+
+
+def _answer_s(figures: Sequence[Figures]) -> float:
+    """How long answers take in the slowest of some runs; 0 where none finished."""
+    return max((one["answer_s"] or 0.0 for one in figures), default=0.0)
+
+
+def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
+    """Capacity of a fleet, and how many replicas the target takes."""
+    bench = _Bench(question, fleet)
+    target = question.target_per_s
+    replicas = question.scenario.fleet.num_replicas if target is None else 1
+    answer = FleetAnswer(fleet, replicas)
+    try:
+        capacity = yield from bench.capacity(replicas, question.traffic.rate_per_s)
+        answer = replace(answer, capacity=capacity, bottleneck=bench.bottleneck(replicas, capacity))
+        if target is None:
+            if capacity.rate_per_s > 0.0:
+                planned = bench.loads[replicas, capacity.rate_per_s]
+                answer = replace(answer, planned=planned)
+        elif capacity.rate_per_s > 0.0:
+            guess = math.ceil(target / capacity.rate_per_s)
+            size = yield from bench.size(guess, target)
+            answer = replace(answer, size=size)
+            if size.num_replicas is not None:
+                planned = bench.loads[size.num_replicas, target]
+                answer = replace(answer, planned=planned)
+        if answer.planned is not None:
+            served = yield from bench.as_served(answer.planned)
+            answer = replace(
+                answer,
+                figures=mean_figures(served),
+                is_one_run=len(served) == 1,
+                models=models_served(served),
+                broken=question.judge.broken(served),
+            )
+    except InputError as error:
+        # What was found on the way is no plan: nobody has judged it by the constraints.
+        loads = tuple(bench.loads.values())
+        return replace(answer, planned=None, figures={}, refusal=error, loads=loads)
+    return _priced(question, replace(answer, loads=tuple(bench.loads.values())))
+
+
+def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:
+    gpus = answer.num_gpus
+    if question.prices is None or gpus is None:
+        return answer
+    cost = cost_of(
+        question.prices,
+        answer.fleet.device,
+        gpus,
+        answer.figures.get("average_gpu_power"),
+        answer.figures.get("output_throughput"),
+        f"{question.where}, plan.prices",
+    )
+    return replace(answer, cost=cost)
+
+
+def headroom_study(question: PlanQuestion, best: FleetAnswer) -> Study[FleetAnswer]:
+    """The capacity of the recommended fleet itself: how much more than the target it carries."""
+
+    def steps() -> Steps[FleetAnswer]:
+        planned = best.planned
+        if planned is None or question.target_per_s is None:
+            return best
+        bench = _Bench(question, best.fleet)
+        num = planned.num_replicas
+        capacity = yield from bench.capacity(num, planned.rate_per_s)
+        known = {(load.num_replicas, load.rate_per_s): load for load in best.loads} | bench.loads
+        return replace(
+            best,
+            capacity=capacity,
+            capacity_replicas=num,
+            bottleneck=bench.bottleneck(num, capacity),
+            loads=tuple(known.values()),
+        )
+
+    expected = 0 if question.target_per_s is None else 40
+    return Study("headroom", steps(), expected)
