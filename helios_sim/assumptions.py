@@ -75,7 +75,7 @@ def assume(
     `InputError` for a place at which the document has no number, and for two with stars that mean
     the same.
     """
-    changed = copy.deepcopy(document)
+    changed, own = copy.deepcopy(document), dict(_numbers(document, ""))
     taken: dict[str, str] = {}
     made: dict[str, Assumption] = {}
     # Those with a star come first, so that one without it has the last word on its number.
@@ -83,18 +83,17 @@ def assume(
         value = assumed[place]
         entries = list(_entries(changed, place.split("."), ""))
         if not entries:
-            known = [name for name, _ in _numbers(document, "")]
             raise InputError(
-                f"The profile has no number at {place!r}.{did_you_mean(place, known)} Places are "
-                f"those of its profile.json, such as {known[0]}; {EVERY} stands for all names.",
+                f"The profile has no number at {place!r}.{did_you_mean(place, own)} Places are "
+                f"those of its profile.json, such as {next(iter(own))}; {EVERY} stands for all "
+                "names.",
                 place,
             )
         for name, entry in entries:
             other = taken.setdefault(name, place)
             if other != place and EVERY in place.split("."):
                 raise InputError(f"{name} is meant by {other!r} too; give one of the two.", place)
-            own = dict(_numbers(document, ""))[name]
-            was, grade = own["value"], str(own["grade"])
+            was, grade = own[name]["value"], str(own[name]["grade"])
             if isinstance(was, list) != isinstance(value, tuple):
                 kind = "an array of numbers" if isinstance(was, list) else "one number"
                 raise InputError(f"{name} is {kind} in the profile; give as much.", place)

@@ -28,7 +28,7 @@ from helios_sim.profile import (
     save_profile,
     shipped_names,
 )
-from helios_sim.work import BOARDS, COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, Work, work_of
+from helios_sim.roofline import BOARDS, COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, Work, work_of
 
 Rule = Literal[
     "bytes", "flops", "both", "launch", "launches", "fixed", "host", "active power", "power limit"

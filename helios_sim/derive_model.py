@@ -40,7 +40,7 @@ from helios_sim.profile import (
     quantity,
     save_profile,
 )
-from helios_sim.work import REFERENCE_CONTEXT_TOKENS, decode, work_of
+from helios_sim.roofline import REFERENCE_CONTEXT_TOKENS, decode, work_of
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

@@ -17,7 +17,7 @@ from helios_sim.derive import OPTIONS, RULES, Device, amount, derive, write_deri
 from helios_sim.errors import InputError
 from helios_sim.profile import GRADES, load_profile, shipped_names
 from helios_sim.profiles import published
-from helios_sim.work import decode
+from helios_sim.roofline import decode
 
 ROOT = Path(__file__).parent.parent
 A100 = {"bytes_per_s": 1555e9, "flops_per_s": 312e12}

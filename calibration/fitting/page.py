@@ -52,8 +52,8 @@ from helios_sim.profile import Profile, TraceExits
 from helios_sim.records import flat_items
 from helios_sim.report.document import add_figure, document, opening, section
 from helios_sim.report.figures import Figure
+from helios_sim.roofline import REFERENCE_CONTEXT_TOKENS
 from helios_sim.wording import listed, number, size, span
-from helios_sim.work import REFERENCE_CONTEXT_TOKENS
 
 MAX_MEMORY_ROWS: Final = 24
 

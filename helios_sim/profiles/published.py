@@ -32,7 +32,7 @@ from helios_sim.profile import (
     load_profile,
     quantity,
 )
-from helios_sim.work import (
+from helios_sim.roofline import (
     A100,
     COMPUTE_EFFICIENCY,
     H100,

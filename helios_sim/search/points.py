@@ -45,7 +45,7 @@ _NO_PART: Final = (
     "publish.py",
     "terminal.py",
     "wording.py",
-    "work.py",
+    "roofline.py",
 )
 """Sources that change no figure of a point: what proposes points, what shows results, and what
 makes profiles, whose content takes part itself.

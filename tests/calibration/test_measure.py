@@ -687,17 +687,13 @@ def spoilt(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def test_weights_that_the_guard_refuses_end_the_run(checkpoint: Path, tmp_path: Path) -> None:
-    """Found while loading is timed; nothing of such a model is a measurement."""
-    folder = spoilt(checkpoint, tmp_path / "spoilt")
-    with pytest.raises(InputError, match=r"exit layer 4 .* not the weights the guard"):
-        measure(settings(folder, tmp_path / "out"))
-
-
-def test_a_model_is_not_measured_up_to_the_layers_that_the_guard_refuses(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("loading_is_timed", [True, False])
+def test_weights_that_the_guard_refuses_end_the_run(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loading_is_timed: bool
 ) -> None:
-    monkeypatch.setattr(measuring._Session, "_loading", lambda _: None)
+    """Nothing of such a model is a measurement, not even the layers before."""
+    if not loading_is_timed:
+        monkeypatch.setattr(measuring._Session, "_loading", lambda _: None)
     folder = spoilt(checkpoint, tmp_path / "spoilt")
     with pytest.raises(InputError, match=r"exit layer 4 .* not the weights the guard"):
         measure(settings(folder, tmp_path / "out"))

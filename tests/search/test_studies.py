@@ -123,7 +123,7 @@ def test_what_judges_a_point_is_part_of_its_code_and_what_shows_it_is_not() -> N
     files = set(code_files())
     assert {"search/points.py", "metrics.py", "slo.py", "policy/helios.py"} <= files
     assert not {"search/page.py", "search/tune.py", "report/page.py"} & files
-    assert not {"fidelity/page.py", "profiles/published.py", "wording.py", "work.py"} & files
+    assert not {"fidelity/page.py", "profiles/published.py", "wording.py", "roofline.py"} & files
 
 
 def test_all_that_runs_a_point_is_part_of_its_code() -> None:

@@ -1,4 +1,4 @@
-"""What the parts of a model move and compute, what boards can, and a decode of a known context."""
+"""The roofline: bytes and flops of a model's parts, peaks of boards, a decode at one context."""
 
 from __future__ import annotations
 
