@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.model.checkpoint import TOKENIZER_FILE, tokenizer_files
+from calibration.model.checkpoint import (
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    Checkpoint,
+    tokenizer_files,
+)
+from calibration.model.family import shape_of
 from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
 from helios_sim.errors import InputError
 from helios_sim.workload import Requests
@@ -73,6 +79,25 @@ def read_prompts(domains: Sequence[str], tokenizer: Tokenizer) -> Prompts:
         ids[domain] = text.tokens(tokenizer)
         hashes[domain] = text.sha256
     return Prompts(tokenizer.name, ids, hashes)
+
+
+def shared_tokenizer(candidates: Sequence[Checkpoint]) -> Tokenizer:
+    """The tokenizer that candidates share, bounded by the smallest vocabulary among them.
+
+    They meet the same text. It raises `InputError` where they have several.
+    """
+    folders: dict[str, Path] = {}
+    for one in candidates:
+        folders.setdefault(one.tokenizer, one.folder)
+    if len(folders) > 1:
+        listed = ", ".join(f"{name!r} ({folder})" for name, folder in folders.items())
+        raise InputError(
+            f"The candidates have several tokenizers: {listed}. They meet the same text, so they "
+            f"must share one. Where only their files differ, copy one's {TOKENIZER_FILE} to the "
+            f"others, or name one tokenizer in every {SETTINGS_FILE}."
+        )
+    smallest = min(candidates, key=lambda one: shape_of(one.config).vocab)
+    return tokenizer_of(smallest.tokenizer, smallest.folder, shape_of(smallest.config).vocab)
 
 
 def tokenizer_of(name: str, folder: Path, vocab: int) -> Tokenizer:

@@ -29,7 +29,7 @@ from calibration.model.family import shape_of
 from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host, check_policy, lives_of
 from calibration.serving.judge import Reread, judge, reread, served_traces
-from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
+from calibration.serving.prompts import Prompts, read_prompts, shared_tokenizer
 from calibration.serving.record import run_data, write_extras
 from calibration.serving.slowdown import slowdown_facts, waited_s
 from calibration.serving.weights import (
@@ -323,9 +323,7 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     scenario = scenario.model_copy(update={"serving": serving})
     room = replace(room, serving=serving)
     check_room(room, where)
-    smallest = min(chosen.values(), key=lambda found: shape_of(found.config).vocab)
-    tokenizer = tokenizer_of(smallest.tokenizer, smallest.folder, shape_of(smallest.config).vocab)
-    prompts = read_prompts(requests.domains, tokenizer)
+    prompts = read_prompts(requests.domains, shared_tokenizer(list(chosen.values())))
     texts = prompts.pieces(requests, _longest_context(room))
     kv, kv_said = choose_kv(settings.kv, room, _longest_row(texts))
     return Prepared(

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from calibration.device import dtype_name
 from calibration.model.checkpoint import (
-    SETTINGS_FILE,
-    TOKENIZER_FILE,
     Checkpoint,
     open_checkpoint,
     write_json,
@@ -28,7 +26,7 @@ from calibration.model.checkpoint import (
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.early_exit import load
 from calibration.model.family import shape_of
-from calibration.serving.prompts import tokenizer_of
+from calibration.serving.prompts import shared_tokenizer
 from calibration.training.exit_quality import (
     NUM_BINS,
     deep_and_early,
@@ -36,7 +34,7 @@ from calibration.training.exit_quality import (
     expected_calibration_error,
 )
 from calibration.training.scoring import Scores, Windows, score
-from calibration.training.text import DOMAINS, Tokenizer, corpus
+from calibration.training.text import DOMAINS, corpus
 from calibration.training.thresholds import (
     TARGET_AGREEMENT,
     FittingOptions,
@@ -148,7 +146,7 @@ def trace_checkpoints(
         domain: corpus(domain, "trace", max_bytes=16 * windows.needed_tokens)
         for domain in chosen.domains
     }
-    encoder = _encoder_of(opened)
+    encoder = shared_tokenizer(opened)
     tokens = {domain: text.tokens(encoder) for domain, text in texts.items()}
     candidates = [_score(folder, tokens, windows, chosen, where, dtype) for folder in folders]
     traces = _traces(candidates, chosen)
@@ -176,21 +174,14 @@ def trace_checkpoints(
 
 def check_traceable(folders: Sequence[Path]) -> None:
     """Raise `InputError` for checkpoints that `trace_checkpoints` refuses; nothing is loaded."""
-    _encoder_of(_check_alike(folders))
-
-
-def _encoder_of(opened: Sequence[Checkpoint]) -> Tokenizer:
-    """The tokenizer that candidates share, bounded by the smallest vocabulary among them."""
-    smallest = min(opened, key=lambda one: shape_of(one.config).vocab)
-    return tokenizer_of(smallest.tokenizer, smallest.folder, shape_of(smallest.config).vocab)
+    shared_tokenizer(_check_alike(folders))
 
 
 def _check_alike(folders: Sequence[Path]) -> list[Checkpoint]:
-    """The candidates opened; they share a tokenizer, and no two have one name."""
+    """The candidates opened; no two have one name."""
     if not folders:
         raise InputError("No checkpoint was given; name at least one folder.")
     names: dict[str, Path] = {}
-    tokenizers: dict[str, Path] = {}
     found = [open_checkpoint(folder) for folder in folders]
     for folder, opened in zip(folders, found, strict=True):
         name = opened.name
@@ -200,14 +191,6 @@ def _check_alike(folders: Sequence[Path]) -> list[Checkpoint]:
                 "each name once."
             )
         names[name] = folder
-        tokenizers.setdefault(opened.tokenizer, folder)
-    if len(tokenizers) > 1:
-        listed = ", ".join(f"{name!r} ({folder})" for name, folder in tokenizers.items())
-        raise InputError(
-            f"The candidates have several tokenizers: {listed}. They are traced on the same "
-            "positions, so they must share one. Where only their files differ, copy one's "
-            f"{TOKENIZER_FILE} to the others, or name one tokenizer in every {SETTINGS_FILE}."
-        )
     return found
 
 

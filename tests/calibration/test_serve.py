@@ -872,6 +872,20 @@ def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(place, tmp_path) 
         prepare(tmp_path / "tiny.toml", settings)
 
 
+def test_candidates_of_several_tokenizers_meet_no_common_text(place, tmp_path) -> None:
+    models = [
+        from_stock(stock_model("llama"), (2, 4), name=name, tokenizer=tokenizer)
+        for name, tokenizer in (("large", "bytes"), ("small", "words"))
+    ]
+    for model in models:
+        save(model, tmp_path / "family" / model.spec.name)
+    write_profile(tmp_path / "profile", models, 0.5)
+    (tmp_path / "tiny.toml").write_text((place / "tiny.toml").read_text())
+    settings = ServeSettings((tmp_path / "family",), ("helios",), device="cpu")
+    with pytest.raises(InputError, match=r"several tokenizers: 'bytes' .*large.*'words' .*small"):
+        prepare(tmp_path / "tiny.toml", settings)
+
+
 def test_a_tokenizer_whose_files_are_missing_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
         tokenizer_of("llama", tmp_path, vocab=256)
