@@ -436,22 +436,15 @@ def open_arrivals(
     return times if duration_s is None else times[times < duration_s]
 
 
-def closed_arrivals(
-    settings: ClosedArrivals, seed: int, num_requests: int
-) -> tuple[Floats, NDArray[np.int32]]:
-    """Start or think times and users of a closed loop, rows interleaved by user.
-
-    Row i x `num_users` + u is request i of user u: its start for i = 0, else the time the user
-    thinks after the previous one is finished.
-    """
+def closed_arrivals(settings: ClosedArrivals, seed: int, num_requests: int) -> Floats:
+    """When a closed loop's users start, and how long one thinks before each other request."""
     rows = np.arange(num_requests)
-    user = (rows % settings.num_users).astype(np.int32)
     if settings.think_distribution == "constant":
         think_s = np.full(num_requests, settings.think_s)
     else:
         think_s = -np.log1p(-stream(seed, "think").random(num_requests)) * settings.think_s
     start_s = settings.ramp_s * rows / settings.num_users
-    return whole_ns(np.where(rows < settings.num_users, start_s, think_s)), user
+    return whole_ns(np.where(rows < settings.num_users, start_s, think_s))
 
 
 def peak_rate_per_s(

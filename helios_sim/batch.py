@@ -34,7 +34,7 @@ from helios_sim.queues import (
     pop_waiting,
     push_inbox,
     push_waiting_first,
-    send_successor,
+    send_next,
     take_arrivals,
 )
 from helios_sim.rows import (
@@ -103,7 +103,7 @@ def refuse(w: World, r: int, rep: Any, i: int) -> None:
     w.requests[i].status = REFUSED
     w.requests[i].replica = r
     rep.num_refused += 1
-    send_successor(w, r, rep, i)
+    send_next(w, r, rep)
 
 
 @compiled
@@ -233,7 +233,7 @@ def retire(w: World, r: int, rep: Any, row: Any) -> None:
     if req.output > 1:
         rep.period_tpots += 1
         rep.tpot_sum_s += (rep.now_s - req.first_token_s) / (req.output - 1)
-    send_successor(w, r, rep, row.request)
+    send_next(w, r, rep)
 
 
 @compiled

@@ -542,7 +542,7 @@ def _arrivals(requests: Requests) -> str:
     """Within what time requests arrive and how many a second, which shows a mistaken unit."""
     from helios_sim.wording import number, span
 
-    if requests.user is not None:
+    if requests.num_users is not None:
         return "Users send them in a closed loop, as they are answered."
     if requests.span_s <= 0.0:
         return "They arrive at one moment."

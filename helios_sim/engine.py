@@ -50,7 +50,7 @@ from helios_sim.state import (
 from helios_sim.steward import HOLD, Aim, PaceSums, Steward, View, event_of
 from helios_sim.streams import stream
 from helios_sim.workload import Requests
-from helios_sim.world import build_world, parking_lot, trace_tables
+from helios_sim.world import build_world, deal, parking_lot, trace_tables
 
 Process = Generator[simpy.Event, Any, Any]
 
@@ -180,7 +180,7 @@ class Replica:
     def is_out_of_work(self) -> bool:
         """Whether no request is here or on its way, nor any to come that may be routed here.
 
-        In a closed loop a request that ends has its user's next one on its way here at once.
+        In a closed loop a request that ends has the next one on its way here at once.
         """
         rep = self.record
         here = rep.num_rows + rep.num_waiting + rep.num_inbox
@@ -528,9 +528,11 @@ class Run:
         """Hand requests to replicas: at once, or as they arrive where the router needs the load."""
         sent_alone: Any = np.arange(len(self.requests))
         places: Any
-        if self.requests.user is not None:
-            _, sent_alone = np.unique(self.requests.user, return_index=True)
-            places = self.requests.user[sent_alone] % len(self.replicas)
+        num_users = self.requests.num_users
+        if num_users is not None:
+            sent_alone = sent_alone[:num_users]
+            places = sent_alone % len(self.replicas)
+            deal(self.world, num_users)
         elif self.setup.fleet.router == "random":
             draws = stream(self.setup.seed, "router").random(len(self.requests))
             places = (draws * len(self.replicas)).astype(np.int64)

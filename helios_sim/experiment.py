@@ -175,7 +175,7 @@ def rehearse(experiment: Experiment, policy: PolicySettings) -> None:
             name: getattr(requests, name)[:1]
             for name in ("arrival_s", "prompt_tokens", "output_tokens", "domain", "trace_start")
         },
-        user=None if requests.user is None else requests.user[:1],
+        num_users=None if requests.num_users is None else 1,
     )
     _play(experiment, policy, experiment.scenario.seed, first, None)
 
@@ -247,14 +247,14 @@ def run_policy(
         _check_fits(experiment, policy, requests)
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
-        num_dropped, user = requests.num_dropped, requests.user
+        num_dropped, users = requests.num_dropped, (requests.num_users, requests.arrival_s)
         # The world is as large as the records made of it, and nobody needs it any more.
         played.disband()
         del played, requests
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary |= {"num_dropped": num_dropped, "num_shortened": num_shortened}
-        summary |= user_figures(run, user)
+        summary |= user_figures(run, *users)
         beyond = _beyond_measured(experiment.setup.profile, run, scenario.serving.max_batch)
         if beyond:
             summary["beyond_measured"] = beyond

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from helios_sim.errors import InputError
@@ -238,23 +237,21 @@ def summarise(
     return rounded
 
 
-def user_figures(run: RunData, user: NDArray[np.int32] | None) -> dict[str, Any]:
+def user_figures(run: RunData, num_users: int | None, think_s: Floats) -> dict[str, Any]:
     """How many users a closed loop has, and how many are active on average over the whole run.
 
-    A user is active from the first request on until the last one has left. `user` has that of
-    every request, in the order in which they were numbered; without any there is nothing to say.
+    A user is active from the first request on until the last one has left. `think_s` is how long
+    somebody thought before each request, in the order in which they are numbered, the first
+    `num_users` of them left out. An open loop has no users, and nothing to say.
     """
-    if user is None:
+    if num_users is None:
         return {}
     columns, end_s = columns_of(run), run.totals.end_s
-    mine = user[columns.request_id]
-    num_users = int(user.max()) + 1
     left_s = np.where(columns.finished, columns.finished_s, end_s)
     left_s = np.where(columns.refused, columns.arrival_s, left_s)
-    begun_s, ended_s = np.full(num_users, end_s), np.zeros(num_users)
-    np.minimum.at(begun_s, mine, columns.arrival_s)
-    np.maximum.at(ended_s, mine, left_s)
-    active_s = float(np.maximum(ended_s - begun_s, 0.0).sum())
+    is_first = columns.request_id < num_users
+    begun_s = columns.arrival_s - np.where(is_first, 0.0, think_s[columns.request_id])
+    active_s = float(np.maximum(left_s - begun_s, 0.0).sum())
     found: dict[str, Any] = rounded_figures(
         {"num_users": num_users, "mean_active_users": _ratio(active_s, end_s)}
     )

@@ -76,7 +76,7 @@ def run_data(run: Run, label: str, policy: str, seed: int, scenario: Mapping[str
         decisions=decisions_table(run),
         timeline=timeline_table(run),
         totals=totals(run),
-        closed_loop=run.requests.user is not None,
+        closed_loop=run.requests.num_users is not None,
     )
 
 

@@ -1,6 +1,6 @@
-"""The queues of a replica: what is on its way to it, and what waits for a row.
+"""The queues of a replica: what users are to send it, what is on its way, and what waits for a row.
 
-Both are lists through `w.requests`, by `next`. What arrives out of turn is on its way in a heap
+They are lists through `w.requests`, by `next`. What arrives out of turn is on its way in a heap
 beside its list, whose members' children begin at `later`.
 """
 
@@ -153,10 +153,11 @@ def take_arrivals(w: World, rep: Any) -> None:
 
 
 @compiled
-def send_successor(w: World, r: int, rep: Any, i: int) -> None:
-    """In a closed loop, send the user's next request once this one has ended."""
-    after = w.requests[i].successor
-    if after != NOBODY:
-        w.requests[after].arrival_s = rep.now_s + w.requests[after].think_s
-        w.requests[after].replica = r
-        push_inbox(w, r, after)
+def send_next(w: World, r: int, rep: Any) -> None:
+    """In a closed loop, have a user whose request has ended send the next one dealt."""
+    i = rep.dealt_head
+    if i != NOBODY:
+        rep.dealt_head = w.requests[i].next
+        w.requests[i].arrival_s = rep.now_s + w.requests[i].think_s
+        w.requests[i].replica = r
+        push_inbox(w, r, i)

@@ -289,7 +289,7 @@ def check_warmup(measure: MeasureSettings, requests: Requests, where: str) -> No
 
     When a closed loop's requests arrive shows only in it.
     """
-    is_open = requests.user is None
+    is_open = requests.num_users is None
     last_s = requests.span_s if is_open else math.inf
     if measure.warmup_requests >= len(requests) or measure.warmup_s > last_s:
         last = f"; the last arrives at {last_s:g} s" if is_open else ""

@@ -100,7 +100,6 @@ REQUEST = np.dtype(
         ("trace_start", "i4"),
         ("next", "i4"),
         ("later", "i4"),
-        ("successor", "i4"),
         ("agree", "i4"),
         ("breaches", "i4"),
         ("relative_breaches", "i4"),
@@ -218,6 +217,7 @@ REPLICA = np.dtype(
         ("inbox_head", "i8"),
         ("inbox_tail", "i8"),
         ("inbox_heap", "i8"),
+        ("dealt_head", "i8"),
         ("num_waiting", "i8"),
         ("num_inbox", "i8"),
         ("queued_blocks", "i8"),
@@ -243,22 +243,23 @@ REPLICA = np.dtype(
     align=True,
 )
 """A replica. `phase` is what it does until `end_s`. Its first `num_ready` rows decode, the others
-are being prefilled; the last `num_fresh` of the decoding ones have not decoded yet. `ticks`
-counts iterations that decoded, `last_tick_s` is when the last one ended, and at `next_turn` some
-row ends or reaches the end of its domain's trace; `context_sum` adds up the tokens in the KV
-cache of decoding rows, and `longest_lead` is the most that one of them has, less the ticks, or
-UNKNOWN. Where skipped KV is recomputed, `partial_ticks` counts ticks since the
-last full pass and `pending_sum` the tokens to be fed again; `draining` admits nobody, `pausing`
-stops at the next boundary; where `rebatch` has more fresh rows than a pass, the next one begins
-with the row at `next_row`; `column` selects the trace tables for its exit mode and loaded level;
+are being prefilled; the last `num_fresh` of the decoding ones have not decoded yet. `ticks` counts
+iterations that decoded, `last_tick_s` is when the last one ended, and at `next_turn` some row ends
+or reaches the end of its domain's trace; `context_sum` adds up the tokens in the KV cache of
+decoding rows, and `longest_lead` is the most that one of them has, less the ticks, or UNKNOWN.
+Where skipped KV is recomputed, `partial_ticks` counts ticks since the last full pass and
+`pending_sum` the tokens to be fed again; `draining` admits nobody, `pausing` stops at the next
+boundary; where `rebatch` has more fresh rows than a pass, the next one begins with the row at
+`next_row`; `column` selects the trace tables for its exit mode and loaded level;
 `counts_at_full_depth` says that tokens decoded there may breach or move the window, as a policy's
 own rules may have it, where ours need not look. The inbox is a list from `inbox_head` to
 `inbox_tail`, in order of arrival, and a pairing heap under `inbox_heap` of those that were sent
 later than others behind them: a request's `later` is the first of those under it, whose others
-follow by `next`. `queued_blocks` are the blocks that the prompts of the queue and the inbox will
-need. What is called `paced_` adds up iterations that decode alone, without prompts and without
-capturing: the tokens they emitted, and their rows, alone and times the seconds, the layers and the
-rows computed.
+follow by `next`. In a closed loop `dealt_head` is the first of the requests that its users are
+still to send, a list by `next`. `queued_blocks` are the blocks that the prompts of the queue and
+the inbox will need. What is called `paced_` adds up iterations that decode alone, without prompts
+and without capturing: the tokens they emitted, and their rows, alone and times the seconds, the
+layers and the rows computed.
 Sums run over the whole run; the host takes differences where it needs a period, except
 `ttft_sum_s`, `tpot_sum_s`, `period_finished` and `period_tpots`, which the host clears at each
 decision. While weights move beside requests, `moving_w` is drawn for that from `moving_since_s` on;

@@ -47,9 +47,10 @@ class Requests:
 
     `arrival_s` counts from the start of the run. `domain` indexes `domains`. `trace_start` is a
     31-bit hash of seed and row, taken modulo the exit trace's length by the engine (or the place
-    itself, when a run is replayed). `user` is there in a closed loop only: the rows of one user
-    follow each other, and `arrival_s` is then the user's start in its first row and the time it
-    thinks after its previous request in the others. `num_dropped` counts unusable trace rows.
+    itself, when a run is replayed). `num_users` is there in a closed loop only: `arrival_s` is then
+    when a user starts in the first `num_users` rows, one a user. The others are sent in their order
+    by whichever user has been answered, and `arrival_s` is how long that user thinks before it.
+    `num_dropped` counts unusable trace rows.
     """
 
     arrival_s: Floats
@@ -58,7 +59,7 @@ class Requests:
     domain: NDArray[np.int16]
     trace_start: NDArray[np.int32]
     domains: tuple[str, ...]
-    user: NDArray[np.int32] | None = None
+    num_users: int | None = None
     num_dropped: int = 0
 
     def __len__(self) -> int:
@@ -67,7 +68,7 @@ class Requests:
     @property
     def span_s(self) -> float:
         """Seconds from the run's start to the last arrival; 0 in a closed loop, which has none."""
-        return float(self.arrival_s[-1]) if len(self) and self.user is None else 0.0
+        return float(self.arrival_s[-1]) if len(self) and self.num_users is None else 0.0
 
     @property
     def mean_prompt_tokens(self) -> float:
@@ -443,13 +444,14 @@ def generate(
     come from streams of their own: changing one leaves the others as they are.
     """
     trace = None if settings.trace is None else read_trace(settings.trace, base_dir, seed)
-    user: NDArray[np.int32] | None = None
+    num_users = None
     arrivals = settings.arrivals
     if trace is not None and settings.replays_arrivals:
         trace = first_of(trace, settings)
         arrival_s = trace.arrival_s
     elif isinstance(arrivals, ClosedArrivals):
-        arrival_s, user = closed_arrivals(arrivals, seed, settings.num_requests or 0)
+        num_users = arrivals.num_users
+        arrival_s = closed_arrivals(arrivals, seed, settings.num_requests or 0)
     else:
         assert arrivals is not None and not isinstance(arrivals, TraceArrivals)
         arrival_s = open_arrivals(arrivals, seed, settings.num_requests, settings.duration_s)
@@ -459,7 +461,7 @@ def generate(
             "duration or a higher rate.",
             where="workload",
         )
-    if user is None and arrival_s[-1] > MAX_SPAN_S:
+    if num_users is None and arrival_s[-1] > MAX_SPAN_S:
         raise InputError(
             f"The last of {arrival_s.size} requests arrives after {arrival_s[-1]:g} s; at most "
             f"{MAX_SPAN_S:g} s are allowed. Give fewer requests or a higher rate.",
@@ -474,7 +476,7 @@ def generate(
         domain=domain,
         trace_start=_trace_starts(settings, seed, arrival_s.size, trace),
         domains=domains,
-        user=user,
+        num_users=num_users,
         num_dropped=0 if trace is None else trace.num_dropped,
     )
 

@@ -221,7 +221,7 @@ def build_world(
     )
     for rep in world.replicas:
         rep.waiting_head = rep.waiting_tail = NOBODY
-        rep.inbox_head = rep.inbox_tail = rep.inbox_heap = NOBODY
+        rep.inbox_head = rep.inbox_tail = rep.inbox_heap = rep.dealt_head = NOBODY
         rep.idle_w = profile.device.idle_w
         rep.batching = BATCHING[serving.batching]
         rep.max_batch = serving.max_batch
@@ -261,14 +261,23 @@ def request_records(requests: Requests, tables: TraceTables) -> Any:
     table["trace_start"] = requests.trace_start % tables.trace_length
     for unset in ("admitted_s", "first_token_s", "finished_s", "last_token_s"):
         table[unset] = np.nan
-    for nobody in ("next", "successor", "replica", "model", "depth"):
+    for nobody in ("next", "replica", "model", "depth"):
         table[nobody] = NOBODY
-    if requests.user is not None:
-        order = np.argsort(requests.user, kind="stable")
-        same = requests.user[order][1:] == requests.user[order][:-1]
-        table["successor"][order[:-1][same]] = order[1:][same]
+    if requests.num_users is not None:
         table["think_s"] = requests.arrival_s
     return table
+
+
+def deal(world: World, num_users: int) -> None:
+    """Deal the requests of a closed loop, beyond its users' first ones, to the users' replicas."""
+    num_replicas = len(world.replicas)
+    rows = np.arange(num_users, len(world.requests))
+    replica = rows % num_users % num_replicas
+    for r in range(min(num_replicas, num_users)):
+        mine = rows[replica == r]
+        if len(mine):
+            world.replicas.dealt_head[r] = mine[0]
+            world.requests.next[mine[:-1]] = mine[1:]
 
 
 def _levels(model: ModelProfile, num_levels: int) -> list[int]:

@@ -90,8 +90,8 @@ class NaiveReplica:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.lives = [Life(i, sent, sent.arrival_s) for i, sent in enumerate(scenario.requests)]
-        followers = {sent.successor for sent in scenario.requests}
-        self.to_come = [life for life in self.lives if life.request_id not in followers]
+        self.to_come = [life for life in self.lives if not life.sent.dealt]
+        self.dealt = deque(life for life in self.lives if life.sent.dealt)
         self.queue: deque[Life] = deque()
         self.rows: list[Row] = []
         self.iteration: Iteration | None = None
@@ -271,7 +271,7 @@ class NaiveReplica:
 
     def refuse(self, life: Life) -> None:
         life.status = "refused"
-        self.send_successor(life)
+        self.send_next()
 
     def admit(self) -> Row:
         life = self.queue.popleft()
@@ -614,11 +614,11 @@ class NaiveReplica:
         row.life.status = "finished"
         row.life.finished_s = self.clock_s
         self.to_finish -= 1
-        self.send_successor(row.life)
+        self.send_next()
 
-    def send_successor(self, life: Life) -> None:
-        """In a closed loop, the user's next request arrives after its think time."""
-        if life.sent.successor is not None:
-            after = self.lives[life.sent.successor]
+    def send_next(self) -> None:
+        """In a closed loop, whoever has been answered thinks and sends the next request."""
+        if self.dealt:
+            after = self.dealt.popleft()
             after.arrival_s = self.clock_s + after.sent.think_s
             self.to_come.append(after)

@@ -99,9 +99,10 @@ class CountedReplica(SteppedReplica):
             blocks_for(int(one.prompt + one.generated), int(record.block_tokens)) for one in queued
         ]
         assert sum(needed) == record.queued_blocks
-        ended = np.isin(requests.status, (state.FINISHED, state.REFUSED))
-        after = requests.successor[~ended]
-        unsent = to_come + after[after != state.NOBODY].tolist()
+        unsent, dealt = list(to_come), int(record.dealt_head)
+        while dealt != state.NOBODY:
+            unsent.append(dealt)
+            dealt = int(requests.next[dealt])
         assert sorted(unsent) == np.flatnonzero(requests.status == state.UNSENT).tolist()
         assert len(requests) == len(unsent) + sum(int(number) for number in numbers.values())
 

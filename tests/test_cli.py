@@ -571,8 +571,8 @@ def test_a_closed_loop_tells_how_many_users_are_active_and_says_where_they_are_f
     assert figures["num_users"] == 40
     assert figures["mean_active_users"] == pytest.approx(active)
     assert active < 38.0
-    assert "of 40 users. A user is dealt its requests beforehand" in _out(capsys)
-    assert "of 40 users. A user is dealt its" in (out / "report.html").read_text()
+    assert "of 40 users. Users rest before their first request" in _out(capsys)
+    assert "of 40 users. Users rest" in (out / "report.html").read_text()
     assert run("simulate", scenario, "--policy", "vanilla", "--out", out) == 0
     assert "num_users" not in json.loads((out / "vanilla" / "summary.json").read_text())
     assert "Active on average" not in _out(capsys)

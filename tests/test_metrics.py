@@ -71,19 +71,20 @@ def pencil_run(**changes: Any) -> RunData:
 
 
 def test_a_user_of_a_closed_loop_is_active_from_its_first_request_until_its_last_has_left() -> None:
-    """The first user from 0 s until refused at 1 s, the second from 0.2 s to 3.2 s; 4 s in all.
+    """One user from 0 s until refused at 1 s, the other from 0.2 s to 3.2 s; 4 s in all.
 
-    With its last request left unfinished the second is active until the end.
+    They think for 0.5 s and 1.4 s in between. With its last request left unfinished the second is
+    active until the end.
     """
-    run, user = pencil_run(), np.array([0, 1, 0, 1], np.int32)
-    assert user_figures(run, user) == {"num_users": 2, "mean_active_users": 1.0}
+    run, times_s = pencil_run(), np.array([0.0, 0.2, 0.5, 1.4])
+    assert user_figures(run, 2, times_s) == {"num_users": 2, "mean_active_users": 1.0}
     cut = run.requests.with_columns(
         pl.Series("status", ["finished", "finished", "refused", "running"]),
         pl.Series("finished_s", [0.5, 0.6, None, None]),
     )
     cut_run = conformed(replace(run, requests=cut))
-    assert user_figures(cut_run, user) == {"num_users": 2, "mean_active_users": 1.2}
-    assert user_figures(run, None) == {}
+    assert user_figures(cut_run, 2, times_s) == {"num_users": 2, "mean_active_users": 1.2}
+    assert user_figures(run, None, times_s) == {}
 
 
 def test_every_figure_of_the_pencil_run() -> None:

@@ -99,7 +99,7 @@ def test_a_scenario_without_a_flaw_is_read_with_every_default(file: Path) -> Non
     assert scenario.policy[0].name == "helios"
     requests, _ = prepare(scenario, file.parent).requests(1)
     assert len(requests) == 20
-    assert requests.user is None
+    assert requests.num_users is None
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

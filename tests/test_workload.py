@@ -61,7 +61,7 @@ def test_columns_have_the_types_an_engine_reads() -> None:
         assert column.dtype == dtype, name
         assert column.shape == (1000,)
         assert column.flags.c_contiguous and column.flags.writeable, name
-    assert requests.user is None
+    assert requests.num_users is None
     assert requests.domains == ("prose",)
     assert np.all(np.diff(requests.arrival_s) >= 0)
     assert len(requests) == 1000
@@ -138,12 +138,11 @@ def test_a_million_poisson_requests_are_drawn_as_arrays() -> None:
     assert sum(entry.callcount for entry in profiler.getstats()) < 1_000
 
 
-def test_a_closed_loop_names_its_users() -> None:
-    """Users take turns row by row, and the lengths are the open workload's."""
-    closed = make(arrivals={"kind": "closed", "num_users": 7, "think_s": 1.0})
-    assert closed.user is not None
-    assert closed.user.dtype == np.int32
-    assert np.array_equal(closed.user, np.arange(1000) % 7)
+def test_a_closed_loop_has_users_and_the_lengths_of_an_open_one() -> None:
+    lengths = {"prompt": {"kind": "geometric", "mean_tokens": 50}}
+    closed = make(lengths, arrivals={"kind": "closed", "num_users": 7, "think_s": 1.0})
+    assert closed.num_users == 7
+    assert np.array_equal(closed.prompt_tokens, make(lengths).prompt_tokens)
     assert closed.span_s == 0.0
 
 

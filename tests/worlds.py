@@ -23,6 +23,7 @@ from helios_sim.memory import resize_pool, stage_blocks
 from helios_sim.policy import rules
 from helios_sim.policy.rules import is_breach, leaves_here
 from helios_sim.queues import push_inbox
+from helios_sim.world import deal
 
 many_examples = settings(
     max_examples=int(os.environ.get("HELIOS_HYPOTHESIS_EXAMPLES", "200")),
@@ -44,7 +45,7 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class Request:
-    """What a user sends; `successor` is sent `think_s` of its own after this one has ended."""
+    """What is sent at `arrival_s`, or, where it is dealt, `think_s` after some other has ended."""
 
     arrival_s: float
     prompt: int
@@ -52,7 +53,7 @@ class Request:
     domain: int = 0
     trace_start: int = 0
     think_s: float = 0.0
-    successor: int | None = None
+    dealt: bool = False
 
 
 @dataclass(frozen=True)
@@ -370,6 +371,7 @@ def build_world(scenario: Scenario) -> state.World:
     record = world.replicas[0]
     record.waiting_head = record.waiting_tail = state.NOBODY
     record.inbox_head = record.inbox_tail = record.inbox_heap = state.NOBODY
+    record.dealt_head = state.NOBODY
     record.batching = state.BATCHING[scenario.batching]
     record.max_batch = scenario.max_batch
     record.max_held = scenario.max_held
@@ -381,10 +383,10 @@ def build_world(scenario: Scenario) -> state.World:
     record.idle_w = scenario.idle_w
     record.sample_interval_s = 1.0
     record.counts_at_full_depth = int(rules.is_breach is not is_breach)
-    followers = {request.successor for request in scenario.requests}
-    for i in range(len(scenario.requests)):
-        if i not in followers:
-            push_inbox(world, 0, i)
+    num_users = sum(not request.dealt for request in scenario.requests)
+    for i in range(num_users):
+        push_inbox(world, 0, i)
+    deal(world, num_users)
     replica = CompiledReplica.__new__(CompiledReplica)
     replica.world, replica.record = world, record
     replica.assign(scenario.assignment)
@@ -414,9 +416,6 @@ def _requests(requests: Sequence[Request]) -> Any:
     records = _records(len(requests), state.REQUEST)
     for name in ("arrival_s", "prompt", "output", "domain", "trace_start", "think_s"):
         records[name] = [getattr(request, name) for request in requests]
-    records.successor = [
-        state.NOBODY if request.successor is None else request.successor for request in requests
-    ]
     records.next = state.NOBODY
     for name in REQUEST_TIMES:
         records[name] = np.nan
@@ -570,7 +569,7 @@ def draw_requests(
     span_s: float,
     on_grid: bool,
 ) -> tuple[Request, ...]:
-    """Requests in order of arrival, or, in a closed loop, of which some follow upon others."""
+    """Requests in order of arrival, or, in a closed loop, of which the last ones are dealt."""
     arrivals = sorted(draw_time(rng, span_s, on_grid) for _ in range(num_requests))
     num_users = rng.choice((num_requests, num_requests, rng.randint(1, num_requests)))
     return tuple(
@@ -581,7 +580,7 @@ def draw_requests(
             domain=rng.randrange(num_domains),
             trace_start=rng.choice((0, rng.randrange(1 << 31), (1 << 31) - 1)),
             think_s=rng.choice((0.0, draw_time(rng, 3.0, on_grid))),
-            successor=i + num_users if i + num_users < num_requests else None,
+            dealt=i >= num_users,
         )
         for i in range(num_requests)
     )

@@ -46,7 +46,8 @@ class Life:
     """A request and what becomes of it.
 
     `text` holds the token ids of its prompt and of the true continuation; `emitted` the tokens it
-    was given. `ids` is the text as an array: making one of a long prompt takes longer than a GPU
+    was given. `think_s` is how long a user thinks before it in a closed loop, None where it arrives
+    by itself. `ids` is the text as an array: making one of a long prompt takes longer than a GPU
     takes for some of its layers.
     """
 
@@ -55,8 +56,7 @@ class Life:
     prompt_tokens: int
     output_tokens: int
     text: list[int] = field(default_factory=list)
-    think_s: float = 0.0
-    successor: Life | None = None
+    think_s: float | None = None
     status: Status = "unsent"
     admitted_s: float | None = None
     first_token_s: float | None = None

@@ -9,6 +9,7 @@ telemetry. What a decision means is told by the very same code, the steward
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,9 +147,9 @@ class Host(Replica):
         self.thresholds = confidence_thresholds(room, policy)
         self.steward = Steward(room, policy, cards, slo)
         self.tally.exit_counts = {card.name: [0] * len(card.exit_layers) for card in cards}
-        followers = {life.successor for life in self.lives if life.successor is not None}
-        sent = [life for life in self.lives if life not in followers]
-        self.to_come = deque(sorted(sent, key=_order_of_arrival))
+        by_itself = [life for life in self.lives if life.think_s is None]
+        self.to_come = deque(sorted(by_itself, key=_order_of_arrival))
+        self.dealt = deque(life for life in self.lives if life.think_s is not None)
         self.decisions: list[DecisionEntry] = []
         self.finish_target = NEVER
         self.period_s = 0.0
@@ -380,22 +381,22 @@ class Host(Replica):
                 self.on_progress(self.num_ended / len(self.lives))
 
     def finish(self, row: Row, now_s: float) -> None:
-        """Retire a request with its last token; its user's next one is under way."""
+        """Retire a request with its last token; its user sends the next one."""
         super().finish(row, now_s)
         self.finish_target -= 1
-        self.send_successor(row.life)
+        self.send_next()
 
-    def send_successor(self, life: Life) -> None:
-        """In a closed loop the user's next request comes after the think time."""
+    def send_next(self) -> None:
+        """In a closed loop a user whose request has ended thinks and sends the next one."""
         self.num_ended += 1
-        after = life.successor
-        if after is not None:
-            after.arrival_s = self.tally.booked_s + after.think_s
-            self.to_come = deque(sorted([*self.to_come, after], key=_order_of_arrival))
+        if self.dealt:
+            life = self.dealt.popleft()
+            life.arrival_s = self.tally.booked_s + (life.think_s or 0.0)
+            insort(self.to_come, life, key=_order_of_arrival)
 
     def refused(self, life: Life) -> None:
-        """Let the next request of a user come whose request was turned away."""
-        self.send_successor(life)
+        """Let the user send the next request whose last one was turned away."""
+        self.send_next()
         self.enter_arrivals()
 
     def block_bytes(self) -> int:
@@ -480,7 +481,7 @@ def check_policy(policy: Policy, metered: bool, name: str) -> None:
 
 
 def lives_of(requests: Requests, texts: Sequence[list[int]]) -> list[Life]:
-    """The requests of a workload with their texts; a user's requests follow each other."""
+    """The requests of a workload with their texts; users of a closed loop think before most."""
     lives = [
         Life(
             request_id=row,
@@ -491,13 +492,9 @@ def lives_of(requests: Requests, texts: Sequence[list[int]]) -> list[Life]:
         )
         for row in range(len(requests))
     ]
-    if requests.user is not None:
-        last: dict[int, Life] = {}
-        for life, user in zip(lives, requests.user.tolist(), strict=True):
-            if user in last:
-                life.think_s = life.arrival_s
-                last[user].successor = life
-            last[user] = life
+    if requests.num_users is not None:
+        for life in lives[requests.num_users :]:
+            life.think_s = life.arrival_s
     return lives
 
 

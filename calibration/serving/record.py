@@ -74,7 +74,7 @@ def run_data(
         timeline=timeline_table(host, energy_at),
         totals=totals(host, requests, energy_at),
         origin=origin,
-        closed_loop=requests.user is not None,
+        closed_loop=requests.num_users is not None,
     )
 
 

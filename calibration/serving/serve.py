@@ -447,7 +447,7 @@ def serve_once(
     summary |= {
         "num_dropped": prepared.requests.num_dropped,
         "num_shortened": prepared.num_shortened,
-        **user_figures(run, prepared.requests.user),
+        **user_figures(run, prepared.requests.num_users, prepared.requests.arrival_s),
     }
     traces = served_traces(
         judged,
@@ -613,7 +613,7 @@ def cut_workload(
     if settings.limit is not None:
         keep = min(keep, settings.limit)
     if settings.duration_s is not None:
-        if requests.user is not None:
+        if requests.num_users is not None:
             raise InputError(
                 "When a closed loop's requests arrive is not known before it is served, so "
                 "seconds cannot cut it; give --limit instead.",
@@ -628,9 +628,9 @@ def cut_workload(
             f"{requests.arrival_s[0]:g} s.",
             "--duration",
         )
-    if requests.user is not None and keep <= requests.user.max():
+    if requests.num_users is not None and keep < requests.num_users:
         raise InputError(
-            f"{keep} requests are fewer than the closed loop's {requests.user.max() + 1} users, "
+            f"{keep} requests are fewer than the closed loop's {requests.num_users} users, "
             "each of whom sends at least one; give a higher --limit, or fewer num_users.",
             "--limit",
         )

@@ -314,7 +314,7 @@ def _tell(run: Run, setup: Setup) -> None:
 def _sent_at(requests: Requests, arrival_s: Any) -> Requests:
     """The requests sent when they were in fact sent, in that order.
 
-    Rows of a closed loop are those of user after user, whatever the order of time.
+    Users of a closed loop take rows in order, and then think for different times.
     """
     order = np.argsort(arrival_s, kind="stable")
     return replace(
@@ -324,7 +324,7 @@ def _sent_at(requests: Requests, arrival_s: Any) -> Requests:
         output_tokens=requests.output_tokens[order],
         domain=requests.domain[order],
         trace_start=requests.trace_start[order],
-        user=None,
+        num_users=None,
     )
 
 

@@ -513,9 +513,9 @@ def idle_users(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     if not any(told):
         return []
     return [
-        f"Active on average: {_by_label(told, summaries)}. A user is dealt its requests beforehand "
-        "and rests before the first and after the last, so throughput and load are those of fewer "
-        "users; give more requests per user (workload.num_requests)."
+        f"Active on average: {_by_label(told, summaries)}. Users rest before their first request "
+        "and once none is left to be sent, so throughput and load are those of fewer users; give "
+        "more requests (workload.num_requests)."
     ]
 
 

@@ -223,7 +223,7 @@ def requests_of(
     trace_start: Sequence[int] | np.ndarray | None = None,
     domain: Sequence[int] | np.ndarray | None = None,
     domains: Sequence[str] = ("only",),
-    user: Sequence[int] | np.ndarray | None = None,
+    num_users: int | None = None,
 ) -> Requests:
     """Requests from columns; without further word all of the first domain, from place 0."""
     num = len(arrival_s)
@@ -235,7 +235,7 @@ def requests_of(
         domain=np.asarray(zeros if domain is None else domain, np.int16),
         trace_start=np.asarray(zeros if trace_start is None else trace_start, np.int32),
         domains=tuple(domains),
-        user=None if user is None else np.asarray(user, np.int32),
+        num_users=num_users,
     )
 
 
@@ -257,10 +257,8 @@ def drifting_requests(
     """Easy requests that give way to hard ones; with users, a closed loop of them."""
     draws = stream(seed, "toy requests").random((4, num))
     arrival_s = arrivals_of(num, rate_per_s, seed)
-    user = None
     if num_users:
-        # Rows of a closed loop are user after user in turn; the first are starts, the rest thinks.
-        user = np.arange(num) % num_users
+        # The first rows of a closed loop are starts, the others think times.
         arrival_s = np.round(draws[3], 3)
         arrival_s[:num_users] = np.round(np.arange(num_users) * 0.01, 3)
     return requests_of(
@@ -270,7 +268,7 @@ def drifting_requests(
         trace_start=np.floor(draws[2] * 2**31),
         domain=(draws[3] < np.linspace(0.0, 1.0, num)).astype(int),
         domains=DOMAINS,
-        user=user,
+        num_users=num_users or None,
     )
 
 

@@ -567,17 +567,31 @@ def test_a_closed_loop_replays_as_an_open_one(tmp_path: Path) -> None:
     assert replayed.requests.select(times).equals(data.requests.sort("arrival_s").select(times))
 
 
-def test_in_a_closed_loop_a_user_asks_again_when_answered_and_done_thinking() -> None:
-    num_users = 6
+@pytest.mark.parametrize(("num_users", "num_replicas"), [(6, 1), (6, 2), (5, 3), (2, 4)])
+def test_in_a_closed_loop_who_is_answered_first_thinks_and_sends_the_replicas_next_request(
+    num_users: int, num_replicas: int
+) -> None:
     requests = drifting_requests(90, num_users=num_users)
-    _, data = play(drifting_setup(fleet={"num_replicas": 2}), requests)
+    _, data = play(drifting_setup(fleet={"num_replicas": num_replicas}), requests)
     arrival_s = data.requests["arrival_s"].to_numpy()
     finished_s = data.requests["finished_s"].to_numpy()
-    assert np.array_equal(
-        arrival_s[num_users:], finished_s[:-num_users] + requests.arrival_s[num_users:]
-    )
     assert np.array_equal(arrival_s[:num_users], requests.arrival_s[:num_users])
-    assert data.requests["replica"].to_list() == [i % num_users % 2 for i in range(90)]
+    rows = np.arange(90)
+    replica = rows % num_users % num_replicas
+    assert data.requests["replica"].to_list() == replica.tolist()
+    for mine in (rows[replica == r] for r in range(min(num_users, num_replicas))):
+        dealt = mine[mine >= num_users]
+        answered_s = np.sort(finished_s[mine])[: len(dealt)]
+        assert np.array_equal(arrival_s[dealt], answered_s + requests.arrival_s[dealt])
+
+
+def test_users_of_a_closed_loop_rest_only_once_all_its_requests_are_sent() -> None:
+    """One answer is forty times as long as the others, which the other user all gets."""
+    requests = requests_of([0.0] * 12, [4] * 12, [80] + [2] * 11, domains=DOMAINS, num_users=2)
+    _, data = play(drifting_setup(), requests, "vanilla")
+    finished_s = data.requests["finished_s"].to_numpy()
+    assert finished_s.argmax() == 0
+    assert data.requests["arrival_s"].to_list()[2:] == finished_s[1:-1].tolist()
 
 
 def test_more_memory_never_lowers_the_pool_or_the_batch_limit() -> None:
