@@ -134,6 +134,22 @@ class ExitTraces:
             )
 
 
+def stickiness_of(levels: NDArray[np.integer[Any]]) -> float | None:
+    """How often a position's exit level, [positions], is that of the one before, beyond chance.
+
+    Of the pairs that chance would not make equal, the share that is: 0 for independent exits, 1
+    where all are alike but for few changes, below 0 where exits alternate. It is the `stickiness`
+    of generated traces. None where all leave at one exit, or there are no pairs.
+    """
+    if levels.size < 2:
+        return None
+    shares = np.bincount(levels) / levels.size
+    by_chance = float(shares @ shares)
+    if by_chance == 1.0:
+        return None
+    return (float((levels[1:] == levels[:-1]).mean()) - by_chance) / (1.0 - by_chance)
+
+
 def load_traces(profile: Profile, candidates: Sequence[str] | None = None) -> ExitTraces:
     """The exit traces of a profile's models, or of the named ones among them."""
     names = tuple(profile.models) if candidates is None else tuple(candidates)

@@ -19,6 +19,7 @@ from helios_sim.exits import (
     load_traces,
     read_traces,
     share_leaving_by,
+    stickiness_of,
     write_traces,
 )
 from helios_sim.policy.rules import leaves_here
@@ -158,6 +159,25 @@ def test_runs_keep_their_level_as_often_as_the_chain_says(opt: ExitTraces) -> No
         by_chance = sum(share**2 for share in candidate.exit_shares["chat"])
         expected = spec.stickiness + (1.0 - spec.stickiness) * by_chance
         assert np.mean(levels[1:] == levels[:-1]) == pytest.approx(expected, abs=0.01)
+        assert stickiness_of(levels) == pytest.approx(spec.stickiness, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        # Chance makes half of the pairs alike; four of five are, then none.
+        ([0, 0, 0, 1, 1, 1], 0.6),
+        ([0, 1, 0, 1, 0, 1], -1.0),
+        ([2, 2, 2, 2], None),
+        ([3], None),
+    ],
+)
+def test_exits_stick_as_often_as_they_repeat_beyond_chance(
+    levels: list[int], expected: float | None
+) -> None:
+    assert stickiness_of(np.array(levels)) == (
+        None if expected is None else pytest.approx(expected)
+    )
 
 
 def test_beyond_a_run_nothing_is_remembered(opt: ExitTraces) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from helios_sim.exits import ExitTraces, load_traces
+from helios_sim.exits import ExitTraces, load_traces, stickiness_of
 from helios_sim.profile import POINTS_FILE, Profile, load_profile
 
 OWN = {
@@ -76,3 +76,15 @@ def test_candidates_complement_each_other() -> None:
     code = traces().domain_index("code")
     share = np.mean(early[code][deep[code]])
     assert 0.02 < share < 1.0
+
+
+def test_exits_bunch_on_code_and_on_prose_as_the_document_of_profiles_says() -> None:
+    def sticks(domain: str) -> list[float]:
+        found = []
+        for name, model in measured().models.items():
+            levels = traces().exit_level_at(name, model.confidence.default_threshold)
+            found.append(stickiness_of(levels[traces().domain_index(domain)]) or 0.0)
+        return [round(min(found), 2), round(max(found), 2)]
+
+    assert sticks("code") == [0.24, 0.32]
+    assert sticks("prose") == [0.08, 0.13]

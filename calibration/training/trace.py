@@ -48,7 +48,7 @@ from calibration.training.thresholds import (
     own_domains,
 )
 from helios_sim.errors import InputError
-from helios_sim.exits import ExitTraces, write_traces
+from helios_sim.exits import ExitTraces, stickiness_of, write_traces
 from helios_sim.folders import file_in_place, write_whole
 from helios_sim.profile import TRACES_FILE
 from helios_sim.state import NLL_UNITS_PER_NAT
@@ -62,6 +62,8 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "perplexity": "exp of the mean negative log-likelihood of the text's own tokens, in nats",
     "share": "tokens that leave at the exit at the threshold: the first whose confidence reaches "
     "it, else the last",
+    "stickiness": "how often a token leaves at the exit of the token before, beyond chance: 0 for "
+    "independent exits, 1 for exits that hardly change",
     "calibration error": f"mean distance between confidence and share right over {NUM_BINS} bins "
     "of equal width, weighted by tokens (Guo et al. 2017)",
     "complementarity of B for A": "of the tokens that leave A at its last exit, the share that "
@@ -264,6 +266,7 @@ def _quality(found: _Candidate) -> dict[str, Any]:
         early = levels < len(scores.exit_layers) - 1
         agrees = scores.agrees[rows, levels]
         nll = scores.nll_nats.mean(0, dtype=np.float64)
+        sticks = stickiness_of(levels)
         domains[domain] = {
             "nll_nats": _rounded(nll),
             "perplexity": _rounded(np.exp(nll)),
@@ -273,6 +276,7 @@ def _quality(found: _Candidate) -> dict[str, Any]:
             "calibration_error_calibrated": _errors(scores, calibrated),
             "share": _rounded(np.bincount(levels, minlength=len(scores.exit_layers)) / len(levels)),
             "mean_exit_layer": round(float(np.array(scores.exit_layers)[levels].mean()), 3),
+            "stickiness": None if sticks is None else round(sticks, 4),
             "early_agreement": round(float(agrees[early].mean()), 4) if early.any() else None,
             "perplexity_at_own_exit": round(
                 math.exp(float(scores.nll_nats[rows, levels].mean(dtype=np.float64))), 4
@@ -376,16 +380,17 @@ def trace_page(report: Mapping[str, Any]) -> str:
                 )
     lines += [
         "",
-        "| candidate | confidence | threshold | domain | mean exit layer | early tokens that agree "
-        "| perplexity at own exit |",
-        "|---|---|---|---|---|---|---|",
+        "| candidate | confidence | threshold | domain | mean exit layer | stickiness "
+        "| early tokens that agree | perplexity at own exit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in report["candidates"].items():
         for domain, figures in found["domains"].items():
-            agreement = figures["early_agreement"]
+            agreement, sticks = figures["early_agreement"], figures["stickiness"]
             lines.append(
                 f"| {name} | {found['confidence']} | {found['threshold']:g} | {domain} | "
                 f"{figures['mean_exit_layer']:.2f} | "
+                f"{'all alike' if sticks is None else f'{sticks:.2f}'} | "
                 f"{'none leave' if agreement is None else f'{agreement:.1%}'} | "
                 f"{figures['perplexity_at_own_exit']:.3f} |"
             )

@@ -34,7 +34,7 @@ from calibration.training.thresholds import (
 )
 from calibration.training.trace import TraceOptions, trace_checkpoints
 from helios_sim.errors import InputError
-from helios_sim.exits import read_traces
+from helios_sim.exits import read_traces, stickiness_of
 from helios_sim.state import NLL_UNITS_PER_NAT
 from tests.calibration.small import FAMILY
 from tests.calibration.tiny import stock_model
@@ -414,6 +414,8 @@ def test_pairs_are_those_that_the_scores_of_the_traced_text_tell(
         assert told["domains"]["code"]["perplexity_at_own_exit"] == pytest.approx(
             np.exp(nll.mean()), rel=1e-3
         )
+        sticks = stickiness_of(exit_levels(own, told["threshold"]))
+        assert told["domains"]["code"]["stickiness"] == (sticks and round(sticks, 4))
     for pair in found["pairs"]:
         if pair["domain"] != "code":
             continue
