@@ -182,11 +182,13 @@ def rehearse(experiment: Experiment, policy: PolicySettings) -> None:
 
 def _check_fits(experiment: Experiment, policy: PolicySettings, requests: Requests) -> None:
     """Refuse a run of a policy that memory is too small for."""
+    serving = experiment.scenario.serving
     check_fits(
         len(requests),
         experiment.policy(policy).watching.reassess_requests,
         len(experiment.setup.candidates),
         experiment.scenario.fleet.num_replicas,
+        serving.max_batch + serving.max_held,
     )
 
 

@@ -19,11 +19,18 @@ BYTES_PER_DECISION = 2_500
 BYTES_PER_REPLICA = 300_000
 """A replica's state: above all the samples of its timeline that wait to become rows."""
 
+BYTES_PER_ROW = 84
+"""A running request's place in a replica: its record, its turn and its lane."""
+
 
 def estimated_bytes(
-    num_requests: int, reassess_requests: int | None, num_candidates: int, num_replicas: int
+    num_requests: int,
+    reassess_requests: int | None,
+    num_candidates: int,
+    num_replicas: int,
+    num_rows: int,
 ) -> int:
-    """Peak memory of one policy's run.
+    """Peak memory of one policy's run on replicas of `num_rows` running requests at most.
 
     A round of reassessment decides once for each candidate, and once more at its end.
     """
@@ -33,7 +40,7 @@ def estimated_bytes(
         BASE_BYTES
         + num_requests * BYTES_PER_REQUEST
         + decisions * BYTES_PER_DECISION
-        + num_replicas * BYTES_PER_REPLICA
+        + num_replicas * (BYTES_PER_REPLICA + num_rows * BYTES_PER_ROW)
     )
 
 
@@ -52,10 +59,16 @@ def available_bytes() -> int | None:
 
 
 def check_fits(
-    num_requests: int, reassess_requests: int | None, num_candidates: int, num_replicas: int
+    num_requests: int,
+    reassess_requests: int | None,
+    num_candidates: int,
+    num_replicas: int,
+    num_rows: int,
 ) -> None:
     """Raise `InputError` with the estimate and the setting that helps, if memory is too small."""
-    needed = estimated_bytes(num_requests, reassess_requests, num_candidates, num_replicas)
+    needed = estimated_bytes(
+        num_requests, reassess_requests, num_candidates, num_replicas, num_rows
+    )
     available = available_bytes()
     if available is None or needed <= available:
         return
@@ -64,6 +77,7 @@ def check_fits(
         f"A run of {num_requests:,} requests with num_replicas = {num_replicas} takes about "
         f"{needed / gib:.1f} GiB of memory and {available / gib:.1f} GiB are free; give fewer "
         "requests (num_requests, duration_s or trace.max_requests), fewer replicas "
-        "(fleet.num_replicas), or reassess less often (reassess_requests).",
+        "(fleet.num_replicas), smaller batches (serving.max_batch), or reassess less often "
+        "(reassess_requests).",
         "workload",
     )
