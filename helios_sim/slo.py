@@ -205,10 +205,11 @@ def _percentile(text: str, clause: str, where: str | None) -> float:
         value = float(text[1:])
     except ValueError:
         value = 0.0
-    if not 0.0 < value <= 100.0:
+    if not 1.0 <= value <= 100.0:
+        # p0.9 is nobody's limit and everybody's slip: one request in a hundred would meet it.
+        hint = f" Did you mean p{_plain(Decimal(text[1:]) * 100)}?" if 0.0 < value < 1.0 else ""
         raise InputError(
-            f"The percentile {text} in {clause!r} is out of range; allowed is more than p0 and at "
-            "most p100.",
+            f"The percentile {text} in {clause!r} is out of range; allowed is p1 to p100.{hint}",
             where,
         )
     return value

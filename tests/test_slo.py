@@ -54,6 +54,8 @@ def test_every_dialect_is_read_with_its_unit(text: str, limits: tuple[SloLimit, 
         ("ttft:1e9999999", "not positive and finite"),
         ("ttft:1e99999999999999999999", "no number"),
         ("ttft:p0<10", "out of range"),
+        ("ttft:p0.9<10", "allowed is p1 to p100. Did you mean p90?"),
+        ("p0.999_ttft<10", "Did you mean p99.9?"),
         ("ttft:p101<10", "out of range"),
         ("ttft>=200", "lower limit"),
         ("ttft", "no SLO limit"),
@@ -75,7 +77,7 @@ limits = st.builds(
     SloLimit,
     st.sampled_from(METRICS),
     st.floats(1e-6, 1e5, allow_nan=False),
-    st.one_of(st.none(), st.floats(0.001, 100.0)),
+    st.one_of(st.none(), st.floats(1.0, 100.0)),
 )
 
 
