@@ -13,7 +13,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file."""
     where = str(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        # Editors on Windows put a byte order mark first, which TOML does not know.
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         _check_sayable(data)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"This is not valid TOML: {error}.", where) from error

@@ -502,6 +502,8 @@ def test_invalid_toml_is_told_where_it_breaks(file: Path) -> None:
     assert where == str(file)
     assert message.startswith("This is not valid TOML:")
     assert "line 10" in message
+    file.write_bytes(b"\xef\xbb\xbf" + BASE.encode())
+    assert load_scenario(file).name
     file.write_bytes(b"\xff\xfe\x00")
     assert told(file) == (str(file), "This is not UTF-8 text.")
     assert told_of(file, "x = " + "[" * 3000) == (str(file), "The values are nested too deeply.")
