@@ -290,6 +290,13 @@ def _recognise(path: Path, asked: str) -> tuple[str, bytes]:
             found = ""
     if asked in ("auto", found) and found:
         return found, raw
+    if raw[:4] == b"PAR1" and not found:
+        raise InputError(
+            "This is a Parquet file that is neither of ServeGen nor of a run; its columns are "
+            f"{', '.join(sorted(columns))}. Write it as CSV, and name those of arrivals, prompt "
+            "and output in trace.columns.",
+            where=str(path),
+        )
     allowed = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
     if asked == "auto":
         raise InputError(f"The trace's format is unknown; allowed are: {allowed}.", str(path))

@@ -704,10 +704,12 @@ def test_servegen_needs_both_files_by_their_names(tmp_path: Path) -> None:
 
 
 def test_a_parquet_file_of_other_columns_is_refused(tmp_path: Path) -> None:
-    """Unknown columns are an unknown format; known ones that are not all there are listed."""
-    pl.DataFrame({"a": [1]}).write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="format is unknown; allowed are"):
-        read(tmp_path / "a.parquet")
+    """Of unknown columns it says what to do; known ones that are not all there are listed."""
+    pl.DataFrame({"ts": [1], "in": [2]}).write_parquet(tmp_path / "a.parquet")
+    columns = {"arrival": "ts", "prompt": "in", "output": "out"}
+    for settings in ({}, {"format": "servegen"}, {"columns": columns}):
+        with pytest.raises(InputError, match=r"columns are in, ts\. Write it as CSV, and name"):
+            read(tmp_path / "a.parquet", **settings)
     pl.DataFrame({"arrival_s": [1.0], "domain": ["x"]}).write_parquet(tmp_path / "b.parquet")
     with pytest.raises(InputError, match="lacks the columns request_id, prompt_tokens"):
         read(tmp_path / "b.parquet")
