@@ -488,6 +488,7 @@ def derive(
 def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     """Read a scenario and everything it names, and say what it would run."""
     from helios_sim.experiment import prepare, rehearse
+    from helios_sim.wording import counted, limits
 
     question = _load(scenario, changes or [])
     experiment = prepare(question, scenario.parent, str(scenario))
@@ -503,8 +504,10 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
 
         read_tune(question, scenario.parent, str(scenario))
     policies = ", ".join(f"{policy.name!r}" for policy in question.policy)
-    _say(f"{scenario} is good: {len(requests):,} requests, policies {policies}.")
+    _say(f"{scenario} is good: {counted(len(requests), 'request')}, policies {policies}.")
     _say(_arrivals(requests))
+    if question.slo_spec is not None:
+        _say(f"SLO: {limits(str(question.slo_spec))}.")
     if question.workload.trace is not None and question.workload.replays_arrivals:
         from helios_sim.traces import doubtful_times
 

@@ -557,6 +557,20 @@ def test_check_says_within_what_time_and_how_often_requests_arrive(
     assert said in _out(capsys)
 
 
+def test_check_says_the_limits_as_they_were_read(
+    scenario: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit in the wrong unit stands out; without an SLO there is no line of it."""
+    assert run("scenario", "check", scenario) == 0
+    assert "SLO" not in _out(capsys)
+    changes = ("--set", "workload.num_requests=1", "--set", "slo.text=ttft:p90<1s;tpot:0.04")
+    assert run("scenario", "check", scenario, *changes) == 0
+    out = _out(capsys)
+    at_most = "\N{LESS-THAN OR EQUAL TO}"
+    assert f"SLO: TTFT p90 {at_most} 1 s, TPOT {at_most} 0.04 ms." in out
+    assert "is good: 1 request, " in out
+
+
 def test_a_closed_loop_tells_how_many_users_are_active_and_says_where_they_are_few(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
