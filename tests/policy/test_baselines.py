@@ -49,6 +49,13 @@ def test_the_default_model_is_the_largest_that_fits() -> None:
     assert decision.model == SMALL.name
 
 
+def test_the_default_model_is_the_one_of_most_weights_in_all() -> None:
+    """9 of 10 GB by the first exit are more than 5.2 of 14.4."""
+    front = replace(SMALL, weight_bytes=(9 * 10**9, 9 * 10**9, 10**10))
+    decision, _ = ScriptedHost(make_policy("vanilla"), (front, LARGE)).ask(Event.START)
+    assert decision == Serve(LARGE.name, 32, ExitMode.FULL, decision.reason)
+
+
 def test_who_evaluates_nothing_needs_room_for_what_it_loads_alone() -> None:
     """A full depth without room keeps out those who may come to load it, and nobody else."""
     too_big = replace(LARGE, batch_limit=(9, 1, 0))

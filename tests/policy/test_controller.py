@@ -102,6 +102,15 @@ def test_a_round_grows_with_evaluations_and_begins_anew_with_a_reassessment() ->
     assert [len(rows) for rows in seen.history.values()] == [2, 1]
 
 
+def test_a_model_that_is_evaluated_twice_is_named_once_in_its_round() -> None:
+    controller = Controller(Helios(), PAIR)
+    consult(controller)
+    for _ in range(2):
+        now = Assignment(SMALL.name, 24, ExitMode.WAIT)
+        _, seen = consult(controller, Event.EVALUATED, evaluation_of(SMALL), now)
+    assert seen.round_evaluated == (SMALL.name,)
+
+
 def test_the_table_keeps_the_latest_evaluations_oldest_first() -> None:
     """Of six evaluations four are kept."""
     controller = Controller(Helios(), PAIR)
@@ -186,6 +195,18 @@ def test_a_host_that_knows_its_memory_says_what_is_needed_and_what_is_there() ->
         told.check(Serve("tight", 24, PARTIAL, ""), NOW)
     with pytest.raises(InputError, match=r"at least one must; for 'tight' tight at 24 needs 9"):
         consult(told)
+
+
+def test_where_nothing_fits_the_bytes_are_those_of_the_depth_that_was_to_be_loaded() -> None:
+    """The model of fewer bytes at its first exit is named, though it is the larger one in all."""
+    front = replace(SMALL, weight_bytes=(9 * 10**9, 9 * 10**9, 10**10), batch_limit=(0, 0, 0))
+    large = replace(LARGE, batch_limit=(0, 0, 0))
+    for use, named in (("static-depth", f"{LARGE.name} at 9"), ("vanilla", f"{SMALL.name} at 24")):
+        controller = Controller(
+            make_policy(use), (front, large), shortage=lambda name, depth: f"{name} at {depth}"
+        )
+        with pytest.raises(InputError, match=named):
+            consult(controller)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,17 @@ class TestAlgorithm:
         decision = policy.decide(snapshot(Event.START, evaluations={}))
         assert decision == Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, decision.reason)
 
+    def test_a_fixed_depth_is_served_where_nothing_is_measured_too(self) -> None:
+        """It hangs on no histogram."""
+        settings = HeliosSettings(evaluate_at_start=False, depth_rule="fixed", fixed_depth=12)
+        decision = Helios(settings).decide(snapshot(Event.START, evaluations={}))
+        assert decision == Serve(SMALL.name, 12, ExitMode.LOADED_DEPTH, decision.reason)
+
+    def test_an_evaluation_says_which_of_its_round_it_is(self) -> None:
+        for done, said in (((), "Evaluation 1 of"), ((SMALL.name,), "Evaluation 2 of")):
+            decision = Helios().decide(snapshot(Event.EVALUATED, round_evaluated=done))
+            assert decision.reason.startswith(said)
+
     def test_only_the_best_three_are_evaluated(self) -> None:
         """TopK = 3 of four candidates of one tokenizer, in the order of the objective."""
         fourth = replace(SMALL, name="slow", decode_iteration_s=((0.1,), (0.2,), (0.3,)))
@@ -157,6 +168,22 @@ class TestAlgorithm:
             policy = Helios(HeliosSettings(top_k=1, objective=objective))  # type: ignore[arg-type]
             decision = policy.decide(snapshot(Event.START, candidates=(SMALL, quick)))
             assert decision == Evaluate(winner, 5, ExitMode.WAIT, decision.reason)
+
+    @pytest.mark.parametrize(("max_batch", "winner"), [(1, LARGE), (16, SMALL)])
+    def test_whom_to_evaluate_and_to_serve_hangs_on_how_many_may_run_at_once(
+        self, max_batch: int, winner: Candidate
+    ) -> None:
+        """Alone the large one takes 5 ms to the small one's 6, and 16 rows 20 ms to 6."""
+        steep = replace(LARGE, batches=(1, 16), decode_iteration_s=((0.005, 0.020),) * 3)
+        asked = snapshot(
+            Event.START, candidates=(SMALL, steep), evaluations={}, max_batch=max_batch
+        )
+        first = Helios(HeliosSettings(top_k=1)).decide(asked)
+        assert first == Evaluate(winner.name, 5, ExitMode.WAIT, first.reason)
+        both = replace(asked, event=Event.EVALUATED, round_evaluated=(SMALL.name, LARGE.name))
+        then = Helios().decide(both)
+        depth = winner.exit_layers[0]
+        assert then == Serve(winner.name, depth, ExitMode.LOADED_DEPTH, then.reason)
 
     def test_tokens_leave_in_one_mode_when_evaluated_and_in_another_after_loading(self) -> None:
         settings = HeliosSettings(
@@ -216,12 +243,24 @@ class TestDepth:
         assert greedy_level("dominant", None, SMALL.exit_layers, 0.9, None) == 0
         assert greedy_level("quantile", None, SMALL.exit_layers, 0.9, None) == 0
 
+    def test_the_depth_follows_the_last_evaluation(self) -> None:
+        """Most tokens left at 6 layers at first, and lately at 24."""
+        lately = example_evaluation(SMALL, (100, 0, 900))
+        asked = snapshot(Event.EVALUATED, candidates=(SMALL,), round_evaluated=(SMALL.name,))
+        history = {SMALL.name: (EVALUATIONS[SMALL.name], lately)}
+        decision = Helios().decide(replace(asked, history=history))
+        assert decision == Serve(SMALL.name, 24, ExitMode.LOADED_DEPTH, decision.reason)
+
     def test_mean_executed_layers_are_the_published_ones(self) -> None:
         """10.30 and 14.35 layers a token when each model serves alone."""
         small = mean_executed_layers(EVALUATIONS[SMALL.name])
         large = mean_executed_layers(EVALUATIONS[LARGE.name])
         assert small == pytest.approx(10.296)
         assert large == pytest.approx(14.352)
+
+    def test_tokens_that_prefills_emitted_count_for_no_executed_layers(self) -> None:
+        emitted = replace(EVALUATIONS[SMALL.name], num_tokens=2000)
+        assert mean_executed_layers(emitted) == pytest.approx(10.296)
 
 
 class TestOverhead:
@@ -292,6 +331,12 @@ class TestOverhead:
         assert decision == Keep(decision.reason)
         assert "none" in decision.reason
 
+    def test_nobody_off_the_shortlist_is_switched_to(self) -> None:
+        """The large model would be there at once, and the list has room for one alone."""
+        asked = snapshot(assignment=served(SMALL.name, 6), load_s=transfers((0, 99, 99), (0, 0, 0)))
+        assert isinstance(Helios().decide(asked), Switch)
+        assert isinstance(Helios(HeliosSettings(top_k=1)).decide(asked), LoadLayers)
+
     def test_a_waiting_batch_runs_to_its_deepest_token(self) -> None:
         """With 73.0 / 77.7 / 100 % covered, two tokens both stop at 6 with 53.29 %."""
         shares = (0.73, 0.047, 0.223)
@@ -308,6 +353,12 @@ class TestOverhead:
         assert cost.serving_s == pytest.approx(9.0 / 4)
         solo = overhead_of_load(SMALL, EVALUATIONS[SMALL.name], ExitMode.SOLO, asked)
         assert solo.serving_s == pytest.approx(10.296)
+
+    def test_who_runs_and_who_waits_share_iterations_alike(self) -> None:
+        """Two that run and one that waits are three of the four that may."""
+        asked = replace(snapshot(max_batch=4, num_waiting=1), num_running=2)
+        cost = overhead_of_switch(LARGE, 0, EVALUATIONS[LARGE.name], asked)
+        assert cost.serving_s == pytest.approx(9.0 / 3)
 
     def test_a_reaction_is_timed_at_the_batch_that_shares_its_iterations(self) -> None:
         """At four rows an iteration takes twice as long, so a row saves half of what it did."""
@@ -448,6 +499,13 @@ class TestObjective:
         assert predicted_token_j(card, 0, found) == pytest.approx(1.2)
         assert predicted_token_j(SMALL, 0, found) == pytest.approx(1.8)
 
+    def test_joules_drawn_without_exits_are_compared_with_the_card_without(self) -> None:
+        """At 2.4 J the card's 1.2 J are drawn twice over."""
+        card = replace(SMALL, exiting_iteration_j=((1.8,), (3.2,), (5.0,)))
+        found = example_evaluation(SMALL, (100, 0, 0), energy_j=100 * 2.4)
+        ended = replace(found, assignment=Assignment(SMALL.name, 6, ExitMode.LOADED_DEPTH))
+        assert predicted_token_j(card, 0, ended) == pytest.approx(2.4)
+
     def test_joules_are_compared_at_the_rows_that_ran_and_told_at_the_reference(self) -> None:
         """Sixteen rows at 8 J an iteration are as dear as told, so a token alone takes 2 J."""
         card = replace(SMALL, batches=(1, 16), decode_iteration_j=((2.0, 8.0),) * 3)
@@ -534,6 +592,18 @@ class TestObjective:
             )
             assert replace(policy.decide(asked), reason="") == winner
 
+    def test_a_candidate_that_was_measured_slower_loses_to_another(self) -> None:
+        """At twice its card's time the small model takes 12 ms a token, the large one 9."""
+        slow = example_evaluation(SMALL, SMALL_EXITS, token_s=0.020592)
+        asked = snapshot(
+            Event.EVALUATED,
+            assignment=served(LARGE.name, 32, ExitMode.WAIT),
+            evaluations={**EVALUATIONS, SMALL.name: slow},
+            round_evaluated=(SMALL.name, LARGE.name),
+        )
+        decision = Helios().decide(asked)
+        assert decision == Serve(LARGE.name, 9, ExitMode.LOADED_DEPTH, decision.reason)
+
     def test_of_equal_candidates_the_one_that_ranks_first_serves(self) -> None:
         """Two names of one model score alike, in whichever order they are given."""
         twin = replace(SMALL, name="opt-1.3b-again")
@@ -561,6 +631,19 @@ class TestObjective:
         )
         decision = Helios(HeliosSettings(objective="quality")).decide(asked)
         assert decision == Serve(SMALL.name, 6, ExitMode.LOADED_DEPTH, decision.reason)
+
+    def test_the_slo_is_to_be_kept_at_the_depth_that_would_be_loaded(self) -> None:
+        """Most tokens of the better model take 24 ms, and 6 at its first exit; 20 are allowed."""
+        deep = example_evaluation(SMALL, (10, 10, 80), nll_nats=1.0)
+        asked = snapshot(
+            Event.EVALUATED,
+            assignment=served(LARGE.name, 32, ExitMode.WAIT),
+            evaluations={**EVALUATIONS, SMALL.name: deep},
+            round_evaluated=(SMALL.name, LARGE.name),
+            slo=Slo(tpot_s=0.020),
+        )
+        decision = Helios(HeliosSettings(objective="quality")).decide(asked)
+        assert decision == Serve(LARGE.name, 9, ExitMode.LOADED_DEPTH, decision.reason)
 
 
 class TestShortlist:
@@ -617,6 +700,12 @@ class TestShortlist:
         """No card knows quality, so size stands in for the order of evaluation."""
         found = make_shortlist(example_candidates(), Slo(), "quality", 1, 3)
         assert [c.name for c in found.candidates] == [LARGE.name, MIDDLE.name, SMALL.name]
+
+    def test_the_larger_model_is_the_one_of_more_weights_in_all(self) -> None:
+        """9 of 10 GB by the first exit are more than 5.2 of 14.4."""
+        front = replace(SMALL, weight_bytes=(9 * 10**9, 9 * 10**9, 10**10))
+        found = make_shortlist((front, LARGE), Slo(), "quality", 1, 3)
+        assert [c.name for c in found.candidates] == [LARGE.name, SMALL.name]
 
 
 @pytest.mark.parametrize(
