@@ -97,6 +97,7 @@ def test_every_figure_of_the_pencil_run() -> None:
         "failed": 1,
         "num_refused": 1,
         "num_unfinished": 0,
+        "num_preemptions": 1,
         "total_input_tokens": 60,
         "total_output_tokens": 9,
         "request_throughput": 0.75,
@@ -113,6 +114,8 @@ def test_every_figure_of_the_pencil_run() -> None:
         "mean_e2el_ms": 700.0,
         "mean_itl_ms": 1e3 * 1.4 / 6,
         "std_itl_ms": 1e3 * math.sqrt(0.54 / 6 - (1.4 / 6) ** 2),
+        "p50_itl_ms": 1e3 * 0.1 * 2**0.75,
+        "p90_itl_ms": 1e3 * 0.4 * 2**0.7,
         "request_goodput": 0.25,
         "slo": "ttft<=300ms;tpot<=200ms",
         "slo_attainment": 0.25,
@@ -130,6 +133,9 @@ def test_every_figure_of_the_pencil_run() -> None:
         "breach_rate": 1 / 9,
         "breach_rate_observed": 3 / 9,
         "mean_batch_size": 1.5,
+        "saturation": "stable",
+        "backlog_growth_per_s": 0.0,
+        "drain_after_arrivals_s": 1.2,
     }
     for key, value in expected.items():
         if isinstance(value, float | int):
@@ -139,17 +145,45 @@ def test_every_figure_of_the_pencil_run() -> None:
 
 
 def test_times_of_two_replicas_are_shares_of_both_and_running_requests_are_added() -> None:
-    """Of eight seconds four are busy; 6 request-seconds in 4 s are 1.5 requests at a time."""
-    seconds = {"busy_s": 4.0, "idle_s": 2.0, "load_s": 2.0, "drain_s": 1.0, "evaluation_s": 0.8}
+    """Of eight seconds three are busy; 6 request-seconds in 4 s are 1.5 requests at a time."""
+    seconds = {"busy_s": 3.0, "idle_s": 3.0, "load_s": 2.0, "drain_s": 1.0, "evaluation_s": 0.8}
     summary = summarise(pencil_run(num_replicas=2, batch_seconds=6.0, **seconds))
     assert summary["time_shares"] == {
-        "busy": 0.5,
-        "idle": 0.25,
+        "busy": 0.375,
+        "idle": 0.375,
         "loading": 0.25,
         "draining": 0.125,
         "evaluating": 0.1,
     }
     assert summary["mean_running"] == 1.5
+
+
+def test_what_a_run_counts_itself_stands_under_the_key_of_its_own() -> None:
+    """Each total is another number here."""
+    total_of = {
+        "energy_idle_j": "energy_idle_j",
+        "energy_load_j": "energy_load_j",
+        "num_breach_events": "num_breach_events",
+        "max_batch_size": "max_running",
+        "max_batch_size_supported": "max_batch_size_supported",
+        "weight_bytes_loaded": "mean_weight_bytes",
+        "weight_bytes_peak": "peak_weight_bytes",
+        "mean_kv_use": "mean_kv_use",
+        "num_switches": "num_switches",
+        "num_loads": "num_loads",
+        "num_evaluations": "num_evaluations",
+        "switch_time_s": "switch_time_s",
+    }
+    given = {total: place for place, total in enumerate(total_of.values())}
+    summary = summarise(pencil_run(**given))
+    assert {key: summary[key] for key in total_of} == dict(
+        zip(total_of, given.values(), strict=True)
+    )
+    shared = {"depth_seconds": {"small@2": 1.0, "small@4": 3.0}}
+    shared["regime_s"] = {"launch": 3.0, "memory": 1.0, "compute": 0.0}
+    summary = summarise(pencil_run(**shared))
+    assert summary["depth_share"] == {"small@2": 0.25, "small@4": 0.75}
+    assert summary["regime"] == {"launch": 0.75, "memory": 0.25, "compute": 0.0}
 
 
 def test_every_key_is_defined_and_documented() -> None:
@@ -258,6 +292,8 @@ def test_itl_percentile_limits_are_missed_by_requests_that_have_no_gaps_to_judge
     assert summarise(pencil_run(), parse_slo("itl:p76<801ms"))["slo_passed"] is False
     run = pencil_run(itl_counts=(0, 0, 0))
     assert summarise(run, parse_slo("itl:p75<1ms"))["slo_passed"] is True
+    late = summarise(pencil_run(), parse_slo("itl:p76<801ms"), warmup_s=2.0)
+    assert late["slo_passed"] is True, "who is refused in the warm-up is none of the requests sent"
     nobody = replace(run, requests=run.requests.with_columns(pl.lit("refused").alias("status")))
     assert summarise(nobody, parse_slo("itl:p1<801ms"))["slo_passed"] is False
 
@@ -271,6 +307,13 @@ def test_gap_percentiles_are_within_a_bin_of_the_exact_ones() -> None:
     for percentile in (1, 50, 90, 99, 100):
         exact = float(np.percentile(gaps, percentile))
         assert gap_percentile_s(run, percentile) == pytest.approx(exact, rel=0.011)
+
+
+def test_gaps_that_are_all_alike_do_not_deviate_whatever_rounding_leaves() -> None:
+    """Three gaps of 0.1 s, whose mean square is less than the square of their mean."""
+    sums = {"itl_sum_s": 0.1 + 0.1 + 0.1, "itl_sum_square_s2": 0.1 * 0.1 + 0.1 * 0.1 + 0.1 * 0.1}
+    assert sums["itl_sum_square_s2"] / 3 < (sums["itl_sum_s"] / 3) ** 2
+    assert summarise(pencil_run(itl_counts=(3, 0, 0), **sums))["std_itl_ms"] == 0.0
 
 
 def test_warm_up_cuts_latencies_and_attainment_only() -> None:
