@@ -241,6 +241,12 @@ def test_one_token_requests_meet_tpot_but_stay_out_of_its_statistics() -> None:
     assert summarise(pencil_run())["median_tpot_ms"] == 300.0
 
 
+def test_a_limit_that_is_reached_to_the_bit_is_met() -> None:
+    """The first token of the first request comes after exactly 100 ms."""
+    met = meets_all(columns_of(pencil_run()), parse_slo("ttft<100"))
+    assert met.tolist() == [True, False, False, False]
+
+
 def test_refused_requests_count_against_attainment() -> None:
     """Refusing half of the requests halves attainment, though the rest meet every limit."""
     run = make_run(num_requests=100, num_refused=50)
@@ -487,6 +493,45 @@ def test_arrivals_in_bursts_may_take_longer_to_drain(burst: int, verdict: str) -
     assert saturation_of(columns, float(columns.finished_s.max())).saturation == verdict
 
 
+@pytest.mark.parametrize(("wait_s", "verdict"), [(0.9, "stable"), (1.1, "backlogged")])
+def test_a_backlog_is_told_where_waiting_takes_longer_than_being_served(
+    wait_s: float, verdict: str
+) -> None:
+    """Ten answers of a second each, whatever was waited for."""
+    run = make_run(num_requests=10)
+    arrival = np.arange(10.0)
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", arrival),
+        pl.Series("admitted_s", arrival + wait_s),
+        pl.Series("first_token_s", arrival + wait_s),
+        pl.Series("finished_s", arrival + wait_s + 1.0),
+    )
+    assert saturation_of(columns_of(replace(run, requests=requests)), 12.0).saturation == verdict
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.2, "backlogged"), (0.25, "overloaded")])
+def test_growth_within_the_swings_of_a_backlog_is_no_overload(share: float, verdict: str) -> None:
+    """In every second of ten slices requests wait longer, two seconds for each slice before.
+
+    In the others they wait a share of a second for each. It grows by 36 requests in 1,000 s
+    either way, with t values of 2.13 and 2.37 about the bound of 2.31; it drains for a minute.
+    """
+    run = make_run(num_requests=200)
+    arrival = np.arange(200.0)
+    place = arrival // 20
+    left = np.minimum(arrival + place * np.where(place % 2 == 1, 2.0, share), 20.0 * (place + 1))
+    left[-1] = 260.0
+    requests = run.requests.with_columns(
+        pl.Series("arrival_s", arrival),
+        pl.Series("admitted_s", left),
+        pl.Series("first_token_s", left),
+        pl.Series("finished_s", left),
+    )
+    found = saturation_of(columns_of(replace(run, requests=requests)), 260.0)
+    assert (found.saturation, found.drain_s) == (verdict, 61.0)
+    assert found.growth_per_s == pytest.approx(0.0365, rel=0.05)
+
+
 def test_who_is_never_admitted_has_waited_until_the_end() -> None:
     """Nine answers of a second come at once; the tenth request waits ninety seconds for nothing."""
     run = make_run(num_requests=10)
@@ -500,7 +545,10 @@ def test_who_is_never_admitted_has_waited_until_the_end() -> None:
         pl.Series("status", ["finished"] * 9 + ["waiting"]),
     )
     columns = columns_of(replace(run, requests=requests))
-    assert saturation_of(columns, 99.0).saturation == "backlogged"
+    verdict = saturation_of(columns, 99.0)
+    assert verdict.saturation == "backlogged"
+    # Five left in the last 94.5 s: at this pace the tenth goes 18.9 s after the end.
+    assert verdict.drain_s == pytest.approx(90.0 + 18.9)
     assert saturation_of(columns, 10.0).saturation == "stable"
 
 
@@ -582,9 +630,18 @@ def test_intervals_are_of_measured_requests_and_of_breaches_that_a_deeper_exit_s
         assert [found[key][part] for part in ("low", "mean", "high")] == [value] * 3
 
 
+def test_intervals_of_latencies_are_of_the_requests_that_their_means_are_of() -> None:
+    """A warm-up, and for the TPOT requests of one token, are left out of both."""
+    run = make_run(num_requests=400, num_refused=20)
+    assert (run.requests["generated_tokens"] == 1).sum() > 0
+    summary = summarise(run, warmup_requests=100)
+    for key in ("mean_ttft_ms", "mean_tpot_ms", "mean_e2el_ms"):
+        assert summary["intervals"][key]["mean"] == pytest.approx(summary[key])
+
+
 def test_batch_interval_of_a_ratio_is_centred_on_the_ratio_of_sums() -> None:
     """With a denominator the figure is the sum over the sum, and too few values give none."""
-    top, below = np.arange(1.0, 101.0), np.full(100, 2.0)
+    top, below = np.arange(1.0, 101.0), np.arange(100.0, 0.0, -1.0)
     interval = batch_interval(top, below)
     assert interval is not None
     assert interval["mean"] == pytest.approx(top.sum() / below.sum())
