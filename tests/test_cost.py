@@ -176,6 +176,70 @@ def test_capturing_is_paid_by_the_graph_and_by_the_layers_in_it() -> None:
     assert cost.capture_seconds(c, 0.0, 0.0, 0.0, 0.0) == 0.0
 
 
+WORK = coefficients(
+    decode_fixed_s=1.0,
+    decode_fixed_s_per_row=0.5,
+    decode_launch_s=2.0,
+    prefill_launch_s=4.0,
+    prefill_fixed_s=5.0,
+    check_base_s=10.0,
+    check_s_per_row=1.0,
+    head_base_s=100.0,
+    head_s_per_row=10.0,
+    kv_fill_base_s_per_layer=20.0,
+    kv_fill_s_per_row_layer=2.0,
+    decode_j_per_layer=1.0,
+    decode_j_per_row_layer=0.5,
+    prefill_j_per_token_layer=2.0,
+    check_j_base=10.0,
+    check_j_per_row=1.0,
+    head_j_base=100.0,
+    head_j_per_row=10.0,
+    kv_fill_j_per_layer=20.0,
+    kv_fill_j_per_row_layer=2.0,
+    power_active_w=3.0,
+    power_limit_w=1000.0,
+)
+
+
+def test_a_decode_by_pencil() -> None:
+    """Six rows through 3 of 8 layers, asked twice; four are filled, and three are not padding.
+
+    1 + 3 x 0.5, 3 x 2 x 1.5, 2 x (10 + 3), 100 + 3 x 10 for the head, 5 x (20 + 4 x 2).
+    """
+    for heads, seconds in ((1.0, 307.5), (0.0, 177.5)):
+        work = (6.0, 9.0, 9.0, 3.0, 2.0, heads, 5.0, 4.0, 3.0, 1.5)
+        assert cost.decode_seconds(WORK, *work)[0] == seconds
+
+
+def test_joules_of_a_decode_by_pencil() -> None:
+    """3 x (1 + 6 x 0.5), 2 x (10 + 4), 100 + 4 x 10, 5 x (20 + 4 x 2), and 3 W for two seconds."""
+    for heads, joules in ((1.0, 326.0), (0.0, 186.0)):
+        assert cost.decode_joules(WORK, 6.0, 9.0, 9.0, 3.0, 2.0, heads, 5.0, 4.0, 2.0) == joules
+
+
+@pytest.mark.parametrize(
+    ("rows", "head_rows", "seconds", "joules"),
+    [(2.0, 4.0, 199.0, 206.0), (0.0, 4.0, 163.0, 164.0), (2.0, 0.0, 59.0, 66.0)],
+)
+def test_a_mixed_iteration_by_pencil(
+    rows: float, head_rows: float, seconds: float, joules: float
+) -> None:
+    """Three prompt tokens: 5, 3 x 4 x 1.5, 3 x (10 + 2), 100 + 4 x 10.
+
+    Without rows nothing is asked, and without a token there is no head. Joules are 3 x 6 of the
+    prompt, 3 x (1 + 2 x 0.5) of the rows, 3 x (10 + 2), 100 + 4 x 10, and 3 W for two seconds.
+    """
+    work = (rows, 9.0, 9.0, 3.0)
+    told = cost.mixed_seconds(WORK, *work, 0.0, 6.0, 3.0, 3.0, head_rows, 1.0, 1.5)
+    assert told[0] == seconds
+    assert cost.mixed_joules(WORK, *work, 6.0, 3.0, 3.0, head_rows, 2.0) == joules
+
+
+def test_capturing_draws_active_power() -> None:
+    assert cost.capture_joules(WORK, 2.0) == 6.0
+
+
 def test_rows_and_prompts_of_one_iteration_read_the_weights_once() -> None:
     """A layer's weights take 2 s and 5 J; eight prompt tokens beside a row add theirs alone."""
     c = coefficients(
