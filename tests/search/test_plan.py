@@ -17,6 +17,7 @@ from helios_sim.search import commands
 from helios_sim.search.bench import FleetAnswer, Load, planned_scenario
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.fleets import PlanQuestion, fleet_scenario, read_plan
+from helios_sim.search.goals import Broken
 from helios_sim.search.means import mean_figures
 from helios_sim.search.plan import make_plan, ranked
 from helios_sim.search.prices import Cost
@@ -63,28 +64,31 @@ def names(answers: tuple[FleetAnswer, ...]) -> list[str]:
 @pytest.mark.parametrize(
     ("together_per_s", "replicas"),
     [
-        pytest.param(36.0, [4, 2, 1, 1], id="four carry nine each, one alone carries ten"),
-        pytest.param(60.0, [4, 2, 1, 1], id="one alone carries ten, four carry fifteen each"),
-        pytest.param(28.0, [4, 2, 1, 1], id="four are known to carry the target all the same"),
+        pytest.param(36.0, [4, 2, 1, 1, 2, 2], id="four carry nine each, one alone carries ten"),
+        pytest.param(60.0, [4, 2, 1, 1, 1, 2], id="one alone carries ten, four carry fifteen each"),
+        pytest.param(
+            28.0, [4, 2, 1, 1, 2, 2], id="four are known to carry the target all the same"
+        ),
     ],
 )
 def test_each_hour_has_the_replicas_for_its_rate_at_the_less_that_one_surely_carries(
     tmp_path: Path, together_per_s: float, replicas: list[int]
 ) -> None:
-    """30, 15, 0 and 7.5 requests/s; an hour costs its replicas' part of the peak's 8.
+    """30, 15, 0, 7.5, 9.75 and 12 requests/s; an hour costs its replicas' part of the peak's 8.
 
     The capacities themselves, half as much again, count for nothing; and the busiest hour has the
     fleet that is recommended, even where three such replicas would do by this reckoning.
     """
-    question = question_of(tmp_path, target_rate_per_s=30.0, hourly_weights=DAY)
+    day = [2.0, 1.0, 0.0, 0.5, 0.65, 0.8, *[0.5] * 18]
+    question = question_of(tmp_path, target_rate_per_s=30.0, hourly_weights=day)
     alone = answer_of(question, 4, cost=Cost(8.0, 1.0))
     alone = replace(alone, capacity=Capacity(15.0, 10.0, 20.0, ()))
     together = Capacity(1.5 * together_per_s, together_per_s, 2.0 * together_per_s, ())
     best = replace(alone, capacity=together, capacity_replicas=4)
     plan = make_plan(question, [alone], best)
-    assert [hour.rate_per_s for hour in plan.hours[:4]] == [30.0, 15.0, 0.0, 7.5]
-    assert [hour.num_replicas for hour in plan.hours[:4]] == replicas
-    assert [hour.cost_per_hour for hour in plan.hours[:4]] == [2.0 * num for num in replicas]
+    assert [hour.rate_per_s for hour in plan.hours[:6]] == [30.0, 15.0, 0.0, 7.5, 9.75, 12.0]
+    assert [hour.num_replicas for hour in plan.hours[:6]] == replicas
+    assert [hour.cost_per_hour for hour in plan.hours[:6]] == [2.0 * num for num in replicas]
     assert plan.headroom == pytest.approx(1.5 * together_per_s / 30.0 - 1.0)
 
 
@@ -125,6 +129,15 @@ def test_where_one_replica_surely_carries_no_rate_every_hour_has_the_whole_fleet
     assert {hour.num_replicas for hour in plan.hours} == {4}
 
 
+def test_no_hour_has_more_replicas_than_the_busiest(tmp_path: Path) -> None:
+    """At five that one surely carries alone, 28.5 requests/s would take six; four carry 30."""
+    question = question_of(tmp_path, target_rate_per_s=30.0, hourly_weights=[2.0, 1.9, *[1.0] * 22])
+    alone = replace(answer_of(question, 4), capacity=Capacity(10.0, 5.0, 20.0, ()))
+    best = replace(alone, capacity=Capacity(40.0, 36.0, 44.0, ()), capacity_replicas=4)
+    plan = make_plan(question, [alone], best)
+    assert [hour.num_replicas for hour in plan.hours[:3]] == [4, 4, 3]
+
+
 def test_under_a_target_the_cheapest_fleet_wins_then_the_fewest_gpus_then_the_least_energy(
     tmp_path: Path,
 ) -> None:
@@ -159,6 +172,19 @@ def test_a_fleet_that_carries_comes_before_those_that_do_not_and_of_these_the_ne
     refused = replace(far, fleet=replace(far.fleet, name="refused"), capacity=None)
     order = ranked(question, [refused, far, near, carrying])
     assert names(order) == ["carrying", "near", "far", "refused"]
+
+
+@pytest.mark.parametrize("asked", [{}, {"target_rate_per_s": 30.0}])
+def test_a_fleet_that_breaks_a_constraint_comes_after_all_that_keep_them(
+    tmp_path: Path, asked: dict[str, float]
+) -> None:
+    """However few GPUs it takes, and before those that carry nothing."""
+    question = question_of(tmp_path, **asked)
+    keeping = answer_of(question, 60, name="keeping")
+    broken = (Broken("agreement >= 0.9", 0.5, 0.4),)
+    breaking = replace(answer_of(question, 1, name="breaking"), broken=broken)
+    idle = replace(answer_of(question, 1, name="idle"), planned=None)
+    assert names(ranked(question, [idle, breaking, keeping])) == ["keeping", "breaking", "idle"]
 
 
 def test_one_replica_is_given_its_requests_by_turns_and_several_as_the_fleet_says(
