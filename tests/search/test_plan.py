@@ -219,6 +219,24 @@ def test_fleets_of_several_contexts_meet_the_same_shortened_requests(tmp_path: P
     assert (met[0].prompt_tokens == met[1].prompt_tokens).all()
 
 
+@pytest.mark.parametrize(("given", "kept"), [(3000, 3000), (6000, 4096)])
+def test_a_context_that_is_given_is_shortened_to_where_a_fleet_has_less(
+    tmp_path: Path, given: int, kept: int
+) -> None:
+    path = write(tmp_path, **TWO_CONTEXTS)
+    scenario = load_scenario(path, [f"workload.context_tokens={given}"])
+    question = read_plan(scenario, tmp_path, "small.toml")
+    assert question.scenario.workload.context_tokens == kept
+
+
+def test_a_fleet_s_scenario_has_its_models_and_its_policy_alone(tmp_path: Path) -> None:
+    question = read_plan(load_scenario(write(tmp_path, **TWO_CONTEXTS)), tmp_path, "small.toml")
+    for fleet, model in zip(question.fleets, ("llama2-7b", "llama3-8b"), strict=True):
+        scenario = fleet_scenario(question, fleet, 3)
+        assert scenario.fleet.candidates == (model,)
+        assert (scenario.policy, scenario.fleet.num_replicas) == ((fleet.policy,), 3)
+
+
 @pytest.mark.parametrize(
     "change",
     [
