@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,6 +22,7 @@ from calibration.fitting.regression import (
     jackknife,
     leave_out,
     relative_nnls,
+    simplest,
     trust_in,
     tryable,
 )
@@ -59,6 +62,31 @@ def test_a_floor_and_a_plane_are_told_apart() -> None:
     assert fit.overheads == pytest.approx([1e-4], rel=1e-6)
     assert fit.planes[0] == pytest.approx([5e-5], rel=1e-6)
     assert fit.planes[1] == pytest.approx([1e-5, 3e-6], rel=1e-6)
+
+
+def test_three_planes_are_found_though_most_starts_lead_astray() -> None:
+    """Some of the ends that starts lead to are several times off."""
+    rows = np.repeat([1.0, 2, 4, 8, 16, 32, 64, 128], 2)
+    context = np.tile([100.0, 1000], 8) * rows
+    ones = np.ones(len(rows))
+    by_context = 3e-5 + 1e-6 * rows + 1e-9 * context
+    seconds = np.maximum(np.maximum(5e-5, by_context), 1e-6 + 4e-6 * rows)
+    planes = (
+        ones[:, None],
+        np.column_stack((ones, rows, context)),
+        np.column_stack((ones, rows)),
+    )
+    readings = Equations(seconds, ones, 0 * ones, np.zeros((len(rows), 0)), planes)
+    assert fit_max(readings).seconds(readings) == pytest.approx(seconds, rel=0.02)
+
+
+def test_what_is_explained_already_is_part_of_what_is_predicted() -> None:
+    """The 0.1 ms beside the layers, known beforehand and not to be fitted."""
+    readings = two_planes(5e-5, 1e-5, 3e-6)
+    known = replace(readings, known=np.full(len(readings), 1e-4), overheads=np.zeros((24, 0)))
+    fit = fit_max(known)
+    assert fit.planes[0] == pytest.approx([5e-5], rel=1e-6)
+    assert fit.seconds(known) == pytest.approx(readings.seconds, rel=1e-6)
 
 
 def test_a_knee_is_kept_only_where_it_clearly_lowers_the_left_out_error() -> None:
@@ -152,7 +180,13 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 def test_a_large_share_of_a_tiny_error_is_no_reason_for_a_richer_model() -> None:
     assert clearly_better(0.010, 0.020)
     assert not clearly_better(0.019, 0.020)
+    assert not clearly_better(0.095, 0.100)
     assert not clearly_better(0.0001, 0.0019)
+
+
+def test_a_richer_model_has_to_better_the_simplest_clearly_and_then_that_one() -> None:
+    assert simplest((0.100, 0.095, 0.091)) == 0
+    assert simplest((0.100, 0.095, 0.050, 0.048)) == 2
 
 
 def test_readings_of_one_group_do_not_vouch_for_each_other() -> None:
@@ -164,6 +198,14 @@ def test_readings_of_one_group_do_not_vouch_for_each_other() -> None:
     found = leave_out(readings, fit_max(readings), np.array([0, 0, 1, 1]))
     assert found.errors == pytest.approx([0.5, 0.5, -1 / 3, -1 / 3])
     assert abs(leave_out(readings, fit_max(readings)).errors[0]) < 0.4
+
+
+def test_trials_of_as_many_rows_do_not_vouch_for_each_other() -> None:
+    """Left out together, two trials of 20 s at eight rows are predicted by the line of the rest."""
+    rows = np.repeat([1.0, 2, 4, 8], 2)
+    seconds = np.where(rows == 8.0, 20.0, 1.0 + rows)
+    errors = fit_floor_line(rows, seconds).left_out.errors
+    assert errors[-2:] == pytest.approx([(9.0 - 20.0) / 20.0] * 2)
 
 
 def test_options_leave_two_readings_beyond_their_coefficients_but_for_the_first() -> None:

@@ -264,7 +264,10 @@ def test_of_a_winner_and_a_scenario_that_both_break_the_constraints_the_nearer_i
 def test_a_sampler_learns_from_the_first_sample_alone_however_many_a_trial_met(
     monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    """The second sample takes five times the joules and agrees less; half of the trials meet it."""
+    """The second sample takes five times the joules and agrees less; half of the trials meet it.
+
+    On the first one batch agrees in 72 % where 90 % are asked for, which is a fifth less.
+    """
     told: list[tuple[Any, float]] = []
 
     class Learning(Listed):
@@ -276,14 +279,17 @@ def test_a_sampler_learns_from_the_first_sample_alone_however_many_a_trial_met(
 
     def answer(batch: int, sample: int) -> tuple[float, float, float]:
         energy = 1.0 + 0.01 * BATCHES.index(min(batch, 64))
-        return (5.0 * energy, 0.7, 1.0) if sample == 1 else (energy, 0.95, 1.0)
+        agreement = 0.95 if batch < 64 else 0.72
+        return (5.0 * energy, 0.7, 1.0) if sample == 1 else (energy, agreement, 1.0)
 
     monkeypatch.setattr("helios_sim.search.tune.make_sampler", made)
     found = tuned(answer, go_on_share=share)
     full = [one for one in found.trials if one.state == "full"]
     assert len(full) == len(BATCHES) * share
     assert all(one.broken for one in full)
-    assert told == [((pytest.approx(1.0 + 0.01 * place),), 0.0) for place in range(len(BATCHES))]
+    scores, violations = zip(*told, strict=True)
+    assert scores == tuple((pytest.approx(1.0 + 0.01 * place),) for place in range(len(BATCHES)))
+    assert violations == (0.0, 0.0, 0.0, pytest.approx(0.2))
 
 
 def test_settings_that_change_nothing_on_the_tuning_traffic_are_one_finalist() -> None:

@@ -12,6 +12,7 @@ import pytest
 from helios_sim.scenario import load_scenario
 from helios_sim.search.goals import Broken, Judge, in_words, parse_constraints, parse_goal
 from helios_sim.search.tune import (
+    Finalist,
     First,
     HeldOut,
     Trial,
@@ -160,6 +161,16 @@ def test_who_keeps_the_constraints_is_better_than_who_does_not() -> None:
     both = held_out(0.1, 0.0, tuned_broken=broken, base_broken=broken)
     assert tuned(both).verdict == "no better"
     assert tuned(None).verdict == "no better"
+
+
+def test_who_was_chosen_though_it_breaks_the_constraints_is_no_better() -> None:
+    """Whatever held-out traffic says."""
+    found = tuned(held_out(0.1, 0.0))
+    assert found.winner is not None
+    broken = (Broken("ttft<=1ms", 2.0, 1.0),)
+    for breaks, verdict in (((), "better"), (broken, "no better")):
+        finalists = (Finalist(found.winner, (1.0, 1.0), breaks),)
+        assert replace(found, finalists=finalists).verdict == verdict
 
 
 def test_held_out_gains_are_paired_and_positive_where_the_winner_is_better(tmp_path: Path) -> None:
