@@ -101,7 +101,8 @@ class NaiveReplica:
         self.next_row = 0
         self.free_blocks = 0
         self.energy_j = self.idle_energy_j = self.idle_s = self.busy_s = 0.0
-        self.num_iterations = self.num_breaches = self.num_emitted = 0
+        self.batch_seconds = self.kv_block_seconds = 0.0
+        self.num_iterations = self.num_breaches = self.num_emitted = self.max_running = 0
         self.exit_counts = [[0] * len(model.exit_layers) for model in scenario.models]
         self.gaps_s: list[float] = []
         self.last_token_s: dict[Life, float] = {}
@@ -282,6 +283,7 @@ class NaiveReplica:
         self.free_blocks -= blocks
         self.quota -= 1
         self.rows.append(Row(life, life.num_tokens, blocks))
+        self.max_running = max(self.max_running, len(self.rows))
         return self.rows[-1]
 
     def admit_prompts(self, token_budget: float) -> list[Row]:
@@ -547,7 +549,10 @@ class NaiveReplica:
         self.iteration = None
         self.clock_s = iteration.end_s
         self.energy_j += iteration.joules
-        self.busy_s += iteration.end_s - iteration.start_s
+        seconds = iteration.end_s - iteration.start_s
+        self.busy_s += seconds
+        self.batch_seconds += seconds * len(self.rows)
+        self.kv_block_seconds += seconds * sum(row.blocks for row in self.rows)
         self.num_iterations += 1
         for row in list(self.rows):
             if row in iteration.chunks:

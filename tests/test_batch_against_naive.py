@@ -174,6 +174,29 @@ def check_agreement(scenario: Scenario) -> None:
         place: bins[place] for place in range(compiled.world.itl_counts.shape[1])
     }
     assert math.isclose(float(record.itl_sum_s), math.fsum(naive.gaps_s), rel_tol=1e-9)
+    squares = math.fsum(gap_s * gap_s for gap_s in naive.gaps_s)
+    assert math.isclose(float(record.itl_sum_square_s2), squares, rel_tol=1e-9)
+    check_sums(record, naive)
+
+
+def check_sums(record: Any, naive: NaiveReplica) -> None:
+    """What the compiled loop adds up over time and over requests is what the naive lives say."""
+    assert float(record.batch_seconds) == naive.batch_seconds
+    assert float(record.kv_block_seconds) == naive.kv_block_seconds
+    assert int(record.max_rows) == naive.max_running
+    statuses = Counter(life.status for life in naive.lives)
+    assert int(record.num_finished) == int(record.period_finished) == statuses["finished"]
+    assert int(record.num_refused) == statuses["refused"]
+    assert int(record.num_preemptions) == sum(life.preemptions for life in naive.lives)
+    ttfts_s, tpots_s = [], []
+    for life in naive.lives:
+        if life.finished_s is not None and life.first_token_s is not None:
+            ttfts_s.append(life.first_token_s - life.arrival_s)
+            if life.sent.output > 1:
+                tpots_s.append((life.finished_s - life.first_token_s) / (life.sent.output - 1))
+    assert int(record.period_tpots) == len(tpots_s)
+    assert math.isclose(float(record.ttft_sum_s), math.fsum(ttfts_s), rel_tol=1e-9, abs_tol=1e-9)
+    assert math.isclose(float(record.tpot_sum_s), math.fsum(tpots_s), rel_tol=1e-9, abs_tol=1e-9)
 
 
 class SettlingReplica(CompiledReplica):

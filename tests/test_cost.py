@@ -236,6 +236,24 @@ def test_a_mixed_iteration_by_pencil(
     assert cost.mixed_joules(WORK, *work, 6.0, 3.0, 3.0, head_rows, 2.0) == joules
 
 
+def test_checks_head_and_filling_take_their_floor_at_least() -> None:
+    """2 s and one for each row, from the seventh on above nine."""
+    c = coefficients(
+        check_floor_s=9.0,
+        check_base_s=2.0,
+        check_s_per_row=1.0,
+        head_floor_s=9.0,
+        head_base_s=2.0,
+        head_s_per_row=1.0,
+        kv_fill_floor_s_per_layer=9.0,
+        kv_fill_base_s_per_layer=2.0,
+        kv_fill_s_per_row_layer=1.0,
+    )
+    for rows, seconds in ((4.0, 9.0), (8.0, 10.0)):
+        assert cost.check_seconds(c, rows) == cost.head_seconds(c, rows) == seconds
+        assert cost.kv_fill_seconds(c, rows, 3.0) == 3.0 * seconds
+
+
 def test_capturing_draws_active_power() -> None:
     assert cost.capture_joules(WORK, 2.0) == 6.0
 
