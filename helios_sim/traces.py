@@ -1,4 +1,4 @@
-"""Read workload traces: Mooncake, Azure, BurstGPT, ServeGen, any CSV, and our own runs."""
+"""Read workload traces: Mooncake, Azure, BurstGPT, ServeGen, any table, and our own runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMATS: dict[str, str] = {
     "mooncake": "JSON lines with timestamp (ms), input_length and output_length",
     "azure": "CSV with TIMESTAMP (a calendar time), ContextTokens and GeneratedTokens",
     "burstgpt": "CSV with Timestamp (seconds), Request tokens and Response tokens",
-    "csv": "any CSV, whose columns trace.columns names",
+    "csv": "any CSV or Parquet file, whose columns trace.columns names",
     "servegen": "two Parquet files, NAME_trace.parquet and NAME_dataset.parquet",
     "helios": "requests.parquet of a run, or the run's folder",
 }
@@ -76,7 +76,7 @@ ColumnName = Annotated[str, Field(min_length=1)]
 
 
 class TraceColumns(StrictSettings):
-    """How the header of a CSV calls what a trace holds."""
+    """How the header of a CSV, or of a Parquet file, calls what a trace holds."""
 
     arrival: ColumnName
     prompt: ColumnName
@@ -182,7 +182,7 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
     matters to ServeGen alone, whose file holds distributions instead of requests.
     """
     path = _locate(base_dir / settings.file)
-    name, raw = _recognise(path, "csv" if settings.columns else settings.format)
+    name, raw = _recognise(path, settings)
     if name in ("helios", "servegen"):
         try:
             trace = _read_helios(path) if name == "helios" else _read_servegen(path, settings, seed)
@@ -199,7 +199,7 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
 def is_drawn(settings: TraceSettings, base_dir: Path) -> bool:
     """Whether the file holds distributions, so that every seed brings requests of its own."""
     path = _locate(base_dir / settings.file)
-    return _recognise(path, "csv" if settings.columns else settings.format)[0] == "servegen"
+    return _recognise(path, settings)[0] == "servegen"
 
 
 _EPOCHS: Final = (
@@ -216,7 +216,7 @@ As seconds the least of them is 3,000 years, and now is 2e9.
 def doubtful_times(settings: TraceSettings, base_dir: Path) -> str | None:
     """That times read as seconds look like those of a smaller unit since 1970; None otherwise."""
     path = _locate(base_dir / settings.file)
-    name, _ = _recognise(path, "csv" if settings.columns else settings.format)
+    name, _ = _recognise(path, settings)
     if name not in ("csv", "burstgpt"):
         return None
     latest = read_trace(settings, base_dir, 0).latest
@@ -252,8 +252,9 @@ def _locate(path: Path) -> Path:
     return path
 
 
-def _recognise(path: Path, asked: str) -> tuple[str, bytes]:
+def _recognise(path: Path, settings: TraceSettings) -> tuple[str, bytes]:
     """The format by content, checked against the one asked for, with a text file's bytes."""
+    asked = "csv" if settings.columns else settings.format
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -268,6 +269,8 @@ def _recognise(path: Path, asked: str) -> tuple[str, bytes]:
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         raise InputError("The trace file is empty; it must hold at least one request.", str(path))
+    if raw[:4] == b"PAR1" and settings.columns is not None:
+        return "csv", _as_csv(path, settings.columns)
     if raw[:4] == b"PAR1":
         columns = set(_parquet(path, {}).columns)
         if "rate_rps" in columns:
@@ -293,8 +296,8 @@ def _recognise(path: Path, asked: str) -> tuple[str, bytes]:
     if raw[:4] == b"PAR1" and not found:
         raise InputError(
             "This is a Parquet file that is neither of ServeGen nor of a run; its columns are "
-            f"{', '.join(sorted(columns))}. Write it as CSV, and name those of arrivals, prompt "
-            "and output in trace.columns.",
+            f"{', '.join(sorted(columns))}. Name those of arrivals, prompt and output in "
+            "trace.columns.",
             where=str(path),
         )
     allowed = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
@@ -624,6 +627,22 @@ def _parquet(path: Path, columns: dict[str, str]) -> pl.DataFrame:
     except (pl.exceptions.PolarsError, OSError) as error:
         raise InputError(
             f"The file is not whole Parquet data ({_first_line(error)}).", str(path)
+        ) from error
+
+
+def _as_csv(path: Path, columns: TraceColumns) -> bytes:
+    """The named columns of a Parquet file as the CSV of the same table: one reader judges both."""
+    header = _parquet(path, {})
+    if missing := [name for name in columns.names if name not in header.columns]:
+        raise _without(missing, header.write_csv().encode(), path, columns.names)
+    zoned = [n for n in columns.names if getattr(header.schema[n], "time_zone", None)]
+    try:
+        frame = pl.read_parquet(path, columns=list(columns.names))
+        frame = frame.with_columns(pl.col(zoned).dt.convert_time_zone("UTC"))
+        return frame.write_csv(datetime_format="%Y-%m-%d %H:%M:%S%.f").encode()
+    except pl.exceptions.PolarsError as error:
+        raise InputError(
+            f"The columns cannot be read ({_first_line(error)}).", str(path)
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 import gzip
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -706,10 +707,59 @@ def test_servegen_needs_both_files_by_their_names(tmp_path: Path) -> None:
 def test_a_parquet_file_of_other_columns_is_refused(tmp_path: Path) -> None:
     """Of unknown columns it says what to do; known ones that are not all there are listed."""
     pl.DataFrame({"ts": [1], "in": [2]}).write_parquet(tmp_path / "a.parquet")
-    columns = {"arrival": "ts", "prompt": "in", "output": "out"}
-    for settings in ({}, {"format": "servegen"}, {"columns": columns}):
-        with pytest.raises(InputError, match=r"columns are in, ts\. Write it as CSV, and name"):
+    for settings in ({}, {"format": "servegen"}):
+        with pytest.raises(InputError, match=r"columns are in, ts\. Name those of arrivals"):
             read(tmp_path / "a.parquet", **settings)
     pl.DataFrame({"arrival_s": [1.0], "domain": ["x"]}).write_parquet(tmp_path / "b.parquet")
     with pytest.raises(InputError, match="lacks the columns request_id, prompt_tokens"):
         read(tmp_path / "b.parquet")
+
+
+OWN_COLUMNS = {"arrival": "ts", "prompt": "in", "output": "out"}
+
+
+@pytest.mark.parametrize(
+    "arrivals",
+    [
+        [3.5, 4.0, 5.25],
+        [datetime(2026, 3, 1, 23, 59, 58, 500_000), datetime(2026, 3, 1, 23, 59, 59), None],
+        [
+            datetime(2026, 3, 29, 0, 59, 59, 500_000, UTC),
+            datetime(2026, 3, 29, 1, 0, 0, 0, UTC),
+            None,
+        ],
+    ],
+    ids=["seconds", "naive times", "times of a zone whose clocks go forward"],
+)
+def test_a_parquet_file_of_ones_own_is_read_as_the_csv_of_the_same_table(
+    arrivals: list[Any], tmp_path: Path
+) -> None:
+    if arrivals[2] is None:
+        arrivals[2] = arrivals[1] + timedelta(seconds=1.25)
+    frame = pl.DataFrame(
+        {"user": ["a", "b", "c"], "ts": arrivals, "in": [5, 6, 7], "out": [1, 0, 2]}
+    )
+    if getattr(frame["ts"].dtype, "time_zone", None):
+        frame = frame.with_columns(pl.col("ts").dt.convert_time_zone("Europe/Berlin"))
+    frame.write_parquet(tmp_path / "own.parquet")
+    found = read(tmp_path / "own.parquet", columns=OWN_COLUMNS)
+    assert found.arrival_s.tolist() == [0.0, 1.75]
+    assert found.prompt_tokens.tolist() == [5, 7]
+    assert found.num_dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("frame", "said"),
+    [
+        ({"ts": [1.0], "In": [2], "out": [3]}, r"names ts, In, out, and lacks in; .*'In'\?"),
+        ({"ts": [1.0, 2.0], "in": [2, None], "out": [3, 4]}, "in is an empty cell"),
+        ({"ts": [1.0], "in": [2.5], "out": [3]}, "in is '2.5'; .* whole numbers of tokens"),
+        ({"ts": [[1.0]], "in": [2], "out": [3]}, "The columns cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_parquet_file_of_ones_own_is_said_as_of_a_csv(
+    frame: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    pl.DataFrame(frame).write_parquet(tmp_path / "own.parquet")
+    with pytest.raises(InputError, match=said):
+        read(tmp_path / "own.parquet", columns=OWN_COLUMNS)
