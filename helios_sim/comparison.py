@@ -13,7 +13,7 @@ import polars as pl
 from helios_sim.errors import InputError
 from helios_sim.latencies import Floats, columns_of, meets_all
 from helios_sim.metrics import batch_interval, possible_range, summarise
-from helios_sim.records import RunData
+from helios_sim.records import TOKENIZERS, RunData
 from helios_sim.slo import parse_slo
 
 Better = Literal["higher", "lower"]
@@ -175,7 +175,11 @@ def comparison_rows(
             continue
         numbers = [value if isinstance(value, int | float) else None for value in values]
         base = None if key in _OF_OTHER_WORK else numbers[0]
-        ratios = tuple(value / base if value is not None and base else None for value in numbers)
+        alike = [_of_alike_tokens(key, summaries[0], summary) for summary in summaries]
+        ratios = tuple(
+            value / base if value is not None and base and same else None
+            for value, same in zip(numbers, alike, strict=True)
+        )
         rows.append(
             ComparisonRow(
                 key,
@@ -185,11 +189,19 @@ def comparison_rows(
                 better,
                 tuple(values),
                 ratios,
-                _best(key, numbers, better, summaries),
+                _best(key, numbers, better if all(alike) else None, summaries),
                 (differences or {}).get(key, (None,) * len(values)),
             )
         )
     return rows
+
+
+def _of_alike_tokens(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a figure of two runs compares: perplexities do unless their tokenizers differ."""
+    if key != "perplexity":
+        return True
+    known = [run.get(TOKENIZERS) for run in (one, other)]
+    return None in known or known[0] == known[1]
 
 
 def _best(

@@ -21,7 +21,7 @@ from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile
-from helios_sim.records import SUMMARY_KINDS, RunData
+from helios_sim.records import SUMMARY_KINDS, TOKENIZERS, RunData
 from helios_sim.scenario import (
     EXPECTED_LENGTHS,
     PolicySettings,
@@ -256,6 +256,7 @@ def run_policy(
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary |= {"num_dropped": num_dropped, "num_shortened": num_shortened}
+        summary[TOKENIZERS] = _tokenizers(experiment.setup.profile, run)
         summary |= user_figures(run, *users)
         beyond = _beyond_measured(experiment.setup.profile, run, scenario.serving.max_batch)
         if beyond:
@@ -266,6 +267,12 @@ def run_policy(
     if len(results) > 1:
         first.summary["replications"] = aggregate([result.summary for result in results])
     return first
+
+
+def _tokenizers(profile: Profile, run: RunData) -> list[str]:
+    """The tokenizers of the models that served, each once: perplexities compare within one."""
+    served = run.requests["model"].drop_nulls().unique().cast(pl.String)
+    return sorted({profile.models[name].model.tokenizer for name in served})
 
 
 def _beyond_measured(profile: Profile, run: RunData, max_batch: int) -> list[str]:

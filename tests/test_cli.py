@@ -627,6 +627,23 @@ def _out(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
+def test_models_of_other_tokenizers_stand_side_by_side_without_a_ratio_of_perplexities(
+    scenario: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = ("llama2-7b", "llama2-13b", "llama3-8b")
+    policies = ", ".join(
+        f'{{use = "vanilla", label = "{name}", model = "{name}"}}' for name in models
+    )
+    changes = ("fleet={profile = 'layerskip-h100-80gb'}", f"policy=[{policies}]")
+    asked = [part for change in changes for part in ("--set", change)]
+    assert run("simulate", scenario, *asked) == 0
+    (row,) = [line for line in _out(capsys).splitlines() if line.startswith("  Perplexity")]
+    assert row.count("\N{MULTIPLICATION SIGN}") == 1
+    assert run("simulate", scenario, *asked, "--json") == 0
+    told = [one["tokenizers"] for one in json.loads(_out(capsys))]
+    assert told == [["llama2"], ["llama2"], ["llama3"]]
+
+
 def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(
     scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -879,6 +879,21 @@ def test_seconds_of_serves_and_switches_have_no_best_and_no_ratio() -> None:
     assert gain("switch_time_s", 0.4, 0.8) == 2.0
 
 
+def test_perplexities_of_other_tokenizers_have_no_ratio_and_no_best() -> None:
+    """They count other tokens; where nobody knows whose they are, they are taken to compare."""
+    llama2, llama3 = ({"perplexity": 4.0, "tokenizers": [one]} for one in ("llama2", "llama3"))
+    other = llama2 | {"perplexity": 5.0}
+    (row,) = comparison_rows([llama2, other, llama3])
+    assert (row.ratios, row.best) == ((1.0, 1.25, None), ())
+    (row,) = comparison_rows([llama2, other])
+    assert (row.ratios, row.best) == ((1.0, 1.25), (0,))
+    (row,) = comparison_rows([llama2, {"perplexity": 5.0}])
+    assert (row.ratios, row.best) == ((1.0, 1.25), (0,))
+    # Nothing else hangs on what a token is of one's own model.
+    (row,) = comparison_rows([one | {"agreement": 0.5} for one in (llama2, llama3)])[:1]
+    assert (row.key, row.ratios) == ("agreement", (1.0, 1.0))
+
+
 def drained(drain_s: float, **more: Any) -> dict[str, Any]:
     """100 requests of 10 tokens that arrive within 100 s, and the drain behind them."""
     duration = 100.0 + drain_s
