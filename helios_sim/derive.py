@@ -29,6 +29,7 @@ from helios_sim.profile import (
     shipped_names,
 )
 from helios_sim.roofline import BOARDS, COMPUTE_EFFICIENCY, MEMORY_EFFICIENCY, Work, work_of
+from helios_sim.wording import listed
 
 Rule = Literal[
     "bytes", "flops", "both", "launch", "launches", "fixed", "host", "active power", "power limit"
@@ -308,7 +309,10 @@ _SHOWN: Final = {
 
 
 def changes(given: Profile, derived: Profile, device: Device) -> list[str]:
-    """What each figure of the device was and what it is now; what stayed is left out."""
+    """What each figure of the device was and what it is now; what stayed is left out.
+
+    Of a device whose bandwidth or peak is another, a floor that stayed and binds is told too.
+    """
     told: list[tuple[str, str, float | None, float | None]] = []
     was = _Derivation(given, derived.name, device).peaks
     if was is not None:
@@ -342,7 +346,27 @@ def changes(given: Profile, derived: Profile, device: Device) -> list[str]:
             for what, kind, there, own in told
             if own != there
         )
-    )
+    ) + _binding_floor(given, derived, device)
+
+
+def _binding_floor(given: Profile, derived: Profile, device: Device) -> list[str]:
+    """That a layer takes its launch floor at batch 1, whatever bandwidth or peak were given."""
+    if device.launch_s is not None or (device.bytes_per_s, device.flops_per_s) == (None, None):
+        return []
+    here = [derived.models[name].coefficients for name in given.models if name in derived.models]
+    pairs = [
+        (one["decode.launch_s"] or 0.0, one["decode.memory_s_per_layer"] or 0.0) for one in here
+    ]
+    bound = [(launch, moving) for launch, moving in pairs if launch > moving]
+    if not bound:
+        return []
+    floors = listed(list(dict.fromkeys(_shown(launch, "seconds") for launch, _ in bound)))
+    weights = max(moving for _, moving in bound)
+    return [
+        f"Launch floor of a layer: {floors}, as in {given.name}. Weights take at most "
+        f"{_shown(weights, 'seconds')}, so in small batches decoding is no faster; --launch gives "
+        "another floor."
+    ]
 
 
 def _shown(value: float | None, kind: str) -> str:

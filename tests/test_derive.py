@@ -332,6 +332,24 @@ def test_every_figure_that_changed_is_told_with_what_it_was(
     ]
 
 
+def test_a_launch_floor_that_stays_and_binds_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More bandwidth gains nothing where launching takes longer than reading the weights."""
+    command = ("profiles", "derive", "--from", "layerskip-h100-80gb", "--bandwidth", "4.8TB/s")
+    assert run(*command, "--out", tmp_path / "kept") == 0
+    # A layer of llama2-13b is the largest: 634.4 MB at 80 % of 4.8 TB/s.
+    assert (
+        "Launch floor of a layer: 0.48 ms, as in layerskip-h100-80gb. Weights take at most "
+        "0.16521 ms, so in small batches decoding is no faster; --launch gives another floor."
+    ) in " ".join(capsys.readouterr().out.split())
+    assert run(*command, "--launch", "0.03ms", "--out", tmp_path / "given") == 0
+    assert "no faster" not in capsys.readouterr().out
+    command = ("profiles", "derive", "--from", "layerskip-h100-80gb", "--memory", "141GB")
+    assert run(*command, "--out", tmp_path / "memory") == 0
+    assert "no faster" not in capsys.readouterr().out
+
+
 def test_the_list_of_profiles_takes_json_and_a_derivation_does_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
