@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -1122,6 +1123,16 @@ def test_a_spread_is_shown_no_further_than_a_figure_can_go() -> None:
     assert spread_text(wide) == "0 to 16.3"
     share = figure_row("agreement", "Agreement", "%", "Exits and quality", (90.0, 99.0), 95.0)
     assert spread_text(share) == "81.8 to 100"
+
+
+def test_a_spread_lies_about_the_median_and_holds_all_that_was_met() -> None:
+    """Of 1, 2 and 6 s the deviation is the root of 7; of four times 0 and 10 s that of 20."""
+    wide = figure_row("duration", "Duration", "s", "Load", (1.0, 2.0, 6.0), 2.0)
+    assert (wide.median, wide.error) == (2.0, 0.0)
+    assert (wide.low, wide.high) == pytest.approx((2 - 2 * math.sqrt(7), 2 + 2 * math.sqrt(7)))
+    met = figure_row("duration", "Duration", "s", "Load", (0.0, 0.0, 0.0, 0.0, 10.0), 9.5)
+    assert (met.low, met.high) == pytest.approx((-2 * math.sqrt(20), 10.0))
+    assert met.verdict == "within"
 
 
 @pytest.mark.browser
