@@ -107,7 +107,7 @@ RUN_FILES: Final = (
 """Files every run has; the report is drawn from them and may be absent."""
 
 TOKENIZERS: Final = "tokenizers"
-"""A summary's key for the tokenizers of the models that served; a real run's has none."""
+"""A summary's key for the tokenizers of the models that served."""
 
 MEASURED_FILES: Final = ("iterations.parquet", "tokens.parquet", "exits.parquet")
 """Files that only a run on a real backend has beside them."""

@@ -53,7 +53,7 @@ from helios_sim.model import ModelShape
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import TRACES_FILE, Profile, assumed_in
-from helios_sim.records import REPORT_FILE, TOTALS_FILE, check_target, write_run
+from helios_sim.records import REPORT_FILE, TOKENIZERS, TOTALS_FILE, check_target, write_run
 from helios_sim.report import render
 from helios_sim.scenario import (
     PolicySettings,
@@ -447,6 +447,7 @@ def serve_once(
     summary |= {
         "num_dropped": prepared.requests.num_dropped,
         "num_shortened": prepared.num_shortened,
+        TOKENIZERS: [prepared.prompts.tokenizer],
         **user_figures(run, prepared.requests.num_users, prepared.requests.arrival_s),
     }
     traces = served_traces(

@@ -126,6 +126,7 @@ def test_a_served_run_keeps_every_law_and_says_that_it_was_measured(served) -> N
     summary = read_summary(served)
     assert run.origin == summary["origin"] == "measured"
     assert summary["completed"] == 30
+    assert summary["tokenizers"] == ["bytes"]
     assert run.requests["generated_tokens"].sum() == run.requests["output_tokens"].sum()
     totals = run.totals
     assert totals.busy_s + totals.idle_s + totals.load_s == pytest.approx(totals.end_s)
