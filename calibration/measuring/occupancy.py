@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -12,9 +15,9 @@ from calibration.measuring.board import Board, NoBoard
 from calibration.measuring.timing import Work, synchronise
 
 _STATUS: Final = Path("/proc/self/status")
-_CLEAR: Final = Path("/proc/self/clear_refs")
-_RESET_PEAK: Final = "5"
-"""What Linux takes as the word to forget a process's peak memory (proc(5))."""
+_STANDARD_ERROR: Final = 2
+_ALLOCATION: Final = "[memory]"
+"""What torch's profiler calls taking memory, and giving it back, which has negative bytes."""
 
 
 def reserve_bytes(device: torch.device, board: Board | NoBoard) -> int | None:
@@ -57,11 +60,12 @@ def taken_bytes(device: torch.device) -> int:
 def peak_bytes(device: torch.device, work: Work) -> int | None:
     """Bytes that work takes at its peak beyond what was taken before; None where untold.
 
-    On a processor this is the rise of the resident memory, blind to pages that the process had
-    already. Run the work once before, so that libraries have made what they keep.
+    They are those of tensors, as torch's allocators count them. The resident memory of a process
+    would not do: it does not rise for pages that earlier work has left to it. Run the work once
+    before, so that libraries have made what they keep.
     """
     if device.type != "cuda":
-        return _resident_rise(work)
+        return _allocated_peak(work)
     synchronise(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = int(torch.cuda.memory_allocated(device))
@@ -70,17 +74,33 @@ def peak_bytes(device: torch.device, work: Work) -> int | None:
     return int(torch.cuda.max_memory_allocated(device)) - before
 
 
-def _resident_rise(work: Callable[[], object]) -> int | None:
+def _allocated_peak(work: Work) -> int | None:
+    """The peak over what the profiler saw taken and given back while the work ran."""
+    if not torch.profiler.kineto_available():
+        return None
+    with _quiet_library(), torch.autograd.profiler.profile(profile_memory=True) as profile:
+        work()
+    found: Any = profile.kineto_results
+    moves = [event for event in found.events() if event.name() == _ALLOCATION]
+    taken = peak = 0
+    for move in sorted(moves, key=lambda one: one.start_ns()):
+        taken += int(move.nbytes())
+        peak = max(peak, taken)
+    return peak
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Keep from standard error what the profiler's library says there, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(_STANDARD_ERROR)
     try:
-        _CLEAR.write_text(_RESET_PEAK, encoding="ascii")
-    except OSError:
-        return None
-    before = _status_bytes("VmRSS")
-    work()
-    peak = _status_bytes("VmHWM")
-    if before is None or peak is None:
-        return None
-    return max(0, peak - before)
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), _STANDARD_ERROR)
+        yield
+    finally:
+        os.dup2(kept, _STANDARD_ERROR)
+        os.close(kept)
 
 
 def _status_bytes(name: str) -> int | None:
