@@ -235,6 +235,18 @@ def _write(
             save_tensors(head_weights(heads), folder / HEADS_FILE)
             write_settings(folder, settings)
             write_json(folder / REPORT_FILE, report)
+    except shutil.Error as error:
+        # Copying goes on after a failure: (from, to, why) of each, of which the first tells enough.
+        source, _, why = error.args[0][0]
+        raise InputError(
+            f"{source} cannot be copied: {_short(why)}. Free some space, or give another --out.",
+            str(out),
+        ) from error
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"The heads cannot be written: {why}.", str(out or checkpoint)) from error
+
+
+def _short(why: str) -> str:
+    """What the system said of a file, without its number and the names that follow."""
+    return why.partition("] ")[2].partition(": ")[0] or why

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,23 @@ def test_a_disk_that_fills_is_said_and_leaves_no_part(
         train_heads(folder, (2,), HeadOptions(("code",), iterations=1, text_bytes=20_000))
     assert not [entry for entry in folder.iterdir() if entry.name.endswith("partial")]
     assert not (folder / "exit_heads.safetensors").exists()
+
+
+def test_a_disk_that_fills_while_the_checkpoint_is_copied_is_said_of_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: str, target: str, **_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", source, None, str(target))
+
+    folder, out = checkpoint(tmp_path / "model"), tmp_path / "heads"
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(InputError) as caught:
+        train_heads(folder, (2,), HeadOptions(("code",), iterations=1, text_bytes=20_000), out=out)
+    said = str(caught.value)
+    assert said.startswith(f"{out}: {folder}")
+    assert said.endswith("cannot be copied: No space left on device. Free some space, or give "
+                         "another --out.")  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_command_says_what_heads_gain(
