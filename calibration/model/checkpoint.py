@@ -464,6 +464,12 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         _check_guard_tokens(settings, int(config.vocab_size or 0), str(settings_path))
     heads: dict[str, Entry] = {}
     if settings is not None and settings.heads == "auxiliary":
+        if not (path / HEADS_FILE).exists():
+            raise InputError(
+                f'There is no such file, and heads is "auxiliary" in {SETTINGS_FILE}; copy it '
+                'there, or set heads to "shared".',
+                str(path / HEADS_FILE),
+            )
         heads = read_header(path / HEADS_FILE)
     return Checkpoint(path, config, _stock_names(entries, config), heads, settings)
 
@@ -591,9 +597,26 @@ def _config(path: Path) -> Config:
     except Exception as error:  # Validation differs between versions of transformers.
         said = " ".join(str(error).split())
         raise InputError(f"The configuration is not accepted: {said}", str(file)) from error
+    _check_counts(config, str(file))
     _check_names_known(config, str(file))
     check_supported(config, str(file))
     return config
+
+
+def _check_counts(config: Config, where: str) -> None:
+    """Raise `InputError` for a model without layers, tokens, positions or width."""
+    ffn = "intermediate_size" if isinstance(config, LlamaConfig) else "ffn_dim"
+    for key in (
+        "num_hidden_layers",
+        "vocab_size",
+        "hidden_size",
+        ffn,
+        "num_attention_heads",
+        "max_position_embeddings",
+    ):
+        value = getattr(config, key)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{key} is {value!r}; it must be a whole number of 1 or more.", where)
 
 
 def _check_names_known(config: Config, where: str) -> None:

@@ -223,6 +223,9 @@ def test_an_unsupported_architecture_is_named(folder):
         ({"architectures": 5}, "'5' has no adapter"),
         ({"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 32}, "width 32 to 64"),
         ({"num_hidden_layers": "x"}, r"^[^\n]*not accepted[^\n]*$"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a whole number of 1"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"max_position_embeddings": None}, "max_position_embeddings|not accepted"),
     ],
 )
 def test_a_configuration_that_no_layer_can_be_built_of_is_named(folder, change, message):
@@ -479,7 +482,9 @@ def test_some_of_the_exits_with_heads_are_compared_with_their_own_sums(exits, tm
 
 def test_missing_heads_are_named(folder):
     edit(folder / SETTINGS_FILE, lambda s: s.update(heads="auxiliary"))
-    with pytest.raises(InputError, match="cannot be read: No such file") as caught:
+    with pytest.raises(
+        InputError, match=r'no such file, and heads .* set heads to "shared"'
+    ) as caught:
         open_checkpoint(folder)
     assert caught.value.where == str(folder / HEADS_FILE)
 
