@@ -296,7 +296,8 @@ def check(
 ) -> None:
     """Read a profile strictly, say what it holds, and hold it to its own readings."""
     from calibration.fitting.check import check_text
-    from helios_sim.profile import load_profile
+    from helios_sim.exits import load_traces
+    from helios_sim.profile import MarkovExits, load_profile
 
     loaded = load_profile(profile)
     typer.echo(f"{loaded.name}: {loaded.description}")
@@ -308,6 +309,10 @@ def check(
     if not loaded.has_energy:
         why = loaded.quantities["device.active_w"].source
         typer.echo(f"Energy: unavailable ({why})")
+    if not isinstance(loaded.exits, MarkovExits):
+        traces = load_traces(loaded)
+        domains = ", ".join(traces.domains)
+        typer.echo(f"Exit traces: {traces.num_positions:,} positions of each of {domains}")
     typer.echo(f"Hash: {loaded.hash}")
     typer.echo(check_text(loaded))
     if page is not None:

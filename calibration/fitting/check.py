@@ -24,7 +24,8 @@ from calibration.fitting.points import (
 )
 from calibration.fitting.predict import predictor_of
 from calibration.measuring.readings import POINTS_FILE
-from helios_sim.profile import Profile
+from helios_sim.errors import InputError
+from helios_sim.profile import PROFILE_FILE, Profile
 from helios_sim.wording import number
 
 MEDIAN_BAR: Final = 0.03
@@ -102,6 +103,26 @@ def has_readings(profile: Profile) -> bool:
     return (profile.folder / POINTS_FILE).is_file()
 
 
+def measurement_of(profile: Profile) -> Mapping[str, Any]:
+    """What a profile keeps of its fit; raises `InputError` where no fit can have written it."""
+    found = profile.document.get("measurement") or {}
+    nodes = [("measurement", found)]
+    if isinstance(found, Mapping):
+        models, loading = found.get("models", {}), found.get("loading", {})
+        nodes += [("measurement.models", models), ("measurement.loading", loading)]
+        if isinstance(models, Mapping):
+            nodes += [(f"measurement.models.{name}", node) for name, node in models.items()]
+        if isinstance(loading, Mapping):
+            nodes += [(f"measurement.loading.{k}", loading.get(k, {})) for k in ("disk", "host")]
+    for place, node in nodes:
+        if not isinstance(node, Mapping):
+            raise InputError(
+                "This must hold an object, as fit writes it; fit the readings again.",
+                f"{profile.folder / PROFILE_FILE}, {place}",
+            )
+    return found
+
+
 def compare(profile: Profile) -> pl.DataFrame:
     """Every point of a profile's own readings with what the profile predicts for it.
 
@@ -109,8 +130,8 @@ def compare(profile: Profile) -> pl.DataFrame:
     those of `points.gather`; points of which nothing is predicted are left out, and so are windows
     that the fit leaves out.
     """
+    measurement = measurement_of(profile)
     points = gather(sound(read_points(profile.folder)))
-    measurement: Mapping[str, Any] = profile.document.get("measurement") or {}
     predictors = {name: predictor_of(profile, name) for name in profile.models}
     kept_modes = {
         name: node.get("modes", {}) for name, node in measurement.get("models", {}).items()
@@ -142,7 +163,7 @@ def compare(profile: Profile) -> pl.DataFrame:
 def check_rows(profile: Profile, compared: pl.DataFrame | None = None) -> list[CheckRow]:
     """Errors by model and quantity, in the order of `NAMES`."""
     compared = compare(profile) if compared is None else compared
-    measurement: Mapping[str, Any] = profile.document.get("measurement") or {}
+    measurement = measurement_of(profile)
     order = {name: place for place, name in enumerate(NAMES)}
     rows = []
     for (model, quantity, mode), part in compared.group_by("model", "quantity", "mode"):

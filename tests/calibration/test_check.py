@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,52 @@ def test_readings_that_are_corrupt_are_refused_in_a_sentence(
         main(["check", str(folder)])
     assert end.value.code == 2
     assert "Parquet" in capsys.readouterr().err
+
+
+def copied(profile: Profile, folder: Path) -> Path:
+    """A profile's folder, to be spoilt."""
+    folder.mkdir()
+    for path in profile.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("measurement",), [1]),
+        (("measurement", "models"), "none"),
+        (("measurement", "models", "planted"), None),
+        (("measurement", "loading"), [1, 2]),
+    ],
+)
+def test_what_no_fit_has_written_is_named_by_the_check(
+    keys: tuple[str, ...], value: object, profile: Profile, tmp_path: Path
+) -> None:
+    folder = copied(profile, tmp_path / "edited")
+    document = json.loads((folder / "profile.json").read_text())
+    node = document
+    for key in keys[:-1]:
+        node = node[key]
+    assert keys[-1] in node
+    node[keys[-1]] = value
+    (folder / "profile.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="must hold an object") as caught:
+        check_text(load_profile(folder))
+    assert caught.value.where == f"{folder / 'profile.json'}, {'.'.join(keys)}"
+
+
+def test_exit_traces_are_read_by_the_check(
+    profile: Profile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(profile, tmp_path / "cut")
+    for said in ("positions of each of", "cannot be read as parquet"):
+        with pytest.raises(SystemExit):
+            main(["check", str(folder)])
+        told = capsys.readouterr()
+        assert said in told.out + told.err
+        exits = (folder / "exits.parquet").read_bytes()
+        (folder / "exits.parquet").write_bytes(exits[:-100])
 
 
 def test_an_absent_meter_is_said_by_the_check(
