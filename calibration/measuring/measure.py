@@ -64,6 +64,7 @@ from calibration.measuring.readings import (
     READ,
     Reading,
     Readings,
+    alone_in,
     busy_machine,
 )
 from calibration.measuring.sources import Source, find_sources, sample_tokens
@@ -160,17 +161,19 @@ def measure(settings: MeasureSettings, console: Console | None = None) -> Outcom
     """Measure the models and leave readings, points.parquet and environment.json in `out`.
 
     An interruption (KeyboardInterrupt) passes through once the readings so far are exported.
-    Raises `InputError` for what cannot be measured, and on a full disk.
+    Raises `InputError` for what cannot be measured, on a full disk, and for a folder that another
+    process measures into.
     """
     session = _Session(settings, console or Console(quiet=True))
-    try:
-        session.run()
-    except BaseException:
-        # What ended the run is what is told, even where the readings cannot be exported either.
-        with suppress(InputError):
-            session.finish()
-        raise
-    session.finish()
+    with alone_in(settings.out):
+        try:
+            session.run()
+        except BaseException:
+            # What ended the run is what is told, even where the readings cannot be exported either.
+            with suppress(InputError):
+                session.finish()
+            raise
+        session.finish()
     return session.outcome()
 
 

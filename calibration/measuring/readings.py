@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -15,6 +16,11 @@ import polars as pl
 from helios_sim.columns import write_table
 from helios_sim.errors import InputError
 from helios_sim.folders import FULL, file_in_place, write_whole
+
+try:
+    import fcntl
+except ImportError:  # Windows has none.
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from calibration.measuring.timing import Timing
@@ -181,6 +187,30 @@ SCHEMA: Final = pl.Schema({field.name: _TYPES[str(field.type)] for field in fiel
 """Columns of points.parquet."""
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another process measures into; the lock ends with its process.
+
+    Where the system or its disk has no such locks, nothing is refused.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    "Another process measures into this folder; wait for its end, or give another.",
+                    str(folder),
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Readings:
     """The readings of one folder: those of earlier runs, and every new one flushed at once."""
 
@@ -221,6 +251,8 @@ class Readings:
             return
         line = json.dumps(asdict(reading), allow_nan=False) + "\n"
         try:
+            # An earlier export lacks this reading, and would hide it if this run were killed.
+            (self.folder / POINTS_FILE).unlink(missing_ok=True)
             with self._file.open("a", encoding="utf-8") as stream:
                 stream.write(line)
         except OSError as error:

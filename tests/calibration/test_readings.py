@@ -14,6 +14,7 @@ from calibration.measuring.readings import (
     SCHEMA,
     Reading,
     Readings,
+    alone_in,
     read_points,
 )
 from calibration.measuring.timing import Timing
@@ -130,3 +131,31 @@ def test_a_timed_reading_counts_the_repetitions_of_all_samples() -> None:
         Timing(0.5, 0.01, repetitions=7, samples=3, lost_share=0.2)
     )
     assert (found.seconds, found.mad_s, found.repetitions, found.idle_share) == (0.5, 0.01, 21, 0.2)
+
+
+def test_points_of_a_resumed_run_that_was_killed_are_all_read(tmp_path: Path) -> None:
+    readings = Readings(tmp_path)
+    readings.append(decode())
+    readings.export()
+    Readings(tmp_path).append(decode(batch=2))
+    assert read_points(tmp_path)["batch"].to_list() == [1, 2]
+
+
+def test_a_folder_that_is_measured_into_is_refused_until_that_ends(tmp_path: Path) -> None:
+    with alone_in(tmp_path):
+        with (
+            pytest.raises(InputError, match="Another process measures into this folder"),
+            alone_in(tmp_path),
+        ):
+            pass
+        Readings(tmp_path).append(decode())
+    with alone_in(tmp_path):
+        assert len(Readings(tmp_path)) == 1
+
+
+def test_where_a_system_has_no_locks_no_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibration.measuring.readings.fcntl", None)
+    with alone_in(tmp_path), alone_in(tmp_path):
+        pass
