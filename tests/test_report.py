@@ -32,11 +32,11 @@ from helios_sim.report.figures import (
     cumulative_curve,
     exits_figure,
     latency_figure,
-    log_ticks,
     model_colours,
     segments,
     timeline_figure,
 )
+from helios_sim.report.plotting import log_ticks
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS
 from helios_sim.report.words import (
     device_of_all,

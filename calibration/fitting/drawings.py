@@ -14,10 +14,17 @@ from calibration.fitting.check import MEDIAN_BAR, MEMORY, NAMES, P95_BAR, place_
 from calibration.fitting.points import DECODE_WINDOWS, HELD_OUT, WHOLE_WINDOWS, of_quantity
 from calibration.fitting.predict import Predictor
 from helios_sim.profile import curve
-from helios_sim.report.figures import (
+from helios_sim.report.plotting import (
     Figure,
+    axes_of,
     base_layout,
+    error_bars,
+    line,
     log_ticks,
+    logarithmic,
+    marks,
+    panel,
+    panel_title,
     plain_axis,
     policy_colour,
     rounded,
@@ -48,28 +55,27 @@ def error_figure(compared: pl.DataFrame) -> Figure:
     layout = base_layout(
         40 + _PANEL_HEIGHT * rows,
         legend=top_legend(y=1.0 + 34 / (_PANEL_HEIGHT * rows)),
-        hovermode="closest",
         shapes=[],
         annotations=[],
         margin={"l": 60, "r": 16, "t": 62, "b": 4},
     )
     data: list[Figure] = []
     for at, quantity in enumerate(quantities):
-        suffix = "" if at == 0 else str(at + 1)
         part = compared.filter(pl.col("quantity") == quantity)
-        layout |= _error_axes(part, quantity, suffix, at, rows)
-        layout["annotations"].append(_panel_title(quantity, suffix))
+        layout |= _error_axes(part, quantity, at, rows)
+        layout["annotations"].append(panel_title(at, escape(NAMES[quantity]), 12.5))
         if _kind(quantity) == "time":
-            layout["shapes"] += _bands(suffix)
-        data += _error_points(part, quantity, suffix)
+            layout["shapes"] += _bands(at)
+        data += _error_points(part, quantity, at)
     # The legend names each kind of point once, by the first panel that has any.
     for first in {trace["name"]: trace for trace in reversed(data)}.values():
         first["showlegend"] = True
     return {"data": data, "layout": layout}
 
 
-def _error_axes(part: pl.DataFrame, quantity: str, suffix: str, at: int, rows: int) -> Figure:
+def _error_axes(part: pl.DataFrame, quantity: str, at: int, rows: int) -> Figure:
     """The axes of the panel at a place of so many rows."""
+    suffix = panel(at)
     unit, scale = _UNITS[_kind(quantity)]
     column, row = at % _COLUMNS, at // _COLUMNS
     left = column / _COLUMNS + (0.045 if column else 0.0)
@@ -100,28 +106,13 @@ def _error_axes(part: pl.DataFrame, quantity: str, suffix: str, at: int, rows: i
     }
 
 
-def _panel_title(quantity: str, suffix: str) -> Figure:
-    """A quantity's name above its panel."""
-    return {
-        "xref": f"x{suffix} domain",
-        "yref": f"y{suffix} domain",
-        "x": 0,
-        "y": 1.02,
-        "text": escape(NAMES[quantity]),
-        "showarrow": False,
-        "xanchor": "left",
-        "yanchor": "bottom",
-        "font": {"size": 12.5, "color": "@ink"},
-    }
-
-
-def _bands(suffix: str) -> list[Figure]:
+def _bands(at: int) -> list[Figure]:
     """Bands across a panel: the bars that the median and 95th percentile of times are held to."""
     return [
         {
             "type": "rect",
-            "xref": f"x{suffix} domain",
-            "yref": f"y{suffix}",
+            "xref": f"x{panel(at)} domain",
+            "yref": f"y{panel(at)}",
             "x0": 0,
             "x1": 1,
             "y0": -bar,
@@ -134,27 +125,26 @@ def _bands(suffix: str) -> list[Figure]:
     ]
 
 
-def _error_points(part: pl.DataFrame, quantity: str, suffix: str) -> list[Figure]:
+def _error_points(part: pl.DataFrame, quantity: str, at: int) -> list[Figure]:
     """A panel's points, those of the fit and those held out of it, as far as there are any."""
     unit, scale = _UNITS[_kind(quantity)]
     held_out = pl.col("purpose") == HELD_OUT
     return [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": label,
-            "legendgroup": label,
-            "showlegend": False,
-            "x": rounded(chosen["measured"].to_numpy() * scale),
-            "y": rounded(chosen["error"], 4),
-            "text": [
+        marks(
+            rounded(chosen["measured"].to_numpy() * scale),
+            rounded(chosen["error"], 4),
+            f"{colour}/0.75",
+            6.5,
+            symbol,
+            name=label,
+            legendgroup=label,
+            showlegend=False,
+            text=[
                 escape(f"{row['model']} {place_of(row)}") for row in chosen.iter_rows(named=True)
             ],
-            "xaxis": f"x{suffix}",
-            "yaxis": f"y{suffix}",
-            "marker": {"color": f"{colour}/0.75", "size": 6.5, "symbol": symbol},
-            "hovertemplate": f"%{{text}}<br>%{{x:.4~g}} {unit}, %{{y:+.1%}}<extra></extra>",
-        }
+            hover=f"%{{text}}<br>%{{x:.4~g}} {unit}, %{{y:+.1%}}",
+            **axes_of(at),
+        )
         for label, colour, symbol, chosen in (
             ("fitted points", _FIT_COLOUR, "circle", part.filter(~held_out)),
             ("held-out points", _HELD_OUT_COLOUR, "diamond", part.filter(held_out)),
@@ -194,31 +184,22 @@ def layer_figure(
             for b in batches
         ]
         label = f"{number(context)} tokens a row"
-        data += [
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": label,
-                "legendgroup": label,
-                "x": batches.tolist(),
-                "y": rounded([1e6 * second for second in curve]),
-                "line": {"color": colour, "width": 2},
-                "hovertemplate": f"profile, {label}<br>%{{y:.4~g}} us at batch %{{x}}"
-                "<extra></extra>",
-            },
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": label,
-                "legendgroup": label,
-                "showlegend": False,
-                "x": mine["batch"].to_list(),
-                "y": rounded(1e6 * seconds.to_numpy()),
-                "marker": {"color": colour, "size": 8},
-                "hovertemplate": f"measured, {label}<br>%{{y:.4~g}} us at batch %{{x}}"
-                "<extra></extra>",
-            },
-        ]
+        data += _measured_on(
+            line(
+                batches.tolist(),
+                rounded([1e6 * second for second in curve]),
+                colour,
+                hover=f"profile, {label}<br>%{{y:.4~g}} us at batch %{{x}}",
+            ),
+            marks(
+                mine["batch"].to_list(),
+                rounded(1e6 * seconds.to_numpy()),
+                colour,
+                8,
+                hover=f"measured, {label}<br>%{{y:.4~g}} us at batch %{{x}}",
+            ),
+            label,
+        )
         if copy_bytes_per_s and context in (contexts[0], contexts[-1]):
             floor = [
                 (model.layer_weight_bytes() + b * context * model.kv_bytes_per_token(1))
@@ -226,35 +207,33 @@ def layer_figure(
                 for b in batches
             ]
             data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": f"memory floor, {label}",
-                    "x": batches.tolist(),
-                    "y": rounded([1e6 * second for second in floor]),
-                    "line": {"color": colour, "width": 1.3, "dash": "dash"},
-                    "hovertemplate": f"memory floor, {label}<br>%{{y:.4~g}} us<extra></extra>",
-                }
+                line(
+                    batches.tolist(),
+                    rounded([1e6 * second for second in floor]),
+                    colour,
+                    1.3,
+                    dash="dash",
+                    name=f"memory floor, {label}",
+                    hover=f"memory floor, {label}<br>%{{y:.4~g}} us",
+                )
             )
     if launch_s:
         data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": "launch floor",
-                "x": [1, largest],
-                "y": rounded([1e6 * launch_s] * 2),
-                "line": {"color": "@muted", "width": 1.5, "dash": "dot"},
-                "hovertemplate": "launch floor<br>%{y:.4~g} us<extra></extra>",
-            }
+            line(
+                [1, largest],
+                rounded([1e6 * launch_s] * 2),
+                "@muted",
+                1.5,
+                dash="dot",
+                name="launch floor",
+                hover="launch floor<br>%{y:.4~g} us",
+            )
         )
-    ticks = [2**power for power in range(int(math.log2(largest)) + 1)]
     layout = base_layout(
         390,
         legend=top_legend(),
-        hovermode="closest",
         margin={"l": 64, "r": 16, "t": 64, "b": 50},
-        xaxis=plain_axis("batch (rows)", type="log", tickvals=ticks),
+        xaxis=_batch_axis(largest),
         yaxis=_log_axis("microseconds per layer", data),
     )
     return {"data": data, "layout": layout}
@@ -282,44 +261,30 @@ def depth_figure(models: Sequence[tuple[str, pl.DataFrame, Predictor, str]]) -> 
             np.array([np.quantile(shares[depth], part) for depth in depths])
             for part in (0.25, 0.5, 0.75)
         )
-        line = np.arange(depths[0], depths[-1] + 1, dtype=np.float64)
-        factors = curve(predictor.model.depth_residual, line)
+        every = np.arange(depths[0], depths[-1] + 1, dtype=np.float64)
+        factors = curve(predictor.model.depth_residual, every)
         colour = policy_colour(place)
-        common = {"type": "scatter", "name": escape(name), "legendgroup": name}
-        data += [
-            common
-            | {
-                "mode": "lines",
-                "x": line.astype(int).tolist(),
-                "y": rounded(factors.tolist(), 4),
-                "line": {"color": colour, "width": 2},
-                "hovertemplate": f"profile, {escape(name)}<br>%{{y:.3f}} with %{{x}} layers loaded"
-                "<extra></extra>",
-            },
-            common
-            | {
-                "mode": "markers",
-                "showlegend": False,
-                "x": depths,
-                "y": rounded(middle, 4),
-                "error_y": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": rounded(high - middle, 4),
-                    "arrayminus": rounded(middle - low, 4),
-                    "thickness": 1.2,
-                    "width": 4,
-                    "color": colour,
-                },
-                "marker": {"color": colour, "size": 8},
-                "hovertemplate": f"measured, {escape(name)}<br>%{{y:.3f}} with %{{x}} layers loaded"
-                "<extra></extra>",
-            },
-        ]
+        above, below = rounded(high - middle, 4), rounded(middle - low, 4)
+        data += _measured_on(
+            line(
+                every.astype(int).tolist(),
+                rounded(factors.tolist(), 4),
+                colour,
+                hover=f"profile, {escape(name)}<br>%{{y:.3f}} with %{{x}} layers loaded",
+            ),
+            marks(
+                depths,
+                rounded(middle, 4),
+                colour,
+                8,
+                error_y=error_bars(above, below, colour, thickness=1.2, width=4),
+                hover=f"measured, {escape(name)}<br>%{{y:.3f}} with %{{x}} layers loaded",
+            ),
+            escape(name),
+        )
     layout = base_layout(
         320,
         legend=top_legend(),
-        hovermode="closest",
         margin={"l": 64, "r": 16, "t": 44, "b": 50},
         xaxis=plain_axis("layers loaded", range=[0, deepest + 0.5]),
         yaxis=plain_axis("layer time over that with all loaded", rangemode="tozero"),
@@ -327,13 +292,21 @@ def depth_figure(models: Sequence[tuple[str, pl.DataFrame, Predictor, str]]) -> 
     return {"data": data, "layout": layout}
 
 
+def _measured_on(profile: Figure, measured: Figure, label: str) -> tuple[Figure, Figure]:
+    """A line of the profile and marks of readings under one label in the legend."""
+    together = {"name": label, "legendgroup": label}
+    return profile | together, measured | together | {"showlegend": False}
+
+
 def _log_axis(title: str, data: Sequence[Figure]) -> Figure:
     """A logarithmic axis with round ticks over all that is drawn."""
-    values = [value for trace in data for value in trace["y"] if value]
-    if not values:
-        return plain_axis(title, type="log")
-    ticks = log_ticks(min(values), max(values))
-    return plain_axis(title, type="log", tickvals=ticks, ticktext=[number(tick) for tick in ticks])
+    return plain_axis(title, **logarithmic([one for trace in data for one in trace["y"] if one]))
+
+
+def _batch_axis(largest: int) -> Figure:
+    """A logarithmic axis of batches, with a tick at each power of two."""
+    powers = range(int(math.log2(largest)) + 1)
+    return plain_axis("batch (rows)", type="log", tickvals=[2**power for power in powers])
 
 
 def energy_figure(points: pl.DataFrame, predictor: Predictor) -> Figure:
@@ -351,16 +324,16 @@ def energy_figure(points: pl.DataFrame, predictor: Predictor) -> Figure:
         for row in decode.iter_rows(named=True)
     ]
     data: list[Figure] = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": name,
-            "x": decode["batch"].to_list(),
-            "y": rounded(values),
-            "text": places,
-            "marker": {"color": colour, "size": 9, "symbol": symbol},
-            "hovertemplate": f"{name}, %{{text}}<br>%{{y:.4~g}} J a token<extra></extra>",
-        }
+        marks(
+            decode["batch"].to_list(),
+            rounded(values),
+            colour,
+            9,
+            symbol,
+            name=name,
+            text=places,
+            hover=f"{name}, %{{text}}<br>%{{y:.4~g}} J a token",
+        )
         for name, values, colour, symbol in (
             ("measured", joules, _FIT_COLOUR, "circle"),
             ("profile", predicted, _HELD_OUT_COLOUR, "x-thin-open"),
@@ -370,13 +343,8 @@ def energy_figure(points: pl.DataFrame, predictor: Predictor) -> Figure:
     layout = base_layout(
         340,
         legend=top_legend(),
-        hovermode="closest",
         margin={"l": 70, "r": 16, "t": 44, "b": 50},
-        xaxis=plain_axis(
-            "batch (rows)",
-            type="log",
-            tickvals=[2**power for power in range(int(math.log2(largest)) + 1)],
-        ),
+        xaxis=_batch_axis(largest),
         yaxis=_log_axis("joules per token", data),
     )
     return {"data": data, "layout": layout}
@@ -391,41 +359,32 @@ def loading_figure(compared: pl.DataFrame, links: Sequence[tuple[str, Any]]) -> 
         if not mine.height:
             continue
         size = mine["bytes"].cast(pl.Float64).to_numpy()
-        line = np.geomspace(size.min() / 1.3, size.max() * 1.3, 40)
-        seconds = [link.seconds(one) for one in line]
+        sizes = np.geomspace(size.min() / 1.3, size.max() * 1.3, 40)
+        seconds = [link.seconds(one) for one in sizes]
         values += [1e3 * min(seconds), 1e3 * max(seconds), *(1e3 * mine["measured"]).to_list()]
-        common = {"type": "scatter", "legendgroup": quantity, "name": NAMES[quantity]}
-        colour = policy_colour(place)
-        data += [
-            common
-            | {
-                "mode": "lines",
-                "x": rounded(line / 2**20),
-                "y": rounded([1e3 * second for second in seconds]),
-                "line": {"color": colour, "width": 2},
-                "hoverinfo": "skip",
-            },
-            common
-            | {
-                "mode": "markers",
-                "showlegend": False,
-                "x": rounded(size / 2**20),
-                "y": rounded(1e3 * mine["measured"].to_numpy()),
-                "marker": {"color": colour, "size": 8},
-                "hovertemplate": f"{NAMES[quantity]}<br>%{{x:.4~g}} MiB in %{{y:.4~g}} ms"
-                "<extra></extra>",
-            },
-        ]
-    ticks = log_ticks(min(values), max(values)) if values else []
+        colour, name = policy_colour(place), NAMES[quantity]
+        data += _measured_on(
+            line(
+                rounded(sizes / 2**20),
+                rounded([1e3 * second for second in seconds]),
+                colour,
+                hoverinfo="skip",
+            ),
+            marks(
+                rounded(size / 2**20),
+                rounded(1e3 * mine["measured"].to_numpy()),
+                colour,
+                8,
+                hover=f"{name}<br>%{{x:.4~g}} MiB in %{{y:.4~g}} ms",
+            ),
+            name,
+        )
     layout = base_layout(
         330,
         legend=top_legend(),
-        hovermode="closest",
         margin={"l": 64, "r": 16, "t": 44, "b": 50},
         xaxis=plain_axis("MiB moved", type="log"),
-        yaxis=plain_axis(
-            "milliseconds", type="log", tickvals=ticks, ticktext=[number(tick) for tick in ticks]
-        ),
+        yaxis=plain_axis("milliseconds", **logarithmic(values)),
     )
     return {"data": data, "layout": layout}
 
@@ -436,36 +395,26 @@ def reliability_figure(curves: Sequence[tuple[str, Sequence[tuple[float, float, 
     Each curve is (label, [(mean confidence, agreement, tokens), ...]); a calibrated confidence
     lies on the diagonal.
     """
-    data: list[Figure] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "calibrated",
-            "x": [0, 1],
-            "y": [0, 1],
-            "line": {"color": "@muted", "width": 1.2, "dash": "dot"},
-            "hoverinfo": "skip",
-        }
-    ]
+    ends = [0, 1]
+    data = [line(ends, ends, "@muted", 1.2, dash="dot", name="calibrated", hoverinfo="skip")]
     for place, (label, bins) in enumerate(curves):
         data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": escape(label),
-                "x": rounded([one[0] for one in bins], 4),
-                "y": rounded([one[1] for one in bins], 4),
-                "customdata": [one[2] for one in bins],
-                "line": {"color": policy_colour(place), "width": 1.8},
-                "marker": {"size": 5.5},
-                "hovertemplate": f"<b>{escape(label)}</b><br>confidence %{{x:.2f}}: %{{y:.1%}} "
-                "agree, %{customdata} tokens<extra></extra>",
-            }
+            line(
+                rounded([one[0] for one in bins], 4),
+                rounded([one[1] for one in bins], 4),
+                policy_colour(place),
+                1.8,
+                mode="lines+markers",
+                name=escape(label),
+                customdata=[one[2] for one in bins],
+                marker={"size": 5.5},
+                hover=f"<b>{escape(label)}</b><br>confidence %{{x:.2f}}: %{{y:.1%}} agree, "
+                "%{customdata} tokens",
+            )
         )
     layout = base_layout(
         380,
         legend=top_legend(),
-        hovermode="closest",
         margin={"l": 64, "r": 16, "t": 84, "b": 50},
         xaxis=plain_axis("confidence at the exit", range=[0, 1.01]),
         yaxis=plain_axis("agrees with the full model", range=[0, 1.02], tickformat=".0%"),

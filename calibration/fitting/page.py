@@ -51,7 +51,7 @@ from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
 from helios_sim.records import flat_items
 from helios_sim.report.document import add_figure, document, opening, section
-from helios_sim.report.figures import Figure
+from helios_sim.report.plotting import Figure
 from helios_sim.roofline import REFERENCE_CONTEXT_TOKENS
 from helios_sim.wording import listed, number, size, span
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import polars as pl
@@ -16,15 +16,20 @@ from helios_sim.fidelity.sides import Side, Sides
 from helios_sim.fidelity.swaps import SMALL, Attribution
 from helios_sim.fidelity.timing import TimingRow
 from helios_sim.fidelity.words import TOLD, signed_percent
-from helios_sim.report.figures import (
+from helios_sim.report.plotting import (
     Figure,
+    axes_of,
+    bars,
     base_layout,
+    error_bars,
+    line,
+    logarithmic,
+    marks,
     panel,
     plain_axis,
     rounded,
     row_axis,
     stacked,
-    ticks,
     top_legend,
 )
 from helios_sim.report.thinning import drawn_decisions, thinned
@@ -33,7 +38,6 @@ from helios_sim.wording import number
 MAX_POINTS: Final = 2500
 REAL: Final = "@c1"
 OURS: Final = "@c2"
-_KINDS: Final = ("evaluate", "serve", "load-layers", "switch", "keep")
 _SYMBOLS: Final = {
     "evaluate": "circle",
     "serve": "circle-open",
@@ -47,43 +51,18 @@ def errors_figure(rows: Sequence[FigureRow]) -> Figure:
     """Each figure's error as a dot, with the run-to-run spread of the real side as a bar."""
     shown = [row for row in rows if row.median and row.error is not None]
     names = [escape(row.title) for row in shown]
-    low = [_relative(row.low, row.median) for row in shown]
-    high = [_relative(row.high, row.median) for row in shown]
-    errors = [100.0 * (row.error or 0.0) for row in shown]
+    low = [percent_off(row.low, row.median) for row in shown]
+    high = [percent_off(row.high, row.median) for row in shown]
+    errors: list[float | None] = [100.0 * (row.error or 0.0) for row in shown]
     reach = max((abs(one) for one in (*errors, *low, *high) if one is not None), default=1.0)
     # Beyond this the small errors, which matter, could not be told apart.
     reach = min(1.15 * max(reach, 1.0), 60.0)
-    off = [abs(one) > reach for one in errors]
     return {
         "data": [
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": "run-to-run spread of the real side",
-                "y": names,
-                "base": [one or 0.0 for one in low],
-                "x": [
-                    0.0 if one is None or other is None else other - one
-                    for one, other in zip(low, high, strict=True)
-                ],
-                "width": 0.62,
-                "marker": {"color": f"{REAL}/0.28", "line": {"width": 0}},
-                "hoverinfo": "skip",
-            },
-            {
-                "type": "scatter",
-                "mode": "markers",
+            spread_bars(names, low, high, 0.62) | {"name": "run-to-run spread of the real side"},
+            error_marks(names, errors, reach, 9)
+            | {
                 "name": "simulated",
-                "y": names,
-                "x": rounded([max(-reach, min(reach, one)) for one in errors]),
-                "marker": {
-                    "color": OURS,
-                    "size": 9,
-                    "symbol": [
-                        ("triangle-right" if one > 0 else "triangle-left") if far else "circle"
-                        for one, far in zip(errors, off, strict=True)
-                    ],
-                },
                 "text": [
                     f"<b>{escape(row.title)}</b><br>real {number(row.median)} {escape(row.unit)}, "
                     f"simulated {number(row.simulated)}<br>{signed_percent(row.error)}, "
@@ -91,7 +70,6 @@ def errors_figure(rows: Sequence[FigureRow]) -> Figure:
                     for row in shown
                 ],
                 "hovertemplate": "%{text}<extra></extra>",
-                "cliponaxis": False,
             },
         ],
         "layout": base_layout(
@@ -110,7 +88,38 @@ def errors_figure(rows: Sequence[FigureRow]) -> Figure:
     }
 
 
-def _relative(value: float | None, median: float | None) -> float | None:
+def spread_bars(
+    rows: Sequence[str], low: Sequence[float | None], high: Sequence[float | None], width: float
+) -> Figure:
+    """The run-to-run spread of each row, in per cent; nothing where it is unknown."""
+    ends = [(one or 0.0, other or 0.0) for one, other in zip(low, high, strict=True)]
+    return bars(
+        rounded([other - one for one, other in ends]),
+        rows,
+        f"{REAL}/0.28",
+        edge={"width": 0},
+        base=rounded([one for one, _ in ends]),
+        width=width,
+        hoverinfo="skip",
+    )
+
+
+def error_marks(
+    rows: Sequence[str], errors: Sequence[float | None], reach: float, size: float
+) -> Figure:
+    """The error of each row, in per cent; an arrow at the end of the axis lies beyond it."""
+    symbols = [
+        "circle"
+        if one is None or abs(one) <= reach
+        else f"triangle-{'right' if one > 0 else 'left'}"
+        for one in errors
+    ]
+    x = [None if one is None else max(-reach, min(reach, one)) for one in errors]
+    return marks(rounded(x), rows, OURS, size, symbols, cliponaxis=False)
+
+
+def percent_off(value: float | None, median: float | None) -> float | None:
+    """How far a value lies from a median, in per cent of it; None where that is undefined."""
     if value is None or not median:
         return None
     return 100.0 * (value - median) / abs(median)
@@ -135,35 +144,21 @@ def scatter_figure(sides: Sides) -> Figure:
         least = float(min(x.min(), y.min())) if x.size else 1.0
         most = float(max(x.max(), y.max())) if x.size else 10.0
         least, most = least / 1.1, most * 1.1
-        data += [
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [least, most],
-                "y": [least, most],
-                "xaxis": f"x{suffix}",
-                "yaxis": f"y{suffix}",
-                "line": {"color": "@muted", "width": 1, "dash": "dot"},
-                "hoverinfo": "skip",
-            },
-            {
-                "type": "scattergl" if x.size > 1000 else "scatter",
-                "mode": "markers",
-                "x": rounded(x, 4),
-                "y": rounded(y, 4),
-                "xaxis": f"x{suffix}",
-                "yaxis": f"y{suffix}",
-                "customdata": ids.tolist(),
-                "marker": {"color": f"{OURS}/0.45", "size": 5, "line": {"width": 0}},
-                "hovertemplate": f"request %{{customdata}}<br>real %{{x:.4~g}} {unit}, "
-                f"simulated %{{y:.4~g}} {unit}<extra></extra>",
-            },
-        ]
-        shared = {
-            "type": "log",
-            "range": [math.log10(least), math.log10(most)],
-            **ticks(least, most),
-        }
+        ends, axes = [least, most], axes_of(at)
+        dots = marks(
+            rounded(x, 4),
+            rounded(y, 4),
+            f"{OURS}/0.45",
+            5,
+            type="scattergl" if x.size > 1000 else "scatter",
+            customdata=ids.tolist(),
+            hover=f"request %{{customdata}}<br>real %{{x:.4~g}} {unit}, "
+            f"simulated %{{y:.4~g}} {unit}",
+            **axes,
+        )
+        dots["marker"]["line"] = {"width": 0}
+        data += [line(ends, ends, "@muted", 1, dash="dot", hoverinfo="skip", **axes), dots]
+        shared = {"range": [math.log10(least), math.log10(most)], **logarithmic(ends)}
         layout[f"xaxis{suffix}"] = plain_axis(
             f"{title} real ({unit})", domain=list(domains[at]), anchor=f"y{suffix}", **shared
         )
@@ -191,44 +186,35 @@ def timing_figure(rows: Sequence[TimingRow]) -> Figure:
             if not mine:
                 continue
             colour = f"@m{place % 4 + 1}"
-            shared = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "legendgroup": model}
+            shared = {"showlegend": at == 0, "legendgroup": model, **axes_of(at)}
             x = [row.batch for row in mine]
+            above = rounded([row.high_ms - row.recorded_ms for row in mine])
+            below = rounded([row.recorded_ms - row.low_ms for row in mine])
             data += [
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": f"{escape(model)}, recorded",
-                    "showlegend": at == 0,
-                    "x": x,
-                    "y": rounded([row.recorded_ms for row in mine]),
-                    "error_y": {
-                        "type": "data",
-                        "symmetric": False,
-                        "array": rounded([row.high_ms - row.recorded_ms for row in mine]),
-                        "arrayminus": rounded([row.recorded_ms - row.low_ms for row in mine]),
-                        "color": f"{colour}/0.5",
-                        "thickness": 1.4,
-                        "width": 0,
-                    },
-                    "marker": {"color": colour, "size": 6},
-                    "text": [f"{row.num_iterations:,}" for row in mine],
-                    "hovertemplate": f"<b>{escape(model)}</b>, recorded<br>%{{x}}: %{{y:.4~g}} ms "
-                    "(%{text} iterations)<extra></extra>",
+                marks(
+                    x,
+                    rounded([row.recorded_ms for row in mine]),
+                    colour,
+                    6,
+                    name=f"{escape(model)}, recorded",
+                    error_y=error_bars(above, below, f"{colour}/0.5", thickness=1.4, width=0),
+                    text=[f"{row.num_iterations:,}" for row in mine],
+                    hover=f"<b>{escape(model)}</b>, recorded<br>%{{x}}: %{{y:.4~g}} ms "
+                    "(%{text} iterations)",
                     **shared,
-                },
-                {
-                    "type": "scatter",
-                    "mode": "lines" if len(mine) > 1 else "markers",
-                    "name": f"{escape(model)}, predicted",
-                    "showlegend": at == 0,
-                    "x": x,
-                    "y": rounded([row.predicted_ms for row in mine]),
-                    "line": {"color": colour, "width": 1.8, "dash": "dash"},
-                    "marker": {"color": colour, "symbol": "line-ew-open", "size": 11},
-                    "hovertemplate": f"<b>{escape(model)}</b>, predicted<br>%{{x}}: %{{y:.4~g}} ms"
-                    "<extra></extra>",
+                ),
+                line(
+                    x,
+                    rounded([row.predicted_ms for row in mine]),
+                    colour,
+                    1.8,
+                    dash="dash",
+                    mode="lines" if len(mine) > 1 else "markers",
+                    name=f"{escape(model)}, predicted",
+                    marker={"color": colour, "symbol": "line-ew-open", "size": 11},
+                    hover=f"<b>{escape(model)}</b>, predicted<br>%{{x}}: %{{y:.4~g}} ms",
                     **shared,
-                },
+                ),
             ]
         layout[f"xaxis{suffix}"] = plain_axis(
             title,
@@ -255,7 +241,6 @@ def overlay_figure(sides: Sides) -> Figure:
     layout = base_layout(
         90 + int(160 * sum(share for _, _, share in panels)),
         legend=top_legend(y=1.03),
-        hovermode="closest",
         margin={"l": 66, "r": 16, "t": 44, "b": 46},
     )
     stacked(layout, [(title, share) for _, title, share in panels], 0.05)
@@ -265,26 +250,19 @@ def overlay_figure(sides: Sides) -> Figure:
         suffix = panel(at)
         for place, frame in enumerate(frames):
             is_real = place < num
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": ("real" if num == 1 else f"real, {num} runs")
-                    if is_real
-                    else "simulated",
-                    "legendgroup": "real" if is_real else "simulated",
-                    "showlegend": at == 0 and place in (0, num),
-                    "x": rounded(frame["start_s"]),
-                    "y": rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
-                    "yaxis": f"y{suffix}",
-                    "line": {
-                        "color": (REAL if num == 1 else f"{REAL}/0.55") if is_real else OURS,
-                        "width": 1.3 if is_real else 1.7,
-                        "shape": "hv",
-                    },
-                    "hovertemplate": f"%{{y:.4~g}} {title} at %{{x:.4~g}} s<extra></extra>",
-                }
+            steps = line(
+                rounded(frame["start_s"]),
+                rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
+                (REAL if num == 1 else f"{REAL}/0.55") if is_real else OURS,
+                1.3 if is_real else 1.7,
+                name=("real" if num == 1 else f"real, {num} runs") if is_real else "simulated",
+                legendgroup="real" if is_real else "simulated",
+                showlegend=at == 0 and place in (0, num),
+                yaxis=f"y{suffix}",
+                hover=f"%{{y:.4~g}} {title} at %{{x:.4~g}} s",
             )
+            steps["line"]["shape"] = "hv"
+            data.append(steps)
     layout["xaxis"] = plain_axis(
         "seconds since the start", anchor=f"y{len(panels)}".replace("y1", "y"), range=[0, end_s]
     )
@@ -301,7 +279,7 @@ def decisions_figure(sides: Sides) -> Figure:
     drawn = [drawn_decisions(side.run.decisions) for _, side, _ in lanes]
     data: list[Figure] = []
     present = {kind for decisions in drawn for kind in decisions["decision"].unique()}
-    for kind in _KINDS:
+    for kind, symbol in _SYMBOLS.items():
         if kind not in present:
             continue
         x: list[float | None] = []
@@ -316,24 +294,11 @@ def decisions_figure(sides: Sides) -> Figure:
                 f"{row['time_s']:,.2f} s, asked on {escape(row['event'])}"
                 for row in rows.iter_rows(named=True)
             ]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": kind,
-                "x": x,
-                "y": y,
-                "text": text,
-                "marker": {
-                    "symbol": _SYMBOLS[kind],
-                    "size": 10,
-                    "color": colours,
-                    "line": {"width": 1.4, "color": colours},
-                },
-                "cliponaxis": False,
-                "hovertemplate": "%{text}<extra></extra>",
-            }
+        found = marks(
+            x, y, colours, 10, symbol, name=kind, text=text, cliponaxis=False, hover="%{text}"
         )
+        found["marker"]["line"] = {"width": 1.4, "color": colours}
+        data.append(found)
     end_s = max(side.run.totals.end_s for _, side, _ in lanes)
     return {
         "data": data,
@@ -369,27 +334,20 @@ def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
     ]
     reach = min(100.0 * max(every, default=0.01) * 1.15 + 0.1, 120.0)
     places = {swap.name: place for place, swap in enumerate(attribution.swaps)}
-    data: list[Any] = []
+    data: list[Figure] = []
     for swap in swaps:
         errors = [attribution.error(swap, cause.key) for cause in causes]
+        x = [None if one is None else max(-reach, min(reach, 100.0 * one)) for one in errors]
         data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": escape(swap.title),
-                "y": names,
-                "x": rounded(
-                    [
-                        None if one is None else max(-reach, min(reach, 100.0 * one))
-                        for one in errors
-                    ],
-                    4,
-                ),
-                "text": [signed_percent(one) for one in errors],
-                "textposition": "none",
-                "marker": {"color": colours[places[swap.name] % len(colours)]},
-                "hovertemplate": f"<b>%{{y}}</b><br>{escape(swap.title)}: %{{text}}<extra></extra>",
-            }
+            bars(
+                rounded(x, 4),
+                names,
+                colours[places[swap.name] % len(colours)],
+                name=escape(swap.title),
+                text=[signed_percent(one) for one in errors],
+                textposition="none",
+                hover=f"<b>%{{y}}</b><br>{escape(swap.title)}: %{{text}}",
+            )
         )
     return {
         "data": data,

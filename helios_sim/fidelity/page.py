@@ -21,7 +21,8 @@ from helios_sim.fidelity.words import (
     spread_text,
 )
 from helios_sim.records import flat_items
-from helios_sim.report.document import Figure, add_figure, document, opening, section
+from helios_sim.report.document import add_figure, document, opening, section
+from helios_sim.report.plotting import Figure
 from helios_sim.report.thinning import thinned_decisions
 from helios_sim.toml_writer import toml_text
 from helios_sim.wording import number

@@ -6,12 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from typing import Any, Final
+from typing import Final
 
+from helios_sim.report.plotting import Figure
 from helios_sim.report.script import COLLECTOR, SCRIPT
 from helios_sim.report.style import STYLE
-
-Figure = dict[str, Any]
 
 CONTENT_POLICY: Final = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -22,7 +21,9 @@ CONTENT_POLICY: Final = (
 
 def document(title: str, sections: Sequence[str], drawn: Mapping[str, Figure]) -> str:
     """A whole page of sections, and the figures that they have places for."""
-    data = json.dumps(drawn, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(drawn, allow_nan=False, sort_keys=True, separators=(",", ":")).replace(
+        "<", "\\u003c"
+    )
     return "\n".join(
         (
             "<!doctype html>",

@@ -1,8 +1,4 @@
-"""Runs become figures: plain plotly data and layouts, thinned out so that a page stays small.
-
-Colours are names of the style sheet's variables ("@c1", "@m2/0.5"); the page's script puts the
-theme's values in their place.
-"""
+"""Runs become figures: plain plotly data and layouts, thinned out so that a page stays small."""
 
 from __future__ import annotations
 
@@ -17,12 +13,27 @@ import polars as pl
 
 from helios_sim.latencies import Columns
 from helios_sim.records import RunData
-from helios_sim.report.style import NUM_MODEL_COLOURS, NUM_POLICY_COLOURS
+from helios_sim.report.plotting import (
+    Figure,
+    bars,
+    base_layout,
+    line,
+    line_at,
+    marks,
+    panel,
+    plain_axis,
+    policy_colour,
+    rounded,
+    row_axis,
+    stacked,
+    text_beside,
+    text_inside,
+    ticks,
+    top_legend,
+)
+from helios_sim.report.style import NUM_MODEL_COLOURS
 from helios_sim.report.thinning import drawn_decisions, thinned
 from helios_sim.slo import SloSpec
-from helios_sim.wording import number
-
-Figure = dict[str, Any]
 
 MAX_CURVE_POINTS: Final = 400
 MAX_SEGMENTS: Final = 2000
@@ -30,7 +41,6 @@ MAX_REPLICA_ROWS: Final = 8
 MAX_MS_SECONDS: Final = 10.0
 """Latencies beyond it are drawn in seconds: in milliseconds their ticks would not fit."""
 
-_FONT: Final = 'Inter, "Segoe UI", system-ui, -apple-system, "Helvetica Neue", Arial, sans-serif'
 _DASHES: Final = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "solid", "dash")
 _MARKS: Final = {
     "evaluate": ("circle", "@c6"),
@@ -40,17 +50,14 @@ _MARKS: Final = {
     "keep": ("square", "@c7"),
 }
 """Symbol and colour of each decision, in the order of their lanes."""
+_GAP: Final = {"color": "@panel", "width": 1.5}
+"""Between the parts of a bar."""
 _STATE_COLOURS: Final = {
     "evaluating": "@c6",
     "draining": "@c7",
     "loading": "@t4",
     "idle": "@t5",
 }
-
-
-def policy_colour(place: int) -> str:
-    """Colour of the run at this place of the comparison."""
-    return f"@c{place % NUM_POLICY_COLOURS + 1}"
 
 
 def model_colours(runs: Sequence[RunData]) -> dict[str, str]:
@@ -63,96 +70,6 @@ def model_colours(runs: Sequence[RunData]) -> dict[str, str]:
     return {name: f"@m{i % NUM_MODEL_COLOURS + 1}" for i, name in enumerate(names)}
 
 
-def rounded(values: Any, digits: int = 5) -> list[float | None]:
-    """Numbers at so many significant digits, None for what is unknown or not finite."""
-    return [
-        None if value is None or not math.isfinite(value) else float(f"{float(value):.{digits}g}")
-        for value in values
-    ]
-
-
-def panel(at: int) -> str:
-    """What plotly adds to the names of the axes of a figure's panel, from 0 on."""
-    return "" if at == 0 else str(at + 1)
-
-
-def ticks(low: float, high: float) -> Figure:
-    """Round ticks of a logarithmic axis, in the words of the page."""
-    places = log_ticks(low, high)
-    return {"tickvals": places, "ticktext": [number(place) for place in places]}
-
-
-def row_axis(**more: Any) -> Figure:
-    """The axis of horizontal rows that have names, the first on top, with `more` on top."""
-    return plain_axis(
-        type="category",
-        autorange="reversed",
-        ticks="outside",
-        ticklen=6,
-        tickcolor="rgba(0,0,0,0)",
-        **{"tickfont": {"color": "@ink", "size": 12}, **more},
-    )
-
-
-def stacked(layout: Figure, panels: Sequence[tuple[str, float]], gap: float) -> None:
-    """Give panels, by title and share of the height, their y axes one below the other."""
-    top, whole = 1.0, sum(share for _, share in panels)
-    for at, (title, share) in enumerate(panels):
-        height = share / whole * (1.0 - gap * (len(panels) - 1))
-        layout[f"yaxis{panel(at)}"] = plain_axis(
-            title, domain=[max(0.0, top - height), top], rangemode="tozero", nticks=5
-        )
-        top -= height + gap
-
-
-def base_layout(height: int, **more: Any) -> Figure:
-    """What every figure looks like, with `more` on top."""
-    return {
-        "height": height,
-        "margin": {"l": 60, "r": 16, "t": 28, "b": 44},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": _FONT, "size": 12.5, "color": "@ink"},
-        "hoverlabel": {
-            "bgcolor": "@panel",
-            "bordercolor": "@line",
-            "font": {"color": "@ink", "size": 12.5, "family": _FONT},
-            "align": "left",
-        },
-        "uirevision": "keep",
-        **more,
-    }
-
-
-def plain_axis(title: str | None = None, **more: Any) -> Figure:
-    """An axis in the page's colours, with `more` on top."""
-    axis = {
-        "gridcolor": "@grid",
-        "linecolor": "@line",
-        "zerolinecolor": "@line",
-        "tickfont": {"color": "@muted", "size": 11.5},
-        "automargin": True,
-        **more,
-    }
-    if title is not None:
-        axis["title"] = {"text": title, "font": {"size": 12, "color": "@muted"}, "standoff": 8}
-    return axis
-
-
-def top_legend(**more: Any) -> Figure:
-    """A legend above the figure, with `more` on top."""
-    return {
-        "orientation": "h",
-        "x": 0,
-        "xanchor": "left",
-        "y": 1.02,
-        "yanchor": "bottom",
-        "font": {"size": 12.5, "color": "@ink"},
-        "bgcolor": "rgba(0,0,0,0)",
-        **more,
-    }
-
-
 def latency_figure(
     columns: Sequence[Columns], labels: Sequence[str], slo: SloSpec | None
 ) -> Figure:
@@ -161,7 +78,6 @@ def latency_figure(
     layout = base_layout(
         372,
         legend=top_legend(y=1.08),
-        hovermode="closest",
         yaxis=plain_axis("requests within", range=[0, 1.02], tickformat=".0%", dtick=0.25),
         shapes=[],
         annotations=[],
@@ -181,39 +97,23 @@ def latency_figure(
         )
         for place, ((seconds, shares), label) in enumerate(zip(curves, labels, strict=True)):
             data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": escape(label),
-                    "legendgroup": str(place),
-                    "showlegend": at == 0,
-                    "x": rounded([scale * second for second in seconds]),
-                    "y": rounded(shares, 4),
-                    "xaxis": f"x{suffix}",
-                    "yaxis": "y",
-                    "line": {
-                        "color": policy_colour(place),
-                        "width": 2.1,
-                        "dash": _DASHES[place % len(_DASHES)],
-                    },
-                    "hovertemplate": (
-                        f"<b>{escape(label)}</b><br>%{{y:.1%}} within %{{x:.4~g}} {unit}"
-                        "<extra></extra>"
-                    ),
-                }
+                line(
+                    rounded([scale * second for second in seconds]),
+                    rounded(shares, 4),
+                    policy_colour(place),
+                    2.1,
+                    dash=_DASHES[place % len(_DASHES)],
+                    name=escape(label),
+                    legendgroup=str(place),
+                    showlegend=at == 0,
+                    xaxis=f"x{suffix}",
+                    yaxis="y",
+                    hover=f"<b>{escape(label)}</b><br>%{{y:.1%}} within %{{x:.4~g}} {unit}",
+                )
             )
         if limit_s is not None:
             layout["shapes"].append(
-                {
-                    "type": "line",
-                    "xref": f"x{suffix}",
-                    "yref": "y",
-                    "x0": limit_s * scale,
-                    "x1": limit_s * scale,
-                    "y0": 0,
-                    "y1": 1.02,
-                    "line": {"color": "@muted", "width": 1.3, "dash": "dot"},
-                }
+                line_at(1.3, x=limit_s * scale) | {"xref": f"x{suffix}", "yref": "y", "y1": 1.02}
             )
             layout["annotations"].append(
                 {
@@ -240,18 +140,6 @@ def _latency_curve(columns: Columns, metric: str) -> tuple[list[float], list[flo
     if metric == "tpot":
         counted = counted & columns.several_tokens
     return cumulative_curve(getattr(columns, f"{metric}_s")[counted])
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round places on a logarithmic axis, the fewer a decade the more decades there are."""
-    decades = math.log10(high / low)
-    steps: tuple[float, ...] = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)
-    for least, fewer in ((0.35, (1, 1.5, 2, 3, 4, 5, 7)), (0.8, (1, 2, 5)), (2.4, (1,))):
-        if decades > least:
-            steps = fewer
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [float(f"{step}e{exponent}") for exponent in exponents for step in steps]
-    return [tick for tick in ticks if 0.7 * low <= tick <= 1.4 * high]
 
 
 def cumulative_curve(values: Any) -> tuple[list[float], list[float]]:
@@ -296,7 +184,6 @@ def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
     panels.append(("breaches", 0.7))
     layout = base_layout(
         int(170 + 100 * sum(share for _, share in panels)),
-        hovermode="closest",
         legend=top_legend(y=1.01),
         barmode="overlay",
         bargap=0.25,
@@ -313,31 +200,29 @@ def timeline_figure(run: RunData, colours: Mapping[str, str]) -> Figure:
         spikedash="solid",
         spikecolor="@line",
     )
-    lines: list[tuple[str, str, int, str, str]] = [
+    curves: list[tuple[str, str, int, str, str]] = [
         ("running", "mean_running", 1, "@c1", "%{y:.3~g} running"),
         ("waiting", "waiting", 2, "@c2", "%{y} waiting"),
         ("KV use", "kv_use", 5, "@c3", "%{y:.1%} of KV blocks"),
     ]
     if has_power:
-        lines.append(("power", "power_w", 6, "@c5", "%{y:.4~g} W"))
-    lines.append(("breaches", "breach_share", len(panels), "@c4", "%{y:.1%} of tokens"))
-    data: list[Figure] = []
-    for name, column, axis, colour, hover in lines:
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": name,
-                "x": time,
-                "y": rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
-                "yaxis": "y" if axis == 1 else f"y{axis}",
-                "showlegend": False,
-                "line": {"color": colour, "width": 1.4},
-                "hovertemplate": f"{hover} at %{{x:.4~g}} s<extra></extra>",
-                "fill": "tozeroy",
-                "fillcolor": f"{colour}/0.16",
-            }
+        curves.append(("power", "power_w", 6, "@c5", "%{y:.4~g} W"))
+    curves.append(("breaches", "breach_share", len(panels), "@c4", "%{y:.1%} of tokens"))
+    data = [
+        line(
+            time,
+            rounded(frame[column].cast(pl.Float64).fill_null(math.nan), 4),
+            colour,
+            1.4,
+            name=name,
+            yaxis="y" if axis == 1 else f"y{axis}",
+            showlegend=False,
+            hover=f"{hover} at %{{x:.4~g}} s",
+            fill="tozeroy",
+            fillcolor=f"{colour}/0.16",
         )
+        for name, column, axis, colour, hover in curves
+    ]
     for axis in (5, len(panels)):
         layout[f"yaxis{axis}"]["tickformat"] = ".2~%"
     shown = replicas[:MAX_REPLICA_ROWS]
@@ -393,20 +278,18 @@ def _depth_steps(run: RunData, replica: int, colours: Mapping[str, str]) -> list
             x += [start, start, end, end, None]
             y += [0, row["depth"], row["depth"], 0, None]
         traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": escape(model),
-                "x": x,
-                "y": y,
-                "yaxis": "y3",
-                "fill": "toself",
-                "fillcolor": f"{colours[model]}/0.5",
-                "line": {"color": colours[model], "width": 0.8, "shape": "linear"},
-                "hoveron": "points",
-                "hovertemplate": f"<b>{escape(model)}</b>, %{{y}} layers at %{{x:.4~g}} s"
-                "<extra></extra>",
-            }
+            line(
+                x,
+                y,
+                colours[model],
+                0.8,
+                name=escape(model),
+                yaxis="y3",
+                fill="toself",
+                fillcolor=f"{colours[model]}/0.5",
+                hoveron="points",
+                hover=f"<b>{escape(model)}</b>, %{{y}} layers at %{{x:.4~g}} s",
+            )
         )
     return traces
 
@@ -421,19 +304,18 @@ def _state_strip(run: RunData, replica: int) -> list[Figure]:
         if rows.height == 0:
             continue
         traces.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": state,
-                "x": rounded(rows["length_s"], 6),
-                "base": rounded(rows["start_s"], 7),
-                "y": [-0.07 * deepest] * rows.height,
-                "width": 0.09 * deepest,
-                "yaxis": "y3",
-                "marker": {"color": colour, "line": {"width": 0}},
-                "customdata": rounded(rows["length_s"], 4),
-                "hovertemplate": f"{state} for %{{customdata}} s<extra></extra>",
-            }
+            bars(
+                rounded(rows["length_s"], 6),
+                [-0.07 * deepest] * rows.height,
+                colour,
+                edge={"width": 0},
+                name=state,
+                base=rounded(rows["start_s"], 7),
+                width=0.09 * deepest,
+                yaxis="y3",
+                customdata=rounded(rows["length_s"], 4),
+                hover=f"{state} for %{{customdata}} s",
+            )
         )
     return traces
 
@@ -451,22 +333,18 @@ def _depth_rows(run: RunData, replicas: Sequence[int], colours: Mapping[str, str
     for (model, depth), rows in sorted(parts.group_by("model", "depth"), key=lambda one: one[0]):
         full = max(run.totals.exit_layers.get(model, (depth,)))
         traces.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": escape(model),
-                "legendgroup": model,
-                "showlegend": model not in named,
-                "x": rounded(rows["length_s"], 6),
-                "base": rounded(rows["start_s"], 7),
-                "y": rows["row"].to_list(),
-                "yaxis": "y3",
-                "marker": {
-                    "color": f"{colours[model]}/{0.3 + 0.7 * depth / full:.2f}",
-                    "line": {"width": 0},
-                },
-                "hovertemplate": f"<b>{escape(model)}</b>, {depth} layers<extra></extra>",
-            }
+            bars(
+                rounded(rows["length_s"], 6),
+                rows["row"].to_list(),
+                f"{colours[model]}/{0.3 + 0.7 * depth / full:.2f}",
+                edge={"width": 0},
+                name=escape(model),
+                legendgroup=model,
+                showlegend=model not in named,
+                base=rounded(rows["start_s"], 7),
+                yaxis="y3",
+                hover=f"<b>{escape(model)}</b>, {depth} layers",
+            )
         )
         named.add(model)
     return traces
@@ -481,26 +359,21 @@ def _decision_marks(run: RunData) -> list[Figure]:
         rows = decisions.filter(pl.col("decision") == decision)
         if rows.height == 0:
             continue
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": decision,
-                "showlegend": False,
-                "x": rounded(rows["time_s"], 7),
-                "y": [decision] * rows.height,
-                "yaxis": "y4",
-                "cliponaxis": False,
-                "marker": {
-                    "symbol": "line-ns-open" if crowded else symbol,
-                    "size": 9,
-                    "color": colour,
-                    "line": {"width": 1.2, "color": colour},
-                },
-                "text": [_marker_text(row) for row in rows.iter_rows(named=True)],
-                "hovertemplate": "%{text}<extra></extra>",
-            }
+        found = marks(
+            rounded(rows["time_s"], 7),
+            [decision] * rows.height,
+            colour,
+            9,
+            "line-ns-open" if crowded else symbol,
+            name=decision,
+            showlegend=False,
+            yaxis="y4",
+            cliponaxis=False,
+            text=[_marker_text(row) for row in rows.iter_rows(named=True)],
+            hover="%{text}",
         )
+        found["marker"]["line"] = {"width": 1.2, "color": colour}
+        traces.append(found)
     return traces
 
 
@@ -526,17 +399,8 @@ def exits_figure(runs: Sequence[RunData], colours: Mapping[str, str]) -> Figure:
         )
     )
     totals = [sum(map(sum, run.totals.exit_counts.values())) for run in runs]
-    data: list[Figure] = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": escape(name),
-            "x": [None],
-            "y": labels[:1],
-            "marker": {"color": colours[name]},
-        }
-        for name in names
-    ]
+    # An empty bar names each model in the legend at its full strength.
+    data = [bars([None], labels[:1], colours[name], name=escape(name)) for name in names]
     for name in names:
         counts = [_exit_counts(run, name) for run in runs]
         # Runs of two profiles may have other exits of a model of one name.
@@ -547,29 +411,18 @@ def exits_figure(runs: Sequence[RunData], colours: Mapping[str, str]) -> Figure:
                 for count, total in zip(counts, totals, strict=True)
             ]
             strength = 0.28 + 0.72 * (level + 1) / len(layers)
+            text = [f"L{layer} {100 * share:.0f} %" if share >= 0.07 else "" for share in shares]
             data.append(
-                {
-                    "type": "bar",
-                    "orientation": "h",
-                    "showlegend": False,
-                    "x": rounded(shares),
-                    "y": labels,
-                    "marker": {
-                        "color": f"{colours[name]}/{strength:.2f}",
-                        "line": {"color": "@panel", "width": 1.5},
-                    },
-                    "text": [
-                        f"L{layer} {100 * share:.0f} %" if share >= 0.07 else "" for share in shares
-                    ],
-                    "textposition": "inside",
-                    "insidetextanchor": "middle",
-                    "textangle": 0,
-                    "textfont": {"color": "@ink" if strength < 0.7 else "@on", "size": 12},
-                    "hovertemplate": (
-                        f"<b>%{{y}}</b><br>{escape(name)}, layer {layer} of {layers[-1]}: "
-                        "%{x:.2%} of decoded tokens<extra></extra>"
-                    ),
-                }
+                bars(
+                    rounded(shares),
+                    labels,
+                    f"{colours[name]}/{strength:.2f}",
+                    edge=_GAP,
+                    showlegend=False,
+                    hover=f"<b>%{{y}}</b><br>{escape(name)}, layer {layer} of {layers[-1]}: "
+                    "%{x:.2%} of decoded tokens",
+                    **text_inside(text, "@ink" if strength < 0.7 else "@on"),
+                )
             )
     return {"data": data, "layout": _rows_layout(len(runs), "share of decoded tokens")}
 
@@ -595,28 +448,25 @@ def attainment_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
         )
     )
     shares = [
-        [summary["slo_attainment"], *(_met(summary, name) for name in named)]
-        for summary in summaries
+        [
+            one["slo_attainment"],
+            *((one["slo_attainment_by_metric"] or {}).get(key) for key in named),
+        ]
+        for one in summaries
     ]
     rows = ["every limit", *(name.upper() for name in named)]
     if len(named) == 1 and all(every == alone for every, alone in shares):
         rows, shares = rows[1:], [one[1:] for one in shares]
     data = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": escape(summary["label"]),
-            "y": rows,
-            "x": shares[place],
-            "marker": {"color": policy_colour(place)},
-            "text": ["" if one is None else f"{100 * one:.1f} %" for one in shares[place]],
-            "textposition": "outside",
-            "textfont": {"size": 11, "color": "@ink"},
-            "cliponaxis": False,
-            "hovertemplate": f"<b>{escape(summary['label'])}</b><br>%{{y}}: %{{x:.2%}} of the "
-            "requests sent<extra></extra>",
-        }
-        for place, summary in enumerate(summaries)
+        bars(
+            mine,
+            rows,
+            policy_colour(place),
+            name=escape(summary["label"]),
+            hover=f"<b>{escape(summary['label'])}</b><br>%{{y}}: %{{x:.2%}} of the requests sent",
+            **text_beside(["" if one is None else f"{100 * one:.1f} %" for one in mine]),
+        )
+        for place, (summary, mine) in enumerate(zip(summaries, shares, strict=True))
     ]
     layout = _rows_layout(len(rows), "share of the requests sent", barmode="group")
     layout["height"] = 110 + len(rows) * (18 + 19 * len(summaries))
@@ -624,11 +474,6 @@ def attainment_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
     # Labels stand right of their bars, and the longest is as wide on a narrow page.
     layout["margin"]["r"] = 56
     return {"data": data, "layout": layout}
-
-
-def _met(summary: Mapping[str, Any], metric: str) -> float | None:
-    found: float | None = (summary["slo_attainment_by_metric"] or {}).get(metric)
-    return found
 
 
 def time_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
@@ -651,20 +496,15 @@ def time_figure(summaries: Sequence[Mapping[str, Any]]) -> Figure:
         for (_, _, _, row), share in zip(parts, [*shares, max(0.0, 1 - sum(shares))], strict=True):
             row.append(share)
     data = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": name,
-            "x": rounded(shares),
-            "y": labels,
-            "marker": {"color": colour, "line": {"color": "@panel", "width": 1.5}},
-            "text": [f"{100 * share:.0f} %" if share >= 0.05 else "" for share in shares],
-            "textposition": "inside",
-            "insidetextanchor": "middle",
-            "textangle": 0,
-            "textfont": {"color": ink, "size": 12},
-            "hovertemplate": f"<b>%{{y}}</b><br>{name}: %{{x:.2%}} of the time<extra></extra>",
-        }
+        bars(
+            rounded(shares),
+            labels,
+            colour,
+            edge=_GAP,
+            name=name,
+            hover=f"<b>%{{y}}</b><br>{name}: %{{x:.2%}} of the time",
+            **text_inside([f"{100 * s:.0f} %" if s >= 0.05 else "" for s in shares], ink),
+        )
         for name, colour, ink, shares in parts
         if any(share >= 5e-4 for share in shares)
     ]

@@ -30,6 +30,7 @@ from helios_sim.profile import STAND_INS
 from helios_sim.records import RunData, flat_items
 from helios_sim.report import figures
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
+from helios_sim.report.plotting import Figure, policy_colour
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
 from helios_sim.report.words import (
     device_of,
@@ -102,7 +103,7 @@ def render(
     question = str(scenario.get("question", "")) if question is None else question
     told = [str(note) for note in scenario.get("notes", [])] if notes is None else notes
     runs, summaries = _told_apart(runs, summaries)
-    drawn: dict[str, figures.Figure] = {}
+    drawn: dict[str, Figure] = {}
     sections = [
         _opening(runs, summaries, title, question),
         _comparison(runs, summaries),
@@ -187,7 +188,7 @@ def _num_refused_by_all(runs: Sequence[RunData]) -> int:
 
 
 def _swatch(place: int) -> str:
-    name = figures.policy_colour(place).removeprefix("@")
+    name = policy_colour(place).removeprefix("@")
     return f'<span class="swatch" style="background:var(--{name})"></span>'
 
 
@@ -454,7 +455,7 @@ def _own_figure(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> fl
 
 
 def _latencies(
-    runs: Sequence[RunData], summaries: Sequence[Summary], drawn: dict[str, figures.Figure]
+    runs: Sequence[RunData], summaries: Sequence[Summary], drawn: dict[str, Figure]
 ) -> str:
     columns = [
         columns_of(run, summary.get("warmup_s", 0.0), summary.get("warmup_requests", 0))
@@ -479,7 +480,7 @@ def _latencies(
     )
 
 
-def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) -> str:
+def _attainment(summaries: Sequence[Summary], drawn: dict[str, Figure]) -> str:
     judged = [summary for summary in summaries if summary.get("slo")]
     if not judged:
         return section("SLO attainment", "The scenario sets no SLO.")
@@ -514,7 +515,7 @@ def _attainment(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) 
     )
 
 
-def _timelines(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str:
+def _timelines(runs: Sequence[RunData], drawn: dict[str, Figure]) -> str:
     colours = figures.model_colours(runs)
     several = len(runs) > 1
     # The run in which most is decided says most; it is shown first.
@@ -564,7 +565,7 @@ def _timeline_caption(run: RunData) -> str:
     return text + thinned_decisions([run.decisions])
 
 
-def _exits(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str:
+def _exits(runs: Sequence[RunData], drawn: dict[str, Figure]) -> str:
     figure = figures.exits_figure(runs, figures.model_colours(runs))
     return section(
         "Exits",
@@ -580,7 +581,7 @@ def _exits(runs: Sequence[RunData], drawn: dict[str, figures.Figure]) -> str:
     )
 
 
-def _time(summaries: Sequence[Summary], drawn: dict[str, figures.Figure]) -> str:
+def _time(summaries: Sequence[Summary], drawn: dict[str, Figure]) -> str:
     rows = []
     for summary in summaries:
         shares = summary.get("time_shares") or {}

@@ -6,15 +6,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from helios_sim.report.figures import (
+from helios_sim.report.plotting import (
     Figure,
+    axes_of,
+    bars,
     base_layout,
+    line,
+    line_at,
+    logarithmic,
+    marks,
     panel,
+    panel_title,
     plain_axis,
     policy_colour,
     rounded,
+    text_beside,
     ticks,
     top_legend,
 )
@@ -30,6 +38,9 @@ NEAR_HEIGHT: Final = 0.08
 """Share of a panel's height within which two labels beside each other would touch."""
 MAX_FLEETS: Final = 8
 """Fleets that a figure shows: as many as there are colours."""
+
+Pair: TypeAlias = tuple[float | None, float | None]
+"""Where a mark stands; nowhere where a part of it is None."""
 
 
 def user_rate(means: Any) -> float | None:
@@ -55,45 +66,29 @@ def attainment_figure(answers: Sequence[FleetAnswer], target_per_s: float | None
     data: list[Figure] = []
     for place, answer in enumerate(answers[:MAX_FLEETS]):
         loads = _at_capacity(answer)
-        rates = [one.rate_per_s for one in loads]
         worst = [min(one.verdict.criteria[:-1], key=lambda c: c.mean - c.target) for one in loads]
         colour, name = policy_colour(place), escape(_label(answer))
-        common = {"type": "scatter", "legendgroup": str(place), "x": rounded(rates)}
+        x = rounded([one.rate_per_s for one in loads])
+        low, high = (rounded([one.bounds[end] for one in worst], 4) for end in (0, 1))
+        edge: Figure = {"legendgroup": str(place), "showlegend": False, "hoverinfo": "skip"}
         data += [
-            common
-            | {
-                "mode": "lines",
-                "y": rounded([one.bounds[1] for one in worst], 4),
-                "line": {"width": 0},
-                "showlegend": False,
-                "hoverinfo": "skip",
-            },
-            common
-            | {
-                "mode": "lines",
-                "y": rounded([one.bounds[0] for one in worst], 4),
-                "line": {"width": 0},
-                "fill": "tonexty",
-                "fillcolor": f"{colour}/0.13",
-                "showlegend": False,
-                "hoverinfo": "skip",
-            },
-            common
-            | {
-                "mode": "lines+markers",
-                "name": name,
-                "y": rounded([one.mean for one in worst], 4),
-                "line": {"color": colour, "width": 2},
-                "marker": {"color": colour, "size": 6},
-                "customdata": [escape(one.words) for one in worst],
-                "hovertemplate": f"<b>{name}</b><br>%{{x:.4~g}} requests/s: %{{y:.1%}} meet "
-                "%{customdata}<extra></extra>",
-            },
+            line(x, high, colour, 0, **edge),
+            line(x, low, colour, 0, fill="tonexty", fillcolor=f"{colour}/0.13", **edge),
+            line(
+                x,
+                rounded([one.mean for one in worst], 4),
+                colour,
+                mode="lines+markers",
+                name=name,
+                legendgroup=str(place),
+                marker={"color": colour, "size": 6},
+                customdata=[escape(one.words) for one in worst],
+                hover=f"<b>{name}</b><br>%{{x:.4~g}} requests/s: %{{y:.1%}} meet %{{customdata}}",
+            ),
         ]
     layout = base_layout(
         400,
         legend=top_legend(),
-        hovermode="closest",
         xaxis=plain_axis("requests per second", type="log"),
         yaxis=plain_axis("share that meets the limit", tickformat=".0%", range=[0, 1.03]),
         shapes=[],
@@ -110,9 +105,9 @@ def attainment_figure(answers: Sequence[FleetAnswer], target_per_s: float | None
         for one in load.verdict.criteria[:-1]
     }
     for share in sorted(targets):
-        layout["shapes"].append(_line(y=share))
+        layout["shapes"].append(line_at(y=share))
     if target_per_s is not None:
-        layout["shapes"].append(_line(x=target_per_s))
+        layout["shapes"].append(line_at(x=target_per_s))
     return {"data": data, "layout": layout}
 
 
@@ -127,26 +122,18 @@ def _label(answer: FleetAnswer) -> str:
     return text if replicas == 1 else f"{replicas} \N{MULTIPLICATION SIGN} {text}"
 
 
-def _line(x: float | None = None, y: float | None = None) -> Figure:
-    """A dotted line across a figure, at a place on one of its axes."""
-    across = {"type": "line", "line": {"color": "@muted", "width": 1.2, "dash": "dot"}}
-    if x is not None:
-        return across | {"xref": "x", "yref": "paper", "x0": x, "x1": x, "y0": 0, "y1": 1}
-    return across | {"xref": "paper", "yref": "y", "x0": 0, "x1": 1, "y0": y, "y1": y}
-
-
 def limit_words(limit: SloLimit) -> str:
     """A latency limit's figure: 'TPOT p90', and of one that holds for each request the worst."""
     at = "max" if limit.percentile is None else f"p{limit.percentile:g}"
     return f"{limit.metric.upper()} {at}"
 
 
-def _logarithmic(values: Sequence[float | None]) -> Figure:
+def _logarithmic_if_wide(values: Sequence[float | None]) -> Figure:
     """What makes an axis logarithmic where its values span more than a decade."""
     known = [one for one in values if one is not None and math.isfinite(one)]
     if not known or min(known) <= 0.0 or max(known) <= 10.0 * min(known):
         return {}
-    return {"type": "log", "rangemode": "normal", **ticks(min(known), max(known))}
+    return {"rangemode": "normal", **logarithmic(known)}
 
 
 def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
@@ -156,43 +143,40 @@ def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
         loads = _at_capacity(answer)
         colour, name = policy_colour(place), escape(_label(answer))
         symbols = ["circle" if one.verdict.carried else "circle-open" for one in loads]
-        for axis, pairs in (("", _energy_points(loads)), ("2", _user_points(loads))):
+        for at, pairs in enumerate((_energy_points(loads), _user_points(loads))):
             data.append(
-                _marks(axis, pairs)
-                | {
-                    "mode": "lines+markers",
-                    "name": name,
-                    "legendgroup": str(place),
-                    "line": {"color": colour, "width": 1.4},
-                    "marker": {"color": colour, "size": 7, "symbol": symbols},
-                    "customdata": rounded([one.rate_per_s for one in loads]),
-                    "hovertemplate": f"<b>{name}</b><br>at %{{customdata:.4~g}} requests/s: "
-                    "%{x:.4~g}, %{y:.4~g}<extra></extra>",
-                }
+                _marks(
+                    at,
+                    pairs,
+                    colour,
+                    7,
+                    symbols,
+                    mode="lines+markers",
+                    name=name,
+                    legendgroup=str(place),
+                    line={"color": colour, "width": 1.4},
+                    customdata=rounded([one.rate_per_s for one in loads]),
+                    hover=f"<b>{name}</b><br>at %{{customdata:.4~g}} requests/s: "
+                    "%{x:.4~g}, %{y:.4~g}",
+                )
             )
     data, layout = _frontiers(data, f"goodput (requests/s and {device})", device)
     if draws_energy(layout):
         energies = [x for one in data if one["xaxis"] == "x" for x in one["x"]]
-        layout["xaxis"] |= _logarithmic(energies)
+        layout["xaxis"] |= _logarithmic_if_wide(energies)
     layout["margin"]["t"] = 34 + 10 * min(len(answers), MAX_FLEETS)
     layout["height"] = 370 + 10 * min(len(answers), MAX_FLEETS)
     return {"data": data, "layout": layout}
 
 
-def _marks(axis: str, pairs: Sequence[tuple[float | None, float | None]]) -> Figure:
-    """Points of one of two panels ("" and "2"), of which the first is in the legend."""
-    return {
-        "type": "scatter",
-        "showlegend": axis == "",
-        "x": rounded([x for x, _ in pairs]),
-        "y": rounded([y for _, y in pairs]),
-        "xaxis": f"x{axis}",
-        "yaxis": f"y{axis}",
-    }
+def _marks(at: int, pairs: Sequence[Pair], *look: Any, **more: Any) -> Figure:
+    """Marks in one of two panels (0 and 1), of which those of the first are in the legend."""
+    x, y = (rounded([pair[axis] for pair in pairs]) for axis in (0, 1))
+    return marks(x, y, *look, **{"showlegend": at == 0, **axes_of(at), **more})
 
 
-def _energy_points(loads: Sequence[Load]) -> list[tuple[float | None, float | None]]:
-    points: list[tuple[float | None, float | None]] = []
+def _energy_points(loads: Sequence[Load]) -> list[Pair]:
+    points: list[Pair] = []
     for load in loads:
         goodput, gpus = load.means.get("request_goodput"), load.means.get("num_gpus")
         per_gpu = None if goodput is None or not gpus else goodput / gpus
@@ -200,7 +184,7 @@ def _energy_points(loads: Sequence[Load]) -> list[tuple[float | None, float | No
     return points
 
 
-def _user_points(loads: Sequence[Load]) -> list[tuple[float | None, float | None]]:
+def _user_points(loads: Sequence[Load]) -> list[Pair]:
     return [(user_rate(load.means), gpu_rate(load.means)) for load in loads]
 
 
@@ -209,7 +193,7 @@ def _frontiers(data: list[Figure], against: str, device: str) -> tuple[list[Figu
 
     Where no mark has an energy, what is against it is left out.
     """
-    common = base_layout(400, legend=top_legend(), hovermode="closest")
+    common = base_layout(400, legend=top_legend())
     users, devices = "tokens/s per user", f"tokens/s per {device}"
     if all(x is None for one in data if one["xaxis"] == "x" for x in one["x"]):
         shown = [
@@ -245,16 +229,15 @@ def day_figure(hours: Sequence[Hour]) -> Figure:
                 "marker": {"color": "@c1/0.55"},
                 "hovertemplate": "%{x}:00, %{y} replicas<extra></extra>",
             },
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": "requests/s",
-                "x": [hour.hour for hour in hours],
-                "y": rounded([hour.rate_per_s for hour in hours]),
-                "yaxis": "y2",
-                "line": {"color": "@c2", "width": 2, "shape": "hvh"},
-                "hovertemplate": "%{x}:00, %{y:.4~g} requests/s<extra></extra>",
-            },
+            line(
+                [hour.hour for hour in hours],
+                rounded([hour.rate_per_s for hour in hours]),
+                "@c2",
+                name="requests/s",
+                yaxis="y2",
+                line={"color": "@c2", "width": 2, "shape": "hvh"},
+                hover="%{x}:00, %{y:.4~g} requests/s",
+            ),
         ],
         "layout": base_layout(
             320,
@@ -311,59 +294,39 @@ def _reached(place: int) -> Callable[[Trial], float | None]:
 def tune_frontiers(tuned: Tuned) -> Figure:
     """All trials by energy and what stands against it, and by tokens per user and per device."""
     against = against_energy(tuned)
+    trials = tuned.trials
+    stopped = [one for one in trials if one.state == "stopped"]
+    breaking = [one for one in trials if one.state == "full" and one.broken]
+    keeping = [one for one in trials if one.is_feasible]
     groups: list[tuple[str, str, str, float, list[Trial]]] = [
-        (
-            "stopped early",
-            "@c7/0.45",
-            "circle-open",
-            6,
-            [one for one in tuned.trials if one.state == "stopped"],
-        ),
-        (
-            "breaks a constraint",
-            "@c2",
-            "x-thin-open",
-            7,
-            [one for one in tuned.trials if one.state == "full" and one.broken],
-        ),
-        (
-            "keeps the constraints",
-            "@c1",
-            "circle",
-            7,
-            [one for one in tuned.trials if one.is_feasible],
-        ),
+        ("stopped early", "@c7/0.45", "circle-open", 6, stopped),
+        ("breaks a constraint", "@c2", "x-thin-open", 7, breaking),
+        ("keeps the constraints", "@c1", "circle", 7, keeping),
         ("as it stands", "@c8", "diamond", 12, [tuned.base]),
     ]
     if tuned.winner is not None:
         groups.append(("winner", "@c3", "star", 15, [tuned.winner]))
     data: list[Figure] = []
-    for name, colour, symbol, size, trials in groups:
-        known = [one for one in trials if one.means is not None and one.scores is not None]
-        for axis in ("", "2"):
-            pairs = [
-                (joules(one.means), against.value(one))
-                if axis == ""
-                else (user_rate(one.means), gpu_rate(one.means))
-                for one in known
-            ]
-            data.append(
-                _marks(axis, pairs)
-                | {
-                    "mode": "markers",
-                    "name": name,
-                    "legendgroup": name,
-                    "marker": {"color": colour, "size": size, "symbol": symbol},
-                    "text": [_settings(one) for one in known],
-                    "hovertemplate": "%{text}<br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
-                }
-            )
+    for name, colour, symbol, size, members in groups:
+        known = [one for one in members if one.means is not None and one.scores is not None]
+        by_energy = [(joules(one.means), against.value(one)) for one in known]
+        by_user = [(user_rate(one.means), gpu_rate(one.means)) for one in known]
+        told = {
+            "name": name,
+            "legendgroup": name,
+            "text": [_settings(one) for one in known],
+            "hover": "%{text}<br>%{x:.4~g}, %{y:.4~g}",
+        }
+        data += [
+            _marks(at, pairs, colour, size, symbol, **told)
+            for at, pairs in enumerate((by_energy, by_user))
+        ]
     unit = f" ({against.unit})" if against.unit else ""
     data, layout = _frontiers(data, f"{against.name}{unit}", tuned.question.device)
     if against.bound is not None and draws_energy(layout):
-        layout["shapes"] = [_line(y=against.bound) | {"xref": "x domain"}]
+        layout["shapes"] = [line_at(y=against.bound) | {"xref": "x domain"}]
         values = [y for one in data if one["yaxis"] == "y" for y in one["y"]]
-        layout["yaxis"] |= _logarithmic([*values, against.bound])
+        layout["yaxis"] |= _logarithmic_if_wide([*values, against.bound])
     return {"data": data, "layout": layout}
 
 
@@ -379,18 +342,13 @@ def importance_figure(tuned: Tuned) -> Figure:
     found = sorted(tuned.importance.items(), key=lambda pair: -pair[1])
     return {
         "data": [
-            {
-                "type": "bar",
-                "orientation": "h",
-                "y": [escape(key) for key, _ in found],
-                "x": rounded([share for _, share in found], 4),
-                "marker": {"color": "@c1"},
-                "text": [f"{100 * share:.0f} %" for _, share in found],
-                "textposition": "outside",
-                "textfont": {"size": 11, "color": "@ink"},
-                "cliponaxis": False,
-                "hovertemplate": "%{y}: %{x:.1%}<extra></extra>",
-            }
+            bars(
+                rounded([share for _, share in found], 4),
+                [escape(key) for key, _ in found],
+                "@c1",
+                hover="%{y}: %{x:.1%}",
+                **text_beside([f"{100 * share:.0f} %" for _, share in found]),
+            )
         ],
         "layout": base_layout(
             70 + 27 * max(1, len(found)),
@@ -411,7 +369,7 @@ def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Fi
     """One small panel a setting: the objective as it alone varies around the winner."""
     columns = 3
     rows = -(-len(parts) // columns)
-    layout = base_layout(60 + 190 * rows, showlegend=False, hovermode="closest", annotations=[])
+    layout = base_layout(60 + 190 * rows, showlegend=False, annotations=[])
     known = [score for one in parts for score in one.scores if score is not None]
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
     gap = 0.06 * (high - low or abs(high) or 1.0)
@@ -437,37 +395,20 @@ def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Fi
             range=[low - gap, high + gap],
             nticks=4,
         )
-        layout["annotations"].append(
-            {
-                "xref": f"x{suffix} domain",
-                "yref": f"y{suffix} domain",
-                "x": 0,
-                "y": 1.02,
-                "xanchor": "left",
-                "yanchor": "bottom",
-                "text": escape(part.key),
-                "showarrow": False,
-                "font": {"size": 12, "color": "@ink"},
-            }
-        )
+        layout["annotations"].append(panel_title(place, escape(part.key), 12))
         shown = list(part.values) if numeric else [escape(str(one)) for one in part.values]
         chosen = part.values.index(part.chosen) if part.chosen in part.values else -1
         data.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers" if numeric else "markers",
-                "x": shown,
-                "y": rounded(part.scores),
-                "xaxis": f"x{suffix}",
-                "yaxis": f"y{suffix}",
-                "line": {"color": "@c1", "width": 1.6},
-                "marker": {
-                    "color": ["@c3" if at == chosen else "@c1" for at in range(len(shown))],
-                    "size": [11 if at == chosen else 6 for at in range(len(shown))],
-                },
-                "hovertemplate": f"{escape(part.key)} = %{{x}}: %{{y:.4~g}} {escape(unit)}"
-                "<extra></extra>",
-            }
+            marks(
+                shown,
+                rounded(part.scores),
+                ["@c3" if at == chosen else "@c1" for at in range(len(shown))],
+                [11 if at == chosen else 6 for at in range(len(shown))],
+                mode="lines+markers" if numeric else "markers",
+                line={"color": "@c1", "width": 1.6},
+                hover=f"{escape(part.key)} = %{{x}}: %{{y:.4~g}} {escape(unit)}",
+                **axes_of(place),
+            )
         )
     return {"data": data, "layout": layout}
 
@@ -478,39 +419,39 @@ def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
     labels = short_names(known)
     policies = list(dict.fromkeys(cell.policy for cell in known))
     data: list[Figure] = []
-    points = {
-        "": [(joules(one.means), (one.means or {}).get("output_throughput")) for one in known],
-        "2": [(user_rate(one.means), gpu_rate(one.means)) for one in known],
-    }
+    points = (
+        [(joules(one.means), (one.means or {}).get("output_throughput")) for one in known],
+        [(user_rate(one.means), gpu_rate(one.means)) for one in known],
+    )
     for place, policy in enumerate(policies):
         mine = [at for at, cell in enumerate(known) if cell.policy == policy]
-        for axis, every in points.items():
+        for number, every in enumerate(points):
             pairs, sides = [every[at] for at in mine], _sides(every)
-            named = bool(sides) and len(known) <= MAX_LABELS
-            data.append(
-                _marks(axis, pairs)
-                | {
-                    "mode": "markers+text" if named else "markers",
-                    "name": escape(policy),
-                    "legendgroup": policy,
-                    "showlegend": axis == "" and len(policies) > 1,
-                    "marker": {"color": policy_colour(place), "size": 9},
-                    "cliponaxis": False,
-                    "customdata": [escape(known[at].name) for at in mine],
-                    "hovertemplate": "<b>%{customdata}</b><br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
-                }
+            found = _marks(
+                number,
+                pairs,
+                policy_colour(place),
+                9,
+                name=escape(policy),
+                legendgroup=policy,
+                showlegend=number == 0 and len(policies) > 1,
+                cliponaxis=False,
+                customdata=[escape(known[at].name) for at in mine],
+                hover="<b>%{customdata}</b><br>%{x:.4~g}, %{y:.4~g}",
             )
-            if named:
-                data[-1] |= {
+            if sides and len(known) <= MAX_LABELS:
+                found |= {
+                    "mode": "markers+text",
                     "text": [escape(labels[at]) for at in mine],
                     "textposition": [sides[at] for at in mine],
                     "textfont": {"size": 11, "color": "@ink"},
                 }
+            data.append(found)
     data, layout = _frontiers(data, "output tokens/s", device)
     return {"data": data, "layout": layout}
 
 
-def _sides(points: Sequence[tuple[float | None, float | None]]) -> list[str]:
+def _sides(points: Sequence[Pair]) -> list[str]:
     """Where the labels of marks stand: to their inner sides, so that none leaves its panel.
 
     Of two marks at nearly one height the higher has its label above, the lower below. Where three

@@ -7,8 +7,8 @@ from html import escape
 from typing import Final
 
 from helios_sim.profile import Profile
-from helios_sim.report.document import Figure, add_figure, document, notes_section, opening, section
-from helios_sim.report.figures import policy_colour
+from helios_sim.report.document import add_figure, document, notes_section, opening, section
+from helios_sim.report.plotting import Figure, policy_colour
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Final
 
+from helios_sim.fidelity.charts import error_marks, percent_off, spread_bars
 from helios_sim.fidelity.words import signed_percent, spanned
 from helios_sim.records import flat_items
-from helios_sim.report.document import Figure, add_figure, document, notes_section, opening, section
-from helios_sim.report.figures import base_layout, plain_axis, rounded, top_legend
+from helios_sim.report.document import add_figure, document, notes_section, opening, section
+from helios_sim.report.plotting import Figure, base_layout, panel, plain_axis
 from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.quality import BOUND
@@ -228,61 +229,33 @@ def _cases_figure(results: Mapping[str, Any]) -> Figure:
         )
     ]
     data: list[Figure] = []
-    layout = base_layout(
-        110 + 31 * len(cases), barmode="overlay", showlegend=False, legend=top_legend()
-    )
+    layout = base_layout(110 + 31 * len(cases), barmode="overlay", showlegend=False)
     width = 1.0 / max(len(shown), 1)
     for at, key in enumerate(shown):
-        suffix = "" if at == 0 else str(at + 1)
-        rows = [
-            next((row for row in case["figures"] if row["key"] == key), None)
+        rows: list[Mapping[str, Any]] = [
+            next((row for row in case["figures"] if row["key"] == key), {})
             for case in results["cases"]
         ]
-        errors = [None if row is None or row["error"] is None else row["error"] for row in rows]
-        spreads = [_spread(row) for row in rows]
-        every = [abs(one) for one in errors if one is not None]
-        every += [abs(edge) for pair in spreads if pair is not None for edge in pair]
-        reach = min(1.15 * 100 * max([*every, 0.01]), 60.0)
+        told = [row.get("error") for row in rows]
+        errors = [None if one is None else 100 * one for one in told]
+        low, high = (
+            [percent_off(row.get(end), row.get("median")) for row in rows]
+            for end in ("low", "high")
+        )
+        every = [abs(one) for one in (*errors, *low, *high) if one is not None]
+        reach = min(1.15 * max([*every, 1.0]), 60.0)
         edge = _round_below(reach)
+        axis = {"xaxis": f"x{panel(at)}"}
         data += [
-            {
-                "type": "bar",
-                "orientation": "h",
-                "y": cases,
-                "base": [0.0 if one is None else 100 * one[0] for one in spreads],
-                "x": [0.0 if one is None else 100 * (one[1] - one[0]) for one in spreads],
-                "width": 0.6,
-                "xaxis": f"x{suffix}",
-                "marker": {"color": "@c1/0.28", "line": {"width": 0}},
-                "hoverinfo": "skip",
-            },
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "y": cases,
-                "x": rounded(
-                    [
-                        float("nan") if one is None else max(-reach, min(reach, 100 * one))
-                        for one in errors
-                    ]
-                ),
-                "xaxis": f"x{suffix}",
-                "text": [signed_percent(one) for one in errors],
-                "marker": {
-                    "color": "@c2",
-                    "size": 8,
-                    "symbol": [
-                        "circle"
-                        if one is None or abs(100 * one) <= reach
-                        else ("triangle-right" if one > 0 else "triangle-left")
-                        for one in errors
-                    ],
-                },
-                "cliponaxis": False,
+            spread_bars(cases, low, high, 0.6) | axis,
+            error_marks(cases, errors, reach, 8)
+            | axis
+            | {
+                "text": [signed_percent(one) for one in told],
                 "hovertemplate": f"<b>%{{y}}</b><br>{JUDGED[key].name}: %{{text}}<extra></extra>",
             },
         ]
-        layout[f"xaxis{suffix}"] = plain_axis(
+        layout[f"xaxis{panel(at)}"] = plain_axis(
             JUDGED[key].name,
             domain=[at * width + 0.02, (at + 1) * width - 0.02],
             range=[-reach, reach],
@@ -310,13 +283,6 @@ def _in_two_lines(name: str) -> str:
     halves = (("-".join(parts[:at]), "-".join(parts[at:])) for at in range(1, len(parts)))
     best = min(halves, key=lambda pair: max(map(len, pair)), default=(name,))
     return "-<br>".join(map(escape, best))
-
-
-def _spread(row: Mapping[str, Any] | None) -> tuple[float, float] | None:
-    if row is None or row["low"] is None or not row["median"]:
-        return None
-    median = row["median"]
-    return (row["low"] - median) / abs(median), (row["high"] - median) / abs(median)
 
 
 def _causes(results: Mapping[str, Any]) -> str:
