@@ -24,7 +24,7 @@ from helios_sim.metrics import summarise
 from helios_sim.publish import write_page
 from helios_sim.records import REPORT_FILE, RunData, write_run
 from helios_sim.report import render
-from helios_sim.report.document import document, plot_place
+from helios_sim.report.document import add_figure, document
 from helios_sim.report.figures import (
     MAX_CURVE_POINTS,
     MAX_REPLICA_ROWS,
@@ -1024,11 +1024,10 @@ def test_panels_beside_one_another_come_in_one_column_where_the_page_is_narrow(
     """Of three latencies, which share a y axis, and of four settings, which do not."""
     varied = [Sensitivity(name, 2, (1, 2), (0.5, 0.7)) for name in ("a", "b", "c", "d")]
     columns_each = [columns_of(run, 0.0, 20) for run in make_runs()[:2]]
-    drawn = {
-        "shared": latency_figure(columns_each, ["one", "two"], SLO),
-        "own": sensitivity_figure(varied, "energy", "J"),
-    }
-    places = "".join(plot_place(name, 300, name, name) for name in drawn)
+    shared = latency_figure(columns_each, ["one", "two"], SLO)
+    own = sensitivity_figure(varied, "energy", "J")
+    drawn: dict[str, Any] = {}
+    places = add_figure(drawn, "shared", shared, "", "") + add_figure(drawn, "own", own, "", "")
     tell = (
         "<script>const waiting = setInterval(() => {"
         "if (!document.documentElement.dataset.ready) return; clearInterval(waiting);"

@@ -50,6 +50,7 @@ from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
 from helios_sim.records import flat_items
+from helios_sim.report import markup
 from helios_sim.report.document import add_figure, document, opening, section
 from helios_sim.report.plotting import Figure
 from helios_sim.roofline import REFERENCE_CONTEXT_TOKENS
@@ -161,25 +162,21 @@ def _table(
     Titles take several lines where they are long, and so does a last column of words.
     """
     words = len(titles) - 1 if ends_in_words else len(titles)
-    head = "".join(
+    head = [
         f'<th scope="col"{_TITLE if texts <= at < words else ""}>{escape(title)}</th>'
         for at, title in enumerate(titles)
-    )
-    body = "".join(
-        "<tr>"
-        + "".join(
-            (f'<th scope="row">{escape(cell)}</th>' if not at else "")
-            or f"<td{_aligned(at, texts) if at < words else _WORDS}>{escape(cell)}</td>"
-            for at, cell in enumerate(row)
+    ]
+    body = [
+        markup.row(
+            first,
+            [
+                markup.cell(text, _aligned(at, texts) if at < words else _WORDS)
+                for at, text in enumerate(others, 1)
+            ],
         )
-        + "</tr>"
-        for row in rows
-    )
-    named = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return (
-        f'<div class="panel scroll"><table style="font-size:.86rem">{named}'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+        for first, *others in rows
+    ]
+    return markup.table('style="font-size:.86rem"', head, body, caption)
 
 
 _TITLE: Final = ' style="text-align:right"'
@@ -194,7 +191,7 @@ def _aligned(column: int, texts: int) -> str:
 def _errors(
     profile: Profile, rows: Sequence[CheckRow], compared: pl.DataFrame, drawn: dict[str, Figure]
 ) -> str:
-    shown = [
+    told = [
         (
             NAMES[row.quantity],
             row.model or "device",
@@ -213,9 +210,9 @@ def _errors(
         "Quantity", "Model", "Mode", "Points", "Median", "p95", "Left out", "Noise", "Worst",
         "Where it lies",
     )  # fmt: skip
-    table = _table(
+    shown = _table(
         titles,
-        shown,
+        told,
         "Sizes of relative errors. Left out: median error of fits that did not see the point. "
         "Noise: median deviation among the trials of one point, which no fit goes below.",
         texts=3,
@@ -230,18 +227,17 @@ def _errors(
         f"{MEDIAN_BAR:.0%} and {P95_BAR:.0%}, the bars for the median and the 95th percentile of "
         "times on a GPU. Hover for a point's place.",
     )
-    return section("Predicted against measured", "", figure, table)
+    return section("Predicted against measured", "", figure, shown)
 
 
 def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) -> str:
     measurement = _measurement(profile)
     floors = measurement.get("floors", {})
-    panes: list[str] = []
+    panes: list[tuple[str, str]] = []
     facts: list[tuple[str, ...]] = []
     parts: list[tuple[str, ...]] = []
     deep: list[tuple[str, pl.DataFrame, Predictor, str]] = []
-    names = list(profile.models)
-    for place, name in enumerate(names):
+    for place, name in enumerate(profile.models):
         kept = _kept(profile, name)
         mode = kept.get("modes", {}).get("decode_layers", "")
         mine = readings.filter(pl.col("model") == name)
@@ -257,23 +253,14 @@ def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
             "layers; lines are the profile. Dashed: the layer's weights and the KV it reads at the "
             "measured memory rate. Dotted: launching as many kernels without work.",
         )
-        hidden = "" if not panes else " hidden"
-        panes.append(f'<div id="layer-pane{place}" data-tabs="layers"{hidden}>{plot}</div>')
+        panes.append((escape(name), plot))
         facts.append(_layer_facts(name, kept))
         parts.append(_part_facts(profile, name))
         if kept.get("depth_residual", {}).get("left_out_mean_with") is not None:
             deep.append((name, mine, predictor_of(profile, name), mode))
     if not panes:
         return ""
-    tabs = ""
-    if len(panes) > 1:
-        options = "".join(
-            f'<label><input type="radio" name="layers" value="layer-pane{place}"'
-            f"{' checked' if not place else ''}>{escape(name)}</label>"
-            for place, name in enumerate(names)
-        )
-        tabs = f'<fieldset class="tabs"><legend class="hidden">Model</legend>{options}</fieldset>'
-    table = _table(
+    shown = _table(
         ("Model", "Decode is bounded by", "Prefill by", "By batch", "By loaded depth",
          "Over the floor"),
         facts,
@@ -300,8 +287,8 @@ def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
             "find their weights and keys in a cache. Points: median over all loads, bars the "
             "middle half. Lines: the profile's factor, 1 where none was kept.",
         )
-    return section("Decode time per layer", "What one layer takes, and what bounds it.", tabs,
-                   *panes, depths, table, fixed)  # fmt: skip
+    return section("Decode time per layer", "What one layer takes, and what bounds it.",
+                   markup.tabs("layers", "Model", panes), depths, shown, fixed)  # fmt: skip
 
 
 def _layer_facts(name: str, kept: Mapping[str, Any]) -> tuple[str, ...]:
@@ -451,14 +438,13 @@ def _memory(profile: Profile) -> str:
     if not rows:
         return section("Memory", "No memory was read.")
     titles = ("Memory", "Model", "At", "Measured", "Predicted", "Error")
-    table = _table(titles, rows[:MAX_MEMORY_ROWS], texts=3)
+    shown = _table(titles, rows[:MAX_MEMORY_ROWS], texts=3)
     more = rows[MAX_MEMORY_ROWS:]
     if more:
-        table += f"<details><summary>{len(more)} more</summary>{_table(titles, more, texts=3)}"
-        table += "</details>"
+        shown += markup.folded(f"{len(more)} more", _table(titles, more, texts=3))
     return section(
         "Memory", "A wrong block count spoils more than a wrong time: bytes by the model's "
-        "arithmetic beside bytes allocated.", table
+        "arithmetic beside bytes allocated.", shown
     )  # fmt: skip
 
 
@@ -489,7 +475,7 @@ def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure])
         seconds = _measurement(profile).get(key)
         if seconds is not None:
             rows.append((label, "measured", span(seconds), "\N{EN DASH}", "\N{EN DASH}"))
-    table = _table(
+    shown = _table(
         ("Stage", "Grade", "Start", "Rate", "Of the copy rate"),
         rows,
         "Seconds = start + bytes / rate. The copy rate is that of the same pinned bytes copied to "
@@ -498,7 +484,7 @@ def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure])
         texts=2,
     )
     if not compared["quantity"].is_in([quantity for quantity, _ in links]).any():
-        return section("Loading", "No loading was measured.", table)
+        return section("Loading", "No loading was measured.", shown)
     figure = add_figure(
         drawn,
         "loading",
@@ -506,7 +492,7 @@ def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure])
         "Seconds of a load against its bytes",
         "Points are medians over trials, lines the profile's links, both axes logarithmic.",
     )
-    return section("Loading", "How long weights take on their way.", figure, table)
+    return section("Loading", "How long weights take on their way.", figure, shown)
 
 
 def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
@@ -543,7 +529,7 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
             )
         )
     report = _measurement(profile).get("exit_traces", {})
-    table = _reported_exits(report.get("candidates", {})) or _table(
+    shown = _reported_exits(report.get("candidates", {})) or _table(
         ("Model", "Domain", "Exit after", "Perplexity", "Agrees", "Leave here", "Calibration"),
         rows,
         "By exit on held-out text, teacher-forced: perplexity of the text, share of tokens equal "
@@ -563,7 +549,7 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
         "Exits",
         f"{number(traces.num_positions)} positions in each of {listed(list(traces.domains))}; all "
         "candidates on the same positions.",
-        table,
+        shown,
         figure,
         _complementarity(profile, traces, report.get("complementarity", {})),
     )
@@ -666,7 +652,6 @@ def _counted_complementarity(profile: Profile, traces: ExitTraces) -> str:
 def _provenance(profile: Profile, points: Path | None) -> str:
     counts = {grade: count for grade, count in profile.grade_counts().items() if count}
     said = listed([f"{number(count)} {grade}" for grade, count in counts.items()])
-    notes = "".join(f"<li>{escape(note)}</li>" for note in profile.provenance.notes)
     facts = [
         ("profile", profile.name),
         ("hash", profile.hash),
@@ -678,9 +663,9 @@ def _provenance(profile: Profile, points: Path | None) -> str:
     if points is not None:
         facts.append(("readings from", points.name))
     facts += list(flat_items(profile.provenance.environment))
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in facts)
     return section(
         "Provenance",
         f"Of the {number(sum(counts.values()))} numbers in this profile, {said}.",
-        f'<ul class="notes">{notes}</ul><dl>{items}</dl>',
+        markup.notes(profile.provenance.notes),
+        markup.terms(facts),
     )

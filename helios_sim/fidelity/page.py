@@ -21,6 +21,7 @@ from helios_sim.fidelity.words import (
     spread_text,
 )
 from helios_sim.records import flat_items
+from helios_sim.report import markup
 from helios_sim.report.document import add_figure, document, opening, section
 from helios_sim.report.plotting import Figure
 from helios_sim.report.thinning import thinned_decisions
@@ -65,18 +66,14 @@ def render(fidelity: Fidelity) -> str:
 def _figures(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
     num = len(fidelity.sides.reals)
     body = []
+    titles = ("Figure", "Real", "Spread", "Simulated", "Error", "Verdict")
     for group, members in groupby(fidelity.figures, key=lambda row: row.group):
-        body.append(f'<tr class="group"><th scope="rowgroup" colspan="6">{escape(group)}</th></tr>')
-        body += [_row(row) for row in members]
-    head = "".join(
-        f'<th scope="col">{name}</th>'
-        for name in ("Figure", "Real", "Spread", "Simulated", "Error", "Verdict")
-    )
+        body.append(markup.group_row(group, len(titles)))
+        body += map(_row, members)
     return section(
         "Figures",
         f"{num} real run{'s' if num != 1 else ''} of the scenario beside the simulated one.",
-        '<div class="panel scroll"><table class="figures" style="min-width:860px">'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>",
+        markup.table('class="figures" style="min-width:860px"', markup.titles(titles), body),
         add_figure(
             drawn,
             "errors",
@@ -90,12 +87,10 @@ def _figures(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
 
 
 def _row(row: FigureRow) -> str:
-    unit = f' <span class="unit">{escape(row.unit)}</span>' if row.unit else ""
     css = ' class="overloaded"' if row.verdict in ("above", "below", "differs") else ""
-    return (
-        f'<tr><th scope="row">{escape(row.title)}{unit}</th><td>{escape(real_text(row))}</td>'
-        f"<td>{escape(spread_text(row))}</td><td>{escape(number(row.simulated))}</td>"
-        f"<td>{escape(signed_percent(row.error))}</td><td{css}>{escape(TOLD[row.verdict])}</td></tr>"
+    told = (real_text(row), spread_text(row), number(row.simulated), signed_percent(row.error))
+    return markup.row(
+        row.title, [*map(markup.cell, told), markup.cell(TOLD[row.verdict], css)], row.unit
     )
 
 
@@ -165,7 +160,6 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
         if one.missing is not None
     ]
     said += [f"{sentence(one.title)}: no effect." for one in attribution.without_effect]
-    gone = "".join(f"<li>{escape(text)}</li>" for text in said)
     return section(
         "What the error comes from",
         "The scenario simulated again with one ingredient at a time taken from the real run "
@@ -180,7 +174,7 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
             "last with everything swapped. Errors within half a per cent are left out.",
         ),
         _plain_table(("Figure", *(one.name for one in swaps), "Cause"), rows),
-        f'<ul class="notes small">{gone}</ul>' if gone else "",
+        markup.notes(said, "notes small"),
     )
 
 
@@ -254,7 +248,6 @@ def _decisions(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
 
 
 def _definitions() -> str:
-    items = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in _MEANINGS)
     swaps = (
         ("arrivals", "requests are sent when they were sent"),
         ("exits", "tokens meet the exits of the text that was served"),
@@ -263,11 +256,8 @@ def _definitions() -> str:
         ("loads", "loads for which serving waits take as long as they took"),
         ("decisions", "the logged decisions are carried out at their times"),
     )
-    items += "".join(
-        f"<dt>{escape(sentence(INGREDIENTS[name]))}</dt><dd>{escape(text)}</dd>"
-        for name, text in swaps
-    )
-    return section("Definitions", "", f"<dl>{items}</dl>")
+    taken = [(sentence(INGREDIENTS[name]), text) for name, text in swaps]
+    return section("Definitions", "", markup.terms([*_MEANINGS, *taken]))
 
 
 def _provenance(fidelity: Fidelity) -> str:
@@ -278,31 +268,25 @@ def _provenance(fidelity: Fidelity) -> str:
     ]
     for name, side in (("simulated", sides.simulated), ("real", sides.typical)):
         facts += [(f"{name}: {key}", text) for key, text in flat_items(side.run.environment)]
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
-    scenario = toml_text(sides.simulated.run.scenario)
+    scenario = markup.preformatted(toml_text(sides.simulated.run.scenario))
     return section(
         "Provenance",
         "What this page was made from.",
-        f"<dl>{items}</dl>",
-        f"<details><summary>Scenario</summary><pre>{escape(scenario)}</pre></details>",
+        markup.terms(facts),
+        markup.folded("Scenario", scenario),
     )
 
 
 def _plain_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(
+    head = [
         f'<th scope="col"{_words(title) if title == "Cause" else ""}>{escape(title)}</th>'
         for title in titles
-    )
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td{_words(cell)}>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        '<div class="panel scroll"><table class="figures plain">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    ]
+    body = [
+        markup.row(first, [markup.cell(one, _words(one)) for one in others])
+        for first, *others in rows
+    ]
+    return markup.table('class="figures plain"', head, body)
 
 
 def _words(cell: str) -> str:

@@ -8,6 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Final
 
+from helios_sim.report import markup
 from helios_sim.report.plotting import Figure
 from helios_sim.report.script import COLLECTOR, SCRIPT
 from helios_sim.report.style import STYLE
@@ -61,21 +62,17 @@ def opening(
     title: str, headline: str, remarks: Sequence[str], *, question: str = "", setting: str = ""
 ) -> str:
     """The head of a page: what was asked, in which setting, the answer, and what to know of it."""
-    said = "".join(f"<li>{escape(text)}</li>" for text in remarks)
     asked = f'<p class="question">{escape(question)}</p>' if question else ""
     where = f'<p class="small setting">{escape(setting)}</p>' if setting else ""
     return (
         f"<header><h1>{escape(title)}</h1>{asked}{where}"
-        f'<p class="headline">{escape(headline)}</p><ul class="remarks">{said}</ul></header>'
+        f'<p class="headline">{escape(headline)}</p>{markup.notes(remarks, "remarks")}</header>'
     )
 
 
 def notes_section(texts: Sequence[str]) -> str:
     """The notes of whoever asked; nothing without any."""
-    if not texts:
-        return ""
-    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return section("Notes", "", f'<ul class="notes">{items}</ul>')
+    return section("Notes", "", markup.notes(texts)) if texts else ""
 
 
 def section(title: str, lead: str, *parts: str) -> str:
@@ -84,18 +81,14 @@ def section(title: str, lead: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{opening}{''.join(parts)}</section>"
 
 
-def plot_place(name: str, height: int, label: str, caption: str) -> str:
-    """Where a figure is drawn, and what stands below it."""
+def add_figure(
+    drawn: dict[str, Figure], name: str, figure: Figure, label: str, caption: str
+) -> str:
+    """Put a figure on the page, with what stands below it."""
+    drawn[name] = figure
+    height = int(figure["layout"]["height"])
     return (
         f'<figure class="panel"><div class="plot" id="{name}" role="img" '
         f'aria-label="{escape(label)}" style="height:{height}px"></div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
-
-
-def add_figure(
-    drawn: dict[str, Figure], name: str, figure: Figure, label: str, caption: str
-) -> str:
-    """Put a figure on the page."""
-    drawn[name] = figure
-    return plot_place(name, int(figure["layout"]["height"]), label, caption)

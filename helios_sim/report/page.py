@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
+from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
@@ -28,9 +29,9 @@ from helios_sim.latencies import columns_of
 from helios_sim.metrics import DEFINITIONS, figure_at
 from helios_sim.profile import STAND_INS
 from helios_sim.records import RunData, flat_items
-from helios_sim.report import figures
+from helios_sim.report import figures, markup
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
-from helios_sim.report.plotting import Figure, policy_colour
+from helios_sim.report.plotting import Figure
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
 from helios_sim.report.words import (
     device_of,
@@ -187,28 +188,25 @@ def _num_refused_by_all(runs: Sequence[RunData]) -> int:
     return len(set.intersection(*refused))
 
 
-def _swatch(place: int) -> str:
-    name = policy_colour(place).removeprefix("@")
-    return f'<span class="swatch" style="background:var(--{name})"></span>'
+def _labels(summaries: Sequence[Summary], first: int = 0) -> list[str]:
+    """The titles of a table of runs from one on, in the colours of the figures if several are."""
+    several = len(summaries) > 1
+    return [
+        '<th scope="col">Figure</th>',
+        *(
+            f'<th scope="col">{markup.swatch(place) if several else ""}{escape(one["label"])}</th>'
+            for place, one in enumerate(summaries[first:], first)
+        ),
+    ]
 
 
 def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     several = len(runs) > 1
-    rows = [row for row in comparison_rows(summaries) if row.key not in _NOT_IN_TABLE]
-    head = "".join(
-        f'<th scope="col">{_swatch(place) if several else ""}{escape(summary["label"])}</th>'
-        for place, summary in enumerate(summaries)
-    )
+    shown = [row for row in comparison_rows(summaries) if row.key not in _NOT_IN_TABLE]
     body: list[str] = []
-    group = ""
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            body.append(
-                f'<tr class="group"><th scope="rowgroup" colspan="{len(runs) + 1}">'
-                f"{escape(group)}</th></tr>"
-            )
-        body.append(_row(row, several))
+    for group, members in groupby(shown, key=lambda row: row.group):
+        body.append(markup.group_row(group, len(runs) + 1))
+        body += [_row(row, several) for row in members]
     caption = (
         f"Ratios are to {summaries[0]['label']}; a green dot marks the best of a row."
         if several
@@ -219,19 +217,14 @@ def _comparison(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
             " Rates are per second of the whole run, the last answers included: those who carry "
             "the same load are level in them."
         )
-    table = (
-        f'<div class="panel scroll"><table {_columns(len(runs), "figures")}>'
-        f"<caption>{escape(caption)}</caption>"
-        f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    compared = markup.table(_columns(len(runs), "figures"), _labels(summaries), body, caption)
     if not several:
-        return section("Figures", _sent(runs, summaries), table)
+        return section("Figures", _sent(runs, summaries), compared)
     paired, same = _paired(runs, summaries)
     lead = _sent(runs, summaries)
     if same:
         lead += f" Every {noun_of(summaries)} met the same requests."
-    return section("Comparison", lead, table, paired)
+    return section("Comparison", lead, compared, paired)
 
 
 def _columns(num: int, css: str) -> str:
@@ -272,8 +265,6 @@ def _sending(runs: Sequence[RunData]) -> str:
 
 
 def _row(row: ComparisonRow, several: bool) -> str:
-    unit = f' <span class="unit">{escape(row.unit)}</span>' if row.unit else ""
-    digits = _digits(row.key)
     cells = []
     for place, value in enumerate(row.values):
         css = " ".join(
@@ -290,11 +281,9 @@ def _row(row: ComparisonRow, several: bool) -> str:
             shown = times(row.ratios[place]) if place and row.better is not None else ""
             ratio = f'<span class="ratio">{shown}</span>'
         best = '<span class="hidden"> (best)</span>' if place in row.best else ""
-        cells.append(
-            f'<td class="{css}"><span class="value">{escape(number(value, digits))}</span>'
-            f"{best}{ratio}</td>"
-        )
-    return f'<tr><th scope="row">{escape(row.title)}{unit}</th>{"".join(cells)}</tr>'
+        text = escape(number(value, _digits(row.key)))
+        cells.append(f'<td class="{css}"><span class="value">{text}</span>{best}{ratio}</td>')
+    return markup.row(row.title, cells, row.unit)
 
 
 def _paired(runs: Sequence[RunData], summaries: Sequence[Summary]) -> tuple[str, bool]:
@@ -307,30 +296,22 @@ def _paired(runs: Sequence[RunData], summaries: Sequence[Summary]) -> tuple[str,
     shown = [row for row in rows if row.key in _PAIRED and any(row.differences)]
     if not shown:
         return '<p class="small">No paired differences: fewer than 40 common requests.</p>', True
-    head = "".join(
-        f'<th scope="col">{_swatch(place)}{escape(summary["label"])}</th>'
-        for place, summary in enumerate(summaries)
-        if place
-    )
     body = []
     for row in shown:
-        cells = "".join(
+        cells = [
             "<td>\N{EN DASH}</td>"
             if one is None
             else f"<td>{_signed(one.mean)} <span class='unit'>[{_signed(one.low)}, "
             f"{_signed(one.high)}]</span></td>"
             for one in row.differences[1:]
-        )
-        unit = f' <span class="unit">{escape(row.unit)}</span>'
-        body.append(f'<tr><th scope="row">{escape(row.title)}{unit}</th>{cells}</tr>')
-    table = (
-        f'<div class="panel scroll"><table {_columns(len(runs) - 1, "figures paired")}>'
-        f"<caption>Mean difference to {escape(summaries[0]['label'])}, request by request, with "
-        "its 95 % interval; an interval that holds 0 shows no difference.</caption>"
-        f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        ]
+        body.append(markup.row(row.title, cells, row.unit))
+    caption = (
+        f"Mean difference to {summaries[0]['label']}, request by request, with its 95 % interval; "
+        "an interval that holds 0 shows no difference."
     )
-    return table, True
+    look = _columns(len(runs) - 1, "figures paired")
+    return markup.table(look, _labels(summaries, first=1), body, caption), True
 
 
 def _replications(summaries: Sequence[Summary]) -> str:
@@ -346,24 +327,15 @@ def _replications(summaries: Sequence[Summary]) -> str:
             continue
         unit, scale = shown_in(key, usual, [one["mean"] for one in found if one])
         digits = _digits(key)
-        cells = "".join(f"<td>{_over_seeds(scale, digits, one, len(seeds))}</td>" for one in found)
-        shown = f' <span class="unit">{escape(unit)}</span>' if unit else ""
-        body.append(f'<tr><th scope="row">{escape(title)}{shown}</th>{cells}</tr>')
+        cells = [f"<td>{_over_seeds(scale, digits, one, len(seeds))}</td>" for one in found]
+        body.append(markup.row(title, cells, unit))
     words = [one.get("saturation") or () for one in replicated]
-    cells = "".join(f"<td>{escape(_counted_words(said))}</td>" for said in words)
-    body.append(f'<tr><th scope="row">Saturation</th>{cells}</tr>')
-    several = len(summaries) > 1
-    head = "".join(
-        f'<th scope="col">{_swatch(place) if several else ""}{escape(summary["label"])}</th>'
-        for place, summary in enumerate(summaries)
-    )
+    body.append(markup.row("Saturation", [markup.cell(_counted_words(said)) for said in words]))
     return section(
         "Over all seeds",
         f"Means over {seeds_said(seeds)} with their 95 % intervals (Student's t), none where all "
         "are alike. All else on this page is the run of the first.",
-        f'<div class="panel scroll"><table {_columns(len(summaries), "figures paired")}>'
-        f'<thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>",
+        markup.table(_columns(len(summaries), "figures paired"), _labels(summaries), body),
     )
 
 
@@ -413,25 +385,22 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         if entry.get("against"):
             what = f"gain in {what} over {entry['against']}"
         unit = entry.get("unit") or ("x" if entry.get("against") else "")
-        cells = (
-            f'<th scope="row">{escape(what)}</th>'
-            f"<td>{number(entry['published'])} {escape(unit)}</td>"
-            f"<td>{number(own)} {escape(unit)}</td>"
-            f"<td>{number(_ratio(own, entry['published']))}</td>"
-            f"<td>{escape(entry['source'])}</td>"
-            f"<td>{escape(entry.get('why', ''))}</td>"
+        told = (
+            f"{number(entry['published'])} {unit}",
+            f"{number(own)} {unit}",
+            number(_ratio(own, entry["published"])),
+            entry["source"],
+            entry.get("why", ""),
         )
-        rows.append(f"<tr>{cells}</tr>")
+        rows.append(markup.row(what, map(markup.cell, told)))
     if not rows:
         return ""
     ours = runs[0].origin.capitalize()
     titles = ("Figure", "Published", ours, "Ratio", "Source", "Why it differs")
-    head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     return section(
         "Beside the published figures",
         "Nothing is fitted to these figures; they are printed to show where the model stands.",
-        f'<div class="panel scroll"><table class="published"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>",
+        markup.table('class="published"', markup.titles(titles), rows),
     )
 
 
@@ -496,7 +465,6 @@ def _attainment(summaries: Sequence[Summary], drawn: dict[str, Figure]) -> str:
         for summary in judged
         if summary["slo_passed"] is not None
     ]
-    extra = "".join(f"<li>{escape(text)}</li>" for text in verdicts)
     several = any(len(parse_slo(summary["slo"]).limits) > 1 for summary in judged)
     apart = "" if judged_alike(judged) else " Each run is judged by its own limits."
     return section(
@@ -511,38 +479,28 @@ def _attainment(summaries: Sequence[Summary], drawn: dict[str, Figure]) -> str:
             f"{'each limit, and within all of them' if several else 'the limit'}. Refused and "
             f"unfinished requests count as missed.{apart}",
         ),
-        f'<ul class="notes small">{extra}</ul>' if extra else "",
+        markup.notes(verdicts, "notes small"),
     )
 
 
 def _timelines(runs: Sequence[RunData], drawn: dict[str, Figure]) -> str:
     colours = figures.model_colours(runs)
-    several = len(runs) > 1
     # The run in which most is decided says most; it is shown first.
     first = max(range(len(runs)), key=lambda i: (runs[i].decisions.height, -i))
     panes = []
     for place, run in enumerate(runs):
-        if run.timeline.height == 0:
-            panes.append(f'<div id="pane{place}" data-tabs="timeline">No timeline recorded.</div>')
-            continue
-        plot = add_figure(
-            drawn,
-            f"timeline{place}",
-            figures.timeline_figure(run, colours),
-            f"Timeline of {run.label}",
-            _timeline_caption(run),
-        )
-        hidden = "" if place == first else " hidden"
-        panes.append(f'<div id="pane{place}" data-tabs="timeline"{hidden}>{plot}</div>')
-    tabs = ""
-    if several:
-        options = "".join(
-            f'<label><input type="radio" name="timeline" value="pane{place}"'
-            f"{' checked' if place == first else ''}>{_swatch(place)}{escape(run.label)}</label>"
-            for place, run in enumerate(runs)
-        )
-        tabs = f'<fieldset class="tabs"><legend class="hidden">Policy</legend>{options}</fieldset>'
-    return section("Timeline", "What the system did, moment by moment.", tabs, *panes)
+        content = "No timeline recorded."
+        if run.timeline.height > 0:
+            content = add_figure(
+                drawn,
+                f"timeline{place}",
+                figures.timeline_figure(run, colours),
+                f"Timeline of {run.label}",
+                _timeline_caption(run),
+            )
+        panes.append((f"{markup.swatch(place)}{escape(run.label)}", content))
+    tabbed = markup.tabs("timeline", "Policy", panes, first)
+    return section("Timeline", "What the system did, moment by moment.", tabbed)
 
 
 def _timeline_caption(run: RunData) -> str:
@@ -618,10 +576,7 @@ def _decisions(runs: Sequence[RunData]) -> str:
         parts.append(_decision_table(decisions.head(NUM_DECISIONS), run.label))
         rest = decisions.slice(NUM_DECISIONS, MAX_DECISIONS)
         if rest.height:
-            parts.append(
-                f"<details><summary>{rest.height} more</summary>"
-                f"{_decision_table(rest, run.label)}</details>"
-            )
+            parts.append(markup.folded(f"{rest.height} more", _decision_table(rest, run.label)))
         left = count - NUM_DECISIONS - rest.height
         if left > 0:
             parts.append(
@@ -648,23 +603,20 @@ def _decision_table(decisions: pl.DataFrame, label: str) -> str:
             f"<td>{moved}</td><td>{took}</td><td>{escape(row['reason'])}</td></tr>"
         )
     names = ("At", "Replica", "Asked on", "Decision", "Serves", "Exits", "Moved", "Took", "Reason")
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
     return (
         '<div class="scroll"><table class="decisions">'
         f'<caption class="hidden">Decisions of {escape(label)}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<thead><tr>{''.join(markup.titles(names))}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 def _definitions() -> str:
-    items = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(DEFINITIONS[key])}</dd>" for name, key in _DEFINED
-    )
-    items += f"<dt>Saturation</dt><dd>{escape(_SATURATION)}</dd>"
+    defined = [(name, DEFINITIONS[key]) for name, key in _DEFINED]
     return section(
         "Definitions",
         "Tools differ on these; here they mean the following.",
-        f"<dl>{items}</dl>",
+        markup.terms([*defined, ("Saturation", _SATURATION)]),
     )
 
 
@@ -703,14 +655,10 @@ def _provenance(runs: Sequence[RunData]) -> str:
     for run in runs[:1] if shared else runs:
         prefix = "" if shared else f"{run.label}: "
         facts += [(f"{prefix}{name}", text) for name, text in flat_items(run.environment)]
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
-    parts.append(f"<dl>{items}</dl>")
+    parts.append(markup.terms(facts))
     texts: dict[str, list[str]] = {}
     for run in runs:
         texts.setdefault(toml_text(run.scenario), []).append(run.label)
     for text, labels in texts.items():
-        parts.append(
-            f"<details><summary>Scenario of {escape(listed(labels))}</summary>"
-            f"<pre>{escape(text)}</pre></details>"
-        )
+        parts.append(markup.folded(f"Scenario of {listed(labels)}", markup.preformatted(text)))
     return section("Provenance", "What this page was made from.", *parts)

@@ -7,8 +7,9 @@ from html import escape
 from typing import Final
 
 from helios_sim.profile import Profile
+from helios_sim.report import markup
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
-from helios_sim.report.plotting import Figure, policy_colour
+from helios_sim.report.plotting import Figure
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
@@ -252,28 +253,21 @@ def _table(
     `best` are the figures that are marked, by row and column.
     """
     titles, rows = cells
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     body = []
     for place, row in enumerate(rows):
-        mark = ""
-        if swatches and place < drawings.MAX_FLEETS:
-            colour = policy_colour(place).removeprefix("@")
-            mark = f'<span class="swatch" style="background:var(--{colour})"></span>'
+        mark = markup.swatch(place) if swatches and place < drawings.MAX_FLEETS else ""
         named = f"{mark}{escape(row[0])}"
         first = f'<th scope="row" style="white-space:normal;min-width:11rem">{named}</th>'
         rest = "".join(
             f'<td class="best">{escape(value)}<span class="hidden"> (best)</span></td>'
             if (place, column) in best
-            else f"<td>{escape(value)}</td>"
+            else markup.cell(value)
             for column, value in enumerate(row[1:], 1)
         )
         body.append(f"<tr>{first}{rest}</tr>")
     width = 240 + 72 * (len(titles) - 1)
-    return (
-        '<div class="panel scroll"><table class="figures many" style="table-layout:auto;'
-        f'min-width:{width}px"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    look = f'class="figures many" style="table-layout:auto;min-width:{width}px"'
+    return markup.table(look, markup.titles(titles), body)
 
 
 def _ranking(plan: Plan) -> str:
@@ -526,7 +520,4 @@ def _last_samples(tuned: Tuned) -> str:
 
 
 def _scenario(name: str, scenario: Scenario) -> str:
-    return (
-        f"<details><summary>{escape(name)}</summary>"
-        f"<pre>{escape(toml_text(resolved(scenario)))}</pre></details>"
-    )
+    return markup.folded(name, markup.preformatted(toml_text(resolved(scenario))))

@@ -10,6 +10,7 @@ from typing import Any, Final
 from helios_sim.fidelity.charts import error_marks, percent_off, spread_bars
 from helios_sim.fidelity.words import signed_percent, spanned
 from helios_sim.records import flat_items
+from helios_sim.report import markup
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
 from helios_sim.report.plotting import Figure, base_layout, panel, plain_axis
 from helios_sim.wording import listed, number, times
@@ -27,7 +28,7 @@ from reports.fidelity.summary import (
 _BEYOND: Final = ("above", "below", "differs")
 
 
-def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
+def render(results: Mapping[str, Any], remarks: Sequence[str] = ()) -> str:
     """The page of a study, one self-contained file."""
     drawn: dict[str, Figure] = {}
     title = f"Fidelity on {results['device']}"
@@ -41,7 +42,7 @@ def render(results: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
             _causes(results),
             _gains(results),
             _equal_quality(results),
-            notes_section(notes),
+            notes_section(remarks),
             _provenance(results),
         ],
         drawn,
@@ -369,16 +370,13 @@ def _equal_quality(results: Mapping[str, Any]) -> str:
             f"<h3>{escape(group['arrivals'].capitalize())} arrivals, "
             f"{escape(group['texts'])} texts</h3>{_table(titles, rows)}"
         )
-    items = "".join(
-        f"<li>{escape(equal_quality_said(one, results))}</li>" for one in results["equal_quality"]
-    )
     return section(
         "At equal quality",
         "Before anything is served, simulations choose for HELIOS and for one model with exits the "
         f"smallest confidence threshold that keeps perplexity within {BOUND:g} times vanilla's on "
         "the same requests; of several variants the fastest is served for real. In parentheses: "
         "times vanilla's figure.",
-        f'<ul class="notes">{items}</ul>' if items else "",
+        markup.notes([equal_quality_said(one, results) for one in results["equal_quality"]]),
         *tables,
     )
 
@@ -394,30 +392,22 @@ def _provenance(results: Mapping[str, Any]) -> str:
     if anew is not None:
         facts.insert(1, ("simulated anew with", f"{anew['profile']} ({anew['profile_hash'][:12]})"))
         commands.append(anew["command"])
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts)
     return section(
         "Provenance",
         "What this page was made from. Results stand in results.json and results.csv beside it.",
-        "".join(f"<pre>{escape(command)}</pre>" for command in commands),
-        f"<dl>{items}</dl>",
+        *map(markup.preformatted, commands),
+        markup.terms(facts),
     )
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def cells(row: Sequence[str]) -> list[tuple[str, str]]:
-        return list(zip(titles, row, strict=True))[1:]
-
-    head = "".join(f'<th scope="col"{_words(title)}>{escape(title)}</th>' for title in titles)
-    body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td{_words(title)}>{escape(cell)}</td>" for title, cell in cells(row))
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        '<div class="panel scroll"><table class="figures plain">'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    looks = [_words(title) for title in titles]
+    head = [
+        f'<th scope="col"{look}>{escape(title)}</th>'
+        for title, look in zip(titles, looks, strict=True)
+    ]
+    body = [markup.row(first, map(markup.cell, others, looks[1:])) for first, *others in rows]
+    return markup.table('class="figures plain"', head, body)
 
 
 def _words(title: str) -> str:
