@@ -203,7 +203,12 @@ def _fleets(
     place = f"{where}, plan"
     routers = settings.routers or (scenario.fleet.router,)
     for router in routers:
-        check_word(router, get_args(Router), f"{place}.routers", "router")
+        if router not in get_args(Router):
+            raise InputError(
+                f"{router!r} is no router.{did_you_mean(router, get_args(Router))} Allowed are "
+                f"{', '.join(map(repr, get_args(Router)))}.",
+                f"{place}.routers",
+            )
     try:
         policies = choose_policies(scenario, settings.policies)
     except InputError as error:
@@ -259,15 +264,6 @@ def _named(fleets: Sequence[Fleet]) -> list[Fleet]:
         )
         for fleet, mine in zip(fleets, parts, strict=True)
     ]
-
-
-def check_word(word: str, allowed: Sequence[str], where: str, what: str) -> None:
-    """Refuse a word that is not allowed, with the nearest that is."""
-    if word not in allowed:
-        hint = did_you_mean(word, allowed)
-        raise InputError(
-            f"{word!r} is no {what}.{hint} Allowed are {', '.join(map(repr, allowed))}.", where
-        )
 
 
 def fleet_scenario(question: PlanQuestion, fleet: Fleet, num_replicas: int) -> Scenario:

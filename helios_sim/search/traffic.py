@@ -22,7 +22,7 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import expected_serving
 from helios_sim.scenario import EXPECTED_LENGTHS, Scenario, ServingSettings
 from helios_sim.streams import whole_ns
-from helios_sim.traces import TraceSettings, is_drawn, read_trace
+from helios_sim.traces import Trace, TraceSettings, is_drawn, read_trace
 from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
 
 MIN_WINDOW_REQUESTS = 40
@@ -127,10 +127,8 @@ class Traffic:
         They end where a run of the scenario does: with the window of the trace, or with the last
         request that `max_requests`, `num_requests` or `duration_s` leave.
         """
-        settings = self.scenario.workload.trace
-        assert settings is not None
-        plain = settings.model_copy(update={"rate_scale": 1.0, "repeat": 1, "max_requests": None})
-        times = read_trace(plain, self.base_dir, self.scenario.seed).arrival_s
+        settings, trace = self._trace()
+        times = trace.arrival_s
         num = min(len(times), self._num_replayed(settings))
         end_s = float(times[num - 1]) + 1e-6
         if num == len(times) and settings.end_s is not None:
@@ -156,6 +154,13 @@ class Traffic:
             edges_s = whole_ns(settings.start_s + np.array([start_s, end_s]))
             found.append(Stretch(float(edges_s[0]), float(edges_s[1]), inside))
         return tuple(found)
+
+    def _trace(self) -> tuple[TraceSettings, Trace]:
+        """The replayed trace once at its own pace, whole, and its settings in the scenario."""
+        settings = self.scenario.workload.trace
+        assert settings is not None
+        plain = settings.model_copy(update={"rate_scale": 1.0, "repeat": 1, "max_requests": None})
+        return settings, read_trace(plain, self.base_dir, self.scenario.seed)
 
     @property
     def windows(self) -> tuple[Stretch, ...]:
@@ -202,10 +207,7 @@ class Traffic:
             return peak / self.rate_per_s
         if not self.replays:
             return 1.0
-        parts = self.stretches
-        span_s = parts[-1].end_s - parts[0].start_s
-        mean = sum(part.num_requests for part in parts) / span_s
-        return max(part.rate_per_s for part in parts) / mean
+        return max(part.rate_per_s for part in self.stretches) / self._own_rate_per_s
 
     def num_in_run(self, rate_per_s: float) -> int:
         """Requests of the whole scenario at another mean rate, roughly where time ends it."""
@@ -221,10 +223,7 @@ class Traffic:
 
     def mean_lengths(self, num_samples: int | None = None) -> tuple[float, float]:
         """Mean tokens of prompts and answers in the windows of the first samples, or in all."""
-        settings = self.scenario.workload.trace
-        assert settings is not None
-        plain = settings.model_copy(update={"rate_scale": 1.0, "repeat": 1, "max_requests": None})
-        trace = read_trace(plain, self.base_dir, self.scenario.seed)
+        settings, trace = self._trace()
         at_s = settings.start_s + trace.arrival_s
         inside = np.zeros(len(at_s), dtype=bool)
         for part in self.windows[:num_samples]:
@@ -246,10 +245,7 @@ class Traffic:
         workload = self.scenario.workload
         if self.replays:
             assert workload.trace is not None
-            parts = self.stretches
-            span_s = parts[-1].end_s - parts[0].start_s
-            own = sum(part.num_requests for part in parts) / span_s
-            return own * workload.trace.rate_scale
+            return self._own_rate_per_s * workload.trace.rate_scale
         given = getattr(workload.arrivals, "rate_per_s", None)
         if given is not None:
             return float(given)
@@ -260,6 +256,13 @@ class Traffic:
             return mean_rate_per_s(arrivals, workload.num_requests, workload.duration_s)
         except InputError as error:
             raise InputError(error.message, f"{self.where}, {error.where}") from error
+
+    @property
+    def _own_rate_per_s(self) -> float:
+        """Requests per second of a replayed trace at its own pace, over all windows."""
+        parts = self.stretches
+        span_s = parts[-1].end_s - parts[0].start_s
+        return sum(part.num_requests for part in parts) / span_s
 
     def sample_s(self, rate_per_s: float, num_replicas: int = 1) -> float:
         """How long the shortest sample lasts at a rate, from its first arrival to its last."""
