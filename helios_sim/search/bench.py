@@ -12,7 +12,7 @@ from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy
 from helios_sim.scenario import Scenario
 from helios_sim.search.bottleneck import Bottleneck, find_bottleneck
-from helios_sim.search.capacity import Capacity, FleetSize, find_capacity, find_fleet
+from helios_sim.search.capacity import Capacity, find_capacity, find_fleet
 from helios_sim.search.fleets import Fleet, PlanQuestion, fleet_scenario
 from helios_sim.search.goals import Broken
 from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
@@ -82,18 +82,18 @@ class Load:
 class FleetAnswer:
     """What was found for one fleet; `refusal` says why it cannot serve at all.
 
-    `capacity` is that of `capacity_replicas` replicas. With a target, `size` is the smallest
-    number that carries it and `planned` what that number does at the target; without one
-    `planned` is the load at the capacity. `loads` are all that was measured. `figures` are of a
-    run of the planned scenario, or means over samples where `is_one_run` is False, in which
-    `models` served; `broken` are the constraints that they break.
+    `capacity` is that of `capacity_replicas` replicas. With a target, `planned` is what the
+    smallest number that carries it does at the target, and `is_too_small` says that there is none;
+    without one `planned` is the load at the capacity. `loads` are all that was measured. `figures`
+    are of a run of the planned scenario, or means over samples where `is_one_run` is False, in
+    which `models` served; `broken` are the constraints that they break.
     """
 
     fleet: Fleet
     capacity_replicas: int
     capacity: Capacity | None = None
     bottleneck: Bottleneck | None = None
-    size: FleetSize | None = None
+    is_too_small: bool = False
     planned: Load | None = None
     loads: tuple[Load, ...] = ()
     refusal: InputError | None = None
@@ -179,15 +179,12 @@ class _Bench:
         if known is not None and (known.longer >= longer or known.verdict.surely_missed):
             return known
         settings = self.question.settings
-        scenario = fleet_scenario(self.question, self.fleet, num_replicas)
         figures: list[Figures] = [] if known is None else self.figures[key]
         lengthened = 1 if known is None else known.lengthened
         for upto in (settings.replications, settings.max_replications):
             while True:
-                points = [
-                    self._point(scenario, index, rate_per_s, num_replicas, lengthened)
-                    for index in range(len(figures), upto)
-                ]
+                indices = range(len(figures), upto)
+                points = self._samples(num_replicas, rate_per_s, indices, lengthened)
                 if points:
                     figures = figures + figures_of((yield points))
                 verdict = judge(
@@ -246,17 +243,25 @@ class _Bench:
         measured = (1.0 - self.question.traffic.warmup_share) * num_requests
         return rounds_in_sample(measured, num_replicas, self.reassess_requests)
 
-    def _point(
+    def _samples(
         self,
-        scenario: Scenario,
-        index: int,
-        rate: float,
         num_replicas: int,
+        rate_per_s: float,
+        indices: Sequence[int],
         lengthened: int,
-        limits: str | None = None,
-    ) -> Point:
-        sample = self.question.traffic.sample(scenario, index, rate, num_replicas, lengthened)
-        return point_of(sample, self.question.base_dir, limits or str(self.question.slo))
+        limits: str = "",
+    ) -> list[Point]:
+        """So many replicas on samples of the traffic, judged by the SLO unless by other limits."""
+        question = self.question
+        scenario = fleet_scenario(question, self.fleet, num_replicas)
+        return [
+            point_of(
+                question.traffic.sample(scenario, index, rate_per_s, num_replicas, lengthened),
+                question.base_dir,
+                limits or str(question.slo),
+            )
+            for index in indices
+        ]
 
     def capacity(
         self, num_replicas: int, start_per_s: float
@@ -304,7 +309,7 @@ class _Bench:
 
     def size(
         self, guess: int, rate_per_s: float
-    ) -> Generator[Sequence[Point], list[Outcome], FleetSize]:
+    ) -> Generator[Sequence[Point], list[Outcome], int | None]:
         """The smallest number of replicas that carries a rate, as longer samples say too."""
         longer = 1
         while True:
@@ -312,13 +317,12 @@ class _Bench:
                 find_fleet(guess, self.question.settings.max_replicas),
                 partial(self.measure, rate_per_s=rate_per_s, longer=longer),
             )
-            if found.num_replicas is None:
-                return found
-            longer, guess = LONGER * longer, found.num_replicas
+            if found is None:
+                return None
+            longer, guess = LONGER * longer, found
             holds = yield from self._holds(guess, rate_per_s, longer, surely=True)
             if holds:
-                verdicts = {num: self.loads[num, rate_per_s].verdict for num in found.verdicts}
-                return replace(found, verdicts=verdicts)
+                return found
             for key in [key for key in self.loads if key[1] == rate_per_s]:
                 self._forget(key, longer)
 
@@ -338,38 +342,28 @@ class _Bench:
             scenario = planned_scenario(question, self.fleet, planned)
             points = [point_of(scenario, question.base_dir, limits)]
         else:
-            scenario = fleet_scenario(question, self.fleet, planned.num_replicas)
-            points = [
-                self._point(
-                    scenario,
-                    index,
-                    planned.rate_per_s,
-                    planned.num_replicas,
-                    planned.lengthened,
-                    limits,
-                )
-                for index in range(question.settings.replications)
-            ]
+            indices = range(question.settings.replications)
+            points = self._samples(
+                planned.num_replicas, planned.rate_per_s, indices, planned.lengthened, limits
+            )
         return figures_of((yield points))
 
     def bottleneck(self, num_replicas: int, capacity: Capacity) -> Bottleneck | None:
         """What gives way at the first rate that is missed."""
         if capacity.outcome == "all carried":
             return None
-        at = num_replicas, capacity.first_missed.rate_per_s
-        summaries = [one["summary"] for one in self.figures[at]]
-        late = capacity.first_missed.verdict.worst.limit.split(":")[0].split("<")[0] in (
-            "tpot",
-            "itl",
-        )
-        limits = [str(limit) for limit in self.question.slo.limits]
+        figures = self.figures[num_replicas, capacity.first_missed.rate_per_s]
         missed = capacity.first_missed.verdict.worst.limit
-        late_while = [
-            one["judged"][limits.index(missed)]["late_while"]
-            for one in self.figures[at]
-            if missed in limits
-        ]
-        return find_bottleneck(summaries, self.question.scenario.serving, late, late_while)
+        limits = {str(limit): place for place, limit in enumerate(self.question.slo.limits)}
+        place = limits.get(missed)
+        return find_bottleneck(
+            [one["summary"] for one in figures],
+            self.question.scenario.serving,
+            tokens_are_late=missed.startswith(("tpot", "itl")),
+            late_while=[]
+            if place is None
+            else [one["judged"][place]["late_while"] for one in figures],
+        )
 
 
 def _follow(
@@ -408,10 +402,8 @@ def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
         elif capacity.rate_per_s > 0.0:
             guess = math.ceil(target / capacity.rate_per_s)
             size = yield from bench.size(guess, target)
-            answer = replace(answer, size=size)
-            if size.num_replicas is not None:
-                planned = bench.loads[size.num_replicas, target]
-                answer = replace(answer, planned=planned)
+            sized = None if size is None else bench.loads[size, target]
+            answer = replace(answer, planned=sized, is_too_small=size is None)
         if answer.planned is not None:
             served = yield from bench.as_served(answer.planned)
             answer = replace(

@@ -145,26 +145,18 @@ def _round(rate: float) -> float:
     return float(f"{rate:.4g}")
 
 
-@dataclass(frozen=True)
-class FleetSize:
-    """The fewest replicas that surely carry a rate; None where not even the most do."""
-
-    num_replicas: int | None
-    verdicts: dict[int, Verdict]
-
-
-def find_fleet(guess: int, most: int) -> Generator[int, Verdict, FleetSize]:
+def find_fleet(guess: int, most: int) -> Generator[int, Verdict, int | None]:
     """The smallest surely carried number near a guess: downwards while carried, else upwards.
 
-    More replicas are taken never to carry less, so that one carried above one missed is the
-    answer. Steps double while nothing is bracketed.
+    None where not even the most replicas surely carry it. More replicas are taken never to carry
+    less, so that one carried above one missed is the answer. Steps double while nothing is
+    bracketed.
     """
-    known: dict[int, Verdict] = {}
     low, high = 0, most + 1
     at, step = max(1, min(guess, most)), 1
     while high - low > 1:
-        known[at] = yield at
-        if known[at].surely_carried:
+        verdict = yield at
+        if verdict.surely_carried:
             high = at
         else:
             low = at
@@ -174,4 +166,4 @@ def find_fleet(guess: int, most: int) -> Generator[int, Verdict, FleetSize]:
             at, step = min(most, at + step), 2 * step
         else:
             at = (low + high) // 2
-    return FleetSize(high if high <= most else None, known)
+    return high if high <= most else None

@@ -65,7 +65,7 @@ def fleet_rows(plan: Plan, brief: bool = False) -> Cells:
         if target:
             planned = answer.planned
             most = f">{question.settings.max_replicas}"
-            unknown = most if answer.size is not None else _DASH
+            unknown = most if answer.is_too_small else _DASH
             if brief:
                 row += [str(answer.num_gpus) if planned else unknown]
             else:
