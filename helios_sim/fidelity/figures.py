@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Final, Literal
 
@@ -21,7 +21,6 @@ Value = float | str | None
 Verdict = Literal["within", "above", "below", "same", "differs", "unknown", "not measured"]
 
 _LATENCIES: Final = (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "E2E"))
-_STATISTICS: Final = (("mean", "mean"), ("p50", "p50"), ("p90", "p90"), ("p99", "p99"))
 
 COMPARED: Final[tuple[tuple[str, str, str, str], ...]] = (
     ("output_throughput", "Output tokens", "tokens/s", "Load"),
@@ -31,9 +30,9 @@ COMPARED: Final[tuple[tuple[str, str, str, str], ...]] = (
     ("duration", "Duration", "s", "Load"),
     ("saturation", "Saturation", "", "Load"),
     *(
-        (f"{statistic}_{name}_ms", f"{title}, {told}", "ms", "Latency")
+        (f"{statistic}_{name}_ms", f"{title}, {statistic}", "ms", "Latency")
         for name, title in _LATENCIES
-        for statistic, told in _STATISTICS
+        for statistic in ("mean", "p50", "p90", "p99")
     ),
     ("mean_batch_size", "Batch size, mean", "", "Memory and batching"),
     ("max_batch_size", "Batch size, most", "", "Memory and batching"),
@@ -74,12 +73,12 @@ class FigureRow:
     group: str
     real: tuple[Value, ...]
     simulated: Value
-    median: float | None
-    low: float | None
-    high: float | None
-    error: float | None
-    error_in_spreads: float | None
-    verdict: Verdict
+    median: float | None = None
+    low: float | None = None
+    high: float | None = None
+    error: float | None = None
+    error_in_spreads: float | None = None
+    verdict: Verdict = "not measured"
 
 
 @dataclass(frozen=True)
@@ -133,30 +132,24 @@ def figure_row(
     key: str, title: str, unit: str, group: str, real: tuple[Value, ...], ours: Value
 ) -> FigureRow:
     """One figure of the real side's repeats and of the simulated side."""
+    row = FigureRow(key, title, unit, group, real, ours)
     texts = [value for value in real if isinstance(value, str)]
     if texts or isinstance(ours, str):
-        verdict: Verdict = "same" if ours in texts else "differs"
-        return FigureRow(key, title, unit, group, real, ours, None, None, None, None, None, verdict)
+        return replace(row, verdict="same" if ours in texts else "differs")
     known = [float(value) for value in real if value is not None]
     median = float(np.median(known)) if known else None
     if median is None or ours is None:
-        return FigureRow(
-            key, title, unit, group, real, ours, median, None, None, None, None, "not measured"
-        )
-    error = relative_error(ours, median)
+        return replace(row, median=median)
+    row = replace(row, median=median, error=relative_error(ours, median), verdict="unknown")
     if len(known) < 2:
-        return FigureRow(
-            key, title, unit, group, real, ours, median, None, None, error, None, "unknown"
-        )
+        return row
     double = 2.0 * float(np.std(known, ddof=1))
     low, high = min(min(known), median - double), max(max(known), median + double)
     slack = _EQUAL * max(abs(low), abs(high))
-    verdict = "below" if ours < low - slack else "above" if ours > high + slack else "within"
+    side: Verdict = "below" if ours < low - slack else "above" if ours > high + slack else "within"
     half = (high - low) / 2
-    spreads = abs(ours - median) / half if half > slack else (0.0 if verdict == "within" else None)
-    return FigureRow(
-        key, title, unit, group, real, ours, median, low, high, error, spreads, verdict
-    )
+    spreads = abs(ours - median) / half if half > slack else (0.0 if side == "within" else None)
+    return replace(row, low=low, high=high, error_in_spreads=spreads, verdict=side)
 
 
 def per_request(side: Side) -> dict[str, Floats]:
