@@ -214,7 +214,7 @@ def whatif(
             },
         )
     headline = whatif_answer(cells, num)[0]
-    if all(cell.means is None for cell in cells):
+    if not any(cell.can_be for cell in cells):
         raise InputError(f"{headline} {cells[0].why}\nPage: {out / REPORT_FILE}", str(path))
     sentences = [headline, *whatif_remarks(scenario, cells, num, profiles)]
     return Output(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)

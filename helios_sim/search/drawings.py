@@ -27,10 +27,11 @@ from helios_sim.report.plotting import (
     top_legend,
 )
 from helios_sim.search.bench import FleetAnswer, Load
+from helios_sim.search.goals import limit_words
+from helios_sim.search.means import gpu_rate, joules, user_rate
 from helios_sim.search.plan import Hour
-from helios_sim.search.tune import Sensitivity, Trial, Tuned
+from helios_sim.search.tune import Sensitivity, Trial, Tuned, mean_at, reached_at, score_at
 from helios_sim.search.whatif import Cell, short_names
-from helios_sim.slo import SloLimit
 
 MAX_LABELS: Final = 12
 """Cells whose marks have their names beside them: those of more would cover one another."""
@@ -41,24 +42,6 @@ MAX_FLEETS: Final = 8
 
 Pair: TypeAlias = tuple[float | None, float | None]
 """Where a mark stands; nowhere where a part of it is None."""
-
-
-def user_rate(means: Any) -> float | None:
-    """Tokens per second that one user sees."""
-    tpot = means.get("mean_tpot_ms")
-    return None if not tpot else 1e3 / tpot
-
-
-def gpu_rate(means: Any) -> float | None:
-    """Tokens per second of one device."""
-    tokens, gpus = means.get("output_throughput"), means.get("num_gpus")
-    return None if tokens is None or not gpus else tokens / gpus
-
-
-def joules(means: Any) -> float | None:
-    """Joules per output token."""
-    value = means.get("energy_per_output_token")
-    return None if value is None else 1e-3 * value
 
 
 def attainment_figure(answers: Sequence[FleetAnswer], target_per_s: float | None) -> Figure:
@@ -120,12 +103,6 @@ def _at_capacity(answer: FleetAnswer) -> list[Load]:
 def _label(answer: FleetAnswer) -> str:
     text, replicas = answer.fleet.name, answer.capacity_replicas
     return text if replicas == 1 else f"{replicas} \N{MULTIPLICATION SIGN} {text}"
-
-
-def limit_words(limit: SloLimit) -> str:
-    """A latency limit's figure: 'TPOT p90', and of one that holds for each request the worst."""
-    at = "max" if limit.percentile is None else f"p{limit.percentile:g}"
-    return f"{limit.metric.upper()} {at}"
 
 
 def _logarithmic_if_wide(values: Sequence[float | None]) -> Figure:
@@ -272,23 +249,15 @@ def against_energy(tuned: Tuned) -> Against:
     judge = tuned.question.judge
     for place, goal in enumerate(judge.goals):
         if goal.name != "energy":
-            return Against(goal.name, goal.unit, _score(place))
+            return Against(goal.name, goal.unit, score_at(place))
     limits = judge.constraints.slo.limits if judge.constraints.slo else ()
     if limits:
         bound = 1e3 * limits[0].limit_s
-        return Against(limit_words(limits[0]), "ms", _reached(0), bound)
+        return Against(limit_words(limits[0]), "ms", reached_at(0), bound)
     for place, one in enumerate(judge.constraints.bounds):
         if one.goal.name != "energy":
-            return Against(one.goal.name, one.goal.unit, _reached(place), one.limit)
-    return Against("throughput", "tokens/s", lambda one: (one.means or {}).get("output_throughput"))
-
-
-def _score(place: int) -> Callable[[Trial], float | None]:
-    return lambda trial: None if trial.scores is None else trial.scores[place]
-
-
-def _reached(place: int) -> Callable[[Trial], float | None]:
-    return lambda trial: trial.reached[place] if place < len(trial.reached) else None
+            return Against(one.goal.name, one.goal.unit, reached_at(place), one.limit)
+    return Against("throughput", "tokens/s", mean_at("output_throughput"))
 
 
 def tune_frontiers(tuned: Tuned) -> Figure:
@@ -308,7 +277,7 @@ def tune_frontiers(tuned: Tuned) -> Figure:
         groups.append(("winner", "@c3", "star", 15, [tuned.winner]))
     data: list[Figure] = []
     for name, colour, symbol, size, members in groups:
-        known = [one for one in members if one.means is not None and one.scores is not None]
+        known = [one for one in members if one.scores is not None]
         by_energy = [(joules(one.means), against.value(one)) for one in known]
         by_user = [(user_rate(one.means), gpu_rate(one.means)) for one in known]
         told = {
@@ -415,12 +384,12 @@ def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Fi
 
 def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
     """The cells of a grid by energy and throughput, and by tokens per user and per device."""
-    known = [cell for cell in cells if cell.means is not None]
+    known = [cell for cell in cells if cell.can_be]
     labels = short_names(known)
     policies = list(dict.fromkeys(cell.policy for cell in known))
     data: list[Figure] = []
     points = (
-        [(joules(one.means), (one.means or {}).get("output_throughput")) for one in known],
+        [(joules(one.means), one.means.get("output_throughput")) for one in known],
         [(user_rate(one.means), gpu_rate(one.means)) for one in known],
     )
     for place, policy in enumerate(policies):

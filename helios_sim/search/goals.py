@@ -14,7 +14,7 @@ from helios_sim.errors import InputError, did_you_mean
 from helios_sim.metrics import LATENCIES, PERCENTILES
 from helios_sim.search.points import Figures
 from helios_sim.search.prices import Prices, cost_of
-from helios_sim.slo import SloSpec, parse_slo
+from helios_sim.slo import SloLimit, SloSpec, parse_slo
 from helios_sim.wording import number
 
 
@@ -230,6 +230,10 @@ class Judge:
         value = summary[goal.key]
         return None if value is None else goal.scale * float(value)
 
+    def costs(self, scores: Sequence[float]) -> tuple[float, ...]:
+        """Values of the objectives as numbers of which less is better."""
+        return tuple(goal.cost(score) for goal, score in zip(self.goals, scores, strict=True))
+
     def scores(self, figures: Sequence[Figures]) -> tuple[float | None, ...]:
         """One value an objective."""
         return tuple(self.value(goal, figures) for goal in self.goals)
@@ -264,6 +268,12 @@ class Judge:
             if over > _ROUNDING * bound.limit:
                 found.append(Broken(str(bound), value, over / bound.limit))
         return tuple(sorted(found, key=lambda one: -one.violation))
+
+
+def limit_words(limit: SloLimit) -> str:
+    """A latency limit's figure: 'TPOT p90', and of one that holds for each request the worst."""
+    at = "max" if limit.percentile is None else f"p{limit.percentile:g}"
+    return f"{limit.metric.upper()} {at}"
 
 
 def in_words(broken: Broken) -> str:

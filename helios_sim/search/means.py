@@ -11,6 +11,24 @@ Means = dict[str, float | None]
 """Plain figures of a summary, by key; None where one of the samples has none."""
 
 
+def user_rate(means: Means) -> float | None:
+    """Tokens per second that one user sees."""
+    tpot = means.get("mean_tpot_ms")
+    return None if not tpot else 1e3 / tpot
+
+
+def gpu_rate(means: Means) -> float | None:
+    """Tokens per second of one device."""
+    tokens, gpus = means.get("output_throughput"), means.get("num_gpus")
+    return None if tokens is None or not gpus else tokens / gpus
+
+
+def joules(means: Means) -> float | None:
+    """Joules per output token."""
+    value = means.get("energy_per_output_token")
+    return None if value is None else 1e-3 * value
+
+
 def mean_figures(figures: Sequence[Figures]) -> Means:
     """The mean over replications of every plain figure; None where one of them has none."""
     summaries = [one["summary"] for one in figures]

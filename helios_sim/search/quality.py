@@ -17,7 +17,7 @@ from helios_sim.wording import number
 CLEARLY: Final = 1.02
 """How many times another's a perplexity has to be to count as worse."""
 
-Side = tuple[Sequence[str], Means | None]
+Side = tuple[Sequence[str], Means]
 """Models that served, and the figures of those runs."""
 
 
@@ -39,7 +39,7 @@ def perplexities(
         (one for one in own if len(one) == 1 and all(shared.count(name) > 1 for name in one)), None
     )
     return [
-        None if chosen is None or mine != chosen or means is None else means.get("perplexity")
+        None if chosen is None or mine != chosen else means.get("perplexity")
         for mine, (_, means) in zip(own, sides, strict=True)
     ]
 

@@ -10,13 +10,12 @@ from rich.text import Text
 
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.search.bench import FleetAnswer, Load
-from helios_sim.search.drawings import gpu_rate, joules, limit_words, user_rate
-from helios_sim.search.goals import in_words
-from helios_sim.search.means import Means
+from helios_sim.search.goals import in_words, limit_words
+from helios_sim.search.means import Means, gpu_rate, joules, user_rate
 from helios_sim.search.pareto import front
 from helios_sim.search.plan import Plan
 from helios_sim.search.quality import fleet_perplexities, trial_perplexities
-from helios_sim.search.tune import Trial, Tuned, by_violation
+from helios_sim.search.tune import Trial, Tuned, by_violation, mean_at, reached_at, score_at
 from helios_sim.search.whatif import Cell, compared_by, leaders, short_keys
 from helios_sim.search.words import bracket
 from helios_sim.terminal import FittedTable
@@ -145,12 +144,12 @@ def trial_rows(tuned: Tuned, most: int = 10, with_settings: bool = False) -> Cel
         rows.append(
             [
                 f"{trial.number}" if trial.number >= 0 else "as it stands",
-                *(figure(trial) for _, figure in columns),
+                *(_told(value(trial), scale, digits) for _, value, scale, digits in columns),
                 *("default" if one is None else _setting(one) for one in own),
                 "; ".join(in_words(one) for one in trial.broken) or "nothing",
             ]
         )
-    return ["Trial", *(title for title, _ in columns), *keys, "breaks"], rows
+    return ["Trial", *(title for title, *_ in columns), *keys, "breaks"], rows
 
 
 def _setting(value: Any) -> str:
@@ -158,43 +157,30 @@ def _setting(value: Any) -> str:
     return number(value, 4) if isinstance(value, float) else str(value)
 
 
-Column: TypeAlias = tuple[str, Callable[[Trial], str]]
+def _told(value: float | None, scale: float, digits: int) -> str:
+    return number(None if value is None else scale * value, digits)
+
+
+Column: TypeAlias = tuple[str, Callable[[Trial], float | None], float, int]
+"""A title, a trial's figure, the factor to the unit of the title, and digits."""
 
 
 def _figure_columns(tuned: Tuned) -> list[Column]:
     """Objectives, what the constraints bound, and the main figures that neither has named."""
     judge = tuned.question.judge
     found: list[Column] = []
-
-    def score(place: int) -> Callable[[Trial], str]:
-        return lambda trial: number(None if trial.scores is None else trial.scores[place], 4)
-
-    def bounded(place: int, scale: float) -> Callable[[Trial], str]:
-        def shown(trial: Trial) -> str:
-            value = trial.reached[place] if place < len(trial.reached) else None
-            return number(None if value is None else scale * value)
-
-        return shown
-
-    def mean(key: str, scale: float) -> Callable[[Trial], str]:
-        def shown(trial: Trial) -> str:
-            value = (trial.means or {}).get(key)
-            return number(None if value is None else scale * value)
-
-        return shown
-
     for place, goal in enumerate(judge.goals):
-        found.append((f"{goal.name} {goal.unit}".strip(), score(place)))
+        found.append((f"{goal.name} {goal.unit}".strip(), score_at(place), 1.0, 4))
     limits = judge.constraints.slo.limits if judge.constraints.slo else ()
     for place, limit in enumerate(limits):
-        found.append((f"{limit_words(limit)} ms", bounded(place, 1.0)))
+        found.append((f"{limit_words(limit)} ms", reached_at(place), 1.0, 3))
     for place, bound in enumerate(judge.constraints.bounds, len(limits)):
         if bound.goal in judge.goals:
             continue
+        title, scale = f"{bound.goal.name} {bound.goal.unit}".strip(), 1.0
         if bound.goal.name == "agreement":
-            found.append(("agree %", bounded(place, 100.0)))
-        else:
-            found.append((f"{bound.goal.name} {bound.goal.unit}".strip(), bounded(place, 1.0)))
+            title, scale = "agree %", 100.0
+        found.append((title, reached_at(place), scale, 3))
     named = {goal.name.partition(":")[0] for goal in judge.goals}
     named |= {limit.metric for limit in limits}
     named |= {bound.goal.name for bound in judge.constraints.bounds}
@@ -204,10 +190,12 @@ def _figure_columns(tuned: Tuned) -> list[Column]:
         ("ttft", "TTFT p99 ms", "p99_ttft_ms", 1.0),
         ("tpot", "TPOT p99 ms", "p99_tpot_ms", 1.0),
     )
-    found += [(title, mean(key, scale)) for name, title, key, scale in others if name not in named]
+    found += [
+        (title, mean_at(key), scale, 3) for name, title, key, scale in others if name not in named
+    ]
     perplexities = trial_perplexities(tuned)
     if "perplexity" not in named and any(one is not None for one in perplexities.values()):
-        found.append(("perplexity", lambda trial: number(perplexities[trial.number], 4)))
+        found.append(("perplexity", lambda trial: perplexities[trial.number], 1.0, 4))
     return found
 
 
@@ -232,7 +220,7 @@ def finalist_rows(tuned: Tuned) -> Cells:
 def whatif_rows(cells: Sequence[Cell]) -> Cells:
     """A grid side by side: settings, policy, main figures."""
     keys = list(dict.fromkeys(key for cell in cells for key in cell.values))
-    has_slo = any((cell.means or {}).get("slo_attainment") is not None for cell in cells)
+    has_slo = any(cell.means.get("slo_attainment") is not None for cell in cells)
     titles = ["Policy", *short_keys(keys).values(), "tok/s"]
     if has_slo:
         titles += ["goodput req/s", "SLO met %"]
@@ -240,7 +228,7 @@ def whatif_rows(cells: Sequence[Cell]) -> Cells:
     rows = []
     for cell in cells:
         row = [cell.policy, *(str(cell.values.get(key, _DASH)) for key in keys)]
-        if cell.means is None:
+        if not cell.can_be:
             rows.append([*row, *[_DASH] * (len(titles) - len(row) - 1), "cannot be"])
             continue
         means = cell.means
@@ -272,7 +260,7 @@ _COLUMNS = {
 def whatif_best(cells: Sequence[Cell]) -> set[tuple[int, int]]:
     """Rows and columns of the best main figures, where not all cells are level."""
     titles, _ = whatif_rows(cells)
-    num_able = sum(cell.means is not None for cell in cells)
+    num_able = sum(cell.can_be for cell in cells)
     found: set[tuple[int, int]] = set()
     for goal in compared_by(cells):
         places, title = leaders(cells, goal), _COLUMNS[goal.name]
@@ -396,9 +384,9 @@ def _trial_record(tuned: Tuned, trial: Trial) -> dict[str, Any]:
         "broken": "; ".join(in_words(one) for one in trial.broken),
         "why_impossible": trial.why,
         **{f"setting {key}": value for key, value in (trial.values or own).items()},
-        "tokens_per_s_per_user": user_rate(trial.means or {}),
-        "tokens_per_s_per_gpu": gpu_rate(trial.means or {}),
-        **_figures(trial.means or {}),
+        "tokens_per_s_per_user": user_rate(trial.means),
+        "tokens_per_s_per_gpu": gpu_rate(trial.means),
+        **_figures(trial.means),
     }
 
 
@@ -408,14 +396,9 @@ def tune_front(tuned: Tuned) -> Rows:
     feasible = [one for one in tuned.trials if one.is_feasible and one.scores is not None]
     costs = []
     for trial in feasible:
-        scores = trial.scores or ()
-        energy = joules(trial.means or {})
-        costs.append(
-            (
-                *(goal.cost(score) for goal, score in zip(goals, scores, strict=True)),
-                math.inf if energy is None else energy,
-            )
-        )
+        energy = joules(trial.means)
+        own = tuned.question.judge.costs(trial.scores or ())
+        costs.append((*own, math.inf if energy is None else energy))
     shown = ["trial", *(goal.name for goal in goals), "energy_per_output_token", "agreement"]
     rows = []
     for place in front(costs):
@@ -433,9 +416,9 @@ def cell_records(cells: Sequence[Cell]) -> Rows:
             **{f"setting {key}": value for key, value in cell.values.items()},
             "saturation": cell.saturation,
             "why_impossible": cell.why,
-            "tokens_per_s_per_user": user_rate(cell.means or {}),
-            "tokens_per_s_per_gpu": gpu_rate(cell.means or {}),
-            **_figures(cell.means or {}),
+            "tokens_per_s_per_user": user_rate(cell.means),
+            "tokens_per_s_per_gpu": gpu_rate(cell.means),
+            **_figures(cell.means),
         }
         for cell in cells
     ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, Final, Literal
 
 from helios_sim.errors import InputError
@@ -32,7 +32,7 @@ from helios_sim.search.samplers import Sampler, Values, importances, make_sample
 from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic, at_rate, rounds_in_sample
-from helios_sim.search.verdict import t_quantile
+from helios_sim.search.verdict import half_width
 from helios_sim.wording import listed
 
 State = Literal["full", "stopped", "impossible"]
@@ -69,7 +69,7 @@ class Trial:
     first: First | None = None
     scores: tuple[float, ...] | None = None
     broken: tuple[Broken, ...] = ()
-    means: Means | None = None
+    means: Means = field(default_factory=dict)
     why: str = ""
     beyond: tuple[str, ...] = ()
     reached: tuple[float | None, ...] = ()
@@ -504,9 +504,19 @@ def _known(scores: Sequence[float | None]) -> tuple[float, ...] | None:
     return known if len(known) == len(scores) else None
 
 
-def _costs(judge: Judge, trial: Trial) -> tuple[float, ...]:
-    assert trial.scores is not None
-    return tuple(goal.cost(score) for goal, score in zip(judge.goals, trial.scores, strict=True))
+def score_at(place: int) -> Callable[[Trial], float | None]:
+    """What reads a trial's value of an objective."""
+    return lambda trial: None if trial.scores is None else trial.scores[place]
+
+
+def mean_at(key: str) -> Callable[[Trial], float | None]:
+    """What reads a plain figure of a trial."""
+    return lambda trial: trial.means.get(key)
+
+
+def reached_at(place: int) -> Callable[[Trial], float | None]:
+    """What reads what a trial reached of the figure that a constraint bounds."""
+    return lambda trial: trial.reached[place] if place < len(trial.reached) else None
 
 
 def _promising(
@@ -524,10 +534,7 @@ def _promising(
     ]
     others = [(one.number, one.first) for one in before if one.first is not None]
     everyone = [*((number, first) for _, number, first in mine), *others[-RANKED_TRIALS:]]
-    costs = [
-        tuple(goal.cost(score) for goal, score in zip(judge.goals, first.scores, strict=True))
-        for _, first in everyone
-    ]
+    costs = [judge.costs(first.scores) for _, first in everyone]
     # Of equals the earlier trial ranks first: a tie is no reason to spend runs on a later one.
     keys = [
         (first.violation, rank, number)
@@ -546,11 +553,11 @@ def _best(judge: Judge, feasible: Sequence[Trial], most: int) -> list[Trial]:
     different: list[Trial] = []
     seen: set[tuple[Any, ...]] = set()
     for trial in feasible:
-        figures = tuple(sorted((trial.means or {}).items()))
+        figures = tuple(sorted(trial.means.items()))
         if figures not in seen:
             seen.add(figures)
             different.append(trial)
-    places = best_first([_costs(judge, one) for one in different], most)
+    places = best_first([judge.costs(one.scores or ()) for one in different], most)
     return [different[place] for place in places]
 
 
@@ -581,11 +588,7 @@ def _chosen(judge: Judge, finalists: Sequence[Finalist]) -> Finalist:
     kept = [one for one in finalists if one.keeps]
     if not kept:
         return min(finalists, key=lambda one: one.violation)
-    costs = [
-        tuple(goal.cost(score) for goal, score in zip(judge.goals, one.scores or (), strict=True))
-        for one in kept
-    ]
-    return kept[best_first(costs, 1)[0]]
+    return kept[best_first([judge.costs(one.scores or ()) for one in kept], 1)[0]]
 
 
 def _hold_out(
@@ -633,10 +636,7 @@ def _paired(
 
 def _interval(values: Sequence[float]) -> Interval:
     """Mean and 95 % interval; no width is known of one value alone."""
-    mean = fmean(values)
-    if len(values) < 2:
-        return mean, -math.inf, math.inf
-    half = t_quantile(len(values) - 1, 0.975) * stdev(values) / math.sqrt(len(values))
+    mean, half = fmean(values), half_width(values, 0.975) if len(values) > 1 else math.inf
     return mean, mean - half, mean + half
 
 
@@ -711,7 +711,6 @@ def _rounds(question: TuneQuestion, values: Values, met: Trial) -> float:
         # The value goes together with others alone.
         return math.inf
     made = make_policy(policy.use, policy.options, search_path=question.base_dir)
-    assert met.means is not None
     measured, num_replicas = met.means["num_measured"], met.means["num_replicas"]
     assert measured is not None and num_replicas is not None
     return rounds_in_sample(measured, num_replicas, made.watching.reassess_requests)

@@ -114,14 +114,20 @@ def criterion(
 ) -> Criterion:
     """A criterion from one share a replication, bounded on either side by Student's t."""
     mean = fmean(values)
-    half = 0.0
-    if len(values) > 1:
-        half = t_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values))
+    half = half_width(values, confidence) if len(values) > 1 else 0.0
     return Criterion(name, mean, mean - half, mean + half, target, value_ms, limit_ms, limit)
 
 
+def half_width(values: Sequence[float], confidence: float) -> float:
+    """Half the width of the interval of a mean of two values or more, by Student's t.
+
+    `confidence` is one-sided: 0.975 gives an interval of 95 %.
+    """
+    return _t_quantile(len(values) - 1, confidence) * stdev(values) / math.sqrt(len(values))
+
+
 @lru_cache(maxsize=1000)
-def t_quantile(degrees: int, confidence: float) -> float:
+def _t_quantile(degrees: int, confidence: float) -> float:
     """The one-sided quantile of Student's t."""
     from scipy.special import stdtrit
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product, takewhile
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, Final
 
 from helios_sim.comparison import carry_alike
@@ -20,7 +19,7 @@ from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_
 from helios_sim.search.points import Point, point_of
 from helios_sim.search.space import with_settings
 from helios_sim.search.studies import Outcome, Study, figures_of
-from helios_sim.search.verdict import t_quantile
+from helios_sim.search.verdict import half_width
 from helios_sim.toml import toml_value
 
 MAX_CELLS: Final = 1000
@@ -45,12 +44,17 @@ class Cell:
 
     values: dict[str, Any]
     policy: str
-    means: Means | None = None
+    means: Means = field(default_factory=dict)
     saturation: str = ""
     why: str = ""
     beyond: tuple[str, ...] = ()
     runs: tuple[Means, ...] = ()
     models: tuple[str, ...] = ()
+
+    @property
+    def can_be(self) -> bool:
+        """Whether the settings go together and were run."""
+        return not self.why
 
     @property
     def name(self) -> str:
@@ -144,7 +148,7 @@ def whatif_studies(
 def profiles_of(scenario: Scenario, base_dir: Path, cells: Sequence[Cell]) -> list[Profile]:
     """The profiles that the cells of a grid stand on."""
     own = scenario.fleet.profile
-    names = {str(one.values.get("fleet.profile", own)) for one in cells if one.means is not None}
+    names = {str(one.values.get("fleet.profile", own)) for one in cells if one.can_be}
     return [load_profile(name, base_dir, scenario.fleet.assume) for name in sorted(names)]
 
 
@@ -154,11 +158,9 @@ def _is_for(key: str, policy: PolicySettings, own: Scenario, base_dir: Path, val
         return True
     try:
         with_settings(own, {key: value}, base_dir, "--vary")
-    except UnknownOption:
-        return False
-    except InputError:
-        # The option is there; what is wrong with its value is said where the cell is made.
-        return True
+    except InputError as error:
+        # What is wrong with the value of an option is said where the cell is made.
+        return not isinstance(error, UnknownOption)
     return True
 
 
@@ -180,21 +182,18 @@ def _steps(
     outcomes = yield points
     for outcome in outcomes:
         if isinstance(outcome, InputError):
-            return Cell(cell.values, cell.policy, why=str(outcome))
+            return replace(cell, why=str(outcome))
     figures = figures_of(outcomes)
     worst = max(
         (one["summary"]["saturation"] for one in figures),
         key=("stable", "backlogged", "overloaded").index,
     )
-    means = mean_figures(figures)
-    runs = tuple({goal.key: one["summary"].get(goal.key) for goal in MAIN} for one in figures)
-    return Cell(
-        cell.values,
-        cell.policy,
-        means,
-        worst,
+    return replace(
+        cell,
+        means=mean_figures(figures),
+        saturation=worst,
         beyond=clauses_beyond(figures),
-        runs=runs,
+        runs=tuple({goal.key: one["summary"].get(goal.key) for goal in MAIN} for one in figures),
         models=models_served(figures),
     )
 
@@ -228,7 +227,7 @@ def short_names(cells: Sequence[Cell]) -> list[str]:
 
 def compared_by(cells: Sequence[Cell]) -> list[Goal]:
     """The main figures that some cell has."""
-    known = [goal for goal in MAIN if any(_mean(cell, goal) is not None for cell in cells)]
+    known = [goal for goal in MAIN if any(cell.means.get(goal.key) is not None for cell in cells)]
     return [goal for goal in known if goal.name != "throughput" or GOODPUT not in known]
 
 
@@ -239,7 +238,7 @@ def leaders(cells: Sequence[Cell], goal: Goal) -> list[int]:
     seed; of one run alone, who has the same figure. Behind one that is not, nobody is, but for
     cells that carry the same load as the best.
     """
-    known = [(place, _mean(cell, goal)) for place, cell in enumerate(cells)]
+    known = [(place, cell.means.get(goal.key)) for place, cell in enumerate(cells)]
     costs = {place: goal.cost(mean) for place, mean in known if mean is not None}
     if not costs:
         return []
@@ -253,12 +252,8 @@ def leaders(cells: Sequence[Cell], goal: Goal) -> list[int]:
 
 def carries_as(one: Cell, other: Cell, goal: Goal) -> bool:
     """Whether two cells carry the same load, so that a rate differs by the drain alone."""
-    summaries = ({**(cell.means or {}), "saturation": cell.saturation} for cell in (one, other))
+    summaries = ({**cell.means, "saturation": cell.saturation} for cell in (one, other))
     return carry_alike(goal.key, *summaries)
-
-
-def _mean(cell: Cell, goal: Goal) -> float | None:
-    return None if cell.means is None else cell.means.get(goal.key)
 
 
 def _is_level(other: Cell, best: Cell, goal: Goal) -> bool:
@@ -266,5 +261,4 @@ def _is_level(other: Cell, best: Cell, goal: Goal) -> bool:
     gaps = [goal.cost(one) - goal.cost(own) for one, own in pairs if None not in (one, own)]  # type: ignore[arg-type]
     if len(gaps) < 2:
         return not any(gaps)
-    half = t_quantile(len(gaps) - 1, 0.975) * stdev(gaps) / math.sqrt(len(gaps))
-    return fmean(gaps) <= half
+    return fmean(gaps) <= half_width(gaps, 0.975)

@@ -477,7 +477,7 @@ def whatif_answer(cells: Sequence[Cell], replications: int) -> list[str]:
 
     It speaks of the first figure that cells are compared by.
     """
-    able = [cell for cell in cells if cell.means is not None]
+    able = [cell for cell in cells if cell.can_be]
     if not able:
         return [f"None of {counted(len(cells), 'cell')} can be run."]
     names, goals = short_names(able), compared_by(able)
@@ -513,7 +513,7 @@ def whatif_answer(cells: Sequence[Cell], replications: int) -> list[str]:
 
 def _best_value(cell: Cell, goal: Goal) -> str:
     """A cell's figure in its unit."""
-    value = (cell.means or {}).get(goal.key)
+    value = cell.means.get(goal.key)
     return f"{number(None if value is None else goal.scale * value)} {goal.unit}"
 
 
@@ -529,9 +529,9 @@ def whatif_remarks(
     if slo is not None and not any(key.startswith("slo") for cell in cells for key in cell.values):
         found.append(f"SLO: {limits(str(slo))}; a request that meets all of it is good.")
     found += [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
-    able = [cell for cell in cells if cell.means is not None]
+    able = [cell for cell in cells if cell.can_be]
     found += _qualities(able, profiles)
-    found += idle_users([{**(cell.means or {}), "label": cell.name} for cell in able])
+    found += idle_users([{**cell.means, "label": cell.name} for cell in able])
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
     grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
     varied = [cell.values[CANDIDATES] for cell in cells if CANDIDATES in cell.values]
@@ -546,7 +546,7 @@ def _qualities(able: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:
     agreements = [
         (agreement, name)
         for name, cell in zip(names, able, strict=True)
-        if (agreement := (cell.means or {}).get("agreement")) is not None
+        if (agreement := cell.means.get("agreement")) is not None
     ]
     if agreements and max(agreements)[0] - min(agreements)[0] >= 1.0 - FULL_AGREEMENT:
         (low, least), (high, most) = min(agreements), max(agreements)
@@ -701,7 +701,7 @@ def _few_rounds(tuned: Tuned) -> list[str]:
 def _rows_met_again(tuned: Tuned) -> list[str]:
     """That held-out samples meet lengths which were tuned on, where the trace is too short."""
     traffic, settings = tuned.question.traffic, tuned.question.settings
-    met = [one.means for one in (tuned.base, tuned.winner) if one is not None and one.means]
+    met = [one.means for one in (tuned.base, tuned.winner) if one is not None]
     num = max((means.get("num_requests") or 0.0 for means in met), default=0.0)
     if traffic.is_shaped:
         num *= max(settings.held_out_rates)
