@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
@@ -35,9 +35,10 @@ from helios_sim.search.results import (
     write_results,
 )
 from helios_sim.search.store import Store
-from helios_sim.search.studies import OnPoint, Standing, Study, carry_out, figures_of
+from helios_sim.search.studies import OnPoint, Standing, Steps, Study, carry_out
 from helios_sim.search.tables import (
     Cells,
+    Rows,
     cell_records,
     fleet_rows,
     plan_front,
@@ -60,6 +61,8 @@ from helios_sim.search.words import (
     whatif_remarks,
 )
 from helios_sim.wording import counted, span
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Output:
 
     sentences: Sequence[str]
     tables: Sequence[tuple[Cells, bool]]
-    rows: Sequence[dict[str, Any]]
+    rows: Rows
     folder: Path
     has_page: bool = True
 
@@ -108,79 +111,64 @@ def plan(path: Path, changes: Sequence[str], running: Running) -> Output:
     """Answer how much a fleet carries, or how many devices a rate needs."""
     scenario = load_scenario(path, changes)
     question = read_plan(scenario, path.parent, str(path))
-    out = running.out or Path("runs") / f"{folder_name(scenario.name)}-plan"
     studies = plan_studies(question)
-    part = running.part
-    with _session(running, out, scenario, path) as (workers, store, on_point):
-        if part is not None:
-            mine = studies[part[0] :: part[1]]
-            carry_out(mine, workers, store, on_point)
-            return _shard_done(running, store, len(mine), len(studies), "fleets", out)
-        answers = carry_out(studies, workers, store, on_point)
+    with _session(running, scenario, path, "plan") as session:
+        if running.part is not None:
+            return session.shard(studies, running.part, "fleets")
+        answers = session.carry_out(studies)
         try:
             best = check_answerable(question, answers)
         except InputError as error:
             found = no_plan(question, answers, error.message)
-            page = plan_page(found).encode()
-            files = {RESULTS: parquet_bytes(plan_records(found)), REPORT_FILE: page}
-            write_results(out, store, files)
+            session.write(plan_records(found), plan_page(found))
             raise InputError(
-                f"{error.message} All loads are in {out}.\nPage: {out / REPORT_FILE}", error.where
+                f"{error.message} All loads are in {session.out}.\n{session.said}", error.where
             ) from error
-        (best,) = carry_out([headroom_study(question, best)], workers, store, on_point)
+        (best,) = session.carry_out([headroom_study(question, best)])
         found = make_plan(question, answers, best)
         scenario = planned_scenario(found)
-        write_results(
-            out,
-            store,
-            {
-                RESULTS: parquet_bytes(plan_records(found)),
-                PARETO: csv_bytes(plan_front(found)),
-                SCENARIO: scenario_bytes(
-                    scenario, path.parent, out, ["Recommended by helios plan."]
-                ),
-                REPORT_FILE: plan_page(found, scenario).encode(),
-            },
-        )
+        header = ["Recommended by helios plan."]
+        files = {
+            PARETO: csv_bytes(plan_front(found)),
+            SCENARIO: scenario_bytes(scenario, path.parent, session.out, header),
+        }
+        session.write(plan_records(found), plan_page(found, scenario), files)
     sentences = [plan_headline(found), *plan_remarks(found)]
-    return Output(sentences, [(fleet_rows(found, brief=True), True)], plan_records(found), out)
+    tables = [(fleet_rows(found, brief=True), True)]
+    return Output(sentences, tables, plan_records(found), session.out)
 
 
 def tune(path: Path, changes: Sequence[str], running: Running) -> Output:
     """Answer which settings are best, and whether they are on traffic they were not tuned on."""
     scenario = load_scenario(path, changes)
     question = read_tune(scenario, path.parent, str(path))
-    out = running.out or Path("runs") / f"{folder_name(scenario.name)}-tune"
-    part = running.part
-    points = known_points(question) if part is not None else []
-    with _session(running, out, scenario, path) as (workers, store, on_point):
-        if part is not None:
-            mine = points[part[0] :: part[1]]
-            carry_out([_all_of(mine)], workers, store, on_point)
-            return _shard_done(running, store, len(mine), len(points), "points", out)
-        study = tune_study(question, out / JOURNAL)
-        (found,) = carry_out([study], workers, store, on_point)
+    points = known_points(question) if running.part is not None else []
+    with _session(running, scenario, path, "tune") as session:
+        if running.part is not None:
+            return session.shard([_one_of(point) for point in points], running.part, "points")
+        (found,) = session.carry_out([tune_study(question, session.out / JOURNAL)])
         scenario = tuned_scenario(found)
         ran = any(trial.state != "impossible" for trial in found.trials)
-        files = {RESULTS: parquet_bytes(trial_records(found))}
+        files = {}
         if ran:
-            header = f"{SAID[found.verdict]}."
-            files[PARETO] = csv_bytes(tune_front(found))
-            files[SCENARIO] = scenario_bytes(scenario, path.parent, out, [header])
-        files[REPORT_FILE] = tune_page(found, scenario).encode()
-        write_results(out, store, files)
+            header = [f"{SAID[found.verdict]}."]
+            files = {
+                PARETO: csv_bytes(tune_front(found)),
+                SCENARIO: scenario_bytes(scenario, path.parent, session.out, header),
+            }
+        session.write(trial_records(found), tune_page(found, scenario), files)
     if not ran:
-        raise InputError(f"{tune_headline(found)}\nPage: {out / REPORT_FILE}", f"{path}, search")
+        raise InputError(f"{tune_headline(found)}\n{session.said}", f"{path}, search")
     if found.winner is None:
         raise InputError(
             f"None of {counted(len(found.trials), 'trial')} keeps the constraints "
-            f"{question.judge.constraints}: {nearest_miss(found)}. All trials are in {out}.\n"
-            f"Page: {out / REPORT_FILE}",
+            f"{question.judge.constraints}: {nearest_miss(found)}. All trials are in "
+            f"{session.out}.\n{session.said}",
             f"{path}, search.constraints",
         )
     sentences = [tune_headline(found), *tune_remarks(found)]
     tables = [(trial_rows(found), True), (setting_rows(found), False)]
-    return Output(sentences, tables, trial_records(found), out)
+    return Output(sentences, tables, trial_records(found), session.out)
 
 
 def whatif(
@@ -196,54 +184,69 @@ def whatif(
     chosen = choose_policies(scenario, policies)
     num = replications or scenario.measure.replications
     studies = whatif_studies(scenario, path.parent, str(path), chosen, parse_vary(vary), num)
-    out = running.out or Path("runs") / f"{folder_name(scenario.name)}-whatif"
-    part = running.part
-    with _session(running, out, scenario, path) as (workers, store, on_point):
-        if part is not None:
-            mine = studies[part[0] :: part[1]]
-            carry_out(mine, workers, store, on_point)
-            return _shard_done(running, store, len(mine), len(studies), "cells", out)
-        cells = carry_out(studies, workers, store, on_point)
+    with _session(running, scenario, path, "whatif") as session:
+        if running.part is not None:
+            return session.shard(studies, running.part, "cells")
+        cells = session.carry_out(studies)
         profiles = profiles_of(scenario, path.parent, cells)
-        write_results(
-            out,
-            store,
-            {
-                RESULTS: parquet_bytes(cell_records(cells)),
-                REPORT_FILE: whatif_page(scenario, cells, num, profiles).encode(),
-            },
-        )
+        session.write(cell_records(cells), whatif_page(scenario, cells, num, profiles))
     headline = whatif_answer(cells, num)[0]
     if not any(cell.can_be for cell in cells):
-        raise InputError(f"{headline} {cells[0].why}\nPage: {out / REPORT_FILE}", str(path))
+        raise InputError(f"{headline} {cells[0].why}\n{session.said}", str(path))
     sentences = [headline, *whatif_remarks(scenario, cells, num, profiles)]
-    return Output(sentences, [(whatif_rows(cells), False)], cell_records(cells), out)
+    return Output(sentences, [(whatif_rows(cells), False)], cell_records(cells), session.out)
 
 
-def _all_of(points: Sequence[Point]) -> Study[None]:
-    """A study that wants these points and concludes nothing."""
+def _one_of(point: Point) -> Study[None]:
+    """A study that wants a point and concludes nothing."""
 
-    def steps() -> Any:
-        outcomes = yield points
-        figures_of([one for one in outcomes if not isinstance(one, InputError)])
+    def steps() -> Steps[None]:
+        yield [point]
 
-    return Study("shard", steps(), len(points))
+    return Study("shard", steps(), 1)
 
 
-def _shard_done(running: Running, store: Store, num: int, of: int, what: str, out: Path) -> Output:
-    sentences = [
-        f"Shard {running.shard} is done: {num} of {of} {what}. {store.kept()}",
-        "When all shards are, bring their points folders together and run the command once more "
-        "with --resume and without --shard.",
-    ]
-    return Output(sentences, [], [], out, has_page=False)
+@dataclass(frozen=True)
+class _Session:
+    """A search under way: its folder, and who runs its points."""
+
+    out: Path
+    store: Store
+    workers: Workers
+    on_point: OnPoint
+
+    @property
+    def said(self) -> str:
+        """Where the page lies."""
+        return f"Page: {self.out / REPORT_FILE}"
+
+    def carry_out(self, studies: Sequence[Study[T]]) -> list[T]:
+        """The results of studies, in their order."""
+        return carry_out(studies, self.workers, self.store, self.on_point)
+
+    def shard(self, studies: Sequence[Study[T]], part: tuple[int, int], what: str) -> Output:
+        """Carry out one part of the studies, whose results whoever has all points concludes."""
+        place, num = part
+        mine = studies[place::num]
+        self.carry_out(mine)
+        sentences = [
+            f"Shard {place + 1}/{num} is done: {len(mine)} of {len(studies)} {what}. "
+            f"{self.store.kept()}",
+            "When all shards are, bring their points folders together and run the command once "
+            "more with --resume and without --shard.",
+        ]
+        return Output(sentences, [], [], self.out, has_page=False)
+
+    def write(self, rows: Rows, page: str, files: Mapping[str, bytes] | None = None) -> None:
+        """Write the table, the page and other files of a search that is done."""
+        shown = {REPORT_FILE: page.encode(), RESULTS: parquet_bytes(rows)}
+        write_results(self.out, self.store, {**(files or {}), **shown})
 
 
 @contextmanager
-def _session(
-    running: Running, out: Path, scenario: Scenario, path: Path
-) -> Iterator[tuple[Workers, Store, OnPoint]]:
+def _session(running: Running, scenario: Scenario, path: Path, kind: str) -> Iterator[_Session]:
     """Workers, the store of the folder, and a bar; an interrupt says what is kept."""
+    out = running.out or Path("runs") / f"{folder_name(scenario.name)}-{kind}"
     resume = running.resume or running.part is not None
     store = open_folder(out, resume, scenario, path.parent)
     try:
@@ -251,7 +254,7 @@ def _session(
             _bar() as on_point,
             open_workers(running.num_processes, running.scheduler) as workers,
         ):
-            yield workers, store, on_point
+            yield _Session(out, store, workers, on_point)
     except KeyboardInterrupt:
         kept = store.kept()
         raise Interrupted(f"{kept[0].lower()}{kept[1:]} Go on with --resume") from None
