@@ -44,20 +44,17 @@ class Store:
             allow_nan=False,
         )
         if self.folder is not None:
-            self._write(self.folder / f"{key}.json", text)
+            try:
+                write_whole(self.folder / f"{key}.json", text.encode())
+            except OSError as error:
+                raise InputError(
+                    f"A finished point cannot be written: {error.strerror}. {self.kept()} Make "
+                    "room and run the command again with --resume.",
+                    str(self.folder),
+                ) from error
         kept: Figures = json.loads(text)
         self._known[key] = kept
         return kept
-
-    def _write(self, path: Path, text: str) -> None:
-        try:
-            write_whole(path, text.encode())
-        except OSError as error:
-            raise InputError(
-                f"A finished point cannot be written: {error.strerror}. {self.kept()} Make room "
-                "and run the command again with --resume.",
-                str(path.parent),
-            ) from error
 
     def kept(self) -> str:
         """How many points a later run will find, as a sentence."""

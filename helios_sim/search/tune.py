@@ -430,24 +430,26 @@ def _judge_batch(
 ) -> Generator[Sequence[Point], list[Outcome], list[Trial]]:
     """A batch on the first sample; those that look well among all so far on the others too."""
     settings, judge = question.settings, question.judge
+    numbers = range(len(before), len(before) + len(proposed))
     found: dict[int, Trial] = {}
     scenarios: dict[int, Scenario] = {}
+
+    def refuse(place: int, error: InputError) -> None:
+        found[place] = Trial(numbers[place], proposed[place], "impossible", why=str(error))
+
     for place, values in enumerate(proposed):
-        number = len(before) + place
         try:
             scenarios[place] = question.space.scenario(values)
         except InputError as error:
-            found[place] = Trial(number, values, "impossible", why=str(error))
-    places = list(scenarios)
-    asked = [samples_of(question, scenarios[place], range(1))[0] for place in places]
+            refuse(place, error)
+    asked = [samples_of(question, scenario, range(1))[0] for scenario in scenarios.values()]
     outcomes = (yield asked) if asked else []
     first: dict[int, Figures] = {}
-    for place, outcome in zip(places, outcomes, strict=True):
-        number, values = len(before) + place, proposed[place]
+    for place, outcome in zip(scenarios, outcomes, strict=True):
         if isinstance(outcome, InputError):
-            found[place] = Trial(number, values, "impossible", why=str(outcome))
+            refuse(place, outcome)
             continue
-        found[place] = _trial(judge, number, values, "stopped", [outcome])
+        found[place] = _trial(judge, numbers[place], proposed[place], "stopped", [outcome])
         if found[place].state == "stopped":
             first[place] = outcome
     if settings.replications == 1:
@@ -457,16 +459,20 @@ def _judge_batch(
     rest = range(1, settings.replications)
     asked = [point for place in chosen for point in samples_of(question, scenarios[place], rest)]
     outcomes = (yield asked) if asked else []
-    for at, place in enumerate(chosen):
-        mine = outcomes[at * len(rest) : (at + 1) * len(rest)]
-        number, values = len(before) + place, proposed[place]
+    for place, mine in zip(chosen, _in_turn(outcomes, len(chosen)), strict=True):
         refused = next((one for one in mine if isinstance(one, InputError)), None)
         if refused is not None:
-            found[place] = Trial(number, values, "impossible", why=str(refused))
+            refuse(place, refused)
             continue
         figures = [first[place], *figures_of(mine)]
-        found[place] = _trial(judge, number, values, "full", figures)
+        found[place] = _trial(judge, numbers[place], proposed[place], "full", figures)
     return [found[place] for place in range(len(proposed))]
+
+
+def _in_turn(outcomes: Sequence[Outcome], num: int) -> list[Sequence[Outcome]]:
+    """The outcomes of each of so many that asked for equally many points, one after another."""
+    each = len(outcomes) // max(1, num)
+    return [outcomes[at * each : (at + 1) * each] for at in range(num)]
 
 
 def _trial(
@@ -573,8 +579,7 @@ def _finals(
     ]
     outcomes = yield asked
     found = []
-    for at, trial in enumerate(best):
-        mine = outcomes[at * len(samples) : (at + 1) * len(samples)]
+    for trial, mine in zip(best, _in_turn(outcomes, len(best)), strict=True):
         if any(isinstance(one, InputError) for one in mine):
             found.append(Finalist(trial, None))
             continue
