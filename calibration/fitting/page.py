@@ -342,23 +342,15 @@ def _energy(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) 
             f"Unavailable, which is not zero: {why}. Joules of a run on this profile are unknown; "
             "its times are not concerned.",
         )
-    names = ("idle_w", "active_w", "load_w")
-    rows = []
-    for name in names:
-        found = profile.quantities[f"device.{name}"]
-        rows.append((name, _watts(found.value), _watts(found.error), found.grade, found.source))
+    places = {name: f"device.{name}" for name in ("idle_w", "active_w", "load_w")}
     for model in profile.models:
         for name in ("power.active_w", "power.limit_w"):
-            found = profile.quantities[f"models.{model}.coefficients.{name}"]
-            rows.append(
-                (
-                    f"{model} {name}",
-                    _watts(found.value),
-                    _watts(found.error),
-                    found.grade,
-                    found.source,
-                )
-            )
+            places[f"{model} {name}"] = f"models.{model}.coefficients.{name}"
+    rows = [
+        (name, _watts(found.value), _watts(found.error), found.grade, found.source)
+        for name, place in places.items()
+        for found in (profile.quantities[place],)
+    ]
     figures = []
     for place, name in enumerate(profile.models):
         mine = readings.filter(pl.col("model") == name)
@@ -456,21 +448,13 @@ def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure])
     rates = _measurement(profile).get("floors", {}).get("copy_bytes_per_s", {})
     link_rate = rates.get(LINK)
     for quantity, link in links:
-        share = ""
-        if quantity != "load_disk" and link_rate:
+        is_disk = quantity == "load_disk"
+        grade = profile.quantities[f"loading.{'disk' if is_disk else 'host'}.bytes_per_s"].grade
+        share = "\N{EN DASH}"
+        if link_rate and not is_disk:
             share = percent(link.bytes_per_s / link_rate)
-        grade = profile.quantities[
-            f"loading.{'disk' if quantity == 'load_disk' else 'host'}.bytes_per_s"
-        ].grade
-        rows.append(
-            (
-                NAMES[quantity],
-                grade,
-                span(link.alpha_s),
-                f"{size(link.bytes_per_s)}/s",
-                share or "\N{EN DASH}",
-            )
-        )
+        rate = f"{size(link.bytes_per_s)}/s"
+        rows.append((NAMES[quantity], grade, span(link.alpha_s), rate, share))
     for label, key in (("graph capture", "graph_capture"), ("unloading", "unload")):
         seconds = _measurement(profile).get(key)
         if seconds is not None:
