@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -63,10 +63,11 @@ def make_runs(**settings: Any) -> list[RunData]:
     return [make_run(name, tpot_s=tpot_s, **settings) for name, tpot_s in POLICIES.items()]
 
 
-def make_page(runs: list[RunData], **settings: Any) -> str:
+def make_page(runs: list[RunData], notes: Sequence[str] = ()) -> str:
     """The page of runs, judged by one SLO after a warm-up."""
     summaries = [summarise(run, SLO, warmup_requests=20) for run in runs]
-    return render(runs, summaries, "Opt pair", "Who carries the load?", **settings)
+    said = {"name": "Opt pair", "question": "Who carries the load?", "notes": list(notes)}
+    return render([replace(run, scenario=run.scenario | said) for run in runs], summaries)
 
 
 def text_of(page: str) -> str:
@@ -194,7 +195,7 @@ def test_all_seeds_are_shown_with_their_intervals() -> None:
     """What all seeds agree on has no interval, and a figure that no seed has no value."""
     runs = make_runs()
     summaries = [summarise(run) for run in runs]
-    assert "Over all seeds" not in render(runs, summaries, "one seed")
+    assert "Over all seeds" not in render(runs, summaries)
     for place, summary in enumerate(summaries):
         figures = {
             "slo_attainment": figure_of(0.9, 0.85, 0.95),
@@ -206,7 +207,7 @@ def test_all_seeds_are_shown_with_their_intervals() -> None:
             del figures["slo_attainment"]
         said = ["stable", "backlogged", "stable"] if place else [None] * 3
         summary["replications"] = {"seeds": [4, 5, 6], "saturation": said, "figures": figures}
-    page = render(runs, summaries, "three seeds")
+    page = render(runs, summaries)
     section = page.split("<h2>Over all seeds</h2>")[1].split("</section>")[0]
     assert "Means over the 3 seeds 4 to 6" in section
     assert "<td>\N{EN DASH}</td><td>90 <span class='unit'>[85, 95]</span></td>" in section
@@ -225,7 +226,7 @@ def test_runs_of_other_seeds_have_no_table_of_all(seeds: list[int] | None) -> No
         if own is not None:
             figures = {"num_refused": figure_of(0.0, 0.0, 0.0)}
             summary["replications"] = {"seeds": own, "saturation": [], "figures": figures}
-    page = render(runs, summaries, "seeds apart")
+    page = render(runs, summaries)
     assert "Over all seeds" not in page
     assert "stand below" not in page
 
@@ -234,8 +235,9 @@ def test_text_of_users_is_escaped() -> None:
     """Titles, labels and reasons with markup are shown, never run."""
     evil = "</script><script>alert(1)</script>"
     run = make_run("helios", label=evil)
-    run = replace(run, decisions=run.decisions.with_columns(reason=pl.lit(evil)))
-    page = render([run], [summarise(run)], evil, evil, [evil])
+    scenario = run.scenario | {"name": evil, "question": evil, "notes": [evil]}
+    run = replace(run, scenario=scenario, decisions=run.decisions.with_columns(reason=pl.lit(evil)))
+    page = render([run], [summarise(run)])
     assert "<script>alert" not in page
     assert evil in text_of(page)
 
@@ -375,9 +377,9 @@ def test_runs_of_different_workloads_are_shown_unpaired() -> None:
 def test_summaries_must_match_runs() -> None:
     """No run at all, or fewer summaries than runs, is an error."""
     with pytest.raises(InputError, match="0 runs"):
-        render([], [], "Nothing")
+        render([], [])
     with pytest.raises(InputError, match="1 runs with 0 summaries"):
-        render([make_run()], [], "Half")
+        render([make_run()], [])
 
 
 def test_a_page_without_energy_slo_or_timeline_is_drawn() -> None:
@@ -389,7 +391,7 @@ def test_a_page_without_energy_slo_or_timeline_is_drawn() -> None:
         decisions=run.decisions.clear(),
         totals=replace(run.totals, energy_j=float("nan")),
     )
-    text = text_of(render([run], [summarise(run)], "Bare"))
+    text = text_of(render([run], [summarise(run)]))
     assert "sets no SLO" in text
     assert "No timeline recorded" in text
     assert "Energy per output token J" not in text

@@ -139,7 +139,7 @@ def test_the_caption_says_how_many_decisions_are_drawn() -> None:
         for trace in timeline_figure(run, {"opt-1.3b": "@m1", "opt-6.7b": "@m2"})["data"]
         if trace.get("yaxis") == "y4"
     )
-    page = render([run], [summarise(run)], "Crowded")
+    page = render([run], [summarise(run)])
     assert f"Of 3,000 decisions {marks} are drawn, evenly over time." in page
     few = make_run("helios")
-    assert "evenly over time" not in render([few], [summarise(few)], "Quiet")
+    assert "evenly over time" not in render([few], [summarise(few)])

@@ -83,16 +83,10 @@ _SATURATION: Final = (
 )
 
 
-def render(
-    runs: Sequence[RunData],
-    summaries: Sequence[Summary],
-    title: str | None = None,
-    question: str | None = None,
-    notes: Sequence[str] | None = None,
-) -> str:
+def render(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     """The page of one run, or of several policies compared; the first is what ratios refer to.
 
-    Title, question and notes are those of their scenario unless given, if they share one.
+    Title, question and notes are those of their scenario, if they share one.
     """
     if not runs or len(runs) != len(summaries):
         raise InputError(
@@ -100,13 +94,11 @@ def render(
             "least one run is needed, with a summary each."
         )
     scenario = _common_scenario(runs)
-    title = str(scenario.get("name", _title_of(runs))) if title is None else title
-    question = str(scenario.get("question", "")) if question is None else question
-    told = [str(note) for note in scenario.get("notes", [])] if notes is None else notes
+    title = str(scenario.get("name", _title_of(runs)))
     runs, summaries = _told_apart(runs, summaries)
     drawn: dict[str, Figure] = {}
     sections = [
-        _opening(runs, summaries, title, question),
+        _opening(runs, summaries, title, str(scenario.get("question", ""))),
         _comparison(runs, summaries),
         _replications(summaries),
         _published(runs, summaries),
@@ -116,7 +108,7 @@ def render(
         _exits(runs, drawn),
         _time(summaries, drawn),
         _decisions(runs),
-        notes_section(told),
+        notes_section([str(note) for note in scenario.get("notes", [])]),
         _definitions(),
         _provenance(runs),
     ]

@@ -72,7 +72,7 @@ def test_without_a_meter_the_objective_energy_is_refused_with_what_helps() -> No
 
 def test_without_a_meter_the_page_shows_no_energy_as_a_number() -> None:
     data = play(drifting_setup(profile=unmetered()), drifting_requests())[1]
-    page = render([data], [summarise(data)], "Unmetered")
+    page = render([data], [summarise(data)])
     row = next(line for line in page.splitlines() if "Energy per output token" in line)
     assert "NaN" not in row
     assert not re.search(r"\d\s*(m?J|W)\b", row)
