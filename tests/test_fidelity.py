@@ -933,14 +933,9 @@ def test_requests_of_the_warm_up_are_not_compared_one_by_one(base: Path) -> None
     assert numbers == [240, 140]
 
 
-def test_a_decision_that_takes_longer_puts_the_next_one_off_by_as_much() -> None:
-    """Loads take thirty times as long, and what was served between two decisions is served."""
-    experiment, real = experiment_for("waiting"), simulated_data("waiting")
-    setup = replace(
-        experiment.setup,
-        seed=real.seed,
-        profile=reloaded(experiment.setup.profile, 30.0),
-    )
+def replayed_on(experiment: Experiment, profile: Profile, real: RunData) -> Run:
+    """The decisions of a run carried out on a profile."""
+    setup = replace(experiment.setup, seed=real.seed, profile=profile)
     requests, _ = experiment.requests(real.seed)
     run = replayed_run(
         lambda maker: Run(setup, requests, maker),
@@ -948,6 +943,13 @@ def test_a_decision_that_takes_longer_puts_the_next_one_off_by_as_much() -> None
         real,
     )
     run.play()
+    return run
+
+
+def test_a_decision_that_takes_longer_puts_the_next_one_off_by_as_much() -> None:
+    """Loads take thirty times as long, and what was served between two decisions is served."""
+    experiment, real = experiment_for("waiting"), simulated_data("waiting")
+    run = replayed_on(experiment, reloaded(experiment.setup.profile, 30.0), real)
     told = list(real.decisions.sort("time_s", maintain_order=True).iter_rows(named=True))
     gaps = [
         (later.time_s - before.ready_s, there["time_s"] - then["ready_s"])
@@ -976,14 +978,7 @@ def test_a_reassessment_is_replayed_after_as_many_requests_however_long_iteratio
         )
         for name, model in profile.models.items()
     }
-    setup = replace(experiment.setup, seed=real.seed, profile=replace(profile, models=slower))
-    requests, _ = experiment.requests(real.seed)
-    run = replayed_run(
-        lambda maker: Run(setup, requests, maker),
-        lambda: experiment.policy(experiment.scenario.policy[0]),
-        real,
-    )
-    run.play()
+    run = replayed_on(experiment, replace(profile, models=slower), real)
     ours = run_data(run, "helios", "helios", real.seed, {})
 
     def finished_before(data: RunData) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from helios_sim.metrics import summarise
 from helios_sim.policy.registry import settled_options
 from helios_sim.profile import ASSUMED
 from helios_sim.records import SCENARIO_FILE, TOTALS_FILE, RunData, flat_items, read_run
-from helios_sim.scenario import Scenario, of_a_run
+from helios_sim.scenario import PolicySettings, Scenario, of_a_run
 from helios_sim.settings import first_flaw
 
 MEASURED: Final = "measured"
@@ -166,6 +166,13 @@ def scenario_of(run: RunData, folder: Path) -> Scenario:
         raise first_flaw(error, Scenario, asked, str(folder / SCENARIO_FILE)) from None
 
 
+def policy_of(run: RunData, scenario: Scenario) -> PolicySettings:
+    """The policy of a scenario that a run is of: by its label, else by its kind."""
+    named = [one for one in scenario.policy if one.name == run.label]
+    alike = [one for one in scenario.policy if one.use == run.policy]
+    return (named or alike or list(scenario.policy))[0]
+
+
 def _side(folder: Path, run: RunData, scenario: Scenario) -> Side:
     measure = scenario.measure
     summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
@@ -179,9 +186,7 @@ def _question(run: RunData, folder: Path, base_dir: Path | None) -> dict[str, st
     """
     scenario = scenario_of(run, folder)
     plain = scenario.model_dump(mode="json", exclude_none=True)
-    named = [one for one in scenario.policy if one.name == run.label]
-    named = named or [one for one in scenario.policy if one.use == run.policy]
-    policy = (named or list(scenario.policy))[0]
+    policy = policy_of(run, scenario)
     asked: dict[str, Any] = {name: plain.get(name, {}) for name in _ASKED}
     options = policy.options
     with suppress(InputError):
@@ -234,7 +239,7 @@ def _check_same_requests(run: RunData, folder: Path, ours: RunData, simulated: P
 def _differences(run: RunData, folder: Path, ours: RunData) -> list[str]:
     """What differs and is allowed to."""
     notes = []
-    theirs, own = _hash_of(run.environment), _hash_of(ours.environment)
+    theirs, own = hash_of(run), hash_of(ours)
     if theirs and own and theirs != own:
         notes.append(
             f"{folder.name} knew the profile {theirs[:12]}, the simulated run used {own[:12]}: "
@@ -253,5 +258,6 @@ def _differences(run: RunData, folder: Path, ours: RunData) -> list[str]:
     return notes
 
 
-def _hash_of(environment: Mapping[str, Any]) -> str:
-    return str(environment.get("profile_hash") or "")
+def hash_of(run: RunData) -> str:
+    """The hash of the profile that a run was made with; empty where it does not say."""
+    return str(run.environment.get("profile_hash") or "")

@@ -24,10 +24,10 @@ from helios_sim.fidelity.recordings import (
     read_iterations,
 )
 from helios_sim.fidelity.replayed import replayed_run
-from helios_sim.fidelity.sides import Side, Sides
+from helios_sim.fidelity.sides import Side, Sides, hash_of, policy_of
 from helios_sim.fidelity.timing import (
-    Factors,
     Predicted,
+    Statistic,
     factors,
     loads,
     predict,
@@ -170,7 +170,7 @@ def experiment_of(sides: Sides, base_dir: Path) -> Experiment:
     """The simulated run's scenario with the profile it was simulated with."""
     where = str(sides.simulated.path / "scenario.toml")
     experiment = prepare(sides.scenario, base_dir, where)
-    used = str(sides.simulated.run.environment.get("profile_hash") or "")
+    used = hash_of(sides.simulated.run)
     found = experiment.setup.profile.hash
     if used and found != used:
         raise InputError(
@@ -204,7 +204,8 @@ def attribute(
     """Simulate with nothing, each ingredient and everything taken from the typical real run."""
     side = sides.typical
     found = ingredients_of(side, experiment.setup)
-    scene = _Scene(experiment, _policy_of(sides), sides.simulated.run.seed, side.run, found)
+    ours = sides.simulated.run
+    scene = _Scene(experiment, policy_of(ours, sides.scenario), ours.seed, side.run, found)
     swaps: list[Swap] = []
     present: list[str] = []
     steps = (NOTHING, *INGREDIENTS, EVERYTHING)
@@ -228,12 +229,6 @@ def attribute(
         causes=tuple(_causes(attribution)),
         notes=tuple(_notes(attribution, sides)),
     )
-
-
-def _policy_of(sides: Sides) -> PolicySettings:
-    run = sides.simulated.run
-    named = [one for one in sides.scenario.policy if one.name == run.label]
-    return (named or list(sides.scenario.policy))[0]
 
 
 def _missing(name: str, found: Ingredients) -> str | None:
@@ -291,14 +286,10 @@ class _Scene:
     def _retimed(self, profile: Profile, taken: frozenset[str]) -> Profile:
         iterations, predicted = self.found.iterations, self.found.predicted
         assert iterations is not None and predicted is not None
-        by_model: dict[str, Factors] = {}
+        statistic: Statistic = "typical" if "times" in taken else "slow"
         if taken >= {"times", "slow"}:
-            by_model = factors(iterations, predicted, "mean")
-        elif "times" in taken:
-            by_model = factors(iterations, predicted, "typical")
-        elif "slow" in taken:
-            by_model = factors(iterations, predicted, "slow")
-        return retimed(profile, by_model)
+            statistic = "mean"
+        return retimed(profile, factors(iterations, predicted, statistic))
 
 
 def _tell(run: Run, setup: Setup) -> None:
