@@ -7,7 +7,7 @@ from typing import Final
 
 
 @dataclass(frozen=True)
-class Figure:
+class Judged:
     """A figure whose errors are told.
 
     `name` is for tables, `said` for sentences; `target` is the median absolute error that a GPU is
@@ -23,12 +23,12 @@ class Figure:
 JUDGED: Final = {
     one.key: one
     for one in (
-        Figure("output_throughput", "Throughput", "throughput", 0.03),
-        Figure("mean_tpot_ms", "TPOT, mean", "mean TPOT", 0.03),
-        Figure("p50_e2el_ms", "E2E, p50", "median E2E", 0.05),
-        Figure("p90_ttft_ms", "TTFT, p90", "p90 TTFT", 0.10),
-        Figure("total_gpu_energy", "Energy", "energy", 0.05),
-        Figure("mean_batch_size", "Batch size", "batch size", 0.03),
+        Judged("output_throughput", "Throughput", "throughput", 0.03),
+        Judged("mean_tpot_ms", "TPOT, mean", "mean TPOT", 0.03),
+        Judged("p50_e2el_ms", "E2E, p50", "median E2E", 0.05),
+        Judged("p90_ttft_ms", "TTFT, p90", "p90 TTFT", 0.10),
+        Judged("total_gpu_energy", "Energy", "energy", 0.05),
+        Judged("mean_batch_size", "Batch size", "batch size", 0.03),
     )
 }
 """Figures by their keys, in the order in which they are told."""

@@ -20,6 +20,7 @@ from reports.fidelity.summary import (
     TITLES,
     WITHIN_BAR,
     equal_quality_said,
+    group_of,
     measure_of,
     percent,
     summary_rows,
@@ -183,7 +184,7 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
             case["name"],
             f"{number(case['rate_per_s'])}/s",
             number(case["num_requests"]),
-            _slowdowns(case),
+            ", ".join(map(number, case["slowdowns"])),
             number(case["num_discarded"]),
         )
         for case in results["cases"]
@@ -204,10 +205,6 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
         _table(("Case", *names.values(), "Saturation"), rows),
         _table(("Case", "Rate", "Requests", "Slowdowns", "Discarded"), sent),
     )
-
-
-def _slowdowns(case: Mapping[str, Any]) -> str:
-    return ", ".join(number(one) for one in case["slowdowns"])
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -343,7 +340,7 @@ def _gains(results: Mapping[str, Any]) -> str:
 
 
 def _texts(results: Mapping[str, Any], group: str) -> str:
-    found = next((one for one in results["groups"] if one["group"] == group), None)
+    found = group_of(results, group)
     return group if found is None else f"{found['texts']} texts"
 
 

@@ -106,7 +106,7 @@ def _verdict(speed: float, quality: float, bound: float) -> str:
 
 def _served(one: Mapping[str, Any], results: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The figures of the case that was served, with those over vanilla's; None without."""
-    group = next((each for each in results["groups"] if each["group"] == one["group"]), None)
+    group = group_of(results, one["group"])
     label = f"{one['policy']} at equal quality"
     members = [] if group is None else group["policies"]
     found: Mapping[str, Any] = next(
@@ -119,8 +119,13 @@ def _served(one: Mapping[str, Any], results: Mapping[str, Any]) -> Mapping[str, 
 
 
 def _where(one: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    group = next((each for each in results["groups"] if each["group"] == one["group"]), None)
+    group = group_of(results, one["group"])
     return str(one["case"]) if group is None else f"{group['texts']} texts"
+
+
+def group_of(results: Mapping[str, Any], name: str | None) -> Mapping[str, Any] | None:
+    """Policies that met the same requests, by the name of their group."""
+    return next((one for one in results["groups"] if one["group"] == name), None)
 
 
 def _options(tried: Mapping[str, Any]) -> str:
