@@ -28,7 +28,7 @@ from helios_sim.report.plotting import (
 )
 from helios_sim.search.bench import FleetAnswer, Load
 from helios_sim.search.goals import limit_words
-from helios_sim.search.means import gpu_rate, joules, user_rate
+from helios_sim.search.means import Means, gpu_rate, joules, user_rate
 from helios_sim.search.plan import Hour
 from helios_sim.search.tune import Sensitivity, Trial, Tuned, mean_at, reached_at, score_at
 from helios_sim.search.whatif import Cell, short_names
@@ -120,7 +120,9 @@ def plan_frontiers(answers: Sequence[FleetAnswer], device: str) -> Figure:
         loads = _at_capacity(answer)
         colour, name = policy_colour(place), escape(_label(answer))
         symbols = ["circle" if one.verdict.carried else "circle-open" for one in loads]
-        for at, pairs in enumerate((_energy_points(loads), _user_points(loads))):
+        means = [one.means for one in loads]
+        by_energy = [(joules(one), gpu_rate(one, "request_goodput")) for one in means]
+        for at, pairs in enumerate((by_energy, _by_user(means))):
             data.append(
                 _marks(
                     at,
@@ -152,17 +154,9 @@ def _marks(at: int, pairs: Sequence[Pair], *look: Any, **more: Any) -> Figure:
     return marks(x, y, *look, **{"showlegend": at == 0, **axes_of(at), **more})
 
 
-def _energy_points(loads: Sequence[Load]) -> list[Pair]:
-    points: list[Pair] = []
-    for load in loads:
-        goodput, gpus = load.means.get("request_goodput"), load.means.get("num_gpus")
-        per_gpu = None if goodput is None or not gpus else goodput / gpus
-        points.append((joules(load.means), per_gpu))
-    return points
-
-
-def _user_points(loads: Sequence[Load]) -> list[Pair]:
-    return [(user_rate(load.means), gpu_rate(load.means)) for load in loads]
+def _by_user(figures: Sequence[Means]) -> list[Pair]:
+    """Tokens per second of a user and of a device."""
+    return [(user_rate(one), gpu_rate(one)) for one in figures]
 
 
 def _frontiers(data: list[Figure], against: str, device: str) -> tuple[list[Figure], Figure]:
@@ -279,7 +273,7 @@ def tune_frontiers(tuned: Tuned) -> Figure:
     for name, colour, symbol, size, members in groups:
         known = [one for one in members if one.scores is not None]
         by_energy = [(joules(one.means), against.value(one)) for one in known]
-        by_user = [(user_rate(one.means), gpu_rate(one.means)) for one in known]
+        by_user = _by_user([one.means for one in known])
         told = {
             "name": name,
             "legendgroup": name,
@@ -390,7 +384,7 @@ def cells_figure(cells: Sequence[Cell], device: str) -> Figure:
     data: list[Figure] = []
     points = (
         [(joules(one.means), one.means.get("output_throughput")) for one in known],
-        [(user_rate(one.means), gpu_rate(one.means)) for one in known],
+        _by_user([one.means for one in known]),
     )
     for place, policy in enumerate(policies):
         mine = [at for at, cell in enumerate(known) if cell.policy == policy]

@@ -17,10 +17,10 @@ def user_rate(means: Means) -> float | None:
     return None if not tpot else 1e3 / tpot
 
 
-def gpu_rate(means: Means) -> float | None:
-    """Tokens per second of one device."""
-    tokens, gpus = means.get("output_throughput"), means.get("num_gpus")
-    return None if tokens is None or not gpus else tokens / gpus
+def gpu_rate(means: Means, key: str = "output_throughput") -> float | None:
+    """Tokens per second of one device, or another rate of all devices."""
+    rate, gpus = means.get(key), means.get("num_gpus")
+    return None if rate is None or not gpus else rate / gpus
 
 
 def joules(means: Means) -> float | None:
