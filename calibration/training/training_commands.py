@@ -21,6 +21,7 @@ from calibration.training.thresholds import settle
 from calibration.training.trace import PAGE_FILE as TRACE_PAGE
 from calibration.training.trace import TraceOptions, trace_checkpoints
 from calibration.training.train import Reading
+from helios_sim.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
 
@@ -73,7 +74,13 @@ def train(
         threshold=threshold,
         target_agreement=target_agreement,
     )
-    report = train_family(preset_of(preset), out, options, _teller())
+    chosen_preset = preset_of(preset)
+    try:
+        report = train_family(chosen_preset, out, options, _teller())
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"models that were finished are kept in {out}, and the same command trains the others"
+        ) from None
     for name, model in report["models"].items():
         exits = model["settings"]["plan"]["exit_layers"]
         if model["ended_by"] == "budget":

@@ -250,3 +250,18 @@ def test_a_model_is_judged_on_text_that_is_neither_trained_on_nor_traced(
     monkeypatch.setattr(train, "corpus", told)
     train.held_out(from_stock(stock_model("llama"), (2, 4)), FAMILY)
     assert asked == {"calibration"}
+
+
+def test_an_interruption_says_that_finished_models_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calibration.training.training_commands.train_family", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--preset", "tiny", "--device", "cpu", "--out", str(tmp_path / "family")])
+    assert end.value.code == 130
+    said = capsys.readouterr().err
+    assert f"finished are kept in {tmp_path / 'family'}" in said
+    assert "nothing was written" not in said
