@@ -62,6 +62,7 @@ from helios_sim.scenario import (
     load_scenario,
     of_one_policy,
 )
+from helios_sim.wording import counted
 from helios_sim.workload import Requests, fit_context, generate
 
 _PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "polars")
@@ -264,7 +265,10 @@ def command(
     try:
         serve(scenario_path, out, settings, changes, progress_line(), wrote, say)
     except KeyboardInterrupt:
-        kept = f"the {len(written)} finished before it are kept" if written else "none was before"
+        runs = (
+            f"{counted(len(written), 'run')} before it {'is' if len(written) == 1 else 'are'} kept"
+        )
+        kept = runs if written else "none was before"
         raise Interrupted(f"the run under way was not written, {kept}") from None
 
 

@@ -29,6 +29,7 @@ from calibration.serving.host import NoRoomBeside
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Clock
 from helios_sim.cards import Room
+from helios_sim.wording import counted
 
 KvKind = Literal["slots", "pages"]
 
@@ -83,7 +84,11 @@ def choose_kv(choice: KvChoice, room: Room, max_tokens: int) -> tuple[KvKind, st
                 fewest, where = held, f"{name} with {depth} layers"
     if fewest == most or choice == "pages":
         return ("slots" if choice == "auto" else choice), ""
-    slots = f"{fewest} slots of the longest request have room beside {where}, and {most} may run"
+    have = "has" if fewest == 1 else "have"
+    slots = (
+        f"{counted(fewest, 'slot')} of the longest request {have} room beside {where}, and {most} "
+        "may run"
+    )
     if choice == "auto":
         return "pages", f"Serving from pages: {slots}."
     return "slots", f"Warning: only {slots}, so fewer run than in a simulation; see --kv pages."
