@@ -639,13 +639,15 @@ def _replaced(before: set[str], now: set[str]) -> str:
 
 def _show(results: Sequence[Result]) -> None:
     from helios_sim.profile import STAND_INS
-    from helios_sim.report.words import standing_in, worth
+    from helios_sim.report.words import grades_of, launch_bound, standing_in, worth
     from helios_sim.terminal import summary_table
 
     summaries = [result.summary for result in results]
     environments = [result.run.environment for result in results]
     _say_serving(environments, summaries)
-    _say(worth({str(one["profile"]): one["profile_grades"] for one in environments}, "policies"))
+    grades = grades_of(environments)
+    for text in [worth(grades, "policies"), *launch_bound(grades, summaries)]:
+        _say(text)
     assumed = {name: like for one in environments for name, like in one.get(STAND_INS, {}).items()}
     if assumed:
         _say(standing_in(assumed))

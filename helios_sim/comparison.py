@@ -175,7 +175,7 @@ def comparison_rows(
             continue
         numbers = [value if isinstance(value, int | float) else None for value in values]
         base = None if key in _OF_OTHER_WORK else numbers[0]
-        alike = [_of_alike_tokens(key, summaries[0], summary) for summary in summaries]
+        alike = [counts_alike(key, summaries[0], summary) for summary in summaries]
         ratios = tuple(
             value / base if value is not None and base and same else None
             for value, same in zip(numbers, alike, strict=True)
@@ -196,7 +196,7 @@ def comparison_rows(
     return rows
 
 
-def _of_alike_tokens(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def counts_alike(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether a figure of two runs compares: perplexities do unless their tokenizers differ."""
     if key != "perplexity":
         return True

@@ -43,6 +43,7 @@ from helios_sim.report.words import (
     headline,
     judged_by,
     labels_apart,
+    launch_bound,
     remarks,
     serving,
     worth,
@@ -772,8 +773,17 @@ def test_remarks_name_the_price() -> None:
         )
     )
     assert "92 % of the tokens of helios" in said
+    assert "perplexity 10.50 against 10" in said
     assert "Overloaded: vanilla." in said
     assert "helios 3" in said
+
+
+def test_a_perplexity_stands_alone_where_the_other_counts_other_tokens() -> None:
+    runs = [
+        summary("vanilla", 100.0, 20.0, perplexity=10.0, tokenizers=["llama2"]),
+        summary("helios", 150.0, 10.0, agreement=0.92, perplexity=10.5, tokenizers=["llama3"]),
+    ]
+    assert "perplexity 10.50." in " ".join(remarks(runs))
 
 
 def test_one_run_is_told_the_limits_that_it_is_judged_by() -> None:
@@ -834,8 +844,8 @@ def test_remarks_say_that_users_rest_for_a_part_of_a_closed_loop() -> None:
     open_loop = summary("never", 100.0, 20.0)
     assert not [one for one in remarks([enough, open_loop]) if "Active" in one]
     (said,) = [one for one in remarks([enough, few, open_loop]) if "Active" in one]
-    assert said.startswith("Active on average: 37.9 of 40 users (helios). A user is dealt its ")
-    assert said.endswith("give more requests per user (workload.num_requests).")
+    assert said.startswith("Active on average: 37.9 of 40 users (helios). Users rest before ")
+    assert said.endswith("give more requests (workload.num_requests).")
 
 
 def test_one_limit_is_drawn_once_and_of_several_their_meeting_too() -> None:
@@ -890,6 +900,17 @@ def test_profiles_without_a_measured_number_are_named_for_what_they_are_worth() 
     assert worth({"a": read, "b": told}, "fleets") == (
         f"Profiles: a has {of_read}; b has {of_told}. None of b {end}"
     )
+
+
+def test_where_a_published_floor_bounds_the_time_other_ratios_of_other_engines_are_said() -> None:
+    read, told = {"a": {"measured": 3}}, {"b": {"measured": 0, "published": 2}}
+    slow = summary("vanilla", 1.0, 1.0, regime={"launch": 0.9, "memory": 0.1, "compute": 0.0})
+    fast = summary("helios", 1.0, 1.0, regime={"launch": 0.4, "memory": 0.6, "compute": 0.0})
+    (said,) = launch_bound(told, [slow, fast])
+    assert said.startswith("Launching kernels bounds most of the busy time of vanilla. An engine")
+    assert "busy time. An" in launch_bound(told, [slow])[0]
+    assert launch_bound(told, [fast]) == launch_bound(told, [summary("vanilla", 1.0, 1.0)]) == []
+    assert launch_bound(read, [slow]) == launch_bound({"c": {}}, [slow]) == []
 
 
 def test_log_ticks_are_round_and_few() -> None:

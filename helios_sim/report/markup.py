@@ -54,7 +54,7 @@ def swatch(place: int) -> str:
 
 def table(look: str, head: Iterable[str], rows: Iterable[str], caption: str = "") -> str:
     """A table in a panel that scrolls; `look` are its attributes, head and rows markup."""
-    named = f"<caption>{escape(caption)}</caption>" if caption else ""
+    named = f"<caption><span>{escape(caption)}</span></caption>" if caption else ""
     return (
         f'<div class="panel scroll"><table {look}>{named}<thead><tr>{"".join(head)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"

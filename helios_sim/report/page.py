@@ -35,8 +35,10 @@ from helios_sim.report.plotting import Figure
 from helios_sim.report.thinning import MAX_TIMELINE_POINTS, is_thinned, thinned_decisions
 from helios_sim.report.words import (
     device_of,
+    grades_of,
     headline,
     judged_alike,
+    launch_bound,
     limits_of,
     noun_of,
     remarks,
@@ -146,10 +148,11 @@ def _opening(
     runs: Sequence[RunData], summaries: Sequence[Summary], title: str, question: str
 ) -> str:
     by_all = _num_refused_by_all(runs)
+    grades = grades_of([run.environment for run in runs])
     return opening(
         title,
         headline(summaries, _offered_tokens_per_s(runs), by_all),
-        remarks(summaries, by_all),
+        [*remarks(summaries, by_all), *launch_bound(grades, summaries)],
         question=question,
         setting=" ".join(serving([run.environment for run in runs], summaries)),
     )

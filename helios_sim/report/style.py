@@ -71,6 +71,7 @@ figcaption { margin-top: .5rem; }
 .panel.scroll { --back: var(--panel); }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 caption { text-align: left; color: var(--muted); font-size: .86rem; padding-bottom: .6rem; }
+caption span { display: inline-block; position: sticky; left: 0; max-width: min(100%, 84vw); }
 th, td { padding: .34rem .7rem; text-align: left; vertical-align: baseline; }
 thead th { border-bottom: 1px solid var(--ink); font-weight: 600; vertical-align: bottom; }
 tbody tr + tr th, tbody tr + tr td { border-top: 1px solid var(--grid); }

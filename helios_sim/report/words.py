@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from helios_sim.comparison import carry_alike
+from helios_sim.comparison import carry_alike, counts_alike
 from helios_sim.profile import ASSUMED
 from helios_sim.wording import counted, limits, listed, number, times
 
@@ -98,6 +98,32 @@ def worth(grades: Mapping[str, Mapping[str, int]], compared: str) -> str:
         return said
     whose = "" if len(unmeasured) == len(each) else f" of {listed(unmeasured)}"
     return f"{said} None{whose} is measured: read ratios between {compared}, not absolute figures."
+
+
+def grades_of(environments: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, int]]:
+    """How many numbers of each profile that runs stand on are of each grade."""
+    return {str(one.get("profile")): one.get("profile_grades") or {} for one in environments}
+
+
+def launch_bound(
+    grades: Mapping[str, Mapping[str, int]], summaries: Sequence[Summary]
+) -> list[str]:
+    """That another engine's launch floor would change ratios, where no profile is measured.
+
+    The floor of a published profile is that of the engine that was published.
+    """
+    if any(counts.get("measured") or not counts for counts in grades.values()):
+        return []
+    bound = [one for one in summaries if (one.get("regime") or {}).get("launch", 0.0) > 0.5]
+    if not bound:
+        return []
+    of_all = len(bound) == len(summaries)
+    whose = "" if of_all else f" of {listed([str(one['label']) for one in bound])}"
+    return [
+        f"Launching kernels bounds most of the busy time{whose}. An engine that replays CUDA "
+        "graphs launches faster, and ratios between policies change with it: give the profile its "
+        "launch floor with helios profiles derive --launch."
+    ]
 
 
 def standing_in(likes: Mapping[str, str]) -> str:
@@ -398,7 +424,7 @@ class _Pair:
         """A figure of the one, against that of the other where there is one."""
         own, other = self.star[key], self.first.get(key)
         said = number(own * scale, digits)
-        if not self.is_comparison or other is None:
+        if not self.is_comparison or other is None or not counts_alike(key, self.star, self.first):
             return said
         return f"{said} against {number(other * scale, digits)}"
 
