@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -17,6 +17,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+MAX_THREADS: Final = 1024
+"""Beyond what any processor has; of far more a library takes the process down."""
 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Precision = Annotated[
@@ -94,7 +97,9 @@ def measure(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="Threads to use on a processor.", show_default="1 on cpu"),
+        typer.Option(
+            min=1, max=MAX_THREADS, help="Threads to use on a processor.", show_default="1 on cpu"
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the order of trials and of held-out loads.")
@@ -356,7 +361,10 @@ def serve(
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Threads to use on a processor.", show_default="as the profile was measured"
+            min=1,
+            max=MAX_THREADS,
+            help="Threads to use on a processor.",
+            show_default="as the profile was measured",
         ),
     ] = None,
     changes: Annotated[

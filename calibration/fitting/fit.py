@@ -301,7 +301,7 @@ def _measurement(
             one: {
                 **times[one].record,
                 "energy": energy[one].record,
-                **_kernels(environment["models"][one]),
+                **_described(environment["models"][one]),
                 "against_floor": _against_floor(points, found.model, times[one], floors),
             }
             for one, found in measured.items()
@@ -347,9 +347,10 @@ def _notes(
     return notes
 
 
-def _kernels(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Which kernels its times stand for, where the measurement says it."""
-    return {"kernels": described["kernels"]} if "kernels" in described else {}
+def _described(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Which kernels its times and which weights its exits stand for, as far as it is known."""
+    kept = {key: described.get(key) for key in ("kernels", "guard")}
+    return {key: value for key, value in kept.items() if value is not None}
 
 
 def _cached_note(disk: Mapping[str, Any]) -> list[str]:

@@ -69,6 +69,7 @@ def describe_model(source: Source, bench: Bench) -> dict[str, Any]:
         "exits_chosen": source.exits_chosen,
         "loaded_layers": model.depth,
         "heads": model.heads_kind,
+        "guard": None if model.guard is None else model.guard.to_json(),
         "kernels": bench.kernels,
         "max_batch": bench.max_batch,
         "max_context_tokens": bench.max_context,

@@ -159,6 +159,10 @@ def read_into(entry: Entry, target: Tensor) -> None:
         target.copy_(raw)
 
 
+ROUGH_TOLERANCE: Final = 2e-2
+"""Relative tolerance of a guard's sums where weights are held in 16 bits."""
+
+
 @dataclass(frozen=True)
 class Guard:
     """What the logits of fixed tokens add up to at every exit: proof that weights are the ones.
@@ -170,6 +174,35 @@ class Guard:
     token_ids: tuple[int, ...]
     sums: tuple[float | None, ...]
     tolerance: float = 1e-3
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a file."""
+        return {
+            "token_ids": list(self.token_ids),
+            "logits_sums": list(self.sums),
+            "tolerance": self.tolerance,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Guard:
+        """What `to_json` wrote; of anything else a KeyError, TypeError, ValueError or overflow."""
+        return cls(
+            tuple(int(token) for token in document["token_ids"]),
+            tuple(map(known_sum, document["logits_sums"])),
+            float(document["tolerance"]),
+        )
+
+    def contradicts(self, other: Guard) -> bool:
+        """Whether sums of the same tokens differ, so that the weights of both are not the same.
+
+        The tolerance is the one of 16 bits: sums may come from other devices and types.
+        """
+        if self.token_ids != other.token_ids or len(self.sums) != len(other.sums):
+            return False
+        return any(
+            one is not None and another is not None and not is_close(one, another, ROUGH_TOLERANCE)
+            for one, another in zip(self.sums, other.sums, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -190,7 +223,6 @@ class EarlyExitSettings:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in the file."""
-        guard = self.guard
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
@@ -199,12 +231,7 @@ class EarlyExitSettings:
             "heads": self.heads,
             "tokenizer": self.tokenizer,
             "confidence": self.confidence.to_json(),
-            "guard": guard
-            and {
-                "token_ids": list(guard.token_ids),
-                "logits_sums": list(guard.sums),
-                "tolerance": guard.tolerance,
-            },
+            "guard": None if self.guard is None else self.guard.to_json(),
             "corpus": None if self.corpus is None else dict(self.corpus),
         }
 
@@ -265,12 +292,7 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
             heads=cast(Heads, heads),
             tokenizer=str(document.get("tokenizer", UNKNOWN)),
             confidence=confidence_from_json(document.get("confidence") or {}, where),
-            guard=guard
-            and Guard(
-                tuple(int(token) for token in guard["token_ids"]),
-                tuple(map(known_sum, guard["logits_sums"])),
-                float(guard["tolerance"]),
-            ),
+            guard=Guard.from_json(guard) if guard else None,
             corpus=corpus,
         )
     except InputError:
@@ -286,6 +308,11 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
 def known_sum(value: float | None) -> float | None:
     """A guard's sum, None where it is unknown or none that logits could be compared with."""
     return None if value is None or not math.isfinite(float(value)) else float(value)
+
+
+def is_close(stored: float, found: float, tolerance: float) -> bool:
+    """Whether a sum is the stored one, within a relative tolerance."""
+    return abs(stored - found) <= tolerance * abs(stored)
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:

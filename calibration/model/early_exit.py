@@ -42,8 +42,6 @@ from helios_sim.folders import file_in_place
 from helios_sim.model import EarlyExitModel, ModelShape
 
 GUARD_TOKENS: Final = 16
-ROUGH_TOLERANCE: Final = 2e-2
-"""Relative tolerance of the guard's sums where weights are held in 16 bits."""
 
 
 class Decision(NamedTuple):
@@ -352,7 +350,11 @@ class EarlyExitLM:
         ids = tuple((7 + 977 * place) % vocab for place in range(GUARD_TOKENS))
         sums = tuple(map(files.known_sum, self.logits_sums(ids, self.exit_layers)))
         # Sums that 16 bits gave are no closer than that where another device or type checks them.
-        return Guard(ids, sums, tolerance=ROUGH_TOLERANCE) if self._is_rough else Guard(ids, sums)
+        return (
+            Guard(ids, sums, tolerance=files.ROUGH_TOLERANCE)
+            if self._is_rough
+            else Guard(ids, sums)
+        )
 
     def _is_held(self, before: int, depth: int, was_resident: bool) -> bool:
         """Whether all that a load brings is in the copy in host memory."""
@@ -379,9 +381,9 @@ class EarlyExitLM:
             for layer in layers
         ]
         sums = self.logits_sums(guard.token_ids, new)
-        tolerance = max(guard.tolerance, ROUGH_TOLERANCE if self._is_rough else 0.0)
+        tolerance = max(guard.tolerance, files.ROUGH_TOLERANCE if self._is_rough else 0.0)
         for layer, stored, found in zip(layers, guard.sums, sums, strict=True):
-            if found is None or (stored is not None and _close(stored, found, tolerance)):
+            if found is None or (stored is not None and files.is_close(stored, found, tolerance)):
                 continue
             if not math.isfinite(found):
                 raise InputError(
@@ -707,7 +709,3 @@ def empty_model(
 def _resident_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:
     held = backbone.model.state_dict()
     return {name: tuple(held[name].shape) for name in backbone.resident_names()}
-
-
-def _close(stored: float, found: float, tolerance: float) -> bool:
-    return abs(stored - found) <= tolerance * abs(stored)

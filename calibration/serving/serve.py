@@ -23,7 +23,7 @@ from calibration.device import DTYPES, device_name, device_of, dtype_name
 from calibration.measuring.board import board_of
 from calibration.measuring.meters import Absence, Meter, NoMeter, best_meter
 from calibration.measuring.timing import measure_pace
-from calibration.model.checkpoint import Checkpoint, named_folders, open_checkpoint
+from calibration.model.checkpoint import Checkpoint, Guard, named_folders, open_checkpoint
 from calibration.model.confidence import ALL_DOMAINS, Confidence
 from calibration.model.family import shape_of
 from calibration.serving.energy import RunEnergy
@@ -52,7 +52,7 @@ from helios_sim.metrics import summarise, user_figures
 from helios_sim.model import ModelShape
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
-from helios_sim.profile import TRACES_FILE, Profile, assumed_in
+from helios_sim.profile import PROFILE_FILE, TRACES_FILE, Profile, assumed_in
 from helios_sim.records import REPORT_FILE, TOKENIZERS, TOTALS_FILE, check_target, write_run
 from helios_sim.report import render
 from helios_sim.scenario import (
@@ -586,6 +586,31 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
                 "measure this one.",
                 str(found.folder),
             )
+    _check_weights(name, found, profile)
+
+
+def _check_weights(name: str, found: Checkpoint, profile: Profile) -> None:
+    """Refuse weights that are not those measured, as far as the guards of both tell."""
+    models = profile.document.get("measurement", {}).get("models", {})
+    kept = models.get(name, {}).get("guard")
+    own = found.settings.guard if found.settings is not None else None
+    if kept is None or own is None:
+        return
+    try:
+        measured = Guard.from_json(kept)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            "This is no guard as fit writes it; fit the readings again.",
+            f"{profile.folder / PROFILE_FILE}, measurement.models.{name}.guard",
+        ) from error
+    if not own.contradicts(measured):
+        return
+    raise InputError(
+        f"The logits of these weights are not those of the weights of {name!r} that profile "
+        f"{profile.name!r} was measured with, so its exits are others; serve the checkpoint that "
+        "was measured, or measure this one.",
+        str(found.folder),
+    )
 
 
 def _differences(have: ModelShape, want: ModelShape) -> tuple[str, str]:

@@ -549,6 +549,18 @@ def test_exits_that_were_chosen_are_nobody_s_measurement(
     assert profile.document["models"]["planted"]["exit_layers"]["grade"] == grade
 
 
+def test_what_kernels_and_which_weights_were_measured_stays_with_the_profile(
+    tmp_path: Path,
+) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
+    environment = json.loads((folder / "environment.json").read_text())
+    told = {"kernels": {"fusion": "usable: it agrees"}, "guard": {"token_ids": [7]}}
+    environment["models"]["planted"] |= told
+    (folder / "environment.json").write_text(json.dumps(environment))
+    kept = fit_profile(folder, tmp_path / "profile").document["measurement"]["models"]["planted"]
+    assert {key: kept[key] for key in told} == told
+
+
 def test_loads_of_one_size_tell_no_start_from_a_rate(tmp_path: Path) -> None:
     folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
     points = pl.read_parquet(folder / POINTS_FILE)

@@ -174,6 +174,7 @@ def test_the_environment_says_where_readings_come_from(measured: Path) -> None:
     assert model["exit_layers"] == [1, 2, 4]
     assert model["shape"]["hidden"] == 64
     assert model["weights"] == "checkpoint"
+    assert all(total > 0.0 for total in model["guard"]["logits_sums"])
     assert model["launches_per_layer"] > 10
     assert found["device"]["memory_bytes"] > 0
     assert found["dtype"] == "float32"

@@ -818,6 +818,31 @@ def test_a_run_says_which_kernels_it_took_and_warns_where_the_profile_had_others
     assert warned[0].endswith("was measured it was usable: it agrees.")
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (lambda guard: guard, None),
+        (lambda guard: guard | {"logits_sums": [None, *guard["logits_sums"][1:]]}, None),
+        (lambda guard: guard | {"token_ids": guard["token_ids"][::-1]}, None),
+        (
+            lambda guard: guard | {"logits_sums": [1.1 * one for one in guard["logits_sums"]]},
+            "not those of the weights of 'small' that profile .* was measured with",
+        ),
+        (lambda guard: {"token_ids": 3}, "no guard as fit writes it"),
+    ],
+    ids=["the same", "partly known", "of other tokens", "other weights", "no guard"],
+)
+def test_weights_that_are_not_those_measured_are_refused(place, tmp_path, kept, said) -> None:
+    found = open_checkpoint(place / "family" / "small")
+    assert found.settings is not None and found.settings.guard is not None
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    guard = kept(found.settings.guard.to_json())
+    document["measurement"] = {"models": {"small": {"guard": guard}}}
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    with nullcontext() if said is None else pytest.raises(InputError, match=said):
+        check_checkpoint("small", found, load_profile(tmp_path / "profile"))
+
+
 def test_a_run_is_never_written_over_something_else(place, tmp_path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     settings = ServeSettings((place / "family",), ("helios",), device="cpu")
