@@ -42,6 +42,15 @@ def folder_in_place(target: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(target: Path) -> None:
+    """Raise `InputError` where nothing can be written, as far as can be told before."""
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{above} is a file, so that no folder can be in it.", str(target))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"Nothing can be written to {above}.", str(target))
+
+
 def move_into_place(partial: Path, target: Path) -> None:
     """Give a finished folder its name; what had the name before is removed, or kept on failure.
 

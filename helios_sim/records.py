@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from helios_sim.columns import (
     write_table,
 )
 from helios_sim.errors import InputError, shown
-from helios_sim.folders import folder_in_place
+from helios_sim.folders import check_writable, folder_in_place
 from helios_sim.laws import run_violations
 from helios_sim.toml import read_toml
 from helios_sim.toml_writer import toml_text
@@ -240,11 +239,7 @@ def write_run(
 
 def check_target(out_dir: Path) -> None:
     """Raise `InputError` unless a run may be written here: nothing, an empty folder or a run."""
-    above = next(folder for folder in out_dir.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise InputError(f"{above} is a file, so that no folder can be in it.", str(out_dir))
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"Nothing can be written to {above}.", str(out_dir))
+    check_writable(out_dir)
     if not out_dir.exists() and not out_dir.is_symlink():
         return
     if not out_dir.is_dir():

@@ -148,11 +148,12 @@ class MeasureSettings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a measurement amounts to; `left_out` trials of the plan were not taken in time."""
+    """What a measurement amounts to; `left_out` of the plan's trials were not taken in time."""
 
     folder: Path
     num_readings: int
     num_new: int
+    num_trials: int
     left_out: int
     notes: tuple[str, ...]
 
@@ -214,7 +215,12 @@ def command(
     except KeyboardInterrupt:
         raise Interrupted(f"the readings so far are kept in {out}, and --resume goes on") from None
     following = f"Next: helios-calibrate fit {out} --out PROFILE"
-    if done.left_out:
+    if done.left_out and done.left_out == done.num_trials:
+        following = (
+            f"None of {done.num_trials} trials was taken in time, so there is nothing to fit: the "
+            "same command with --resume and a longer --budget takes them."
+        )
+    elif done.left_out:
         following = (
             f"{done.left_out} trials were not taken in time, so a fit may lack points: the same "
             f"command with --resume takes them. {following}"
@@ -305,7 +311,10 @@ class _Session:
         """What came of it."""
         num_new = len(self.readings) - self.num_before
         notes = tuple(self.notes)
-        return Outcome(self.settings.out, len(self.readings), num_new, self.left_out, notes)
+        num_trials = sum(len(planned.jobs) for planned in self.plan.models.values())
+        return Outcome(
+            self.settings.out, len(self.readings), num_new, num_trials, self.left_out, notes
+        )
 
     def _device_readings(self) -> None:
         """What belongs to the device: its reserve, tick, idle power, copies and loading."""

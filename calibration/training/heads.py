@@ -38,7 +38,7 @@ from calibration.serving.prompts import tokenizer_of
 from calibration.training.scoring import Windows, score
 from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
 from helios_sim.errors import InputError
-from helios_sim.folders import folder_in_place
+from helios_sim.folders import check_writable, folder_in_place
 
 REPORT_FILE: Final = "heads.json"
 _BETAS: Final = (0.9, 0.95)
@@ -113,6 +113,7 @@ def train_heads(
             "The folder lies within the checkpoint that is copied into it; give one outside.",
             str(out),
         )
+    check_writable(out or checkpoint / HEADS_FILE)
     # Exits of an earlier early_exit.json are replaced; its guard knows the full depth still.
     model = load(checkpoint, exits=exits, device=where, dtype=torch.float32)
     tokenizer = _tokenizer(model, checkpoint)

@@ -49,7 +49,7 @@ from calibration.training.thresholds import (
 )
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, stickiness_of, write_traces
-from helios_sim.folders import file_in_place, write_whole
+from helios_sim.folders import check_writable, file_in_place, write_whole
 from helios_sim.profile import TRACES_FILE
 from helios_sim.state import NLL_UNITS_PER_NAT
 
@@ -133,6 +133,7 @@ def trace_checkpoints(
     candidates do not share a tokenizer or a name is there twice. Returns the report.
     """
     chosen = options or TraceOptions()
+    check_writable(out / REPORT_FILE)
     where = device or torch.device("cpu")
     opened = _check_alike(folders)
     max_positions = min(shape_of(one.config).max_positions for one in opened)

@@ -214,6 +214,17 @@ def test_a_disk_that_fills_is_said_and_leaves_no_part(
     assert not (folder / "exit_heads.safetensors").exists()
 
 
+def test_where_nothing_can_be_written_nothing_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path / "model")
+    monkeypatch.setattr(heads, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    for out in (None, tmp_path / "elsewhere"):
+        with pytest.raises(InputError, match="Nothing can be written to"):
+            train_heads(folder, (2,), HeadOptions(("code",), iterations=1), out=out)
+
+
 def test_a_disk_that_fills_while_the_checkpoint_is_copied_is_said_of_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

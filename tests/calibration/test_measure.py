@@ -786,21 +786,22 @@ def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
             MeasureSettings(("x",), tmp_path, **changes)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("left_out", [0, 3])
+@pytest.mark.parametrize("left_out", [0, 3, 9])
 def test_trials_that_were_left_out_are_said_before_what_comes_next(
     left_out: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = measuring.Outcome(tmp_path, 12, 12, left_out, ())
+    done = measuring.Outcome(tmp_path, 12, 12, 9, left_out, ())
     monkeypatch.setattr(measuring, "measure", lambda settings, console: done)
     with pytest.raises(SystemExit) as ended:
         main(["measure", "any", "--out", str(tmp_path), "--threads", "1"])
     assert not ended.value.code
     said = " ".join(capsys.readouterr().out.split())
-    assert "Next: helios-calibrate fit" in said
-    assert ("3 trials were not taken in time" in said) == bool(left_out)
+    assert ("Next: helios-calibrate fit" in said) == (left_out < 9)
+    assert ("3 trials were not taken in time" in said) == (left_out == 3)
+    assert ("None of 9 trials was taken in time" in said) == (left_out == 9)
 
 
 def test_budgets_and_exits_are_read_as_people_write_them() -> None:

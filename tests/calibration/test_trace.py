@@ -203,6 +203,17 @@ def test_the_threshold_is_the_lowest_that_every_candidate_can_bear() -> None:
     assert choose_threshold([sure], [np.array([[False, True]])], 0.9) == 1.0
 
 
+def test_where_nothing_can_be_written_nothing_is_traced(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file, so that no folder can be in it"):
+        trace_checkpoints(folders, tmp_path / "file", OPTIONS)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(InputError, match="Nothing can be written to"):
+        trace_checkpoints(folders, tmp_path / "out", OPTIONS)
+
+
 def test_candidates_of_several_tokenizers_or_one_name_are_refused(
     folders: list[Path], tmp_path: Path
 ) -> None:
