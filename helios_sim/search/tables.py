@@ -16,7 +16,7 @@ from helios_sim.search.pareto import front
 from helios_sim.search.plan import Plan
 from helios_sim.search.quality import fleet_perplexities, trial_perplexities
 from helios_sim.search.tune import Trial, Tuned, by_violation, mean_at, reached_at, score_at
-from helios_sim.search.whatif import Cell, compared_by, leaders, short_keys
+from helios_sim.search.whatif import Cell, compared_by, in_short, leaders, short_keys
 from helios_sim.search.words import bracket
 from helios_sim.terminal import FittedTable
 from helios_sim.wording import number
@@ -227,7 +227,7 @@ def whatif_rows(cells: Sequence[Cell]) -> Cells:
     titles += ["TTFT p99 ms", "TPOT p50 ms", "J/tok", "agree %", "load"]
     rows = []
     for cell in cells:
-        row = [cell.policy, *(str(cell.values.get(key, _DASH)) for key in keys)]
+        row = [cell.policy, *(in_short(cell.values.get(key, _DASH)) for key in keys)]
         if not cell.can_be:
             rows.append([*row, *[_DASH] * (len(titles) - len(row) - 1), "cannot be"])
             continue

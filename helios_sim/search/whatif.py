@@ -59,8 +59,17 @@ class Cell:
     @property
     def name(self) -> str:
         """A heading: the settings that vary, and the policy."""
-        settings = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in self.values.items())
+        settings = ", ".join(
+            f"{key.split('.')[-1]} {in_short(value)}" for key, value in self.values.items()
+        )
         return f"{self.policy}: {settings}" if settings else self.policy
+
+
+def in_short(value: Any) -> str:
+    """A setting's value, a large float with an exponent where that tells all of it."""
+    if isinstance(value, float) and abs(value) >= 1e6 and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value)
 
 
 def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:

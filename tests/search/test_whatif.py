@@ -19,6 +19,7 @@ from helios_sim.search.tables import whatif_best
 from helios_sim.search.whatif import (
     GOODPUT,
     Cell,
+    in_short,
     leaders,
     short_keys,
     short_names,
@@ -68,6 +69,12 @@ def cell(batching: str, goodputs: list[float], ttft_ms: float, agreement: float 
     }
     values = {"policy.model": "opt-1.3b", "serving.batching": batching}
     return Cell(values, "vanilla", means, "stable", runs=runs)
+
+
+def test_a_setting_is_said_in_short_where_that_tells_all_of_it() -> None:
+    values = (2e10, 123456789.0, 0.768448, 4, "filled")
+    assert [in_short(one) for one in values] == ["2e+10", "123456789.0", "0.768448", "4", "filled"]
+    assert Cell({"loading.host.bytes_per_s": 2e10}, "helios").name == "helios: bytes_per_s 2e+10"
 
 
 def test_the_conclusion_names_the_best_cell_of_each_figure_and_who_is_level_with_it() -> None:
@@ -152,7 +159,7 @@ def test_a_grid_says_which_cells_have_users_who_rest(tmp_path: Path) -> None:
         one.means.update(num_users=8.0, mean_active_users=active)
     told = whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [])
     (said,) = [one for one in told if "Active" in one]
-    assert said.startswith(f"Active on average: 6 of 8 users ({cells[1].name}). A user")
+    assert said.startswith(f"Active on average: 6 of 8 users ({cells[1].name}). Users rest")
 
 
 def test_a_grid_whose_cells_differ_in_quality_says_so(tmp_path: Path) -> None:
