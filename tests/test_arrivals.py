@@ -16,6 +16,7 @@ from helios_sim.arrivals import (
     RateProfile,
     Renewal,
     closed_arrivals,
+    mean_rate_per_s,
     open_arrivals,
     peak_rate_per_s,
     weibull_shape,
@@ -97,6 +98,17 @@ def test_a_duration_is_a_prefix_of_the_same_arrivals(table: dict[str, Any], cv: 
     assert np.array_equal(arrivals(table, num=10), many[:10])
 
 
+@pytest.mark.parametrize(("table", "cv"), MOMENTS)
+def test_how_many_intervals_are_drawn_at_once_changes_no_arrival(
+    table: dict[str, Any], cv: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time or all: a workload of millions is drawn in parts."""
+    whole = arrivals(table, num=100), arrivals(table, duration_s=20.0)
+    monkeypatch.setattr("helios_sim.arrivals._CHUNK", 3)
+    assert np.array_equal(arrivals(table, num=100), whole[0])
+    assert np.array_equal(arrivals(table, duration_s=20.0), whole[1])
+
+
 def test_the_rate_only_stretches_the_pattern() -> None:
     """The same seed at twice the rate gives the same arrivals in half the time."""
     slow = arrivals({"kind": "gamma", "rate_per_s": 2.0, "cv": 2.0}, num=500)
@@ -151,7 +163,11 @@ def test_when_inverts_expected(
         pytest.param({"weights": OFFICE_DAY}, None, 3600.0, 2.0, id="its first hour"),
         pytest.param({"weights": OFFICE_DAY, "start": 23.5}, None, 2700.0, 3.0, id="midnight"),
         pytest.param({"weights": OFFICE_DAY, "start": 19.5}, None, 36000.0, 8.0, id="a night"),
+        pytest.param(
+            {"weights": OFFICE_DAY, "start": 23.5}, None, 36000.0, 12.0, id="next morning"
+        ),
         pytest.param({"weights": OFFICE_DAY, "start": 20}, None, 100000.0, 13.0, id="for longer"),
+        pytest.param({"weights": OFFICE_DAY, "start": 20}, 7200, None, 7.0, id="few by night"),
     ],
 )
 def test_the_peak_of_a_changing_rate_is_the_highest_that_a_run_comes_to(
@@ -166,6 +182,18 @@ def test_the_peak_of_a_changing_rate_is_the_highest_that_a_run_comes_to(
         table = {"kind": "schedule" if "points" in table else "poisson", **table}
     found = peak_rate_per_s(ADAPTER.validate_python(table), num, duration_s)
     assert found == pytest.approx(peak)
+
+
+@pytest.mark.parametrize(("num", "duration_s"), [(12_600, None), (None, 5400.0)])
+def test_the_mean_of_a_changing_rate_is_of_the_hours_that_a_run_comes_to(
+    num: int | None, duration_s: float | None
+) -> None:
+    """From half past ten half an hour at 1 a second and an hour at 3: 12,600 in 5,400 s."""
+    weights = [1.0, 3.0] * 12
+    table = {"kind": "daily", "mean_rate_per_s": 2.0, "hourly_weights": weights}
+    table["start_hour"] = 10.5
+    settings = ADAPTER.validate_python(table)
+    assert mean_rate_per_s(settings, num, duration_s) == pytest.approx(7 / 3)
 
 
 @given(points=points, interpolate=st.booleans(), seed=st.integers(0, 10_000))

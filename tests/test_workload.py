@@ -257,6 +257,16 @@ def test_a_replay_can_be_cut_by_number_and_duration() -> None:
     assert len(minute) == np.count_nonzero(whole.arrival_s < 60)
 
 
+def test_who_arrives_just_when_a_replay_ends_is_not_part_of_it(tmp_path: Path) -> None:
+    """Times of a log are often whole seconds: of those at 0, 1, 2 and 3 s two lie before 2 s."""
+    (tmp_path / "log.csv").write_text("at,prompt,output\n0,1,1\n1,2,1\n2,3,1\n3,4,1\n")
+    columns = {"arrival": "at", "prompt": "prompt", "output": "output"}
+    table = {"trace": {"file": "log.csv", "columns": columns}, "duration_s": 2.0}
+    requests = generate(WorkloadSettings.model_validate(table), 1, tmp_path, DOMAINS)
+    assert requests.arrival_s.tolist() == [0.0, 1.0]
+    assert requests.prompt_tokens.tolist() == [1, 2]
+
+
 def test_trace_arrivals_take_other_lengths() -> None:
     """Only the lengths that are given leave the trace's."""
     requests = make(arrivals={"kind": "trace"}, output=None, trace={"file": CONV})
@@ -265,11 +275,12 @@ def test_trace_arrivals_take_other_lengths() -> None:
 
 
 def test_trace_lengths_under_other_arrivals_keep_their_pairs() -> None:
-    """In order they wrap around; drawn at random each pair is one of the trace's."""
+    """In order from the first on and around; drawn at random each pair is one of the trace's."""
     trace = {"file": CONV, "max_requests": 10}
     table = {"prompt": None, "output": None, "trace": trace, "num_requests": 25}
     ordered = make(table)
     pairs = list(zip(ordered.prompt_tokens.tolist(), ordered.output_tokens.tolist(), strict=True))
+    assert pairs[:2] == [(374, 44), (396, 109)]
     assert pairs[:10] == pairs[10:20] and pairs[20:] == pairs[:5]
     drawn = make({**table, "trace_rows": "random", "num_requests": 2000})
     seen = set(zip(drawn.prompt_tokens.tolist(), drawn.output_tokens.tolist(), strict=True))
