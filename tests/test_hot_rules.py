@@ -6,7 +6,7 @@ import operator
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -14,12 +14,13 @@ from helios_sim import hot_rules
 from helios_sim.experiment import Result, prepare, run_policy
 from helios_sim.hot_rules import InterpretedRuleWarning, fingerprint, loop_with
 from helios_sim.policy import rules
+from helios_sim.policy.baselines import Vanilla
 from helios_sim.policy.contract import Watching
 from helios_sim.queues import push_waiting_last
 from helios_sim.scenario import parse_scenario
 from helios_sim.state import SLIDING, World
 from helios_sim.world import build_world, trace_tables
-from tests.engine.factories import drifting_requests, drifting_setup
+from tests.engine.factories import drifting_requests, drifting_setup, play, play_policy
 
 POLICIES = Path(__file__).parent / "policies"
 
@@ -238,6 +239,29 @@ def test_a_rule_that_needs_memory_which_the_loop_does_not_manage_runs_interprete
 def test_what_numba_does_not_take_for_a_function_runs_interpreted() -> None:
     with pytest.warns(InterpretedRuleWarning, match="leaves_here"):
         loop_with({"leaves_here": operator.ge})
+
+
+def seldom_sure(confidence: float, threshold: float, at_full_depth: bool) -> bool:
+    """Breaches at full depth too; numba cannot compile it."""
+    return {True: True}.get(confidence < threshold + 0.2, False)
+
+
+class Doubtful(Vanilla):
+    """Serves at full depth and counts what it finds doubtful there."""
+
+    hot_rules: ClassVar[dict[str, Any]] = {"is_breach": seldom_sure}
+
+
+@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+def test_what_a_rule_finds_in_breach_at_full_depth_is_counted_token_by_token() -> None:
+    """Of ours nothing breaches there; the timeline counts what the requests do."""
+    requests = drifting_requests(20)
+    _, ours = play(drifting_setup(), requests, "vanilla")
+    assert ours.requests["breaches"].sum() == ours.timeline["breaches"].sum() == 0
+    _, theirs = play_policy(drifting_setup(), requests, Doubtful)
+    breaches = theirs.requests["breaches"].sum()
+    assert 0 < breaches < theirs.requests["generated_tokens"].sum()
+    assert theirs.timeline["breaches"].sum() == breaches
 
 
 def test_our_rules_are_back_in_place_afterwards() -> None:
