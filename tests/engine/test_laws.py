@@ -52,9 +52,12 @@ from tests.engine.factories import (
     play,
     play_policy,
     policy_of,
+    profile_of,
     requests_of,
     setup_of,
     snapshots_of,
+    thumbnail,
+    traces_from,
 )
 from tests.worlds import inbox_of, linked
 
@@ -351,6 +354,14 @@ def test_round_robin_sends_requests_by_turns() -> None:
     assert data.requests["replica"].to_list() == [i % 3 for i in range(100)]
 
 
+def test_a_router_that_draws_sends_each_replica_its_share() -> None:
+    """Of 900 requests each of three has 300, within four standard deviations of them."""
+    setup = drifting_setup(fleet={"num_replicas": 3, "router": "random"})
+    _, data = play(setup, drifting_requests(900, rate_per_s=100.0), "vanilla")
+    counts = np.bincount(data.requests["replica"].to_numpy())
+    assert counts.tolist() == pytest.approx([300] * 3, abs=57)
+
+
 @pytest.mark.parametrize("use", ["vanilla", "helios"])
 def test_least_outstanding_sends_each_request_where_the_fewest_are(use: str) -> None:
     """Who is outstanding at an arrival follows from the records; the instant itself comes first."""
@@ -645,10 +656,11 @@ def test_the_longest_request_that_is_taken_is_the_one_that_is_told() -> None:
 
 
 def test_a_candidate_s_card_pads_typical_rows_and_takes_the_factor_of_each_loaded_depth() -> None:
+    """With exits it is the factor of the whole model, however early its tokens leave."""
     profile = padding_models()
-    model = profile.models["large"]
-    unlaunched = replace(model, coefficients={**model.coefficients, "decode.launch_s": 0.0})
-    profile = replace(profile, models={**profile.models, "large": unlaunched})
+    costs = {**profile.models["large"].coefficients, "decode.launch_s": 0.0}
+    model = replace(profile.models["large"], coefficients=costs, batch_buckets=(1, 4, 8))
+    profile = replace(profile, models={**profile.models, "large": model})
     setup = drifting_setup(profile=profile)
     serving = setup.serving
     row_tokens = serving.expected_prompt_tokens + serving.expected_output_tokens / 2
@@ -658,7 +670,38 @@ def test_a_candidate_s_card_pads_typical_rows_and_takes_the_factor_of_each_loade
             rows = model.padded_rows(asked)[asked]
             layer_s = 2e-5 * rows * row_tokens * model.residual(asked, depth)[asked]
             assert seconds == pytest.approx(0.010 + asked * 0.0007 + depth * layer_s + 0.005)
+    for asked, seconds in zip(card.batches, card.exiting_iteration_s[0], strict=True):
+        rows = model.padded_rows(asked)[asked]
+        layer_s = 2e-5 * rows * row_tokens * model.residual(asked, 8)[asked]
+        assert seconds == pytest.approx(0.010 + asked * 0.0007 + 2 * layer_s + 0.002 + 6 * 0.001)
+    assert 2 in card.batches and model.padded_rows(2)[2] == 4
     assert model.residual(4, 2)[4] == pytest.approx(0.6 / 1.1 * model.residual(4, 8)[4])
+
+
+def test_a_candidate_s_card_tells_what_a_prompt_of_the_expected_length_takes() -> None:
+    """Its tokens attend to each other and to themselves: 78 pairs of twelve."""
+    costs = {"prefill.compute_s_per_pair": 0.0001, "prefill.launch_s": 0.0}
+    profile = profile_of(thumbnail("small", (2, 4), costs=costs))
+    setup = setup_of(profile, traces_from({"small": [[0.9, 0.9]] * 2}, {"small": (2, 4)}))
+    for depth, seconds in zip((2, 4), candidate_card(setup, "small").prefill_s, strict=True):
+        _, data = play(setup, requests_of([9.0], [12], [1]), "static-depth", depth=depth)
+        (row,) = data.requests.iter_rows(named=True)
+        assert seconds == pytest.approx(row["first_token_s"] - row["arrival_s"])
+        assert seconds == pytest.approx(0.010 + depth * (12 * 0.001 + 78 * 0.0001) + 0.005)
+
+
+def test_a_model_has_the_bytes_it_needs_where_its_pool_holds_a_typical_request() -> None:
+    """Beside its weights and its workspace: 22 tokens take six blocks."""
+    seen = set()
+    for memory_bytes in range(4_000, 25_000, 100):
+        profile = both_models(memory_bytes=memory_bytes)
+        models = {name: replace(one, workspace_bytes=700) for name, one in profile.models.items()}
+        setup = drifting_setup(profile=replace(profile, models=models))
+        for depth in (2, 4, 8):
+            fits = setup.needed_bytes("large", depth) <= setup.usable_bytes
+            assert fits == (setup.pool_blocks("large", depth) >= 6)
+            seen.add((depth, fits))
+    assert len(seen) == 6
 
 
 @pytest.mark.parametrize("skipped_kv", ["filled", "recomputed"])
@@ -724,6 +767,13 @@ def test_a_candidate_s_card_knows_few_rows_and_as_many_as_each_depth_can_run() -
         for row in card.decode_iteration_s:
             assert len(row) == len(card.batches)
             assert list(row) == sorted(row)
+
+
+def test_a_candidate_s_card_knows_no_more_rows_than_a_batch_may_have() -> None:
+    """Not for its reference either, where a batch is of three at most."""
+    card = candidate_card(drifting_setup(max_batch=3), "large")
+    assert card.batches == (1, 2, 3)
+    assert card.reference_batch == 3
 
 
 def test_more_memory_never_slows_a_run_whose_batch_it_limits() -> None:
@@ -851,8 +901,10 @@ def test_weights_and_pool_stay_within_memory_also_while_weights_arrive(
     def noted(rep: Any, num_blocks: int) -> None:
         stage(rep, num_blocks)
         assert rep.free_blocks >= 0
+        moved_bytes = run.decisions[-1].moved_bytes
+        assert num_blocks * run.replicas[0].block_bytes >= moved_bytes
         staged.append(num_blocks)
-        arriving.append(run.decisions[-1].moved_bytes)
+        arriving.append(moved_bytes)
 
     requests = drifting_requests(200, rate_per_s=12.0, max_output=60)
     run = Run(setup, requests, lambda: policy_of("helios"))
@@ -973,7 +1025,10 @@ def test_nobody_is_asked_once_no_request_can_come_any_more(
 
 
 def test_replicas_of_one_host_share_its_disk_and_its_link() -> None:
-    """Three that load at once are served one after the other, but not on hosts of their own."""
+    """Three that load at once are served one after the other, but not on hosts of their own.
+
+    Two to a host, the first two share one.
+    """
     profile = both_models(disk=Link(1.0, 1e12), host=Link(0.5, 1e12))
     requests = drifting_requests(30)
     ready = {
@@ -987,9 +1042,10 @@ def test_replicas_of_one_host_share_its_disk_and_its_link() -> None:
                 "vanilla",
             )[0].decisions
         ]
-        for per_host in (1, 3)
+        for per_host in (1, 2, 3)
     }
     assert ready[1] == pytest.approx([1.5, 1.5, 1.5])
+    assert ready[2] == pytest.approx([1.5, 2.0, 1.5])
     assert ready[3] == pytest.approx([1.5, 2.0, 2.5])
 
 
@@ -1015,6 +1071,12 @@ def test_a_threshold_of_zero_lets_every_token_leave_at_the_first_exit() -> None:
     shallow, *deeper = data.totals.exit_counts["large"]
     assert shallow > 0
     assert set(deeper) == {0}
+
+
+def test_a_mode_of_one_request_at_a_time_serves_one_at_a_time() -> None:
+    _, data = play(drifting_setup(), drifting_requests(40), "ee-single", exit_mode="solo")
+    assert data.totals.max_running == 1
+    assert data.totals.decode_rows == data.totals.num_decode_iterations > 0
 
 
 def test_keeping_costs_nothing() -> None:

@@ -71,12 +71,18 @@ def test_two_models_are_read_from_one_disk_one_after_the_other() -> None:
     assert large.ready_s == pytest.approx(read_s[0] + read_s[1] + moved_s[1])
 
 
-def test_a_policy_is_told_of_the_whole_read_and_of_the_layers_that_the_link_takes() -> None:
-    """A model is read whole, however few of its layers are loaded."""
-    run, _ = play(drifting_setup(), drifting_requests(20), "vanilla")
+@pytest.mark.parametrize("weights_start", ["disk", "host"])
+def test_a_policy_is_told_of_the_whole_read_and_of_the_layers_that_the_link_takes(
+    weights_start: str,
+) -> None:
+    """A model is read whole, however few of its layers are loaded, unless memory holds it."""
+    setup = drifting_setup(fleet={"weights_start": weights_start})
+    run, _ = play(setup, drifting_requests(20), "vanilla")
     told, loading = snapshots_of(run.decisions)[0], run.setup.profile.loading
     for candidate in told.candidates:
         read_s = loading.disk.alpha_s + candidate.weight_bytes[-1] / loading.disk.bytes_per_s
+        if weights_start == "host":
+            read_s = 0.0
         expected = [
             read_s + loading.host.alpha_s + one / loading.host.bytes_per_s
             for one in candidate.weight_bytes
