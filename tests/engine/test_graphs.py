@@ -150,6 +150,25 @@ def test_seconds_of_capturing_are_bound_by_launching_and_drawn_at_active_power()
     assert mine.regime_s["launch"] - plain.regime_s["launch"] == pytest.approx(0.39)
 
 
+@pytest.mark.parametrize(
+    ("use", "options", "captured_s"),
+    [("vanilla", {}, 0.39), ("ee-single", {"exit_mode": "rebatch"}, 0.372)],
+)
+def test_an_iteration_that_captures_is_bound_by_launching_whatever_its_layers_wait_for(
+    use: str, options: dict[str, Any], captured_s: float
+) -> None:
+    """The only decode of a request of two tokens; its layers wait for memory."""
+    waiting = {"decode.launch_s": 0.0, "decode.memory_s_per_padded_token": 0.01}
+    mine, plain = (
+        play(setup_with(costs, [SURE] * 8), one(2), use, **options)[1].totals
+        for costs in (COSTS | waiting, waiting)
+    )
+    assert plain.regime_s["memory"] > 0.0 == mine.regime_s["memory"]
+    longer_s = mine.regime_s["launch"] - plain.regime_s["launch"]
+    assert longer_s == pytest.approx(plain.regime_s["memory"] + captured_s)
+    assert mine.energy_j - plain.energy_j == pytest.approx(100.0 * captured_s)
+
+
 def test_where_exits_speak_eagerly_their_graphs_cost_nothing() -> None:
     profile = profile_of(thumbnail(buckets=(1,), costs=COSTS | {"capture.s_per_exit": 0.0}))
     setup = setup_of(profile, traces_from({"small": [SURE] * 8}, {"small": (2, 4)}))
