@@ -6,13 +6,18 @@ from dataclasses import replace
 
 import pytest
 
+from helios_sim.state import TIMELINE_CAPACITY
 from tests.engine.factories import (
     DOMAINS,
     both_models,
     drifting_requests,
     drifting_setup,
     play,
+    profile_of,
     requests_of,
+    setup_of,
+    thumbnail,
+    traces_from,
 )
 
 
@@ -52,6 +57,29 @@ def test_of_the_lines_of_one_instant_the_last_is_kept() -> None:
     before = [place - 1 for place in (timeline["state"] == "loading").arg_true()[1:]]
     assert sum(timeline["waiting"][place] > 0 for place in before) > 1
     assert [timeline["kv_blocks_used"][place] for place in before] == [0] * len(before)
+
+
+def test_a_full_timeline_goes_on_at_half_its_resolution() -> None:
+    """A decode takes 55 ms, so that a line is due after each; then one is due every 80 ms."""
+    model = thumbnail("small", (2, 4), max_positions=10_000)
+    setup = setup_of(
+        profile_of(model, memory_bytes=3_000_000),
+        traces_from({"small": [[0.9, 0.9]] * 2}, {"small": (2, 4)}),
+        timeline_interval_s=0.04,
+    )
+    num_tokens = TIMELINE_CAPACITY + 404
+    _, data = play(setup, requests_of([0.0], [5], [num_tokens]), "vanilla")
+    timeline = data.timeline
+    # Of two lines the later one stays, so that what loading drew is still a line of its own.
+    assert timeline["state"].to_list().index("serving") == 1
+    assert timeline["power_w"][0] == pytest.approx(80.0)
+    assert timeline["tokens"].sum() == num_tokens
+    assert timeline["time_s"][-1] == data.totals.end_s
+    halved, later = timeline[1 : TIMELINE_CAPACITY // 2], timeline[TIMELINE_CAPACITY // 2 :]
+    assert set(halved["tokens"]) == {2}
+    assert timeline["tokens"][TIMELINE_CAPACITY // 2] == 1
+    assert set(later["tokens"]) == {1, 2}
+    assert later["interval_s"].mean() == pytest.approx(0.08, rel=0.02)
 
 
 def test_a_fleet_s_gpus_are_those_of_all_its_replicas() -> None:
