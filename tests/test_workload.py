@@ -208,6 +208,18 @@ def test_the_shipped_chat_distribution_is_split_by_the_prompt_share() -> None:
     assert requests.prompt_tokens.sum() / total.sum() == pytest.approx(0.7, abs=0.001)
 
 
+@pytest.mark.parametrize(
+    ("total", "share", "prompt"), [(10, 0.66, 7), (10, 0.64, 6), (2, 0.9, 1), (2, 0.1, 1)]
+)
+def test_a_prompt_s_share_is_rounded_and_leaves_a_token_for_either(
+    total: int, share: float, prompt: int
+) -> None:
+    lengths = {"kind": "constant", "tokens": total}
+    requests = make(prompt=None, output=None, total=lengths, prompt_share=share)
+    assert set(requests.prompt_tokens) == {prompt}
+    assert set(requests.output_tokens) == {total - prompt}
+
+
 def test_values_are_drawn_by_their_weights() -> None:
     """Without weights all alike; a weight of 0 is never drawn."""
     alike = prompts({"kind": "values", "values": [5, 9]})
