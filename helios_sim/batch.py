@@ -224,8 +224,6 @@ def retire(w: World, r: int, rep: Any, row: Any) -> None:
     req = w.requests[row.request]
     req.finished_s = rep.now_s
     req.status = FINISHED
-    req.model = rep.model
-    req.depth = rep.depth
     rep.num_finished += 1
     rep.period_finished += 1
     rep.finish_target -= 1
