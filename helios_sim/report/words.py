@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from helios_sim.comparison import carry_alike, counts_alike
+from helios_sim.metrics import figure_at
 from helios_sim.profile import ASSUMED
 from helios_sim.wording import counted, limits, listed, number, times
 
@@ -22,6 +23,9 @@ _TELLING: Final = (
     ("perplexity", "perplexity", "", 1.0),
 )
 """What tells runs apart that serve the same load: key, title, unit, factor to the unit."""
+_MOST_NAMED: Final = 3
+"""Of more things than this their number is said."""
+
 ENOUGH_ACTIVE: Final = 0.95
 """Share of a closed loop's users that are active on average, below which a run is not theirs."""
 
@@ -106,23 +110,30 @@ def grades_of(environments: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[st
 
 
 def launch_bound(
-    grades: Mapping[str, Mapping[str, int]], summaries: Sequence[Summary]
+    grades: Mapping[str, Mapping[str, int]],
+    summaries: Sequence[Summary],
+    compared: str = "policies",
 ) -> list[str]:
     """That another engine's launch floor would change ratios, where no profile is measured.
 
-    The floor of a published profile is that of the engine that was published.
+    The floor of a published profile is that of the engine that was published. `summaries` have
+    labels; `compared` are what they are of.
     """
     if any(counts.get("measured") or not counts for counts in grades.values()):
         return []
-    bound = [one for one in summaries if (one.get("regime") or {}).get("launch", 0.0) > 0.5]
+    shares = [figure_at(one, "regime.launch") or 0.0 for one in summaries]
+    bound = [str(one["label"]) for one, share in zip(summaries, shares, strict=True) if share > 0.5]
     if not bound:
         return []
-    of_all = len(bound) == len(summaries)
-    whose = "" if of_all else f" of {listed([str(one['label']) for one in bound])}"
+    whose = f" of {listed(bound)}"
+    if len(bound) > _MOST_NAMED:
+        whose = f" of {len(bound)} of the {len(summaries)} {compared}"
+    if len(bound) == len(summaries):
+        whose = ""
     return [
         f"Launching kernels bounds most of the busy time{whose}. An engine that replays CUDA "
-        "graphs launches faster, and ratios between policies change with it: give the profile its "
-        "launch floor with helios profiles derive --launch."
+        f"graphs launches faster, and ratios between {compared} change with it: give the profile "
+        "its launch floor with helios profiles derive --launch."
     ]
 
 

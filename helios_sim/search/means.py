@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Final
 
+from helios_sim.metrics import figure_at
 from helios_sim.search.points import Figures
 
 Means = dict[str, float | None]
 """Plain figures of a summary, by key; None where one of the samples has none."""
+
+
+LAUNCH_SHARE: Final = "regime.launch"
+"""Share of busy time in which launching bounds the layers, of the samples that were busy."""
 
 
 def user_rate(means: Means) -> float | None:
@@ -30,7 +36,10 @@ def joules(means: Means) -> float | None:
 
 
 def mean_figures(figures: Sequence[Figures]) -> Means:
-    """The mean over replications of every plain figure; None where one of them has none."""
+    """The mean over replications of every plain figure; None where one of them has none.
+
+    Beside them stands the share of time that launching bounds.
+    """
     summaries = [one["summary"] for one in figures]
     means: Means = {}
     for key, first in summaries[0].items():
@@ -39,6 +48,9 @@ def mean_figures(figures: Sequence[Figures]) -> Means:
         values = [summary[key] for summary in summaries]
         known = [float(value) for value in values if isinstance(value, int | float)]
         means[key] = fmean(known) if len(known) == len(values) else None
+    launching = [figure_at(summary, LAUNCH_SHARE) for summary in summaries]
+    if known := [share for share in launching if share is not None]:
+        means[LAUNCH_SHARE] = fmean(known)
     return means
 
 

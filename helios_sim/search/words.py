@@ -9,7 +9,7 @@ from typing import Final
 from helios_sim.assumptions import means
 from helios_sim.profile import MarkovExits, Profile
 from helios_sim.questions import MAX_PEAK_FACTOR
-from helios_sim.report.words import extrapolated, idle_users, standing_in, worth
+from helios_sim.report.words import extrapolated, idle_users, launch_bound, standing_in, worth
 from helios_sim.scenario import Scenario
 from helios_sim.search.bench import SAMPLE_ANSWERS, FleetAnswer, Load
 from helios_sim.search.capacity import Capacity
@@ -302,7 +302,13 @@ def _grades(plan: Plan) -> list[str]:
     """What the numbers of the profiles are worth."""
     profiles = plan.question.profiles.values()
     planned = {name for one in plan.answers for name in one.fleet.candidates}
-    return [worth(grades_by_name(profiles), "fleets"), *_assumed(profiles, planned)]
+    grades = grades_by_name(profiles)
+    played = [{**one.figures, "label": one.fleet.name} for one in plan.answers]
+    return [
+        worth(grades, "fleets"),
+        *launch_bound(grades, played, "fleets"),
+        *_assumed(profiles, planned),
+    ]
 
 
 def _extrapolations(plan: Plan) -> list[str]:
@@ -533,7 +539,11 @@ def whatif_remarks(
     found += _qualities(able, profiles)
     found += idle_users([{**cell.means, "label": cell.name} for cell in able])
     beyond = _beyond([(cell.name, cell.beyond) for cell in cells])
-    grades = [worth(grades_by_name(profiles), "cells")] if profiles else []
+    grades = []
+    if profiles:
+        counts = grades_by_name(profiles)
+        played = [{**cell.means, "label": cell.name} for cell in able]
+        grades = [worth(counts, "cells"), *launch_bound(counts, played, "cells")]
     varied = [cell.values[CANDIDATES] for cell in cells if CANDIDATES in cell.values]
     keys = {key for cell in cells for key in cell.values}
     assumed = _assumed(profiles, _candidates(scenario, varied), keys)
@@ -776,7 +786,9 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     tried = [("the scenario as it stands", tuned.base.beyond)]
     if tuned.winner is not None:
         tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
-    found.append(worth(grades_by_name(tuned.question.profiles), "settings"))
+    grades = grades_by_name(tuned.question.profiles)
+    played = [{**tuned.base.means, "label": "the scenario as it stands"}]
+    found += [worth(grades, "settings"), *launch_bound(grades, played, "settings")]
     question = tuned.question
     ranged = [one.choices for one in question.space.ranges if one.key == CANDIDATES]
     varied = [candidates for choices in ranged for candidates in choices]

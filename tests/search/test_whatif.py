@@ -13,6 +13,7 @@ from helios_sim.profile import load_profile
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import whatif
 from helios_sim.search.drawings import MAX_LABELS, cells_figure
+from helios_sim.search.means import mean_figures
 from helios_sim.search.page import whatif_page
 from helios_sim.search.studies import Outcome
 from helios_sim.search.tables import whatif_best
@@ -160,6 +161,26 @@ def test_a_grid_says_which_cells_have_users_who_rest(tmp_path: Path) -> None:
     told = whatif_remarks(load_scenario(write(tmp_path)), cells, 1, [])
     (said,) = [one for one in told if "Active" in one]
     assert said.startswith(f"Active on average: 6 of 8 users ({cells[1].name}). Users rest")
+
+
+def test_a_grid_says_which_cells_a_published_launch_floor_decides(tmp_path: Path) -> None:
+    scenario = load_scenario(write(tmp_path))
+    cells = [cell("chunked", [5.0], 20.0), cell("static", [4.0], 20.0)]
+    for one, share in zip(cells, (0.3, 0.7), strict=True):
+        assert isinstance(one.means, dict)
+        one.means["regime.launch"] = share
+    published = [load_profile("opt-a100-40gb")]
+    (said,) = [one for one in whatif_remarks(scenario, cells, 1, published) if "Launching" in one]
+    assert f"busy time of {cells[1].name}. An" in said
+    measured = [load_profile("small-family-cpu")]
+    assert "Launching" not in " ".join(whatif_remarks(scenario, cells, 1, measured))
+
+
+def test_the_mean_share_of_launching_is_that_of_the_samples_that_were_busy() -> None:
+    busy = [{"summary": {"regime": {"launch": share}}} for share in (0.2, 0.6)]
+    assert mean_figures(busy) == {"regime.launch": pytest.approx(0.4)}
+    assert mean_figures([*busy, {"summary": {"regime": None}}])["regime.launch"] == 0.4
+    assert "regime.launch" not in mean_figures([{"summary": {"regime": None}}])
 
 
 def test_a_grid_whose_cells_differ_in_quality_says_so(tmp_path: Path) -> None:
