@@ -913,6 +913,7 @@ def test_where_a_published_floor_bounds_the_time_other_ratios_of_other_engines_a
     (said,) = launch_bound(told, [*many, fast], "fleets")
     assert "busy time of 4 of the 5 fleets. An" in said
     assert "ratios between fleets change" in said
+    assert launch_bound(told, [slow], when="At night")[0].startswith("At night, launching kernels")
     assert launch_bound(told, [fast]) == launch_bound(told, [summary("vanilla", 1.0, 1.0)]) == []
     assert launch_bound(read, [slow]) == launch_bound({"c": {}}, [slow]) == []
 

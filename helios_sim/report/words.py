@@ -113,11 +113,12 @@ def launch_bound(
     grades: Mapping[str, Mapping[str, int]],
     summaries: Sequence[Summary],
     compared: str = "policies",
+    when: str = "",
 ) -> list[str]:
     """That another engine's launch floor would change ratios, where no profile is measured.
 
     The floor of a published profile is that of the engine that was published. `summaries` have
-    labels; `compared` are what they are of.
+    labels; `compared` are what they are of, and `when` says at which load, where there are several.
     """
     if any(counts.get("measured") or not counts for counts in grades.values()):
         return []
@@ -130,8 +131,9 @@ def launch_bound(
         whose = f" of {len(bound)} of the {len(summaries)} {compared}"
     if len(bound) == len(summaries):
         whose = ""
+    begun = f"{when}, launching" if when else "Launching"
     return [
-        f"Launching kernels bounds most of the busy time{whose}. An engine that replays CUDA "
+        f"{begun} kernels bounds most of the busy time{whose}. An engine that replays CUDA "
         f"graphs launches faster, and ratios between {compared} change with it: give the profile "
         "its launch floor with helios profiles derive --launch."
     ]

@@ -306,7 +306,7 @@ def _grades(plan: Plan) -> list[str]:
     played = [{**one.figures, "label": one.fleet.name} for one in plan.answers]
     return [
         worth(grades, "fleets"),
-        *launch_bound(grades, played, "fleets"),
+        *launch_bound(grades, played, "fleets", "At the planned load"),
         *_assumed(profiles, planned),
     ]
 
