@@ -811,6 +811,7 @@ def state_of(rep: Any) -> int:
 def sample(w: World, r: int, state: int) -> None:
     """Write a line of the timeline now, halving its resolution when it is full."""
     rep = w.replicas[r]
+    take_arrivals(w, rep)
     lines = w.samples[r]
     if rep.num_samples == TIMELINE_CAPACITY:
         for k in range(TIMELINE_CAPACITY // 2):
@@ -837,7 +838,7 @@ def sample(w: World, r: int, state: int) -> None:
 
 @compiled
 def complete(w: World, r: int, rep: Any) -> None:
-    """End the iteration under way: charge it, emit its tokens, retire who is done."""
+    """End the iteration under way: charge it, emit its tokens, retire who is done, see who came."""
     seconds = rep.end_s - rep.iteration_start_s
     rep.now_s = rep.end_s
     rep.energy_j += rep.iteration_j
@@ -854,6 +855,7 @@ def complete(w: World, r: int, rep: Any) -> None:
     if rep.phase != DECODING:
         emit_prefilled(w, r, rep)
     rep.phase = BETWEEN
+    take_arrivals(w, rep)
     if rep.now_s >= rep.next_sample_s:
         sample(w, r, state_of(rep))
 
@@ -898,7 +900,6 @@ def advance(w: World, r: int, horizon_s: float) -> int:
             if rep.end_s >= horizon_s:
                 return AT_HORIZON
             complete(w, r, rep)
-            take_arrivals(w, rep)
             cause = why_stop(rep)
             if cause != AT_HORIZON:
                 return cause

@@ -244,7 +244,7 @@ class Replica:
         if overlaps:
             self.steward.stage(entry.moved_bytes)
             stage_blocks(self.record, staged)
-            self.hold_questions()
+            self.follow(HOLD)
             self.draw_beside(load_j, ready_s)
             # The weights stay in these blocks until the pool is cut anew beside them.
             yield from self.serve(ready_s)
@@ -296,7 +296,7 @@ class Replica:
 
     def clear_rows(self) -> Process:
         """Let no request run on: finish them, or send them back to be prefilled anew."""
-        self.hold_questions()
+        self.follow(HOLD)
         started_s = self.run.clock.now_s
         if self.run.setup.serving.on_change == "recompute":
             self.record.pausing = 1
@@ -309,11 +309,6 @@ class Replica:
             yield from self.serve(math.inf)
             self.record.draining = 0
         self.totals.drain_s += self.record.now_s - started_s
-
-    def hold_questions(self) -> None:
-        """Serve on without asking while a decision is carried out."""
-        self.follow(HOLD)
-        self.record.tripped = 0
 
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""

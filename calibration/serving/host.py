@@ -249,7 +249,7 @@ class Host(Replica):
         the weights are taken up, as in the simulator, where they lie in them.
         """
         self.batch.stage(staged)
-        self.hold_questions()
+        self.follow(HOLD)
         self.transfer = transfer = self.weights.begin(
             entry.assignment.model, entry.assignment.depth
         )
@@ -268,7 +268,7 @@ class Host(Replica):
 
         `since_s` is when that was wanted, perhaps within the last iteration, or right after it.
         """
-        self.hold_questions()
+        self.follow(HOLD)
         if self.room.serving.on_change == "recompute":
             self.batch.preempt_all()
         elif self.batch.rows:
@@ -276,11 +276,6 @@ class Host(Replica):
             self.serve()
             self.batch.draining = False
         self.tally.drain_s += max(0.0, self.tally.booked_s - since_s)
-
-    def hold_questions(self) -> None:
-        """Serve on without asking while a decision is carried out."""
-        self.follow(HOLD)
-        self.window.tripped = False
 
     def take_up(self, assignment: Assignment) -> None:
         """Run a model at a depth from now on, with a pool of what its weights leave free."""
@@ -331,7 +326,6 @@ class Host(Replica):
             plan = self.batch.next_iteration(self.tally.booked_s)
             if plan is not None:
                 self.run(plan)
-                self.enter_arrivals()
                 cause = self.who_must_decide()
                 if cause is not None:
                     return cause
@@ -373,8 +367,9 @@ class Host(Replica):
         self.tally.book("idle", self.clock.now_s())
 
     def run(self, plan: Prefill | Decode) -> None:
-        """Carry an iteration out; now and then write a line of the timeline."""
+        """Carry an iteration out, see who came; now and then write a line of the timeline."""
         super().run(plan)
+        self.enter_arrivals()
         if self.tally.booked_s >= self.tally.next_sample_s:
             self.sample(self.state())
             if self.on_progress is not None:
@@ -444,6 +439,7 @@ class Host(Replica):
 
     def sample(self, state: str) -> None:
         """Write a line of the timeline as of the last booked moment."""
+        self.enter_arrivals()
         tally, batch, served = self.tally, self.batch, self.steward.assignment
         tally.sample(
             Sample(

@@ -645,6 +645,23 @@ def test_gaps_are_counted_in_bins_about_one_percent_wide() -> None:
     assert gap_counts([]) == (0,) * len(counts)
 
 
+def test_both_show_alike_who_waits_while_weights_are_loaded_and_behind_an_iteration() -> None:
+    setup = drifting_setup(timeline_interval_s=1e-3, max_batch=2)
+    requests = drifting_requests(60, rate_per_s=40.0)
+    _, data = play(setup, requests, "helios", breach_limit=4)
+    host = serve_by_clockwork(
+        setup,
+        setup.traces,
+        requests,
+        policy_of("helios", breach_limit=4),
+        timeline_interval_s=1e-3,
+    )
+    simulated = data.timeline.select("time_s", "waiting").rows()
+    served = [(line.time_s, line.waiting) for line in host.tally.samples]
+    assert any(waiting for _, waiting in simulated)
+    assert set(simulated) <= set(served)
+
+
 def test_the_timeline_halves_its_resolution_when_it_is_full() -> None:
     tally = Tally(timeline_interval_s=1.0)
     for second in range(TIMELINE_CAPACITY + 10):

@@ -8,11 +8,13 @@ import pytest
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Link
 from tests.engine.factories import (
+    DOMAINS,
     both_models,
     drifting_requests,
     drifting_setup,
     play,
     play_policy,
+    requests_of,
     snapshots_of,
 )
 
@@ -104,3 +106,18 @@ def test_the_timeline_names_no_model_before_one_is_loaded(weights_start: str) ->
         assert before["model"].to_list() == [None]
         assert set(after["model"]) == {entry.assignment.model}
         assert after["depth"].min() == entry.assignment.depth
+
+
+def test_the_timeline_shows_who_waits_for_the_first_weights() -> None:
+    """Three requests are there before the weights are, a fourth comes a minute later."""
+    requests = requests_of([0.0, 0.0, 1e-3, 60.0], [5] * 4, [2] * 4, domains=DOMAINS)
+    _, data = play(drifting_setup(fleet={"weights_start": "disk"}), requests, "vanilla")
+    loading = data.timeline.filter(pl.col("state") == "loading")
+    assert loading["waiting"].to_list() == [3]
+
+
+def test_the_timeline_counts_who_came_within_the_iteration_that_ends_an_interval() -> None:
+    """One runs alone, another comes while it does."""
+    requests = requests_of([1.0, 1.0 + 1e-6], [5] * 2, [3] * 2, domains=DOMAINS)
+    _, data = play(drifting_setup(timeline_interval_s=1e-4), requests, "vanilla")
+    assert data.timeline.filter(pl.col("tokens") > 0)["waiting"][0] == 1
