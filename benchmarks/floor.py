@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios_sim import cost
-from helios_sim.compiled import compiled
 from helios_sim.experiment import Experiment
-from helios_sim.workload import Requests
+from helios_sim.loop.compiled import compiled
+from helios_sim.workload.requests import Requests
 
 REQUEST: Final = 0
 PLACE: Final = 1

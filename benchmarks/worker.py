@@ -22,11 +22,11 @@ from benchmarks.cases import FLOOR_MODEL, SWEEP_PROCESSES
 from benchmarks.floor import check_finished, floor_work, run_floor
 from helios_sim.engine import Run
 from helios_sim.experiment import Experiment, prepare
-from helios_sim.laws import check_run
-from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.registry import make_policy
-from helios_sim.records import RunData, write_run
+from helios_sim.runs.laws import check_run
+from helios_sim.runs.metrics import summarise
+from helios_sim.runs.records import RunData, write_run
 from helios_sim.scenario import Scenario, parse_scenario, resolved
 
 Job = Mapping[str, Any]

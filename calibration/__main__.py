@@ -1,6 +1,6 @@
 """`python -m calibration` is the command `helios-calibrate`, also where nothing is installed."""
 
-from helios_sim.entry import begin
+from helios_sim.console.entry import begin
 
 
 def main() -> None:

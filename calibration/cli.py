@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from helios_sim.command import WithVersion, run_app
+from helios_sim.console.command import WithVersion, run_app
 from helios_sim.errors import install_command
 
 app = typer.Typer(
@@ -302,7 +302,8 @@ def check(
     """Read a profile strictly, say what it holds, and hold it to its own readings."""
     from calibration.fitting.check import check_text
     from helios_sim.exits import load_traces
-    from helios_sim.profile import MarkovExits, load_profile
+    from helios_sim.profile import MarkovExits
+    from helios_sim.profiles.files import load_profile
 
     loaded = load_profile(profile)
     typer.echo(f"{loaded.name}: {loaded.description}")

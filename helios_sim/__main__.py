@@ -1,6 +1,6 @@
 """`python -m helios_sim` is the command `helios`, also where nothing is installed."""
 
-from helios_sim.entry import begin
+from helios_sim.console.entry import begin
 
 
 def main() -> None:

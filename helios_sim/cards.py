@@ -16,10 +16,11 @@ from helios_sim import cost
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.model import kv_pool_blocks
 from helios_sim.policy.contract import Candidate, Policy, Slo
-from helios_sim.profile import Profile, load_profile, where_to_find, with_assumptions
+from helios_sim.profile import Profile
+from helios_sim.profiles.files import load_profile, where_to_find, with_assumptions
 from helios_sim.scenario import EXPECTED_LENGTHS, FleetSettings, Scenario, ServingSettings
-from helios_sim.slo import SloSpec
-from helios_sim.workload import Requests
+from helios_sim.settings.slo import SloSpec
+from helios_sim.workload.requests import Requests
 
 
 @dataclass(frozen=True, kw_only=True)

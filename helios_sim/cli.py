@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from helios_sim.command import WithVersion, run_app
+from helios_sim.console.command import WithVersion, run_app
 from helios_sim.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from helios_sim.fidelity import Sides
     from helios_sim.scenario import Scenario
     from helios_sim.search.commands import Output
-    from helios_sim.workload import Requests
+    from helios_sim.workload.requests import Requests
 
 app = typer.Typer(
     name="helios",
@@ -268,9 +268,9 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
     """Runs of the same requests beside each other, in a table and on a page."""
     from dataclasses import asdict, replace
 
-    from helios_sim.comparison import compare as compare_runs
-    from helios_sim.records import read_run, read_summary
     from helios_sim.report.words import labels_apart
+    from helios_sim.runs.comparison import compare as compare_runs
+    from helios_sim.runs.records import read_run, read_summary
 
     if len(runs) < 2:
         raise InputError(f"{len(runs)} run was given; a comparison needs at least two.", "compare")
@@ -296,7 +296,7 @@ def _compare_policies(runs: list[Path], as_json: bool, out: Path | None) -> None
     if as_json:
         _print_json(figures)
         return
-    from helios_sim.terminal import comparison_table
+    from helios_sim.console.terminal import comparison_table
 
     _say_serving([run.environment for run in data], told)
     _console().print(comparison_table(rows, labels))
@@ -315,7 +315,7 @@ def report(
 ) -> None:
     """Write a run's page anew."""
     from helios_sim.publish import write_page
-    from helios_sim.records import read_run, read_summary
+    from helios_sim.runs.records import read_run, read_summary
 
     target = out or run / "report.html"
     write_page([read_run(run)], [read_summary(run)], target)
@@ -331,13 +331,13 @@ def profiles(context: typer.Context, as_json: AsJson = False) -> None:
         return
     from dataclasses import asdict
 
-    from helios_sim.profile import list_profiles
+    from helios_sim.profiles.files import list_profiles
 
     listed = list_profiles()
     if as_json:
         _print_json([asdict(profile) for profile in listed])
         return
-    from helios_sim.terminal import profiles_table
+    from helios_sim.console.terminal import profiles_table
 
     _console().print(profiles_table(listed))
 
@@ -440,11 +440,17 @@ def derive(
     """Make a profile of a device or of models that are not here, by scaling those of another."""
     from dataclasses import replace
 
-    from helios_sim.derive import OPTIONS, changes, device_of, tells_a_device, write_derived
-    from helios_sim.derive_model import figures_of, wanted_of, write_with_models
-    from helios_sim.profile import load_profile
+    from helios_sim.console.terminal import model_figures_table, profiles_table
+    from helios_sim.profiles.derive import (
+        OPTIONS,
+        changes,
+        device_of,
+        tells_a_device,
+        write_derived,
+    )
+    from helios_sim.profiles.derive_model import figures_of, wanted_of, write_with_models
+    from helios_sim.profiles.files import load_profile
     from helios_sim.report.words import standing_in
-    from helios_sim.terminal import model_figures_table, profiles_table
 
     own_name = name if name is not None else out.resolve().name
     wanted = wanted_of(model or [], like or [], exits or [], tokenizer or [])
@@ -509,7 +515,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     if question.slo_spec is not None:
         _say(f"SLO: {limits(str(question.slo_spec))}.")
     if question.workload.trace is not None and question.workload.replays_arrivals:
-        from helios_sim.traces import doubtful_times
+        from helios_sim.workload.traces import doubtful_times
 
         doubt = doubtful_times(question.workload.trace, scenario.parent)
         if doubt is not None:
@@ -609,7 +615,7 @@ def _compare_sides(
 
 def _show_search(output: Output, as_json: bool) -> None:
     if as_json:
-        from helios_sim.metrics import rounded_figures
+        from helios_sim.runs.metrics import rounded_figures
 
         _print_json(rounded_figures(output.rows))
         return
@@ -638,9 +644,9 @@ def _replaced(before: set[str], now: set[str]) -> str:
 
 
 def _show(results: Sequence[Result]) -> None:
+    from helios_sim.console.terminal import summary_table
     from helios_sim.profile import STAND_INS
     from helios_sim.report.words import grades_of, launch_bound, standing_in, worth
-    from helios_sim.terminal import summary_table
 
     summaries = [result.summary for result in results]
     environments = [result.run.environment for result in results]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from helios_sim.compiled import compilable
+from helios_sim.loop.compiled import compilable
 
 LAUNCH: Final = 0
 MEMORY: Final = 1

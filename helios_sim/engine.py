@@ -19,8 +19,21 @@ from simpy.events import NORMAL, URGENT
 from helios_sim.cards import Room, candidate_card, confidence_thresholds
 from helios_sim.exits import ExitTraces
 from helios_sim.garbage import uncollected
-from helios_sim.hot_rules import loop_with
-from helios_sim.memory import resize_pool, stage_blocks
+from helios_sim.loop.hot_rules import loop_with
+from helios_sim.loop.memory import resize_pool, stage_blocks
+from helios_sim.loop.state import (
+    AT_HORIZON,
+    BETWEEN,
+    BREACHED,
+    EXIT_MODES,
+    LOADING_STATE,
+    OUT_OF_WORK,
+    UNSENT,
+    WAITING,
+    World,
+    live_record,
+)
+from helios_sim.loop.world import build_world, deal, parking_lot, trace_tables
 from helios_sim.policy.contract import (
     Assignment,
     Decision,
@@ -35,22 +48,9 @@ from helios_sim.policy.failure import asked_rules, failures_in_words
 from helios_sim.policy.registry import hot_rules_of
 from helios_sim.policy.snapshot_json import SnapshotLog
 from helios_sim.scenario import MeasureSettings
-from helios_sim.state import (
-    AT_HORIZON,
-    BETWEEN,
-    BREACHED,
-    EXIT_MODES,
-    LOADING_STATE,
-    OUT_OF_WORK,
-    UNSENT,
-    WAITING,
-    World,
-    live_record,
-)
 from helios_sim.steward import HOLD, Aim, PaceSums, Steward, View, event_of
 from helios_sim.streams import stream
-from helios_sim.workload import Requests
-from helios_sim.world import build_world, deal, parking_lot, trace_tables
+from helios_sim.workload.requests import Requests
 
 Process = Generator[simpy.Event, Any, Any]
 

@@ -19,11 +19,11 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from helios_sim.columns import write_table
 from helios_sim.errors import InputError
+from helios_sim.loop.state import NLL_UNITS_PER_NAT
 from helios_sim.policy.rules import leaves_here
 from helios_sim.profile import MarkovCandidate, MarkovExits, Profile
-from helios_sim.state import NLL_UNITS_PER_NAT
+from helios_sim.runs.columns import write_table
 from helios_sim.streams import stream
 
 FloatArray: TypeAlias = NDArray[np.float64]

@@ -15,13 +15,13 @@ from helios_sim.engine import Run, Setup, simulate
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.footprint import check_fits
-from helios_sim.laws import check_run
-from helios_sim.metrics import aggregate, summarise, user_figures
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile
-from helios_sim.records import SUMMARY_KINDS, TOKENIZERS, RunData
+from helios_sim.runs.laws import check_run
+from helios_sim.runs.metrics import aggregate, summarise, user_figures
+from helios_sim.runs.records import SUMMARY_KINDS, TOKENIZERS, RunData
 from helios_sim.scenario import (
     EXPECTED_LENGTHS,
     PolicySettings,
@@ -30,7 +30,7 @@ from helios_sim.scenario import (
     check_warmup,
     of_one_policy,
 )
-from helios_sim.workload import Requests, fit_context, generate
+from helios_sim.workload.requests import Requests, fit_context, generate
 
 Progress = Callable[[str, float], None]
 

@@ -12,14 +12,9 @@ import numpy as np
 import polars as pl
 
 from helios_sim import __version__
-from helios_sim.columns import STATUSES
 from helios_sim.cost import REGIMES
 from helios_sim.engine import DecisionEntry, Run, decided
-from helios_sim.policy.contract import DECISION_NAMES
-from helios_sim.policy.objective import objective_of
-from helios_sim.profile import STAND_INS, assumed_in
-from helios_sim.records import RunData, RunTotals
-from helios_sim.state import (
+from helios_sim.loop.state import (
     FINISHED,
     NLL_UNITS_PER_NAT,
     NOBODY,
@@ -30,6 +25,12 @@ from helios_sim.state import (
     WAITING,
     itl_edges,
 )
+from helios_sim.policy.contract import DECISION_NAMES
+from helios_sim.policy.objective import objective_of
+from helios_sim.profile import STAND_INS
+from helios_sim.profiles.files import assumed_in
+from helios_sim.runs.columns import STATUSES
+from helios_sim.runs.records import RunData, RunTotals
 from helios_sim.steward import evaluation_seconds, held_by
 
 _STATUS_OF = np.zeros(5, np.uint32)

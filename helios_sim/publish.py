@@ -11,14 +11,14 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import Result
 from helios_sim.folder_names import folder_names
 from helios_sim.folders import folder_in_place, write_whole
-from helios_sim.records import (
+from helios_sim.report import render
+from helios_sim.runs.records import (
     REPORT_FILE,
     RUN_FILES,
     TOTALS_FILE,
     RunData,
     write_run,
 )
-from helios_sim.report import render
 
 
 def check_results_target(out_dir: Path) -> None:

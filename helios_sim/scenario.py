@@ -10,7 +10,6 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from helios_sim.assumptions import Assumed, flattened
 from helios_sim.errors import InputError, UnknownSetting
 from helios_sim.policy.controller import rebatches_recomputed
 from helios_sim.policy.registry import (
@@ -19,12 +18,13 @@ from helios_sim.policy.registry import (
     policy_options,
     settled_options,
 )
-from helios_sim.questions import PlanSettings, Replicas, SearchSettings
-from helios_sim.records import TOTALS_FILE
-from helios_sim.settings import StrictSettings, as_tuple, first_flaw
-from helios_sim.slo import SloSpec, slo_from_table
-from helios_sim.toml import read_toml, toml_value
-from helios_sim.workload import Requests, WorkloadSettings
+from helios_sim.profiles.assumptions import Assumed, flattened
+from helios_sim.runs.records import TOTALS_FILE
+from helios_sim.settings.questions import PlanSettings, Replicas, SearchSettings
+from helios_sim.settings.slo import SloSpec, slo_from_table
+from helios_sim.settings.strict import StrictSettings, as_tuple, first_flaw
+from helios_sim.settings.toml import read_toml, toml_value
+from helios_sim.workload.requests import Requests, WorkloadSettings
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from helios_sim.cards import Room
+from helios_sim.loop.state import NEVER, NLL_UNITS_PER_NAT
 from helios_sim.policy.contract import (
     USUAL_REASSESS_REQUESTS,
     Assignment,
@@ -29,7 +30,6 @@ from helios_sim.policy.contract import (
     Telemetry,
 )
 from helios_sim.policy.controller import Controller
-from helios_sim.state import NEVER, NLL_UNITS_PER_NAT
 
 
 class PaceSums(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from helios_sim.slo import parse_slo
+from helios_sim.settings.slo import parse_slo
 
 
 def number(value: float | str | None, digits: int = 3) -> str:

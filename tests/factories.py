@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from helios_sim.model import ModelShape
-from helios_sim.records import RunData, RunTotals, conformed
+from helios_sim.runs.records import RunData, RunTotals, conformed
 
 EXIT_LAYERS = {"opt-1.3b": (6, 12, 24), "opt-6.7b": (9, 17, 32)}
 ITL_EDGES_S = tuple(float(edge) for edge in np.geomspace(1e-4, 100.0, 1401))

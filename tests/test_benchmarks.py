@@ -22,7 +22,7 @@ from benchmarks.worker import ROOT, experiment_from, play_and_record, scenario_f
 from benchmarks.worker import Stopwatch as Watch
 from helios_sim.search import studies
 from helios_sim.search.executors import Workers
-from helios_sim.workload import Requests
+from helios_sim.workload.requests import Requests
 
 CASES = cases.all_cases()
 RUNS = [case for case in CASES if case.kind not in ("call", "sweep")]

@@ -17,7 +17,7 @@ import typer
 
 from helios_sim import __version__
 from helios_sim.cli import main
-from helios_sim.command import run_app
+from helios_sim.console.command import run_app
 from helios_sim.errors import InputError
 
 ROOT = Path(__file__).parents[1]

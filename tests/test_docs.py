@@ -27,19 +27,18 @@ from pydantic_core import PydanticUndefined
 
 import calibration.cli
 import helios_sim.cli
-from helios_sim import compiled
-from helios_sim.columns import (
+from helios_sim.loop import compiled
+from helios_sim.policy.registry import policy_names
+from helios_sim.profiles.files import shipped_names
+from helios_sim.runs.columns import (
     DECISION_COLUMNS,
     ITL_COLUMNS,
     REQUEST_COLUMNS,
     TIMELINE_COLUMNS,
     Column,
 )
-from helios_sim.metrics import DEFINITIONS
-from helios_sim.policy.registry import policy_names
-from helios_sim.profile import shipped_names
-from helios_sim.questions import PlanSettings, SearchSettings
-from helios_sim.records import RUN_FILES, RunTotals
+from helios_sim.runs.metrics import DEFINITIONS
+from helios_sim.runs.records import RUN_FILES, RunTotals
 from helios_sim.scenario import (
     FleetSettings,
     MeasureSettings,
@@ -49,10 +48,11 @@ from helios_sim.scenario import (
     ServingSettings,
     parse_scenario,
 )
-from helios_sim.slo import PRESETS
-from helios_sim.toml_writer import toml_text
-from helios_sim.traces import TraceSettings
-from helios_sim.workload import WorkloadSettings
+from helios_sim.settings.questions import PlanSettings, SearchSettings
+from helios_sim.settings.slo import PRESETS
+from helios_sim.settings.toml_writer import toml_text
+from helios_sim.workload.requests import WorkloadSettings
+from helios_sim.workload.trace import TraceSettings
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

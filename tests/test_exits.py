@@ -23,7 +23,8 @@ from helios_sim.exits import (
     write_traces,
 )
 from helios_sim.policy.rules import leaves_here
-from helios_sim.profile import Agreement, MarkovCandidate, MarkovExits, load_profile, save_profile
+from helios_sim.profile import Agreement, MarkovCandidate, MarkovExits
+from helios_sim.profiles.files import load_profile, save_profile
 from tests.counted_lines import lines_of
 
 

@@ -11,10 +11,10 @@ import polars as pl
 import pytest
 import typer
 
-from helios_sim.columns import write_table
-from helios_sim.command import run_app
+from helios_sim.console.command import run_app
 from helios_sim.errors import InputError
 from helios_sim.folders import file_in_place, folder_in_place, write_whole
+from helios_sim.runs.columns import write_table
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from helios_sim import footprint
 from helios_sim.cli import main
-from helios_sim.state import (
+from helios_sim.loop.state import (
     ITL_BINS_PER_OCTAVE,
     ITL_OCTAVES,
     REPLICA,

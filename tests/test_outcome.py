@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from helios_sim.state import TIMELINE_CAPACITY
+from helios_sim.loop.state import TIMELINE_CAPACITY
 from tests.engine.factories import (
     DOMAINS,
     both_models,

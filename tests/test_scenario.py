@@ -15,7 +15,7 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies, prepare, run_policy
 from helios_sim.policy.contract import Slo
 from helios_sim.policy.registry import policy_names, settled_options
-from helios_sim.records import RUN_FILES, write_run
+from helios_sim.runs.records import RUN_FILES, write_run
 from helios_sim.scenario import (
     PolicySettings,
     Scenario,
@@ -27,8 +27,8 @@ from helios_sim.scenario import (
     scenario_schema,
     settled,
 )
-from helios_sim.slo import parse_slo
-from helios_sim.toml_writer import toml_text
+from helios_sim.settings.slo import parse_slo
+from helios_sim.settings.toml_writer import toml_text
 
 SHIPPED = sorted((Path(__file__).resolve().parent.parent / "scenarios").glob("*.toml"))
 BASE = """\

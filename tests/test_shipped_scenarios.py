@@ -10,7 +10,7 @@ import pytest
 
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.fidelity.sides import scenario_of
-from helios_sim.records import write_run
+from helios_sim.runs.records import write_run
 from helios_sim.scenario import load_scenario
 
 SCENARIOS = Path(__file__).parents[1] / "scenarios"

@@ -8,6 +8,7 @@ import pytest
 
 from helios_sim.cards import candidate_card
 from helios_sim.engine import Setup
+from helios_sim.loop.state import NEVER
 from helios_sim.policy.contract import (
     Assignment,
     Decision,
@@ -22,7 +23,6 @@ from helios_sim.policy.contract import (
     Snapshot,
     Watching,
 )
-from helios_sim.state import NEVER
 from helios_sim.steward import HOLD, Aim, PaceSums, Steward, View
 from tests.engine.factories import both_models, drifting_setup
 

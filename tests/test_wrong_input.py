@@ -10,7 +10,7 @@ import pytest
 
 import calibration.cli
 import helios_sim.cli
-from helios_sim.profile import load_profile
+from helios_sim.profiles.files import load_profile
 
 SCENARIO = """
 name = "short"

@@ -17,13 +17,13 @@ import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from helios_sim import batch, state
 from helios_sim.cost import COEFFICIENTS
-from helios_sim.memory import resize_pool, stage_blocks
+from helios_sim.loop import batch, state
+from helios_sim.loop.memory import resize_pool, stage_blocks
+from helios_sim.loop.queues import push_inbox
+from helios_sim.loop.world import deal
 from helios_sim.policy import rules
 from helios_sim.policy.rules import is_breach, leaves_here
-from helios_sim.queues import push_inbox
-from helios_sim.world import deal
 
 many_examples = settings(
     max_examples=int(os.environ.get("HELIOS_HYPOTHESIS_EXAMPLES", "200")),

@@ -10,7 +10,7 @@ from helios_sim import cost
 from helios_sim.model import PUBLIC_SHAPES
 from helios_sim.profile import ModelProfile, Profile
 from helios_sim.profiles.published import ENERGY_ANCHORS, EnergyAnchor
-from helios_sim.roofline import REFERENCE_CONTEXT_TOKENS
+from helios_sim.profiles.roofline import REFERENCE_CONTEXT_TOKENS
 
 ANCHORED: Final = "llama3-8b"
 SOURCE: Final = (

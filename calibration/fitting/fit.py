@@ -30,25 +30,21 @@ from calibration.fitting.points import (
 )
 from calibration.fitting.regression import Equations
 from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE, READ
-from helios_sim.columns import write_table
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError, listed
 from helios_sim.exits import load_traces
 from helios_sim.model import SHAPE_COUNTS, EarlyExitModel, ModelShape
 from helios_sim.profile import (
-    CONFIDENCE_KINDS,
-    FAMILIES,
     PROFILE_FILE,
-    SCHEMA_VERSION,
     STAND_INS,
     TRACES_FILE,
     MarkovExits,
     Profile,
-    check_target,
-    load_profile,
     quantity,
-    save_profile,
 )
+from helios_sim.profiles.files import check_target, load_profile, save_profile
+from helios_sim.profiles.parsing import CONFIDENCE_KINDS, FAMILIES, SCHEMA_VERSION
+from helios_sim.runs.columns import write_table
 from helios_sim.wording import counted
 
 TRACE_REPORT_FILE: Final = "trace.json"

@@ -49,11 +49,11 @@ from calibration.training.exit_quality import (
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, load_traces
 from helios_sim.profile import Profile, TraceExits
-from helios_sim.records import flat_items
+from helios_sim.profiles.roofline import REFERENCE_CONTEXT_TOKENS
 from helios_sim.report import markup
 from helios_sim.report.document import add_figure, document, opening, section
 from helios_sim.report.plotting import Figure
-from helios_sim.roofline import REFERENCE_CONTEXT_TOKENS
+from helios_sim.runs.records import flat_items
 from helios_sim.wording import listed, number, size, span
 
 MAX_MEMORY_ROWS: Final = 24

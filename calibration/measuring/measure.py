@@ -75,7 +75,7 @@ from calibration.model.graphs import CaptureError
 from calibration.model.memory import TooLittleMemory, available_bytes, require
 from calibration.options import parse_budget, parse_exits
 from calibration.training.trace import check_traceable, trace_checkpoints
-from helios_sim.command import Interrupted
+from helios_sim.console.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
 from helios_sim.wording import counted

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import polars as pl
 
-from helios_sim.columns import write_table
 from helios_sim.errors import InputError
 from helios_sim.folders import FULL, file_in_place, write_whole
+from helios_sim.runs.columns import write_table
 
 try:
     import fcntl

@@ -18,10 +18,10 @@ from calibration.serving.batching import Life, Row
 from calibration.serving.iteration import Answer, Stepper
 from calibration.serving.machine import ModelMachine
 from calibration.serving.replica import Replica
+from helios_sim.loop.state import NEVER
 from helios_sim.policy.contract import Assignment, ExitMode
 from helios_sim.policy.registry import make_policy
 from helios_sim.scenario import ServingSettings
-from helios_sim.state import NEVER
 
 TURNS: Final = 2 * REACH + 1
 """Iterations in which contexts grow before they are set back; odd, so that one has the mean."""

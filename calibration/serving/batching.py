@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from helios_sim.loop.state import NEVER
 from helios_sim.policy.contract import Policy
 from helios_sim.policy.failure import asked_rules
 from helios_sim.policy.registry import HOT_RULES, hot_rules_of
-from helios_sim.state import NEVER
 
 Rule = Callable[..., Any]
 Status = Literal["unsent", "waiting", "running", "finished", "refused"]

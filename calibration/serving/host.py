@@ -22,6 +22,7 @@ from calibration.serving.replica import Clock, Replica
 from calibration.serving.tally import Sample
 from helios_sim.cards import Room, candidate_card, confidence_thresholds
 from helios_sim.errors import InputError
+from helios_sim.loop.state import NEVER
 from helios_sim.policy.contract import (
     Assignment,
     Decision,
@@ -34,9 +35,8 @@ from helios_sim.policy.contract import (
     Snapshot,
 )
 from helios_sim.policy.objective import objective_of
-from helios_sim.state import NEVER
 from helios_sim.steward import HOLD, Aim, Steward, View, event_of
-from helios_sim.workload import Requests
+from helios_sim.workload.requests import Requests
 
 
 class NoRoomBeside(Exception):

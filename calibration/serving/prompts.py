@@ -19,7 +19,7 @@ from calibration.model.checkpoint import (
 from calibration.model.family import shape_of
 from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
 from helios_sim.errors import InputError
-from helios_sim.workload import Requests
+from helios_sim.workload.requests import Requests
 
 Ids = NDArray[np.int64]
 

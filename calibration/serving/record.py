@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from calibration.serving.host import Host
 from calibration.serving.tally import gap_counts
-from helios_sim.columns import write_table
+from helios_sim.loop.state import NLL_UNITS_PER_NAT, itl_edges
 from helios_sim.policy.contract import DECISION_NAMES
 from helios_sim.policy.objective import objective_of
 from helios_sim.policy.snapshot_json import SnapshotLog
-from helios_sim.records import RunData, RunTotals
-from helios_sim.state import NLL_UNITS_PER_NAT, itl_edges
+from helios_sim.runs.columns import write_table
+from helios_sim.runs.records import RunData, RunTotals
 from helios_sim.steward import evaluation_seconds, held_by
-from helios_sim.workload import Requests
+from helios_sim.workload.requests import Requests
 
 ITERATIONS_FILE: Final = "iterations.parquet"
 TOKENS_FILE: Final = "tokens.parquet"

@@ -1,8 +1,8 @@
 """What a real run adds up to while it is served: sums, samples, and a log of iterations and tokens.
 
 While it runs only what a policy may ask is summed up; the rest is kept as it came and taken apart
-afterwards, so that keeping it costs the run next to nothing. `helios_sim.records` has the meaning
-of each.
+afterwards, so that keeping it costs the run next to nothing. `helios_sim.runs.records` has the
+meaning of each.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 from calibration.serving.batching import Life
 from calibration.serving.iteration import NOTHING_CAPTURED, Answer, Outcome
-from helios_sim.policy.contract import Assignment
-from helios_sim.state import (
+from helios_sim.loop.state import (
     ITL_BINS_PER_OCTAVE,
     ITL_OCTAVES,
     ITL_SMALLEST_EXPONENT,
     NLL_UNITS_PER_NAT,
     TIMELINE_CAPACITY,
 )
+from helios_sim.policy.contract import Assignment
 from helios_sim.steward import PaceSums
 
 Spent = Literal["busy", "idle", "load"]

@@ -20,7 +20,7 @@ from calibration.training.scoring import Scores, Windows, score
 from calibration.training.text import DOMAINS, corpus
 from helios_sim.errors import InputError
 from helios_sim.policy.rules import leaves_here
-from helios_sim.profile import CONFIDENCE_KINDS
+from helios_sim.profiles.parsing import CONFIDENCE_KINDS
 
 CALIBRATED: Final = "calibrated-"
 TARGET_AGREEMENT: Final = 0.9

@@ -50,8 +50,8 @@ from calibration.training.thresholds import (
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, stickiness_of, write_traces
 from helios_sim.folders import check_writable, file_in_place, write_whole
+from helios_sim.loop.state import NLL_UNITS_PER_NAT
 from helios_sim.profile import TRACES_FILE
-from helios_sim.state import NLL_UNITS_PER_NAT
 
 REPORT_FILE: Final = "trace.json"
 PAGE_FILE: Final = "trace.md"

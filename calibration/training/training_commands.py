@@ -21,7 +21,7 @@ from calibration.training.thresholds import settle
 from calibration.training.trace import PAGE_FILE as TRACE_PAGE
 from calibration.training.trace import TraceOptions, trace_checkpoints
 from calibration.training.train import Reading
-from helios_sim.command import Interrupted
+from helios_sim.console.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.profile import TRACES_FILE
 

@@ -15,7 +15,7 @@ from helios_sim.fidelity.recordings import read_iterations
 from helios_sim.fidelity.sides import Side, Sides
 from helios_sim.fidelity.swaps import Attribution, attribute, experiment_of
 from helios_sim.fidelity.timing import TimingRow, predict, timing_rows
-from helios_sim.metrics import rounded_figures
+from helios_sim.runs.metrics import rounded_figures
 
 SCHEMA_VERSION: Final = 2
 FIDELITY_FILE: Final = "fidelity.json"

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from helios_sim.comparison import factor_to, shown_in
 from helios_sim.fidelity.sides import Side, Sides
-from helios_sim.latencies import columns_of
+from helios_sim.runs.comparison import factor_to, shown_in
+from helios_sim.runs.latencies import columns_of
 
 Floats = npt.NDArray[np.float64]
 Value = float | str | None

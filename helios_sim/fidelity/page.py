@@ -20,12 +20,12 @@ from helios_sim.fidelity.words import (
     signed_percent,
     spread_text,
 )
-from helios_sim.records import flat_items
 from helios_sim.report import markup
 from helios_sim.report.document import add_figure, document, opening, section
 from helios_sim.report.plotting import Figure
 from helios_sim.report.thinning import thinned_decisions
-from helios_sim.toml_writer import toml_text
+from helios_sim.runs.records import flat_items
+from helios_sim.settings.toml_writer import toml_text
 from helios_sim.wording import number
 
 _MEANINGS: Final = (

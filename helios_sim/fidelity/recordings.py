@@ -14,7 +14,7 @@ from polars.exceptions import PolarsError
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, read_traces
 from helios_sim.profile import Profile
-from helios_sim.records import RunData
+from helios_sim.runs.records import RunData
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from helios_sim.engine import HostLinks, Process, Replica, Run
+from helios_sim.loop.state import AT_HORIZON, BETWEEN, OUT_OF_WORK
 from helios_sim.policy.contract import (
     Decision,
     Evaluate,
@@ -24,8 +25,7 @@ from helios_sim.policy.contract import (
     Switch,
     Watching,
 )
-from helios_sim.records import RunData
-from helios_sim.state import AT_HORIZON, BETWEEN, OUT_OF_WORK
+from helios_sim.runs.records import RunData
 
 _LOOKS: Final = 50
 """How often a replica looks, on the way to a decision, whether any work is left."""

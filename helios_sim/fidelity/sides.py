@@ -14,13 +14,13 @@ import numpy as np
 from pydantic import ValidationError
 
 from helios_sim.errors import InputError
-from helios_sim.latencies import columns_of
-from helios_sim.metrics import summarise
 from helios_sim.policy.registry import settled_options
-from helios_sim.profile import ASSUMED
-from helios_sim.records import SCENARIO_FILE, TOTALS_FILE, RunData, flat_items, read_run
+from helios_sim.profiles.files import ASSUMED
+from helios_sim.runs.latencies import columns_of
+from helios_sim.runs.metrics import summarise
+from helios_sim.runs.records import SCENARIO_FILE, TOTALS_FILE, RunData, flat_items, read_run
 from helios_sim.scenario import PolicySettings, Scenario, of_a_run
-from helios_sim.settings import first_flaw
+from helios_sim.settings.strict import first_flaw
 
 MEASURED: Final = "measured"
 SIMULATED: Final = "simulated"

@@ -34,14 +34,14 @@ from helios_sim.fidelity.timing import (
     reloaded,
     retimed,
 )
-from helios_sim.metrics import summarise
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Policy
 from helios_sim.profile import Profile
-from helios_sim.records import RunData, conformed
+from helios_sim.runs.metrics import summarise
+from helios_sim.runs.records import RunData, conformed
 from helios_sim.scenario import PolicySettings
 from helios_sim.steward import Steward
-from helios_sim.workload import Requests
+from helios_sim.workload.requests import Requests
 
 INGREDIENTS: Final[dict[str, str]] = {
     "arrivals": "recorded arrivals",

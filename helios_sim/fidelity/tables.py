@@ -7,11 +7,11 @@ from typing import Final
 
 from rich.text import Text
 
+from helios_sim.console.terminal import FittedTable
 from helios_sim.fidelity.assessment import Fidelity
 from helios_sim.fidelity.figures import FigureRow
 from helios_sim.fidelity.swaps import Attribution
 from helios_sim.fidelity.words import TOLD, signed_percent, spread_text
-from helios_sim.terminal import FittedTable
 from helios_sim.wording import number
 
 _STYLES: Final = {"within": "green", "same": "green", "above": "yellow", "below": "yellow"}

@@ -19,8 +19,14 @@ import polars as pl
 
 from helios_sim import cost
 from helios_sim.fidelity.recordings import Bools, Iterations
-from helios_sim.profile import Link, Loading, ModelProfile, Profile, unit_of
-from helios_sim.records import RunData
+from helios_sim.profile import (
+    Link,
+    Loading,
+    ModelProfile,
+    Profile,
+    unit_of,
+)
+from helios_sim.runs.records import RunData
 
 Floats = npt.NDArray[np.float64]
 Statistic = Literal["typical", "slow", "mean"]

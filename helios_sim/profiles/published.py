@@ -23,16 +23,10 @@ from scipy.special import ndtr, ndtri
 from helios_sim import cost
 from helios_sim.exits import share_leaving_by
 from helios_sim.model import PUBLIC_SHAPES, EarlyExitModel
-from helios_sim.profile import (
-    PROFILE_FILE,
-    SCHEMA_VERSION,
-    ModelProfile,
-    Profile,
-    document_text,
-    load_profile,
-    quantity,
-)
-from helios_sim.roofline import (
+from helios_sim.profile import PROFILE_FILE, ModelProfile, Profile, quantity
+from helios_sim.profiles.files import document_text, load_profile
+from helios_sim.profiles.parsing import SCHEMA_VERSION
+from helios_sim.profiles.roofline import (
     A100,
     COMPUTE_EFFICIENCY,
     H100,

@@ -11,8 +11,6 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from helios_sim.latencies import Columns
-from helios_sim.records import RunData
 from helios_sim.report.plotting import (
     Figure,
     bars,
@@ -33,7 +31,9 @@ from helios_sim.report.plotting import (
 )
 from helios_sim.report.style import NUM_MODEL_COLOURS
 from helios_sim.report.thinning import drawn_decisions, thinned
-from helios_sim.slo import SloSpec
+from helios_sim.runs.latencies import Columns
+from helios_sim.runs.records import RunData
+from helios_sim.settings.slo import SloSpec
 
 MAX_CURVE_POINTS: Final = 400
 MAX_SEGMENTS: Final = 2000

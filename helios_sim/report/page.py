@@ -13,22 +13,8 @@ from typing import Any, Final
 import numpy as np
 import polars as pl
 
-from helios_sim.comparison import (
-    COMPARED,
-    ComparisonRow,
-    carry_alike,
-    check_comparable,
-    comparison_rows,
-    distinct_labels,
-    gain,
-    paired_differences,
-    shown_in,
-)
 from helios_sim.errors import InputError
-from helios_sim.latencies import columns_of
-from helios_sim.metrics import DEFINITIONS, figure_at
 from helios_sim.profile import STAND_INS
-from helios_sim.records import RunData, flat_items
 from helios_sim.report import figures, markup
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
 from helios_sim.report.plotting import Figure
@@ -47,8 +33,22 @@ from helios_sim.report.words import (
     serving,
     standing_in,
 )
-from helios_sim.slo import parse_slo
-from helios_sim.toml_writer import toml_text
+from helios_sim.runs.comparison import (
+    COMPARED,
+    ComparisonRow,
+    carry_alike,
+    check_comparable,
+    comparison_rows,
+    distinct_labels,
+    gain,
+    paired_differences,
+    shown_in,
+)
+from helios_sim.runs.latencies import columns_of
+from helios_sim.runs.metrics import DEFINITIONS, figure_at
+from helios_sim.runs.records import RunData, flat_items
+from helios_sim.settings.slo import parse_slo
+from helios_sim.settings.toml_writer import toml_text
 from helios_sim.wording import counted, limits, listed, number, size, span, times
 
 Summary = Mapping[str, Any]

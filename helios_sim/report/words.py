@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from helios_sim.comparison import carry_alike, counts_alike
-from helios_sim.metrics import figure_at
-from helios_sim.profile import ASSUMED
+from helios_sim.profiles.files import ASSUMED
+from helios_sim.runs.comparison import carry_alike, counts_alike
+from helios_sim.runs.metrics import figure_at
 from helios_sim.wording import counted, limits, listed, number, times
 
 Summary = Mapping[str, Any]

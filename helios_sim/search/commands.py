@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from helios_sim.command import Interrupted
+from helios_sim.console.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.experiment import choose_policies
 from helios_sim.folder_names import folder_name
-from helios_sim.records import REPORT_FILE
+from helios_sim.runs.records import REPORT_FILE
 from helios_sim.scenario import Scenario, load_scenario
 from helios_sim.search.bench import headroom_study, plan_studies
 from helios_sim.search.executors import Workers, open_workers
@@ -22,6 +22,7 @@ from helios_sim.search.fleets import read_plan
 from helios_sim.search.page import plan_page, tune_page, whatif_page
 from helios_sim.search.plan import check_answerable, make_plan, no_plan
 from helios_sim.search.plan import recommended as planned_scenario
+from helios_sim.search.plan_words import plan_headline, plan_remarks
 from helios_sim.search.points import Point
 from helios_sim.search.results import (
     JOURNAL,
@@ -51,15 +52,9 @@ from helios_sim.search.tables import (
 )
 from helios_sim.search.tune import SAID, known_points, nearest_miss, read_tune, tune_study
 from helios_sim.search.tune import recommended as tuned_scenario
+from helios_sim.search.tune_words import tune_headline, tune_remarks
 from helios_sim.search.whatif import parse_vary, profiles_of, whatif_studies
-from helios_sim.search.words import (
-    plan_headline,
-    plan_remarks,
-    tune_headline,
-    tune_remarks,
-    whatif_answer,
-    whatif_remarks,
-)
+from helios_sim.search.whatif_words import whatif_answer, whatif_remarks
 from helios_sim.wording import counted, span
 
 T = TypeVar("T")

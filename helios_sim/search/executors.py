@@ -94,7 +94,7 @@ def prepare_worker() -> None:
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     import helios_sim.search.points  # noqa: F401 - what every point needs
-    from helios_sim.world import keep_tables
+    from helios_sim.loop.world import keep_tables
 
     keep_tables(TABLES_KEPT)
     gc.collect()

@@ -10,14 +10,15 @@ from typing import Final, get_args
 
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.experiment import choose_policies
-from helios_sim.profile import Profile, load_profile, where_to_find
-from helios_sim.questions import PlanSettings
+from helios_sim.profile import Profile
+from helios_sim.profiles.files import load_profile, where_to_find
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import PolicySettings, Router, Scenario
 from helios_sim.search.goals import Constraints, Judge, check_countable, parse_constraints
 from helios_sim.search.prices import Prices, check_prices, load_prices
 from helios_sim.search.traffic import Traffic
-from helios_sim.slo import SloSpec
+from helios_sim.settings.questions import PlanSettings
+from helios_sim.settings.slo import SloSpec
 
 MAX_WHOLE_REQUESTS: Final = 2_000_000
 """Requests of a workload that is played whole, at most: some seconds each time it is played."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Final
 
-from helios_sim.comparison import Better
 from helios_sim.errors import InputError, did_you_mean
-from helios_sim.metrics import LATENCIES, PERCENTILES
+from helios_sim.runs.comparison import Better
+from helios_sim.runs.metrics import LATENCIES, PERCENTILES
 from helios_sim.search.points import Figures
 from helios_sim.search.prices import Prices, cost_of
-from helios_sim.slo import SloLimit, SloSpec, parse_slo
+from helios_sim.settings.slo import SloLimit, SloSpec, parse_slo
 from helios_sim.wording import number
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Final
 
-from helios_sim.metrics import figure_at
+from helios_sim.runs.metrics import figure_at
 from helios_sim.search.points import Figures
 
 Means = dict[str, float | None]

@@ -17,6 +17,7 @@ from helios_sim.search.bench import LONGER, SAMPLE_ANSWERS, FleetAnswer
 from helios_sim.search.fleets import PlanQuestion
 from helios_sim.search.goals import in_words
 from helios_sim.search.plan import Plan
+from helios_sim.search.plan_words import plan_headline, plan_remarks
 from helios_sim.search.prices import words_of
 from helios_sim.search.results import RESULTS
 from helios_sim.search.tables import (
@@ -30,18 +31,12 @@ from helios_sim.search.tables import (
 )
 from helios_sim.search.traffic import FEW_ROUNDS, MAX_RUN_REQUESTS, Traffic
 from helios_sim.search.tune import Tuned, TuneVerdict
+from helios_sim.search.tune_words import tune_headline, tune_remarks
 from helios_sim.search.verdict import Verdict
 from helios_sim.search.whatif import Cell
-from helios_sim.search.words import (
-    plan_headline,
-    plan_remarks,
-    signed,
-    tune_headline,
-    tune_remarks,
-    whatif_answer,
-    whatif_remarks,
-)
-from helios_sim.toml_writer import toml_text
+from helios_sim.search.whatif_words import whatif_answer, whatif_remarks
+from helios_sim.search.words import signed
+from helios_sim.settings.toml_writer import toml_text
 from helios_sim.wording import counted, limits, number, span
 
 MAX_TRIALS: Final = 20

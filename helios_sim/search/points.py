@@ -16,36 +16,35 @@ import polars as pl
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
-from helios_sim.latencies import Columns, Floats, columns_of, meets, meets_all
-from helios_sim.metrics import gap_percentile_s, gap_share_met, rounded_figures
 from helios_sim.policy.registry import policy_source
-from helios_sim.profile import load_profile
-from helios_sim.records import SCHEMA_VERSION, RunData
+from helios_sim.profiles.files import load_profile
+from helios_sim.runs.latencies import Columns, Floats, columns_of, meets, meets_all
+from helios_sim.runs.metrics import gap_percentile_s, gap_share_met, rounded_figures
+from helios_sim.runs.records import SCHEMA_VERSION, RunData
 from helios_sim.scenario import Scenario, resolved
-from helios_sim.slo import SloLimit, SloSpec, needed, parse_slo
+from helios_sim.settings.slo import SloLimit, SloSpec, needed, parse_slo
 
 POINT_SCHEMA: Final = 3
 """Version of a point's file."""
 
 _PACKAGE: Final = Path(__file__).parent.parent
 _NO_PART: Final = (
-    "search",
+    "console",
+    "fidelity",
     "report",
+    "search",
     "__main__.py",
     "cli.py",
-    "command.py",
-    "comparison.py",
-    "derive.py",
-    "derive_model.py",
-    "fidelity",
     "folder_names.py",
     "folders.py",
-    "model_config.py",
+    "profiles/derive.py",
+    "profiles/derive_model.py",
+    "profiles/model_config.py",
     "profiles/published.py",
+    "profiles/roofline.py",
     "publish.py",
-    "terminal.py",
+    "runs/comparison.py",
     "wording.py",
-    "roofline.py",
 )
 """Sources that change no figure of a point: what proposes points, what shows results, and what
 makes profiles, whose content takes part itself.

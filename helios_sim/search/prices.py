@@ -11,8 +11,8 @@ from pydantic import Field, ValidationError
 
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.profile import Profile
-from helios_sim.settings import StrictSettings, first_flaw
-from helios_sim.toml import read_toml
+from helios_sim.settings.strict import StrictSettings, first_flaw
+from helios_sim.settings.toml import read_toml
 
 Grade = Literal["assumed", "quoted", "paid"]
 

@@ -14,12 +14,12 @@ import polars as pl
 
 from helios_sim.errors import InputError
 from helios_sim.folders import write_whole
-from helios_sim.metrics import rounded_figures
-from helios_sim.profile import is_shipped, load_profile
-from helios_sim.records import REPORT_FILE
+from helios_sim.profiles.files import is_shipped, load_profile
+from helios_sim.runs.metrics import rounded_figures
+from helios_sim.runs.records import REPORT_FILE
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search.store import POINTS, Store
-from helios_sim.toml_writer import toml_text
+from helios_sim.settings.toml_writer import toml_text
 
 RESULTS: Final = "results.parquet"
 PARETO: Final = "pareto.csv"

@@ -8,17 +8,17 @@ from typing import Any, TypeAlias
 
 from rich.text import Text
 
+from helios_sim.console.terminal import FittedTable
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.search.bench import FleetAnswer, Load
 from helios_sim.search.goals import in_words, limit_words
 from helios_sim.search.means import Means, gpu_rate, joules, user_rate
 from helios_sim.search.pareto import front
 from helios_sim.search.plan import Plan
+from helios_sim.search.plan_words import bracket
 from helios_sim.search.quality import fleet_perplexities, trial_perplexities
 from helios_sim.search.tune import Trial, Tuned, by_violation, mean_at, reached_at, score_at
 from helios_sim.search.whatif import Cell, compared_by, in_short, leaders, short_keys
-from helios_sim.search.words import bracket
-from helios_sim.terminal import FittedTable
 from helios_sim.wording import number
 
 Cells: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]

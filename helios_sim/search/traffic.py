@@ -11,19 +11,20 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from helios_sim.arrivals import (
+from helios_sim.errors import InputError
+from helios_sim.experiment import expected_serving
+from helios_sim.scenario import EXPECTED_LENGTHS, Scenario, ServingSettings
+from helios_sim.streams import whole_ns
+from helios_sim.workload.arrivals import (
     ClosedArrivals,
     DailyArrivals,
     ScheduleArrivals,
     mean_rate_per_s,
     peak_rate_per_s,
 )
-from helios_sim.errors import InputError
-from helios_sim.experiment import expected_serving
-from helios_sim.scenario import EXPECTED_LENGTHS, Scenario, ServingSettings
-from helios_sim.streams import whole_ns
-from helios_sim.traces import Trace, TraceSettings, is_drawn, read_trace
-from helios_sim.workload import MAX_SPAN_S, DomainSettings, first_of
+from helios_sim.workload.requests import MAX_SPAN_S, DomainSettings, first_of
+from helios_sim.workload.trace import Trace, TraceSettings
+from helios_sim.workload.traces import is_drawn, read_trace
 
 MIN_WINDOW_REQUESTS = 40
 MAX_RUN_REQUESTS: Final = 200_000

@@ -11,8 +11,8 @@ from typing import Any, Final, Literal
 
 from helios_sim.errors import InputError
 from helios_sim.policy.registry import make_policy
-from helios_sim.profile import Profile, load_profile
-from helios_sim.questions import SearchSettings
+from helios_sim.profile import Profile
+from helios_sim.profiles.files import load_profile
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import (
@@ -33,6 +33,7 @@ from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic, at_rate, rounds_in_sample
 from helios_sim.search.verdict import half_width
+from helios_sim.settings.questions import SearchSettings
 from helios_sim.wording import listed
 
 State = Literal["full", "stopped", "impossible"]

@@ -9,7 +9,7 @@ from functools import lru_cache
 from statistics import fmean, stdev
 from typing import Any, Final
 
-from helios_sim.slo import SloSpec, reaches
+from helios_sim.settings.slo import SloSpec, reaches
 from helios_sim.wording import limits
 
 BACKLOG: Final = "backlog"

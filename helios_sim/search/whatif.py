@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from helios_sim.comparison import carry_alike
 from helios_sim.errors import InputError, UnknownOption, did_you_mean
 from helios_sim.policy.registry import policy_names, policy_options
-from helios_sim.profile import Profile, load_profile
+from helios_sim.profile import Profile
+from helios_sim.profiles.files import load_profile
+from helios_sim.runs.comparison import carry_alike
 from helios_sim.scenario import PolicySettings, Scenario
 from helios_sim.search.goals import Goal
 from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
@@ -20,7 +21,7 @@ from helios_sim.search.points import Point, point_of
 from helios_sim.search.space import with_settings
 from helios_sim.search.studies import Outcome, Study, figures_of
 from helios_sim.search.verdict import half_width
-from helios_sim.toml import toml_value
+from helios_sim.settings.toml import toml_value
 
 MAX_CELLS: Final = 1000
 GOODPUT: Final = Goal("goodput", "request_goodput", "higher", "requests/s")

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from helios_sim.command import Interrupted, run_app
+from helios_sim.console.command import Interrupted, run_app
 from helios_sim.errors import InputError
 from reports.fidelity.cases import StudySettings, cases_named, read_ground
 from reports.fidelity.page import render

@@ -11,7 +11,8 @@ from helios_sim.cards import room_of
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
 from helios_sim.experiment import prepare, run_policy
-from helios_sim.profile import Profile, load_profile
+from helios_sim.profile import Profile
+from helios_sim.profiles.files import load_profile
 from helios_sim.scenario import parse_scenario
 from reports.fidelity.quality import Choice, choose
 

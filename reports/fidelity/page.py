@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from helios_sim.fidelity.charts import error_marks, percent_off, spread_bars
 from helios_sim.fidelity.words import signed_percent, spanned
-from helios_sim.records import flat_items
 from helios_sim.report import markup
 from helios_sim.report.document import add_figure, document, notes_section, opening, section
 from helios_sim.report.plotting import Figure, base_layout, panel, plain_axis
+from helios_sim.runs.records import flat_items
 from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.quality import BOUND

@@ -18,13 +18,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from helios_sim.command import run_app
+from helios_sim.console.command import run_app
+from helios_sim.console.terminal import FittedTable
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
 from helios_sim.fidelity.figures import figure_row, scaled
 from helios_sim.scenario import load_scenario
-from helios_sim.terminal import FittedTable
-from helios_sim.toml_writer import toml_text
+from helios_sim.settings.toml_writer import toml_text
 from reports.fidelity.cases import Ground, StudySettings, case_named, read_ground, scenario_of
 from reports.fidelity.figures import JUDGED
 from reports.fidelity.page import render

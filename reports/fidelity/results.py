@@ -17,7 +17,7 @@ from typing import Any, Final, TypeAlias
 
 from helios_sim.errors import InputError
 from helios_sim.folders import write_whole
-from helios_sim.metrics import rounded_figures
+from helios_sim.runs.metrics import rounded_figures
 from reports.fidelity.cases import case_named
 from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.summary import WITHIN_BAR

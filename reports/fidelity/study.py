@@ -20,9 +20,9 @@ from helios_sim.fidelity import Fidelity, assess, read_sides, run_folders
 from helios_sim.fidelity.assessment import FIDELITY_FILE, json_text
 from helios_sim.fidelity.page import render
 from helios_sim.publish import write_comparison
-from helios_sim.records import TOTALS_FILE, write_run
+from helios_sim.runs.records import TOTALS_FILE, write_run
 from helios_sim.scenario import load_scenario
-from helios_sim.toml_writer import toml_text
+from helios_sim.settings.toml_writer import toml_text
 from reports.fidelity.cases import (
     CASES,
     Case,

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from helios_sim.command import Interrupted, run_app
+from helios_sim.console.command import Interrupted, run_app
+from helios_sim.console.terminal import FittedTable
 from helios_sim.errors import InputError
-from helios_sim.terminal import FittedTable
 from reports.forked import children_can, import_ahead
 from reports.gpu.campaign import Campaign, Step, Try, chosen
 from reports.gpu.packing import pack, unpack

@@ -15,8 +15,9 @@ from calibration.fitting.fit import FitSettings, fit_profile
 from calibration.fitting.points import read_environment
 from calibration.model.checkpoint import find_checkpoints
 from calibration.model.early_exit import load
-from calibration.serving.serve import ServeSettings, prepare, serve_once
-from helios_sim.command import run_app
+from calibration.serving.prepared import ServeSettings, prepare
+from calibration.serving.serve import serve_once
+from helios_sim.console.command import run_app
 from helios_sim.errors import InputError
 from reports.fidelity.cases import StudySettings, cases_named, read_ground
 from reports.fidelity.page import render

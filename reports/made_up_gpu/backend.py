@@ -12,7 +12,8 @@ from calibration.measuring.meters import Measurement
 from calibration.serving.batching import Decode, Prefill, Row
 from calibration.serving.host import Host
 from calibration.serving.iteration import NOTHING_CAPTURED, Answer, Captures, Machine, Outcome
-from calibration.serving.serve import Backend, Prepared, WallClock, weight_settings
+from calibration.serving.prepared import Prepared, weight_settings
+from calibration.serving.serve import Backend, WallClock
 from calibration.serving.tally import IterationEntry
 from calibration.serving.weights import CheckpointWeights, WeightSettings
 from helios_sim.errors import InputError

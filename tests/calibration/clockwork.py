@@ -16,7 +16,7 @@ from helios_sim import cost
 from helios_sim.cards import Room, candidate_card
 from helios_sim.exits import ExitTraces
 from helios_sim.policy.contract import Assignment, ExitMode, Policy, Slo
-from helios_sim.workload import Requests
+from helios_sim.workload.requests import Requests
 
 
 class Clockwork:

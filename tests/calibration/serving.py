@@ -24,16 +24,9 @@ from helios_sim.cost import COEFFICIENTS
 from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.policy.contract import Slo
 from helios_sim.policy.registry import make_policy
-from helios_sim.profile import (
-    Confidence as ProfileConfidence,
-)
-from helios_sim.profile import (
-    ModelProfile,
-    Profile,
-    load_profile,
-    quantity,
-    save_profile,
-)
+from helios_sim.profile import Confidence as ProfileConfidence
+from helios_sim.profile import ModelProfile, Profile, quantity
+from helios_sim.profiles.files import load_profile, save_profile
 from helios_sim.scenario import FleetSettings, ServingSettings
 from tests.calibration.tiny import prompt, stock_model
 from tests.engine.factories import SECONDS, profile_of

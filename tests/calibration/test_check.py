@@ -29,7 +29,8 @@ from calibration.fitting.predict import Predictor, prefill_load
 from calibration.measuring.readings import SCHEMA, Reading, busy_machine
 from helios_sim.cost import decode_joules, decode_seconds
 from helios_sim.errors import InputError
-from helios_sim.profile import ModelProfile, Profile, load_profile
+from helios_sim.profile import ModelProfile, Profile
+from helios_sim.profiles.files import load_profile
 from helios_sim.profiles.published import ENERGY_ANCHORS
 from tests.calibration import planted
 from tests.calibration.planted import Plan

@@ -40,7 +40,8 @@ from calibration.measuring.readings import CACHED, POINTS_FILE, SCHEMA, Reading
 from helios_sim.cost import COEFFICIENTS, OPTIONAL_COEFFICIENTS, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.exits import load_traces
-from helios_sim.profile import Profile, load_profile, unit_of
+from helios_sim.profile import Profile, unit_of
+from helios_sim.profiles.files import load_profile
 from tests.calibration import planted
 from tests.calibration.planted import GPU_LIKE, Plan
 

@@ -16,8 +16,7 @@ from calibration.serving.record import totals
 from calibration.serving.tally import Sample, Tally, gap_counts
 from helios_sim import cost
 from helios_sim.errors import InputError
-from helios_sim.laws import check_run
-from helios_sim.metrics import summarise
+from helios_sim.loop.state import TIMELINE_CAPACITY, itl_edges
 from helios_sim.policy import Controller, read_snapshots
 from helios_sim.policy.baselines import EeSingle
 from helios_sim.policy.contract import (
@@ -34,7 +33,8 @@ from helios_sim.policy.contract import (
     Watching,
 )
 from helios_sim.policy.helios import Helios
-from helios_sim.state import TIMELINE_CAPACITY, itl_edges
+from helios_sim.runs.laws import check_run
+from helios_sim.runs.metrics import summarise
 from tests.calibration.clockwork import (
     Clockwork,
     ClockworkHost,
@@ -387,7 +387,7 @@ def whoever_comes(num_running, max_batch, needed_blocks, free_blocks, watermark_
     return bool({"anybody": True}.get("anybody", needed_blocks))
 
 
-@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+@pytest.mark.filterwarnings("ignore::helios_sim.loop.hot_rules.InterpretedRuleWarning")
 @pytest.mark.parametrize(
     ("serving", "options"),
     [
@@ -432,7 +432,7 @@ def tells_two(num_seen, num_breaches, breached, window_tokens, breach_limit):
     return {0: (num_seen + 1, num_breaches)}[0]
 
 
-@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+@pytest.mark.filterwarnings("ignore::helios_sim.loop.hot_rules.InterpretedRuleWarning")
 @pytest.mark.parametrize(
     ("name", "rule", "said"),
     [
@@ -488,7 +488,7 @@ def every_second(ring, num_seen, num_breaches, breached, breach_limit):
     return {0: (num_seen + 1, num_breaches, num_seen % 16 == 15)}[0]
 
 
-@pytest.mark.filterwarnings("ignore::helios_sim.hot_rules.InterpretedRuleWarning")
+@pytest.mark.filterwarnings("ignore::helios_sim.loop.hot_rules.InterpretedRuleWarning")
 @pytest.mark.parametrize(
     ("depth", "mode"),
     [(8, "full"), *product((4, 8), ("loaded-depth", "solo", "wait", "rebatch"))],

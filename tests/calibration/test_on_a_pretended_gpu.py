@@ -37,9 +37,10 @@ from calibration.model.graphs import WARM_UPS, CaptureError, CudaRecorder
 from calibration.model.host_copy import HostCopy
 from calibration.model.memory import available_bytes
 from calibration.serving.host import Host
-from calibration.serving.serve import ServeSettings, serve
-from helios_sim.profile import load_profile
-from helios_sim.records import read_run
+from calibration.serving.prepared import ServeSettings
+from calibration.serving.serve import serve
+from helios_sim.profiles.files import load_profile
+from helios_sim.runs.records import read_run
 from reports.gpu import kernels
 from tests.calibration import tiny
 from tests.calibration.fake_nvml import FakeNvml

@@ -20,10 +20,11 @@ from calibration.fitting.points import gather, sound
 from calibration.fitting.predict import Predictor
 from calibration.measuring.readings import read_points
 from helios_sim.errors import InputError
-from helios_sim.profile import Profile, load_profile
+from helios_sim.profile import Profile
+from helios_sim.profiles.files import load_profile
 from tests.calibration import planted
 from tests.calibration.planted import Plan
-from tests.test_report import text_of
+from tests.report.test_report import text_of
 
 
 @pytest.fixture(scope="module")

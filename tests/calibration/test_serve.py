@@ -34,17 +34,9 @@ from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.serving.batching import Row
 from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host
+from calibration.serving.prepared import ServeSettings, check_checkpoint, prepare, threads_of
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
-from calibration.serving.serve import (
-    ServeSettings,
-    check_checkpoint,
-    line_of,
-    other_kernels,
-    places_of,
-    prepare,
-    serve,
-    threads_of,
-)
+from calibration.serving.serve import line_of, other_kernels, places_of, serve
 from calibration.serving.slowdown import measured_pace, slowdown_facts, waited_s
 from calibration.serving.weights import KvChoice
 from calibration.training.text import ByteTokenizer, corpus
@@ -52,8 +44,8 @@ from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
 from helios_sim.policy import Controller, make_policy, read_snapshots
 from helios_sim.policy.contract import DECISION_NAMES
-from helios_sim.profile import load_profile, save_profile
-from helios_sim.records import read_run, read_summary
+from helios_sim.profiles.files import load_profile, save_profile
+from helios_sim.runs.records import read_run, read_summary
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.serving import DOMAINS, family, first_exit_threshold, model_of, write_profile
 from tests.calibration.tiny import stock_model
@@ -529,7 +521,7 @@ def test_a_package_without_a_version_is_missed_before_anything_is_served(
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("calibration.serving.serve.version", missing)
+    monkeypatch.setattr("calibration.serving.prepared.version", missing)
     settings = ServeSettings((place / "family",), ("helios",), device="cpu")
     with pytest.raises(InputError, match="torch is not installed here"):
         prepare(place / "tiny.toml", settings)

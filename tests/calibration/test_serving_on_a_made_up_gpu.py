@@ -13,12 +13,13 @@ import typer
 
 from calibration.fitting.fit import FitSettings, fit_profile
 from calibration.model.checkpoint import find_checkpoints
-from calibration.serving.serve import ServeSettings, prepare, serve_once
+from calibration.serving.prepared import ServeSettings, prepare
+from calibration.serving.serve import serve_once
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare as prepare_simulated
 from helios_sim.experiment import run_policy
 from helios_sim.fidelity import assess, read_sides
-from helios_sim.records import RunData, read_run, write_run
+from helios_sim.runs.records import RunData, read_run, write_run
 from helios_sim.scenario import load_scenario
 from reports.made_up_gpu import readings
 from reports.made_up_gpu.__main__ import app, begin_anew

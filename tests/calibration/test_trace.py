@@ -35,7 +35,7 @@ from calibration.training.thresholds import (
 from calibration.training.trace import TraceOptions, trace_checkpoints
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces, stickiness_of
-from helios_sim.state import NLL_UNITS_PER_NAT
+from helios_sim.loop.state import NLL_UNITS_PER_NAT
 from tests.calibration.small import FAMILY
 from tests.calibration.tiny import stock_model
 

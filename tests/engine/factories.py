@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from helios_sim.arrivals import ArrivalSettings, PoissonArrivals, open_arrivals
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.engine import DecisionEntry, Run, Setup, simulate
 from helios_sim.exits import ExitTraces
@@ -32,10 +31,11 @@ from helios_sim.profile import (
     Provenance,
     TraceExits,
 )
-from helios_sim.records import RunData
+from helios_sim.runs.records import RunData
 from helios_sim.scenario import FleetSettings, MeasureSettings, ServingSettings
 from helios_sim.streams import stream
-from helios_sim.workload import Requests
+from helios_sim.workload.arrivals import ArrivalSettings, PoissonArrivals, open_arrivals
+from helios_sim.workload.requests import Requests
 
 SECONDS = {
     "decode.fixed_s": 0.010,

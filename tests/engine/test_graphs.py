@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from helios_sim.engine import Setup
-from helios_sim.workload import Requests
+from helios_sim.workload.requests import Requests
 from tests.engine.factories import (
     drifting_requests,
     drifting_setup,

@@ -20,12 +20,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from helios_sim import batch, cost, engine
+from helios_sim import cost, engine
 from helios_sim.cards import candidate_card
 from helios_sim.engine import Replica, Run, Setup, decided
 from helios_sim.exits import ExitTraces
-from helios_sim.laws import check_run
-from helios_sim.memory import blocks_for, used_blocks
+from helios_sim.loop import batch
+from helios_sim.loop.memory import blocks_for, used_blocks
+from helios_sim.loop.rows import row_blocks
+from helios_sim.loop.state import AT_HORIZON, FINISHED, REFUSED, RUNNING, UNSENT, WAITING
 from helios_sim.outcome import run_data
 from helios_sim.policy.contract import Evaluate, ExitMode, Keep, Watching
 from helios_sim.policy.controller import Controller
@@ -33,12 +35,11 @@ from helios_sim.policy.objective import slowdown
 from helios_sim.policy.registry import make_policy, policy_names
 from helios_sim.policy.snapshot_json import read_snapshots
 from helios_sim.profile import Link, Profile
-from helios_sim.records import RunData, write_run
-from helios_sim.rows import row_blocks
-from helios_sim.state import AT_HORIZON, FINISHED, REFUSED, RUNNING, UNSENT, WAITING
+from helios_sim.runs.laws import check_run
+from helios_sim.runs.records import RunData, write_run
 from helios_sim.streams import stream
-from helios_sim.traces import TraceSettings
-from helios_sim.workload import Requests, WorkloadSettings, generate
+from helios_sim.workload.requests import Requests, WorkloadSettings, generate
+from helios_sim.workload.trace import TraceSettings
 from tests.engine.factories import (
     DOMAINS,
     QUICK,

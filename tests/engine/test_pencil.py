@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from helios_sim import batch, state
 from helios_sim.engine import Run, Setup
-from helios_sim.laws import check_run
-from helios_sim.memory import used_blocks
-from helios_sim.records import RunData
-from helios_sim.state import BETWEEN, DECODING, PREFILLING
-from helios_sim.workload import Requests
+from helios_sim.loop import batch, state
+from helios_sim.loop.memory import used_blocks
+from helios_sim.loop.state import BETWEEN, DECODING, PREFILLING
+from helios_sim.runs.laws import check_run
+from helios_sim.runs.records import RunData
+from helios_sim.workload.requests import Requests
 from tests.engine.factories import (
     play,
     profile_of,

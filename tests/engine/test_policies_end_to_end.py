@@ -14,10 +14,10 @@ import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
-from helios_sim.laws import check_run
 from helios_sim.policy.contract import USUAL_REASSESS_REQUESTS, Event
 from helios_sim.policy.registry import make_policy, policy_names
-from helios_sim.records import RunData
+from helios_sim.runs.laws import check_run
+from helios_sim.runs.records import RunData
 from helios_sim.scenario import load_scenario, parse_scenario
 from tests.engine.factories import (
     DOMAINS,

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from helios_sim.errors import InputError
-from helios_sim.laws import check_run
-from helios_sim.metrics import summarise
 from helios_sim.policy.contract import Event
 from helios_sim.profile import Profile
 from helios_sim.report import render
+from helios_sim.runs.laws import check_run
+from helios_sim.runs.metrics import summarise
 from tests.engine.factories import (
     both_models,
     drifting_requests,

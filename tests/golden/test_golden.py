@@ -17,7 +17,7 @@ import pytest
 
 from helios_sim.engine import Setup
 from helios_sim.experiment import Result
-from helios_sim.workload import Requests
+from helios_sim.workload.requests import Requests
 from tests.golden.regenerate import NAMES, experiment_of, golden, play, text_of
 
 played = cache(play)

@@ -8,11 +8,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from helios_sim.latencies import columns_of
+from helios_sim.runs.latencies import columns_of
 from helios_sim.scenario import ServingSettings
 from helios_sim.search.bottleneck import find_bottleneck
 from helios_sim.search.points import late_while
-from helios_sim.slo import parse_slo
+from helios_sim.settings.slo import parse_slo
 from tests.factories import make_run
 
 

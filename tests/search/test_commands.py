@@ -19,17 +19,17 @@ import polars as pl
 import pytest
 
 from helios_sim.cli import main
-from helios_sim.command import Interrupted
+from helios_sim.console.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
-from helios_sim.profile import load_profile, save_profile
-from helios_sim.questions import PlanSettings
+from helios_sim.profiles.files import load_profile, save_profile
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
 from helios_sim.search.points import point_of, run_point
 from helios_sim.search.tune import read_tune, samples_of
 from helios_sim.search.words import TIMES
-from helios_sim.toml_writer import toml_text
+from helios_sim.settings.questions import PlanSettings
+from helios_sim.settings.toml_writer import toml_text
 
 A100, H100 = "NVIDIA A100-SXM4-40GB", "NVIDIA H100-SXM5-80GB"
 

@@ -19,7 +19,7 @@ from helios_sim.search.samplers import Listed, Sampler
 from helios_sim.search.space import Space
 from helios_sim.search.tables import setting_rows, trial_records, trial_rows, tune_front
 from helios_sim.search.tune import Trial, Tuned, read_tune, recommended, tune_study
-from helios_sim.search.words import tune_headline, tune_remarks
+from helios_sim.search.tune_words import tune_headline, tune_remarks
 
 BATCHES = (8, 16, 32, 64)
 TUNED, FINALS, HELD_OUT = (0, 1), (2, 3), (4, 5)

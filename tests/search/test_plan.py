@@ -20,10 +20,10 @@ from helios_sim.search.fleets import PlanQuestion, fleet_scenario, read_plan
 from helios_sim.search.goals import Broken
 from helios_sim.search.means import mean_figures
 from helios_sim.search.plan import make_plan, ranked
+from helios_sim.search.plan_words import plan_remarks
 from helios_sim.search.prices import Cost
 from helios_sim.search.verdict import Verdict
-from helios_sim.search.words import plan_remarks
-from helios_sim.toml_writer import toml_text
+from helios_sim.settings.toml_writer import toml_text
 from tests.search.test_commands import inline, write
 
 CARRIED = Verdict((), 3)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helios_sim.errors import InputError
-from helios_sim.profile import load_profile
+from helios_sim.profiles.files import load_profile
 from helios_sim.scenario import PolicySettings, Scenario, parse_scenario
 from helios_sim.search.goals import parse_constraints, parse_goal
 from helios_sim.search.pareto import best_first, dominates, front, ranks

@@ -18,16 +18,16 @@ import pytest
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
-from helios_sim.latencies import columns_of
+from helios_sim.runs.latencies import columns_of
 from helios_sim.scenario import Scenario, parse_scenario
 from helios_sim.search.executors import InlineExecutor, Workers, open_workers
 from helios_sim.search.points import Point, _judged, code_files, point_of, run_point
 from helios_sim.search.store import Store
 from helios_sim.search.studies import Outcome, Standing, Study, carry_out
 from helios_sim.search.traffic import Traffic, at_rate
-from helios_sim.slo import parse_slo
-from helios_sim.workload import generate
-from tests.test_metrics import pencil_run
+from helios_sim.settings.slo import parse_slo
+from helios_sim.workload.requests import generate
+from tests.runs.test_metrics import pencil_run
 
 INLINE = Workers(InlineExecutor(), 1)
 
@@ -121,9 +121,10 @@ def test_another_source_of_an_imported_policy_is_another_point(
 
 def test_what_judges_a_point_is_part_of_its_code_and_what_shows_it_is_not() -> None:
     files = set(code_files())
-    assert {"search/points.py", "metrics.py", "slo.py", "policy/helios.py"} <= files
+    assert {"search/points.py", "runs/metrics.py", "settings/slo.py", "policy/helios.py"} <= files
     assert not {"search/page.py", "search/tune.py", "report/page.py"} & files
-    assert not {"fidelity/page.py", "profiles/published.py", "wording.py", "roofline.py"} & files
+    assert not {"fidelity/page.py", "profiles/published.py", "profiles/roofline.py"} & files
+    assert not {"wording.py", "console/terminal.py"} & files
 
 
 def test_all_that_runs_a_point_is_part_of_its_code() -> None:

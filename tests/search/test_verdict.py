@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helios_sim.search.verdict import criterion, judge
-from helios_sim.slo import parse_slo
+from helios_sim.settings.slo import parse_slo
 
 
 def figures(shares: list[float], together: float | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helios_sim.errors import InputError
-from helios_sim.profile import load_profile
+from helios_sim.profiles.files import load_profile
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import whatif
 from helios_sim.search.drawings import MAX_LABELS, cells_figure
@@ -26,7 +26,7 @@ from helios_sim.search.whatif import (
     short_names,
     whatif_studies,
 )
-from helios_sim.search.words import whatif_answer, whatif_remarks
+from helios_sim.search.whatif_words import whatif_answer, whatif_remarks
 from tests.search.test_commands import inline, write
 
 

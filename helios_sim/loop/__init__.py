@@ -1,0 +1,1 @@
+"""The compiled serving loop: state, queues, rows, blocks, and what carries a replica on."""

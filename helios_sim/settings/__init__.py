@@ -1,0 +1,1 @@
+"""What scenario files are made of: strict tables, sizes, objectives, questions, TOML."""

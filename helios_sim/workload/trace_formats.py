@@ -1,0 +1,226 @@
+"""The kinds of trace files that are known, and how each is told and read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from helios_sim.errors import InputError
+from helios_sim.streams import Floats
+from helios_sim.workload.trace import (
+    FORMATS,
+    MAX_ARRIVAL_S,
+    MAX_TOKENS,
+    Trace,
+    TraceColumns,
+    TraceRows,
+    TraceSettings,
+)
+from helios_sim.workload.trace_tables import (
+    as_csv,
+    at_line,
+    calendar_s,
+    count_column,
+    csv_table,
+    first_bad,
+    header_of,
+    json_number,
+    parquet_table,
+    plain_s,
+)
+
+_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
+
+# What a Parquet column must hold: "whole numbers", "numbers" or "text".
+_HELIOS = {
+    "request_id": "whole numbers",
+    "arrival_s": "numbers",
+    "prompt_tokens": "whole numbers",
+    "output_tokens": "whole numbers",
+    "domain": "text",
+    "trace_start": "whole numbers",
+}
+
+
+def recognise(path: Path, settings: TraceSettings) -> tuple[str, bytes]:
+    """The format by content, checked against the one asked for, with a text file's bytes."""
+    asked = "csv" if settings.columns else settings.format
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"The file cannot be read ({error.strerror}).", str(path)) from error
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(
+                f"The file is not whole gzip data ({error}); compress it again.", where=str(path)
+            ) from error
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    if not raw.strip():
+        raise InputError("The trace file is empty; it must hold at least one request.", str(path))
+    if raw[:4] == b"PAR1" and settings.columns is not None:
+        return "csv", as_csv(path, settings.columns)
+    if raw[:4] == b"PAR1":
+        columns = set(parquet_table(path, {}).columns)
+        if "rate_rps" in columns:
+            found = "servegen"
+        elif "arrival_s" in columns:
+            found = "helios"
+        else:
+            found = ""
+    else:
+        head, names = header_of(raw[:4096])
+        if asked == "csv" and not head.startswith("{"):
+            found = "csv"
+        elif head.startswith("{"):
+            found = "mooncake"
+        elif "ContextTokens" in names:
+            found = "azure"
+        elif "Request tokens" in names:
+            found = "burstgpt"
+        else:
+            found = ""
+    if asked in ("auto", found) and found:
+        return found, raw
+    if raw[:4] == b"PAR1" and not found:
+        raise InputError(
+            "This is a Parquet file that is neither of ServeGen nor of a run; its columns are "
+            f"{', '.join(sorted(columns))}. Name those of arrivals, prompt and output in "
+            "trace.columns.",
+            where=str(path),
+        )
+    allowed = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
+    if asked == "auto":
+        raise InputError(f"The trace's format is unknown; allowed are: {allowed}.", str(path))
+    seen = f"looks like {found}" if found else "is of no known format"
+    raise InputError(
+        f"The trace was named {asked} ({FORMATS[asked]}) but its content {seen}; "
+        f"allowed are: {allowed}.",
+        where=str(path),
+    )
+
+
+def azure(raw: bytes, path: Path) -> TraceRows:
+    """Azure LLM inference traces of 2023 and 2024: naive or UTC timestamps of up to 100 ns."""
+    frame = csv_table(raw, path, _AZURE)
+    text = frame["TIMESTAMP"].str.strip_chars().str.strip_suffix("+00:00")
+    return TraceRows(
+        time_s=calendar_s(frame, "TIMESTAMP", text, "times such as", path),
+        prompt_tokens=count_column(frame, "ContextTokens", path),
+        output_tokens=count_column(frame, "GeneratedTokens", path),
+        line=frame["line"].to_numpy(),
+    )
+
+
+def any_csv(columns: TraceColumns) -> Callable[[bytes, Path], TraceRows]:
+    """The reader of a CSV with columns of these names; its first row tells how time is given."""
+
+    def read(raw: bytes, path: Path) -> TraceRows:
+        frame = csv_table(raw, path, columns.names)
+        name = columns.arrival
+        text = frame[name].str.strip_chars()
+        is_calendar = len(text) > 0 and "-" in (text[0] or "")[1:] and ":" in (text[0] or "")
+        if is_calendar:
+            text = text.str.strip_suffix("Z").str.strip_suffix("+00:00").str.replace("T", " ")
+            time_s = calendar_s(frame, name, text, "naive or UTC times such as", path)
+        else:
+            expected = "seconds of at least 0, or of times such as 2023-11-16 18:15:46.680"
+            time_s = plain_s(frame, name, expected, path)
+        return _answered(frame, time_s, columns.names, path)
+
+    return read
+
+
+def _burstgpt(raw: bytes, path: Path) -> TraceRows:
+    """BurstGPT: seconds; rows answered with no token are failures and are left out."""
+    frame = csv_table(raw, path, _BURSTGPT)
+    expected = "finite numbers of seconds of at least 0"
+    return _answered(frame, plain_s(frame, "Timestamp", expected, path), _BURSTGPT, path)
+
+
+def _answered(
+    frame: pl.DataFrame, time_s: Floats, names: tuple[str, str, str], path: Path
+) -> TraceRows:
+    """The rows that were answered with a token or more; the others are counted."""
+    prompt = count_column(frame, names[1], path)
+    output = count_column(frame, names[2], path)
+    kept = output != 0
+    line = frame["line"].to_numpy()
+    dropped = int((~kept).sum())
+    return TraceRows(time_s[kept], prompt[kept], output[kept], line[kept], dropped)
+
+
+def _mooncake(raw: bytes, path: Path) -> TraceRows:
+    """Mooncake: JSON lines with milliseconds; other keys (prefix blocks) are not used."""
+    times: list[float] = []
+    prompts: list[int] = []
+    outputs: list[int] = []
+    lines: list[int] = []
+    for number, text in enumerate(raw.split(b"\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"The line {text[:80].decode('utf-8', errors='replace')!r} is no JSON object; "
+                f"the file must hold {FORMATS['mooncake']}.",
+                where=at_line(path, number),
+            ) from error
+        times.append(json_number(row, "timestamp", (int, float), path, number) / 1000)
+        prompts.append(int(json_number(row, "input_length", (int,), path, number)))
+        outputs.append(int(json_number(row, "output_length", (int,), path, number)))
+        lines.append(number)
+    return TraceRows(np.array(times), np.array(prompts), np.array(outputs), np.array(lines))
+
+
+TEXT_READERS: dict[str, Callable[[bytes, Path], TraceRows]] = {
+    "azure": azure,
+    "burstgpt": _burstgpt,
+    "mooncake": _mooncake,
+}
+
+
+def read_helios(path: Path) -> Trace:
+    """A run's own requests, exactly as they arrived; rows that never arrived are left out."""
+    frame = parquet_table(path, _HELIOS)
+    arrived = frame.filter(pl.col("arrival_s").is_not_null()).sort("arrival_s", "request_id")
+    if not arrived.height:
+        raise InputError("The run holds no request; one at least is needed.", str(path))
+    in_range = (
+        pl.col("arrival_s").is_between(0, MAX_ARRIVAL_S)
+        & pl.col("prompt_tokens").is_between(1, MAX_TOKENS)
+        & pl.col("output_tokens").is_between(1, MAX_TOKENS)
+        & pl.col("trace_start").is_between(0, MAX_TOKENS)
+        & pl.col("domain").is_not_null()
+    )
+    bad = first_bad(arrived, in_range)
+    names = arrived["domain"].cast(pl.String)
+    if bad is not None:
+        raise InputError(
+            f"The request is {arrived.row(bad, named=True)}; its arrival must be 0 to "
+            f"{MAX_ARRIVAL_S:g} s, its trace start 0 to {MAX_TOKENS}, its token counts 1 to "
+            f"{MAX_TOKENS} and its domain a name.",
+            where=f"{path}, request_id {arrived['request_id'][bad]}",
+        )
+    domains = tuple(names.unique(maintain_order=True).to_list())
+    index = names.replace_strict({name: i for i, name in enumerate(domains)}, return_dtype=pl.Int16)
+    return Trace(
+        format="helios",
+        file=path,
+        arrival_s=arrived["arrival_s"].cast(pl.Float64).to_numpy(writable=True),
+        prompt_tokens=arrived["prompt_tokens"].cast(pl.Int32).to_numpy(writable=True),
+        output_tokens=arrived["output_tokens"].cast(pl.Int32).to_numpy(writable=True),
+        domain=index.to_numpy(writable=True),
+        domains=domains,
+        trace_start=arrived["trace_start"].cast(pl.Int32).to_numpy(writable=True),
+        num_dropped=frame.height - arrived.height,
+    )

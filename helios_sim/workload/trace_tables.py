@@ -1,0 +1,228 @@
+"""Tables of traces in text and Parquet, every flaw named by its line."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from helios_sim.errors import InputError, did_you_mean
+from helios_sim.streams import Floats
+from helios_sim.workload.trace import Ints, TraceColumns
+
+
+def at_line(path: Path, line: int) -> str:
+    """Where a flaw is."""
+    return f"{path}, line {line}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or what it is."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def header_of(raw: bytes) -> tuple[str, list[str]]:
+    """The first line that is not blank, and the names it gives to columns."""
+    head = raw.lstrip().decode("utf-8", errors="replace").splitlines()[0]
+    return head, [name.strip().strip('"') for name in head.split(",")]
+
+
+def csv_table(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
+    """The named columns as text with a column "line"; blank lines are left out."""
+    try:
+        frame = pl.read_csv(io.BytesIO(raw), infer_schema=False)
+    except (pl.exceptions.PolarsError, ValueError) as error:
+        raise _ragged(raw, path, columns, error) from error
+    names = [name.strip() for name in frame.columns]
+    missing = [name for name in columns if name not in names]
+    if missing:
+        raise _without(missing, raw, path, columns)
+    # Polars gives the second of two columns of one name another name.
+    _, given = header_of(raw)
+    twice = [name for name in columns if given.count(name) > 1]
+    if twice:
+        raise InputError(
+            f"The header names {', '.join(twice)} twice; it must name each of "
+            f"{', '.join(columns)} once.",
+            where=at_line(path, 1),
+        )
+    blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series()
+    if blank.any():
+        # A line of commas alone is such a row too, but no blank line.
+        for number, text in enumerate(raw.splitlines(), 1):
+            if b"," in text and not text.strip(b', \t"'):
+                raise _malformed(text.decode(), len(frame.columns), path, number)
+    # The header is line 1, so row 0 is line 2; polars keeps a blank line as a row of nulls.
+    wanted = pl.DataFrame([frame.to_series(names.index(name)).alias(name) for name in columns])
+    wanted = wanted.with_row_index("line", offset=2).with_columns(pl.col("line").cast(pl.Int64))
+    return wanted.filter(~blank)
+
+
+def _without(
+    missing: Sequence[str], raw: bytes, path: Path, columns: tuple[str, ...]
+) -> InputError:
+    """That the header lacks names, what it has instead, and what the mistake may be."""
+    head, given = header_of(raw)
+    where = at_line(path, 1)
+    wanted = f"it must name {', '.join(columns)}"
+    separator = next((one for one in ";\t|" if one in head), "")
+    if len(given) == 1 and separator:
+        return InputError(
+            f"The header {head[:80]!r} is one column, since {separator!r} stands where commas are "
+            f"expected; {wanted}, with commas between them.",
+            where,
+        )
+    by_case = {name.casefold(): name for name in given}
+    alike = [by_case[name.casefold()] for name in missing if name.casefold() in by_case]
+    hint = did_you_mean(missing[0], [name for name in given if name not in columns])
+    if alike:
+        hint = f" Did you mean {', '.join(map(repr, alike))}? Upper and lower case differ."
+    shown = given if len(given) <= 12 else [*given[:12], f"{len(given) - 12} more"]
+    return InputError(
+        f"The header names {', '.join(shown)[:400]}, and lacks {', '.join(missing)}; {wanted}."
+        f"{hint}",
+        where,
+    )
+
+
+def _malformed(line: str, width: int, path: Path, number: int) -> InputError:
+    return InputError(
+        f"The line {line[:80]!r} is malformed; {width} comma-separated fields of plain "
+        "text are expected, as in the header.",
+        where=at_line(path, number),
+    )
+
+
+def _ragged(raw: bytes, path: Path, columns: tuple[str, ...], error: Exception) -> InputError:
+    """What is wrong with a CSV that cannot be read, with its line.
+
+    A byte that is no UTF-8, a header that is one column, or the first line whose number of fields
+    differs from the header's.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        number = raw.count(b"\n", 0, wrong.start) + 1
+        return InputError(
+            f"The line holds the byte 0x{raw[wrong.start]:02x}, which is no UTF-8; the file must "
+            "be text in UTF-8.",
+            where=at_line(path, number),
+        )
+    if len(header_of(raw)[1]) == 1:
+        return _without(columns, raw, path, columns)
+    lines = text.splitlines()
+    width = lines[0].count(",") + 1
+    for number, line in enumerate(lines, 1):
+        if '"' in line or (line.strip() and line.count(",") + 1 != width):
+            return _malformed(line, width, path, number)
+    return InputError(f"The file is not readable as CSV: {first_line(error)}.", where=str(path))
+
+
+def column_of(
+    frame: pl.DataFrame, name: str, parsed: pl.Series, expected: str, path: Path
+) -> pl.Series:
+    """`parsed`, or an error at the first line whose text could not be parsed."""
+    bad = parsed.is_null().arg_true()
+    if len(bad):
+        row = int(bad[0])
+        text = frame[name][row]
+        said = f"{text!r}" if text and text.strip() else "an empty cell"
+        raise InputError(
+            f"{name} is {said}; the column must hold {expected}.",
+            where=at_line(path, int(frame["line"][row])),
+        )
+    return parsed
+
+
+def count_column(frame: pl.DataFrame, name: str, path: Path) -> Ints:
+    """A column of whole numbers of tokens."""
+    parsed = frame[name].str.strip_chars().cast(pl.Int64, strict=False)
+    return column_of(frame, name, parsed, "whole numbers of tokens", path).to_numpy()
+
+
+def calendar_s(
+    frame: pl.DataFrame, name: str, text: pl.Series, expected: str, path: Path
+) -> Floats:
+    """Seconds from the first of the times, which are naive or UTC."""
+    stamp = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="ns", strict=False)
+    stamp = column_of(frame, name, stamp, f"{expected} 2023-11-16 18:15:46.680", path)
+    ns = stamp.to_physical().to_numpy()
+    # Differences are taken in whole nanoseconds: seconds since 1970 would lose digits.
+    seconds: Floats = (ns - (ns.min() if ns.size else 0)) / 1e9
+    return seconds
+
+
+def plain_s(frame: pl.DataFrame, name: str, expected: str, path: Path) -> Floats:
+    """Times given as numbers of seconds."""
+    seconds = frame[name].str.strip_chars().cast(pl.Float64, strict=False)
+    seconds = seconds.set(~(seconds.is_finite() & (seconds >= 0)).fill_null(False), None)
+    return column_of(frame, name, seconds, expected, path).to_numpy()
+
+
+def json_number(row: Any, key: str, types: tuple[type, ...], path: Path, line: int) -> int | float:
+    """A number of a JSON line, of one of the types."""
+    value: Any = row.get(key) if isinstance(row, dict) else None
+    # The bound also shuts out infinities and NaN.
+    if type(value) in types and abs(value) < 2**53:
+        number: int | float = value
+        return number
+    what = "a whole number" if types == (int,) else "a finite number"
+    raise InputError(f"{key} is {value!r}; it must be {what}.", where=at_line(path, line))
+
+
+def parquet_table(path: Path, columns: dict[str, str]) -> pl.DataFrame:
+    """The named columns of a Parquet file, of these types; without names, its header alone."""
+    try:
+        present = pl.read_parquet_schema(path)
+        missing = [name for name in columns if name not in present]
+        if missing:
+            raise InputError(
+                f"The file lacks the columns {', '.join(missing)}; it must hold "
+                f"{', '.join(columns)}.",
+                where=str(path),
+            )
+        for name, expected in columns.items():
+            if not _holds(present[name], expected):
+                raise InputError(
+                    f"The column {name} has the type {present[name]}; it must hold {expected}.",
+                    where=f"{path}, column {name}",
+                )
+        if not columns:
+            return pl.DataFrame(schema=present)
+        return pl.read_parquet(path, columns=list(columns))
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(
+            f"The file is not whole Parquet data ({first_line(error)}).", str(path)
+        ) from error
+
+
+def as_csv(path: Path, columns: TraceColumns) -> bytes:
+    """The named columns of a Parquet file as the CSV of the same table: one reader judges both."""
+    header = parquet_table(path, {})
+    if missing := [name for name in columns.names if name not in header.columns]:
+        raise _without(missing, header.write_csv().encode(), path, columns.names)
+    zoned = [n for n in columns.names if getattr(header.schema[n], "time_zone", None)]
+    try:
+        frame = pl.read_parquet(path, columns=list(columns.names))
+        frame = frame.with_columns(pl.col(zoned).dt.convert_time_zone("UTC"))
+        return frame.write_csv(datetime_format="%Y-%m-%d %H:%M:%S%.f").encode()
+    except pl.exceptions.PolarsError as error:
+        raise InputError(f"The columns cannot be read ({first_line(error)}).", str(path)) from error
+
+
+def _holds(dtype: pl.DataType, expected: str) -> bool:
+    """Whether a column holds what is expected; one of nulls alone passes, its rows do not."""
+    if dtype == pl.Null:
+        return True
+    if expected == "text":
+        return isinstance(dtype, pl.String | pl.Categorical | pl.Enum)
+    return dtype.is_integer() if expected == "whole numbers" else dtype.is_numeric()
+
+
+def first_bad(frame: pl.DataFrame, good: pl.Expr) -> int | None:
+    """The first row where `good` does not hold; a null is not good."""
+    bad = frame.select((~good).fill_null(True)).to_series().arg_true()
+    return int(bad[0]) if len(bad) else None
