@@ -19,6 +19,7 @@ from helios_sim.search.goals import in_words
 from helios_sim.search.plan import Plan
 from helios_sim.search.plan_words import plan_headline, plan_remarks
 from helios_sim.search.prices import words_of
+from helios_sim.search.quality import fleet_perplexities, trial_perplexities, uncompared
 from helios_sim.search.results import RESULTS
 from helios_sim.search.tables import (
     Cells,
@@ -269,13 +270,14 @@ def _ranking(plan: Plan) -> str:
     device, has_prices = plan.question.device, plan.question.prices is not None
     if plan.why_none:
         return "None is enough; the nearest comes first. Capacities have their bounds."
+    others = uncompared(fleet_perplexities(plan), [one.figures for one in plan.answers])
     if plan.question.target_per_s is None:
         by = "cost a million tokens" if has_prices else f"requests/s carried by a {device}"
-        return f"Ranked by {by}; capacities with their bounds."
+        return f"Ranked by {by}; capacities with their bounds.{others}"
     by = "cost an hour" if has_prices else f"{device}s"
     return (
         f"The fewest replicas of each that surely carry {plan.question.target_per_s:.4g} "
-        f"requests/s, ranked by {by}. Capacities are of the replicas named behind them."
+        f"requests/s, ranked by {by}. Capacities are of the replicas named behind them.{others}"
     )
 
 
@@ -379,10 +381,12 @@ def _trials(tuned: Tuned) -> str:
         said = f"The best of the {kept:,} trials that keep the constraints, the winner first"
         if kept <= MAX_TRIALS:
             said = "The trials that keep the constraints, the winner first"
+    known, trials = trial_perplexities(tuned), [tuned.base, *tuned.trials]
+    others = uncompared([known[one.number] for one in trials], [one.means for one in trials])
     return section(
         "Trials",
         f"{said}, and the scenario as it stands, on the tuning traffic. All trials are in "
-        f"{RESULTS}.",
+        f"{RESULTS}.{others}",
         _table(trial_rows(tuned, MAX_TRIALS, with_settings=True)),
     )
 

@@ -70,6 +70,18 @@ def cell_perplexities(cells: Sequence[Cell], profiles: Sequence[Profile]) -> lis
     return perplexities([(cell.models, cell.means) for cell in cells], served, profiles)
 
 
+def uncompared(known: Iterable[float | None], figures: Iterable[Means]) -> str:
+    """A sentence, after a space, where only some perplexities are shown beside one another."""
+    shown = [
+        value is not None
+        for value, means in zip(known, figures, strict=True)
+        if means.get("perplexity") is not None
+    ]
+    if all(shown) or not any(shown):
+        return ""
+    return " Perplexity is given for models of one tokenizer; that of others does not compare."
+
+
 def is_worse(value: float | None, other: float | None) -> bool:
     """Whether a perplexity is clearly worse than another one."""
     return value is not None and other is not None and value >= CLEARLY * other
