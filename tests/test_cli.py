@@ -767,11 +767,14 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["helios_sim", "calibration"])
+@pytest.mark.parametrize(
+    "interrupts", ["raise KeyboardInterrupt", "import os\nos.kill(os.getpid(), 15)"]
+)
 def test_an_interrupt_while_a_command_is_imported_ends_it_without_a_traceback(
-    tmp_path: Path, module: str
+    tmp_path: Path, module: str, interrupts: str
 ) -> None:
-    """What is imported first is interrupted, as it is where Ctrl-C comes at once."""
-    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
+    """What is imported first is interrupted, by Ctrl-C at once or by a job scheduler."""
+    (tmp_path / "typer.py").write_text(interrupts, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"],
         capture_output=True,

@@ -21,7 +21,8 @@ from helios_sim.errors import TRACEBACK, InputError, did_you_mean
 from helios_sim.folders import FULL
 
 BAD_INPUT = 2
-
+_UNUSABLE: Final = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Why the system does not let a path be used that a user gave."""
 
 _USAGE_ERROR: Any = next(
     kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
@@ -107,7 +108,7 @@ def run_app(
             print(f"{name}: The disk is full; what it held before is kept.", file=sys.stderr)
             raise SystemExit(BAD_INPUT) from None
         # Any path that a user gives may be one that the system does not even look at.
-        if error.errno not in (errno.ENAMETOOLONG, errno.EACCES) or error.filename is None:
+        if error.errno not in _UNUSABLE or error.filename is None:
             raise
         print(f"{name}: {error.filename}: It cannot be used: {error.strerror}.", file=sys.stderr)
         raise SystemExit(BAD_INPUT) from None
