@@ -23,6 +23,7 @@ from helios_sim.workload.trace import (
     TraceSettings,
 )
 from helios_sim.workload.trace_tables import (
+    LINE,
     as_csv,
     at_line,
     calendar_s,
@@ -66,6 +67,9 @@ def recognise(path: Path, settings: TraceSettings) -> tuple[str, bytes]:
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         raise InputError("The trace file is empty; it must hold at least one request.", str(path))
+    if b"\n" not in raw:
+        # Lines may end with a carriage return alone.
+        raw = raw.replace(b"\r", b"\n")
     if raw[:4] == b"PAR1" and settings.columns is not None:
         return "csv", as_csv(path, settings.columns)
     if raw[:4] == b"PAR1":
@@ -116,7 +120,7 @@ def azure(raw: bytes, path: Path) -> TraceRows:
         time_s=calendar_s(frame, "TIMESTAMP", text, "times such as", path),
         prompt_tokens=count_column(frame, "ContextTokens", path),
         output_tokens=count_column(frame, "GeneratedTokens", path),
-        line=frame["line"].to_numpy(),
+        line=frame[LINE].to_numpy(),
     )
 
 
@@ -153,7 +157,7 @@ def _answered(
     prompt = count_column(frame, names[1], path)
     output = count_column(frame, names[2], path)
     kept = output != 0
-    line = frame["line"].to_numpy()
+    line = frame[LINE].to_numpy()
     dropped = int((~kept).sum())
     return TraceRows(time_s[kept], prompt[kept], output[kept], line[kept], dropped)
 

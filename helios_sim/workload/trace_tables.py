@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.streams import Floats
 from helios_sim.workload.trace import Ints, TraceColumns
+from helios_sim.workload.traces import _header_line, _no_utf8
+
+# Where a table keeps the line of each row: no column of a file has such a name, since the names of
+# a header are stripped.
+LINE = " line"
 
 
 def at_line(path: Path, line: int) -> str:
@@ -31,15 +37,16 @@ def header_of(raw: bytes) -> tuple[str, list[str]]:
 
 
 def csv_table(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
-    """The named columns as text with a column "line"; blank lines are left out."""
+    """The named columns as text, beside the line of each row; blank lines are left out."""
+    header_line = _header_line(raw)
     try:
-        frame = pl.read_csv(io.BytesIO(raw), infer_schema=False)
+        frame = pl.read_csv(io.BytesIO(raw.lstrip()), infer_schema=False)
     except (pl.exceptions.PolarsError, ValueError) as error:
         raise _ragged(raw, path, columns, error) from error
     names = [name.strip() for name in frame.columns]
     missing = [name for name in columns if name not in names]
     if missing:
-        raise _without(missing, raw, path, columns)
+        raise _no_utf8(raw, path) or _without(missing, raw, path, columns)
     # Polars gives the second of two columns of one name another name.
     _, given = header_of(raw)
     twice = [name for name in columns if given.count(name) > 1]
@@ -47,7 +54,7 @@ def csv_table(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
         raise InputError(
             f"The header names {', '.join(twice)} twice; it must name each of "
             f"{', '.join(columns)} once.",
-            where=at_line(path, 1),
+            where=at_line(path, header_line),
         )
     blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series()
     if blank.any():
@@ -55,9 +62,10 @@ def csv_table(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
         for number, text in enumerate(raw.splitlines(), 1):
             if b"," in text and not text.strip(b', \t"'):
                 raise _malformed(text.decode(), len(frame.columns), path, number)
-    # The header is line 1, so row 0 is line 2; polars keeps a blank line as a row of nulls.
+    # Polars keeps a blank line behind the header as a row of nulls.
     wanted = pl.DataFrame([frame.to_series(names.index(name)).alias(name) for name in columns])
-    wanted = wanted.with_row_index("line", offset=2).with_columns(pl.col("line").cast(pl.Int64))
+    lines = np.arange(frame.height, dtype=np.int64) + header_line + 1
+    wanted = wanted.with_columns(pl.Series(LINE, lines))
     return wanted.filter(~blank)
 
 
@@ -66,7 +74,7 @@ def _without(
 ) -> InputError:
     """That the header lacks names, what it has instead, and what the mistake may be."""
     head, given = header_of(raw)
-    where = at_line(path, 1)
+    where = at_line(path, _header_line(raw))
     wanted = f"it must name {', '.join(columns)}"
     separator = next((one for one in ";\t|" if one in head), "")
     if len(given) == 1 and separator:
@@ -102,20 +110,12 @@ def _ragged(raw: bytes, path: Path, columns: tuple[str, ...], error: Exception) 
     A byte that is no UTF-8, a header that is one column, or the first line whose number of fields
     differs from the header's.
     """
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as wrong:
-        number = raw.count(b"\n", 0, wrong.start) + 1
-        return InputError(
-            f"The line holds the byte 0x{raw[wrong.start]:02x}, which is no UTF-8; the file must "
-            "be text in UTF-8.",
-            where=at_line(path, number),
-        )
+    if (no_text := _no_utf8(raw, path)) is not None:
+        return no_text
     if len(header_of(raw)[1]) == 1:
         return _without(columns, raw, path, columns)
-    lines = text.splitlines()
-    width = lines[0].count(",") + 1
-    for number, line in enumerate(lines, 1):
+    width = header_of(raw)[0].count(",") + 1
+    for number, line in enumerate(raw.decode().splitlines(), 1):
         if '"' in line or (line.strip() and line.count(",") + 1 != width):
             return _malformed(line, width, path, number)
     return InputError(f"The file is not readable as CSV: {first_line(error)}.", where=str(path))
@@ -132,7 +132,7 @@ def column_of(
         said = f"{text!r}" if text and text.strip() else "an empty cell"
         raise InputError(
             f"{name} is {said}; the column must hold {expected}.",
-            where=at_line(path, int(frame["line"][row])),
+            where=at_line(path, int(frame[LINE][row])),
         )
     return parsed
 

@@ -105,12 +105,18 @@ def test_azure_rows_keep_the_digits_of_their_times(tmp_path: Path) -> None:
     assert trace.prompt_tokens.dtype == trace.output_tokens.dtype == np.int32
 
 
-@pytest.mark.parametrize("ending", ["\r\n", "\n\n"])
+@pytest.mark.parametrize("ending", ["\r\n", "\n\n", "\r"])
 def test_line_ends_blank_lines_a_mark_and_gzip_do_not_matter(tmp_path: Path, ending: str) -> None:
     """The same rows with carriage returns or blank lines, a byte order mark, and compressed."""
     content = b"\xef\xbb\xbf" + AZURE_TEXT.replace("\n", ending).encode()
     for name, data in (("a.csv", content), ("a.csv.gz", gzip.compress(content))):
         assert read(tmp_path / name, data).prompt_tokens.tolist() == [374, 396, 879]
+
+
+def test_a_column_of_ones_own_may_be_called_line(tmp_path: Path) -> None:
+    text = "line,in,out\n1,2,3\n4,5,6\n"
+    trace = read(tmp_path / "a.csv", text, columns={**OWN, "arrival": "line"})
+    assert trace.arrival_s.tolist() == [0.0, 3.0]
 
 
 @pytest.mark.parametrize("name", ["line", "", "TIMESTAMP_duplicated_0", "^.*$"])
@@ -213,6 +219,11 @@ def test_columns_may_rename_those_of_a_known_format(tmp_path: Path) -> None:
         ("sent,in,out\n1,0,3\n", "line 2: The request has 0 prompt tokens"),
         ("sent,in,out\n2,5,3\n1,5,3\n", "line 3: The timestamp lies 1 s before"),
         ("sent,in,out,in\n1,2,3,4\n", "line 1: The header names in twice"),
+        ("\n\nsent,in,out,in\n1,2,3,4\n", "line 3: The header names in twice"),
+        ("\n\nsent,in\n1,2\n", "line 3: The header names sent, in, and lacks out"),
+        ("\n  \nsent,in,out\n1,2,3\n1,x,3\n", "line 5: in is 'x'"),
+        ("\n\nsent,in,out\n1,2,3,4\n", "line 4: The line '1,2,3,4' is malformed; 3 comma"),
+        ("sent,in,out\n1,2,3\n".encode("utf-16"), "line 1: .* the byte 0xff, which is no UTF-8"),
         ('{"sent": 1}\n', "The trace was named csv .* but its content looks like mooncake"),
         (b"PAR1xxxxxxxx", "a.csv"),
     ],
