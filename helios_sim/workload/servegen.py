@@ -157,12 +157,19 @@ def _servegen_lengths(path: Path) -> dict[tuple[int, str], list[tuple[int, _Hist
     """For a client and field, the histograms by start of their window, ascending."""
     frame = parquet_table(path, SERVEGEN_DATASET).with_columns(pl.col("field").cast(pl.String))
     frame = frame.filter(pl.col("field").is_in(["input_tokens", "output_tokens"]))
-    good = pl.col("value").is_between(1, MAX_TOKENS) & (pl.col("prob") >= 0)
-    bad = first_bad(frame, good & pl.col("prob").is_finite())
+    good = (
+        pl.col("value").is_between(1, MAX_TOKENS)
+        & (pl.col("prob") >= 0)
+        & pl.col("prob").is_finite()
+        & pl.col("client_id").is_not_null()
+        & pl.col("window_start_s").is_not_null()
+    )
+    bad = first_bad(frame, good)
     if bad is not None:
         raise InputError(
             f"The row is {frame.row(bad, named=True)}; a token count must be at least 1 and "
-            f"at most {MAX_TOKENS}, its probability at least 0 and finite.",
+            f"at most {MAX_TOKENS}, its probability at least 0 and finite, and it needs a client "
+            "and a window.",
             where=f"{path}, row {bad} of its token counts",
         )
     keys = ("client_id", "field", "window_start_s")

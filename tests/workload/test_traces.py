@@ -674,6 +674,8 @@ def test_a_servegen_window_is_the_same_whatever_else_is_read(tmp_path: Path) -> 
         ({}, {"value": [1e12] + [5.0] * 6}, "at most 2147483647"),
         ({}, {"prob": [float("nan")] + [1.0] * 6}, "at least 0 and finite"),
         ({}, {"prob": [-0.5] + [1.0] * 6}, "probability at least 0"),
+        ({}, {"window_start_s": [None] + [0] * 6}, "row 0 .*it needs a client and a window"),
+        ({}, {"client_id": [0] * 6 + [None]}, "row 6 .*it needs a client and a window"),
         ({}, {"client_id": [0, 0, 0, 0, 0, 2, 2]}, "Client 1 sends requests at 600 s but has no"),
     ],
 )
