@@ -32,7 +32,7 @@ Flags: TypeAlias = NDArray[np.bool_]
 Levels: TypeAlias = NDArray[np.int8]
 
 _MAX_EXITS: Final = 127
-_COLUMN: Final = re.compile(r"^(?P<candidate>.+)\|L(?P<layer>\d+)\|(?P<field>[a-z_]+)$")
+_COLUMN: Final = re.compile(r"^(?P<candidate>.+)\|L(?P<layer>[1-9][0-9]{0,8})\|(?P<field>[a-z_]+)$")
 _FIELDS: Final = ("confidence", "agrees", "nll_nats")
 
 
@@ -458,7 +458,15 @@ def _trace_positions(frame: pl.DataFrame, path: Path) -> tuple[tuple[str, ...], 
     """Domains in file order and positions of each; every domain counts 0, 1, 2 up to the same."""
     if frame.height == 0:
         raise InputError("The exit trace holds no positions.", where=str(path))
-    names = frame["domain"].cast(pl.String)
+    for needed in ("domain", "position"):
+        if frame[needed].null_count():
+            raise InputError(f"The column {needed!r} has empty cells.", where=str(path))
+    try:
+        names = frame["domain"].cast(pl.String)
+    except pl.exceptions.PolarsError as error:
+        raise InputError(
+            f"The column 'domain' holds {frame['domain'].dtype}; names are needed.", where=str(path)
+        ) from error
     domains = tuple(str(name) for name in names.unique(maintain_order=True).to_list())
     num_positions, rest = divmod(frame.height, len(domains))
     expected = np.tile(np.arange(num_positions), len(domains))

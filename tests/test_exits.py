@@ -383,6 +383,11 @@ GOOD: dict[str, list[Any]] = {
         ({"m|L4|confidence": [0.5, 1.5, 0.5, 0.5]}, "range 0 to 1"),
         ({"m|L4|nll_nats": None}, r"'m\|L4\|nll_nats' is missing"),
         ({"domain": None}, "'domain' is missing"),
+        ({"domain": [None, None, "b", "b"]}, "'domain' has empty cells"),
+        ({"domain": [["a"], ["a"], ["b"], ["b"]]}, r"'domain' holds List\(String\); names are"),
+        ({"position": [0, None, 0, 1]}, "'position' has empty cells"),
+        ({"m|L04|confidence": [0.5] * 4}, r"'m\|L04\|confidence' is unknown"),
+        ({f"m|L{10**9}|confidence": [0.5] * 4}, r"'m\|L1000000000\|confidence' is unknown"),
         ({"m|L4|colour": [1.0] * 4}, "unknown"),
     ],
 )
