@@ -187,7 +187,7 @@ def hot_rules_of(policy: object) -> dict[str, Callable[..., Any]]:
         plain: Any = getattr(rule, "py_func", rule)
         try:
             taken = str(len(inspect.signature(plain).parameters))
-        except ValueError:
+        except (TypeError, ValueError):
             # Some built-in functions tell nobody what they take.
             taken = "unknown"
         if taken != str(len(wanted)):
@@ -239,11 +239,12 @@ def _import(use: str, module_name: str, search_path: str | Path | None) -> Modul
                 f"Python path{beside}."
             ) from error
         raise _broken(use, dotted, error) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        # A script that reads its command line, say, ends the whole program by its import.
         raise _broken(use, dotted, error) from error
 
 
-def _broken(use: str, module_name: str, error: Exception) -> InputError:
+def _broken(use: str, module_name: str, error: BaseException) -> InputError:
     return InputError(
         f"Policy {use!r} could not be read: importing {module_name!r} failed with "
         f"{type(error).__name__}: {error}."
@@ -276,12 +277,13 @@ def _settings_of(policy_class: type[Any]) -> tuple[type[Any], Mapping[str, Any]]
 
 
 def _keyword_parameters(target: type[Any]) -> dict[str, inspect.Parameter]:
+    """What a class takes by name; nothing where that cannot be read, as of a C type's own."""
     by_keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {
-        name: parameter
-        for name, parameter in inspect.signature(target).parameters.items()
-        if parameter.kind in by_keyword
-    }
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: one for name, one in parameters.items() if one.kind in by_keyword}
 
 
 def _build(use: str, policy_class: type[Any], given: dict[str, Any]) -> Policy:
@@ -366,20 +368,23 @@ def _check_protocol(use: str, policy: object) -> None:
     try:
         threshold = getattr(policy, "confidence_threshold", "missing")
         watching = getattr(policy, "watching", None)
+        name = getattr(policy, "name", None)
+        sees_future = getattr(policy, "sees_future", None)
+        decide = getattr(policy, "decide", None)
+        getattr(policy, "hot_rules", None)
     except Exception as error:
-        raise failure_of(type(policy), use, "what it watches or trusts", error) from error
+        raise failure_of(type(policy), use, "what it says of itself", error) from error
     is_threshold = threshold is None or (
         isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     )
-    name = getattr(policy, "name", None)
     wrong = [
         member
         for member, right in (
             ("name (a word)", isinstance(name, str) and bool(name)),
-            ("sees_future (true or false)", isinstance(getattr(policy, "sees_future", None), bool)),
+            ("sees_future (true or false)", isinstance(sees_future, bool)),
             ("watching (a Watching)", isinstance(watching, Watching)),
             ("confidence_threshold (a number or None)", is_threshold),
-            ("decide (a method)", callable(getattr(policy, "decide", None))),
+            ("decide (a method)", callable(decide)),
         )
         if not right
     ]

@@ -81,6 +81,24 @@ class Torn(Mine):
     def missing(self):
         return {}["no"]
 
+class Nameless(Mine):
+    @property
+    def name(self):
+        return {}["no"]
+
+class Ruled(Mine):
+    @property
+    def hot_rules(self):
+        return {}["no"]
+
+class Masked(Mine):
+    def rule(a, b): ...
+    rule.py_func = 3
+    hot_rules = {"leaves_here": rule}
+
+class Table(dict, Mine):
+    pass
+
 class Trusting(Mine):
     def __init__(self, trust):
         object.__setattr__(self, "confidence_threshold", trust)
@@ -97,6 +115,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("import no_such_module_of_anybody\n")
     (tmp_path / "garbled.py").write_text("class :\n")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit('usage: script FILE')\n")
     return tmp_path
 
 
@@ -157,6 +176,9 @@ def test_options_reach_the_settings() -> None:
         ("no.where:Mine", {}, "names the module 'no.where', but there is no such module"),
         ("broken:Mine", {}, "importing 'broken' failed with ModuleNotFoundError: No module named"),
         ("garbled:Mine", {}, "importing 'garbled' failed with SyntaxError"),
+        ("script:Mine", {}, "importing 'script' failed with SystemExit: usage: script FILE"),
+        ("builtins:int", {}, "not a policy: it lacks, .* decide"),
+        ("mine:Table", {"patience": 3}, "unknown option 'patience'; it has no options"),
         ("mine:", {}, "or a class of your own as 'module:Class'"),
         ("mine:HalfDone", {}, "sees_future .*, watching .*, confidence_threshold"),
         ("mine:Mine", {"patients": 1}, "unknown option 'patients'; .* Did you mean 'patience'"),
@@ -167,6 +189,9 @@ def test_options_reach_the_settings() -> None:
         ("mine:Mine", {"patience": 2.5}, "patience = 2.5; it must be a whole number"),
         ("mine:Moody", {"patience": 0}, "reassess_requests = 0; .* at least 1 or None"),
         ("mine:Torn", {}, r"failed in .*: KeyError: 'no', mine.py line 5\d\. HELIOS_TRACEBACK=1"),
+        ("mine:Nameless", {}, r"failed in what it says of itself: KeyError: 'no', mine.py line"),
+        ("mine:Ruled", {}, r"failed in what it says of itself: KeyError: 'no', mine.py line"),
+        ("mine:Masked", {}, "a function of unknown arguments for 'leaves_here'; it must take 2"),
         ("mine:Trusting", {"trust": 50}, "confidence_threshold = 50; .* from 0 to 1, or None"),
         ("mine:Trusting", {"trust": -1}, "confidence_threshold = -1; it must be a number from 0"),
         ("mine:Trusting", {"trust": float("nan")}, "confidence_threshold = nan"),
@@ -214,6 +239,13 @@ def test_an_importable_module_needs_no_search_path() -> None:
     """A class in an installed package is named by its dotted module."""
     policy = make_policy("helios_sim.policy.baselines:Vanilla", {"model": "opt"})
     assert policy.name == "vanilla"
+
+
+def test_a_class_that_does_not_say_what_it_takes_is_a_policy_without_options(folder: Path) -> None:
+    """Python knows no arguments of what a dict makes of itself."""
+    assert make_policy("mine:Table", search_path=folder).name == "mine"
+    assert policy_options("mine:Table", search_path=folder) == {}
+    assert settled_options("mine:Table", {}, search_path=folder) == {}
 
 
 def test_files_of_one_name_in_two_folders_do_not_meet(folder: Path) -> None:
