@@ -10,6 +10,7 @@ from helios_sim.cards import candidate_card
 from helios_sim.engine import Setup
 from helios_sim.loop.state import NEVER
 from helios_sim.policy.contract import (
+    USUAL_REASSESS_REQUESTS,
     Assignment,
     Decision,
     Evaluate,
@@ -23,10 +24,19 @@ from helios_sim.policy.contract import (
     Snapshot,
     Watching,
 )
-from helios_sim.steward import HOLD, Aim, PaceSums, Steward, View
+from helios_sim.steward import (
+    HOLD,
+    Aim,
+    PaceSums,
+    Steward,
+    View,
+    evaluation_seconds,
+    held_by,
+)
 from tests.engine.factories import both_models, drifting_setup
 
 FULL = ExitMode.FULL
+FORESIGHT = {"small": (0.5, 0.5), "large": (0.25, 0.25, 0.5)}
 NOTHING_YET = View(
     now_s=0.0,
     num_waiting=3,
@@ -65,11 +75,24 @@ class Scripted:
         return self.script[len(self.shown) - 1]
 
 
-def steward_of(*script: Decision, watching: Watching | None = None) -> Steward:
+@dataclass(frozen=True)
+class Logged:
+    """An entry of a decision log."""
+
+    time_s: float
+    decision: Decision
+
+
+def steward_of(
+    *script: Decision,
+    watching: Watching | None = None,
+    slo: Slo | None = None,
+    sees_future: bool = False,
+) -> Steward:
     setup: Setup = drifting_setup(profile=both_models())
     cards = tuple(candidate_card(setup, name) for name in setup.candidates)
-    policy = Scripted(list(script), watching or Watching())
-    return Steward(setup, policy, cards, Slo())
+    policy = Scripted(list(script), watching or Watching(), sees_future=sees_future)
+    return Steward(setup, policy, cards, slo or Slo())
 
 
 def shown_to(steward: Steward) -> Snapshot:
@@ -97,6 +120,7 @@ def ask(
         in_memory=in_memory,
         energy_j=None,
         idle_energy_j=None,
+        foresight=FORESIGHT if steward.policy.sees_future else None,
     )
     return decision, wanted
 
@@ -138,6 +162,9 @@ def test_only_bytes_that_are_not_held_are_missing() -> None:
     assert steward.missing_bytes("large", 8) == eight
     carry_out(steward)
     assert [steward.missing_bytes("large", depth) for depth in (2, 4, 8)] == [0, 0, eight - four]
+    # A host that measures its bytes holds some that are no layer's.
+    steward.weight_bytes += 1_000
+    assert steward.missing_bytes("large", 8) == eight - four
     assert steward.missing_bytes("small", 4) == steward.cards["small"].weight_bytes[-1]
     assert two < four
 
@@ -145,7 +172,7 @@ def test_only_bytes_that_are_not_held_are_missing() -> None:
 def test_the_disk_is_reckoned_with_until_a_model_is_in_memory_and_nothing_where_nothing_moves() -> (
     None
 ):
-    steward = steward_of(Serve("large", 4, FULL, "go"), Keep("so"))
+    steward = steward_of(Serve("large", 4, FULL, "go"), Keep("so"), Keep("so"))
     loading = steward.room.profile.loading
     small = steward.cards["small"].weight_bytes
     carry_out(steward)
@@ -153,6 +180,10 @@ def test_the_disk_is_reckoned_with_until_a_model_is_in_memory_and_nothing_where_
     assert cold["small"] == pytest.approx(
         [loading.disk.seconds(small[-1]) + loading.host.seconds(one) for one in small]
     )
+    ask(steward)
+    held = dict(shown_to(steward).load_s)
+    assert held["small"] == pytest.approx(cold["small"])
+    assert held["large"][:2] == (0.0, 0.0) and held["large"][2] > loading.disk.seconds(1_000)
     ask(steward, in_memory=("small", "large"))
     warm = shown_to(steward).load_s
     assert warm["small"] == pytest.approx([loading.host.seconds(one) for one in small])
@@ -186,27 +217,31 @@ def test_telemetry_is_what_was_seen_since_the_last_decision_was_carried_out() ->
     assert (told.duration_s, told.num_tokens, told.exit_counts) == (10.0, 100, (60, 30))
     assert (told.mean_ttft_s, told.mean_tpot_s, told.mean_batch) == (0.5, 0.25, 2.0)
     assert (told.nll_nats, told.num_breaches, told.energy_j) == (2.0, 7, None)
+    assert (told.num_finished, told.executed_layers) == (4, 240)
     assert told.pace == Pace(token_s=0.05, layers=2.5, rows=2.0)
     second = replace(
         first,
         now_s=12.0,
         num_tokens=110,
+        num_finished=5,
         exit_counts=(62, 38),
+        executed_layers=272,
         nll_units=3072,
         num_decode_iterations=50,
         decode_rows=105,
         # Ten rows taken on in parts, by twos and threes, and five tokens that came of it.
         paced=PaceSums(tokens=85, rows=90, row_s=4.5, row_layers=215, row_rows=186),
-        period_finished=0,
-        period_ttft_s=0.0,
+        period_finished=1,
+        period_ttft_s=0.75,
         period_tpots=0,
     )
     ask(steward, view=second)
     told = shown_to(steward).telemetry
     assert told is not None
     assert (told.duration_s, told.num_tokens, told.exit_counts) == (2.0, 10, (2, 8))
-    assert (told.mean_ttft_s, told.mean_tpot_s, told.mean_batch) == (None, None, 3.0)
+    assert (told.mean_ttft_s, told.mean_tpot_s, told.mean_batch) == (0.75, None, 3.0)
     assert (told.nll_nats, told.num_breaches) == (1.0, 0)
+    assert (told.num_finished, told.executed_layers) == (1, 32)
     assert told.pace == Pace(token_s=0.1, layers=3.0, rows=2.6)
     assert second.paced.since(second.paced) is None
 
@@ -216,6 +251,45 @@ def test_an_evaluation_ends_with_its_requests_and_watches_nothing() -> None:
     assert steward.aim(Evaluate("small", 5, FULL, "see")) == Aim(True, 5, 5, False)
     assert steward.aim(Serve("small", 4, FULL, "go")) == Aim(False, NEVER, 150, True)
     assert Aim(False, NEVER, NEVER, False) == HOLD
+
+
+@pytest.mark.parametrize(("window", "limit", "watched"), [(100, 0, True), (None, 50, False)])
+def test_tokens_are_watched_where_there_is_a_window_whatever_its_limit(
+    window: int | None, limit: int, watched: bool
+) -> None:
+    steward = steward_of(watching=Watching(150, window, limit))
+    assert steward.aim(Serve("small", 4, FULL, "go")).watching is watched
+
+
+def test_a_policy_is_shown_what_its_host_sees_each_in_its_place() -> None:
+    slo = Slo(ttft_s=0.5)
+    steward = steward_of(Serve("small", 4, FULL, "go"), Keep("so"), slo=slo, sees_future=True)
+    carry_out(steward, Event.START)
+    steward.ask(
+        Event.REASSESS,
+        of_the_served(steward, replace(NOTHING_YET, now_s=9.0, num_waiting=5, num_running=2)),
+        in_memory=(),
+        energy_j=70.0,
+        idle_energy_j=20.0,
+        foresight=FORESIGHT,
+    )
+    shown = shown_to(steward)
+    assert (shown.now_s, shown.num_waiting, shown.num_running) == (9.0, 5, 2)
+    assert shown.max_batch == steward.room.serving.max_batch
+    assert (shown.slo, shown.foresight) == (slo, FORESIGHT)
+    assert shown.telemetry is not None
+    assert (shown.telemetry.energy_j, shown.telemetry.idle_energy_j) == (70.0, 20.0)
+
+
+def test_an_evaluation_lasts_until_the_next_decision_or_the_end() -> None:
+    log = [
+        Logged(0.0, Serve("small", 4, FULL, "go")),
+        Logged(10.0, Evaluate("large", 2, FULL, "see")),
+        Logged(13.0, Keep("so")),
+        Logged(20.0, Evaluate("large", 2, FULL, "see")),
+    ]
+    assert evaluation_seconds(log, 25.0) == 8.0
+    assert evaluation_seconds([], 25.0) == 0.0
 
 
 def test_a_breach_leaves_the_rest_of_the_round_and_an_evaluation_takes_nothing_of_it() -> None:
@@ -235,11 +309,23 @@ def test_a_breach_leaves_the_rest_of_the_round_and_an_evaluation_takes_nothing_o
 
 
 def test_expected_tokens_are_experience_once_there_is_some() -> None:
-    steward = steward_of(Serve("small", 4, FULL, "go"), Keep("so"), watching=Watching(20))
+    """Of all that has finished, not of what did since the last decision."""
+    keep = Keep("so")
+    steward = steward_of(Serve("small", 4, FULL, "go"), keep, keep, keep, watching=Watching(20))
     carry_out(steward, Event.START)
     assert shown_to(steward).expected_tokens == 20 * steward.room.expected_output_tokens
-    ask(steward, view=replace(NOTHING_YET, num_tokens=90, num_finished=3, exit_counts=(0, 0)))
-    assert shown_to(steward).expected_tokens == 20 * 30.0
+    carry_out(steward, view=replace(NOTHING_YET, num_tokens=15))
+    assert shown_to(steward).expected_tokens == 20 * steward.room.expected_output_tokens
+    for tokens, finished in ((90, 3), (100, 4)):
+        carry_out(steward, view=replace(NOTHING_YET, num_tokens=tokens, num_finished=finished))
+        assert shown_to(steward).expected_tokens == 20 * tokens / finished
+
+
+def test_a_policy_that_never_reassesses_expects_a_usual_round() -> None:
+    steward = steward_of(Serve("small", 4, FULL, "go"), watching=Watching(None))
+    carry_out(steward, Event.START)
+    usual = USUAL_REASSESS_REQUESTS * steward.room.expected_output_tokens
+    assert shown_to(steward).expected_tokens == usual
 
 
 def test_a_switch_is_another_model_served_whatever_was_evaluated_between() -> None:
@@ -250,9 +336,12 @@ def test_a_switch_is_another_model_served_whatever_was_evaluated_between() -> No
         Evaluate("large", 2, FULL, "see"),
         Serve("large", 8, FULL, "another"),
     )
+    switches = []
     for asked_s in range(0, 50, 10):
         carry_out(steward, view=replace(NOTHING_YET, now_s=float(asked_s)), ready_s=asked_s + 1.0)
-    assert (steward.num_switches, steward.num_loads, steward.num_evaluations) == (1, 0, 2)
+        switches.append(steward.num_switches)
+    assert switches == [0, 0, 0, 0, 1]
+    assert (steward.num_loads, steward.num_evaluations) == (0, 2)
     assert steward.switch_time_s == 3.0
 
 
@@ -260,9 +349,15 @@ def test_weights_are_booked_by_the_time_they_were_held() -> None:
     steward = steward_of()
     small, large = Assignment("small", 4, FULL), Assignment("large", 2, FULL)
     steward.take_up(small, 100, 2.0)
+    assert steward.peak_weight_bytes == 100
     steward.stage(30)
     steward.take_up(large, 40, 5.0)
-    steward.close(9.0)
-    assert steward.depth_seconds == {"small@4": 3.0, "large@2": 4.0}
-    assert math.isclose(steward.weight_byte_seconds, 100 * 3.0 + 40 * 4.0)
+    steward.take_up(small, 100, 9.0)
+    steward.close(10.0)
+    assert steward.depth_seconds == {"small@4": 4.0, "large@2": 4.0}
+    assert math.isclose(steward.weight_byte_seconds, 100 * 4.0 + 40 * 4.0)
     assert steward.peak_weight_bytes == 130
+
+
+def test_a_depth_is_what_stands_behind_the_last_at_of_its_name() -> None:
+    assert held_by("mine@home@12") == ("mine@home", 12)
