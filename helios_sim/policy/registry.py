@@ -76,7 +76,7 @@ def make_policy(
     try:
         policy_class = _find_class(use, search_path)
         if use not in SHIPPED:
-            _check_types(use, given, search_path)
+            _check_types(use, policy_class, given)
         policy = _build(use, policy_class, given)
         _check_protocol(use, policy)
         hot_rules_of(policy)
@@ -323,12 +323,12 @@ _PLAIN: Final[dict[Any, tuple[tuple[type, ...], str]]] = {
 """What a scenario may give for an option that its class declares with a plain type."""
 
 
-def _check_types(use: str, given: Mapping[str, Any], search_path: str | Path | None) -> None:
+def _check_types(use: str, policy_class: type[Any], given: Mapping[str, Any]) -> None:
     """Refuse an option of another type than the user's class declares, where that is a plain one.
 
     A class that gives its options no types, or others, checks them itself.
     """
-    declared = option_types(use, search_path=search_path)
+    declared = _types_of(_settings_of(policy_class)[0])
     for name, value in given.items():
         if not _is_of(value, declared.get(name)):
             _, said = _PLAIN[declared[name]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,17 @@ from helios_sim.policy import (
     policy_options,
     rules,
 )
-from helios_sim.policy.contract import Event, ExitMode, Keep, Policy, Serve
+from helios_sim.policy.contract import (
+    MAX_WINDOW_TOKENS,
+    Event,
+    ExitMode,
+    Keep,
+    Policy,
+    Serve,
+)
 from helios_sim.policy.contract_suite import PolicyContract, ScriptedHost, example_candidates
 from helios_sim.policy.helios import Helios, HeliosSettings
-from helios_sim.policy.registry import SHIPPED, settled_options
+from helios_sim.policy.registry import SHIPPED, policy_source, settled_options
 
 PAGE = Path(__file__).parents[2] / "docs" / "policy.md"
 
@@ -55,6 +63,14 @@ def may_join(num_running, max_batch, needed_blocks, free_blocks, watermark_block
 
 class Hot(Mine):
     hot_rules = {"may_join": may_join}
+
+def compiled(*numbers):
+    return False
+
+compiled.py_func = may_join
+
+class HotCompiled(Mine):
+    hot_rules = {"may_join": compiled}
 
 class Misspelt(Mine):
     hot_rules = {"may_jion": may_join}
@@ -103,6 +119,17 @@ class Trusting(Mine):
     def __init__(self, trust):
         object.__setattr__(self, "confidence_threshold", trust)
 
+class Typed(Mine):
+    def __init__(self, share: float = 0.5, strict: bool = False, word: str = "a"):
+        pass
+
+class Watched(Mine):
+    def __init__(self, **watching):
+        object.__setattr__(self, "watching", Watching(**watching))
+
+class Unnamed(Mine):
+    name = ""
+
 class Breached(Mine):
     def __init__(self, window, limit):
         watching = Watching(breach_window_tokens=window or None, breach_limit=limit)
@@ -114,6 +141,7 @@ class Breached(Mine):
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("import no_such_module_of_anybody\n")
+    (tmp_path / "needy_too.py").write_text("import needy\n")
     (tmp_path / "garbled.py").write_text("class :\n")
     (tmp_path / "script.py").write_text("import sys\nsys.exit('usage: script FILE')\n")
     return tmp_path
@@ -170,9 +198,15 @@ def test_options_reach_the_settings() -> None:
         ("static-depth", {"depth": 0}, r"at least 1, or left out \(the shallowest exit\)"),
         ("always", {"reassess_requests": 0}, "'reassess_requests' was given 0"),
         ("clairvoyant", {"depth_rule": "fixed"}, "'fixed_depth' was left out"),
-        ("mine:Other", {}, "names the class 'Other', which module 'mine' does not have"),
+        (
+            "mine:Other",
+            {},
+            "names the class 'Other', which module 'mine' does not have; its classes "
+            "are 'Mine', 'Needy', 'HalfDone', ",
+        ),
         ("mine:mine", {}, "Did you mean 'Mine'"),
-        ("nowhere:Mine", {}, "names the module 'nowhere', but there is no such module"),
+        ("nowhere:Mine", {}, "'nowhere', but there is no such module .* and no file nowhere.py in"),
+        ("needy_too:Mine", {}, "importing 'needy_too' failed with ModuleNotFoundError"),
         ("no.where:Mine", {}, "names the module 'no.where', but there is no such module"),
         ("broken:Mine", {}, "importing 'broken' failed with ModuleNotFoundError: No module named"),
         ("garbled:Mine", {}, "importing 'garbled' failed with SyntaxError"),
@@ -187,8 +221,13 @@ def test_options_reach_the_settings() -> None:
         ("mine:Mine", {"patience": "x"}, "patience = 'x'; it must be a whole number"),
         ("mine:Mine", {"patience": True}, "patience = True; it must be a whole number"),
         ("mine:Mine", {"patience": 2.5}, "patience = 2.5; it must be a whole number"),
+        ("mine:Typed", {"share": "x"}, "share = 'x'; it must be a number"),
+        ("mine:Typed", {"strict": 1}, "strict = 1; it must be true or false"),
+        ("mine:Typed", {"word": 1}, "word = 1; it must be a text"),
+        ("mine:Unnamed", {}, r"or has of another kind, name \(a word\)"),
+        ("mine:Trusting", {"trust": True}, "or has of another kind, confidence_threshold"),
         ("mine:Moody", {"patience": 0}, "reassess_requests = 0; .* at least 1 or None"),
-        ("mine:Torn", {}, r"failed in .*: KeyError: 'no', mine.py line 5\d\. HELIOS_TRACEBACK=1"),
+        ("mine:Torn", {}, r"failed in .*: KeyError: 'no', mine.py line \d\d\. HELIOS_TRACEBACK=1"),
         ("mine:Nameless", {}, r"failed in what it says of itself: KeyError: 'no', mine.py line"),
         ("mine:Ruled", {}, r"failed in what it says of itself: KeyError: 'no', mine.py line"),
         ("mine:Masked", {}, "a function of unknown arguments for 'leaves_here'; it must take 2"),
@@ -216,15 +255,44 @@ def test_what_a_policy_may_trust_and_watch_ends_where_a_shipped_ones_does(folder
     """A threshold may be 0 or 1, and a limit one breach below its window or without a window."""
     for options in ({"trust": 0}, {"trust": 1.0}, {"trust": None}):
         assert make_policy("mine:Trusting", options, search_path=folder)
-    for options in ({"window": 9, "limit": 8}, {"window": 0, "limit": 50}):
+    longest = {"window": MAX_WINDOW_TOKENS, "limit": 8}
+    for options in ({"window": 9, "limit": 8}, {"window": 0, "limit": 50}, longest):
         assert make_policy("mine:Breached", options, search_path=folder)
 
 
-def test_an_error_names_the_place_it_was_given() -> None:
-    """A scenario passes its file and key on."""
+@pytest.mark.parametrize(("use", "options"), [("helios", {"top_k": 0}), ("mine:Torn", {})])
+def test_an_error_names_the_place_it_was_given(
+    folder: Path, use: str, options: dict[str, Any]
+) -> None:
+    """A scenario passes its file and key on, whoever raised."""
     with pytest.raises(InputError) as error:
-        make_policy("helios", {"top_k": 0}, where="a.toml, policies[0]")
+        make_policy(use, options, search_path=folder, where="a.toml, policies[0]")
     assert error.value.where == "a.toml, policies[0]"
+
+
+@pytest.mark.parametrize(
+    ("watching", "said"),
+    [
+        ({"breach_window_tokens": 0}, "breach_window_tokens = 0; .* of at least 1 or None"),
+        ({"breach_limit": None}, r"breach_limit = None; .* of at least 0\.$"),
+        ({"breach_limit": -1}, "breach_limit = -1; .* of at least 0"),
+        ({"reassess_requests": True}, "reassess_requests = True; it must be a whole number"),
+        ({"reassess_requests": 2.0}, "reassess_requests = 2.0; it must be a whole number"),
+        ({"window_kind": "hopping"}, "window_kind = 'hopping'; .* 'tumbling', 'sliding'"),
+    ],
+)
+def test_what_a_policy_watches_is_a_count_and_a_rule_that_there_is(
+    folder: Path, watching: dict[str, Any], said: str
+) -> None:
+    (folder / "watched.py").write_text(MINE.replace("**watching):", f"watching={watching!r}):"))
+    with pytest.raises(InputError, match=said):
+        make_policy("watched:Watched", search_path=folder)
+
+
+def test_options_of_their_declared_types_are_taken(folder: Path) -> None:
+    """A whole number is a number, and only a truth value is one."""
+    for options in ({"share": 1}, {"share": 0.25}, {"strict": True}, {"word": "b"}):
+        assert make_policy("mine:Typed", options, search_path=folder).name == "mine"
 
 
 @pytest.mark.parametrize("use", ["mine:Mine", "mine.py:Mine"])
@@ -233,6 +301,29 @@ def test_a_class_in_a_file_beside_the_scenario_is_a_policy(folder: Path, use: st
     policy = make_policy(use, {"patience": 5}, search_path=folder)
     assert (policy.name, getattr(policy, "patience", None)) == ("mine", 5)
     assert policy_options(use, search_path=folder) == {"patience": (3, "")}
+
+
+def test_a_dotted_module_lies_in_a_folder_of_the_search_path(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "deep.py").write_text(MINE)
+    assert make_policy("sub.deep:Mine", search_path=folder).name == "mine"
+
+
+def test_a_policy_comes_from_the_file_of_its_class_unless_python_has_none(folder: Path) -> None:
+    assert policy_source("mine:Mine", search_path=folder) == folder / "mine.py"
+    assert policy_source("builtins:int") is None
+
+
+def test_a_policy_is_made_of_one_reading_of_its_file(folder: Path) -> None:
+    """A file that is read anew makes another class, which nobody could look up by its name."""
+    policy = make_policy("mine:Mine", search_path=folder)
+    assert sys.modules[type(policy).__module__].Mine is type(policy)
+
+
+def test_a_file_that_fails_leaves_no_module_behind(folder: Path) -> None:
+    with pytest.raises(InputError, match="garbled"):
+        make_policy("garbled:Mine", search_path=folder)
+    assert not [name for name in sys.modules if name.startswith("_policy_garbled_")]
 
 
 def test_an_importable_module_needs_no_search_path() -> None:
@@ -255,6 +346,10 @@ def test_files_of_one_name_in_two_folders_do_not_meet(folder: Path) -> None:
     (other / "mine.py").write_text(MINE.replace("patience: int = 3", "patience: int = 4"))
     assert policy_options("mine:Mine", search_path=folder)["patience"][0] == 3
     assert policy_options("mine:Mine", search_path=other)["patience"][0] == 4
+    mine = type(make_policy("mine:Mine", search_path=folder))
+    theirs = type(make_policy("mine:Mine", search_path=other))
+    assert sys.modules[mine.__module__].Mine is mine
+    assert sys.modules[theirs.__module__].Mine is theirs
 
 
 @pytest.mark.parametrize("use", policy_names())
@@ -278,10 +373,12 @@ def test_settled_options_keep_what_was_given_in_the_order_of_the_class() -> None
     assert {name: settled[name] for name in given} == given
     assert settled["actions"] == ["load", "switch"]
     assert "fixed_depth" not in settled
+    assert settled_options("helios", {"topk": 3})["topk"] == 3
 
 
 OPTIONAL = """
 from dataclasses import field
+from helios_sim.policy.contract import ExitMode
 from helios_sim.policy.options import about
 
 @dataclass(frozen=True)
@@ -289,6 +386,7 @@ class Optional(Mine):
     share: float = 1
     most: int = 2.0
     limit: float = float("inf")
+    mode: str = ExitMode.FULL
     pair: tuple = (1, 2)
     names: list = field(default_factory=list)
     model: str | None = None
@@ -297,7 +395,7 @@ class Optional(Mine):
 
 
 def test_defaults_of_an_own_class_are_settled_where_a_file_gives_them_back(folder: Path) -> None:
-    """Of another type than declared, endless, a tuple, a list, nothing: all of these stay out."""
+    """Of another type than declared, endless, a word of ours, a tuple, a list: these stay out."""
     (folder / "mine.py").write_text(MINE + OPTIONAL)
     settled = settled_options("mine:Optional", {"model": "opt"}, search_path=folder)
     assert settled == {"patience": 3, "share": 1, "model": "opt", "window": "off"}
@@ -312,6 +410,11 @@ def test_hot_rules_are_passed_through(folder: Path) -> None:
     assert list(replaced) == ["may_join"]
     assert replaced["may_join"](1, 8, 1, 9, 0) is False
     assert rules.may_join(1, 8, 1, 9, 0) is True
+
+
+def test_a_compiled_rule_is_passed_through_as_the_function_it_was_made_of(folder: Path) -> None:
+    (rule,) = hot_rules_of(make_policy("mine:HotCompiled", search_path=folder)).values()
+    assert rule.__name__ == "may_join"
 
 
 def test_the_example_of_the_documentation_is_a_working_policy(tmp_path: Path) -> None:
