@@ -13,7 +13,7 @@ import polars as pl
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.streams import Floats
 from helios_sim.workload.trace import Ints, TraceColumns
-from helios_sim.workload.traces import _header_line, _no_utf8
+from helios_sim.workload.traces import _header_line, _no_utf8, _num_fields
 
 # Where a table keeps the line of each row: no column of a file has such a name, since the names of
 # a header are stripped.
@@ -114,9 +114,9 @@ def _ragged(raw: bytes, path: Path, columns: tuple[str, ...], error: Exception) 
         return no_text
     if len(header_of(raw)[1]) == 1:
         return _without(columns, raw, path, columns)
-    width = header_of(raw)[0].count(",") + 1
+    width = _num_fields(header_of(raw)[0])
     for number, line in enumerate(raw.decode().splitlines(), 1):
-        if '"' in line or (line.strip() and line.count(",") + 1 != width):
+        if line.count('"') % 2 or (line.strip() and _num_fields(line) != width):
             return _malformed(line, width, path, number)
     return InputError(f"The file is not readable as CSV: {first_line(error)}.", where=str(path))
 

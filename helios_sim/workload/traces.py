@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Final
 
@@ -120,6 +121,11 @@ def _no_utf8(raw: bytes, path: Path) -> InputError | None:
             where=at_line(path, number),
         )
     return None
+
+
+def _num_fields(line: str) -> int:
+    """Fields of one line of a CSV, in quotes or not."""
+    return len(next(csv.reader([line])))
 
 
 def _trace_of(name: str, path: Path, rows: TraceRows, settings: TraceSettings) -> Trace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 import gzip
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from helios_sim.errors import InputError
 from helios_sim.runs.columns import REQUEST_COLUMNS
 from helios_sim.workload.requests import WorkloadSettings, generate
 from helios_sim.workload.trace import Trace, TraceSettings
-from helios_sim.workload.traces import read_trace, spread_equal
+from helios_sim.workload.traces import doubtful_times, is_drawn, read_trace, spread_equal
 
 SHIPPED = Path(__file__).resolve().parents[2] / "scenarios" / "traces"
 AZURE = SHIPPED / "azure_llm_2023"
@@ -173,6 +174,46 @@ def test_a_csv_of_any_names_is_read_by_its_columns(
     assert trace.num_dropped == 1
 
 
+def test_a_name_that_another_column_has_is_no_likely_mistake(tmp_path: Path) -> None:
+    columns = {**OWN, "prompt": "sent_tokens"}
+    with pytest.raises(InputError, match=r"must name sent, sent_tokens, out\.$"):
+        read(tmp_path / "a.csv", "sent,out\n1,2\n", columns=columns)
+
+
+def test_a_request_may_be_sent_at_no_seconds_and_have_all_tokens_that_a_column_holds(
+    tmp_path: Path,
+) -> None:
+    trace = read(tmp_path / "a.csv", "sent,in,out\n0,2147483647,3\n", columns=OWN)
+    assert trace.arrival_s.tolist() == [0.0]
+    assert trace.prompt_tokens.tolist() == [2147483647]
+
+
+@pytest.mark.parametrize(
+    ("latest", "rate_scale", "said"),
+    [
+        ("99999999999", 1.0, None),
+        ("100000000000", 1.0, "like milliseconds .* by 1,000, or set rate_scale = 1000."),
+        ("100000000000", 99.0, "like milliseconds"),
+        ("100000000000", 100.0, None),
+        ("100000000000000", 1.0, "like microseconds .* by 1,000,000, or set rate_scale = 1000000."),
+        (
+            "100000000000000000",
+            1.0,
+            "like nanoseconds .* by 1,000,000,000, and write the file anew",
+        ),
+    ],
+)
+def test_times_that_seconds_would_reach_in_three_thousand_years_are_doubted(
+    tmp_path: Path, latest: str, rate_scale: float, said: str | None
+) -> None:
+    """Unless they are compressed by nearly as much; of BurstGPT's format they are as of any."""
+    text = BURSTGPT_TEXT.splitlines()[0] + f"\n{latest},a,1,1,2,b\n"
+    (tmp_path / "a.csv").write_text(text)
+    settings = TraceSettings(file="a.csv", rate_scale=rate_scale)
+    doubt = doubtful_times(settings, tmp_path)
+    assert doubt is None if said is None else re.search(said, doubt or "")
+
+
 def test_columns_may_rename_those_of_a_known_format(tmp_path: Path) -> None:
     """Named columns win over what the header looks like."""
     columns = {"arrival": "Timestamp", "prompt": "Total tokens", "output": "Response tokens"}
@@ -218,6 +259,18 @@ def test_columns_may_rename_those_of_a_known_format(tmp_path: Path) -> None:
         ("sent,in,out\n1,2.5,3\n", "line 2: in is '2.5'; the column must hold whole numbers"),
         ("sent,in,out\n1,0,3\n", "line 2: The request has 0 prompt tokens"),
         ("sent,in,out\n2,5,3\n1,5,3\n", "line 3: The timestamp lies 1 s before"),
+        ("sent,in,out\n1,x,3\n2,y,3\n", "line 2: in is 'x'"),
+        ("a;b,sent,in\n1,2,3\n", "names a;b, sent, in, and lacks out"),
+        (",".join(f"c{n}" for n in range(12)) + "\n", "c10, c11, and lacks"),
+        ("sent,in,outs\n1,2,3\n", "lacks out; .* Did you mean 'outs'"),
+        ("out,ins,sent\n1,2,3\n", "lacks in; .* Did you mean 'ins'"),
+        ('sent,in,out,who\n1,2,3,"x, y"\n1,2,3,4,5\n', "line 3: The line '1,2,3,4,5' is mal.*; 4"),
+        ('sent,in,out,who\n1,2,3,"x\n2,3,4,5\n', "line 2: The line '1,2,3,\"x' is malformed"),
+        (
+            "sent,in,out\n1,2,2147483648\n",
+            "has 2147483648 output tokens; allowed are 1 to 21474836",
+        ),
+        ("sent,in,out\n1,2,-3\n", "line 2: The request has -3 output tokens"),
         ("sent,in,out,in\n1,2,3,4\n", "line 1: The header names in twice"),
         ("\n\nsent,in,out,in\n1,2,3,4\n", "line 3: The header names in twice"),
         ("\n\nsent,in\n1,2\n", "line 3: The header names sent, in, and lacks out"),
@@ -257,6 +310,7 @@ def test_mooncake_times_are_spread_unless_told_otherwise(tmp_path: Path) -> None
     assert trace.arrival_s.tolist() == [0.0, 1.0, 2.0, 3.0, 4.5]
     assert trace.prompt_tokens.tolist() == [6758, 7322, 7236, 2287, 9013]
     assert trace.output_tokens.tolist() == [500, 490, 794, 316, 3]
+    assert len(read(tmp_path / "m.jsonl", b"\xef\xbb\xbf" + MOONCAKE_TEXT.encode())) == 5
     plain = read(tmp_path / "m.jsonl", spread=False)
     assert plain.arrival_s.tolist() == [0.0, 0.0, 0.0, 3.0, 3.0]
 
@@ -268,6 +322,7 @@ def test_spreading_keeps_order_and_distinct_times() -> None:
     assert np.all(np.diff(spread) > 0)
     assert spread[[0, 2, 3, 7]].tolist() == [0.0, 1.0, 5.0, 6.0]
     assert spread_equal(np.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    assert spread_equal(np.array([0.0, 1.0, 4.0, 4.0])).tolist() == [0.0, 1.0, 4.0, 5.5]
 
 
 def test_other_formats_can_be_spread_on_request(tmp_path: Path) -> None:
@@ -335,6 +390,9 @@ def test_times_up_to_the_bound_after_scaling_are_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lies 2e\+09 s after the first") as caught:
         read(path)
     assert caught.value.where == f"{path}, line 2"
+    with pytest.raises(InputError, match=r"lies 2e\+09 s after the first") as caught:
+        read(steps(path, [0, 2e9, 5]), sort=True)
+    assert caught.value.where == f"{path}, line 2"
 
 
 def test_a_tiny_rate_scale_is_refused() -> None:
@@ -359,12 +417,19 @@ def test_an_unsorted_trace_is_refused_with_its_line_or_sorted(tmp_path: Path) ->
     ordered = read(path, sort=True, spread=False)
     assert ordered.arrival_s.tolist() == [0.0, 2.0, 2.0, 5.0]
     assert ordered.prompt_tokens.tolist() == [1, 3, 4, 2]
+    many = read(steps(path, [1, 0] * 100), sort=True, spread=False)
+    assert many.prompt_tokens.tolist() == [*range(2, 201, 2), *range(1, 200, 2)]
 
 
 def wider(text: str, name: str) -> str:
     """CSV text with one column more."""
     head, *rows = text.splitlines()
     return "\n".join([f"{head},{name}", *(f"{row},more" for row in rows)])
+
+
+def spoilt(data: bytes) -> bytes:
+    """The same bytes but for the first behind gzip's header, which say how it was compressed."""
+    return data[:10] + b"\xff" + data[11:]
 
 
 BAD_FILES = [
@@ -419,6 +484,7 @@ BAD_FILES = [
     ("huge.jsonl", MOONCAKE_TEXT.replace("316", "9" * 400), "it must be a whole number", 5),
     ("deep.jsonl", MOONCAKE_TEXT + '{"a":' + "[" * 100_000, "is no JSON object", 7),
     ("list.jsonl", MOONCAKE_TEXT + "[1]\n", "timestamp is None", 7),
+    ("spoilt.csv.gz", spoilt(gzip.compress(AZURE_TEXT.encode())), "not whole gzip data", None),
     ("torn.csv.gz", gzip.compress(AZURE_TEXT.encode())[:-9], "not whole gzip data", None),
     ("torn.parquet", b"PAR1 and no more", "not whole Parquet data", None),
 ]
@@ -442,6 +508,10 @@ def test_a_missing_file_or_unclear_folder_is_named(tmp_path: Path) -> None:
     assert caught.value.where == str(tmp_path / "absent.csv")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"folder with 0 files \*_trace\.parquet"):
+        read(tmp_path / "folder")
+    for name in ("one", "two"):
+        (tmp_path / "folder" / f"{name}_trace.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"folder with 2 files \*_trace\.parquet"):
         read(tmp_path / "folder")
 
 
@@ -511,6 +581,19 @@ def test_a_run_is_replayed_exactly(tmp_path: Path) -> None:
     assert by_file.format == "helios"
 
 
+def test_domains_and_places_go_with_the_requests_of_a_window(tmp_path: Path) -> None:
+    """The first request of three, in order of arrival, lies before it; the others come twice."""
+    trace = read(run_file(tmp_path / "run"), start_s=0.31, end_s=10.0, repeat=2)
+    assert trace.domain is not None and trace.trace_start is not None
+    assert [trace.domains[i] for i in trace.domain] == ["code", "prose"] * 2
+    assert trace.trace_start.tolist() == [1234, 0] * 2
+
+
+def test_only_a_file_of_distributions_is_drawn(tmp_path: Path) -> None:
+    for folder, drawn in ((servegen(tmp_path / "sg"), True), (run_file(tmp_path / "run"), False)):
+        assert is_drawn(TraceSettings(file=folder.name), tmp_path) is drawn
+
+
 def test_a_replayed_run_can_be_given_other_domains(tmp_path: Path) -> None:
     """Domains of the scenario take the place of the run's; an unknown one of the run is named."""
     run_file(tmp_path / "run")
@@ -552,6 +635,11 @@ def test_generated_requests_survive_a_trip_through_a_run(tmp_path: Path) -> None
     for name in ("arrival_s", "prompt_tokens", "output_tokens", "trace_start"):
         assert getattr(first, name).tobytes() == getattr(again, name).tobytes(), name
     assert [first.domains[i] for i in first.domain] == [again.domains[i] for i in again.domain]
+
+
+def test_requests_of_a_run_that_arrive_at_once_keep_their_numbers_order(tmp_path: Path) -> None:
+    run = run_file(tmp_path / "run", request_id=[2, 0, 1], arrival_s=[0.0, 0.0, 0.0])
+    assert read(run).prompt_tokens.tolist() == [22, 33, 11]
 
 
 def test_requests_of_a_run_that_never_arrived_are_left_out(tmp_path: Path) -> None:
