@@ -653,7 +653,8 @@ def test_requests_of_a_run_that_never_arrived_are_left_out(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"output_tokens": [4, 0, 6]}, "'output_tokens': 0.*token counts 1 to"),
+        ({"output_tokens": [4, 0, 6]}, "request_id 1: .*'output_tokens': 0.*token counts 1 to"),
+        ({"trace_start": [77, 0, -1]}, "request_id 2: .*'trace_start': -1.*trace start 0 to"),
         ({"arrival_s": [0.1, -1.0, 2.0]}, "'arrival_s': -1.0"),
         ({"domain": ["code", None, "code"]}, "'domain': None"),
         (
@@ -726,6 +727,41 @@ def test_servegen_clients_keep_their_rates_and_lengths(tmp_path: Path) -> None:
     assert np.array_equal(trace.output_tokens == 5, trace.prompt_tokens == 50)
 
 
+def test_servegen_intervals_vary_as_the_pattern_and_its_shape_say(tmp_path: Path) -> None:
+    """A gamma of shape 0.25 has CV 2, and so has a Weibull of shape 0.5427, but not the other."""
+    trace = read(servegen(tmp_path / "sg", {"rate_rps": [20.0, 0.0, 0.0, 20.0]}))
+    for client, prompts in (("gamma", (100, 200)), ("weibull", (50,))):
+        gaps = np.diff(trace.arrival_s[np.isin(trace.prompt_tokens, prompts)])
+        assert gaps.std() / gaps.mean() == pytest.approx(2.0, rel=0.1), client
+
+
+def test_windows_alike_of_a_servegen_client_hold_requests_of_their_own(tmp_path: Path) -> None:
+    """The first request comes at another time, and lengths are drawn anew."""
+    alike = {"rate_rps": [2.0, 2.0, 0.0, 0.0], "arg1": [0.25] * 4}
+    lengths = {"window_start_s": [0] * 7}
+    lengths["client_id"] = [0, 0, 0, 1, 1, 1, 1]
+    trace = read(servegen(tmp_path / "sg", alike, **lengths))
+    late = trace.arrival_s >= 600
+    assert trace.arrival_s[late][0] - 600 != pytest.approx(trace.arrival_s[0], abs=1e-6)
+    early, later = trace.prompt_tokens[~late][:50], trace.prompt_tokens[late][:50]
+    assert not np.array_equal(early, later)
+
+
+def test_servegen_probabilities_count_in_proportion_whatever_they_add_up_to(
+    tmp_path: Path,
+) -> None:
+    usual, doubled = (
+        read(servegen(tmp_path / name, prob=[0.25 * times, 0.75 * times, 1, 1, 1, 1, 1]))
+        for name, times in (("usual", 1.0), ("doubled", 2.0))
+    )
+    assert np.array_equal(usual.prompt_tokens, doubled.prompt_tokens)
+
+
+def test_the_only_window_of_a_servegen_trace_lasts_ten_minutes(tmp_path: Path) -> None:
+    trace = read(servegen(tmp_path / "sg", {"window_start_s": [0] * 4}))
+    assert 590.0 < trace.arrival_s[-1] < 600.0
+
+
 def test_a_servegen_window_is_the_same_whatever_else_is_read(tmp_path: Path) -> None:
     """Reading the second window alone gives what the whole day holds there; seeds differ."""
     path = servegen(tmp_path / "sg") / "model_trace.parquet"
@@ -734,6 +770,8 @@ def test_a_servegen_window_is_the_same_whatever_else_is_read(tmp_path: Path) -> 
     window = read(path, start_s=600.0)
     assert np.allclose(window.arrival_s + 600, whole.arrival_s[late], rtol=0, atol=1e-9)
     assert np.array_equal(window.prompt_tokens, whole.prompt_tokens[late])
+    within = read(path, start_s=300.5)
+    assert np.allclose(within.arrival_s + 300.5, whole.arrival_s[whole.arrival_s >= 300.5])
     assert read(path).arrival_s.tobytes() == whole.arrival_s.tobytes()
     assert read(path, seed=2).arrival_s.tobytes() != whole.arrival_s.tobytes()
 
