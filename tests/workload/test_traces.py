@@ -355,6 +355,7 @@ def test_rate_scale_compresses_time(tmp_path: Path) -> None:
     """A scale of 4 gives the same requests in a quarter of the time."""
     path = steps(tmp_path / "m.jsonl", [0, 1, 2, 4, 8])
     assert read(path, rate_scale=4.0).arrival_s.tolist() == [0, 0.25, 0.5, 1, 2]
+    assert read(path, rate_scale=3.0, end_s=2.0).arrival_s.tolist() == [0, 0.333333333]
 
 
 def test_repetition_is_back_to_back(tmp_path: Path) -> None:
@@ -393,6 +394,11 @@ def test_times_up_to_the_bound_after_scaling_are_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lies 2e\+09 s after the first") as caught:
         read(steps(path, [0, 2e9, 5]), sort=True)
     assert caught.value.where == f"{path}, line 2"
+
+
+def test_a_window_of_no_length_is_refused() -> None:
+    with pytest.raises(ValidationError, match="ends at 5 s but starts at 5 s; end_s must be great"):
+        TraceSettings(file="a.csv", start_s=5.0, end_s=5.0)
 
 
 def test_a_tiny_rate_scale_is_refused() -> None:
@@ -757,6 +763,18 @@ def test_servegen_probabilities_count_in_proportion_whatever_they_add_up_to(
     assert np.array_equal(usual.prompt_tokens, doubled.prompt_tokens)
 
 
+def test_servegen_lengths_are_whole_and_drawn_alike_in_whatever_order_they_stand(
+    tmp_path: Path,
+) -> None:
+    """What is never drawn may stand there too."""
+    plain = read(servegen(tmp_path / "plain", prob=[0.5, 0.5, 1, 1, 1, 1, 1]))
+    value = [200.4, 99.6, 7, 300, 9, 50, 5]
+    turned = read(servegen(tmp_path / "turned", value=value, prob=[0.5, 0.5, 1, 1, 1, 1, 1]))
+    assert np.array_equal(plain.prompt_tokens, turned.prompt_tokens)
+    never = read(servegen(tmp_path / "never", prob=[0, 1, 1, 1, 1, 1, 1]))
+    assert set(never.prompt_tokens.tolist()) == {200, 300, 50}
+
+
 def test_the_only_window_of_a_servegen_trace_lasts_ten_minutes(tmp_path: Path) -> None:
     trace = read(servegen(tmp_path / "sg", {"window_start_s": [0] * 4}))
     assert 590.0 < trace.arrival_s[-1] < 600.0
@@ -800,6 +818,8 @@ def test_a_servegen_window_is_the_same_whatever_else_is_read(tmp_path: Path) -> 
         ({}, {"value": [1e12] + [5.0] * 6}, "at most 2147483647"),
         ({}, {"prob": [float("nan")] + [1.0] * 6}, "at least 0 and finite"),
         ({}, {"prob": [-0.5] + [1.0] * 6}, "probability at least 0"),
+        ({}, {"prob": [0.0, 0.0] + [1.0] * 5}, "Client 0 .* has no distribution of input_tokens"),
+        ({"client_id": [-1, 0, 1, 1]}, {}, "row 0: .*the client must be 0 or more"),
         ({}, {"window_start_s": [None] + [0] * 6}, "row 0 .*it needs a client and a window"),
         ({}, {"client_id": [0] * 6 + [None]}, "row 6 .*it needs a client and a window"),
         ({}, {"client_id": [0, 0, 0, 0, 0, 2, 2]}, "Client 1 sends requests at 600 s but has no"),
