@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from helios_sim.errors import InputError
 from helios_sim.exits import (
     ExitTraces,
+    _confidence,
     generate_markov_traces,
     load_traces,
     read_traces,
@@ -100,13 +101,23 @@ def test_levels_follow_the_hot_rule_token_by_token(opt: ExitTraces) -> None:
         ({"confidence": {"m": np.full((1, 2, 2), np.nan, np.float32)}}, "not a number"),
         ({"confidence": {"m": np.full((1, 2, 2), 0.5)}}, "float64; float32 is needed"),
         ({"nll_nats": {"m": np.full((1, 2, 2), -1, np.float32)}}, "at least 0"),
+        ({"confidence": {"m": np.full((1, 2, 2), -0.1, np.float32)}}, "range 0 to 1"),
+        ({"nll_nats": {"m": np.full((1, 2, 2), np.inf, np.float32)}}, "finite"),
         ({"domains": ()}, "a domain"),
+        ({"num_positions": 0}, "need a domain, a position and a candidate"),
+        ({"exit_layers": {}}, "need a domain, a position and a candidate"),
         ({"exit_layers": {"m": ()}}, "has 0 exits"),
+        ({"exit_layers": {"m": tuple(range(1, 129))}}, "has 128 exits; 1 to 127 are allowed"),
     ],
 )
 def test_traces_that_do_not_fit_together_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny(**changes)
+
+
+def test_nothing_and_all_are_confidences_too() -> None:
+    confidence = np.array([[[0.0, 1.0], [0.0, 0.0]]], dtype=np.float32)
+    assert tiny(confidence={"m": confidence}).exit_level_at("m", 1.0).tolist() == [[1, 1]]
 
 
 def test_asking_for_what_is_not_traced_names_what_is(opt: ExitTraces) -> None:
@@ -142,6 +153,12 @@ def test_the_two_branches_of_the_closed_form_meet_at_the_nominal_threshold() -> 
     assert share_leaving_by(0.7, 1.0, 0.5) == 0.0
 
 
+def test_a_share_falls_straight_from_all_by_way_of_the_nominal_threshold_to_nobody() -> None:
+    """From 1 at 0 to 0.6 at 0.2 and to 0 at 1."""
+    assert share_leaving_by(0.6, 0.1, 0.2) == pytest.approx(0.8)
+    assert share_leaving_by(0.6, 0.8, 0.2) == pytest.approx(0.15)
+
+
 def test_confidence_never_falls_from_an_exit_to_a_deeper_one(opt: ExitTraces) -> None:
     for array in opt.confidence.values():
         assert np.diff(array, axis=-1).min() >= 0.0
@@ -151,6 +168,15 @@ def test_the_published_complementarity_is_met_within_a_point(opt: ExitTraces) ->
     small = opt.exit_level_at("opt-1.3b", 0.5)[0]
     large = opt.exit_level_at("opt-6.7b", 0.5)[0]
     assert np.mean(large[small == 2] == 0) == pytest.approx(0.57, abs=0.01)
+
+
+@pytest.mark.parametrize("nominal", [0.7, 0.1])
+def test_rounding_a_confidence_moves_no_token_across_the_nominal_threshold(nominal: float) -> None:
+    """In single precision 0.7 is a little less and 0.1 a little more than what a rule compares."""
+    hardest, easiest = np.array([0.5]), np.array([np.nextafter(0.5, 1.0)])
+    shares = np.array([0.5, 1.0])
+    assert leaves_here(float(_confidence(hardest, shares, nominal)[0, 0]), nominal)
+    assert not leaves_here(float(_confidence(easiest, shares, nominal)[0, 0]), nominal)
 
 
 def test_runs_keep_their_level_as_often_as_the_chain_says(opt: ExitTraces) -> None:

@@ -364,6 +364,8 @@ def test_repetition_is_back_to_back(tmp_path: Path) -> None:
     twice = read(path, repeat=2)
     assert twice.arrival_s.tolist() == [0, 1, 2, 4, 8, 10, 11, 12, 14, 18]
     assert twice.prompt_tokens.tolist() == [1, 2, 3, 4, 5] * 2
+    late = read(path, start_s=0.5, repeat=2)
+    assert late.arrival_s[4] - late.arrival_s[0] == pytest.approx(7.5 + 7 / 3)
     window = read(path, start_s=1.0, end_s=5.0, repeat=2, rate_scale=2.0)
     assert window.arrival_s.tolist() == [0, 0.5, 1.5, 2, 2.5, 3.5]
 
