@@ -272,8 +272,6 @@ def read_traces(path: Path, candidates: Sequence[str] | None = None) -> ExitTrac
             origin="trace",
         )
     except InputError as error:
-        if error.where is not None:
-            raise
         raise error.at(str(path)) from error
 
 
@@ -468,13 +466,12 @@ def _trace_positions(frame: pl.DataFrame, path: Path) -> tuple[tuple[str, ...], 
             f"The column 'domain' holds {frame['domain'].dtype}; names are needed.", where=str(path)
         ) from error
     domains = tuple(str(name) for name in names.unique(maintain_order=True).to_list())
-    num_positions, rest = divmod(frame.height, len(domains))
+    num_positions = frame.height // len(domains)
     expected = np.tile(np.arange(num_positions), len(domains))
     blocks = np.repeat(np.array(domains), num_positions)
-    if (
-        rest
-        or not np.array_equal(frame["position"].to_numpy(), expected)
-        or not np.array_equal(names.to_numpy().astype(str), blocks)
+    if not (
+        np.array_equal(frame["position"].to_numpy(), expected)
+        and np.array_equal(names.to_numpy().astype(str), blocks)
     ):
         raise InputError(
             "Every domain must hold the same positions 0, 1, 2, ... in one block of rows.",

@@ -405,6 +405,8 @@ GOOD: dict[str, list[Any]] = {
         ({"domain": ["a", "a", "a", "b"]}, "same positions"),
         ({"m|L4|agrees": [1, 1, 1, 1]}, "booleans are needed"),
         ({"m|L4|confidence": [True] * 4}, "floats are needed"),
+        ({"m|L4|confidence": [1] * 4}, "holds Int64; floats are needed"),
+        ({key: [*values, values[0]] for key, values in GOOD.items()}, "same positions"),
         ({"m|L4|confidence": [0.5, None, 0.5, 0.5]}, "empty cells"),
         ({"m|L4|confidence": [0.5, 1.5, 0.5, 0.5]}, "range 0 to 1"),
         ({"m|L4|nll_nats": None}, r"'m\|L4\|nll_nats' is missing"),
