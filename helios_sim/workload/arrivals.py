@@ -239,7 +239,7 @@ class Renewal:
         """
         ticks: list[NDArray[np.int64]] = []
         last = 0
-        if not self.is_memoryless and num != 0:
+        if not self.is_memoryless:
             last = round(self.first(phase.random(2)) * NS_PER_S)
             ticks.append(np.array([last], dtype=np.int64))
         drawn = len(ticks)

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from helios_sim.errors import InputError
 from helios_sim.streams import stream
 from helios_sim.workload.arrivals import (
+    MAX_RATE_PER_S,
     ArrivalSettings,
     ClosedArrivals,
     RateProfile,
@@ -117,9 +118,11 @@ def test_the_rate_only_stretches_the_pattern() -> None:
 
 
 def test_times_are_whole_nanoseconds() -> None:
-    """Rounding to nanoseconds again changes nothing."""
-    times = arrivals({"kind": "poisson", "rate_per_s": 3.3}, num=10_000)
-    assert np.array_equal(times, np.round(times * 1e9) / 1e9)
+    """Rounding to nanoseconds again changes nothing, at whatever hour a run starts."""
+    day = {"kind": "daily", "mean_rate_per_s": 3.3, "hourly_weights": [1.0] * 24, "start_hour": 9.5}
+    for table in ({"kind": "poisson", "rate_per_s": 3.3}, day):
+        times = arrivals(table, num=10_000)
+        assert np.array_equal(times, np.round(times * 1e9) / 1e9)
 
 
 points = st.lists(
@@ -194,6 +197,17 @@ def test_the_mean_of_a_changing_rate_is_of_the_hours_that_a_run_comes_to(
     table["start_hour"] = 10.5
     settings = ADAPTER.validate_python(table)
     assert mean_rate_per_s(settings, num, duration_s) == pytest.approx(7 / 3)
+
+
+def test_the_mean_of_a_rate_that_ends_is_told_up_to_the_last_request_it_brings() -> None:
+    """One a second for ten seconds brings ten, and no request comes where the rate is 0."""
+    ends = ADAPTER.validate_python({"kind": "schedule", "points": [[0, 1], [10, 0]]})
+    assert mean_rate_per_s(ends, 10, None) == 1.0
+    with pytest.raises(InputError, match="after about 10 requests; num_requests = 11 is not to be"):
+        mean_rate_per_s(ends, 11, None)
+    starts = ADAPTER.validate_python({"kind": "schedule", "points": [[0, 0], [10, 1]]})
+    with pytest.raises(InputError, match="No request is expected within duration_s = 10; give a"):
+        mean_rate_per_s(starts, None, 10.0)
 
 
 @given(points=points, interpolate=st.booleans(), seed=st.integers(0, 10_000))
@@ -330,6 +344,11 @@ def test_absurdly_many_requests_are_an_error() -> None:
         arrivals({"kind": "poisson", "rate_per_s": 1e6}, duration_s=1e6)
 
 
+def test_the_highest_rate_of_a_schedule_is_that_of_other_arrivals() -> None:
+    table = {"kind": "schedule", "points": [[0, MAX_RATE_PER_S]]}
+    assert arrivals(table, num=3).size == 3
+
+
 def test_a_negative_seed_is_an_error() -> None:
     """The message says what the seed must be."""
     with pytest.raises(InputError, match="seed is -1; it must be an integer of at least 0"):
@@ -368,7 +387,12 @@ BAD_TABLES = [
     ({"kind": "schedule", "points": [[5, 1]]}, "first point is at 5 s; the schedule must begin"),
     ({"kind": "schedule", "points": [[0, 1], [0, 2]]}, "must be strictly ascending"),
     ({"kind": "schedule", "points": [[0, -1]]}, "rate at 0 s is -1 per second; allowed are 0"),
+    ({"kind": "schedule", "points": [[0, 1.1e6]]}, "is 1.1e.06 per second; allowed are 0 to 1e6"),
     ({"kind": "schedule", "points": [[0, 0]]}, "Every rate of the schedule is 0"),
+    (
+        {"kind": "daily", "mean_rate_per_s": 1.0, "hourly_weights": [0.0] * 24},
+        "at least one must be positive",
+    ),
     (
         {"kind": "daily", "mean_rate_per_s": 1.0, "hourly_weights": [1.0]},
         "1 hourly weights were given; exactly 24",
