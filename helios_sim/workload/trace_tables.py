@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ import polars as pl
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.streams import Floats
 from helios_sim.workload.trace import Ints, TraceColumns
-from helios_sim.workload.traces import _header_line, _no_utf8, _num_fields
 
 # Where a table keeps the line of each row: no column of a file has such a name, since the names of
 # a header are stripped.
@@ -226,3 +226,27 @@ def first_bad(frame: pl.DataFrame, good: pl.Expr) -> int | None:
     """The first row where `good` does not hold; a null is not good."""
     bad = frame.select((~good).fill_null(True)).to_series().arg_true()
     return int(bad[0]) if len(bad) else None
+
+
+def _header_line(raw: bytes) -> int:
+    """The line of the header: the first that is not blank."""
+    return raw.count(b"\n", 0, len(raw) - len(raw.lstrip())) + 1
+
+
+def _no_utf8(raw: bytes, path: Path) -> InputError | None:
+    """That a file is no text in UTF-8, with the line of the first byte that is none."""
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as wrong:
+        number = raw.count(b"\n", 0, wrong.start) + 1
+        return InputError(
+            f"The line holds the byte 0x{raw[wrong.start]:02x}, which is no UTF-8; the file must "
+            "be text in UTF-8.",
+            where=at_line(path, number),
+        )
+    return None
+
+
+def _num_fields(line: str) -> int:
+    """Fields of one line of a CSV, in quotes or not."""
+    return len(next(csv.reader([line])))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Final
 
@@ -102,30 +101,6 @@ def _locate(path: Path) -> Path:
             where=str(path),
         )
     return path
-
-
-def _header_line(raw: bytes) -> int:
-    """The line of the header: the first that is not blank."""
-    return raw.count(b"\n", 0, len(raw) - len(raw.lstrip())) + 1
-
-
-def _no_utf8(raw: bytes, path: Path) -> InputError | None:
-    """That a file is no text in UTF-8, with the line of the first byte that is none."""
-    try:
-        raw.decode("utf-8")
-    except UnicodeDecodeError as wrong:
-        number = raw.count(b"\n", 0, wrong.start) + 1
-        return InputError(
-            f"The line holds the byte 0x{raw[wrong.start]:02x}, which is no UTF-8; the file must "
-            "be text in UTF-8.",
-            where=at_line(path, number),
-        )
-    return None
-
-
-def _num_fields(line: str) -> int:
-    """Fields of one line of a CSV, in quotes or not."""
-    return len(next(csv.reader([line])))
 
 
 def _trace_of(name: str, path: Path, rows: TraceRows, settings: TraceSettings) -> Trace:
