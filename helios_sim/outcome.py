@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -90,11 +91,8 @@ def environment(run: Run) -> dict[str, Any]:
     stand_ins = {
         name: like for name, like in profile.stand_ins.items() if name in run.setup.candidates
     }
-    packages = ("simpy", "numpy", "scipy", "polars", "numba")
     return {
-        "versions": {"helios-sim": __version__}
-        | {name: version(name) for name in packages}
-        | {"python": ".".join(platform.python_version_tuple()[:2])},
+        "versions": dict(_versions()),
         "device": profile.device.name,
         "device_kind": "processor" if profile.is_of_processor else "GPU",
         "profile": profile.name,
@@ -105,6 +103,17 @@ def environment(run: Run) -> dict[str, Any]:
         "exit_traces": run.setup.traces.origin,
         **({STAND_INS: stand_ins} if stand_ins else {}),
         "confidence_thresholds": dict(run.thresholds),
+    }
+
+
+@cache
+def _versions() -> Mapping[str, str]:
+    """Versions of what a run is made with; reading the packages' takes as long as a short run."""
+    packages = ("simpy", "numpy", "scipy", "polars", "numba")
+    return {
+        "helios-sim": __version__,
+        **{name: version(name) for name in packages},
+        "python": ".".join(platform.python_version_tuple()[:2]),
     }
 
 
@@ -294,7 +303,7 @@ def totals(run: Run) -> RunTotals:
         kv_block_tokens=setup.serving.block_tokens,
         mean_kv_use=_sum(reps, "kv_block_seconds") / pool_seconds if pool_seconds else 0.0,
         itl_bins_s=itl_edges(),
-        itl_counts=tuple(int(count) for count in run.world.itl_counts.sum(axis=0)),
+        itl_counts=tuple(run.world.itl_counts.sum(axis=0).tolist()),
         itl_sum_s=_sum(reps, "itl_sum_s"),
         itl_sum_square_s2=_sum(reps, "itl_sum_square_s2"),
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from helios_sim import outcome
 from helios_sim.loop.state import TIMELINE_CAPACITY
 from tests.engine.factories import (
     DOMAINS,
@@ -46,6 +47,25 @@ def test_a_timeline_tells_after_each_iteration_what_waits_runs_and_is_drawn() ->
     assert sum(
         power_w * seconds for power_w, seconds in zip(powers_w, timeline["interval_s"], strict=True)
     ) == pytest.approx(data.totals.energy_j)
+
+
+def test_versions_are_looked_up_once_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a package's version takes as long as a short run does."""
+    asked: list[str] = []
+    look_up = outcome.version
+
+    def counting(name: str) -> str:
+        asked.append(name)
+        return look_up(name)
+
+    monkeypatch.setattr(outcome, "version", counting)
+    outcome._versions.cache_clear()
+    environments = [
+        play(drifting_setup(), drifting_requests(2), "vanilla")[1].environment for _ in range(2)
+    ]
+    assert environments[0]["versions"] == environments[1]["versions"]
+    assert environments[0]["versions"]["polars"] == look_up("polars")
+    assert len(asked) == len(set(asked)) > 0
 
 
 def test_of_the_lines_of_one_instant_the_last_is_kept() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from functools import cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -377,6 +378,7 @@ class Parking(NamedTuple):
     """i8, (R,): why it stopped"""
 
 
+@cache
 def itl_edges() -> tuple[float, ...]:
     """Edges of the gap histogram: octaves cut into equal steps of the mantissa."""
     edges = [
