@@ -88,12 +88,16 @@ def trace_tables(
     return kept[1]
 
 
-def keep_tables(most: int) -> None:
-    """Keep the tables of so many policies for later runs, 10 to 100 MB each; 0 releases all."""
+def keep_tables(most: int) -> int:
+    """Keep the tables of so many policies for later runs, 10 to 100 MB each; 0 releases all.
+
+    Returns how many were to be kept before.
+    """
     global _most_kept
-    _most_kept = most
+    before, _most_kept = _most_kept, most
     while len(_KEPT) > most:
         del _KEPT[next(iter(_KEPT))]
+    return before
 
 
 _most_kept = 1

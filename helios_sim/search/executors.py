@@ -69,11 +69,14 @@ def open_workers(
     processes = num_processes or usable_cpus()
     if processes == 1:
         from helios_sim.experiment import forget_traces
+        from helios_sim.loop.world import keep_tables
 
+        before = keep_tables(TABLES_KEPT)
         try:
             yield Workers(InlineExecutor(), 1)
         finally:
             forget_traces()
+            keep_tables(before)
         return
     # Workers start afresh: a forked one would inherit the locks of this process's threads.
     context = multiprocessing.get_context("spawn")

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from helios_sim.loop.state import OBSERVED_BREACH
 from helios_sim.loop.world import TraceTables, keep_tables, trace_tables
 from helios_sim.scenario import parse_scenario
 from helios_sim.search.executors import open_workers
-from helios_sim.search.points import point_of, run_point
+from helios_sim.search.points import Point, point_of, run_point
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,8 @@ def test_no_more_tables_are_kept_than_asked_and_the_last_used_stay() -> None:
     assert tables_of(given, 0.1) is not first
 
 
-def test_points_run_in_this_process_leave_nothing_behind(tmp_path: Path) -> None:
+def a_point(folder: Path, **options: float) -> Point:
+    """A run of an instant."""
     data = {
         "name": "short",
         "workload": {
@@ -87,14 +89,40 @@ def test_points_run_in_this_process_leave_nothing_behind(tmp_path: Path) -> None
             "output": {"kind": "constant", "tokens": 5},
         },
         "fleet": {"profile": "opt-a100-40gb"},
-        "policy": [{"use": "vanilla"}],
+        "policy": [{"use": "helios", **options}],
     }
-    point = point_of(parse_scenario(data, "sweep", tmp_path), tmp_path)
+    return point_of(parse_scenario(data, "sweep", folder), folder)
+
+
+def test_points_run_in_this_process_leave_nothing_behind(tmp_path: Path) -> None:
     with open_workers(1) as workers:
-        workers.executor.submit(run_point, point).result()
+        workers.executor.submit(run_point, a_point(tmp_path)).result()
     gc.collect()
     assert not experiment._TRACES
     assert not world._KEPT
+    given = traces()
+    first = tables_of(given, 0.1)
+    tables_of(given, 0.2)
+    assert tables_of(given, 0.1) is not first, "one policy's tables are kept again, as before"
+
+
+def test_points_that_go_back_and_forth_between_policies_share_their_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two thresholds in turn; in this process as in a worker's."""
+    made: list[dict[str, float]] = []
+    make = world._trace_tables
+
+    def counting(given: ExitTraces, names: Any, thresholds: Any, replaced: Any) -> TraceTables:
+        made.append(dict(thresholds))
+        return make(given, names, thresholds, replaced)
+
+    monkeypatch.setattr(world, "_trace_tables", counting)
+    points = [a_point(tmp_path, confidence_threshold=threshold) for threshold in (0.4, 0.6)]
+    with open_workers(1) as workers:
+        for point in points * 2:
+            workers.executor.submit(run_point, point).result()
+    assert [set(one.values()) for one in made] == [{0.4}, {0.6}]
 
 
 def test_a_rule_of_breaches_is_asked_for_tokens_of_the_loaded_level_alone() -> None:
