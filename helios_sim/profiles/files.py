@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,8 +68,14 @@ def load_profile(
     are values by the places of numbers that are taken otherwise than the profile has them.
     """
     folder = _find(name_or_path, search_path)
-    profile = parse_profile(_read_json(folder / PROFILE_FILE), folder, folder_hash(folder))
+    profile = _parsed(folder, folder_hash(folder))
     return with_assumptions(profile, assumed) if assumed else profile
+
+
+@lru_cache(maxsize=8)
+def _parsed(folder: Path, content_hash: str) -> Profile:
+    """The profile of a folder of that content; a search reads the same few for every point."""
+    return parse_profile(_read_json(folder / PROFILE_FILE), folder, content_hash)
 
 
 def with_assumptions(profile: Profile, assumed: Mapping[str, Assumed]) -> Profile:
@@ -164,7 +171,11 @@ def folder_hash(folder: Path) -> str:
     for name in names:
         if any(part.startswith((".", "__")) for part in name.split("/")):
             continue
-        content = (folder / name).read_bytes()
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            where = str(folder / name)
+            raise InputError(f"The file cannot be read: {error}.", where=where) from error
         digest.update(f"{name}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()

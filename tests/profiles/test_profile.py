@@ -178,6 +178,33 @@ def test_the_hash_changes_with_any_byte_of_the_folder(tmp_path: Path, document: 
     assert len({first.hash, second, third}) == 3
 
 
+def test_a_profile_is_read_anew_only_when_its_folder_has_changed(
+    tmp_path: Path, document: Document
+) -> None:
+    folder = write(tmp_path / "mine", document)
+    first = load_profile(folder)
+    assert load_profile(folder) is first
+    document["description"] = "another"
+    write(folder, document)
+    second = load_profile(folder)
+    assert first.description != second.description == "another"
+    (folder / "points.parquet").write_bytes(b"1")
+    assert load_profile(folder).hash not in (first.hash, second.hash)
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, document: Document, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError("not yours")
+
+    folder = write(tmp_path / "mine", document)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match="The file cannot be read: not yours") as error:
+        load_profile(folder)
+    assert error.value.where == str(folder / PROFILE_FILE)
+
+
 def test_the_hash_is_that_of_the_content_not_of_the_place(
     tmp_path: Path, document: Document
 ) -> None:
