@@ -20,6 +20,8 @@ def test_on_a_processor_everything_passes_or_is_skipped_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("calibration.measuring.timing.CPU_SAMPLE_S", 1e-3)
+    # A busy machine would have samples taken again that nobody compares.
+    monkeypatch.setattr("calibration.measuring.timing.DISTURBED_SHARE", 1.0)
     done = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()

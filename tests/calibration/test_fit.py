@@ -6,7 +6,9 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,14 @@ def fitted(tmp_path: Path, plan: Plan | None = None, **more: Any) -> Profile:
     """A profile fitted from a planted folder."""
     folder = planted.folder(tmp_path / "points", plan or Plan(), **more)
     return fit_profile(folder, tmp_path / "profile")
+
+
+def small_folder(path: Path, plan: Plan | None = None, **more: Any) -> Path:
+    """A planted folder of few batches."""
+    folder = planted.folder(path, plan or Plan(), **more)
+    points = pl.read_parquet(folder / POINTS_FILE).filter(FEW_BATCHES)
+    points.write_parquet(folder / POINTS_FILE)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +434,7 @@ def test_without_a_meter_energy_is_unavailable_and_says_why(tmp_path: Path) -> N
 def test_idle_power_is_as_sure_as_its_windows_agree(
     tmp_path: Path, watts: tuple[float, ...], error: float | None
 ) -> None:
-    folder = planted.folder(tmp_path / "points", Plan())
+    folder = small_folder(tmp_path / "points")
     points = pl.read_parquet(folder / POINTS_FILE).filter(pl.col("quantity") != "idle_power")
     windows = [
         asdict(Reading("idle_power", seconds=5.0, joules=5.0 * each, watts=each, trial=trial))
@@ -463,7 +473,7 @@ def test_the_active_power_is_the_least_that_a_model_was_seen_to_draw() -> None:
 def test_power_while_weights_move_is_never_below_idle_and_says_what_was_read(
     tmp_path: Path,
 ) -> None:
-    folder = planted.folder(tmp_path / "points", Plan())
+    folder = small_folder(tmp_path / "points")
     low_w = planted.IDLE_W - 3.0
     is_load = pl.col("quantity") == "load_energy"
     points = pl.read_parquet(folder / POINTS_FILE)
@@ -500,7 +510,7 @@ def test_held_out_points_take_no_part_in_the_fit(tmp_path: Path) -> None:
 def test_exits_of_another_profile_can_stand_in(tmp_path: Path) -> None:
     statistics = dict(load_profile("opt-a100-40gb").document)
     plan = Plan(name="opt-1.3b", leaving=False)
-    folder = planted.folder(tmp_path / "points", plan, with_traces=False)
+    folder = small_folder(tmp_path / "points", plan, with_traces=False)
     with pytest.raises(InputError, match=r"give --exits"):
         fit_profile(folder, tmp_path / "profile")
     environment = json.loads((folder / "environment.json").read_text())
@@ -518,12 +528,12 @@ def test_exits_of_another_profile_can_stand_in(tmp_path: Path) -> None:
 
 def test_borrowed_traces_are_told_and_bring_what_they_stand_in_for(tmp_path: Path) -> None:
     """With the confidence that their tokens leave at, which a model of random weights has not."""
-    lender = fit_profile(planted.folder(tmp_path / "lent", Plan()), tmp_path / "lender")
+    lender = fit_profile(small_folder(tmp_path / "lent"), tmp_path / "lender")
     document = json.loads((tmp_path / "lender" / "profile.json").read_text())
     document["models"]["planted"]["confidence"]["default_threshold"]["value"] = 0.625
     document["provenance"]["environment"]["stand_ins"] = {"planted": "another"}
     (tmp_path / "lender" / "profile.json").write_text(json.dumps(document))
-    folder = planted.folder(tmp_path / "points", Plan(), with_traces=False)
+    folder = small_folder(tmp_path / "points", with_traces=False)
     settings = FitSettings(exits=str(tmp_path / "lender"))
     profile = fit_profile(folder, tmp_path / "profile", settings)
     assert profile.stand_ins == {"planted": "another"}
@@ -542,7 +552,7 @@ def test_borrowed_traces_are_told_and_bring_what_they_stand_in_for(tmp_path: Pat
 def test_exits_that_were_chosen_are_nobody_s_measurement(
     tmp_path: Path, told: dict[str, Any], grade: str
 ) -> None:
-    folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
+    folder = small_folder(tmp_path / "points", Plan(energy=False, leaving=False))
     environment = json.loads((folder / "environment.json").read_text())
     environment["models"]["planted"] |= told
     (folder / "environment.json").write_text(json.dumps(environment))
@@ -553,7 +563,7 @@ def test_exits_that_were_chosen_are_nobody_s_measurement(
 def test_what_kernels_and_which_weights_were_measured_stays_with_the_profile(
     tmp_path: Path,
 ) -> None:
-    folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
+    folder = small_folder(tmp_path / "points", Plan(energy=False, leaving=False))
     environment = json.loads((folder / "environment.json").read_text())
     told = {"kernels": {"fusion": "usable: it agrees"}, "guard": {"token_ids": [7]}}
     environment["models"]["planted"] |= told
@@ -563,7 +573,7 @@ def test_what_kernels_and_which_weights_were_measured_stays_with_the_profile(
 
 
 def test_loads_of_one_size_tell_no_start_from_a_rate(tmp_path: Path) -> None:
-    folder = planted.folder(tmp_path / "points", Plan(energy=False, leaving=False))
+    folder = small_folder(tmp_path / "points", Plan(energy=False, leaving=False))
     points = pl.read_parquet(folder / POINTS_FILE)
     disk = pl.col("quantity") == "load_disk"
     largest = points.filter(disk)["bytes"].max()
@@ -614,7 +624,7 @@ def test_the_fastest_copy_is_the_floor_of_copying() -> None:
 
 
 def test_an_existing_profile_is_replaced_only_when_asked(tmp_path: Path) -> None:
-    folder = planted.folder(tmp_path / "points", Plan())
+    folder = small_folder(tmp_path / "points")
     fit_profile(folder, tmp_path / "profile")
     with pytest.raises(InputError, match="--overwrite"):
         fit_profile(folder, tmp_path / "profile")
@@ -676,32 +686,42 @@ def spoil(folder: Path, how: str) -> None:
 def test_readings_that_cannot_be_used_are_refused_and_leave_nothing(
     tmp_path: Path, how: str, message: str
 ) -> None:
-    folder = planted.folder(tmp_path / "points", Plan())
+    folder = small_folder(tmp_path / "points")
     spoil(folder, how)
     with pytest.raises(InputError, match=message):
         fit_profile(folder, tmp_path / "profile")
     assert [path.name for path in tmp_path.iterdir()] == ["points"]
 
 
-def test_the_command_fits_says_the_errors_and_draws_the_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = planted.folder(tmp_path / "points", Plan(noise=0.01))
-    with pytest.raises(SystemExit) as end:
-        main(["fit", str(folder), "--out", str(tmp_path / "profile")])
+@dataclass(frozen=True)
+class Noisy:
+    """Readings with noise, and what the command made and said of them."""
+
+    folder: Path
+    profile: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Noisy:
+    place = tmp_path_factory.mktemp("noisy")
+    folder = planted.folder(place / "points", Plan(noise=0.01))
+    with redirect_stdout(StringIO()) as said, pytest.raises(SystemExit) as end:
+        main(["fit", str(folder), "--out", str(place / "profile"), "--name", "planted"])
     assert not end.value.code
-    said = capsys.readouterr().out
-    assert "decode, stacks of layers" in said
-    assert (tmp_path / "profile.calibration.html").is_file()
+    return Noisy(folder, place / "profile", said.getvalue())
 
 
-def test_two_fits_of_the_same_readings_are_one_profile(tmp_path: Path) -> None:
+def test_the_command_fits_says_the_errors_and_draws_the_page(noisy: Noisy) -> None:
+    assert "decode, stacks of layers" in noisy.said
+    assert noisy.profile.with_name("profile.calibration.html").is_file()
+
+
+def test_two_fits_of_the_same_readings_are_one_profile(noisy: Noisy, tmp_path: Path) -> None:
     """Up to the last bits, which linear algebra on several threads leaves open."""
-    folder = planted.folder(tmp_path / "points", Plan(noise=0.01))
-    first, second = (
-        fit_profile(folder, tmp_path / place, FitSettings(name="planted"))
-        for place in ("first", "second")
-    )
+    first = load_profile(noisy.profile)
+    second = fit_profile(noisy.folder, tmp_path / "second", FitSettings(name="planted"))
+    assert first.name == second.name == "planted"
     assert first.provenance == second.provenance
     assert list(first.quantities) == list(second.quantities)
     for key, quantity in first.quantities.items():

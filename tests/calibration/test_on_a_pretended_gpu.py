@@ -8,7 +8,8 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,7 @@ from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
 from calibration.measuring.capture import Captured, NotCaptured, capture
 from calibration.measuring.floors import COPY_BYTES
-from calibration.measuring.measure import MeasureSettings, measure
-from calibration.measuring.meters import NoMeter
+from calibration.measuring.measure import MeasureSettings, Outcome, measure
 from calibration.measuring.pace import Pace
 from calibration.measuring.readings import READINGS_FILE, read_points
 from calibration.measuring.sources import sample_tokens
@@ -98,17 +98,23 @@ serves = pytest.mark.skipif(
 )
 
 
+@contextmanager
+def on_a_gpu(patch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+    """The pretended GPU, with a board, and without the seconds its pace would take to find."""
+    patch.setitem(sys.modules, "pynvml", FakeNvml())
+    for module in ("measuring.measure", "serving.serve"):
+        patch.setattr(f"calibration.{module}.measure_pace", lambda device: Pace(1e-3, 1e-3))
+    # Triton's interpreter writes where a pretended capture does not look.
+    patch.setattr(launches, "triton", None)
+    patch.setitem(COPY_BYTES, "cuda", 2**20)
+    patch.setattr("calibration.measuring.timing.CUDA_SAMPLE_S", 1e-4)
+    with pretending() as made:
+        yield made
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """The pretended GPU, with a board, and without the seconds its pace would take to find."""
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    for module in ("measuring.measure", "serving.serve"):
-        monkeypatch.setattr(f"calibration.{module}.measure_pace", lambda device: Pace(1e-3, 1e-3))
-    # Triton's interpreter writes where a pretended capture does not look.
-    monkeypatch.setattr(launches, "triton", None)
-    monkeypatch.setitem(COPY_BYTES, "cuda", 2**20)
-    monkeypatch.setattr("calibration.measuring.timing.CUDA_SAMPLE_S", 1e-4)
-    with pretending() as made:
+    with on_a_gpu(monkeypatch) as made:
         yield made
 
 
@@ -287,39 +293,57 @@ def test_graphs_count_what_they_keep_and_not_what_was_idle_before(gpu: Gpu) -> N
     bench.close()
 
 
-@pytest.fixture
-def measurement(gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MeasureSettings:
-    """The shortest measurement of a tiny checkpoint, into the folder `points`."""
-    monkeypatch.setattr(grid, "RICHNESS", grid.RICHNESS[-1:])
-    monkeypatch.setattr(load_trials, "LOAD_TRIALS", 1)
-    monkeypatch.setattr(measuring, "_COOL_DOWN_S", 0.0)
-    monkeypatch.setattr(measuring, "_LINK_BYTES", 2**18)
-    monkeypatch.setitem(measuring._LOAD_BYTES, "cuda", (2**14, 2**18))
-    save(from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4), name="tiny"), tmp_path / "tiny")
-    return MeasureSettings(
-        (str(tmp_path / "tiny"),),
-        tmp_path / "points",
+@dataclass(frozen=True)
+class Measurement:
+    """What was asked of a measurement, and what it said when it was done."""
+
+    settings: MeasureSettings
+    done: Outcome
+
+
+@pytest.fixture(scope="module")
+def measurement(tmp_path_factory: pytest.TempPathFactory) -> Measurement:
+    """The shortest measurement of a tiny checkpoint, with a board's windows of an instant."""
+    folder = tmp_path_factory.mktemp("measurement")
+    save(from_stock(tiny.stock_model("llama-gqa"), (1, 2, 4), name="tiny"), folder / "tiny")
+    settings = MeasureSettings(
+        (str(folder / "tiny"),),
+        folder / "points",
         device="cuda",
         budget_s=90.0,
         max_batch=2,
         max_context=32,
         traces=False,
     )
+    with pytest.MonkeyPatch.context() as patch, on_a_gpu(patch):
+        shorten(patch)
+        return Measurement(settings, measure(settings))
 
 
-def test_measuring_gives_eager_and_graph_readings_and_joules(
-    measurement: MeasureSettings, tmp_path: Path
-) -> None:
-    done = measure(measurement)
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Let measuring take the coarsest grid, small copies and windows that wait for nothing."""
+    patch.setattr(grid, "RICHNESS", grid.RICHNESS[-1:])
+    patch.setattr(load_trials, "LOAD_TRIALS", 1)
+    patch.setattr(measuring, "_COOL_DOWN_S", 0.0)
+    patch.setattr(measuring, "_LINK_BYTES", 2**18)
+    patch.setitem(measuring._LOAD_BYTES, "cuda", (2**14, 2**18))
+    # The made-up counter ticks every few milliseconds.
+    patch.setattr(measuring._Session, "_window_s", lambda _: 0.1)
+
+
+def test_measuring_gives_eager_and_graph_readings_and_joules(measurement: Measurement) -> None:
+    done, out = measurement.done, measurement.settings.out
     assert done.left_out == 0, done.notes
-    points = read_points(tmp_path / "points")
+    points = read_points(out)
     decode = points.filter(pl.col("quantity") == "decode_layers")
     assert set(decode["mode"]) == {"eager", "graph"}
     wanted = {"graph_capture", "capture_run", "capture_fill", "load_host_pinned", "launch_floor"}
     assert wanted <= set(points["quantity"])
+    metered = points.filter(pl.col("quantity") == "decode_energy")
+    assert metered.height > 0 and (metered["joules"] > 0).all()
     links = points.filter((pl.col("quantity") == "copy_bandwidth") & (pl.col("mode") == "link"))
     assert links["bytes"].to_list() == [2**18] * 3
-    written = json.loads((tmp_path / "points" / "environment.json").read_text())
+    written = json.loads((out / "environment.json").read_text())
     assert written["models"]["tiny"]["batch_buckets"] == [1, 2]
     assert written["device"]["kind"] == "cuda"
     for name, said in written["models"]["tiny"]["kernels"].items():
@@ -330,12 +354,11 @@ def test_measuring_gives_eager_and_graph_readings_and_joules(
 
 
 def test_what_was_to_be_replayed_is_left_out_where_capturing_fails_when_resumed(
-    measurement: MeasureSettings, monkeypatch: pytest.MonkeyPatch
+    gpu: Gpu, measurement: Measurement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without joules, whose windows take most of the time.
-    monkeypatch.setattr(measuring, "best_meter", lambda *_: NoMeter("not asked here"))
-    out = measurement.out
-    measure(measurement)
+    shorten(monkeypatch)
+    out = tmp_path / "points"
+    shutil.copytree(measurement.settings.out, out)
     lines = (out / READINGS_FILE).read_text().splitlines(keepends=True)
     kept = [line for line in lines if '"quantity": "decode_layers"' not in line]
     assert len(kept) < len(lines)
@@ -345,7 +368,7 @@ def test_what_was_to_be_replayed_is_left_out_where_capturing_fails_when_resumed(
         raise CaptureError("no memory is left")
 
     monkeypatch.setattr(CudaRecorder, "record", refuse)
-    done = measure(replace(measurement, resume=True))
+    done = measure(replace(measurement.settings, out=out, resume=True))
     decode = read_points(out).filter(pl.col("quantity") == "decode_layers")
     assert set(decode["mode"]) == {"eager"}
     assert any("of the plan cannot be taken: they need CUDA graphs" in note for note in done.notes)
