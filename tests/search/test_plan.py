@@ -24,7 +24,7 @@ from helios_sim.search.plan_words import plan_remarks
 from helios_sim.search.prices import Cost
 from helios_sim.search.verdict import Verdict
 from helios_sim.settings.toml_writer import toml_text
-from tests.search.test_commands import inline, write
+from tests.search.asking import inline, write
 
 CARRIED = Verdict((), 3)
 TRACE = (

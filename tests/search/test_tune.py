@@ -22,7 +22,7 @@ from helios_sim.search.tune import (
     nearest_miss,
     read_tune,
 )
-from tests.search.test_commands import write
+from tests.search.asking import write
 
 OBJECTIVES = (parse_goal("throughput", "here"), parse_goal("ttft:p95", "here"))
 

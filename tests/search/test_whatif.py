@@ -27,7 +27,7 @@ from helios_sim.search.whatif import (
     whatif_studies,
 )
 from helios_sim.search.whatif_words import whatif_answer, whatif_remarks
-from tests.search.test_commands import inline, write
+from tests.search.asking import inline, write
 
 
 @pytest.mark.parametrize(
