@@ -204,6 +204,10 @@ class MeteredReplica(SteppedReplica):
         assert record.energy_j == energy_j + self.interval_j
 
 
+splitting_or_not = scenarios() | scenarios(splitting=True)
+"""What rows hold while they wait at an exit shows only where batches split."""
+
+
 @many_examples
 @given(scenario=scenarios(), share=st.floats(0.0, 1.0))
 def test_every_request_is_in_one_place_at_every_cut(scenario: Scenario, share: float) -> None:
@@ -221,7 +225,7 @@ def test_causes_come_before_effects_at_every_cut(scenario: Scenario) -> None:
 
 
 @many_examples
-@given(scenario=scenarios(), share=st.floats(0.0, 1.0))
+@given(scenario=splitting_or_not, share=st.floats(0.0, 1.0))
 def test_free_and_used_blocks_make_the_pool_at_every_cut(scenario: Scenario, share: float) -> None:
     """Used blocks are the sum over the rows; none are negative."""
     replica = BlockReplica(scenario)
@@ -230,7 +234,7 @@ def test_free_and_used_blocks_make_the_pool_at_every_cut(scenario: Scenario, sha
 
 
 @many_examples
-@given(scenario=scenarios())
+@given(scenario=splitting_or_not)
 def test_the_contexts_summed_and_the_longest_are_those_of_the_rows(scenario: Scenario) -> None:
     """The longest is known or said to be unknown, never wrong."""
     play(LongestReplica(scenario), scenario)
