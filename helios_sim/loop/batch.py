@@ -480,7 +480,7 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     seconds = seconds + cost.told_seconds(c, float(leaving))
     seconds = seconds + cost.kv_fill_seconds(c, leavers, skipped)
     joules = joules + cost.kv_fill_joules(c, leavers, skipped)
-    split_company(w, r, rep, passed, level, leaving == batch)
+    split_company(w, r, rep, passed, level)
     joules = cost.iteration_joules(c, seconds, joules)
     captured, captured_s = capture(w, r, rep, passed, passed, level, padded, leavers)
     if captured_s > 0.0:
@@ -531,7 +531,6 @@ def start_fresh_to_the_end(w: World, r: int, rep: Any) -> tuple[int, int]:
     levels = w.leaving_level[rep.model, rep.column]
     for k in range(rep.num_ready):
         row = w.rows[r, w.order[r, k]]
-        row.leaves_at = 0
         if row.held == 0:
             context += row_context(rep, row) + 1
             longest = max(longest, row_context(rep, row) + 1)

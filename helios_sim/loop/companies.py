@@ -51,7 +51,6 @@ def choose_company(w: World, r: int, rep: Any, passed: int) -> tuple[int, int, i
     k = rep.next_row if passed == 0 and rep.next_row < count else 0
     for _ in range(count):
         row = w.rows[r, w.order[r, k]]
-        row.leaves_at = 0
         row.runs = 0
         if row.held == passed and batch < rep.batch_limit:
             row.runs = 1
@@ -82,13 +81,13 @@ def num_confident(w: World, r: int, rep: Any, level: int) -> int:
 
 
 @compiled
-def split_company(w: World, r: int, rep: Any, passed: int, level: int, all_leave: bool) -> None:
-    """Mark who leaves at this exit, the confident or all; the others are held after it."""
+def split_company(w: World, r: int, rep: Any, passed: int, level: int) -> None:
+    """Mark who leaves at this exit: at the loaded depth all do; the others are held after it."""
     levels = w.leaving_level[rep.model, rep.column]
     for k in range(rep.num_ready):
         row = w.rows[r, w.order[r, k]]
         if row.runs:
-            if all_leave or levels[w.lanes[r, k] + rep.ticks] <= level:
+            if levels[w.lanes[r, k] + rep.ticks] <= level:
                 row.leaves_at = level + 1
                 w.exit_counts[r, rep.model, level] += 1
             else:

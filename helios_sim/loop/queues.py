@@ -138,8 +138,6 @@ def pop_waiting(w: World, rep: Any) -> int:
     """Take the request at the head of the queue."""
     i = rep.waiting_head
     rep.waiting_head = w.requests[i].next
-    if rep.waiting_head == NOBODY:
-        rep.waiting_tail = NOBODY
     rep.num_waiting -= 1
     rep.queued_blocks -= prompt_blocks(w, rep, i)
     return i
