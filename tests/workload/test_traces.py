@@ -175,9 +175,9 @@ def test_a_csv_of_any_names_is_read_by_its_columns(
 
 
 def test_a_name_that_another_column_has_is_no_likely_mistake(tmp_path: Path) -> None:
-    columns = {**OWN, "prompt": "sent_tokens"}
-    with pytest.raises(InputError, match=r"must name sent, sent_tokens, out\.$"):
-        read(tmp_path / "a.csv", "sent,out\n1,2\n", columns=columns)
+    columns = {"arrival": "sent", "prompt": "tokens_in", "output": "tokens_out"}
+    with pytest.raises(InputError, match=r"must name sent, tokens_in, tokens_out\.$"):
+        read(tmp_path / "a.csv", "sent,tokens_out\n1,2\n", columns=columns)
 
 
 def test_a_request_may_be_sent_at_no_seconds_and_have_all_tokens_that_a_column_holds(
@@ -293,6 +293,7 @@ def test_a_flaw_of_a_csv_of_ones_own_is_named_with_its_line(
     [
         ({"format": "csv"}, "A trace of format csv needs columns = { arrival = "),
         ({"format": "azure", "columns": OWN}, "given for a trace of format azure, which has names"),
+        ({"format": "burstgpt", "columns": OWN}, "given for a trace of format burstgpt"),
         ({"columns": {**OWN, "output": "in"}}, "must be three columns"),
         ({"columns": {"arrival": "sent"}}, "prompt"),
         ({"columns": {**OWN, "prompt": ""}}, "at least 1 character"),
