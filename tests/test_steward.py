@@ -8,6 +8,7 @@ import pytest
 
 from helios_sim.cards import candidate_card
 from helios_sim.engine import Setup
+from helios_sim.errors import InputError
 from helios_sim.loop.state import NEVER
 from helios_sim.policy.contract import (
     USUAL_REASSESS_REQUESTS,
@@ -88,8 +89,9 @@ def steward_of(
     watching: Watching | None = None,
     slo: Slo | None = None,
     sees_future: bool = False,
+    memory_bytes: int = 100_000,
 ) -> Steward:
-    setup: Setup = drifting_setup(profile=both_models())
+    setup: Setup = drifting_setup(profile=both_models(memory_bytes=memory_bytes))
     cards = tuple(candidate_card(setup, name) for name in setup.candidates)
     policy = Scripted(list(script), watching or Watching(), sees_future=sees_future)
     return Steward(setup, policy, cards, slo or Slo())
@@ -145,6 +147,14 @@ def carry_out(
 def test_an_evaluation_runs_the_whole_model() -> None:
     steward = steward_of(Evaluate("large", 2, ExitMode.WAIT, "see"))
     assert ask(steward)[1] == Assignment("large", 8, ExitMode.WAIT)
+
+
+def test_what_does_not_fit_is_refused_with_the_bytes_that_it_needs() -> None:
+    steward = steward_of(Serve("large", 8, FULL, "go"), memory_bytes=12_000)
+    needed = steward.room.needed_bytes("large", 8)
+    assert needed > 12_000
+    with pytest.raises(InputError, match=f"need {needed:,} bytes, and there are"):
+        ask(steward, Event.START)
 
 
 def test_more_layers_are_those_of_the_model_that_runs_and_keeping_changes_nothing() -> None:
