@@ -315,8 +315,7 @@ class _SharedText:
         self.difficulty = self.normal_of_runs(0)
         # Half of a token's surprise is its run's difficulty, half its own.
         own = _normal(_stream(spec, domain, "surprise").random(num_positions))
-        surprise = math.sqrt(0.5) * (self.difficulty[self.run] + own)
-        self.surprise = -np.log1p(-_even_ranks(surprise))
+        self.surprise = -np.log1p(-_even_ranks(self.difficulty[self.run] + own))
         """Exponential with mean 1, evenly spread."""
 
     def normal_of_runs(self, dimension: int) -> FloatArray:
