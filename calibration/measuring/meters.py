@@ -285,13 +285,15 @@ class _CounterWindow:
             for earlier, later in itertools.pairwise(sampler.samples)
             if later[1] != earlier[1]
         ]
+        if not changes:
+            return Absence(source, "the counter did not move while the window was open")
         aligned = len(changes) >= 2
         counted = changes if aligned else sampler.samples
         first, last = counted[0], counted[-1]
         seconds = last[0] - first[0]
         joules = last[1] - first[1]
-        if seconds <= 0.0 or joules < 0.0:
-            return Absence(source, "the window was too short for two readings of the counter")
+        if any(later < earlier for (_, earlier), (_, later) in itertools.pairwise(sampler.samples)):
+            return Absence(source, "the counter fell while the window was open: it began anew")
         wall_s = sampler.closed_s - sampler.opened_s
         return Measurement(
             source=source,
@@ -541,9 +543,10 @@ class Replayed:
         self._file = file
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "they are no text in UTF-8"
             raise InputError(
-                f"The measurements to replay cannot be read: {error.strerror}.", str(file)
+                f"The measurements to replay cannot be read: {why}.", str(file)
             ) from error
         self._left = [from_json(line, f"{file}, line {n}") for n, line in enumerate(lines, 1)]
         self._left.reverse()

@@ -33,7 +33,8 @@ class ScriptedTime:
             first = min(due, key=lambda reader: reader.next_s)
             self._now_s = max(self._now_s, first.next_s)
             first.read()
-        self._now_s = end_s
+        # Whoever read may have taken longer.
+        self._now_s = max(self._now_s, end_s)
 
     def work(self, seconds: float) -> None:
         """Let time pass in which this process runs."""

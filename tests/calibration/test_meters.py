@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from calibration.measuring.board import Board, BoardState, NoBoard, open_board
+from calibration.measuring.board import Board, BoardError, BoardState, NoBoard, open_board
 from calibration.measuring.meters import (
     Absence,
     CounterMeter,
@@ -84,7 +86,7 @@ def test_a_counter_window_runs_from_tick_to_tick_and_finds_the_watts(clock: Scri
 def test_a_window_below_the_minimum_says_so(clock: ScriptedTime) -> None:
     meter = NvmlCounter(board(tick_s=0.01))
     assert meter.min_window_s == pytest.approx(5.0)
-    for seconds, short in ((4.9, True), (5.1, False)):
+    for seconds, short in ((4.9, True), (5.0, False), (5.1, False)):
         window = meter.open()
         clock.sleep(seconds)
         assert measured(window.close()).short is short
@@ -453,3 +455,337 @@ def test_no_thread_reads_on_where_the_second_of_two_sources_cannot_be_opened() -
     with pytest.raises(KeyboardInterrupt):
         CrossChecked(NvmlCounter(board()), Shut(board())).open()
     assert sample_threads() == before
+
+
+def slow(read: Callable[[], float], clock: ScriptedTime, seconds: float) -> Callable[[], float]:
+    """A reading that takes so long, and is of its middle."""
+
+    def taken() -> float:
+        clock.work(seconds / 2)
+        value = read()
+        clock.work(seconds / 2)
+        return value
+
+    return taken
+
+
+def stepping(clock: ScriptedTime, gaps_s: Sequence[float]) -> Callable[[], float]:
+    """A counter that goes up by a joule after each of some gaps, and then stands."""
+    at_s = [clock.perf_counter() + passed_s for passed_s in itertools.accumulate(gaps_s)]
+    return lambda: float(sum(moved_s <= clock.perf_counter() for moved_s in at_s))
+
+
+@pytest.mark.parametrize("moves", [2, 3])
+def test_a_counter_that_moves_three_times_in_three_seconds_is_one(
+    clock: ScriptedTime, moves: int
+) -> None:
+    begin_s = clock.perf_counter()
+    probe = probe_ticks(stepping(clock, [0.5] * moves))
+    assert clock.perf_counter() - begin_s == pytest.approx(3.0, abs=0.01)
+    assert (probe is None) is (moves == 2)
+
+
+def test_the_tick_is_the_median_of_eleven_gaps_and_its_spread_how_far_they_lie_from_it(
+    clock: ScriptedTime,
+) -> None:
+    gaps_s = [0.01, 0.1, 0.1, 0.1, 0.1, 0.1, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02]
+    probe = probe_ticks(stepping(clock, gaps_s))
+    assert probe is not None
+    assert probe.period_s == pytest.approx(0.02, abs=0.001)
+    assert probe.mad_s == pytest.approx(0.0, abs=0.001)
+    meter = CounterMeter("some", stepping(clock, gaps_s), "It counts")
+    assert meter.tick_s == pytest.approx(0.02, abs=0.001)
+    assert re.match(
+        r"It counts; the counter ticks every (19|20)\.\d ms \(spread 0\.\d ms\)", meter.explanation
+    )
+
+
+@pytest.mark.parametrize("error", [BoardError("lost"), OSError("lost"), ValueError("lost")])
+def test_a_counter_that_cannot_be_read_is_no_meter_and_says_which(error: Exception) -> None:
+    def read() -> float:
+        raise error
+
+    with pytest.raises(MeterUnavailable, match=r"^some: lost$"):
+        CounterMeter("some", read, "It counts")
+
+
+@pytest.mark.parametrize(
+    ("tick_s", "sparing", "interval_s"),
+    [
+        (0.004, False, 0.001),
+        (0.03, False, 0.003),
+        (0.2, False, 0.01),
+        (0.01, True, 0.01),
+        (0.1, True, 0.025),
+    ],
+)
+def test_a_counter_is_read_so_often_in_a_tick_and_no_oftener_than_is_of_use(
+    clock: ScriptedTime, tick_s: float, sparing: bool, interval_s: float
+) -> None:
+    found, times = board(tick_s=tick_s), 0
+
+    def read() -> float:
+        nonlocal times
+        times += 1
+        return found.energy_j()
+
+    meter = CounterMeter("some", read, "It counts", **SHORT)
+    times = 0
+    window = meter.open(sparing)
+    clock.sleep(1.0)
+    window.close()
+    assert times == pytest.approx(2 + 1.0 / interval_s, rel=0.03)
+
+
+def test_power_is_read_a_hundred_times_a_second(clock: ScriptedTime) -> None:
+    window = NvmlPower(board()).open()
+    clock.sleep(1.0)
+    found = measured(window.close())
+    # The first and the last of a window, and those of its second.
+    assert len(window.curve()) == pytest.approx(2 + 100, abs=1)
+    assert found.ticks == len(window.curve()) - 1
+
+
+@pytest.mark.parametrize("make", [NvmlCounter, NvmlPower])
+def test_a_reading_is_of_the_middle_of_the_time_it_takes_and_a_window_holds_all_of_them(
+    clock: ScriptedTime, monkeypatch: pytest.MonkeyPatch, make: Any
+) -> None:
+    found = board(watts=100.0)
+    meter = make(found)
+    monkeypatch.setattr(meter, "_read", slow(meter._read, clock, 0.004))
+    begin_s = clock.perf_counter()
+    window = meter.open()
+    clock.sleep(1.0)
+    outcome = measured(window.close())
+    assert outcome.wall_s == pytest.approx(clock.perf_counter() - begin_s)
+    first_s, last_s = (window.curve()[place][0] for place in (0, -1))
+    if make is NvmlPower:
+        assert first_s == pytest.approx(begin_s + 0.002)
+        assert last_s == pytest.approx(clock.perf_counter() - 0.002)
+    assert outcome.seconds == pytest.approx(last_s - first_s)
+
+
+def test_the_curve_of_a_counter_begins_at_its_first_tick_as_the_window_does(
+    clock: ScriptedTime,
+) -> None:
+    window = NvmlCounter(board(watts=300.0, tick_s=0.03), **SHORT).open()
+    clock.sleep(0.2)
+    first_s = window.curve()[0][0]
+    found = measured(window.close())
+    curve = window.curve()
+    assert len(curve) == found.ticks + 1
+    assert curve[0] == (first_s, 0.0)
+    assert curve[-1][1] == pytest.approx(found.joules)
+
+
+def test_one_change_of_a_counter_gives_the_whole_window_and_says_it_is_not_aligned(
+    clock: ScriptedTime,
+) -> None:
+    meter = NvmlCounter(board(watts=300.0, tick_s=0.03), **SHORT)
+    window = meter.open()
+    clock.sleep(0.04)
+    found = measured(window.close())
+    assert (found.aligned, found.ticks) == (False, 0)
+    assert found.seconds == pytest.approx(0.04)
+    assert found.joules == pytest.approx(300.0 * 0.03)
+
+
+def test_a_counter_that_did_not_move_has_not_counted_and_is_no_zero(clock: ScriptedTime) -> None:
+    found = board()
+    meter = NvmlCounter(found, **SHORT)
+    stood_j = found.energy_j()
+    meter._read = lambda: stood_j
+    window = meter.open()
+    clock.sleep(6.0)
+    outcome = window.close()
+    assert outcome == Absence("nvml-counter", "the counter did not move while the window was open")
+
+
+def test_a_counter_that_began_anew_has_not_counted(clock: ScriptedTime) -> None:
+    meter = NvmlCounter(board(), **SHORT)
+    values = iter([50.0, 60.0, *[2.0] * 1000])
+    meter._read = lambda: next(values)
+    window = meter.open()
+    clock.sleep(0.1)
+    outcome = window.close()
+    assert isinstance(outcome, Absence)
+    assert outcome.source == "nvml-counter"
+    assert "fell" in outcome.reason
+
+
+def test_a_window_that_is_closed_at_once_has_measured_no_power(clock: ScriptedTime) -> None:
+    found = NvmlPower(board()).open().close()
+    assert isinstance(found, Absence)
+    assert found.source == "nvml-power-instant"
+    assert "too short for two samples of power" in found.reason
+
+
+def test_what_a_window_of_power_says_of_itself(clock: ScriptedTime) -> None:
+    for seconds, short in ((0.9, True), (1.1, False)):
+        window = NvmlPower(board(watts=100.0), min_window_s=1.0).open()
+        clock.sleep(seconds)
+        found = measured(window.close(busy_s=0.45))
+        assert found.short is short
+        assert not found.aligned
+        assert found.wall_s == pytest.approx(seconds)
+        assert found.idle_share == pytest.approx(1.0 - 0.45 / seconds)
+        assert found.watts == pytest.approx(110.0)
+
+
+def test_a_power_sensor_that_stops_answering_is_named(clock: ScriptedTime) -> None:
+    nvml = FakeNvml()
+    found = open_board(nvml=nvml)
+    assert isinstance(found, Board)
+    window = NvmlPower(found).open()
+    nvml.without = ("nvmlDeviceGetFieldValues",)
+    clock.sleep(0.1)
+    outcome = window.close()
+    assert isinstance(outcome, Absence)
+    assert outcome.source == "nvml-power-instant"
+    assert outcome.reason.startswith("the power sensor stopped answering: nvmlDeviceGetFieldValues")
+
+
+def test_an_nvidia_package_without_instantaneous_power_leaves_the_mean(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(FakeNvml, "NVML_FI_DEV_POWER_INSTANT")
+    assert NvmlPower(board(watts=100.0)).source == "nvml-power-mean"
+
+
+def test_nobody_reads_on_once_a_reading_has_failed() -> None:
+    nvml = FakeNvml()
+    found = open_board(nvml=nvml)
+    assert isinstance(found, Board)
+    meter, before = NvmlPower(found), sample_threads()
+    nvml.without = ("nvmlDeviceGetFieldValues",)
+    window = meter.open()
+    end_s = time.monotonic() + 120.0
+    while sample_threads() > before:
+        assert time.monotonic() < end_s
+        time.sleep(0.001)
+    nvml.without = ()
+    assert isinstance(window.close(), Absence)
+
+
+def test_a_processors_counter_that_is_gone_ends_its_window_in_words(
+    clock: ScriptedTime, tmp_path: Path
+) -> None:
+    root, begin_s = powercap(tmp_path, 0), clock.perf_counter()
+    file = root / "intel-rapl:0" / "energy_uj"
+    reads = Path.read_text
+
+    def counted(path: Path, *arguments: Any, **named: Any) -> str:
+        if path == file and file.exists():
+            return str(int(1e6 * 50.0 * (clock.perf_counter() - begin_s)) // 1000 * 1000)
+        return reads(path, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "read_text", counted)
+        window = Rapl(root, min_window_s=0.1, min_ticks=5).open()
+        clock.sleep(0.1)
+        assert window.curve()
+        file.unlink()
+        clock.sleep(0.1)
+        assert window.curve() == []
+        outcome = window.close()
+    assert isinstance(outcome, Absence)
+    assert outcome.source == "rapl"
+    assert outcome.reason.startswith("the counter stopped answering")
+    assert str(file) in outcome.reason
+
+
+def test_rapl_wraps_each_of_its_counters_at_its_own_range(tmp_path: Path) -> None:
+    root = powercap(tmp_path, 900_000)
+    (root / "intel-rapl:0:1" / "max_energy_range_uj").write_text("1000000")
+    counter = RaplCounter(root)
+    (root / "intel-rapl:0:1" / "energy_uj").write_text("100000")
+    assert counter.read_j() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("broken", ["missing", "empty"])
+def test_rapl_whose_counters_make_no_sense_is_absent_in_words(tmp_path: Path, broken: str) -> None:
+    root = powercap(tmp_path, 1)
+    file = root / "intel-rapl:0" / "max_energy_range_uj"
+    file.unlink() if broken == "missing" else file.write_text("")
+    with pytest.raises(MeterUnavailable, match=r"the counters under .* cannot be read"):
+        RaplCounter(root)
+
+
+def test_rapl_says_how_many_zones_it_adds_up_and_keeps_to_the_window_asked_for(
+    clock: ScriptedTime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin_s = clock.perf_counter()
+    monkeypatch.setattr(
+        RaplCounter, "read_j", lambda _: round(100.0 * (clock.perf_counter() - begin_s))
+    )
+    meter = best_meter("cpu", NoBoard("none"), powercap=powercap(tmp_path, 1), min_window_s=0.7)
+    assert meter.source == "rapl"
+    assert "(2 zones, the whole machine)" in meter.explanation
+    assert meter.min_window_s == 0.7
+
+
+@pytest.mark.parametrize(
+    "without", ["nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues"]
+)
+def test_the_best_meter_keeps_to_the_window_asked_for(clock: ScriptedTime, without: str) -> None:
+    silent = ("nvmlDeviceGetPowerUsage", without)
+    assert best_meter("cuda", board(without=silent), min_window_s=0.7).min_window_s == 0.7
+    assert best_meter("cuda", board(), min_window_s=0.7).min_window_s == 0.7
+
+
+def test_two_sources_are_told_apart_and_the_first_ones_tick_counts(clock: ScriptedTime) -> None:
+    first, second = NvmlCounter(board(tick_s=0.02), **SHORT), NvmlPower(board())
+    both = CrossChecked(first, second)
+    assert (both.source, both.tick_s) == (first.source, first.tick_s)
+    assert both.explanation.startswith(first.explanation)
+    assert both.explanation.endswith(
+        "Beside it: the board's instantaneous power, sampled and integrated"
+    )
+
+
+@pytest.mark.parametrize(
+    "gone", ["nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues"]
+)
+def test_where_one_of_two_sources_fails_the_others_word_counts_with_what_was_busy(
+    clock: ScriptedTime, gone: str
+) -> None:
+    nvml = FakeNvml()
+    found = open_board(nvml=nvml)
+    assert isinstance(found, Board)
+    window = CrossChecked(NvmlCounter(found, **SHORT), NvmlPower(found)).open()
+    clock.sleep(0.5)
+    nvml.without = (gone,)
+    clock.sleep(0.5)
+    outcome = measured(window.close(busy_s=0.25))
+    counter_left = gone == "nvmlDeviceGetFieldValues"
+    assert outcome.source == ("nvml-counter" if counter_left else "nvml-power-instant")
+    assert outcome.cross_source is outcome.cross_watts is None
+    assert outcome.idle_share == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "wall_s", "share"),
+    [(1.0, 4.0, 0.75), (5.0, 4.0, 0.0), (-1.0, 4.0, 1.0), (1.0, 0.0, None), (None, 4.0, 0.125)],
+)
+def test_a_replayed_window_is_as_idle_as_who_closes_it_says(
+    tmp_path: Path, busy_s: float | None, wall_s: float, share: float | None
+) -> None:
+    recorded = Measurement("rapl", 10.0, 2.0, 5.0, wall_s, 20, True, False, idle_share=0.125)
+    file = tmp_path / "windows.jsonl"
+    file.write_text(to_json(recorded))
+    assert measured(Replayed(file).open().close(busy_s)).idle_share == share
+
+
+@pytest.mark.parametrize("line", ["{", "5", "[]", '{"reason": "none"}'])
+def test_a_line_that_is_no_measurement_is_refused_in_a_sentence(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "windows.jsonl"
+    file.write_text(line)
+    with pytest.raises(InputError, match="This is no measurement"):
+        Replayed(file)
+
+
+def test_a_file_of_bytes_that_are_no_text_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "windows.jsonl"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="cannot be read"):
+        Replayed(file)
