@@ -265,7 +265,9 @@ class Pool(ABC):
 
     def _add_layers(self, num_layers: int) -> None:
         dims = self.dims
-        held = 0 if self._memory is None else self._memory.bytes
+        # Layers that come later are not cut from what the first of them lie in.
+        memory = None if self.keys else self._memory
+        held = 0 if memory is None else memory.bytes
         require(
             dims.device,
             max(0, self.planned_bytes(num_layers) - held),
@@ -273,8 +275,8 @@ class Pool(ABC):
             "use fewer rows or shorter ones, or fewer layers",
         )
         shape = (self.capacity_tokens + SCRATCH_TOKENS, dims.kv_heads, dims.head_dim)
-        if self._memory is not None and not self.keys:
-            stores = self._memory.stores(2 * num_layers, shape, dims)
+        if memory is not None:
+            stores = memory.stores(2 * num_layers, shape, dims)
             self.keys, self.values = stores[:num_layers], stores[num_layers:]
             return
         # Zeros, since attention multiplies what is masked by 0, and 0 times an old NaN is NaN.

@@ -264,3 +264,120 @@ def test_memory_of_another_type_is_not_cut_from():
     pool = SlotPool(halves, 1, 2, 16, shared)
     assert pool.keys[0].dtype == pool.values[0].dtype == torch.bfloat16
     assert shared.bytes == pool.bytes
+
+
+@pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
+def test_a_row_holds_as_many_tokens_as_the_pool_allows_and_no_more(pool):
+    row = pool.admit(pool.max_tokens)
+    assert pool.lengths[row] == 20
+    with pytest.raises(PoolExhausted, match="to hold 21 tokens; the pool allows 20"):
+        pool.reserve(row, 21)
+
+
+@pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
+def test_known_addresses_are_void_exactly_when_tokens_change_hands(pool):
+    def changes(work):
+        before = pool.edition
+        work()
+        return pool.edition > before
+
+    assert changes(lambda: pool.admit(3))
+    assert changes(lambda: pool.admit(5))
+    assert changes(lambda: pool.reserve(0, 4))
+    assert not changes(lambda: pool.reserve(0, 4))
+    assert not changes(lambda: pool.reserve(0, 2))
+    assert changes(lambda: pool.swap(0, 1))
+    assert changes(lambda: pool.release(1))
+
+
+def test_attention_reads_slots_in_granules_and_never_beyond_them():
+    pool = SlotPool(DIMS, 1, 4, 20)
+    widths = [pool.context_tokens(count) for count in (1, 16, 17, 20)]
+    assert widths == [16, 16, 20, 20]
+
+
+def test_a_row_of_pages_may_end_within_its_last_block():
+    pool = PagedPool(DIMS, 1, 20, 4, max_tokens=18)
+    row = pool.admit(18)
+    assert pool.addresses(np.array([row]), np.array([17])) == [17]
+    pool.check()
+    assert PagedPool(DIMS, 1, 5, 4, max_tokens=1000).max_tokens == 20
+
+
+def test_the_table_names_no_block_beyond_what_a_row_holds():
+    pool = PagedPool(DIMS, 1, 5, 4)
+    pool.admit(4)
+    pool.admit(12)
+    pool.vacate(1)
+    assert not pool.table[1].any()
+
+
+def test_rows_of_pages_are_never_a_plain_view():
+    pool = PagedPool(DIMS, 1, 5, 4)
+    pool.admit(4)
+    with pytest.raises(ValueError, match="found by their blocks"):
+        pool.gather(0, None, 1, 4)
+
+
+def broken(pool, how):
+    """A pool of two rows whose books are wrong."""
+    for _ in range(2):
+        pool.admit(4)
+    how(pool)
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (lambda pool: setattr(pool, "max_rows", 1), "2 rows are in use of 1"),
+        (lambda pool: setattr(pool, "max_tokens", 3), "Row 0 holds 4 of 3 tokens"),
+        (lambda pool: pool.lengths.__setitem__(1, -1), "Row 1 holds -1 of 20 tokens"),
+        (lambda pool: pool.table.__setitem__((0, 0), -1), "a token outside the pool"),
+        (lambda pool: pool.lengths.__setitem__(1, 0), "Row 1 holds 1 blocks, 0 tokens"),
+        (lambda pool: pool.values.__setitem__(0, pool.values[0][:-1]), "store's size differs"),
+    ],
+)
+def test_the_check_finds_every_kind_of_wrong_book(how, said):
+    with pytest.raises(RuntimeError, match=said):
+        broken(PagedPool(DIMS, 1, 5, 4, max_rows=4, max_tokens=20), how).check()
+
+
+@pytest.fixture
+def unwritten_is_no_number():
+    """Memory that nobody has written to holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("memory_of", [lambda: None, KvMemory], ids=["own", "shared"])
+def test_new_stores_hold_zeros_since_what_is_masked_is_multiplied_too(
+    memory_of, unwritten_is_no_number
+):
+    pool = SlotPool(DIMS, 1, 2, 16, memory_of())
+    pool.resize(2)
+    assert not any(store.any() for store in (*pool.keys, *pool.values))
+
+
+def test_memory_that_grows_gives_the_old_back_first(monkeypatch):
+    shared, zeros = KvMemory(), torch.zeros
+    SlotPool(DIMS, 1, 2, 16, shared)
+    held = []
+
+    def watched(*arguments, **named):
+        held.append(shared.bytes)
+        return zeros(*arguments, **named)
+
+    monkeypatch.setattr(torch, "zeros", watched)
+    SlotPool(DIMS, 1, 9, 16, shared)
+    assert held == [0]
+
+
+def test_layers_that_come_to_a_pool_of_shared_memory_are_asked_of_the_device(monkeypatch):
+    """They are not cut from what the pool's own layers lie in."""
+    pool = SlotPool(DIMS, 2, 4, 16, KvMemory())
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 0)
+    with pytest.raises(InputError, match=f"needs {pool.bytes // 2:,} bytes"):
+        pool.resize(3)
