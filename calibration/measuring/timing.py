@@ -136,7 +136,7 @@ class WallTimer:
         if torch.get_num_threads() == 1:
             seconds = min(seconds, running_s)
         # Several threads run for more seconds than the clock counts: what they wait is not seen.
-        return Sample(seconds, max(0.0, waited, slowed))
+        return Sample(seconds, max(waited, slowed))
 
     def sample_s(self, pass_s: float) -> float:
         """Seconds that a sample of repetitions this long takes, all in all."""
@@ -282,4 +282,4 @@ def _repetitions(work: Work, timer: Timer, warmups: int) -> int:
         if seconds >= timer.min_sample_s:
             return repetitions
         wanted = math.ceil(_HEADROOM * repetitions * timer.min_sample_s / max(seconds, 1e-7))
-        repetitions = min(max(wanted, repetitions + 1), 100 * repetitions)
+        repetitions = min(wanted, 100 * repetitions)

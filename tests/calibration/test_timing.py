@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -268,3 +269,141 @@ def test_a_captured_graph_repeats_the_work() -> None:
     before = float(total)
     found.replay()
     assert float(total) == before + 1.0
+
+
+def test_where_several_threads_run_a_sample_is_by_the_clock_and_what_waited_is_not_seen(
+    clock: ScriptedTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        clock.work(0.06)
+        clock.sleep(0.02)
+
+    assert WallTimer(CPU).sample(work, 1).seconds == pytest.approx(0.06)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert WallTimer(CPU).sample(work, 1).seconds == pytest.approx(0.08)
+
+
+def test_what_other_threads_of_the_process_ran_is_no_time_of_the_work(clock: ScriptedTime) -> None:
+    def work() -> None:
+        clock.work(0.06)
+        clock._running_s += 0.03
+
+    found = WallTimer(CPU).sample(work, 1)
+    assert found.seconds == pytest.approx(0.06)
+    assert found.lost_share == 0.0
+
+
+def test_work_that_takes_no_time_lost_none(clock: ScriptedTime) -> None:
+    assert WallTimer(CPU).sample(lambda: None, 1) == Sample(0.0)
+
+
+def test_work_settles_by_the_time_it_runs_however_long_it_is_kept_waiting(
+    clock: ScriptedTime,
+) -> None:
+    calls: list[float] = []
+
+    def work() -> None:
+        calls.append(0.001)
+        clock.work(0.001)
+        clock.sleep(0.2)
+
+    WallTimer(CPU).sample(work, 1)
+    assert len(calls) == 2
+
+
+def test_a_look_after_a_sample_is_that_before_the_next_one(
+    clock: ScriptedTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+
+    class Seen(QuietReference):
+        def lost_share(self) -> float:
+            looks.append(0.0)
+            return 0.0
+
+    monkeypatch.setattr(timing, "reference", Seen)
+    timer = WallTimer(CPU)
+    timer.sample(lambda: clock.work(0.06), 1)
+    timer.sample(lambda: clock.work(0.06), 1)
+    assert len(looks) == 3
+    clock.sleep(0.001)
+    timer.sample(lambda: clock.work(0.06), 1)
+    assert len(looks) == 5
+
+
+def test_a_sample_on_a_processor_is_planned_with_headroom_settling_and_looks(
+    clock: ScriptedTime,
+) -> None:
+    timer = WallTimer(CPU)
+    looks_s = QuietReference.best.core_s + 3 * QuietReference.best.memory_s
+    assert timer.sample_s(0.001) == pytest.approx(1.1 * 0.03 + 4 * 0.001 + looks_s)
+    assert timer.sample_s(0.04) == pytest.approx(0.04 + 0.04 + looks_s)
+
+
+def test_no_warm_up_is_no_timing() -> None:
+    with pytest.raises(ValueError, match="0 warm-ups"):
+        timed(works(1), WallTimer(CPU), warmups=0)
+
+
+def test_nothing_is_collected_while_work_is_timed() -> None:
+    seen: list[bool] = []
+
+    class Watched(CountingTimer):
+        def sample(self, work: Work, repetitions: int) -> Sample:
+            seen.append(gc.isenabled())
+            return super().sample(work, repetitions)
+
+    (piece,) = works(1)
+    timed([piece], Watched({piece: 1.0}))
+    assert not any(seen)
+    assert gc.isenabled()
+
+
+def test_turns_are_shuffled_and_by_the_seed() -> None:
+    pieces = works(4)
+
+    def order(seed: int) -> list[Work]:
+        timer = CountingTimer({piece: 1.0 for piece in pieces})
+        timed(pieces, timer, samples=5, seed=seed)
+        return [work for work, _ in timer.calls[-20:]]
+
+    assert order(1) == order(1) != order(2)
+    assert len({tuple(order(1)[start : start + 4]) for start in range(0, 20, 4)}) > 1
+
+
+def test_a_sample_that_lost_a_twentieth_still_counts_as_quiet() -> None:
+    class Edge(BusyTimer):
+        def sample(self, work: Work, repetitions: int) -> Sample:
+            self.calls += 1
+            return Sample(2.0, 0.05)
+
+    timer = Edge()
+    timed(works(1), timer, samples=3)
+    assert timer.calls == 2 + 3
+
+
+def test_repetitions_grow_until_a_sample_is_just_long_enough_and_at_most_a_hundredfold() -> None:
+    exact, none = works(2)
+    timer = CountingTimer({exact: 0.02, none: 0.0})
+    timed([exact], timer, samples=1, warmups=3)
+    assert timer.calls == [(exact, 3), (exact, 1), (exact, 1)]
+    tried: list[int] = []
+
+    class Growing(CountingTimer):
+        def sample(self, work: Work, repetitions: int) -> Sample:
+            tried.append(repetitions)
+            return Sample(0.02 if repetitions >= 10_000 else 0.0)
+
+    timed([none], Growing({}), samples=1, warmups=1)
+    assert tried == [1, 1, 100, 10_000, 10_000]
+
+
+def test_a_processors_pace_is_the_best_of_looks_over_some_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Paced(QuietReference):
+        def pace(self) -> Pace:
+            return Pace(1.0, 2.0)
+
+    monkeypatch.setattr(timing, "reference", Paced)
+    assert measure_pace(CPU) == Pace(1.0, 2.0)
