@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from calibration.measuring import floors, occupancy
+from calibration.measuring import floors, load_trials, loading, occupancy
 from calibration.measuring.board import NoBoard, open_board
 from calibration.measuring.floors import (
     count_launches,
@@ -21,11 +24,12 @@ from calibration.measuring.floors import (
 )
 from calibration.measuring.load_trials import (
     LOAD_TRIALS,
+    Load,
     Loading,
     checkpoint_loads,
     stand_in_loads,
 )
-from calibration.measuring.loading import load_sizes, parts_file, time_checkpoint
+from calibration.measuring.loading import StageTime, load_sizes, parts_file, time_checkpoint
 from calibration.measuring.occupancy import (
     peak_bytes,
     reserve_bytes,
@@ -33,11 +37,13 @@ from calibration.measuring.occupancy import (
     taken_bytes,
 )
 from calibration.measuring.readings import CACHED, Reading
-from calibration.measuring.sources import find_sources
+from calibration.measuring.sources import Source, find_sources
 from calibration.measuring.timing import Sample, Timing, WallTimer, Work, timed
-from calibration.model import file_cache, launches
-from calibration.model.early_exit import from_stock, save
+from calibration.model import file_cache, launches, memory
+from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.model.file_cache import cached_share, forget, read_through
+from calibration.model.host_copy import HostCopy
+from helios_sim.errors import InputError
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.tiny import stock_model
 
@@ -276,3 +282,134 @@ def test_the_system_tells_resident_memory_in_units_of_1024_bytes(
     status.write_text("Name:\tpython\nVmRSS:\t      3 kB\n")
     monkeypatch.setattr(occupancy, "_STATUS", status)
     assert reserve_bytes(CPU, NoBoard("a processor has no board")) == 3072
+
+
+def test_each_stage_of_a_checkpoint_has_its_own_seconds_and_its_own_word_on_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny"
+    save(from_stock(stock_model("opt"), (2, 4), name="tiny"), folder)
+    grow, gone = EarlyExitLM.grow, iter((False, True))
+
+    def grown(model: EarlyExitLM, depth: int) -> Any:
+        return replace(grow(model, depth), read_s=1.0, seconds=2.0)
+
+    monkeypatch.setattr(EarlyExitLM, "grow", grown)
+    monkeypatch.setattr(loading, "forget", lambda files: next(gone))
+    stages = time_checkpoint(folder, 2, exits=(2, 4), device=CPU, dtype=torch.float32)
+    found = {stage.quantity: stage for stage in stages}
+    assert next(gone, None) is None
+    assert (found["load_disk"].seconds, found["load_host"].seconds) == (1.0, 2.0)
+    assert (found["load_open"].note, found["load_disk"].note) == (CACHED, "")
+
+
+def test_a_stand_in_file_is_read_part_by_part_and_says_what_the_cache_may_have_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[HostCopy] = []
+
+    def kept(*given: Any) -> HostCopy:
+        copies.append(HostCopy(*given))
+        return copies[-1]
+
+    gone = iter((True, False))
+    monkeypatch.setattr(loading, "PART_BYTES", 2**10)
+    monkeypatch.setattr(loading, "HostCopy", kept)
+    monkeypatch.setattr(loading, "forget", lambda files: next(gone))
+    with parts_file(tmp_path, 2**12, torch.float32) as file:
+        notes = {stage.quantity: stage.note for stage in file.stages(CPU)}
+        parts = load_file(file.file)
+    assert len(parts) == 4
+    (copy,) = copies
+    for number, name in enumerate(sorted(parts)):
+        assert torch.equal(copy.part(number), parts[name])
+    assert (notes["load_open"], notes["load_disk"]) == ("", CACHED)
+
+
+def test_a_disk_that_is_full_is_what_a_stand_in_file_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loading, "save_file", full)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        parts_file(tmp_path, 2**12, torch.float32),
+    ):
+        pass
+
+
+def test_a_copy_that_host_memory_lacks_room_for_is_refused_with_its_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 31)
+    with pytest.raises(InputError, match=r"in host memory needs 32 bytes"):
+        HostCopy([3, 5], torch.float32, False, CPU)
+
+
+def source_of(exits: tuple[int, ...]) -> Source:
+    shape: Any = None
+    return Source("tiny", Path("tiny"), shape, exits, "bytes")
+
+
+def test_a_reading_says_of_which_load_and_which_purpose_it_is() -> None:
+    source = source_of((1, 2))
+    stage = StageTime("load_disk", 0.5, 96, CACHED)
+    load = Load("fit", source, 2)
+    reading = load.reading(stage, 1)
+    assert (reading.model, reading.layers, reading.bytes, reading.predicted_bytes) == (
+        "tiny",
+        2,
+        96,
+        None,
+    )
+    assert (reading.note, reading.seconds) == (CACHED, 0.5)
+    assert load.is_of(reading, 1)
+    assert not load.is_of(reading, 0)
+    assert not replace(load, purpose="held-out").is_of(reading, 1)
+    assert not replace(load, depth=1).is_of(reading, 1)
+    stand_in = Load("fit", num_bytes=100).reading(stage, 0)
+    assert (stand_in.bytes, stand_in.predicted_bytes) == (96, 100)
+    # Of two exits neither is between others.
+    assert [one.purpose for one in checkpoint_loads([source])] == ["fit", "fit"]
+
+
+def test_the_held_out_file_lies_between_the_two_largest() -> None:
+    loads = stand_in_loads((2**14, 2**12, 2**10))
+    assert (loads[-1].purpose, loads[-1].num_bytes) == ("held-out", 2**13)
+
+
+def test_loads_are_in_an_order_by_the_seed_and_a_file_is_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads = stand_in_loads(tuple(2**size for size in range(20, 10, -1)))
+    made: list[int] = []
+
+    def counted(folder: Path, num_bytes: int, dtype: torch.dtype) -> Any:
+        made.append(num_bytes)
+        return parts_file(folder, num_bytes, dtype)
+
+    monkeypatch.setattr(load_trials, "parts_file", counted)
+    with Loading(CPU, torch.float32, tmp_path) as some:
+        orders = [list(some.missing(loads, [], seed)) for seed in (1, 1, 2)]
+        some.prepare(loads[-2])
+        some.prepare(loads[-2])
+    assert orders[0] == orders[1] != orders[2]
+    assert made == [2**11]
+
+
+def test_a_checkpoint_is_loaded_with_the_exits_of_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def timed_loads(folder: Path, depth: int, *, exits: Any, **named: Any) -> list[StageTime]:
+        asked.append((folder, depth, exits, named))
+        return []
+
+    monkeypatch.setattr(load_trials, "time_checkpoint", timed_loads)
+    source = source_of((1, 3))
+    with Loading(CPU, torch.bfloat16, tmp_path) as some:
+        assert list(some.stages(Load("fit", source, 3))) == []
+    assert asked == [(Path("tiny"), 3, (1, 3), {"device": CPU, "dtype": torch.bfloat16})]
