@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -202,14 +203,21 @@ def curve(knots: Sequence[tuple[float, float]], at: Array) -> Array:
     """
     if not knots:
         return np.ones(len(at), dtype=np.float64)
-    places, factors = (np.array(column) for column in zip(*knots, strict=True))
-    if len(places) == 1:
-        return np.full(len(at), factors[0], dtype=np.float64)
+    if len(knots) == 1:
+        return np.full(len(at), float(knots[0][1]), dtype=np.float64)
+    inside = np.clip(at, knots[0][0], knots[-1][0])
+    return np.asarray(_through(tuple(map(tuple, knots)))(inside), dtype=np.float64)
+
+
+@lru_cache(maxsize=256)
+def _through(knots: tuple[tuple[float, float], ...]) -> Callable[[Array], Any]:
+    """The curve through some knots: made once, since each run asks for the same ones again."""
     # Most profiles have no residual, and listing them should not wait for this import.
     from scipy.interpolate import PchipInterpolator
 
-    inside = np.clip(at, places[0], places[-1])
-    return np.asarray(PchipInterpolator(places, factors)(inside), dtype=np.float64)
+    places, factors = (np.array(column) for column in zip(*knots, strict=True))
+    curve_of: Callable[[Array], Any] = PchipInterpolator(places, factors)
+    return curve_of
 
 
 @dataclass(frozen=True)
