@@ -25,14 +25,15 @@ from tests.engine.factories import (
 def test_a_timeline_tells_after_each_iteration_what_waits_runs_and_is_drawn() -> None:
     """Three requests one after the other, each a prefill of 5 tokens and 3 decodes, in blocks of 4.
 
-    With its last token a request has left, and the next one has not joined yet.
+    All wait while the weights come. With its last token a request has left, and the next one has
+    not joined yet.
     """
     setup = drifting_setup(max_batch=1, timeline_interval_s=0.001)
     requests = requests_of([0.0] * 3, [5] * 3, [4] * 3, domains=DOMAINS)
     _, data = play(setup, requests, "vanilla")
     timeline = data.timeline
     assert timeline["state"].to_list() == ["loading", *["serving"] * 11, "idle"]
-    assert timeline["waiting"].to_list() == [0, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0]
+    assert timeline["waiting"].to_list() == [3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0]
     assert timeline["kv_blocks_used"].to_list() == [0, *[2, 2, 2, 0] * 3]
     assert timeline["kv_blocks"].to_list() == [0, *[setup.pool_blocks("large", 8)] * 12]
     assert timeline["tokens"].to_list() == [0, *[1] * 12]
