@@ -48,6 +48,10 @@ def test_a_timeline_tells_after_each_iteration_what_waits_runs_and_is_drawn() ->
     assert sum(
         power_w * seconds for power_w, seconds in zip(powers_w, timeline["interval_s"], strict=True)
     ) == pytest.approx(data.totals.energy_j)
+    # Whoever runs holds two blocks from the prompt on.
+    served_s = data.totals.depth_seconds["large@8"]
+    use = 2 * data.totals.busy_s / (setup.pool_blocks("large", 8) * served_s)
+    assert data.totals.mean_kv_use == pytest.approx(use)
 
 
 def test_versions_are_looked_up_once_for_all_runs(monkeypatch: pytest.MonkeyPatch) -> None:

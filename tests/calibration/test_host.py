@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import ClassVar
 
@@ -249,6 +249,30 @@ def test_a_model_may_have_an_at_sign_in_its_name() -> None:
     told = totals(host, requests, lambda at_s: 0.0)
     assert told.max_batch_size_supported == ours.totals.max_batch_size_supported
     assert told.depth_seconds == ours.totals.depth_seconds
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "serving"),
+    [
+        ("helios", {"breach_limit": 4}, {"max_batch": 3}),
+        ("helios", {"breach_limit": 4}, {"on_change": "recompute"}),
+        ("ee-single", {"exit_mode": "rebatch"}, {}),
+    ],
+)
+def test_both_add_a_run_up_alike(use, options, serving) -> None:
+    """Every total but joules, which take a meter, and what bounds layers, which is simulated."""
+    setup, requests = drifting_setup(**serving), drifting_requests(120, rate_per_s=3.0)
+    host = serve_by_clockwork(setup, setup.traces, requests, policy_of(use, **options))
+    _, data = play(setup, requests, use, **options)
+    told, ours = asdict(totals(host, requests, lambda at_s: 0.0)), asdict(data.totals)
+    for name in ("energy_j", "energy_idle_j", "energy_load_j", "regime_s"):
+        del told[name], ours[name]
+    assert 0.0 < ours["mean_kv_use"] < 1.0
+    assert ours["idle_s"] > 0.0
+    for name, value in ours.items():
+        # Sums are taken in another order.
+        rough = isinstance(value, float) or name == "depth_seconds"
+        assert told[name] == (pytest.approx(value, rel=1e-9) if rough else value), name
 
 
 def test_the_time_to_build_a_machine_is_that_of_the_assignment_before(monkeypatch) -> None:
