@@ -109,7 +109,7 @@ def prepare(scenario_path: Path, settings: ServeSettings, changes: Sequence[str]
     check_room(room, where)
     prompts = read_prompts(requests.domains, shared_tokenizer(list(chosen.values())))
     texts = prompts.pieces(requests, _longest_context(room))
-    kv, kv_said = choose_kv(settings.kv, room, longest_row(texts))
+    kv, kv_said = choose_kv(settings.kv, room, _longest_row(texts))
     return Prepared(
         scenario=scenario,
         base_dir=base_dir,
@@ -360,13 +360,13 @@ def weight_settings(prepared: Prepared) -> WeightSettings:
         device=prepared.device,
         dtype=prepared.dtype,
         kv=prepared.kv,
-        max_tokens=longest_row(prepared.texts),
+        max_tokens=_longest_row(prepared.texts),
         graphs=prepared.settings.graphs and prepared.device.type == "cuda",
         free_running=prepared.settings.free_running,
     )
 
 
-def longest_row(texts: Sequence[Sequence[int]]) -> int:
+def _longest_row(texts: Sequence[Sequence[int]]) -> int:
     """Tokens of the longest row that is to be served."""
     return max((len(text) - 1 for text in texts if text), default=1)
 
