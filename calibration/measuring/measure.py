@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,7 +87,7 @@ _LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
 """Least and largest size of a stand-in file, where no checkpoint is loaded."""
 
 _COOL_DOWN_S: Final = 0.5
-"""Pause after an energy window on a GPU, so that one does not warm the next."""
+"""Pause between a GPU's work and an energy window, so that one does not warm the next."""
 
 _WINDOW_SHARE: Final = 1 / 75
 """Of a short budget that one energy window takes, so that three models get several each."""
@@ -333,6 +333,7 @@ class _Session:
         if isinstance(self.meter, NoMeter) or reading.key in self.readings:
             return
         synchronise(self.device)
+        time.sleep(self._cool_down_s())
         with window_of(self.meter) as window:
             time.sleep(self._window_s())
             found = window.close(busy_s=0.0)
@@ -435,17 +436,18 @@ class _Session:
             self._say(f"{source.name}: every trial of the plan is taken.")
             return
         model, depth = self._load(source)
-        try:
+        with ExitStack() as held:
+            held.callback(model.unload)
             grid = self._grid_of(source, model, depth)
             tokens = sample_tokens(source.shape.vocab)
             bench = Bench(model, tokens, max_batch=grid.max_batch, max_context=grid.max_context)
+            held.callback(bench.close)
             if changed := self._changed_kernels(bench):
                 self._note(
                     f"{bench.name} is not measured further, since {changed}: times with both are "
                     "not one measurement. Its readings are kept; free memory where a self-test "
                     "found no room, or measure into another folder"
                 )
-                bench.close()
                 return
             self._graphs(bench)
             # After the graphs, whose buckets are part of the description.
@@ -459,9 +461,6 @@ class _Session:
                 self.plan.models[source.name] = planned
                 self._write_plan()
             self._run_jobs(bench, probe, planned.jobs, until_s)
-            bench.close()
-        finally:
-            model.unload()
 
     def _changed_kernels(self, bench: Bench) -> str:
         """What kernels the run that is resumed had otherwise, as far as it says; empty if none."""

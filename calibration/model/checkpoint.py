@@ -116,7 +116,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, data: int, entry: Mapping[str, Any]) -> Entry:
     if entry["dtype"] not in DTYPES:
         raise InputError(
-            f"The type {entry['dtype']!r} is not supported; allowed are {', '.join(DTYPES)}.",
+            f"The type {entry['dtype']!r} is not supported; allowed are {', '.join(DTYPES)}. Of a "
+            "quantised model take the weights that it was made from.",
             str(path),
         )
     begin, end = entry["data_offsets"]
