@@ -42,6 +42,9 @@ SERVEGEN_DATASET = {
 _GAMMA_SHAPES = (4e-4, 1e4)
 _WEIBULL_SHAPES = (0.15, 130.0)
 
+_ONE_WINDOW_S = 600.0
+"""Seconds of a window in a trace that holds one, as in ServeGen's own data."""
+
 
 @dataclass(frozen=True)
 class _Histogram:
@@ -78,7 +81,7 @@ def read_servegen(path: Path, settings: TraceSettings, seed: int) -> Trace:
     windows = _servegen_windows(path)
     lengths = _servegen_lengths(dataset_path)
     starts = windows["window_start_s"].unique().sort().to_numpy()
-    width_s = float(np.diff(starts).min()) if starts.size > 1 else 600.0
+    width_s = _window_width_s(starts, path)
     end_s = math.inf if settings.end_s is None else settings.end_s
     pieces: list[tuple[Floats, NDArray[np.int32], NDArray[np.int32]]] = []
     asked = windows.filter(
@@ -121,6 +124,23 @@ def read_servegen(path: Path, settings: TraceSettings, seed: int) -> Trace:
         prompt_tokens=np.concatenate([piece[1] for piece in pieces])[order],
         output_tokens=np.concatenate([piece[2] for piece in pieces])[order],
     )
+
+
+def _window_width_s(starts: NDArray[np.int64], path: Path) -> float:
+    """Seconds of a window: the least between two starts, of which others are multiples."""
+    if starts.size < 2:
+        return _ONE_WINDOW_S
+    gaps = np.diff(starts)
+    width = int(gaps.min())
+    odd = np.flatnonzero(gaps % width)
+    if odd.size:
+        at = int(odd[0])
+        raise InputError(
+            f"Windows begin at {starts[at]} s and at {starts[at + 1]} s, which is no multiple of "
+            f"the {width} s between two others; all windows of a trace must be equally long.",
+            where=str(path),
+        )
+    return float(width)
 
 
 def _servegen_windows(path: Path) -> pl.DataFrame:

@@ -803,6 +803,7 @@ def test_a_servegen_window_is_the_same_whatever_else_is_read(tmp_path: Path) -> 
         ({"pattern": ["Gamma", "Pareto", "", "Weibull"]}, {}, "pattern Gamma or Weibull"),
         ({"rate_rps": [2.0, -5.0, 0.0, 3.0]}, {}, "'rate_rps': -5.0"),
         ({"rate_rps": [2.0, 5.0, 0.0, 1e12]}, {}, r"model_trace\.parquet, row 3: .*up to 1e\+06"),
+        ({"window_start_s": [0, 600, 0, 1000]}, {}, "at 0 s and at 600 s, .* the 400 s .*equally"),
         ({"window_start_s": [0, 600, 0, 10**10]}, {}, "row 3: .*the window 0 to 1e.09 s"),
         ({"arg1": [0.25, 0.0, 0.0, 1.0]}, {}, "shape arg1 of 0.0004 to 10000"),
         ({"arg1": [0.25, 1.0, 0.0, 1e-9]}, {}, "row 3: .*0.15 to 130 .Weibull"),
