@@ -60,6 +60,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, or what it is: libraries go on for pages."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def install_command(*extras: str) -> str:
     """What installs extras of this program: no package index has it, so its clone does."""
     return f"pip install -e '.[{','.join(extras)}]' in the clone"

@@ -19,7 +19,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, first_line
 from helios_sim.loop.state import NLL_UNITS_PER_NAT
 from helios_sim.policy.rules import leaves_here
 from helios_sim.profile import MarkovCandidate, MarkovExits, Profile
@@ -419,7 +419,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
         return pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError(
-            f"The exit trace cannot be read as parquet: {error}.", where=str(path)
+            f"The exit trace cannot be read as parquet: {first_line(error)}.", where=str(path)
         ) from error
 
 

@@ -35,7 +35,7 @@ from calibration.model.launches import (
     gated,
     splits_for,
 )
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, first_line
 
 EVERY_DIVISION: Final = tuple(1 << power for power in range(MOST_SPLITS.bit_length()))
 """Shares that a row may be divided into."""
@@ -278,7 +278,7 @@ def _chosen(device: torch.device, dtype: torch.dtype, tested: Callable[[], Fusio
         return tested()
     except (InputError, torch.OutOfMemoryError) as error:
         # Another time there may be room, so that this is not remembered.
-        return Fusion(False, f"{_SUBJECT} found no room for the self-test: {_first_line(error)}")
+        return Fusion(False, f"{_SUBJECT} found no room for the self-test: {first_line(error)}")
 
 
 @lru_cache(maxsize=32)
@@ -309,7 +309,7 @@ def _verdict(subject: str, test: Callable[[], float]) -> tuple[bool, str]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as failure:  # Whatever it raises, it cannot be used.
-        return False, f"{subject} failed the self-test: {_first_line(failure)}"
+        return False, f"{subject} failed the self-test: {first_line(failure)}"
     if not off <= TOLERANCE:
         return False, f"{subject} failed the self-test: off by {off:.3g}"
     return True, f"{subject} passed the self-test: within {off:.1e} of the stock steps"
@@ -467,11 +467,6 @@ def _sums(width: int, device: torch.device, random: Callable[..., Tensor]) -> fl
 
 def _is_paged(pool: Pool) -> bool:
     return isinstance(pool, PagedPool)
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says first, or what it is."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from calibration.model.attention import Attend
 from calibration.model.kv import Indices, PagedPool, Pool
+from helios_sim.errors import first_line
 from helios_sim.garbage import uncollected
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def first_cause(error: BaseException) -> str:
     """
     while error.__context__ is not None:
         error = error.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def cuda_recorder(device: torch.device) -> CudaRecorder | str:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 from polars.exceptions import PolarsError
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, first_line
 from helios_sim.exits import ExitTraces, read_traces
 from helios_sim.profile import Profile
 from helios_sim.runs.records import RunData
@@ -180,8 +180,9 @@ def _read_table(path: Path) -> pl.DataFrame:
     try:
         frame = pl.read_parquet(path)
     except (PolarsError, OSError) as error:
-        first = str(error).partition("\n")[0]
-        raise InputError(f"The file is not a Parquet table: {first}.", str(path)) from None
+        raise InputError(
+            f"The file is not a Parquet table: {first_line(error)}.", str(path)
+        ) from None
     missing = [name for name in NEEDED if name not in frame.columns]
     if missing:
         raise InputError(

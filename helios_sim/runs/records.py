@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
-from helios_sim.errors import InputError, shown
+from helios_sim.errors import InputError, first_line, shown
 from helios_sim.folders import check_writable, folder_in_place
 from helios_sim.runs.columns import (
     DECISION_COLUMNS,
@@ -502,8 +502,9 @@ def _read_table(path: Path, columns: Mapping[str, Column]) -> pl.DataFrame:
     try:
         frame = pl.read_parquet(path)
     except (PolarsError, OSError) as error:
-        first = str(error).partition("\n")[0]
-        raise InputError(f"The file is not a Parquet table: {first}.", str(path)) from None
+        raise InputError(
+            f"The file is not a Parquet table: {first_line(error)}.", str(path)
+        ) from None
     for name, (dtype, _) in columns.items():
         if name in frame.columns and frame.schema[name] != dtype:
             raise InputError(

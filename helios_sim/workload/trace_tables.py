@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from helios_sim.errors import InputError, did_you_mean
+from helios_sim.errors import InputError, did_you_mean, first_line
 from helios_sim.streams import Floats
 from helios_sim.workload.trace import Ints, TraceColumns
 
@@ -23,11 +23,6 @@ LINE = " line"
 def at_line(path: Path, line: int) -> str:
     """Where a flaw is."""
     return f"{path}, line {line}"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, or what it is."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def header_of(raw: bytes) -> tuple[str, list[str]]:

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 import polars as pl
 
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, first_line
 from helios_sim.streams import Floats, whole_ns
 from helios_sim.workload.arrivals import MAX_REQUESTS
 from helios_sim.workload.servegen import read_servegen
@@ -22,7 +22,7 @@ from helios_sim.workload.trace import (
     nothing_in_window,
 )
 from helios_sim.workload.trace_formats import TEXT_READERS, any_csv, read_helios, recognise
-from helios_sim.workload.trace_tables import at_line, first_line
+from helios_sim.workload.trace_tables import at_line
 
 
 def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:

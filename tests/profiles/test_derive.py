@@ -131,7 +131,7 @@ def test_the_source_of_a_number_says_what_was_done_to_it(tmp_path: Path) -> None
 
 def test_every_coefficient_has_a_rule_and_stands_under_it_in_the_documentation() -> None:
     assert set(RULES) == set(cost.COEFFICIENTS)
-    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "derive.md").read_text(encoding="utf-8")
     section = page.split("## A device that is not here")[1].split("\n## ")[0]
     told = {
         rule: set(re.findall(r"`([a-z_]+\.[a-z_]+)`", names))
@@ -143,7 +143,7 @@ def test_every_coefficient_has_a_rule_and_stands_under_it_in_the_documentation()
 
 
 def test_the_worked_example_in_the_documentation_is_what_the_profile_says(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "derive.md").read_text(encoding="utf-8")
     section = page.split("## A device that is not here")[1].split("\n## ")[0]
     command = next(
         line

@@ -111,7 +111,7 @@ def test_a_7b_derived_from_the_13b_is_the_7b_that_is_shipped_but_for_its_splits(
     }
     assert set(apart) == {"rebatch.overhead_s"}
     assert 0.0 < apart["rebatch.overhead_s"] < 0.03
-    section = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    section = (ROOT / "docs" / "derive.md").read_text(encoding="utf-8")
     assert "0.01 %" in section.split("## A model that is not here")[1].split("\n## ")[0]
 
 
@@ -275,7 +275,7 @@ def test_the_worked_example_in_the_documentation_is_what_the_profile_says(
     given = load_profile(H100)
     wanted = Wanted("qwen2-7b", written(tmp_path, QWEN2))
     derived = write_with_models(given, "mine", same_device(H100), [wanted], tmp_path / "mine")
-    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "derive.md").read_text(encoding="utf-8")
     section = page.split("## A model that is not here")[1].split("\n## ")[0]
     for one in figures_of(derived, ["llama3-8b", "qwen2-7b"]):
         own = derived.models[one.name]

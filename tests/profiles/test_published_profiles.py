@@ -67,7 +67,7 @@ def test_the_documented_comparison_is_the_one_the_profiles_give(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert published.main(["--compare"]) == 0
-    page = (ROOT / "docs" / "profiles.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in page
 
 
