@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-lowest lint format bench clean
 
 demo: $(VENV)/demo-ready
 	$(BIN)/helios simulate scenarios/quickstart.toml --out runs/quickstart
@@ -28,12 +28,18 @@ format: $(VENV)/test-ready
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+# Old packages warn of what has changed since; only here that is no failure.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c tests/lowest.txt -e '.[cluster]' pytest pytest-xdist hypothesis
+	$(VENV)-lowest/bin/pytest -n auto --maxprocesses 4 --dist loadfile -W default --ignore tests/calibration --ignore tests/reports
+
 bench: $(VENV)/demo-ready
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # Runs stay: trained models and readings among them take longer to make than anything here.
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest build *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; this is " + sys.version.split()[0])'
