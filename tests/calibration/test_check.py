@@ -24,8 +24,7 @@ from calibration.fitting.check import (
 from calibration.fitting.fit import fit_profile
 from calibration.fitting.fit_times import Number, model_profile
 from calibration.fitting.page import render
-from calibration.fitting.points import EXIT_ITERATION, gather
-from calibration.fitting.predict import Predictor, prefill_load
+from calibration.fitting.points import gather
 from calibration.measuring.readings import SCHEMA, Reading, busy_machine
 from helios_sim.cost import decode_joules, decode_seconds
 from helios_sim.errors import InputError
@@ -167,19 +166,6 @@ def test_beside_an_anchor_every_padded_row_is_read_to_the_longest_ones_end() -> 
     model = model_with({"decode.memory_s_per_padded_token": 1e-6}, buckets=(4,))
     found = _beside("planted", model, replace(ENERGY_ANCHORS[0], batch=3))
     assert 3 / found.tokens_per_s == pytest.approx(12 * 4 * 512 * 1e-6)
-
-
-def test_rows_that_leave_early_take_the_factor_of_what_is_loaded() -> None:
-    predictor = Predictor(model_with({}, depth_residual=((3, 0.6), (12, 1.1))))
-    load = {"layers": 3, "batch": 1}
-    assert predictor.factor({"quantity": EXIT_ITERATION, **load}) == 1.1
-    assert predictor.factor({"quantity": "decode_layers", **load}) == 0.6
-
-
-@pytest.mark.parametrize(("cached", "pairs"), [(0, 1 + 2 + 3 + 4), (3, 4 + 5 + 6 + 7)])
-def test_a_prompt_token_meets_those_before_it_and_itself(cached: int, pairs: int) -> None:
-    row = {"batch": 2, "prompt_tokens": 4, "context_tokens": cached}
-    assert prefill_load(row) == (8, 2 * cached, 2 * pairs)
 
 
 def test_without_joules_nothing_stands_beside_published_ones() -> None:

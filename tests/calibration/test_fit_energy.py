@@ -6,8 +6,7 @@ import polars as pl
 import pytest
 
 from calibration.fitting.fit_energy import EnergyFit, fit_energy
-from calibration.fitting.fit_times import Number, model_profile
-from calibration.fitting.predict import Predictor
+from calibration.fitting.fit_times import Number
 from tests.calibration import planted
 from tests.calibration.planted import GPU_LIKE, Plan
 
@@ -74,13 +73,3 @@ def test_a_head_that_only_judges_is_none_that_was_fitted_and_checks_follow_it() 
         assert numbers[name].value == pytest.approx(like_layers[name], rel=1e-3)
         check = name.replace("head.", "check.")
         assert numbers[check].value == numbers[name].value
-
-
-def test_a_graph_computes_its_buckets_rows_and_reads_each_to_the_longest_ones_end() -> None:
-    profile = model_profile(planted.model(), {}, buckets=(4,), batch_residual=(), hull=None)
-    predictor = Predictor(profile)
-    assert (predictor.rows(3, "graph"), predictor.rows(3, "eager")) == (4.0, 3.0)
-    load = {"batch": 3, "context_tokens": 10, "longest_context_tokens": 20}
-    assert predictor.padded_tokens({**load, "mode": "graph"}) == 4 * 20
-    assert predictor.padded_tokens({**load, "mode": "eager"}) == 3 * 20
-    assert predictor.read_tokens({**load, "mode": "graph"}) == 3 * 10
