@@ -77,7 +77,6 @@ class ServedLoad:
             clock=_Clock(),
             timeline_interval_s=1.0,
         )
-        self.level = list(exit_layers).index(machine.depth)
         self.stepper = ScriptedStepper(
             machine,
             assignment=Assignment(name, machine.depth, exit_mode),
@@ -93,11 +92,11 @@ class ServedLoad:
         replica.tally.exit_counts = {name: [0] * len(exit_layers)}
         replica.window.watching = not exit_mode.leaves_early
         replica.batch.take_up(
-            pool_blocks=max_rows * (1 + replica.batch.blocks_for(self.pool.max_tokens)),
+            pool_blocks=max_rows * replica.batch.blocks_for(self.pool.max_tokens),
             max_positions=self.pool.max_tokens + 1,
             solo=False,
             rebatches=exit_mode is ExitMode.REBATCH,
-            levels=self.level + 1,
+            levels=self.stepper.level + 1,
             max_rows=max_rows,
         )
 
@@ -118,7 +117,7 @@ class ServedLoad:
         rows = self._rows(starts)
         self.replica.batch.rows = list(rows)
         turns = cycle(range(2 * reach + 1))
-        level = self.level if leaves_at is None else leaves_at
+        level = self.stepper.level if leaves_at is None else leaves_at
         splits = self.replica.batch.rebatches
         leaving = len(rows) // 2 if splits else len(rows)
 
@@ -151,7 +150,6 @@ class ServedLoad:
         def iteration() -> None:
             for life in lives:
                 life.emitted.clear()
-                life.first_token_s = None
                 batch.enter(life)
             self._turn()
             iterations.clear()
