@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -20,7 +21,7 @@ from calibration.cli import main
 from calibration.measuring import load_trials, timing
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
-from calibration.measuring.grid import RICHNESS, Job
+from calibration.measuring.grid import RICHNESS, SAMPLES, WARMUPS, Job, Probe
 from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
 from calibration.measuring.pace import Pace
@@ -34,14 +35,18 @@ from calibration.measuring.readings import (
 from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
 from calibration.model.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
+from calibration.model.decode import Decoder
 from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.model.fused import Fusion
+from calibration.model.kv import SlotPool
 from calibration.model.loading import LoadReport
 from calibration.model.memory import TooLittleMemory
 from calibration.options import parse_budget, parse_exits
+from calibration.serving.iteration import Stepper
 from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import ExitMode
+from tests.calibration.serving import model_of
 from tests.calibration.test_graphs import FakeRecorder
 from tests.calibration.tiny import stock_model
 from tests.shared_machine import undisturbed
@@ -198,7 +203,10 @@ def test_an_iteration_is_a_turn_of_the_serving_loop(bench: Bench) -> None:
     contexts = []
     for turn in range(3 * TURNS):
         work()
-        contexts.append([row.context for row in load.replica.batch.rows])
+        rows = load.replica.batch.rows
+        contexts.append([row.context for row in rows])
+        assert [bench.pool.lengths[row.slot] for row in rows] == contexts[-1]
+        assert {row.life.generated for row in rows} == {2 + turn % TURNS}
         (told,) = load.replica.tally.iterations[turn % TURNS :]
         assert told.outcome.context_tokens == sum(contexts[-1])
         assert (told.outcome.rows, told.outcome.layers, told.running) == (3, 2, 3)
@@ -206,6 +214,8 @@ def test_an_iteration_is_a_turn_of_the_serving_loop(bench: Bench) -> None:
     means = [statistics.fmean(column) for column in zip(*contexts, strict=True)]
     assert means == [20.0, 31.0, 44.0]
     assert load.replica.window.seen + load.replica.window.breaches > 0
+    batch = load.replica.batch
+    assert batch.free_blocks + sum(row.blocks for row in batch.rows) == batch.pool_blocks
     bench.pool.check()
 
 
@@ -215,6 +225,20 @@ def test_prompts_that_are_measured_come_are_told_a_token_and_go(bench: Bench) ->
         work()
         assert bench.pool.num_rows == 0
     bench.pool.check()
+
+
+def test_prompts_that_fill_the_pool_are_prefilled_in_one_iteration() -> None:
+    """No blocks are kept free for rows that grow: nobody goes on."""
+    model = model_of("long", (1, 2), positions=208)
+    pool = SlotPool(model.kv_dims, 2, 3, 208)
+    machine = ModelMachine(model, pool, Decoder(model, pool), depth=2, free_running=False)
+    load = ServedLoad(machine, (1, 2), lambda count, place: [place] * count)
+    work = load.prefilling(3, 208)
+    for _ in range(2):
+        work()
+        assert not load.replica.batch.queue
+        assert not load.replica.tally.iterations
+        assert pool.num_rows == 0
 
 
 @pytest.mark.parametrize("context", [1, 3, 64])
@@ -249,6 +273,16 @@ def test_rows_that_wait_leave_together_at_the_exit_asked_for(
         assert (outcome.layers, outcome.checks, outcome.heads) == (layers, checks, heads)
         assert (outcome.filled_layers, outcome.filled_rows) == (filled, 3 if filled else 0)
     bench.pool.check()
+
+
+def test_the_rule_is_asked_of_each_row_at_each_exit_whoever_is_to_leave(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As serving asks it: what that takes is part of an iteration."""
+    asked: list[float] = []
+    monkeypatch.setattr(Stepper, "leaves", lambda _, answer: bool(asked.append(answer.confidence)))
+    leaving(bench, ExitMode.WAIT).decoding([20, 31, 44], 1)()
+    assert len(asked) == 2 * 3
 
 
 @pytest.mark.parametrize("batch", [2, 3, 4])
@@ -379,6 +413,81 @@ def test_capturing_is_timed_graph_by_graph_as_growing_batches_want_them(bench: B
     assert {one.batch for one in found if one.purpose == "held-out"} == {2}
     assert all(one.seconds and one.seconds > 0.0 for one in found)
     assert bench.modes == ("eager",)
+
+
+def test_a_few_looks_take_apart_what_a_pass_takes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of up to 4 rows of up to 64 tokens, on a device of round costs."""
+    probe = Probe(
+        decode_s=10.0,
+        decode_s_per_row=2.0,
+        decode_s_per_context_token=0.25,
+        prefill_s=100.0,
+        prefill_s_per_token=5.0,
+        head_s=6.0,
+        head_s_per_row=3.0,
+        samples_per_quiet_one=2.0,
+        host_s=7.0,
+        host_s_per_row=4.0,
+    )
+
+    def seconds(job: Job) -> float:
+        assert job.depths == (4,)
+        assert job.batch is not None
+        more_rows, context = job.batch - 1, job.context_tokens or 0
+        asked = 6.0 + 3.0 * more_rows
+        layers = 10.0 + 2.0 * more_rows + 0.25 * job.batch * (context - 32)
+        return {
+            "head": asked,
+            "decode_layers": layers,
+            "iteration": layers + asked + 7.0 + 4.0 * more_rows,
+            "prefill_layers": 100.0 + 5.0 * ((job.prompt_tokens or 0) - 32),
+        }[job.quantity]
+
+    monkeypatch.setattr(bench, "work", lambda job, depth: job)
+    monkeypatch.setattr(bench, "_once", seconds)
+    monkeypatch.setattr("calibration.measuring.bench.quiet_share", lambda *_: 0.5)
+    assert bench.probe() == probe
+
+
+def test_costs_that_do_not_grow_with_the_load_are_none_of_a_row(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does what the host adds fall below nothing where a look at an iteration was quick."""
+    monkeypatch.setattr(bench, "work", lambda job, depth: job)
+    monkeypatch.setattr(bench, "_once", lambda job: 1.0 / (job.batch or 1))
+    monkeypatch.setattr("calibration.measuring.bench.quiet_share", lambda *_: 0.1)
+    found = bench.probe()
+    assert found.decode_s_per_row == found.head_s_per_row == found.host_s == 0.0
+    assert found.samples_per_quiet_one == timing.MAX_TRIES
+
+
+def test_a_trial_is_thought_to_take_its_passes_on_the_clock_that_it_is_timed_by(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the layers take half of the time, and what is awaited goes by the wall clock."""
+    device = SimpleNamespace(sample_s=lambda pass_s: 10.0 * pass_s)
+    wall = SimpleNamespace(sample_s=lambda pass_s: 100.0 * pass_s)
+    monkeypatch.setattr(bench, "timer", device)
+    monkeypatch.setattr(bench, "_wall", wall)
+    probe = Probe(8.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+    def trial(seconds: float, sample_s: float) -> float:
+        return (SAMPLES + 2) * sample_s * seconds + WARMUPS * seconds
+
+    stacks = Job("decode_layers", batch=1, context_tokens=32, depths=(2, 4))
+    assert bench.estimate_s(stacks, probe) == trial(4.0 + 8.0, 10.0)
+    for quantity, seconds in (
+        ("head", 1.0),
+        ("check", 1.0),
+        ("iteration", 9.0),
+        ("exit_iteration", 9.0),
+        ("split_iteration", 10.0),
+    ):
+        job = Job(quantity, batch=1, context_tokens=32)
+        assert bench.estimate_s(job, probe) == trial(seconds, 100.0), quantity
+    assert bench.estimate_s(Job("kv_fill", batch=1), probe) == trial(8.0, 10.0)
 
 
 def test_an_energy_window_gives_joules_of_one_repetition(bench: Bench, tmp_path: Path) -> None:
@@ -871,6 +980,18 @@ def test_contexts_of_an_iteration_have_the_mean_asked_for_wherever_in_the_pool(
     assert [statistics.fmean(column) for column in zip(*read, strict=True)] == lengths
     assert max(map(max, read)) <= bench.max_context
     bench.pool.check()
+
+
+def test_a_row_that_is_to_read_one_token_reads_two(bench: Bench) -> None:
+    """If it held none before its new one, it would be a prompt, which no graph serves."""
+    machine = ModelMachine(
+        bench.model, bench.pool, bench.decoders["eager"], depth=2, free_running=False
+    )
+    load = ServedLoad(machine, bench.depths, lambda count, place: [place] * count)
+    work = load.decoding([1, 5])
+    for _ in range(2):
+        work()
+        assert [row.context for row in load.replica.batch.rows] == [2, 5]
 
 
 @pytest.mark.parametrize("max_context", [2, 3, 7, 33])
