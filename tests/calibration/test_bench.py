@@ -321,3 +321,9 @@ def test_a_rough_look_takes_the_quickest_run_after_the_first(
     looks = iter([0.5, 3.0, 1.0, 2.0])
     monkeypatch.setattr(bench._wall, "sample", lambda work, count: Sample(next(looks)))
     assert bench._once(lambda: None) == 1.0
+
+
+def test_a_slope_is_that_of_two_places_and_none_of_one() -> None:
+    assert module._slope(1.0, 7.0, 3) == 2.0
+    assert module._slope(1.0, 3.0, 1) == 2.0
+    assert module._slope(1.0, 3.0, 0) == 0.0

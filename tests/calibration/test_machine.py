@@ -14,6 +14,7 @@ from calibration.model.decode import Decoder
 from calibration.model.early_exit import from_stock
 from calibration.model.kv import PagedPool, Pool, SlotPool
 from calibration.serving.batching import Row
+from calibration.serving.iteration import Answer
 from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
 from tests.calibration.serving import lives_for, model_of
@@ -165,3 +166,145 @@ def test_what_padding_rows_say_is_not_read(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(machine.decoder, "tell", padded)
     assert len(prefill(machine, [new_row(0), new_row(1)])) == 2
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+def test_a_confidence_or_a_likelihood_alone_that_is_no_number_is_refused(
+    monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    machine = machine_of(pool_of("slots"))
+    tell = machine.decoder.tell
+
+    def said(*arguments: Any) -> torch.Tensor:
+        found = tell(*arguments)
+        found[broken, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(machine.decoder, "tell", said)
+    with pytest.raises(InputError, match="not finite"):
+        prefill(machine, [new_row(0), new_row(1)])
+
+
+def test_what_rounding_puts_beyond_a_share_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = machine_of(pool_of("slots"))
+    told = torch.tensor([[7.0, 8.0], [1.25, -0.25], [-0.25, 2.0]])
+    monkeypatch.setattr(machine.decoder, "tell", lambda *_: told)
+    found = prefill(machine, [new_row(0), new_row(1)])
+    assert found == [Answer(7, 1.0, 0.0), Answer(8, 0.0, 2.0)]
+
+
+def test_answers_come_in_the_order_of_the_rows_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever they stand in the pool, and without those that are done."""
+    machine = machine_of(pool_of("slots"))
+    rows = [new_row(number) for number in range(3)]
+    prefill(machine, rows)
+    monkeypatch.setattr(machine.decoder, "tell", lambda *_: torch.tensor([[5.0, 6.0, 7.0]] * 3))
+    for wanted, ghosts in (([2, 0, 1], []), ([2, 0], [1]), ([1], [0, 2])):
+        machine.begin([rows[one] for one in wanted], 0, [rows[one] for one in ghosts])
+        machine.run_to(1)
+        # Nobody's word is a likelihood or a confidence here: all that counts is whose it is.
+        assert [answer.token for answer in machine.read(1)] == [5 + one for one in wanted]
+
+
+def test_rows_that_are_held_go_on_from_where_they_stood() -> None:
+    """Two of three, in another order: what they are told is what all are told at once."""
+    together, apart = (machine_of(pool_of("slots")) for _ in range(2))
+    told = []
+    for machine in (together, apart):
+        rows = [new_row(number) for number in range(3)]
+        prefill(machine, rows)
+        machine.begin(rows, 0, ())
+        machine.run_to(0)
+        if machine is apart:
+            machine.hold([rows[2], rows[0]])
+            assert [row.hidden is not None for row in rows] == [True, False, True]
+            machine.begin([rows[2], rows[0]], 1, ())
+        machine.run_to(1)
+        told.append([answer.nll_nats for answer in machine.read(1)])
+        machine.hold([])
+        assert not any(row.hidden is not None for row in rows)
+    torch.testing.assert_close(told[1], [told[0][2], told[0][0]], rtol=1e-4, atol=1e-4)
+
+
+def test_the_kv_of_some_rows_is_filled_at_their_places_and_of_nobody_else() -> None:
+    machine = machine_of(pool_of("slots"))
+    rows = [new_row(number) for number in range(3)]
+    prefill(machine, rows)
+    machine.begin(rows, 0, ())
+    machine.run_to(0)
+    store = machine.pool.keys[2]
+    store.zero_()
+    machine.fill([rows[2], rows[0]], 0)
+    held = store[: machine.pool.capacity_tokens].view(ROWS, TOKENS, -1)
+    assert held.abs().sum(-1).nonzero().tolist() == [[0, 6], [2, 6]]
+
+
+def test_a_row_that_is_done_keeps_one_token_and_is_computed_at_its_first_place() -> None:
+    machine = machine_of(pool_of("pages"))
+    rows = [new_row(0, 9), new_row(1, 6), new_row(2, 1)]
+    prefill(machine, rows)
+    machine.begin(rows[:1], 0, rows[1:])
+    assert [machine.pool.lengths[row.slot] for row in rows] == [10, 1, 1]
+    machine.pool.check()
+
+
+def test_a_row_that_left_has_no_place_and_no_state() -> None:
+    machine = machine_of(pool_of("slots"))
+    rows = [new_row(0), new_row(1)]
+    prefill(machine, rows)
+    machine.begin(rows, 0, ())
+    machine.run_to(0)
+    machine.hold(rows)
+    machine.release(rows[0])
+    assert (rows[0].slot, rows[0].hidden) == (-1, None)
+    assert (rows[1].slot, machine.occupants) == (1, [None, rows[1]])
+
+
+def test_a_free_running_row_is_fed_its_prompt_and_what_it_emitted() -> None:
+    machine = machine_of(pool_of("slots"))
+    machine.free_running = True
+    row = new_row(0, 4)
+    row.life.emitted = [91, 92, 93]
+    prompt = row.life.text[:4]
+    for start, stop, tokens in (
+        (0, 4, prompt),
+        (0, 6, [*prompt, 91, 92]),
+        (3, 5, [prompt[3], 91]),
+        (4, 5, [91]),
+        (5, 7, [92, 93]),
+    ):
+        assert machine._tokens(row, start, stop) == tokens
+    # As one that was preempted is: its own words are part of what is prefilled.
+    row.to_prefill = 6
+    assert machine._prompt(row).tolist() == [*prompt, 91, 92]
+    machine.free_running = False
+    assert machine._prompt(row).tolist() == row.life.text[:6]
+
+
+@pytest.mark.parametrize(
+    ("contexts", "by_graphs"), [([5, 6], True), ([0, 6], True), ([0, 0], False)]
+)
+def test_graphs_serve_a_batch_in_which_somebody_has_read_a_token(
+    contexts: list[int], by_graphs: bool
+) -> None:
+    machine = machine_of(pool_of("slots"))
+    rows = [new_row(0), new_row(1)]
+    prefill(machine, rows)
+    for row, context in zip(rows, contexts, strict=True):
+        row.context = context
+    machine.begin(rows, 0, ())
+    assert machine._place is not None
+    assert machine._place.by_graphs == by_graphs
+
+
+def test_the_true_token_after_the_new_one_is_asked_for_and_after_the_text_the_last() -> None:
+    machine = machine_of(pool_of("slots"))
+    rows = [new_row(0), new_row(1)]
+    prefill(machine, rows)
+    places: list[Any] = []
+    place = machine.decoder.place
+    machine.decoder.place = lambda *given: places.append(given) or place(*given)  # type: ignore[method-assign]
+    rows[1].life.emitted = [0] * (TOKENS - 6)
+    machine.begin(rows, 0, ())
+    ((_, _, _, targets),) = places
+    assert targets == [rows[0].life.text[7], rows[1].life.text[TOKENS - 1]]

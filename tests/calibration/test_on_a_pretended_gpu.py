@@ -289,7 +289,8 @@ def test_graphs_count_what_they_keep_and_not_what_was_idle_before(gpu: Gpu) -> N
     idle = torch.empty(2**24, device=CUDA)
     del idle
     bench.capture_graphs()
-    assert all((reading.bytes or 0) > 0 for reading in bench.memory())
+    # Less than what was idle, and than what the device keeps for itself.
+    assert all(0 < (reading.bytes or 0) < 2**24 for reading in bench.memory())
     bench.close()
 
 
