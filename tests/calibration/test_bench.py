@@ -188,14 +188,14 @@ def test_a_load_has_the_contexts_asked_for_or_32_tokens(
     assert bench_of(max_context=8)._lengths(Job("head")) == [8]
 
 
-def test_a_stack_decodes_each_row_s_last_token_whatever_ran_since(bench: Bench) -> None:
+def test_a_stack_decodes_each_row_s_last_token_whatever_was_replayed_since(bench: Bench) -> None:
     """The new token is one of the context, and the states of rows are the trial's own."""
-    stack = Job("decode_layers", batch=2, context_tokens=20)
-    assert bench._load(stack).positions == [19, 19]
-    kept = bench._load(stack).hidden
-    before = kept.clone()
-    bench.decoders["eager"].begin([0, 1], [1, 2], [19, 19])
-    assert torch.equal(kept, before)
+    bench.capture_graphs(FakeRecorder())
+    load = bench._load(Job("decode_layers", mode="graph", batch=2, context_tokens=20))
+    assert load.positions == [19, 19]
+    before = load.hidden.clone()
+    bench.decoders["graph"].begin([0, 1], [1, 2], [19, 19])
+    assert torch.equal(load.hidden, before)
 
 
 def test_prompts_are_prefilled_to_the_depth_behind_the_tokens_that_are_there(
