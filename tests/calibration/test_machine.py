@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from calibration.model.decode import Decoder
 from calibration.model.early_exit import from_stock
 from calibration.model.kv import PagedPool, Pool, SlotPool
 from calibration.serving.batching import Row
-from calibration.serving.iteration import Answer
+from calibration.serving.iteration import Answer, Captures
 from calibration.serving.machine import ModelMachine
 from helios_sim.errors import InputError
 from tests.calibration.serving import lives_for, model_of
@@ -226,17 +227,21 @@ def test_rows_that_are_held_go_on_from_where_they_stood() -> None:
     torch.testing.assert_close(told[1], [told[0][2], told[0][0]], rtol=1e-4, atol=1e-4)
 
 
-def test_the_kv_of_some_rows_is_filled_at_their_places_and_of_nobody_else() -> None:
+@pytest.mark.parametrize("leaving", [[2, 0], [0, 1, 2]])
+def test_the_kv_of_rows_is_filled_at_their_places_beyond_the_exit_and_nowhere_else(
+    leaving: list[int],
+) -> None:
     machine = machine_of(pool_of("slots"))
     rows = [new_row(number) for number in range(3)]
     prefill(machine, rows)
     machine.begin(rows, 0, ())
     machine.run_to(0)
-    store = machine.pool.keys[2]
+    before, store = machine.pool.keys[1].clone(), machine.pool.keys[2]
     store.zero_()
-    machine.fill([rows[2], rows[0]], 0)
+    machine.fill([rows[one] for one in leaving], 0)
     held = store[: machine.pool.capacity_tokens].view(ROWS, TOKENS, -1)
-    assert held.abs().sum(-1).nonzero().tolist() == [[0, 6], [2, 6]]
+    assert held.abs().sum(-1).nonzero().tolist() == [[one, 6] for one in sorted(leaving)]
+    assert torch.equal(machine.pool.keys[1], before)
 
 
 def test_a_row_that_is_done_keeps_one_token_and_is_computed_at_its_first_place() -> None:
@@ -308,3 +313,49 @@ def test_the_true_token_after_the_new_one_is_asked_for_and_after_the_text_the_la
     machine.begin(rows, 0, ())
     ((_, _, _, targets),) = places
     assert targets == [rows[0].life.text[7], rows[1].life.text[TOKENS - 1]]
+
+
+def test_what_graphs_tell_of_exits_is_counted_apart() -> None:
+    machine = machine_of(pool_of("slots"))
+    assert machine.captures == Captures()
+    counts: Any = SimpleNamespace(num_graphs=9, num_exits=2, ran_layers=5, filled_layers=3)
+    machine.decoder.graphs = counts
+    assert machine.captures == Captures(graphs=7, exits=2, layers=5, filled_layers=3)
+
+
+@pytest.mark.parametrize("filled", [[0, 1], [1]])
+def test_nothing_is_run_or_filled_beyond_the_loaded_depth(filled: list[int]) -> None:
+    model = model_of("three", (1, 2, 3))
+    pool = SlotPool(model.kv_dims, 3, ROWS, TOKENS)
+    machine = ModelMachine(model, pool, Decoder(model, pool), depth=2, free_running=False)
+    for store in pool.keys:
+        store.zero_()
+    rows = [new_row(0), new_row(1)]
+    prefill(machine, rows)
+    machine.begin(rows, 0, ())
+    machine.run_to(0)
+    machine.fill([rows[one] for one in filled], 0)
+    written = [[bool(store[one * TOKENS + 6].any()) for one in range(2)] for store in pool.keys]
+    assert written == [[True, True], [0 in filled, 1 in filled], [False, False]]
+    assert not pool.keys[2].any()
+
+
+def test_pending_tokens_are_fed_again_before_the_last_one_of_their_row() -> None:
+    """Into the places they have, wherever rows have moved to; nothing else is computed again."""
+    plain, again = (machine_of(pool_of("slots")) for _ in range(2))
+    told = []
+    for machine in (plain, again):
+        rows = [new_row(number) for number in range(3)]
+        prefill(machine, rows)
+        machine.release(rows[0])
+        if machine is plain:
+            machine.begin(rows[1:], 0, ())
+        else:
+            rows[1].pending = 2
+            for store in (*machine.pool.keys, *machine.pool.values):
+                store[TOKENS + 4 : TOKENS + 6] = 0.0
+            machine.begin_again(rows[1:])
+        assert [row.slot for row in rows[1:]] == [1, 0]
+        machine.run_to(1)
+        told.append([answer.nll_nats for answer in machine.read(1)])
+    torch.testing.assert_close(told[1], told[0], rtol=1e-4, atol=1e-4)
