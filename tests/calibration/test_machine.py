@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from calibration.model.decode import Decoder
 from calibration.model.early_exit import from_stock
-from calibration.model.kv import PagedPool, Pool, SlotPool
+from calibration.model.kv import PagedPool, Pool, PoolExhausted, SlotPool
 from calibration.serving.batching import Row
 from calibration.serving.iteration import Answer, Captures
 from calibration.serving.machine import ModelMachine
@@ -246,10 +246,10 @@ def test_the_kv_of_rows_is_filled_at_their_places_beyond_the_exit_and_nowhere_el
 
 def test_a_row_that_is_done_keeps_one_token_and_is_computed_at_its_first_place() -> None:
     machine = machine_of(pool_of("pages"))
-    rows = [new_row(0, 9), new_row(1, 6), new_row(2, 1)]
+    rows = [new_row(0, 9), new_row(1, 6), new_row(2, 2), new_row(3, 1)]
     prefill(machine, rows)
     machine.begin(rows[:1], 0, rows[1:])
-    assert [machine.pool.lengths[row.slot] for row in rows] == [10, 1, 1]
+    assert [machine.pool.lengths[row.slot] for row in rows] == [10, 1, 1, 1]
     machine.pool.check()
 
 
@@ -262,6 +262,7 @@ def test_a_row_that_left_has_no_place_and_no_state() -> None:
     machine.hold(rows)
     machine.release(rows[0])
     assert (rows[0].slot, rows[0].hidden) == (-1, None)
+    assert machine.pool.lengths == [0, 6 + 1]
     assert (rows[1].slot, machine.occupants) == (1, [None, rows[1]])
 
 
@@ -359,3 +360,46 @@ def test_pending_tokens_are_fed_again_before_the_last_one_of_their_row() -> None
         machine.run_to(1)
         told.append([answer.nll_nats for answer in machine.read(1)])
     torch.testing.assert_close(told[1], told[0], rtol=1e-4, atol=1e-4)
+
+
+def test_whoever_leaves_first_the_last_places_are_given_back_and_the_first_gap_is_filled() -> None:
+    machine = machine_of(pool_of("pages"))
+    rows = [new_row(number) for number in range(ROWS)]
+    prefill(machine, rows)
+    for one in (3, 1, 4):
+        machine.release(rows[one])
+    assert machine.occupants == [rows[0], None, rows[2]]
+    machine.pool.check()
+    longer = new_row(9)
+    longer.to_prefill = ROWS * TOKENS + 1
+    with pytest.raises(PoolExhausted):
+        machine.prefill([longer])
+    newer = new_row(10)
+    prefill(machine, [newer])
+    assert newer.slot == 1
+
+
+def test_as_many_rows_move_as_places_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five places two are gaps: the last row moves into the first, and the other is the last."""
+    machine = machine_of(pool_of("slots"))
+    rows = [new_row(number) for number in range(ROWS)]
+    prefill(machine, rows)
+    swap, swapped = machine.pool.swap, list[tuple[int, int]]()
+    monkeypatch.setattr(
+        machine.pool, "swap", lambda row, other: swapped.append((row, other)) or swap(row, other)
+    )
+    machine.release(rows[1])
+    machine.release(rows[3])
+    decode(machine, [rows[0], rows[2], rows[4]])
+    assert machine.occupants == [rows[0], rows[4], rows[2]]
+    assert len(swapped) == 1
+
+
+def test_in_bfloat16_it_is_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = stock_model("llama", 3).to(torch.bfloat16)
+    model = from_stock(stock, (2, 3), name="broken", tokenizer="bytes")
+    pool = SlotPool(model.kv_dims, 3, ROWS, TOKENS)
+    machine = ModelMachine(model, pool, Decoder(model, pool), depth=3, free_running=False)
+    monkeypatch.setattr(machine.decoder, "tell", lambda *_: torch.full((3, 1), math.nan))
+    with pytest.raises(InputError, match="bfloat16; its weights are not sound"):
+        prefill(machine, [new_row(0)])
