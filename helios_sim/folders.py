@@ -23,13 +23,18 @@ def folder_in_place(target: Path) -> Iterator[Path]:
     """A folder to write to that takes the place of `target` once it is whole, or is gone.
 
     What had the name before is removed after the move, whatever it holds: who calls checks first.
-    Raises InputError where the disk is full; errors from within name `target`, not the draft.
+    Raises InputError where no folder can be made or the disk is full; errors from within name
+    `target`, not the draft.
     """
     folder = target.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
-    # Not `tempfile.mkdtemp`, which keeps everybody else out whatever the umask says.
-    draft.mkdir()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Not `tempfile.mkdtemp`, which keeps everybody else out whatever the umask says.
+        draft.mkdir()
+    except OSError as error:
+        why = "the disk is full" if error.errno in FULL else error.strerror or str(error)
+        raise InputError(f"No folder can be made there: {why}.", str(target)) from error
     try:
         yield draft
         move_into_place(draft, folder)

@@ -41,6 +41,15 @@ def test_a_folder_takes_the_place_of_another_and_follows_the_umask(tmp_path: Pat
     assert stat.S_IMODE(target.stat().st_mode) == 0o770
 
 
+def test_where_no_folder_can_be_made_the_target_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    target = tmp_path / "file" / "target"
+    making = folder_in_place(target)
+    with pytest.raises(InputError, match="No folder can be made there") as refused, making:
+        pass
+    assert refused.value.where == str(target)
+
+
 @pytest.mark.parametrize("moves", [True, False])
 def test_a_folder_that_is_not_finished_or_not_moved_leaves_the_old_one(
     moves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
