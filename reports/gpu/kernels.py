@@ -1,9 +1,9 @@
 """Where a decode layer's microseconds go on a GPU: `python -m reports.gpu.kernels`, a minute.
 
 Four tables: layers of real widths, from the stock modules and in few launches, beside the larger of
-their launches and their bytes, with the kernels of ours by time; a layer's products beside reading
-their weights; what an exit says; attention of one new token a row in several ways, which compiles
-most and comes last.
+their launches and their bytes, with the kernels of ours by time; a layer's products, by torch and
+by a kernel that begins early, beside reading their weights; what an exit says; attention of one new
+token a row in several ways, which compiles most and comes last.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from calibration.model import launches
 from calibration.model.attention import DecodeAttend
 from calibration.model.decode import Decoder, slot_pool
 from calibration.model.early_exit import EarlyExitLM
-from calibration.model.fused import FusedAttend, Fusion
+from calibration.model.fused import TOLERANCE, FusedAttend, Fusion
 from calibration.model.kv import KvDims, SlotPool
 from calibration.model.launches import splits_for
 from calibration.model.shapes import random_model
 from calibration.training.presets import preset_of
 from helios_sim.model import PUBLIC_SHAPES, ModelShape
+from reports.gpu import products
 
 LAYERS: Final = 4
 LOADS: Final = ((1, 128), (1, 2048), (16, 512), (64, 128), (64, 1024))
@@ -52,6 +53,9 @@ CACHE_BYTES: Final = 2e8
 
 ATTENDING: Final = ((32, 4), (128, 4), (64, 8), (128, 8))
 """Tokens that a program of our attention reads at once, and its warps, beside those in use."""
+
+TILES: Final = ((32, 256), (16, 512), (32, 128))
+"""Outputs and inputs of a program of our products, beside those in use."""
 
 TRIED_AT: Final = ((1, 2048), (64, 1024))
 """Loads at which these are tried: each is compiled first."""
@@ -241,8 +245,8 @@ def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int
     return f"{', '.join(cells)}; bytes {floor_s * 1e6:.1f}"
 
 
-def products(bench: Bench) -> Iterator[str]:
-    """A layer's products by rows: alone, with a bias, and added to a residual."""
+def multiplying(bench: Bench) -> Iterator[str]:
+    """A layer's products by rows: alone, with a bias, added to a residual, by a kernel of ours."""
     for name, shape in shapes().items():
         stacked = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         gates = 2 if shape.family == "llama" else 1
@@ -273,9 +277,29 @@ def product_at(bench: Bench, wide: int, deep: int, rows: int) -> str:
         "added": lambda: residual.addmm_(given, next(weights).t()),
         "then added": lambda: residual.add_(linear(given, next(weights))),
     }
+    if not products.why_not(given, next(weights)):
+        ours = partial(_ours, given, weights)
+        early = partial(_ours, given, weights, early=True)
+        ways |= {"ours": ours, "ours early": early}
+        for outs, at_once in TILES:
+            ways[f"{outs} by {at_once} early"] = partial(
+                under, early, products, OUTS=outs, DEEP=at_once
+            )
     times = max(8, number)
     cells = [f"{way} {bench.microseconds(work, times)}" for way, work in ways.items()]
     return f"{', '.join(cells)}; bytes {2e6 * wide * deep / bench.bytes_per_s:.1f}"
+
+
+def _ours(given: Tensor, weights: Iterator[Tensor], early: bool = False) -> Tensor:
+    """A product by the kernel that is tried; raises where it is not torch's."""
+    weight = next(weights)
+    found = products.product(given, weight, early)
+    if not torch.cuda.is_current_stream_capturing():
+        right = linear(given, weight).float()
+        off = float((found.float() - right).norm() / right.norm())
+        if not off <= TOLERANCE:
+            raise ValueError(f"off by {off:.2g}")
+    return found
 
 
 def words(bench: Bench) -> Iterator[str]:
@@ -290,7 +314,7 @@ def words(bench: Bench) -> Iterator[str]:
                 "ours": ours,
             }
             for stretch in (1024, 4096):
-                ways[f"ours by {stretch}"] = partial(under, ours, TELL_BLOCK=stretch)
+                ways[f"ours by {stretch}"] = partial(under, ours, launches, TELL_BLOCK=stretch)
             cells = [f"{way} {bench.microseconds(work, 8)}" for way, work in ways.items()]
             floor = f"bytes {1e6 * logits.nbytes / bench.bytes_per_s:.1f}"
             yield f"{rows} rows of {vocab}: {', '.join(cells)}; {floor}"
@@ -303,9 +327,9 @@ def said_by_torch(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([full.argmax(-1).float(), full.softmax(-1).amax(-1), nats])
 
 
-def under(work: Callable[[], Tensor], **changed: object) -> Tensor:
-    """Work while our launches are shaped otherwise."""
-    with patched(launches, **changed):
+def under(work: Callable[[], Tensor], module: ModuleType, **changed: object) -> Tensor:
+    """Work while a module's launches are shaped otherwise."""
+    with patched(module, **changed):
         return work()
 
 
@@ -332,7 +356,7 @@ def main() -> int:
         f"{bench.bytes_per_s / 1e12:.2f} TB/s, {bench.launch_s * 1e6:.2f} us a launch"
     )
     failed = False
-    for table in (layers, products, words, attention):
+    for table in (layers, multiplying, words, attention):
         print(f"\n{(table.__doc__ or '').strip()}", flush=True)
         try:
             for line in table(bench):

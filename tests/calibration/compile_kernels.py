@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from calibration.model import launches
+from reports.gpu import products
 
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 INTEGERS = {"addresses": "*i64", "positions": "*i64", "places": "*i64", "targets": "*i64"}
@@ -44,11 +45,15 @@ def variants():
         yield "add_norm_kernel", {"BLOCK": block}, launches.norm_warps(block), 3
     telling = {"BLOCK": launches.TELL_BLOCK, "STAGES": launches.TELL_STAGES}
     yield "tell_kernel", {"TARGETED": True, "KNOTS": launches.LEAST_KNOTS} | telling, 8, 3
+    for early in (False, True):
+        sizes = {"OUTS": products.OUTS, "DEEP": products.DEEP, "AHEAD": products.MOST_AHEAD}
+        fixed = {"ROWS": products.MOST_ROWS, "EARLY": early} | sizes
+        yield "product_kernel", fixed, products.WARPS, products.STAGES
 
 
 def compiled(name: str, fixed: dict[str, object], warps: int, stages: int) -> str:
     """The resources of one kernel, as the disassembler tells them."""
-    kernel = launches.compiled()[name]
+    kernel = (launches.compiled() | {"product_kernel": products.compiled()})[name]
     signature = {}
     for argument in kernel.arg_names:
         kind = INTEGERS.get(argument, FLOATS.get(argument, "*bf16"))
@@ -56,7 +61,9 @@ def compiled(name: str, fixed: dict[str, object], warps: int, stages: int) -> st
             kind = "constexpr"
         elif argument in ("scale", "epsilon"):
             kind = "fp32"
-        elif argument.endswith(("stride", "width", "place_tokens", "vocab", "num_knots")):
+        elif argument.endswith(
+            ("stride", "width", "place_tokens", "vocab", "num_knots", "rows", "wide", "deep")
+        ):
             kind = "i32"
         elif argument == "output" and fixed.get("SPLIT"):
             kind = "*fp32"
@@ -64,12 +71,13 @@ def compiled(name: str, fixed: dict[str, object], warps: int, stages: int) -> st
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*") and argument not in INTEGERS
+        if (signature[argument].startswith("*") and argument not in INTEGERS)
+        or argument in ("wide", "deep")
     }
     constants = {(kernel.arg_names.index(argument),): value for argument, value in fixed.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", 90, 32)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "launch_pdl": bool(fixed.get("EARLY"))}
     made = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
