@@ -646,13 +646,21 @@ def _replaced(before: set[str], now: set[str]) -> str:
 def _show(results: Sequence[Result]) -> None:
     from helios_sim.console.terminal import summary_table
     from helios_sim.profile import STAND_INS
-    from helios_sim.report.words import grades_of, launch_bound, standing_in, worth
+    from helios_sim.report.words import (
+        grades_of,
+        large_batches,
+        launch_bound,
+        mean_batches,
+        standing_in,
+        worth,
+    )
 
     summaries = [result.summary for result in results]
     environments = [result.run.environment for result in results]
     _say_serving(environments, summaries)
     grades = grades_of(environments)
-    for text in [worth(grades, "policies"), *launch_bound(grades, summaries)]:
+    large = large_batches(grades, mean_batches(summaries))
+    for text in [worth(grades, "policies"), *launch_bound(grades, summaries), *large]:
         _say(text)
     assumed = {name: like for one in environments for name, like in one.get(STAND_INS, {}).items()}
     if assumed:

@@ -24,8 +24,10 @@ from helios_sim.report.words import (
     grades_of,
     headline,
     judged_alike,
+    large_batches,
     launch_bound,
     limits_of,
+    mean_batches,
     noun_of,
     remarks,
     seeds_of,
@@ -152,7 +154,11 @@ def _opening(
     return opening(
         title,
         headline(summaries, _offered_tokens_per_s(runs), by_all),
-        [*remarks(summaries, by_all), *launch_bound(grades, summaries)],
+        [
+            *remarks(summaries, by_all),
+            *launch_bound(grades, summaries),
+            *large_batches(grades, mean_batches(summaries)),
+        ],
         question=question,
         setting=" ".join(serving([run.environment for run in runs], summaries)),
     )

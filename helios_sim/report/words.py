@@ -26,6 +26,9 @@ _TELLING: Final = (
 _MOST_NAMED: Final = 3
 """Of more things than this their number is said."""
 
+LARGE_BATCH: Final = 64.0
+"""Requests of a decode, on average, from which it is said how far off published profiles are."""
+
 ENOUGH_ACTIVE: Final = 0.95
 """Share of a closed loop's users that are active on average, below which a run is not theirs."""
 
@@ -137,6 +140,33 @@ def launch_bound(
         f"graphs launches faster, and ratios between {compared} change with it: give the profile "
         "its launch floor with helios profiles derive --launch."
     ]
+
+
+def large_batches(
+    grades: Mapping[str, Mapping[str, int]], batches: Mapping[str, float], when: str = ""
+) -> list[str]:
+    """That profiles which nobody measured are too optimistic about large batches.
+
+    `batches` are mean batches of a decode by what has them, `when` says at which load.
+    """
+    if any(counts.get("measured") or not counts for counts in grades.values()):
+        return []
+    large = [name for name, batch in batches.items() if batch >= LARGE_BATCH]
+    if not large:
+        return []
+    most = number(max(batches[name] for name in large))
+    whose = f" ({listed(large)})" if len(large) <= _MOST_NAMED else ""
+    return [
+        f"{f'{when}, up' if when else 'Up'} to {most} requests decode together on average{whose}. "
+        "Profiles that nobody measured are too fast there: beside the one engine of which figures "
+        "are published, 1.4 times at 32 requests and about twice from 128 on (docs/published.md). "
+        "Leave a reserve, or measure."
+    ]
+
+
+def mean_batches(summaries: Sequence[Summary]) -> dict[str, float]:
+    """Requests that decode together on average, by run."""
+    return {str(one["label"]): one.get("mean_batch_size") or 0.0 for one in summaries}
 
 
 def standing_in(likes: Mapping[str, str]) -> str:

@@ -31,10 +31,11 @@ _REGIMES: Final[Mapping[str, Cause]] = {
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """What gives way first, and the figures that say so."""
+    """What gives way first, the figures that say so, and the mean batch of a decode then."""
 
     cause: Cause
     evidence: str
+    batch: float
 
 
 def find_bottleneck(
@@ -43,13 +44,26 @@ def find_bottleneck(
     tokens_are_late: bool,
     late_while: Sequence[Mapping[str, float]] = (),
 ) -> Bottleneck:
-    """Judge runs at a rate just above the capacity, from the rarest cause to the commonest.
+    """Judge runs at a rate just above the capacity.
 
     `late_while` says, for each run with late requests, what replicas did while those waited; where
     no limit is behind the miss, what they did all along stands in. With `tokens_are_late` a limit
     on the time between tokens broke first: then what requests wait for before they are admitted is
     not the reason.
     """
+    batch = fmean(one["mean_batch_size"] or 0.0 for one in summaries)
+    cause, evidence = _cause_of(summaries, serving, tokens_are_late, late_while, batch)
+    return Bottleneck(cause, evidence, batch)
+
+
+def _cause_of(
+    summaries: Sequence[Mapping[str, Any]],
+    serving: ServingSettings,
+    tokens_are_late: bool,
+    late_while: Sequence[Mapping[str, float]],
+    batch: float,
+) -> tuple[Cause, str]:
+    """The cause with its evidence, from the rarest to the commonest."""
 
     def mean_of(table: str, key: str) -> float:
         return fmean((one.get(table) or {}).get(key, 0.0) for one in summaries)
@@ -65,7 +79,7 @@ def find_bottleneck(
         evaluating = mean_of("time_shares", "evaluating")
         changing = mean_of("time_shares", "loading") + mean_of("time_shares", "draining")
     if evaluating + changing > PAUSED_SHARE:
-        return Bottleneck(
+        return (
             "evaluating" if evaluating >= changing else "loading",
             f"{whose} evaluates candidates for {100 * evaluating:.0f} % of the time, and drains "
             f"and loads for {100 * changing:.0f} %",
@@ -76,17 +90,16 @@ def find_bottleneck(
     most = max(one["max_batch_size"] for one in summaries)
     is_blocked = waits > WAITING_SHARE and kv_use > 0.5 * busy and most < serving.max_batch
     if kv_use > FULL_SHARE * max(busy, 0.1) or preempted > 0.01 or is_blocked:
-        return Bottleneck(
+        return (
             "KV memory",
             f"{100 * kv_use:.0f} % of the KV blocks are in use on average, {100 * waits:.0f} % of "
             f"the time to the first token is waiting to be admitted, and {100 * preempted:.1f} % "
             "of the requests are preempted",
         )
-    batch = fmean(one["mean_batch_size"] or 0.0 for one in summaries)
     if batch > FULL_SHARE * serving.max_batch or (
         waits > WAITING_SHARE and most >= serving.max_batch
     ):
-        return Bottleneck(
+        return (
             "queueing",
             f"max_batch lets {serving.max_batch} requests run, {batch:.3g} do on average and at "
             f"times all; {100 * waits:.0f} % of the time to the first token is waiting for a place",
@@ -94,12 +107,12 @@ def find_bottleneck(
     if busy >= BUSY_SHARE:
         shares = {name: mean_of("regime", name) for name in _REGIMES}
         bound = max(shares, key=lambda name: shares[name])
-        return Bottleneck(
+        return (
             _REGIMES[bound],
             f"a replica is busy {100 * busy:.0f} % of the time, and {100 * shares[bound]:.0f} % of "
             f"that is bound by {_REGIMES[bound]}",
         )
-    return Bottleneck(
+    return (
         "queueing",
         f"a replica is busy only {100 * busy:.0f} % of the time: requests meet in bursts, or wait "
         "for one another's prefills",

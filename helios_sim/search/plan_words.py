@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from helios_sim.report.words import launch_bound, worth
+from helios_sim.report.words import large_batches, launch_bound, worth
 from helios_sim.search.bench import FleetAnswer
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
@@ -292,9 +292,11 @@ def _grades(plan: Plan) -> list[str]:
     planned = {name for one in plan.answers for name in one.fleet.candidates}
     grades = grades_by_name(profiles)
     played = [{**one.figures, "label": one.fleet.name} for one in plan.answers]
+    broken = {one.fleet.name: one.bottleneck.batch for one in plan.answers if one.bottleneck}
     return [
         worth(grades, "fleets"),
         *launch_bound(grades, played, "fleets", "At the planned load"),
+        *large_batches(grades, broken, "Where the SLO breaks"),
         *assumed_words(profiles, planned),
     ]
 

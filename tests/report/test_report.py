@@ -40,7 +40,9 @@ from helios_sim.report.words import (
     headline,
     judged_by,
     labels_apart,
+    large_batches,
     launch_bound,
+    mean_batches,
     remarks,
     serving,
     worth,
@@ -900,6 +902,24 @@ def test_profiles_without_a_measured_number_are_named_for_what_they_are_worth() 
     assert worth({"a": read, "b": told}, "fleets") == (
         f"Profiles: a has {of_read}; b has {of_told}. None of b {end}"
     )
+
+
+def test_large_batches_on_profiles_that_nobody_measured_ask_for_a_reserve() -> None:
+    read, told = {"a": {"measured": 3}}, {"b": {"measured": 0, "published": 2}}
+    batches = mean_batches(
+        [
+            summary("vanilla", 1.0, 1.0, mean_batch_size=160.4),
+            summary("helios", 1.0, 1.0, mean_batch_size=63.9),
+            summary("idle", 1.0, 1.0, mean_batch_size=None),
+        ]
+    )
+    assert batches == {"vanilla": 160.4, "helios": 63.9, "idle": 0.0}
+    (said,) = large_batches(told, batches)
+    assert said.startswith("Up to 160 requests decode together on average (vanilla). Profiles")
+    (said,) = large_batches(told, dict.fromkeys("abcd", 64.0), "At night")
+    assert said.startswith("At night, up to 64 requests decode together on average. Profiles")
+    assert large_batches(told, {"helios": 63.9}) == large_batches({"c": {}}, batches) == []
+    assert large_batches(read | told, batches) == []
 
 
 def test_where_a_published_floor_bounds_the_time_other_ratios_of_other_engines_are_said() -> None:
