@@ -67,11 +67,13 @@ def _is_number(value: Any) -> bool:
 
 
 def assume(
-    document: Any, assumed: Mapping[str, Assumed]
+    document: Any, assumed: Mapping[str, Assumed], optional: Mapping[str, dict[str, Any]]
 ) -> tuple[dict[str, Any], tuple[Assumption, ...]]:
     """A profile's document with other numbers, graded `assumed`, and what was replaced.
 
-    Of a number that a place with a star and one without it mean, the latter has the say. Raises
+    `optional` are the coefficients that a model may leave out, as they are then; they can be
+    assumed too. Of a number that a place with a star and one without it mean, the latter has the
+    say. Raises
     `InputError` for a place at which the document has no number, and for two with stars that mean
     the same.
     """
@@ -81,6 +83,7 @@ def assume(
     # Those with a star come first, so that one without it has the last word on its number.
     for place in sorted(assumed, key=lambda one: EVERY not in one.split(".")):
         value = assumed[place]
+        own |= _put_in(changed, place, optional)
         entries = list(_entries(changed, place.split("."), ""))
         if not entries:
             raise InputError(
@@ -103,6 +106,24 @@ def assume(
             entry.pop("error", None)
             made[name] = Assumption(name, entry["value"], was, grade)
     return changed, tuple(made.values())
+
+
+def _put_in(
+    document: Any, place: str, optional: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Put in the coefficients that a place means and a profile leaves out, by their places."""
+    put: dict[str, dict[str, Any]] = {}
+    models = document.get("models") if isinstance(document, dict) else None
+    for model, table in (models if isinstance(models, dict) else {}).items():
+        held = table.get("coefficients") if isinstance(table, dict) else None
+        if not isinstance(held, dict):
+            continue
+        for key, entry in optional.items():
+            name = f"models.{model}.coefficients.{key}"
+            if key not in held and means(place, name):
+                held[key] = dict(entry)
+                put[name] = entry
+    return put
 
 
 def means(place: str, name: str) -> bool:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
+from helios_sim.cost import OPTIONAL_COEFFICIENTS
 from helios_sim.errors import InputError, did_you_mean, listed
 from helios_sim.folders import folder_in_place
 from helios_sim.profile import (
@@ -21,6 +22,7 @@ from helios_sim.profile import (
     TRACES_FILE,
     Profile,
     ProfileSummary,
+    quantity,
 )
 from helios_sim.profiles.assumptions import Assumed, assume, hash_with
 from helios_sim.profiles.parsing import parse_profile
@@ -84,7 +86,8 @@ def with_assumptions(profile: Profile, assumed: Mapping[str, Assumed]) -> Profil
     Raises `InputError` for a place without a number and for a value that is not allowed there.
     """
     try:
-        document, made = assume(profile.document, assumed)
+        left_out = {key: quantity(key, 0.0, "left out", "") for key in OPTIONAL_COEFFICIENTS}
+        document, made = assume(profile.document, assumed, left_out)
         found = parse_profile(document, profile.folder, hash_with(profile.hash, assumed))
     except InputError as error:
         # What is wrong stands in no file of the profile.

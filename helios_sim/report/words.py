@@ -160,7 +160,7 @@ def large_batches(
         f"{f'{when}, up' if when else 'Up'} to {most} requests decode together on average{whose}. "
         "Profiles that nobody measured are too fast there: beside the one engine of which figures "
         "are published, 1.4 times at 32 requests and about twice from 128 on (docs/published.md). "
-        "Leave a reserve, or measure."
+        "Leave a reserve, assume what a request costs the host (there), or measure."
     ]
 
 

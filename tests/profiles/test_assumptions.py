@@ -48,6 +48,22 @@ def test_a_star_stands_for_every_model_and_names_may_hold_dots() -> None:
     ]
 
 
+def test_a_coefficient_that_the_profile_leaves_out_may_be_assumed() -> None:
+    place = "models.*.coefficients.decode.fixed_s_per_row"
+    plain = load_profile("opt-a100-40gb")
+    taken = load_profile("opt-a100-40gb", None, {place: 5e-5})
+    assert [one.said() for one in taken.assumptions] == [
+        f"{place.replace('*', name)} = 5e-05 (profile: 0, left out)" for name in plain.models
+    ]
+    for name, model in plain.models.items():
+        assert model.coefficients["decode.fixed_s_per_row"] == 0.0
+        assert taken.models[name].coefficients == {
+            **model.coefficients,
+            "decode.fixed_s_per_row": 5e-5,
+        }
+    assert "decode.fixed_s_per_row" not in plain.document["models"]["opt-1.3b"]["coefficients"]
+
+
 def test_a_number_that_no_meter_read_may_be_assumed() -> None:
     place = "device.idle_w"
     assert load_profile("small-family-cpu").quantities[place].value is None

@@ -13,6 +13,7 @@ from helios_sim.model import PUBLIC_SHAPES
 from helios_sim.profile import PROFILE_FILE, MarkovExits, Profile
 from helios_sim.profiles import published
 from helios_sim.profiles.files import load_profile, shipped_names
+from helios_sim.profiles.roofline import decode
 from tests.factories import total_params
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,21 @@ def test_the_documented_comparison_is_the_one_the_profiles_give(
     assert published.main(["--compare"]) == 0
     page = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() in page
+
+
+def test_what_a_request_costs_an_engine_is_read_off_its_published_loads() -> None:
+    """The slope from 128 to 512 requests that the profile lacks, and the times with it."""
+    model = load_profile("layerskip-h100-80gb").models["llama3-8b"]
+    real = {one.batch: one.batch / one.tokens_per_s for one in published.ENERGY_ANCHORS}
+    ours = {batch: decode(model, 32, batch, launch_free=True)[0] for batch in real}
+    slope = ((real[512] - ours[512]) - (real[128] - ours[128])) / (512 - 128)
+    assert slope == pytest.approx(58e-6, abs=0.5e-6)
+    page = (ROOT / "docs" / "published.md").read_text(encoding="utf-8")
+    for batch, seconds in real.items():
+        with_it = ours[batch] + 58e-6 * batch
+        cells = [1e3 * one for one in (seconds, ours[batch], with_it)]
+        told = " | ".join(f"{cell:.1f} ms" for cell in cells)
+        assert f"| {batch} | {told} | {with_it / seconds:.2f} |" in page
 
 
 @pytest.mark.parametrize(
