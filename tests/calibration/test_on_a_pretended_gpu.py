@@ -150,7 +150,7 @@ def test_where_a_layer_spends_its_time_is_told(gpu: Gpu, monkeypatch: pytest.Mon
     assert layer.startswith("small 2 x 64: stock ") and layer.count("of the floor") == 2
     (attended,) = kernels.attention(bench)
     assert "masked " in attended and "ours in 32* " in attended
-    found = list(kernels.products(bench))
+    found = list(kernels.multiplying(bench))
     assert len(found) == 8 and all("then added" in line for line in found)
 
 
