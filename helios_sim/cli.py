@@ -652,6 +652,7 @@ def _show(results: Sequence[Result]) -> None:
         launch_bound,
         mean_batches,
         standing_in,
+        taken_otherwise,
         worth,
     )
 
@@ -659,7 +660,7 @@ def _show(results: Sequence[Result]) -> None:
     environments = [result.run.environment for result in results]
     _say_serving(environments, summaries)
     grades = grades_of(environments)
-    large = large_batches(grades, mean_batches(summaries))
+    large = large_batches(grades, mean_batches(summaries), taken_otherwise(environments))
     for text in [worth(grades, "policies"), *launch_bound(grades, summaries), *large]:
         _say(text)
     assumed = {name: like for one in environments for name, like in one.get(STAND_INS, {}).items()}

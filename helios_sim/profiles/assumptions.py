@@ -73,9 +73,8 @@ def assume(
 
     `optional` are the coefficients that a model may leave out, as they are then; they can be
     assumed too. Of a number that a place with a star and one without it mean, the latter has the
-    say. Raises
-    `InputError` for a place at which the document has no number, and for two with stars that mean
-    the same.
+    say. Raises `InputError` for a place at which the document has no number, and for two with
+    stars that mean the same.
     """
     changed, own = copy.deepcopy(document), dict(_numbers(document, ""))
     taken: dict[str, str] = {}

@@ -34,6 +34,7 @@ from helios_sim.report.words import (
     seeds_said,
     serving,
     standing_in,
+    taken_otherwise,
 )
 from helios_sim.runs.comparison import (
     COMPARED,
@@ -150,17 +151,18 @@ def _opening(
     runs: Sequence[RunData], summaries: Sequence[Summary], title: str, question: str
 ) -> str:
     by_all = _num_refused_by_all(runs)
-    grades = grades_of([run.environment for run in runs])
+    environments = [run.environment for run in runs]
+    grades = grades_of(environments)
     return opening(
         title,
         headline(summaries, _offered_tokens_per_s(runs), by_all),
         [
             *remarks(summaries, by_all),
             *launch_bound(grades, summaries),
-            *large_batches(grades, mean_batches(summaries)),
+            *large_batches(grades, mean_batches(summaries), taken_otherwise(environments)),
         ],
         question=question,
-        setting=" ".join(serving([run.environment for run in runs], summaries)),
+        setting=" ".join(serving(environments, summaries)),
     )
 
 

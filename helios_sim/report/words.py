@@ -29,6 +29,9 @@ _MOST_NAMED: Final = 3
 LARGE_BATCH: Final = 64.0
 """Requests of a decode, on average, from which it is said how far off published profiles are."""
 
+REQUEST_COST: Final = "coefficients.decode.fixed_s_per_row"
+"""Where a profile says what each request of a decode costs the host."""
+
 ENOUGH_ACTIVE: Final = 0.95
 """Share of a closed loop's users that are active on average, below which a run is not theirs."""
 
@@ -143,12 +146,18 @@ def launch_bound(
 
 
 def large_batches(
-    grades: Mapping[str, Mapping[str, int]], batches: Mapping[str, float], when: str = ""
+    grades: Mapping[str, Mapping[str, int]],
+    batches: Mapping[str, float],
+    assumed: Iterable[str],
+    when: str = "",
 ) -> list[str]:
     """That profiles which nobody measured are too optimistic about large batches.
 
-    `batches` are mean batches of a decode by what has them, `when` says at which load.
+    `batches` are mean batches of a decode by what has them, `assumed` the numbers that a scenario
+    assumes (nothing is said where a request's cost is among them), `when` says at which load.
     """
+    if any(REQUEST_COST in one for one in assumed):
+        return []
     if any(counts.get("measured") or not counts for counts in grades.values()):
         return []
     large = [name for name, batch in batches.items() if batch >= LARGE_BATCH]
@@ -158,10 +167,15 @@ def large_batches(
     whose = f" ({listed(large)})" if len(large) <= _MOST_NAMED else ""
     return [
         f"{f'{when}, up' if when else 'Up'} to {most} requests decode together on average{whose}. "
-        "Profiles that nobody measured are too fast there: beside the one engine of which figures "
-        "are published, 1.4 times at 32 requests and about twice from 128 on (docs/published.md). "
-        "Leave a reserve, assume what a request costs the host (there), or measure."
+        "Profiles built from data sheets and published tables are too fast there: beside the one "
+        "engine of which figures are published, 1.4 times at 32 requests and about twice from 128 "
+        "on. Leave a reserve, assume what a request costs the host, or measure (docs/published.md)."
     ]
+
+
+def taken_otherwise(environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The numbers of profiles that runs assume."""
+    return [said for one in environments for said in one.get(ASSUMED) or ()]
 
 
 def mean_batches(summaries: Sequence[Summary]) -> dict[str, float]:

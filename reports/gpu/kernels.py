@@ -1,9 +1,9 @@
 """Where a decode layer's microseconds go on a GPU: `python -m reports.gpu.kernels`, a minute.
 
-Four tables: layers of real widths, from the stock modules and in few launches, beside the larger of
-their launches and their bytes, with the kernels of ours by time; a layer's products, by torch and
-by a kernel that begins early, beside reading their weights; what an exit says; attention of one new
-token a row in several ways, which compiles most and comes last.
+Five tables: layers of real widths, from the stock modules and in few launches, beside the larger of
+their launches and their bytes, with the kernels of ours by time; a layer's products beside reading
+their weights; what an exit says; attention of one new token a row in several ways, which compiles
+most; and products by a kernel that is no part of the backend.
 """
 
 from __future__ import annotations
@@ -246,7 +246,20 @@ def attention_at(bench: Bench, dims: KvDims, heads: int, rows: int, context: int
 
 
 def multiplying(bench: Bench) -> Iterator[str]:
-    """A layer's products by rows: alone, with a bias, added to a residual, by a kernel of ours."""
+    """A layer's products by rows: alone, with a bias, and added to a residual."""
+    for title, wide, deep in product_sizes():
+        for rows in (1, 64):
+            yield f"{title} {rows} rows: {product_at(bench, wide, deep, rows)}"
+
+
+def candidates(bench: Bench) -> Iterator[str]:
+    """Products of one row by a kernel that begins early: one that no GPU has run comes last."""
+    for title, wide, deep in product_sizes():
+        yield f"{title}: {candidate_at(bench, wide, deep)}"
+
+
+def product_sizes() -> Iterator[tuple[str, int, int]]:
+    """A layer's products: their names, outputs and inputs."""
     for name, shape in shapes().items():
         stacked = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
         gates = 2 if shape.family == "llama" else 1
@@ -257,37 +270,51 @@ def multiplying(bench: Bench) -> Iterator[str]:
             "down": (shape.hidden, shape.ffn),
         }
         for part, (wide, deep) in sizes.items():
-            for rows in (1, 64):
-                yield f"{name} {part} {rows} rows: {product_at(bench, wide, deep, rows)}"
+            yield f"{name} {part}", wide, deep
 
 
 def product_at(bench: Bench, wide: int, deep: int, rows: int) -> str:
-    """One product in several ways, in microseconds."""
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=bench.device).to(torch.bfloat16)
-
-    # As many weights as no cache holds, in turns.
-    number = max(2, int(CACHE_BYTES / (2 * wide * deep)))
-    weights = cycle([random(wide, deep) for _ in range(number)])
-    given, residual, bias = random(rows, deep), random(rows, wide), random(wide)
+    """One product in torch's ways, in microseconds."""
+    weights, times = weights_in_turns(bench, wide, deep)
+    given, residual, bias = (drawn(bench, *size) for size in ((rows, deep), (rows, wide), (wide,)))
     ways: dict[str, Callable[[], Tensor]] = {
         "alone": lambda: linear(given, next(weights)),
         "bias": lambda: linear(given, next(weights), bias),
         "added": lambda: residual.addmm_(given, next(weights).t()),
         "then added": lambda: residual.add_(linear(given, next(weights))),
     }
-    if not products.why_not(given, next(weights)):
-        ours = partial(_ours, given, weights)
-        early = partial(_ours, given, weights, early=True)
-        ways |= {"ours": ours, "ours early": early}
-        for outs, at_once in TILES:
-            ways[f"{outs} by {at_once} early"] = partial(
-                under, early, products, OUTS=outs, DEEP=at_once
-            )
-    times = max(8, number)
     cells = [f"{way} {bench.microseconds(work, times)}" for way, work in ways.items()]
     return f"{', '.join(cells)}; bytes {2e6 * wide * deep / bench.bytes_per_s:.1f}"
+
+
+def candidate_at(bench: Bench, wide: int, deep: int) -> str:
+    """One product of one row by torch and by the kernel that is tried, in microseconds."""
+    weights, times = weights_in_turns(bench, wide, deep)
+    given = drawn(bench, 1, deep)
+    if why := products.why_not(given, next(weights)):
+        return why
+    early = partial(_ours, given, weights, early=True)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "torch": lambda: linear(given, next(weights)),
+        "ours": partial(_ours, given, weights),
+        "early": early,
+    }
+    for outs, at_once in TILES:
+        ways[f"{outs} by {at_once} early"] = partial(
+            under, early, products, OUTS=outs, DEEP=at_once
+        )
+    return ", ".join(f"{way} {bench.microseconds(work, times)}" for way, work in ways.items())
+
+
+def weights_in_turns(bench: Bench, wide: int, deep: int) -> tuple[Iterator[Tensor], int]:
+    """As many weights of a product as no cache holds, in turns, and how often to take one."""
+    number = max(2, int(CACHE_BYTES / (2 * wide * deep)))
+    return cycle([drawn(bench, wide, deep) for _ in range(number)]), max(8, number)
+
+
+def drawn(bench: Bench, *shape: int) -> Tensor:
+    """Random numbers in 16 bits."""
+    return torch.randn(shape, device=bench.device).to(torch.bfloat16)
 
 
 def _ours(given: Tensor, weights: Iterator[Tensor], early: bool = False) -> Tensor:
@@ -356,7 +383,7 @@ def main() -> int:
         f"{bench.bytes_per_s / 1e12:.2f} TB/s, {bench.launch_s * 1e6:.2f} us a launch"
     )
     failed = False
-    for table in (layers, multiplying, words, attention):
+    for table in (layers, multiplying, words, attention, candidates):
         print(f"\n{(table.__doc__ or '').strip()}", flush=True)
         try:
             for line in table(bench):

@@ -152,6 +152,7 @@ def test_where_a_layer_spends_its_time_is_told(gpu: Gpu, monkeypatch: pytest.Mon
     assert "masked " in attended and "ours in 32* " in attended
     found = list(kernels.multiplying(bench))
     assert len(found) == 8 and all("then added" in line for line in found)
+    assert len(list(kernels.candidates(bench))) == 4
 
 
 def test_without_it_there_is_no_gpu() -> None:

@@ -45,6 +45,7 @@ from helios_sim.report.words import (
     mean_batches,
     remarks,
     serving,
+    taken_otherwise,
     worth,
 )
 from helios_sim.runs.latencies import columns_of
@@ -914,12 +915,18 @@ def test_large_batches_on_profiles_that_nobody_measured_ask_for_a_reserve() -> N
         ]
     )
     assert batches == {"vanilla": 160.4, "helios": 63.9, "idle": 0.0}
-    (said,) = large_batches(told, batches)
+    (said,) = large_batches(told, batches, [])
     assert said.startswith("Up to 160 requests decode together on average (vanilla). Profiles")
-    (said,) = large_batches(told, dict.fromkeys("abcd", 64.0), "At night")
+    (said,) = large_batches(
+        told, dict.fromkeys("abcd", 64.0), ["exits.stickiness = 0.5"], "At night"
+    )
     assert said.startswith("At night, up to 64 requests decode together on average. Profiles")
-    assert large_batches(told, {"helios": 63.9}) == large_batches({"c": {}}, batches) == []
-    assert large_batches(read | told, batches) == []
+    assert large_batches(told, {"helios": 63.9}, []) == large_batches({"c": {}}, batches, []) == []
+    assert large_batches(read | told, batches, []) == []
+    paid = taken_otherwise(
+        [{}, {"assumed": ["models.m.coefficients.decode.fixed_s_per_row = 5e-05 (profile: 0)"]}]
+    )
+    assert large_batches(told, batches, paid) == []
 
 
 def test_where_a_published_floor_bounds_the_time_other_ratios_of_other_engines_are_said() -> None:
