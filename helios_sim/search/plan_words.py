@@ -18,6 +18,7 @@ from helios_sim.search.words import (
     FULL_AGREEMENT,
     SAME_MODEL,
     TIMES,
+    assumed_everywhere,
     assumed_words,
     beyond_words,
     few_rounds_words,
@@ -292,12 +293,11 @@ def _grades(plan: Plan) -> list[str]:
     planned = {name for one in plan.answers for name in one.fleet.candidates}
     grades = grades_by_name(profiles)
     played = [{**one.figures, "label": one.fleet.name} for one in plan.answers]
-    taken = [made.place for profile in profiles for made in profile.assumptions]
     broken = {one.fleet.name: one.bottleneck.batch for one in plan.answers if one.bottleneck}
     return [
         worth(grades, "fleets"),
         *launch_bound(grades, played, "fleets", "At the planned load"),
-        *large_batches(grades, broken, taken, "Where the SLO breaks"),
+        *large_batches(grades, broken, assumed_everywhere(profiles), "Where the SLO breaks"),
         *assumed_words(profiles, planned),
     ]
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from helios_sim.profile import MarkovExits
-from helios_sim.report.words import launch_bound, worth
+from helios_sim.report.words import large_batches, launch_bound, mean_batches, worth
 from helios_sim.search.goals import in_words
 from helios_sim.search.quality import winner_pays
 from helios_sim.search.traffic import FEW_ROUNDS
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, TuneQuestion, few_rounds, nearest_miss
 from helios_sim.search.words import (
     CANDIDATES,
+    assumed_everywhere,
     assumed_words,
     beyond_words,
     candidates_of,
@@ -186,9 +189,17 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     if tuned.winner is not None:
         tried.append((f"trial {tuned.winner.number}", tuned.winner.beyond))
     grades = grades_by_name(tuned.question.profiles)
-    played = [{**tuned.base.means, "label": "the scenario as it stands"}]
-    found += [worth(grades, "settings"), *launch_bound(grades, played, "settings")]
     question = tuned.question
+    stands: dict[str, Any] = {**tuned.base.means, "label": "the scenario as it stands"}
+    played = [stands]
+    if tuned.winner is not None:
+        played.append({**tuned.winner.means, "label": f"trial {tuned.winner.number}"})
+    taken = assumed_everywhere(question.profiles)
+    found += [
+        worth(grades, "settings"),
+        *launch_bound(grades, [stands], "settings"),
+        *large_batches(grades, mean_batches(played), taken),
+    ]
     ranged = [one.choices for one in question.space.ranges if one.key == CANDIDATES]
     varied = [candidates for choices in ranged for candidates in choices]
     found += assumed_words(question.profiles, candidates_of(question.scenario, varied))

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from typing import Final
 
 from helios_sim.profile import Profile
-from helios_sim.report.words import idle_users, launch_bound, worth
+from helios_sim.report.words import (
+    REQUEST_COST,
+    idle_users,
+    large_batches,
+    launch_bound,
+    mean_batches,
+    worth,
+)
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import Goal
 from helios_sim.search.quality import cell_perplexities, is_worse
@@ -15,6 +22,7 @@ from helios_sim.search.words import (
     CANDIDATES,
     FULL_AGREEMENT,
     SAME_MODEL,
+    assumed_everywhere,
     assumed_words,
     beyond_words,
     candidates_of,
@@ -91,7 +99,16 @@ def whatif_remarks(
     if profiles:
         counts = grades_by_name(profiles)
         played = [{**cell.means, "label": cell.name} for cell in able]
-        grades = [worth(counts, "cells"), *launch_bound(counts, played, "cells")]
+        free = [
+            one
+            for one, cell in zip(played, able, strict=True)
+            if not any(REQUEST_COST in key for key in cell.values)
+        ]
+        grades = [
+            worth(counts, "cells"),
+            *launch_bound(counts, played, "cells"),
+            *large_batches(counts, mean_batches(free), assumed_everywhere(profiles)),
+        ]
     varied = [cell.values[CANDIDATES] for cell in cells if CANDIDATES in cell.values]
     keys = {key for cell in cells for key in cell.values}
     assumed = assumed_words(profiles, candidates_of(scenario, varied), keys)

@@ -67,6 +67,12 @@ def grades_by_name(profiles: Iterable[Profile]) -> dict[str, Mapping[str, int]]:
     return {one.name: one.grade_counts() for one in profiles}
 
 
+def assumed_everywhere(profiles: Collection[Profile]) -> set[str]:
+    """The numbers that every profile has from the scenario."""
+    places = [{made.place for made in profile.assumptions} for profile in profiles]
+    return set.intersection(*places) if places else set()
+
+
 def assumed_words(
     profiles: Collection[Profile],
     used: Collection[str] | None = None,

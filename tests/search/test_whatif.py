@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helios_sim.errors import InputError
+from helios_sim.profile import Profile
 from helios_sim.profiles.files import load_profile
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import whatif
@@ -174,6 +175,28 @@ def test_a_grid_says_which_cells_a_published_launch_floor_decides(tmp_path: Path
     assert f"busy time of {cells[1].name}. An" in said
     measured = [load_profile("small-family-cpu")]
     assert "Launching" not in " ".join(whatif_remarks(scenario, cells, 1, measured))
+
+
+def test_a_grid_says_which_cells_decode_more_rows_than_anybody_published(tmp_path: Path) -> None:
+    """A cell that assumes what a request costs the host is left out, and all are if all do."""
+    scenario = load_scenario(write(tmp_path))
+    cost = "models.*.coefficients.decode.fixed_s_per_row"
+    cells = [cell("chunked", [5.0], 20.0), cell("static", [4.0], 20.0), cell("chunked", [3.0], 9.0)]
+    for one, batch in zip(cells, (40.0, 90.0, 200.0), strict=True):
+        assert isinstance(one.means, dict) and isinstance(one.values, dict)
+        one.means["mean_batch_size"] = batch
+    assert isinstance(cells[2].values, dict)
+    cells[2].values[f"fleet.assume.{cost}"] = 5e-5
+    published = load_profile("opt-a100-40gb")
+    paid = load_profile("opt-a100-40gb", assumed={cost: 5e-5})
+
+    def said(profiles: list[Profile]) -> list[str]:
+        told = whatif_remarks(scenario, cells, 1, profiles)
+        return [one for one in told if "decode together" in one]
+
+    (one,) = said([published, paid])
+    assert one.startswith(f"Up to 90 requests decode together on average ({cells[1].name}).")
+    assert said([paid]) == said([load_profile("small-family-cpu")]) == []
 
 
 def test_the_mean_share_of_launching_is_that_of_the_samples_that_were_busy() -> None:
