@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +25,13 @@ MOST_SETTLING: Final = 16
 _CORE_JITTER: Final = 1.08
 _MEMORY_JITTER: Final = 1.15
 """The reference's own times vary by so much on a quiet machine."""
+
+QUIET_SHARE: Final = 0.1
+"""The share of all looks that find the machine quiet, at least.
+
+The very quickest of thousands is luck: on a machine that others hardly use, looks usually take a
+seventh longer than that, and work beside them does not.
+"""
 
 _PACE_S: Final = 0.05
 """Spent on one look at a machine's pace."""
@@ -62,8 +70,8 @@ class Reference:
     """A known piece of work whose time tells whether a processor is shared at the moment.
 
     Small products and sums, as small models are made of; then products of vectors with matrices
-    that lie in the common cache, and with others that lie in memory. The quickest times so far are
-    what they take alone.
+    that lie in the common cache, and with others that lie in memory. What the quickest tenth of all
+    looks so far took at most is what they take alone.
     """
 
     def __init__(self) -> None:
@@ -74,8 +82,8 @@ class Reference:
         matrices = torch.ones(_CACHED_MATRICES + _STREAMED_MATRICES, _MATRIX, _MATRIX).unbind()
         self._cached, self._streamed = matrices[:_CACHED_MATRICES], matrices[_CACHED_MATRICES:]
         self._next = 0
-        self.best = Pace(math.inf, math.inf)
-        """The machine's pace as far as it is known."""
+        self._core_s: list[float] = []
+        self._memory_s: list[float] = []
         for _ in range(20):
             self.look()
 
@@ -93,14 +101,21 @@ class Reference:
             if cached_s > SETTLED * before_s:
                 break
         found = Pace(core_s, cached_s + streamed_s)
-        self.best = self.best.quickest(found)
+        insort(self._core_s, found.core_s)
+        insort(self._memory_s, found.memory_s)
         return found
+
+    @property
+    def quiet(self) -> Pace:
+        """What it takes while nobody disturbs, as far as is known."""
+        place = int(QUIET_SHARE * len(self._core_s))
+        return Pace(self._core_s[place], self._memory_s[place])
 
     def lost_share(self) -> float:
         """Share of its time that others cost it now, beyond what varies anyway."""
-        now = self.look()
-        core = 1.0 - _CORE_JITTER * self.best.core_s / now.core_s
-        memory = 1.0 - _MEMORY_JITTER * self.best.memory_s / now.memory_s
+        now, quiet = self.look(), self.quiet
+        core = 1.0 - _CORE_JITTER * quiet.core_s / now.core_s
+        memory = 1.0 - _MEMORY_JITTER * quiet.memory_s / now.memory_s
         return max(0.0, core, memory)
 
     def pace(self, seconds: float = _PACE_S) -> Pace:

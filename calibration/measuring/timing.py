@@ -144,8 +144,8 @@ class WallTimer:
         if self._reference is None:
             return timed_s
         settling = _USUAL_SETTLING if pass_s < self.min_sample_s else pass_s < _LONG_S
-        best = self._reference.best
-        return timed_s + settling * pass_s + best.core_s + 3 * best.memory_s
+        quiet = self._reference.quiet
+        return timed_s + settling * pass_s + quiet.core_s + 3 * quiet.memory_s
 
     def _settle(self, work: Work) -> tuple[float, float]:
         """Let the work have the caches back that the look took; what its last repetition took."""

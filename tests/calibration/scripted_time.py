@@ -82,7 +82,7 @@ def of_meters(monkeypatch: pytest.MonkeyPatch) -> ScriptedTime:
 class QuietReference:
     """A reference that nobody disturbs."""
 
-    best = Pace(0.0005, 0.001)
+    quiet = Pace(0.0005, 0.001)
 
     def lost_share(self) -> float:
         return 0.0
