@@ -1,7 +1,7 @@
 """A known piece of work beside the one that is timed, and the pace of a machine that it tells.
 
-How quick it is at its best is the machine's pace, by which two runs on it can be compared; how much
-slower it is at the moment says what others cost.
+How quick it is while nobody disturbs is the machine's pace, by which two runs on it can be
+compared; how much slower it is at the moment says what others cost.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _STREAMED_MATRICES: Final = 64
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds that known pieces of work take on a machine at its best.
+    """Seconds that known pieces of work take on a machine that nobody disturbs.
 
     `core_s` is arithmetic within a core, `memory_s` reading from the common cache and from memory
     (on a GPU a product of matrices, and a copy).
@@ -64,6 +64,28 @@ class Pace:
     def quickest(self, other: Pace) -> Pace:
         """The better of two, part by part."""
         return Pace(min(self.core_s, other.core_s), min(self.memory_s, other.memory_s))
+
+
+class Looks:
+    """Paces seen so far, and what they tell of the machine while nobody disturbs it."""
+
+    def __init__(self) -> None:
+        self._core_s: list[float] = []
+        self._memory_s: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._core_s)
+
+    def add(self, pace: Pace) -> None:
+        """See one more."""
+        insort(self._core_s, pace.core_s)
+        insort(self._memory_s, pace.memory_s)
+
+    @property
+    def quiet(self) -> Pace:
+        """The slowest of the quickest tenth, part by part; at least one must have been seen."""
+        place = int(QUIET_SHARE * len(self))
+        return Pace(self._core_s[place], self._memory_s[place])
 
 
 class Reference:
@@ -82,8 +104,7 @@ class Reference:
         matrices = torch.ones(_CACHED_MATRICES + _STREAMED_MATRICES, _MATRIX, _MATRIX).unbind()
         self._cached, self._streamed = matrices[:_CACHED_MATRICES], matrices[_CACHED_MATRICES:]
         self._next = 0
-        self._core_s: list[float] = []
-        self._memory_s: list[float] = []
+        self._looks = Looks()
         for _ in range(20):
             self.look()
 
@@ -101,15 +122,13 @@ class Reference:
             if cached_s > SETTLED * before_s:
                 break
         found = Pace(core_s, cached_s + streamed_s)
-        insort(self._core_s, found.core_s)
-        insort(self._memory_s, found.memory_s)
+        self._looks.add(found)
         return found
 
     @property
     def quiet(self) -> Pace:
         """What it takes while nobody disturbs, as far as is known."""
-        place = int(QUIET_SHARE * len(self._core_s))
-        return Pace(self._core_s[place], self._memory_s[place])
+        return self._looks.quiet
 
     def lost_share(self) -> float:
         """Share of its time that others cost it now, beyond what varies anyway."""
@@ -142,5 +161,5 @@ class Reference:
 
 @functools.cache
 def reference() -> Reference:
-    """The processor's reference: one for all timers, so that its best is the best of the run."""
+    """The processor's reference: one for all timers, so that it knows all looks of the run."""
     return Reference()
