@@ -101,6 +101,9 @@ MOST_PLANNED_AGAIN: Final = 1.5
 """Samples planned for each one that is wanted, at most: disturbances come and go, and a plan made
 during one would be coarse for good, while tries again keep to a trial's share of the time."""
 
+MOST_FURTHER_TRIALS: Final = 3
+"""Of a load that others disturb every time; a machine that is busy so long stays so."""
+
 _GRID: Final = {"cpu": (16, 512), "cuda": (64, 2048)}
 """Largest batch and context unless asked otherwise."""
 
@@ -675,8 +678,9 @@ class _Session:
                 left_s -= least_s
                 advance()
         timings = [job for job in possible if not job.quantity.endswith("_energy")]
-        while self._take_again(bench, probe, timings, until_s):
-            pass
+        for _ in range(MOST_FURTHER_TRIALS):
+            if not self._take_again(bench, probe, timings, until_s):
+                break
 
     def _take_again(self, bench: Bench, probe: Probe, jobs: Sequence[Job], until_s: float) -> bool:
         """Take one more trial of each load that was disturbed every time; whether any is left.

@@ -58,7 +58,7 @@ BUDGET_S = 600.0
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """The coarsest grid, samples of a fraction of a millisecond, none of them taken again."""
+    """The coarsest grid, samples of a fraction of a millisecond, nothing taken again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibration.measuring.grid.RICHNESS", RICHNESS[-1:])
         patch.setattr("calibration.measuring.timing.CPU_SAMPLE_S", 2e-4)
@@ -67,6 +67,7 @@ def quick() -> Iterator[None]:
             patch.setattr(f"calibration.measuring.{module}.MOST_SETTLING", 1)
         patch.setitem(measuring.COPY_BYTES, "cpu", 2**20)
         patch.setattr(load_trials, "LOAD_TRIALS", 1)
+        patch.setattr(measuring, "MOST_LOST_SHARE", 1.0)
         yield
 
 
@@ -557,6 +558,7 @@ def test_what_others_disturbed_every_time_is_taken_again_until_it_is_not(
             yield job.reading(depth, seconds=1e-3, idle_share=lost)
 
     monkeypatch.setattr(Bench, "time", made_up)
+    monkeypatch.setattr(measuring, "MOST_LOST_SHARE", 0.1)
     out = tmp_path / "out"
     measure(settings(checkpoint, out))
     jobs = json.loads((out / PLAN_FILE).read_text())["models"]["tiny-4l"]["jobs"]
@@ -566,6 +568,23 @@ def test_what_others_disturbed_every_time_is_taken_again_until_it_is_not(
     checks = read_points(out).filter(quantity="check").group_by("batch").agg(pl.col("trial").max())
     assert checks.height >= 3
     assert set(checks["trial"]) == {max(2, rounds - 1)}
+
+
+def test_what_others_go_on_disturbing_is_given_up(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made_up(bench: Bench, job: Job, patience_s: float) -> Iterator[Reading]:
+        for depth in job.depths or (None,):
+            yield job.reading(depth, seconds=1e-3, idle_share=0.5)
+
+    monkeypatch.setattr(Bench, "time", made_up)
+    monkeypatch.setattr(measuring, "MOST_LOST_SHARE", 0.1)
+    out = tmp_path / "out"
+    measure(settings(checkpoint, out))
+    jobs = json.loads((out / PLAN_FILE).read_text())["models"]["tiny-4l"]["jobs"]
+    rounds = 1 + max(job.get("trial", 0) for job in jobs)
+    checks = read_points(out).filter(quantity="check")
+    assert checks["trial"].max() == rounds - 1 + measuring.MOST_FURTHER_TRIALS
 
 
 def test_resuming_takes_only_what_is_missing(
