@@ -262,6 +262,7 @@ def read_traces(path: Path, candidates: Sequence[str] | None = None) -> ExitTrac
             }
             for field in _FIELDS
         }
+        _check_full_depth(arrays["agrees"], layers, path)
         return ExitTraces(
             domains=domains,
             num_positions=num_positions,
@@ -477,6 +478,19 @@ def _trace_positions(frame: pl.DataFrame, path: Path) -> tuple[tuple[str, ...], 
             where=str(path),
         )
     return domains, num_positions
+
+
+def _check_full_depth(
+    agrees: Mapping[str, NDArray[Any]], layers: Mapping[str, Sequence[int]], path: Path
+) -> None:
+    """Refuse a last exit that does not agree with itself."""
+    for name, found in agrees.items():
+        if not found[..., -1].all():
+            raise InputError(
+                f"The column '{name}|L{layers[name][-1]}|agrees' holds false. It says whether an "
+                "exit's token equals the one at full depth, which is this exit: all are true.",
+                where=str(path),
+            )
 
 
 def _column(frame: pl.DataFrame, name: str, path: Path) -> NDArray[Any]:

@@ -430,6 +430,19 @@ def test_a_broken_trace_file_is_told_what_and_where(
     assert caught.value.where == str(path)
 
 
+def test_a_last_exit_that_does_not_agree_with_itself_is_refused(tmp_path: Path) -> None:
+    """As where somebody took agreement for being right."""
+    last = max((name for name in GOOD if name.endswith("|agrees")), key=_layer_of)
+    path = tmp_path / "exits.parquet"
+    pl.DataFrame({**GOOD, last: [False, *GOOD[last][1:]]}, strict=False).write_parquet(path)
+    with pytest.raises(InputError, match=r"holds false\. .* equals the one at full depth"):
+        read_traces(path)
+
+
+def _layer_of(column: str) -> int:
+    return int(column.split("|")[1][1:])
+
+
 def test_a_file_that_is_not_parquet_or_empty_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "exits.parquet"
     path.write_bytes(b"not parquet")

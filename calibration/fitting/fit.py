@@ -117,6 +117,7 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
     document, traces = _with_exits(document, measured, settings, folder)
     report = _trace_report(traces)
     if report is not None:
+        _check_confidence(report, measured, folder)
         document["measurement"]["exit_traces"] = report
     with TemporaryDirectory() as place:
         points = Path(place) / POINTS_FILE
@@ -130,6 +131,23 @@ def fit_profile(folder: Path, out: Path, settings: FitSettings | None = None) ->
             # Traces that do not fit the models leave no profile behind.
             check=load_traces,
         )
+
+
+def _check_confidence(
+    report: Mapping[str, Any], measured: Mapping[str, _Measured], folder: Path
+) -> None:
+    """Refuse traces of another confidence than the one that the models have now."""
+    candidates = report.get("candidates")
+    for name, model in measured.items():
+        said = candidates.get(name) if isinstance(candidates, Mapping) else None
+        kind = said.get("confidence") if isinstance(said, Mapping) else None
+        if kind is not None and kind != model.confidence_kind:
+            raise InputError(
+                f"The exits of {name} were traced with the confidence {kind}, and it has "
+                f"{model.confidence_kind} now; trace them again with helios-calibrate measure "
+                "--resume.",
+                str(folder),
+            )
 
 
 def _check_mode(readings: pl.DataFrame, mode: str, folder: Path) -> None:

@@ -55,6 +55,7 @@ from calibration.measuring.plan_file import (
     ModelPlan,
     Plan,
     check_same,
+    check_same_model,
     earlier_plan,
 )
 from calibration.measuring.readings import (
@@ -76,10 +77,9 @@ from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError
 from calibration.model.memory import TooLittleMemory, available_bytes, require
 from calibration.options import parse_budget, parse_exits
-from calibration.training.trace import check_traceable, trace_checkpoints
+from calibration.training.trace import check_traceable, trace_checkpoints, traced_as_now
 from helios_sim.console.command import Interrupted
 from helios_sim.errors import InputError
-from helios_sim.profile import TRACES_FILE
 from helios_sim.wording import counted
 
 _LEAST_BUDGET_S: Final = 5.0
@@ -480,7 +480,9 @@ class _Session:
 
     def _describe_model(self, source: Source, bench: Bench) -> None:
         """Write down what a model is and runs as, and note kernels that a GPU should have had."""
-        described = describe_model(source, bench)
+        described = json.loads(json.dumps(describe_model(source, bench)))
+        if before := self.environment["models"].get(bench.name):
+            check_same_model(bench.name, before, described)
         if "graph" not in bench.modes:
             # Readings from the graphs of an earlier run were padded to its buckets.
             earlier = self.environment["models"].get(bench.name, {})
@@ -744,10 +746,11 @@ class _Session:
             self._note(f"No exits are traced: {error}")
 
     def _to_trace(self) -> list[Path]:
-        """Checkpoints without traces, where traces are asked for."""
-        if not self.settings.traces or (self.settings.out / TRACES_FILE).is_file():
+        """Checkpoints without traces of their confidence, where traces are asked for."""
+        folders = [source.folder for source in self.sources if source.folder is not None]
+        if not self.settings.traces or traced_as_now(folders, self.settings.out):
             return []
-        return [source.folder for source in self.sources if source.folder is not None]
+        return folders
 
     def _check_traceable(self) -> None:
         """Refuse checkpoints that cannot be traced together, before time is spent on them."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from calibration.measuring.grid import Job, job_from
+from calibration.measuring.readings import ENVIRONMENT_FILE
+from calibration.model.checkpoint import Guard
 from helios_sim.errors import InputError
 
 PLAN_FILE: Final = "plan.json"
@@ -109,6 +111,31 @@ def check_same(plan: ModelPlan, name: str, exit_layers: tuple[int, ...], asked: 
                 "another folder.",
                 PLAN_FILE,
             )
+
+
+def check_same_model(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with readings of another model than the one that has the name now.
+
+    Both are descriptions as environment.json has them. What an earlier one does not say is taken
+    to be the same.
+    """
+    for key in ("shape", "tokenizer", "heads", "weights"):
+        if key in before and before[key] != now[key]:
+            raise InputError(
+                f"{name} was measured with {key} {before[key]} and now has {now[key]}; measure "
+                "into another folder.",
+                ENVIRONMENT_FILE,
+            )
+    try:
+        guards = [Guard.from_json(one["guard"]) for one in (before, now) if one.get("guard")]
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return
+    if len(guards) == 2 and guards[0].contradicts(guards[1]):
+        raise InputError(
+            f"{name} was measured with other weights, whose logits are not those of these; measure "
+            "into another folder.",
+            ENVIRONMENT_FILE,
+        )
 
 
 def _model(node: Mapping[str, Any]) -> ModelPlan:

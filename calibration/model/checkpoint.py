@@ -69,13 +69,26 @@ class Entry:
         return self.end - self.begin
 
 
+_PIECE_BYTES: Final = 2**24
+
+_LFS: Final = b"version https://git-lfs"
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file, checked against the file's size; no weights are read."""
     where = str(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            begun = file.read(8)
+            length = int.from_bytes(begun, "little")
+            if begun and begun + file.read(len(_LFS) - 8) == _LFS:
+                raise InputError(
+                    "This is a pointer of Git LFS in place of the weights; fetch them with "
+                    "git lfs pull.",
+                    where,
+                )
+            file.seek(8)
             if size < 8 or length > min(size - 8, HEADER_LIMIT_BYTES):
                 raise InputError(
                     f"The header claims {length:,} bytes and the file has {size:,}: it is corrupt "
@@ -499,6 +512,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
                 str(path / HEADS_FILE),
             )
         heads = read_header(path / HEADS_FILE)
+    _check_tied(entries, config, str(path))
     return Checkpoint(path, config, _stock_names(entries, config), heads, settings)
 
 
@@ -544,6 +558,8 @@ def named_folders(folders: Sequence[Path]) -> dict[str, Path]:
     for folder in folders:
         for path in checkpoint_folders(folder):
             name = _name(path, read_settings(path))
+            if name in found and found[name].resolve() == path.resolve():
+                continue
             if name in found:
                 raise InputError(
                     f"Two checkpoints are called {name!r}; the other is {found[name]}. Give one "
@@ -663,6 +679,34 @@ def _check_names_known(config: Config, where: str) -> None:
             raise InputError(
                 f"{key} is {value!r}; transformers has {', '.join(sorted(known))}.", where
             )
+
+
+def _check_tied(entries: Mapping[str, Entry], config: Config, where: str) -> None:
+    """Refuse an output head of its own that config.json says is the embedding."""
+    head = entries.get("lm_head.weight")
+    if head is None or not config.tie_word_embeddings:
+        return
+    for name, embedding in entries.items():
+        if name.endswith("embed_tokens.weight") and not _same_content(head, embedding):
+            raise InputError(
+                f"lm_head.weight differs from {name}, and config.json says tie_word_embeddings: "
+                "set that to false if the head is its own, or leave lm_head.weight out.",
+                where,
+            )
+
+
+def _same_content(one: Entry, other: Entry) -> bool:
+    """Whether two tensors have the same type, shape and bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.path.open("rb") as mine, other.path.open("rb") as its:
+        mine.seek(one.begin)
+        its.seek(other.begin)
+        for begin in range(0, one.num_bytes, _PIECE_BYTES):
+            size = min(_PIECE_BYTES, one.num_bytes - begin)
+            if mine.read(size) != its.read(size):
+                return False
+    return True
 
 
 def _stock_names(entries: Mapping[str, Entry], config: Config) -> dict[str, Entry]:

@@ -146,7 +146,7 @@ def served_traces(
     """Exit traces of the served tokens, request after request in each domain.
 
     Domains of fewer tokens than the longest are repeated to its length; a domain without any
-    holds zeros.
+    holds zeros, and agrees.
     """
     sizes = [0] * len(names)
     for life, domain in zip(lives, domains, strict=True):
@@ -161,8 +161,8 @@ def served_traces(
         ]
         places.append(np.concatenate(mine) if sizes[domain] else np.zeros(0, np.int64))
 
-    def shaped(values: NDArray[np.generic]) -> NDArray[np.generic]:
-        table = np.zeros((len(names), length, values.shape[1]), values.dtype)
+    def shaped(values: NDArray[np.generic], empty: float = 0.0) -> NDArray[np.generic]:
+        table = np.full((len(names), length, values.shape[1]), empty, values.dtype)
         for domain, rows in enumerate(places):
             if len(rows):
                 table[domain] = values[np.resize(rows, length)]
@@ -173,7 +173,10 @@ def served_traces(
         num_positions=length,
         exit_layers=dict(exit_layers),
         confidence={n: shaped(found.confidence) for n, found in reread_by.items()},  # type: ignore[misc]
-        agrees={n: shaped(found.tokens == found.tokens[:, -1:]) for n, found in reread_by.items()},  # type: ignore[misc]
+        agrees={
+            n: shaped(found.tokens == found.tokens[:, -1:], True)  # type: ignore[misc]
+            for n, found in reread_by.items()
+        },
         nll_nats={n: shaped(found.nll_nats) for n, found in reread_by.items()},  # type: ignore[misc]
         origin="trace",
     )

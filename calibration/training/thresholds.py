@@ -12,13 +12,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from calibration.model.checkpoint import open_checkpoint, update_settings
+from calibration.model.checkpoint import SETTINGS_FILE, open_checkpoint, update_settings
 from calibration.model.confidence import ALL_DOMAINS, KINDS, Confidence, Kind, PiecewiseLinear
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.serving.prompts import tokenizer_of
 from calibration.training.scoring import Scores, Windows, score
 from calibration.training.text import DOMAINS, corpus
 from helios_sim.errors import InputError
+from helios_sim.folders import check_writable
 from helios_sim.policy.rules import leaves_here
 from helios_sim.profiles.parsing import CONFIDENCE_KINDS
 
@@ -199,6 +200,8 @@ def settle(
     """
     raw, calibrated = kind_of(kind)
     check_choice(threshold, target_agreement)
+    for folder in folders:
+        check_writable(folder / SETTINGS_FILE)
     where = device or torch.device("cpu")
     chosen = options or FittingOptions()
     settings, maps, confidences, agrees = {}, {}, [], []

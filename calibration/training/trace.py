@@ -6,6 +6,7 @@ agreement and calibration error at every exit, and how far the candidates comple
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -173,6 +174,26 @@ def trace_checkpoints(
     except OSError as error:
         raise InputError(f"The traces cannot be written: {error.strerror}.", str(out)) from error
     return report
+
+
+def traced_as_now(folders: Sequence[Path], out: Path) -> bool:
+    """Whether a folder holds traces of these checkpoints' confidence as they have it now.
+
+    Traces without a report on them are taken for theirs.
+    """
+    if not (out / TRACES_FILE).is_file():
+        return False
+    try:
+        report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))["candidates"]
+        traced = {name: (said["confidence"], said["threshold"]) for name, said in report.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return True
+    for found in map(open_checkpoint, folders):
+        confidence = Confidence() if found.settings is None else found.settings.confidence
+        own = name_of(confidence), confidence.threshold
+        if traced.get(found.name, own) != own:
+            return False
+    return True
 
 
 def check_traceable(folders: Sequence[Path]) -> None:

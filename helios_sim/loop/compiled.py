@@ -7,14 +7,15 @@ sources that take part, of numba and of numpy.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, cast
 
 import numba
 import numpy as np
@@ -65,6 +66,13 @@ numba.config.CACHE_DIR = str(_cache_dir())  # type: ignore[attr-defined]
 OPTIONS: Final[dict[str, Any]] = {"error_model": "numpy", "_nrt": False, "forceinline": True}
 """How numba compiles the loop and all that it calls."""
 
+CHECKED: Final[dict[str, Any]] = OPTIONS | {"error_model": "python", "boundscheck": True}
+"""How it compiles rules where a policy has its own.
+
+A place outside an array raises an IndexError, and dividing by zero a ZeroDivisionError, as in
+Python: the one would corrupt memory, and the other decide by infinity.
+"""
+
 Mode = Literal["cached", "uncached", "interpreted"]
 
 _mode: Mode = "cached"
@@ -91,27 +99,41 @@ def compiling(mode: Mode, folder: str = "") -> Iterator[None]:
         numba.config.CACHE_DIR = usual  # type: ignore[attr-defined]
 
 
-def compiled(function: F, *, checks_bounds: bool = False) -> F:
+def compiled(function: F, *, options: Mapping[str, Any] = OPTIONS) -> F:
     """Compile a function with numba, cached on disk, without reordering any arithmetic.
 
     Counting references to the world's arrays at every call would take four fifths of the loop's
     time; the loop allocates nothing and Python holds the arrays while it runs, so numba's
     reference counting is left out. Handing the whole world over at every call would take two
-    thirds of what is left, so functions are compiled into their callers. `checks_bounds` has a
-    place outside an array raise an IndexError, as Python does, where memory would be corrupted.
+    thirds of what is left, so functions are compiled into their callers.
     """
     if _mode == "interpreted":
         return function
     cache = _mode == "cached"
-    dispatcher: Any = numba.njit(cache=cache, boundscheck=checks_bounds, **OPTIONS)(function)
+    dispatcher: Any = numba.njit(cache=cache, **options)(function)
     if cache:
         load_at_once(dispatcher)
     return dispatcher  # type: ignore[no-any-return]
 
 
 def compiled_rule(rule: F) -> F:
-    """Compile a hot rule; where a loop has a policy's own, what they read and write is checked."""
-    return compiled(rule, checks_bounds=_has_own_rules)
+    """Compile a hot rule; where a loop has a policy's own, they are checked."""
+    if not _has_own_rules:
+        return compiled(rule)
+    if _mode == "interpreted":
+        return _dividing(rule)
+    return compiled(rule, options=CHECKED)
+
+
+def _dividing(rule: F) -> F:
+    """Let a rule that meets numpy's numbers not divide by zero, as Python's would not."""
+
+    @functools.wraps(rule)
+    def checked(*given: Any) -> Any:
+        with np.errstate(divide="raise", invalid="raise"):
+            return rule(*given)
+
+    return cast(F, checked)
 
 
 def load_at_once(dispatcher: Any) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 
 from helios_sim.errors import InputError
 from helios_sim.loop import batch
-from helios_sim.loop.compiled import OPTIONS, Mode, compiling
+from helios_sim.loop.compiled import CHECKED, Mode, compiling
 from helios_sim.policy import rules
 
 SIGNATURES: Final = {
@@ -172,7 +172,7 @@ def _compiles(name: str, rule: Callable[..., Any]) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", numba.core.errors.NumbaWarning)
         try:
-            numba.njit(SIGNATURES[name], boundscheck=True, **OPTIONS)(rule)
+            numba.njit(SIGNATURES[name], **CHECKED)(rule)
         except numba.core.errors.NumbaError:
             return False
     return True

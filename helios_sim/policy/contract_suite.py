@@ -183,9 +183,11 @@ class ScriptedHost:
         self._obey(decision)
         return decision, snapshot
 
-    def round(self, event: Event) -> Iterator[tuple[Decision, Snapshot]]:
+    def round(
+        self, event: Event, telemetry: Telemetry | None = None
+    ) -> Iterator[tuple[Decision, Snapshot]]:
         """An event and the evaluations it leads to; refuses more of them than candidates."""
-        decision, snapshot = self.ask(event)
+        decision, snapshot = self.ask(event, telemetry)
         yield decision, snapshot
         for _ in range(len(self.candidates)):
             if not isinstance(decision, Evaluate):
@@ -208,7 +210,9 @@ class ScriptedHost:
             if watches and now is not None and now.depth < self.candidates[now.model].num_layers:
                 seen.append(self.ask(Event.BREACHED, self._serving(now)))
             if watching.reassess_requests is not None:
-                seen.extend(self.round(Event.REASSESS))
+                now = self.assignment
+                telemetry = None if now is None else self._serving(now)
+                seen.extend(self.round(Event.REASSESS, telemetry))
         return seen
 
     def evaluation(self, candidate: Candidate) -> Telemetry:

@@ -16,6 +16,10 @@ from helios_sim.errors import InputError, did_you_mean
 EVERY: Final = "*"
 """A part of a place that stands for all names there."""
 
+_DESCRIBED: Final = "device.active_w"
+_COUNTED: Final = "models.*.coefficients.power.active_w"
+"""Power while working: of the device, for who reads its profile, and of each model that works."""
+
 Assumed = float | tuple[float, ...]
 
 
@@ -95,6 +99,12 @@ def assume(
             other = taken.setdefault(name, place)
             if other != place and EVERY in place.split("."):
                 raise InputError(f"{name} is meant by {other!r} too; give one of the two.", place)
+            if name == _DESCRIBED:
+                raise InputError(
+                    f"{name} describes the device, and energy goes by each model's own active "
+                    f"power: assume {_COUNTED} instead.",
+                    place,
+                )
             was, grade = own[name]["value"], str(own[name]["grade"])
             if isinstance(was, list) != isinstance(value, tuple):
                 kind = "an array of numbers" if isinstance(was, list) else "one number"

@@ -254,10 +254,13 @@ def parse_profile(document: Any, folder: Path, content_hash: str) -> Profile:
         name: _parse_model(reader, name, node, f"models.{name}")
         for name, node in reader.named(top["models"], "models").items()
     }
+    device = _parse_device(reader, top["device"])
+    for name, model in models.items():
+        _check_power(reader, f"models.{name}.coefficients.power", device, model)
     return Profile(
         name=reader.text(top["name"], "name"),
         description=reader.text(top["description"], "description"),
-        device=_parse_device(reader, top["device"]),
+        device=device,
         models=models,
         loading=_parse_loading(reader, top["loading"]),
         exits=_parse_exits(reader, top["exits"], models, folder),
@@ -290,6 +293,22 @@ def _parse_device(reader: _Reader, node: Any) -> Device:
         ),
         **{key: value or 0.0 for key, value in watts.items()},
     )
+
+
+def _check_power(reader: _Reader, place: str, device: Device, model: ModelProfile) -> None:
+    """Refuse a model that draws less than an idle device, or less at its limit than below it."""
+    active_w, limit_w = (model.coefficients[f"power.{key}"] for key in ("active_w", "limit_w"))
+    if active_w is not None and active_w < device.idle_w:
+        raise reader.fail(
+            f"{place}.active_w",
+            f"The value {active_w:g} was given; it includes the idle power, so it must be at "
+            f"least device.idle_w ({device.idle_w:g}).",
+        )
+    if active_w is not None and limit_w is not None and limit_w < active_w:
+        raise reader.fail(
+            f"{place}.limit_w",
+            f"The value {limit_w:g} was given; it must be at least power.active_w ({active_w:g}).",
+        )
 
 
 def _parse_loading(reader: _Reader, node: Any) -> Loading:
@@ -384,6 +403,12 @@ def _parse_early_exit_model(
     for key in SHAPE_COUNTS:
         counts[key] = reader.whole(shape_table[key], f"{spot}.{key}", 1)
         reader.quantities[f"{spot}.{key}"] = Quantity(float(counts[key]), "1", grade, source)
+    if counts["heads"] % counts["kv_heads"]:
+        raise reader.fail(
+            f"{spot}.kv_heads",
+            f"{counts['kv_heads']} was given with {counts['heads']} heads; it must divide them, "
+            "since each serves as many of them.",
+        )
     shape = ModelShape(
         family=cast(Family, family),
         tied_head=shape_table["tied_head"],

@@ -234,10 +234,13 @@ def read_space(scenario: Scenario, base_dir: Path, where: str) -> Space:
 
 
 def _ranges(table: Mapping[str, Any], where: str, prefix: str = "") -> Iterator[Range]:
-    """Ranges of a table; a table without any of a range's keys is a dotted key that TOML split."""
+    """Ranges of a table; one of tables, or without any of a range's keys, is a key TOML split."""
     for name, given in table.items():
         key = f"{prefix}{name}"
-        if isinstance(given, Mapping) and not set(given) & set(_RANGE_KEYS):
+        if isinstance(given, Mapping) and (
+            not set(given) & set(_RANGE_KEYS)
+            or any(isinstance(one, Mapping) for one in given.values())
+        ):
             if not given:
                 raise InputError(
                     "The range is empty; give low and high, or choices.", f"{where}.{key}"

@@ -111,7 +111,7 @@ def whatif_studies(
     vary: dict[str, list[Any]],
     replications: int,
 ) -> list[Study[Cell]]:
-    """One study a cell of the grid; settings that cannot be are refused at once."""
+    """One study a cell of the grid; a grid of which no cell can be is refused at once."""
     num = len(policies)
     for listed in vary.values():
         num *= len(listed)
@@ -123,6 +123,7 @@ def whatif_studies(
         )
     taken = dict.fromkeys(vary, False)
     cells: list[Cell] = []
+    refusals: list[InputError] = []
     studies = []
     for combination in product(*vary.values()):
         values = dict(zip(vary, combination, strict=True))
@@ -136,14 +137,20 @@ def whatif_studies(
                     continue
                 taken[key] = True
                 mine[key] = value
-            changed = with_settings(own, mine, base_dir, where)
             cell = Cell(mine, policy.name)
             if cell in cells:
                 continue
             cells.append(cell)
-            studies.append(
-                Study(cell.name, _steps(cell, changed, base_dir, replications), replications)
-            )
+            try:
+                changed = with_settings(own, mine, base_dir, where)
+            except InputError as error:
+                refusals.append(error)
+                steps = _refused(replace(cell, why=str(error)))
+            else:
+                steps = _steps(cell, changed, base_dir, replications)
+            studies.append(Study(cell.name, steps, replications))
+    if len(refusals) == len(cells):
+        raise refusals[0]
     for key, known in taken.items():
         if not known:
             option = key.partition(".")[2]
@@ -180,6 +187,12 @@ def _options(policies: Sequence[PolicySettings]) -> list[str]:
         if policy.use in policy_names():
             names += policy_options(policy.use)
     return names
+
+
+def _refused(cell: Cell) -> Generator[Sequence[Point], list[Outcome], Cell]:
+    """A cell whose settings cannot be, which asks for nothing."""
+    yield from ()
+    return cell
 
 
 def _steps(

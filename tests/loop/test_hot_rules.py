@@ -197,6 +197,32 @@ def test_a_compiled_rule_that_writes_beyond_the_ring_is_stopped() -> None:
     assert world.window[0, :4].tolist() == [1, 1, 1, 0]
 
 
+def dividing(
+    ring: Any, num_seen: int, num_breaches: int, breached: bool, breach_limit: int
+) -> tuple[int, int, bool]:
+    """Has no share of the first token."""
+    return num_seen + 1, num_breaches, breach_limit / num_seen > 99.0
+
+
+def dividing_by_lists(
+    ring: Any, num_seen: int, num_breaches: int, breached: bool, breach_limit: int
+) -> tuple[int, int, bool]:
+    """The same, in a way that nobody compiles."""
+    return num_seen + 1, num_breaches, sum([breach_limit / num_seen]) > 99.0
+
+
+@pytest.mark.filterwarnings("ignore::helios_sim.loop.hot_rules.InterpretedRuleWarning")
+@pytest.mark.parametrize("rule", [dividing, dividing_by_lists])
+def test_a_rule_that_divides_by_zero_is_stopped_as_in_python(rule: Any) -> None:
+    """Compiled as the loop is, it would decide by infinity; so would numpy's own numbers."""
+    loop = loop_with({"watch_sliding": rule})
+    world = hot_rule_world()
+    rep = world.replicas[0]
+    rep.window_kind, rep.window_tokens = SLIDING, 3
+    with pytest.raises(ArithmeticError):
+        loop.watch(world, 0, rep, True)
+
+
 def everybody(
     num_running: int,
     max_batch: int,

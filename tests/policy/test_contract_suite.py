@@ -191,3 +191,18 @@ def test_the_suite_catches_a_policy_with_one_flaw(
 
     with pytest.raises(error):
         getattr(Suite(), check)()
+
+
+def _reads_breaches(_: Any, snapshot: Snapshot) -> Decision:
+    if snapshot.event is Event.START or snapshot.telemetry is None:
+        assert snapshot.event is Event.START, "only the first snapshot lacks telemetry"
+        return _serve(snapshot)
+    return Keep(f"{snapshot.telemetry.num_breaches} breaches.")
+
+
+def test_a_policy_may_read_telemetry_whenever_something_has_been_served() -> None:
+    class Suite(PolicyContract):
+        def make_policy(self) -> Policy:
+            return _Flawed(_reads_breaches)
+
+    Suite().test_every_decision_can_be_carried_out()

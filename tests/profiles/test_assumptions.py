@@ -145,6 +145,14 @@ def test_a_run_follows_the_assumption_and_names_it_on_its_page() -> None:
     assert again.fleet.assume == {FILL: 0}
 
 
+@pytest.mark.parametrize("place", ["device.active_w", "device.*"])
+def test_a_number_that_nothing_goes_by_is_not_assumed(place: str) -> None:
+    """Each model's active power counts; the device's stands beside it for who reads a profile."""
+    scenario = load_scenario(SCENARIO, [f"fleet.assume.{place}=250"])
+    with pytest.raises(InputError, match=r"assume models\.\*\.coefficients\.power\.active_w"):
+        prepare(scenario, SCENARIO.parent)
+
+
 def test_an_assumption_is_blamed_for_itself_and_not_on_a_file_of_the_profile() -> None:
     for place, said in (("stickiness=2", "at most 0.999"), ("stick=0.5", "has no number at")):
         with pytest.raises(InputError, match=said) as caught:

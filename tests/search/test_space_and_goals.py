@@ -173,6 +173,17 @@ def test_ranges_of_which_no_combination_is_a_scenario_say_what_the_first_lacks()
     assert "breach_window_tokens" in text
 
 
+def test_an_option_called_as_an_end_of_a_range_may_vary(tmp_path: Path) -> None:
+    """TOML makes policy.low = { low = 0 } a table that looks like a range without numbers."""
+    (tmp_path / "steps.py").write_text(
+        PICKY.replace("place=2", "low=2, choices=0").replace("place < 2", "low < 0")
+    )
+    nested = {"policy": {"low": {"low": 0, "high": 4}, "choices": [1, 2]}}
+    base = scenario(nested).model_copy(update={"policy": (PolicySettings(use="steps:Picky"),)})
+    ranges = read_space(base, tmp_path, "x.toml").ranges
+    assert [one.key for one in ranges] == ["policy.low", "policy.choices"]
+
+
 def test_a_dotted_key_may_stand_without_quotes() -> None:
     nested = {"policy": {"breach_limit": {"low": 10, "high": 90}}, "serving": {"max_batch": [8, 9]}}
     space = read_space(scenario(nested), Path(), "x.toml")

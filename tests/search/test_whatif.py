@@ -256,6 +256,22 @@ def test_cells_that_cannot_be_have_their_reasons_in_the_answer_and_on_the_page(
     assert why in html.unescape((tmp_path / "out" / "report.html").read_text())
 
 
+def test_a_cell_whose_settings_contradict_each_other_leaves_the_others_alone(
+    tmp_path: Path,
+) -> None:
+    """A limit of 200 breaches is beyond a window of 100 tokens, and within one of 300."""
+    path = write(tmp_path, policy=[{"use": "helios"}])
+    vary = ["policy.breach_limit=50,200", "policy.breach_window_tokens=100,300"]
+    said = whatif(path, [], vary, [], 1, inline(tmp_path / "out"))
+    (why,) = [one for one in said.sentences if "cannot be run" in one]
+    assert (
+        "breach_limit 200, breach_window_tokens 100" in why
+        and "must be below the 100 tokens" in why
+    )
+    with pytest.raises(InputError, match="must be below the 100 tokens"):
+        whatif(path, [], ["policy.breach_limit=150,200"], [], 1, inline(tmp_path / "none"))
+
+
 def test_the_best_of_a_grid_is_marked_and_its_marks_are_labelled_on_the_page(
     tmp_path: Path,
 ) -> None:
