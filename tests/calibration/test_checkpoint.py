@@ -18,6 +18,7 @@ from calibration.model.checkpoint import (
     WEIGHTS_FILE,
     checkpoint_folders,
     default_exits,
+    named_folders,
     open_checkpoint,
     read_header,
     read_into,
@@ -133,6 +134,27 @@ def test_old_rotary_buffers_and_tied_heads_are_not_extra(tmp_path):
     resave(tmp_path, add)
     model = load(tmp_path)
     assert model.backbone.head_weight is model.backbone.embedding_weight
+
+
+@pytest.mark.parametrize("change", [lambda head: head + 1.0, lambda head: head.half()])
+def test_a_head_of_its_own_that_is_called_the_embedding_is_refused(tmp_path, change):
+    save(from_stock(tiny.stock_model("llama", tie_word_embeddings=True), (2, 4)), tmp_path)
+    embedding = "model.embed_tokens.weight"
+    resave(tmp_path, lambda t: t.update({"lm_head.weight": change(t[embedding])}))
+    with pytest.raises(InputError, match=r"differs from model\.embed_tokens\.weight"):
+        load(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_told_from_weights(folder):
+    (folder / WEIGHTS_FILE).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    with pytest.raises(InputError, match="git lfs pull"):
+        load(folder)
+
+
+def test_a_folder_that_is_given_twice_is_one_checkpoint(folder):
+    assert list(named_folders([folder, folder.parent / "." / folder.name]).values()) == [folder]
 
 
 def test_a_different_shape_is_named(folder):

@@ -965,6 +965,14 @@ def test_short_windows_of_one_model_outlast_the_long_ones_of_another(tmp_path: P
     assert not any("left out" in note for note in profile.provenance.notes)
 
 
+def test_traces_of_another_confidence_than_the_models_have_are_refused(tmp_path: Path) -> None:
+    folder = planted.folder(tmp_path / "points", Plan(leaving=False))
+    report = {"candidates": {"planted": {"confidence": "entropy", "threshold": 0.5}}}
+    (folder / "trace.json").write_text(json.dumps(report), encoding="utf-8")
+    with pytest.raises(InputError, match="traced with the confidence entropy, and it has max-soft"):
+        fit_profile(folder, tmp_path / "profile")
+
+
 def test_a_few_long_windows_do_not_push_out_the_short_ones(tmp_path: Path) -> None:
     long = (pl.col("batch") == 1) & (pl.col("layers") == 12) & (pl.col("context_tokens") == 128)
     folder = resumed(tmp_path / "points", ~long.fill_null(False))

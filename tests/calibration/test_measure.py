@@ -659,6 +659,23 @@ def test_trials_of_graphs_are_left_out_where_graphs_cannot_be_had_any_more(
     assert described(out)["batch_buckets"] == [1, 2, 4]
 
 
+def test_readings_of_another_model_of_the_name_are_not_gone_on_with(
+    checkpoint: Path, measured: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    before = resumable(measured, out, "kv_fill")
+    sums = [2.0 * one for one in before["guard"]["logits_sums"]]
+    described(out, guard=before["guard"] | {"logits_sums": sums})
+    with pytest.raises(InputError, match="tiny-4l was measured with other weights"):
+        measure(settings(checkpoint, out, resume=True))
+    described(out, guard=before["guard"], tokenizer="another")
+    with pytest.raises(InputError, match="with tokenizer another and now has bytes"):
+        measure(settings(checkpoint, out, resume=True))
+    described(out, tokenizer="bytes")
+    measure(settings(checkpoint, out, resume=True))
+    assert "kv_fill" in set(read_points(out)["quantity"])
+
+
 def test_kernels_are_written_down_and_a_model_is_not_measured_on_with_others(
     checkpoint: Path, measured: Path, tmp_path: Path
 ) -> None:

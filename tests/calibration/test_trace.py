@@ -32,7 +32,7 @@ from calibration.training.thresholds import (
     kind_of,
     settle,
 )
-from calibration.training.trace import TraceOptions, trace_checkpoints
+from calibration.training.trace import TraceOptions, trace_checkpoints, traced_as_now
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces, stickiness_of
 from helios_sim.loop.state import NLL_UNITS_PER_NAT
@@ -169,8 +169,22 @@ def test_settled_confidence_is_stored_and_used(
         assert confidence.threshold == chosen["threshold"]
         assert confidence.is_calibrated == kind.startswith("calibrated-")
     assert min(chosen["early_agreement"].values()) >= 0.8 or chosen["threshold"] == 1.0
+    assert not traced_as_now(folders, tmp_path)
     report = trace_checkpoints(folders, tmp_path, OPTIONS)
     assert {found["confidence"] for found in report["candidates"].values()} == {kind}
+    assert traced_as_now(folders, tmp_path)
+    settle(folders, kind=kind, threshold=0.123)
+    assert not traced_as_now(folders, tmp_path)
+    (tmp_path / "trace.json").unlink()
+    assert traced_as_now(folders, tmp_path), "traces without a report are taken for theirs"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_before_it_is_scored(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helios_sim.folders.os.access", lambda *_: False)
+    with pytest.raises(InputError, match="Nothing can be written to"):
+        settle(folders, threshold=0.5)
 
 
 def test_a_map_of_biased_confidence_brings_the_error_down() -> None:
