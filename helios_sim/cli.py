@@ -703,8 +703,7 @@ def _say_extrapolated(names: Sequence[str], summaries: Sequence[dict[str, Any]])
     """Say below a table which of its figures no measurement stands behind."""
     from helios_sim.report.words import beyond_measured
 
-    text = beyond_measured(names, summaries)
-    if text is not None:
+    for text in beyond_measured(names, summaries):
         _say(text)
 
 

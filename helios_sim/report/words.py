@@ -454,7 +454,7 @@ def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[s
         _slo_met(pair),
         _energy(pair),
         _quality(pair),
-        beyond_measured([str(one["label"]) for one in summaries], summaries),
+        *beyond_measured([str(one["label"]) for one in summaries], summaries),
         _overloaded(summaries),
         _refused_by_all(summaries, num_refused_by_all),
         _refused_by_some(summaries, num_refused_by_all),
@@ -642,8 +642,8 @@ def seeds_said(seeds: Sequence[int]) -> str:
     return f"the {len(seeds)} seeds {seeds[0]} to {seeds[-1]}"
 
 
-def beyond_measured(names: Sequence[str], summaries: Sequence[Summary]) -> str | None:
-    """Which runs leave the range that was measured and by what; None where none does."""
+def beyond_measured(names: Sequence[str], summaries: Sequence[Summary]) -> list[str]:
+    """Which runs leave the range that was measured and by what; nothing where none does."""
     return extrapolated(
         [
             (name, summary.get("beyond_measured") or ())
@@ -652,14 +652,12 @@ def beyond_measured(names: Sequence[str], summaries: Sequence[Summary]) -> str |
     )
 
 
-def extrapolated(named: Sequence[tuple[str, Sequence[str]]]) -> str | None:
+def extrapolated(named: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
     """The same of anything that has a name and clauses; beyond three only how many there are."""
     found = [f"{name} ({'; '.join(clauses)})" for name, clauses in named if clauses]
-    if not found:
-        return None
     if len(found) > 4:
         found = [*found[:3], f"{len(found) - 3} more"]
-    return f"Extrapolated beyond what was measured: {listed(found)}."
+    return [f"Extrapolated beyond what was measured: {listed(found)}."] if found else []
 
 
 def _load_figure(summaries: Sequence[Summary]) -> tuple[str, str, str]:

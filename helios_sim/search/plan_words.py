@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Final
 
-from helios_sim.report.words import large_batches, launch_bound, worth
+from helios_sim.report.words import extrapolated, large_batches, launch_bound, worth
 from helios_sim.search.bench import FleetAnswer
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.goals import in_words
@@ -20,7 +20,6 @@ from helios_sim.search.words import (
     TIMES,
     assumed_everywhere,
     assumed_words,
-    beyond_words,
     few_rounds_words,
     grades_by_name,
     headroom_words,
@@ -304,7 +303,7 @@ def _grades(plan: Plan) -> list[str]:
 
 def _extrapolations(plan: Plan) -> list[str]:
     """What the profiles can only extrapolate."""
-    return beyond_words([(one.fleet.name, one.beyond) for one in plan.answers])
+    return extrapolated([(one.fleet.name, one.beyond) for one in plan.answers])
 
 
 def _failure(plan: Plan, answer: FleetAnswer) -> str:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from helios_sim.profile import MarkovExits
-from helios_sim.report.words import large_batches, launch_bound, mean_batches, worth
+from helios_sim.report.words import (
+    extrapolated,
+    large_batches,
+    launch_bound,
+    mean_batches,
+    worth,
+)
 from helios_sim.search.goals import in_words
 from helios_sim.search.quality import winner_pays
 from helios_sim.search.traffic import FEW_ROUNDS
@@ -14,7 +20,6 @@ from helios_sim.search.words import (
     CANDIDATES,
     assumed_everywhere,
     assumed_words,
-    beyond_words,
     candidates_of,
     grades_by_name,
     shared_words,
@@ -204,7 +209,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
     varied = [candidates for choices in ranged for candidates in choices]
     found += assumed_words(question.profiles, candidates_of(question.scenario, varied))
     found += _generated(question)
-    found += beyond_words(tried) + _few_rounds(tuned) + _rows_met_again(tuned) + _finals(tuned)
+    found += extrapolated(tried) + _few_rounds(tuned) + _rows_met_again(tuned) + _finals(tuned)
     held = tuned.own_rate
     if tuned.winner is None or held is None:
         return found

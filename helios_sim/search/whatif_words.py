@@ -8,6 +8,7 @@ from typing import Final
 from helios_sim.profile import Profile
 from helios_sim.report.words import (
     REQUEST_COST,
+    extrapolated,
     idle_users,
     large_batches,
     launch_bound,
@@ -24,7 +25,6 @@ from helios_sim.search.words import (
     SAME_MODEL,
     assumed_everywhere,
     assumed_words,
-    beyond_words,
     candidates_of,
     grades_by_name,
 )
@@ -94,7 +94,7 @@ def whatif_remarks(
     able = [cell for cell in cells if cell.can_be]
     found += _qualities(able, profiles)
     found += idle_users([{**cell.means, "label": cell.name} for cell in able])
-    beyond = beyond_words([(cell.name, cell.beyond) for cell in cells])
+    beyond = extrapolated([(cell.name, cell.beyond) for cell in cells])
     grades = []
     if profiles:
         counts = grades_by_name(profiles)

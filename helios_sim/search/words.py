@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from helios_sim.profile import Profile
 from helios_sim.profiles.assumptions import means
-from helios_sim.report.words import extrapolated, standing_in
+from helios_sim.report.words import standing_in
 from helios_sim.scenario import Scenario
 from helios_sim.search.bench import SAMPLE_ANSWERS, Load
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic
@@ -103,12 +103,6 @@ def candidates_of(scenario: Scenario, varied: Iterable[Iterable[str]]) -> set[st
     """The models that may take part; None for all of a profile."""
     sets = [scenario.fleet.candidates, *varied]
     return {name for models in sets for name in models} if all(sets) else None
-
-
-def beyond_words(named: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
-    """What was asked beyond what was measured, by names; nothing where all was within."""
-    text = extrapolated(named)
-    return [] if text is None else [text]
 
 
 def headroom_words(headroom: float) -> str:
