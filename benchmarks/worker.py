@@ -162,7 +162,7 @@ def sweep_job(job: Job) -> Figures:
     startup_s = time.time() - job["started_at_s"]
     before_s, since_s = _children_cpu_s(), time.perf_counter()
     with open_workers(SWEEP_PROCESSES) as workers:
-        carry_out([Study("sweep", steps(), len(points))], workers, Store())
+        carry_out([Study(steps(), len(points))], workers, Store())
     seconds = time.perf_counter() - since_s
     return {
         "seconds": seconds,

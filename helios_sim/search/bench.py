@@ -145,7 +145,7 @@ class FleetAnswer:
 def plan_studies(question: PlanQuestion) -> list[Study[FleetAnswer]]:
     """A study a fleet."""
     expected = 45 if question.target_per_s is None else 65
-    return [Study(fleet.name, _fleet_steps(question, fleet), expected) for fleet in question.fleets]
+    return [Study(_fleet_steps(question, fleet), expected) for fleet in question.fleets]
 
 
 def planned_scenario(question: PlanQuestion, fleet: Fleet, planned: Load) -> Scenario:
@@ -455,4 +455,4 @@ def headroom_study(question: PlanQuestion, best: FleetAnswer) -> Study[FleetAnsw
         )
 
     expected = 0 if question.target_per_s is None else 40
-    return Study("headroom", steps(), expected)
+    return Study(steps(), expected)

@@ -198,7 +198,7 @@ def _one_of(point: Point) -> Study[None]:
     def steps() -> Steps[None]:
         yield [point]
 
-    return Study("shard", steps(), 1)
+    return Study(steps(), 1)
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def _sent_s(columns: Columns, limit: SloLimit) -> Floats:
 def _files_of(data: Mapping[str, Any], base_dir: Path) -> Iterator[tuple[str, str]]:
     """Every file that a scenario names, with the hash of its content."""
     yield "profile", _profile_hash(data["fleet"]["profile"], base_dir)
-    for name in sorted(set(_named_files(data["workload"]))):
+    for name in sorted({name for _, name in named_files(data["workload"])}):
         yield name, content_hash(base_dir / name)
         beside = name.removesuffix("_trace.parquet")
         if beside != name:
@@ -239,16 +239,17 @@ def _profile_hash(name: str, base_dir: Path) -> str:
     return load_profile(name, base_dir).hash
 
 
-def _named_files(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
+def named_files(node: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every `file` that plain data names, with the table that holds it."""
+    if isinstance(node, dict):
         for key, value in node.items():
             if key == "file" and isinstance(value, str):
-                yield value
+                yield node, value
             else:
-                yield from _named_files(value)
+                yield from named_files(value)
     elif isinstance(node, list):
         for value in node:
-            yield from _named_files(value)
+            yield from named_files(value)
 
 
 def content_hash(path: Path) -> str:

@@ -18,6 +18,7 @@ from helios_sim.profiles.files import is_shipped, load_profile
 from helios_sim.runs.metrics import rounded_figures
 from helios_sim.runs.records import REPORT_FILE
 from helios_sim.scenario import Scenario, resolved
+from helios_sim.search.points import named_files
 from helios_sim.search.store import POINTS, Store
 from helios_sim.settings.toml_writer import toml_text
 
@@ -132,7 +133,8 @@ def scenario_bytes(scenario: Scenario, base_dir: Path, out: Path, said: Sequence
     A policy of the user's own is found beside a scenario, so its source is copied there.
     """
     data = resolved(scenario)
-    _relocate(data["workload"], base_dir, out)
+    for holder, name in named_files(data["workload"]):
+        holder["file"] = _path_from(out, base_dir / name)
     profile = load_profile(data["fleet"]["profile"], base_dir)
     if not is_shipped(profile):
         data["fleet"]["profile"] = _path_from(out, profile.folder)
@@ -149,18 +151,6 @@ def _own_modules(scenario: Scenario) -> list[tuple[str, ...]]:
     """The modules of policies of the user's own, as the parts of their paths."""
     named = (policy.use.partition(":") for policy in scenario.policy)
     return [tuple(module.removesuffix(".py").split(".")) for module, colon, _ in named if colon]
-
-
-def _relocate(node: Any, base_dir: Path, out: Path) -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key == "file" and isinstance(value, str):
-                node[key] = _path_from(out, base_dir / value)
-            else:
-                _relocate(value, base_dir, out)
-    elif isinstance(node, list):
-        for value in node:
-            _relocate(value, base_dir, out)
 
 
 def _path_from(out: Path, target: Path) -> str:

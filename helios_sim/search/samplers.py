@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from helios_sim.search.space import Range, Space
 
 Values = dict[str, Any]
+"""A setting for each range, by its key."""
 
 MAX_GRID: Final = 100_000
 VIOLATIONS: Final = "violations"

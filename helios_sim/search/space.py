@@ -14,10 +14,7 @@ from helios_sim.errors import InputError, UnfitValue, UnknownSetting, did_you_me
 from helios_sim.experiment import choose_policies
 from helios_sim.policy.registry import option_types
 from helios_sim.scenario import Scenario, apply_value, parse_scenario, resolved
-from helios_sim.search.samplers import sobol_shares
-
-Values = dict[str, Any]
-"""A setting for each range, by its key."""
+from helios_sim.search.samplers import Values, sobol_shares
 
 _RANGE_KEYS: Final = ("low", "high", "log", "step", "points", "choices")
 BOUND_SHARE: Final = 1e-3

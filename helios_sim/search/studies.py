@@ -25,9 +25,8 @@ Steps: TypeAlias = Generator[Sequence[Point], list[Outcome], T]
 
 @dataclass(frozen=True)
 class Study(Generic[T]):
-    """A study under a name, with a guess at the number of points it will ask for."""
+    """A study, with a guess at the number of points it will ask for."""
 
-    name: str
     steps: Steps[T]
     expected_points: int
 

@@ -326,7 +326,7 @@ def tune_study(question: TuneQuestion, journal: Path | None = None) -> Study[Tun
         [goal.better for goal in question.judge.goals],
         journal,
     )
-    return Study("tune", _tune_steps(question, sampler, num_trials), expected)
+    return Study(_tune_steps(question, sampler, num_trials), expected)
 
 
 def _num_trials(question: TuneQuestion) -> int:

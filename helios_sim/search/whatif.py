@@ -133,7 +133,7 @@ def whatif_studies(
             )
             mine = {}
             for key, value in values.items():
-                if not _is_for(key, policy, own, base_dir, value):
+                if not _is_for(key, own, base_dir, value):
                     continue
                 taken[key] = True
                 mine[key] = value
@@ -148,7 +148,7 @@ def whatif_studies(
                 steps = _refused(replace(cell, why=str(error)))
             else:
                 steps = _steps(cell, changed, base_dir, replications)
-            studies.append(Study(cell.name, steps, replications))
+            studies.append(Study(steps, replications))
     if len(refusals) == len(cells):
         raise refusals[0]
     for key, known in taken.items():
@@ -169,7 +169,7 @@ def profiles_of(scenario: Scenario, base_dir: Path, cells: Sequence[Cell]) -> li
     return [load_profile(name, base_dir, scenario.fleet.assume) for name in sorted(names)]
 
 
-def _is_for(key: str, policy: PolicySettings, own: Scenario, base_dir: Path, value: Any) -> bool:
+def _is_for(key: str, own: Scenario, base_dir: Path, value: Any) -> bool:
     """Whether a policy's option is one of this policy's; other settings are everybody's."""
     if not key.startswith("policy."):
         return True

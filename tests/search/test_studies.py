@@ -62,7 +62,7 @@ def asking(points: Sequence[Point], batch: int) -> Study[list[Outcome]]:
             got += yield points[at : at + batch]
         return got
 
-    return Study("asking", steps(), len(points))
+    return Study(steps(), len(points))
 
 
 def test_a_point_is_named_by_what_decides_it_and_by_nothing_else(tmp_path: Path) -> None:
