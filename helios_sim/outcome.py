@@ -193,18 +193,13 @@ def decisions_table(run: Run) -> pl.DataFrame:
             "model": column(lambda e: e.assignment.model),
             "depth": column(lambda e: e.assignment.depth),
             "exit_mode": column(lambda e: e.assignment.exit_mode.value),
-            "reason": column(_reason),
+            "reason": column(lambda e: e.decision.reason),
             "ready_s": column(lambda e: e.ready_s),
             "moved_bytes": column(lambda e: e.moved_bytes),
             "snapshot": column(lambda e: e.snapshot),
         },
         strict=False,
     )
-
-
-def _reason(entry: DecisionEntry) -> str:
-    """The policy's words."""
-    return entry.decision.reason
 
 
 def timeline_table(run: Run) -> pl.DataFrame:

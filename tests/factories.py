@@ -132,11 +132,9 @@ def make_run(
         "environment": {
             "helios-sim": "0.1.0",
             "profiles": {
-                "opt-a100": {
-                    "sha256": "9f2c" * 16,
-                    "grades": {"measured": 0, "published": 31, "assumed": 12},
-                }
+                "opt-a100": {"sha256": "9f2c" * 16},
             },
+            "profile_grades": {"measured": 0, "published": 31, "assumed": 12},
         },
         "requests": requests,
         "decisions": _decisions(policy, end_s, num_replicas),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from helios_sim.errors import InputError
 from helios_sim.policy.options import check_choice, check_share, check_whole_number, refused
 
 DepthRule = Literal["dominant", "quantile", "fixed"]
-DEPTH_RULES: Final = ("dominant", "quantile", "fixed")
+DEPTH_RULES: Final[tuple[DepthRule, ...]] = get_args(DepthRule)
 
 ROUNDING: Final = 1e-12
 """Slack when shares are added, so that shares that add up to a quantile on paper reach it."""

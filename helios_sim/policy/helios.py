@@ -295,7 +295,7 @@ class Helios:
             (decision, cost) for decision, cost in options if math.isfinite(cost.transfer_s)
         ]
         if not possible:
-            return Keep(self._why_nothing(snapshot))
+            return Keep(self._why_nothing())
         chosen, _ = min(possible, key=lambda pair: pair[1].total_s(rule))
         costs = "; ".join(
             f"{_short(decision)} {brief(cost.total_s(rule))} s"
@@ -330,7 +330,7 @@ class Helios:
                 options.append((Switch(other.name, depth, ExitMode.LOADED_DEPTH, ""), cost))
         return options
 
-    def _why_nothing(self, snapshot: Snapshot) -> str:
+    def _why_nothing(self) -> str:
         actions = " and ".join(self.settings.actions) or "none"
         return (
             f"Too many breaches, but nothing can be done: allowed reactions are {actions}, and "

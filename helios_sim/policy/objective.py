@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, get_args
 
 from helios_sim.errors import InputError
 from helios_sim.policy.contract import (
@@ -18,13 +18,7 @@ from helios_sim.policy.contract import (
 )
 from helios_sim.policy.history import mean_executed_layers
 
-OBJECTIVES: Final[tuple[Objective, ...]] = (
-    "throughput",
-    "response-time",
-    "energy",
-    "quality",
-    "memory",
-)
+OBJECTIVES: Final[tuple[Objective, ...]] = get_args(Objective)
 
 
 def objective_of(policy: Policy) -> str:

@@ -372,7 +372,7 @@ def _digits(key: str) -> int:
 def _signed(value: float) -> str:
     if abs(value) < 1e-6:
         return "0"
-    sign = "+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else ""
+    sign = "+" if value > 0 else "\N{MINUS SIGN}"
     return f"{sign}{number(abs(value))}"
 
 
@@ -623,23 +623,9 @@ def _definitions() -> str:
     )
 
 
-def _grades(data: Any) -> dict[str, int]:
-    """Counts of measured, published and assumed numbers anywhere in the environment."""
-    counts: dict[str, int] = {}
-    if isinstance(data, Mapping):
-        for key, value in data.items():
-            if str(key).endswith("grades") and isinstance(value, Mapping):
-                for grade, count in value.items():
-                    counts[grade] = counts.get(grade, 0) + int(count)
-            else:
-                for grade, count in _grades(value).items():
-                    counts[grade] = counts.get(grade, 0) + count
-    return counts
-
-
 def _provenance(runs: Sequence[RunData]) -> str:
     parts: list[str] = []
-    grades = _grades(runs[0].environment)
+    grades = runs[0].environment.get("profile_grades") or {}
     if sum(grades.values()):
         said = listed([f"{number(count)} {grade}" for grade, count in grades.items()])
         parts.append(
