@@ -197,7 +197,7 @@ class Replica:
             in_memory=self.host.in_memory(rep.now_s),
             energy_j=rep.energy_j - self.period_energy_j if has_energy else None,
             idle_energy_j=rep.idle_energy_j - self.period_idle_energy_j if has_energy else None,
-            foresight=self.run.foresight(self) if self.policy.sees_future else None,
+            foresight=self.run.foresight() if self.policy.sees_future else None,
         )
         entry = DecisionEntry(
             snapshot.now_s,
@@ -583,7 +583,7 @@ class Run:
         """
         self.replicas.clear()
 
-    def foresight(self, replica: Replica) -> dict[str, tuple[float, ...]]:
+    def foresight(self) -> dict[str, tuple[float, ...]]:
         """True exit shares of the requests to come, for policies that may see them."""
         coming = np.isin(self.world.requests["status"], (UNSENT, WAITING))
         horizon = self.policy.watching.reassess_requests or len(self.requests)

@@ -127,7 +127,8 @@ def percent_off(value: float | None, median: float | None) -> float | None:
 
 def scatter_figure(sides: Sides) -> Figure:
     """Predicted against real seconds of each request: TTFT, TPOT and E2E side by side."""
-    real, ours = real_per_request(sides), per_request(sides.simulated)
+    real = real_per_request([per_request(side) for side in sides.reals])
+    ours = per_request(sides.simulated)
     layout = base_layout(400, showlegend=False, margin={"l": 62, "r": 16, "t": 28, "b": 50})
     data: list[Figure] = []
     domains = ((0.0, 0.29), (0.355, 0.645), (0.71, 1.0))
@@ -264,7 +265,7 @@ def overlay_figure(sides: Sides) -> Figure:
             steps["line"]["shape"] = "hv"
             data.append(steps)
     layout["xaxis"] = plain_axis(
-        "seconds since the start", anchor=f"y{len(panels)}".replace("y1", "y"), range=[0, end_s]
+        "seconds since the start", anchor=f"y{len(panels)}", range=[0, end_s]
     )
     return {"data": data, "layout": layout}
 

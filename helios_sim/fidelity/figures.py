@@ -165,16 +165,15 @@ def per_request(side: Side) -> dict[str, Floats]:
     }
 
 
-def real_per_request(sides: Sides) -> dict[str, Floats]:
+def real_per_request(repeats: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
     """The real side's seconds: the median over its repeats, where all of them finished it."""
-    tables = [per_request(side) for side in sides.reals]
-    return {name: np.median([table[name] for table in tables], axis=0) for name in tables[0]}
+    return {name: np.median([table[name] for table in repeats], axis=0) for name in repeats[0]}
 
 
 def request_rows(sides: Sides) -> list[RequestRow]:
     """TTFT, TPOT and E2E request by request."""
-    real, ours = real_per_request(sides), per_request(sides.simulated)
     repeats = [per_request(side) for side in sides.reals]
+    real, ours = real_per_request(repeats), per_request(sides.simulated)
     rows = []
     for metric, title in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "E2E")):
         both = (real[metric] > 0.0) & ~np.isnan(ours[metric])

@@ -79,15 +79,9 @@ class Iterations:
     longest_context_tokens: Floats
     prompt_tokens: Floats
     prompt_pairs: Floats
-    replica: Floats
 
     def __len__(self) -> int:
         return len(self.start_s)
-
-    @property
-    def end_s(self) -> Floats:
-        """When each iteration ended."""
-        return self.start_s + self.seconds
 
 
 def read_iterations(folder: Path, run: RunData) -> Iterations | None:
@@ -154,7 +148,6 @@ def read_iterations(folder: Path, run: RunData) -> Iterations | None:
         longest_context_tokens=longest,
         prompt_tokens=prompts,
         prompt_pairs=given("prompt_pairs", prompts * (prompts / np.maximum(rows, 1) + 1) / 2),
-        replica=replica,
     )
 
 

@@ -149,7 +149,7 @@ def read_sides(
                 str(folder),
             )
         _check_same_question(run, folder, ours, simulated, base_dir)
-        _check_same_requests(run, folder, ours, simulated)
+        _check_same_requests(run, folder, ours)
         notes += _differences(run, folder, ours)
         sides.append(_side(folder, run, scenario))
     return Sides(
@@ -215,7 +215,7 @@ def _check_same_question(
             )
 
 
-def _check_same_requests(run: RunData, folder: Path, ours: RunData, simulated: Path) -> None:
+def _check_same_requests(run: RunData, folder: Path, ours: RunData) -> None:
     if run.requests.height != ours.requests.height:
         raise InputError(
             f"The run holds {run.requests.height:,} requests and the simulated one holds "

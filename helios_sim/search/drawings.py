@@ -328,7 +328,7 @@ def importance_figure(tuned: Tuned) -> Figure:
     }
 
 
-def sensitivity_figure(parts: Sequence[Sensitivity], goal: str, unit: str) -> Figure:
+def sensitivity_figure(parts: Sequence[Sensitivity], unit: str) -> Figure:
     """One small panel a setting: the objective as it alone varies around the winner."""
     columns = 3
     rows = -(-len(parts) // columns)

@@ -172,7 +172,7 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
                 add_figure(
                     drawn,
                     "sensitivity",
-                    drawings.sensitivity_figure(tuned.sensitivity, goal.name, goal.unit),
+                    drawings.sensitivity_figure(tuned.sensitivity, goal.unit),
                     f"{goal.name} as each setting varies alone",
                     f"{goal.name} ({goal.unit or 'no unit'}) on the tuning traffic; a gap is a "
                     "combination that cannot be. A flat line says that the setting does not "

@@ -1080,7 +1080,7 @@ def test_panels_beside_one_another_come_in_one_column_where_the_page_is_narrow(
     varied = [Sensitivity(name, 2, (1, 2), (0.5, 0.7)) for name in ("a", "b", "c", "d")]
     columns_each = [columns_of(run, 0.0, 20) for run in make_runs()[:2]]
     shared = latency_figure(columns_each, ["one", "two"], SLO)
-    own = sensitivity_figure(varied, "energy", "J")
+    own = sensitivity_figure(varied, "J")
     drawn: dict[str, Any] = {}
     places = add_figure(drawn, "shared", shared, "", "") + add_figure(drawn, "own", own, "", "")
     tell = (
