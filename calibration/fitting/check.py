@@ -123,15 +123,16 @@ def measurement_of(profile: Profile) -> Mapping[str, Any]:
     return found
 
 
-def compare(profile: Profile) -> pl.DataFrame:
+def compare(profile: Profile, points: pl.DataFrame | None = None) -> pl.DataFrame:
     """Every point of a profile's own readings with what the profile predicts for it.
 
+    `points` are those readings, `sound` and gathered, where they were read already.
     Columns `measured`, `predicted` (seconds, joules or bytes) and `error` (relative) are added to
     those of `points.gather`; points of which nothing is predicted are left out, and so are windows
     that the fit leaves out.
     """
     measurement = measurement_of(profile)
-    points = gather(sound(read_points(profile.folder)))
+    points = gather(sound(read_points(profile.folder))) if points is None else points
     predictors = {name: predictor_of(profile, name) for name in profile.models}
     kept_modes = {
         name: node.get("modes", {}) for name, node in measurement.get("models", {}).items()

@@ -28,7 +28,6 @@ from calibration.fitting.points import (
     read_points,
     sound,
 )
-from calibration.fitting.regression import Equations
 from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE, READ
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError, listed
@@ -257,7 +256,7 @@ def _document(
                 *_notes(times, energy, left_out, neighbours(readings)),
                 *_cached_note(link_record["disk"]),
             ],
-            "environment": _plain(environment),
+            "environment": {key: node for key, node in environment.items() if key != "models"},
         },
         "measurement": _measurement(points, environment, measured, times, energy, link_record),
     }
@@ -325,11 +324,6 @@ def _measurement(
 
 def _count_by_model(readings: pl.DataFrame) -> Counter[str]:
     return Counter(readings["model"].to_list())
-
-
-def _plain(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """The environment without what the profile says elsewhere."""
-    return {key: value for key, value in environment.items() if key != "models"}
 
 
 def _notes(
@@ -581,13 +575,9 @@ def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
             {"why": assumed},
         )
     size = fitted["bytes"].cast(pl.Float64).to_numpy()
-    ones = np.ones(len(size))
-    line = np.column_stack((ones, size))
-    readings = Equations(
-        fitted["seconds"].to_numpy(), ones, 0.0 * ones, np.zeros((len(size), 0)), (line,)
-    )
-    groups = np.unique(size, return_inverse=True)[1].astype(np.int64)
-    chosen = regression.choose_planes(readings, ((0,),), groups)
+    seconds = fitted["seconds"].to_numpy()
+    line = np.column_stack((np.ones(len(size)), size))
+    chosen = regression.fit_plane(line, seconds, alike=size)
     (alpha, slope), (alpha_error, slope_error) = chosen.plane(0) or (np.zeros(2), np.zeros(2))
     source, grade = f"{way}: fitted to {fitted.height} points of {name}", "measured"
     errors: tuple[float | None, float | None] = None, None
@@ -595,7 +585,7 @@ def _link(points: pl.DataFrame, name: str, way: str) -> _Link:
         errors = float(alpha_error), float(slope_error / slope**2)
     else:
         # Loads too small or too alike to tell a start from a rate.
-        slope, alpha = float(np.median(readings.seconds / size)), 0.0
+        slope, alpha = float(np.median(seconds / size)), 0.0
         source = f"{source}: all of their time is charged to the bytes"
         grade = "derived"
     cached = int(fitted["cached"].sum())

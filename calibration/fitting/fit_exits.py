@@ -18,7 +18,7 @@ import polars as pl
 from calibration.fitting import regression
 from calibration.fitting.points import EXIT_ITERATION, FIT, SPLIT_ITERATION, of_quantity
 from calibration.fitting.predict import Predictor
-from calibration.fitting.regression import Chosen, Equations, Floats
+from calibration.fitting.regression import Chosen, Floats
 
 _WITHIN: Final = (
     "check.base_s",
@@ -100,13 +100,8 @@ def _splitting(points: pl.DataFrame, predictor: Predictor) -> _Told:
 
 def _chosen(points: pl.DataFrame, without: Predictor, work: Floats) -> Chosen:
     """Seconds beyond what is known, by the work that they are for; batches are left out whole."""
-    seconds = points["seconds"].to_numpy()
-    ones = np.ones(points.height)
-    readings = Equations(
-        seconds, ones, _predicted(points, without), np.zeros((points.height, 0)), (work,)
-    )
-    batches = np.unique(points["batch"].to_numpy(), return_inverse=True)[1].astype(np.int64)
-    return regression.choose_planes(readings, ((0,),), batches)
+    seconds, batches = points["seconds"].to_numpy(), points["batch"].to_numpy()
+    return regression.fit_plane(work, seconds, alike=batches, known=_predicted(points, without))
 
 
 def _judged(

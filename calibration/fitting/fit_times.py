@@ -420,12 +420,9 @@ def _capture(points: pl.DataFrame) -> Chosen:
     tells, runs, fills = (
         (kinds == f"capture_{kind}").to_numpy() for kind in ("tell", "run", "fill")
     )
-    ones = np.ones(points.height)
     plane = np.column_stack((~tells, tells, layers * runs, layers * fills)).astype(np.float64)
-    seconds = _column(points, "seconds")
-    readings = Equations(seconds, ones, 0.0 * ones, np.zeros((len(ones), 0)), (plane,))
-    batches = np.unique(_column(points, "batch"), return_inverse=True)[1].astype(np.int64)
-    return regression.choose_planes(readings, ((0,),), batches)
+    batches = _column(points, "batch")
+    return regression.fit_plane(plane, _column(points, "seconds"), alike=batches)
 
 
 def _capture_numbers(capture: Chosen | None, points: pl.DataFrame, mode: str) -> dict[str, Number]:

@@ -24,6 +24,7 @@ from calibration.fitting.check import (
     check_rows,
     compare,
     has_readings,
+    measurement_of,
     on_cuda,
     percent,
     verdict,
@@ -84,13 +85,13 @@ def render(profile: Profile, points: Path | None = None) -> str:
             "there is no calibration to draw; give a measured profile.",
             where=str(profile.folder),
         )
-    compared = compare(profile)
-    rows = check_rows(profile, compared)
     readings = gather(sound(read_points(profile.folder)))
+    compared = compare(profile, readings)
+    rows = check_rows(profile, compared)
     drawn: dict[str, Figure] = {}
     sections = [
         _opening(profile, rows),
-        _errors(profile, rows, compared, drawn),
+        _errors(rows, compared, drawn),
         _layers(profile, readings, drawn),
         _energy(profile, readings, drawn),
         _memory(profile),
@@ -99,16 +100,6 @@ def render(profile: Profile, points: Path | None = None) -> str:
         _provenance(profile, points),
     ]
     return document(f"Calibration of {profile.name}", sections, drawn)
-
-
-def _measurement(profile: Profile) -> Mapping[str, Any]:
-    found = profile.document.get("measurement") or {}
-    return found if isinstance(found, Mapping) else {}
-
-
-def _kept(profile: Profile, model: str) -> Mapping[str, Any]:
-    found = _measurement(profile).get("models", {}).get(model, {})
-    return found if isinstance(found, Mapping) else {}
 
 
 def _opening(profile: Profile, rows: Sequence[CheckRow]) -> str:
@@ -121,8 +112,9 @@ def _opening(profile: Profile, rows: Sequence[CheckRow]) -> str:
             f"{percent(min(row.median for row in held_out))} to {percent(worst.median)}, by kind."
         )
     remarks = [verdict(rows, on_cuda(profile))]
+    fitted = measurement_of(profile).get("models", {})
     for name, model in profile.models.items():
-        kept = _kept(profile, name)
+        kept = fitted.get(name, {})
         if model.hull is not None:
             remarks.append(
                 f"{name}: measured up to batch {number(model.hull.max_batch)} and "
@@ -188,9 +180,7 @@ def _aligned(column: int, texts: int) -> str:
     return ' style="white-space:nowrap"' if column < texts else f' style="{numeric}"'
 
 
-def _errors(
-    profile: Profile, rows: Sequence[CheckRow], compared: pl.DataFrame, drawn: dict[str, Figure]
-) -> str:
+def _errors(rows: Sequence[CheckRow], compared: pl.DataFrame, drawn: dict[str, Figure]) -> str:
     told = [
         (
             NAMES[row.quantity],
@@ -231,14 +221,14 @@ def _errors(
 
 
 def _layers(profile: Profile, readings: pl.DataFrame, drawn: dict[str, Figure]) -> str:
-    measurement = _measurement(profile)
-    floors = measurement.get("floors", {})
+    measurement = measurement_of(profile)
+    floors, fitted = measurement.get("floors", {}), measurement.get("models", {})
     panes: list[tuple[str, str]] = []
     facts: list[tuple[str, ...]] = []
     parts: list[tuple[str, ...]] = []
     deep: list[tuple[str, pl.DataFrame, Predictor, str]] = []
     for place, name in enumerate(profile.models):
-        kept = _kept(profile, name)
+        kept = fitted.get(name, {})
         mode = kept.get("modes", {}).get("decode_layers", "")
         mine = readings.filter(pl.col("model") == name)
         if not of_quantity(mine, "decode_layers", mode).height:
@@ -408,7 +398,7 @@ def _watts(value: float | None) -> str:
 
 
 def _memory(profile: Profile) -> str:
-    record = _measurement(profile).get("memory", {})
+    record = measurement_of(profile).get("memory", {})
     rows = []
     for kind in MEMORY_KINDS:
         for model, layers, batch, context, found, predicted in record.get(kind, []):
@@ -441,11 +431,11 @@ def _memory(profile: Profile) -> str:
 
 
 def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure]) -> str:
-    record = _measurement(profile).get("loading", {})
+    record = measurement_of(profile).get("loading", {})
     host = record.get("host", {}).get("stands_for", "load_host")
     links = [("load_disk", profile.loading.disk), (host, profile.loading.host)]
     rows = []
-    rates = _measurement(profile).get("floors", {}).get("copy_bytes_per_s", {})
+    rates = measurement_of(profile).get("floors", {}).get("copy_bytes_per_s", {})
     link_rate = rates.get(LINK)
     for quantity, link in links:
         is_disk = quantity == "load_disk"
@@ -456,7 +446,7 @@ def _loading(profile: Profile, compared: pl.DataFrame, drawn: dict[str, Figure])
         rate = f"{size(link.bytes_per_s)}/s"
         rows.append((NAMES[quantity], grade, span(link.alpha_s), rate, share))
     for label, key in (("graph capture", "graph_capture"), ("unloading", "unload")):
-        seconds = _measurement(profile).get(key)
+        seconds = measurement_of(profile).get(key)
         if seconds is not None:
             rows.append((label, "measured", span(seconds), "\N{EN DASH}", "\N{EN DASH}"))
     shown = _table(
@@ -512,7 +502,7 @@ def _exits(profile: Profile, drawn: dict[str, Figure]) -> str:
                 reliability(traces.confidence[name][..., 0], traces.agrees[name][..., 0]),
             )
         )
-    report = _measurement(profile).get("exit_traces", {})
+    report = measurement_of(profile).get("exit_traces", {})
     shown = _reported_exits(report.get("candidates", {})) or _table(
         ("Model", "Domain", "Exit after", "Perplexity", "Agrees", "Leave here", "Calibration"),
         rows,

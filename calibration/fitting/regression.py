@@ -244,18 +244,17 @@ class LeftOut:
     standard_errors: Floats
 
 
-def leave_out(readings: Equations, fit: MaxFit, groups: Groups | None = None) -> LeftOut:
-    """Leave out reading by reading, or group by group, starting from the whole fit's assignment.
+def leave_out(readings: Equations, fit: MaxFit, groups: Groups) -> LeftOut:
+    """Leave out group by group, starting from the whole fit's assignment.
 
     A group's readings are left out together, so that repeated trials of one point do not vouch
     for each other.
     """
-    labels = np.arange(len(readings)) if groups is None else groups
     assigned = assignment(readings, fit)
     errors = np.zeros(len(readings))
     moved = []
-    for label in np.unique(labels):
-        out = labels == label
+    for label in np.unique(groups):
+        out = groups == label
         if out.all():
             unknown = np.full(len(readings), np.nan)
             return LeftOut(unknown, np.full(len(fit.flat()), np.nan))
@@ -305,19 +304,18 @@ class Chosen:
 
 
 def choose_planes(
-    readings: Equations, options: Sequence[tuple[int, ...]], groups: Groups | None = None
+    readings: Equations, options: Sequence[tuple[int, ...]], groups: Groups
 ) -> Chosen:
     """The simplest set of planes, unless a richer one clearly lowers the left-out error.
 
     `options` name planes of the readings, simplest first; one with about as many coefficients as
     there are distinct readings is not tried.
     """
-    labels = np.arange(len(readings)) if groups is None else groups
     tried = []
-    for option in tryable(readings, options, labels):
+    for option in tryable(readings, options, groups):
         part = readings.with_planes(option)
         fit = fit_max(part)
-        tried.append(Chosen(option, fit, leave_out(part, fit, labels), ()))
+        tried.append(Chosen(option, fit, leave_out(part, fit, groups), ()))
     scores = [score(one.left_out.errors) for one in tried]
     considered = tuple((one.planes, own) for one, own in zip(tried, scores, strict=True))
     return replace(tried[simplest(scores)], considered=considered)
@@ -345,6 +343,20 @@ def simplest(scores: Sequence[float]) -> int:
     return best
 
 
+def fit_plane(
+    features: Floats, seconds: Floats, alike: Floats, known: Floats | float = 0.0
+) -> Chosen:
+    """Seconds beyond what is `known`, linear in features; readings `alike` are left out as one."""
+    ones = np.ones(len(seconds))
+    readings = Equations(seconds, ones, known * ones, np.zeros((len(ones), 0)), (features,))
+    return choose_planes(readings, ((0,),), _groups(alike))
+
+
+def _groups(values: Floats) -> Groups:
+    """One group a distinct value."""
+    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+
+
 FLOOR: Final = 0
 LINE: Final = 1
 
@@ -357,8 +369,7 @@ def fit_floor_line(rows: Floats, seconds: Floats) -> Chosen:
     ones = np.ones(len(rows))
     planes = (ones[:, None], np.column_stack((ones, rows)))
     readings = Equations(seconds, ones, 0.0 * ones, np.zeros((len(rows), 0)), planes)
-    groups = np.unique(rows, return_inverse=True)[1].astype(np.int64)
-    return choose_planes(readings, ((LINE,), (FLOOR, LINE)), groups)
+    return choose_planes(readings, ((LINE,), (FLOOR, LINE)), _groups(rows))
 
 
 def isotonic(values: Sequence[float] | Floats, weights: Floats) -> Floats:
