@@ -56,7 +56,7 @@ from helios_sim.policy.contract import ExitMode
 MAX_PREFILL_TOKENS: Final = 4096
 """Tokens of one prefill; what a server would take in chunks."""
 
-_STEADY_S: Final = 0.5
+STEADY_S: Final = 0.5
 """Work before an energy window opens: power follows load with a delay."""
 
 _WAITING: Final = frozenset(("head", "check", "iteration", "exit_iteration", "split_iteration"))
@@ -65,10 +65,9 @@ _WAITING: Final = frozenset(("head", "check", "iteration", "exit_iteration", "sp
 
 @dataclass(frozen=True)
 class Load:
-    """Rows of one load: their numbers, the new tokens with their positions and hidden states."""
+    """Rows of one load: their numbers, the new tokens' positions and hidden states."""
 
     rows: list[int]
-    ids: list[int]
     positions: list[int]
     hidden: Tensor
 
@@ -197,11 +196,6 @@ class Bench:
             "context_buckets": list(settings.context_buckets),
         }
 
-    @property
-    def steady_s(self) -> float:
-        """Seconds of work before an energy window opens."""
-        return _STEADY_S
-
     def close(self) -> None:
         """Give the graphs and the pool back."""
         for decoder in self.decoders.values():
@@ -327,7 +321,7 @@ class Bench:
         depth = job.depths[0] if job.depths else None
         work = self.work(job, depth or self.depths[-1])
         chunk = max(1, round(0.05 / max(self._once(work), 1e-6)))
-        self._repeat(work, chunk, min(_STEADY_S, window_s / 4))
+        self._repeat(work, chunk, min(STEADY_S, window_s / 4))
         with window_of(meter) as window:
             seconds, repetitions = self._repeat(work, chunk, window_s)
             found = window.close(busy_s=seconds)
@@ -443,7 +437,7 @@ class Bench:
         rows, ids = list(range(len(positions))), self._ids(len(positions), job.trial)
         # A copy, since graphs leave their states where the next ones do.
         hidden = self._decoder(job).begin(rows, ids, positions).clone()
-        return Load(rows, ids, positions, hidden)
+        return Load(rows, positions, hidden)
 
     def _lengths(self, job: Job) -> list[int]:
         """KV tokens that each row reads, its new one included."""

@@ -221,7 +221,7 @@ def plan_latency(
     for richness in RICHNESS:
         jobs, notes = [], []
         for job in _latency_jobs(bounds, richness, seed):
-            if estimate_s(job) <= longest_s or _smallest(job, bounds):
+            if estimate_s(job) <= longest_s or _smallest(job):
                 jobs.append(job)
             elif job.trial == 0:
                 notes.append(_left_out(job))
@@ -615,7 +615,7 @@ def _between(draw: random.Random, low: int, high: int) -> int:
     return min(high, max(low, round(drawn)))
 
 
-def _smallest(job: Job, bounds: Bounds) -> bool:
+def _smallest(job: Job) -> bool:
     """Whether it is the smallest load of its kind, without which nothing can be fitted."""
     return (job.batch or 1) == 1 and (job.prompt_tokens or job.context_tokens or 0) <= 32
 

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from calibration.device import device_name, device_of, dtype_name, dtype_of
-from calibration.measuring.bench import Bench, power_columns
+from calibration.measuring.bench import STEADY_S, Bench, power_columns
 from calibration.measuring.board import BoardState, board_of
 from calibration.measuring.describe import (
     describe_device,
@@ -155,7 +155,6 @@ class MeasureSettings:
 class Outcome:
     """What a measurement amounts to; `left_out` of the plan's trials were not taken in time."""
 
-    folder: Path
     num_readings: int
     num_new: int
     num_trials: int
@@ -319,9 +318,7 @@ class _Session:
         num_new = len(self.readings) - self.num_before
         notes = tuple(self.notes)
         num_trials = sum(len(planned.jobs) for planned in self.plan.models.values())
-        return Outcome(
-            self.settings.out, len(self.readings), num_new, num_trials, self.left_out, notes
-        )
+        return Outcome(len(self.readings), num_new, num_trials, self.left_out, notes)
 
     def _device_readings(self) -> None:
         """What belongs to the device: its reserve, tick, idle power, copies and loading."""
@@ -621,7 +618,7 @@ class _Session:
         bounds = bench.bounds
         usable_s = USED_SHARE * allowed_s
         energy_s = 0.0 if isinstance(self.meter, NoMeter) else ENERGY_SHARE * usable_s
-        window_s = self._energy_trial_s(bench)
+        window_s = self._energy_trial_s()
         seed = self.settings.seed
         windows: tuple[Job, ...] = ()
         if energy_s:
@@ -715,11 +712,11 @@ class _Session:
     def _least_s(self, bench: Bench, probe: Probe, job: Job) -> float:
         """Seconds of a trial that nobody disturbs."""
         if job.quantity.endswith("_energy"):
-            return self._energy_trial_s(bench)
+            return self._energy_trial_s()
         return bench.estimate_s(job, probe)
 
-    def _energy_trial_s(self, bench: Bench) -> float:
-        return self._window_s() + bench.steady_s + self._cool_down_s()
+    def _energy_trial_s(self) -> float:
+        return self._window_s() + STEADY_S + self._cool_down_s()
 
     def _run_job(self, bench: Bench, job: Job, patience_s: float) -> None:
         state, started_at = self.board.state(), _now()

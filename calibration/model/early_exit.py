@@ -690,7 +690,6 @@ def empty_model(
     device: torch.device,
     dtype: torch.dtype,
     host_copy: bool = False,
-    pinned: bool = False,
 ) -> EarlyExitLM:
     """A model of a configuration whose weights come from any source; nothing is loaded yet."""
     spec = EarlyExitModel(
@@ -701,9 +700,7 @@ def empty_model(
         bytes_per_param=dtype.itemsize,
         bytes_per_kv_element=dtype.itemsize,
     )
-    return _empty(
-        config, spec, source, device=device, dtype=dtype, host_copy=host_copy, pinned=pinned
-    )
+    return _empty(config, spec, source, device=device, dtype=dtype, host_copy=host_copy)
 
 
 def _resident_shapes(backbone: Backbone) -> dict[str, tuple[int, ...]]:

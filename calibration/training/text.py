@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Final, Literal, Protocol, get_args
+from typing import Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from helios_sim.errors import InputError
 
 Split = Literal["train", "calibration", "trace", "validation"]
-SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 """Training; fitting of confidence; exit traces; prompts of real serving."""
 
 DOMAINS: Final = ("code", "prose", "tables")

@@ -975,7 +975,7 @@ def test_trials_that_were_left_out_are_said_before_what_comes_next(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = measuring.Outcome(tmp_path, 12, 12, 9, left_out, ())
+    done = measuring.Outcome(12, 12, 9, left_out, ())
     monkeypatch.setattr(measuring, "measure", lambda settings, console: done)
     with pytest.raises(SystemExit) as ended:
         main(["measure", "any", "--out", str(tmp_path), "--threads", "1"])

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from calibration.training import text as source
 from calibration.training.text import (
     DOMAINS,
-    SPLITS,
     START,
     ByteTokenizer,
+    Split,
     corpus,
     separate,
     split_of,
 )
 from helios_sim.errors import InputError
 
+SPLITS = get_args(Split)
 SOURCE = '''"""A module that says at some length what it is for, and so it reads as prose to all."""
 
 LIMIT = 3  # a short comment stays with the code
