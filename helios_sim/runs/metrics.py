@@ -95,7 +95,8 @@ DEFINITIONS: Final[dict[str, str]] = {
     "mean_kv_use": "share of the KV blocks in use, averaged over time",
     "num_switches": "times another model was brought in to serve",
     "num_loads": "decisions `load-layers` that were carried out",
-    "num_evaluations": "evaluations of candidates that were begun",
+    "num_evaluations": "evaluations of candidates that were begun; each waits for the requests "
+    "that it is to meet",
     "switch_time_s": "seconds from each decision to load, switch or serve until it was carried "
     "out, summed over replicas; a replica may serve or drain in the meantime. The first load is in "
     "it where a policy serves at once; evaluations are not, nor the first load where a policy "

@@ -111,7 +111,7 @@ def whatif_studies(
     vary: dict[str, list[Any]],
     replications: int,
 ) -> list[Study[Cell]]:
-    """One study a cell of the grid; a grid of which no cell can be is refused at once."""
+    """One study a cell of the grid; a value that no cell can have is refused at once."""
     num = len(policies)
     for listed in vary.values():
         num *= len(listed)
@@ -123,7 +123,8 @@ def whatif_studies(
         )
     taken = dict.fromkeys(vary, False)
     cells: list[Cell] = []
-    refusals: list[InputError] = []
+    able: list[Cell] = []
+    refused: list[tuple[Cell, InputError]] = []
     studies = []
     for combination in product(*vary.values()):
         values = dict(zip(vary, combination, strict=True))
@@ -144,13 +145,13 @@ def whatif_studies(
             try:
                 changed = with_settings(own, mine, base_dir, where)
             except InputError as error:
-                refusals.append(error)
+                refused.append((cell, error))
                 steps = _refused(replace(cell, why=str(error)))
             else:
+                able.append(cell)
                 steps = _steps(cell, changed, base_dir, replications)
             studies.append(Study(steps, replications))
-    if len(refusals) == len(cells):
-        raise refusals[0]
+    _check_values(able, refused)
     for key, known in taken.items():
         if not known:
             option = key.partition(".")[2]
@@ -160,6 +161,14 @@ def whatif_studies(
                 f"--vary {key}",
             )
     return studies
+
+
+def _check_values(able: Sequence[Cell], refused: Sequence[tuple[Cell, InputError]]) -> None:
+    """Raise what is wrong with a value that no cell can have: it is a mistake, not an answer."""
+    for cell, error in refused:
+        for key, value in cell.values.items():
+            if all(one.values.get(key) != value for one in able):
+                raise error
 
 
 def profiles_of(scenario: Scenario, base_dir: Path, cells: Sequence[Cell]) -> list[Profile]:
