@@ -34,7 +34,9 @@ from helios_sim.cards import policy_slo
 from helios_sim.console.command import run_app
 from helios_sim.console.terminal import FittedTable
 from helios_sim.garbage import uncollected
+from helios_sim.profiles.files import load_profile
 from helios_sim.settings.toml_writer import toml_text
+from helios_sim.wording import counted
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -66,14 +68,18 @@ class Pair:
 def paired(
     profile: Annotated[Path, typer.Option(help="A profile that has the model: a folder.")],
     checkpoints: Annotated[list[Path], typer.Option(help="Its checkpoint folders.")],
-    model: Annotated[str, typer.Option(help="The model.")],
+    model: Annotated[
+        str | None, typer.Option(help="The model.", show_default="the deepest of the profile")
+    ] = None,
     depth: Annotated[int | None, typer.Option(help="Layers to load; all by default.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Requests that decode together.")] = 16,
     turns: Annotated[int, typer.Option(min=1, help="Pairs that are taken.")] = 12,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
 ) -> None:
     """Serve and measure the same decode iterations in turns."""
-    pairs = list(pairs_of(profile, checkpoints, model, depth, rows, turns, device))
+    models = load_profile(profile).models
+    name = model or max(models, key=lambda one: models[one].model.shape.layers)
+    pairs = list(pairs_of(profile, checkpoints, name, depth, rows, turns, device))
     console = Console()
     lines = []
     for turn, one in enumerate(pairs):
@@ -81,7 +87,8 @@ def paired(
         lines.append([Text(str(turn)), *(Text(f"{figure:.3f}") for figure in figures)])
     console.print(FittedTable(TITLES, lines))
     middle = statistics.median(one.ratio for one in pairs)
-    console.print(f"Served over measured, median: {middle:.3f}")
+    said = f"{name}, {counted(rows, 'row')}: served over measured is {middle:.3f} (median)."
+    console.print(said, soft_wrap=True)
 
 
 def pairs_of(

@@ -181,6 +181,15 @@ def steps_of(device: str, preset: str) -> list[Step]:
             *(word for name in names for word in ("--case", name)),
         )
 
+    def paired(call: Call) -> Sequence[str]:
+        return _python(
+            "reports.fidelity.paired",
+            *("--profile", str(call.out / "profile")),
+            *("--checkpoints", str(call.out / size.models)),
+            *on,
+            *("--rows", str(size.max_batch), "--turns", "5"),
+        )
+
     pytest = _python("pytest", "-p", "no:cacheprovider", "-W", "default", *marked)
     no_shapes = "" if gpu else "public shapes are of a GPU's size, and a rehearsal does without"
     pages = ("plotly",)
@@ -240,6 +249,14 @@ def steps_of(device: str, preset: str) -> list[Step]:
             extra_s=90,
             least_s=40,
             unsuited="" if gpu else "kernels are a GPU's",
+        ),
+        Step(
+            "paired",
+            paired,
+            extra_s=45,
+            least_s=25 if gpu else 8,
+            packages=("simpy", *pages),
+            after=("train", "fit"),
         ),
         Step(
             "shapes",
