@@ -9,6 +9,7 @@ unavailable, which is not zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -111,8 +112,12 @@ def fit_energy(
         for name, value, error in zip(_COLUMNS, solved, errors, strict=True)
     }
     active = numbers["power.active_w"]
+    # A board's sensor may read a little beyond the limit that the board keeps to.
     numbers["power.active_w"] = Number(
-        (active.value or 0.0) + idle_w, "measured", f"{source}, above idle", active.error
+        min((active.value or 0.0) + idle_w, limit.value or math.inf),
+        "measured",
+        f"{source}, above idle",
+        active.error,
     )
     present = set(fitted["quantity"])
     numbers |= _derived(numbers, model, present)

@@ -43,6 +43,15 @@ def test_windows_in_which_nothing_was_counted_take_no_part(
     assert energy_of(empty).record == {"available": False, "why": "no meter"}
 
 
+def test_active_power_that_was_read_beyond_the_boards_limit_is_the_limit() -> None:
+    """A sensor's few watts too many give no profile that contradicts itself."""
+    windows, active = points(), "power.active_w"
+    assert energy_of(windows).numbers[active].value == pytest.approx(GPU_LIKE[active], rel=1e-3)
+    limit = Number(0.99 * GPU_LIKE[active], "measured", "the board's")
+    held = fit_energy(windows, planted.model(), planted.IDLE_W, limit, "no meter")
+    assert held.numbers[active].value == limit.value
+
+
 def test_without_windows_of_prompts_a_pair_costs_what_a_context_token_does_padded_or_not() -> None:
     numbers = energy_of(points().filter(~PREFILL), padded_share=0.25).numbers
     for name, other in (
