@@ -1,8 +1,8 @@
 """Iterations as they are served beside the same ones as they are measured, in turns.
 
-`python -m reports.fidelity.paired --profile PROFILE --checkpoints FOLDER --model NAME` tells
-whether timing an iteration on the bench adds to what it takes in serving, or hides part of it: no
-fit and no simulation has a part in it. Both sides alternate within seconds, so that a machine
+`python -m reports.fidelity.paired --profile PROFILE --checkpoints FOLDER` tells whether timing an
+iteration on the bench adds to what it takes in serving, or hides part of it: no fit and no
+simulation has a part in it. Both sides alternate within seconds, so that a machine
 that others use slows both alike.
 
 Rows are equal: as many requests as rows arrive at once, with prompts of one length, and decode in
@@ -27,12 +27,14 @@ from rich.text import Text
 from calibration.measuring.bench import Bench
 from calibration.measuring.grid import REACH, Job
 from calibration.measuring.sources import find_sources, sample_tokens
-from calibration.serving.host import lives_of
+from calibration.serving.host import Host, lives_of
 from calibration.serving.prepared import Prepared, ServeSettings, prepare, threads_of
-from calibration.serving.serve import Backend
+from calibration.serving.serve import Backend, WallClock
+from calibration.serving.weights import CheckpointWeights
 from helios_sim.cards import policy_slo
 from helios_sim.console.command import run_app
 from helios_sim.console.terminal import FittedTable
+from helios_sim.errors import InputError
 from helios_sim.garbage import uncollected
 from helios_sim.profiles.files import load_profile
 from helios_sim.settings.toml_writer import toml_text
@@ -128,8 +130,17 @@ def pairs_of(
             batch=rows,
             context_tokens=PROMPT_TOKENS + MIDDLE,
         )
+        backend = Backend()
+        clock = backend.clock()
+        weights = backend.weights(prepared, clock)
+        weights.prepare()
         for _ in range(turns):
-            served_s = statistics.median(_served(prepared, rows))
+            found = _served(prepared, weights, clock, rows)
+            if not found:
+                raise InputError(
+                    f"{counted(rows, 'row')} never decoded together; memory holds fewer.", "--rows"
+                )
+            served_s = statistics.median(found)
             (reading,) = bench.time(job, PATIENCE_S)
             assert reading.seconds is not None
             yield Pair(served_s, reading.seconds)
@@ -160,13 +171,11 @@ def _scenario(profile: Path, model: str, depth: int | None, rows: int) -> dict[s
     }
 
 
-def _served(prepared: Prepared, rows: int) -> list[float]:
+def _served(
+    prepared: Prepared, weights: CheckpointWeights, clock: WallClock, rows: int
+) -> list[float]:
     """Seconds of decode iterations of all rows, around the middle of their answers."""
-    backend = Backend()
-    clock = backend.clock()
-    weights = backend.weights(prepared, clock)
-    weights.prepare()
-    host = backend.host_class(
+    host = Host(
         room=prepared.room,
         policy=prepared.policy(prepared.scenario.policy[0]),
         slo=policy_slo(prepared.scenario.slo_spec),

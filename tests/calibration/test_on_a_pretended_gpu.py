@@ -27,7 +27,7 @@ from calibration.measuring.capture import Captured, NotCaptured, capture
 from calibration.measuring.floors import COPY_BYTES
 from calibration.measuring.measure import MeasureSettings, Outcome, measure
 from calibration.measuring.pace import Pace
-from calibration.measuring.readings import READINGS_FILE, read_points
+from calibration.measuring.readings import READINGS_FILE, Reading, read_points
 from calibration.measuring.sources import sample_tokens
 from calibration.model import launches
 from calibration.model.confidence import Confidence
@@ -41,6 +41,7 @@ from calibration.serving.prepared import ServeSettings
 from calibration.serving.serve import serve
 from helios_sim.profiles.files import load_profile
 from helios_sim.runs.records import read_run
+from reports.fidelity.paired import pairs_of
 from reports.gpu import kernels
 from tests.calibration import tiny
 from tests.calibration.fake_nvml import FakeNvml
@@ -402,6 +403,25 @@ def test_served_tokens_are_those_of_a_processor(place: Path, gpu: Gpu) -> None:
     assert re.search(r"[1-9]\d* graphs captured in", said)
     assert found[0].height > 10
     assert found[0]["token"].to_list() == found[1]["token"].to_list()
+
+
+@serves
+def test_served_and_measured_iterations_are_paired_from_graphs(
+    place: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[str] = []
+    take = Bench.time
+
+    def watched(bench: Bench, job: grid.Job, patience_s: float) -> Iterator[Reading]:
+        modes.append(job.mode)
+        return take(bench, job, patience_s)
+
+    monkeypatch.setattr(Bench, "time", watched)
+    family_of = [place / "family"]
+    (pair,) = pairs_of(place / "profile", family_of, "large", 4, rows=2, turns=1, device="cuda")
+    assert pair.served_s > 0.0
+    assert pair.measured_s > 0.0
+    assert modes == ["graph"]
 
 
 @serves
