@@ -288,9 +288,9 @@ def kv_fill_joules(c: Any, rows: float, layers: float) -> float:
 
 
 @compilable
-def split_seconds(c: Any, staying: float) -> float:
-    """Seconds that splitting a batch adds to it, whose `staying` rows go on by themselves later."""
-    return c[REBATCH_OVERHEAD_S] + c[REBATCH_OVERHEAD_S_PER_ROW] * staying
+def going_on_seconds(c: Any, rows: float) -> float:
+    """Seconds that rows held at an exit add to the pass in which they go on by themselves."""
+    return c[REBATCH_OVERHEAD_S] + c[REBATCH_OVERHEAD_S_PER_ROW] * rows
 
 
 @compilable

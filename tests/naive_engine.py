@@ -505,8 +505,10 @@ class NaiveReplica:
         layer_s = cost.layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)[0] * residual
         layer_j = cost.layer_joules(c, rows, context, padded_context, 0.0, 0.0)
         head_s, check_s = cost.head_seconds(c, batch), cost.check_seconds(c, batch)
-        begin_s = cost.begin_seconds(c)
+        begin_s, going_on_s = cost.begin_seconds(c), cost.going_on_seconds(c, batch)
         seconds, joules = begin_s, 0.0
+        if passed > 0:
+            seconds += going_on_s
         for level in range(passed, loaded + 1):
             layers = exit_layers[level] - (exit_layers[level - 1] if level else 0)
             seconds += layers * layer_s
@@ -523,12 +525,12 @@ class NaiveReplica:
                 break
             rest_s = (self.depth - exit_layers[level]) * layer_s + head_s
             rest_s += (loaded - (level + 1)) * check_s
-            overhead_s = cost.split_seconds(c, batch - len(leavers))
-            deep_s = begin_s + rest_s + overhead_s
+            padded = self.model.padded_rows[len(leavers)]
+            fill_s = cost.kv_fill_seconds(c, padded, self.depth - exit_layers[level])
+            shallow_s, deep_s = seconds + fill_s, begin_s + going_on_s + rest_s
             if leavers and rules.rebatch_pays(
-                len(leavers), batch, seconds, deep_s, seconds + rest_s
+                len(leavers), batch, shallow_s, deep_s, seconds + rest_s
             ):
-                seconds += overhead_s
                 break
         beyond, padded = self.depth - exit_layers[level], self.model.padded_rows[len(leavers)]
         seconds += cost.told_seconds(c, len(leavers))

@@ -111,9 +111,9 @@ def test_a_decode_pays_its_fixed_part_by_the_rows_that_emit_not_by_those_fed_aga
     assert cost.decode_seconds(c, 40.0, 9.0, 9.0, 4.0, 0.0, 1.0, 0.0, 2.0, 2.0, 1.0)[0] == 2.0
 
 
-def test_a_split_costs_by_the_rows_that_stay() -> None:
+def test_rows_that_go_on_from_an_exit_cost_by_how_many_they_are() -> None:
     c = coefficients(rebatch_overhead_s=2.0, rebatch_overhead_s_per_row=0.25)
-    assert cost.split_seconds(c, 4.0) == 3.0
+    assert cost.going_on_seconds(c, 4.0) == 3.0
 
 
 def test_rows_that_a_graph_adds_are_computed_and_asked_nothing() -> None:

@@ -185,7 +185,7 @@ class Predictor:
         staying = {**row, "batch": row["batch"] - leaving}
         seconds = self._pass_seconds(row, row["layers"], work.checks, 0.0)
         seconds += float(cost.told_seconds(c, float(row["batch"])))
-        seconds += float(cost.split_seconds(c, float(staying["batch"])))
+        seconds += float(cost.going_on_seconds(c, float(staying["batch"])))
         filled_rows = self.rows(leaving, row["mode"])
         seconds += float(cost.kv_fill_seconds(c, filled_rows, work.filled_layers))
         last = len(self.model.model.exit_layers) - 1.0

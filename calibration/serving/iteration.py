@@ -144,15 +144,16 @@ def split_pays(profile: ModelProfile, rules: HotRules, loaded_level: int, max_ba
         asked = float(batch)
         check_s, head_s = cost.check_seconds(c, asked), cost.head_seconds(c, asked)
         begin_s = cost.begin_seconds(c)
-        shallow_s = begin_s
+        here_s = begin_s + (cost.going_on_seconds(c, asked) if passed else 0.0)
         before = layers_to[passed - 1] if passed else 0
         for here in range(passed, level + 1):
-            shallow_s = shallow_s + (layers_to[here] - before) * layer_s + check_s
+            here_s = here_s + (layers_to[here] - before) * layer_s + check_s
             before = layers_to[here]
-        rest_s = (layers_to[loaded_level] - layers_to[level]) * layer_s + head_s
-        rest_s = rest_s + (loaded_level - (level + 1)) * check_s
-        deep_s = begin_s + rest_s + cost.split_seconds(c, float(batch - leaving))
-        return bool(rules.rebatch_pays(leaving, batch, shallow_s, deep_s, shallow_s + rest_s))
+        skipped = layers_to[loaded_level] - layers_to[level]
+        rest_s = skipped * layer_s + head_s + (loaded_level - (level + 1)) * check_s
+        fill_s = cost.kv_fill_seconds(c, float(padded_rows[leaving]), float(skipped))
+        deep_s = begin_s + cost.going_on_seconds(c, asked) + rest_s
+        return bool(rules.rebatch_pays(leaving, batch, here_s + fill_s, deep_s, here_s + rest_s))
 
     return pays
 

@@ -119,8 +119,8 @@ def _decode(
     rest += float(its.checks[i]) * cost.check_seconds(c, float(batch))
     rest += float(its.heads[i]) * cost.head_seconds(c, float(batch))
     rest += cost.kv_fill_seconds(c, filled, float(its.filled_layers[i]))
-    if its.overheads[i] > 0:
-        rest += cost.split_seconds(c, float(batch) - told)
+    if its.first_layer[i] > 0:
+        rest += cost.going_on_seconds(c, float(batch))
     layers = float(its.layers[i] - its.first_layer[i])
     return layers * layer_s * float(residual[batch]), rest
 

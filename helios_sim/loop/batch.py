@@ -449,6 +449,8 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
     layer_j = cost.layer_joules(c, padded, float(context), padded * longest, 0.0, 0.0)
     begin_s = cost.begin_seconds(c)
     seconds = begin_s
+    if passed > 0:
+        seconds = seconds + cost.going_on_seconds(c, float(batch))
     joules = 0.0
     before = 0 if passed == 0 else w.exit_layers[model, passed - 1]
     level = passed
@@ -469,10 +471,11 @@ def start_rebatched(w: World, r: int, rep: Any, passed: int) -> None:
             break
         if leaving > 0:
             rest_s = remaining_seconds(w, rep, level + 1, float(batch), layer_s)
-            overhead_s = cost.split_seconds(c, float(batch - leaving))
-            deep_s = begin_s + rest_s + overhead_s
-            if rebatch_pays(leaving, batch, seconds, deep_s, seconds + rest_s):
-                seconds = seconds + overhead_s
+            skipped = float(rep.depth - w.exit_layers[model, level])
+            fill_s = cost.kv_fill_seconds(c, w.padded[model, leaving], skipped)
+            shallow_s = seconds + fill_s
+            deep_s = begin_s + cost.going_on_seconds(c, float(batch)) + rest_s
+            if rebatch_pays(leaving, batch, shallow_s, deep_s, seconds + rest_s):
                 break
         level += 1
     skipped = float(rep.depth - w.exit_layers[model, level])

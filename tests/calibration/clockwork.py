@@ -266,6 +266,8 @@ class ClockworkHost(Host):
         padded_context = rows * outcome.longest_context_tokens
         layer_s, _ = cost.layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)
         seconds = float(cost.begin_seconds(c))
+        if plan.passed:
+            seconds += float(cost.going_on_seconds(c, float(len(plan.rows))))
         before = outcome.first_layer
         for level in range(plan.passed, self.stepper.exit_layers.index(outcome.layers) + 1):
             seconds += (self.stepper.exit_layers[level] - before) * (layer_s * residual)
@@ -274,8 +276,6 @@ class ClockworkHost(Host):
             asked = float(len(plan.rows))
             seconds += cost.head_seconds(c, asked) if at_end else cost.check_seconds(c, asked)
         leaving = len(outcome.emitted)
-        if outcome.overheads:
-            seconds += float(cost.split_seconds(c, float(len(plan.rows) - leaving)))
         seconds += cost.told_seconds(c, float(leaving))
         filled_rows = float(padded[leaving])
         return seconds + cost.kv_fill_seconds(c, filled_rows, float(outcome.filled_layers))

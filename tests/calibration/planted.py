@@ -191,7 +191,7 @@ def readings(plan: Plan) -> list[Reading]:
             split = one_pass(batch, layers, level + 1, 0) + one_pass(left, filled, 1 - level, 1)
             split += cost.told_seconds(known, batch)
             split += cost.kv_fill_seconds(known, computed(gone), filled)
-            split += cost.split_seconds(known, left)
+            split += cost.going_on_seconds(known, left)
             add("split_iteration", split, layers=layers, **values)
 
     for batch in BATCHES:

@@ -696,7 +696,10 @@ def test_the_timeline_halves_its_resolution_when_it_is_full() -> None:
 
 
 def test_a_split_is_weighed_with_the_times_that_the_profile_predicts() -> None:
-    """Of three rows, computed as four and half as long again, one would leave at the first exit."""
+    """Of three rows, computed as four and half as long again, one would leave at the first exit.
+
+    Its skipped layers are filled beside the shallow pass; the deep one is of rows that go on.
+    """
     told: list[tuple[float, ...]] = []
 
     def pays(*asked: float) -> bool:
@@ -710,8 +713,9 @@ def test_a_split_is_weighed_with_the_times_that_the_profile_predicts() -> None:
     c = model.coefficient_array()
     layer_s = 1.5 * cost.layer_seconds(c, 4.0, 30.0, 4 * 12.0, 0.0, 0.0, 0.0)[0]
     begin_s, check_s = cost.begin_seconds(c), cost.check_seconds(c, 3.0)
-    shallow_s = begin_s + layer_s + check_s
+    here_s = begin_s + layer_s + check_s
     rest_s = 3 * layer_s + check_s + cost.head_seconds(c, 3.0)
-    split_s = 0.25 + 2 * 0.5
+    shallow_s = here_s + cost.kv_fill_seconds(c, 1.0, 3.0)
+    deep_s = begin_s + (0.25 + 3 * 0.5) + rest_s
     (asked,) = told
-    assert asked == pytest.approx((1, 3, shallow_s, begin_s + rest_s + split_s, shallow_s + rest_s))
+    assert asked == pytest.approx((1, 3, shallow_s, deep_s, here_s + rest_s))
