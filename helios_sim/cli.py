@@ -433,11 +433,20 @@ def derive(
     replacing: Annotated[
         bool, typer.Option("--replace", help="Let --model replace a model of the profile.")
     ] = False,
+    keep_exits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-exits",
+            metavar="MODEL=LAYERS",
+            help="Exits that a model of the profile keeps, such as llama2-13b=20,40; repeatable.",
+            show_default="all",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a profile that is there.")
     ] = False,
 ) -> None:
-    """Make a profile of a device or of models that are not here, by scaling those of another."""
+    """Make a profile of a device or of models that are not here, or of a model with fewer exits."""
     from dataclasses import replace
 
     from helios_sim.console.terminal import model_figures_table, profiles_table
@@ -450,6 +459,7 @@ def derive(
     )
     from helios_sim.profiles.derive_model import figures_of, wanted_of, write_with_models
     from helios_sim.profiles.files import load_profile
+    from helios_sim.profiles.keep_exits import kept_of, write_with_exits
     from helios_sim.report.words import standing_in
 
     own_name = name if name is not None else out.resolve().name
@@ -460,6 +470,17 @@ def derive(
     amounts = {key: context.params[key] for key in OPTIONS}
     device = device_of(device_name if device_name is not None else own_name, amounts)
     given = load_profile(source)
+    if keep_exits:
+        if wanted or device_name is not None or tells_a_device(device):
+            raise InputError(
+                "--keep-exits goes alone; derive from the new profile to change more.",
+                "--keep-exits",
+            )
+        kept = kept_of(keep_exits, given)
+        derived = write_with_exits(given, own_name, kept, out, overwrite=overwrite)
+        _console().print(profiles_table([derived.summary()]))
+        _say(f"Profile: {out}")
+        return
     if not wanted:
         derived = write_derived(given, own_name, device, out, overwrite)
         _console().print(profiles_table([derived.summary()]))

@@ -8,6 +8,8 @@ for all domains or for each.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -110,6 +112,14 @@ class Confidence:
     def is_calibrated(self) -> bool:
         """Whether any map is held."""
         return bool(self.maps)
+
+    @property
+    def maps_sha256(self) -> str | None:
+        """A hash that tells two calibrations apart; None for raw confidence."""
+        if not self.maps:
+            return None
+        told = json.dumps(self.to_json()["calibration"], sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def of(self, logits: Tensor, exit_layer: int, domain: str = ALL_DOMAINS) -> Tensor:
         """Confidence [N] of logits [N, vocab] at an exit, calibrated where a map is held."""

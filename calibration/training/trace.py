@@ -185,12 +185,15 @@ def traced_as_now(folders: Sequence[Path], out: Path) -> bool:
         return False
     try:
         report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))["candidates"]
-        traced = {name: (said["confidence"], said["threshold"]) for name, said in report.items()}
+        traced = {
+            name: (said["confidence"], said["threshold"], said.get("maps_sha256"))
+            for name, said in report.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True
     for found in map(open_checkpoint, folders):
         confidence = Confidence() if found.settings is None else found.settings.confidence
-        own = name_of(confidence), confidence.threshold
+        own = name_of(confidence), confidence.threshold, confidence.maps_sha256
         if traced.get(found.name, own) != own:
             return False
     return True
@@ -308,6 +311,7 @@ def _quality(found: _Candidate) -> dict[str, Any]:
         "exit_layers": list(_layers(found)),
         "confidence": name_of(found.confidence),
         "threshold": found.confidence.threshold,
+        "maps_sha256": found.confidence.maps_sha256,
         "own_domains": list(found.own),
         "domains": domains,
     }

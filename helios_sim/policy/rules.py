@@ -48,6 +48,8 @@ def rebatch_pays(
 
     The inequality of DREX (arXiv 2512.15705): b' > (c / t_d) b with c = t_s + t_d - t_f, in
     seconds: the saved share of the deep part must exceed the overhead of splitting the batch.
+    `shallow_s` is up to the exit, the KV of those who leave filled; `deep_s` is a later pass in
+    which a whole batch goes on from the exit, `full_s` one that carries all on at once.
     """
     overhead_s = shallow_s + deep_s - full_s
     return num_leaving * deep_s > overhead_s * batch

@@ -265,6 +265,46 @@ def derive(profile: Profile, name: str, device: Device) -> dict[str, Any]:
     return _Derivation(profile, name, device).document()
 
 
+def same_device_document(
+    profile: Profile, name: str, peaks: tuple[float, float] | None = None
+) -> dict[str, Any]:
+    """The document of a profile under another name, its models and device as they are."""
+    document: dict[str, Any] = copy.deepcopy(dict(profile.document))
+    document.pop("measurement", None)
+    document["name"] = name
+    if document["exits"]["kind"] == "trace":
+        document["exits"]["file"] = TRACES_FILE
+    told = document["provenance"]
+    environment = {
+        **told.get("environment", {}),
+        "derived_from": {"profile": profile.name, "hash": profile.hash},
+    }
+    if peaks is not None:
+        environment["peaks"] = {"memory_bytes_per_s": peaks[0], "flops_per_s": peaks[1]}
+    document["provenance"] = {
+        "origin": "derived",
+        "sources": [f"profile {profile.name}", *told["sources"]],
+        "notes": [f"{profile.name}: {note}" for note in told["notes"]],
+        "environment": environment,
+    }
+    return document
+
+
+def exit_layers_of(text: str, option: str) -> tuple[int, ...]:
+    """Exit layers from a text such as 8,16,24, given as an option."""
+    try:
+        layers = [int(part) for part in text.split(",")]
+    except ValueError:
+        layers = []
+    if not layers or layers != sorted(set(layers)) or layers[0] < 1:
+        raise InputError(
+            f"{text!r} was given; allowed are whole numbers that ascend from 1 or more, such as "
+            "8,16,24.",
+            option,
+        )
+    return tuple(layers)
+
+
 def check_name(name: str, profile: Profile) -> None:
     """Refuse a name that a profile derived from this one cannot have."""
     if not name.strip() or "/" in name:

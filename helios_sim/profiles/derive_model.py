@@ -33,8 +33,10 @@ from helios_sim.profiles.derive import (
     Device,
     check_name,
     derive,
+    exit_layers_of,
     part_of,
     peaks_of,
+    same_device_document,
     share_of_bytes,
     tells_a_device,
 )
@@ -100,7 +102,10 @@ def wanted_of(
             raise InputError(f"{name!r} is given twice; give each model once.", "--model")
         files[name] = Path(file)
     likes = _by_name(like, "--like", files)
-    layers = {name: _exit_layers(text) for name, text in _by_name(exits, "--exits", files).items()}
+    layers = {
+        name: exit_layers_of(text, "--exits")
+        for name, text in _by_name(exits, "--exits", files).items()
+    }
     kinds = _by_name(tokenizers, "--tokenizer", files)
     return tuple(
         Wanted(name, file, likes.get(name), layers.get(name), kinds.get(name))
@@ -127,7 +132,7 @@ def derive_with_models(
         if peaks is not None:
             peaks = (device.bytes_per_s or peaks[0], device.flops_per_s or peaks[1])
     else:
-        document = _of_the_same_device(profile, name, peaks)
+        document = same_device_document(profile, name, peaks)
     before = copy.deepcopy({key: document[key] for key in ("models", "exits")})
     for one in found:
         document["models"][one.name] = one.entry(before["models"][one.like], peaks)
@@ -426,31 +431,6 @@ _KEPT: Final = "unchanged (assumed)"
 _SAME: Final = "the same share of the peak assumed"
 
 
-def _of_the_same_device(
-    profile: Profile, name: str, peaks: tuple[float, float] | None
-) -> dict[str, Any]:
-    """The document of a profile under another name, its models and device as they are."""
-    document: dict[str, Any] = copy.deepcopy(dict(profile.document))
-    document.pop("measurement", None)
-    document["name"] = name
-    if document["exits"]["kind"] == "trace":
-        document["exits"]["file"] = TRACES_FILE
-    told = document["provenance"]
-    environment = {
-        **told.get("environment", {}),
-        "derived_from": {"profile": profile.name, "hash": profile.hash},
-    }
-    if peaks is not None:
-        environment["peaks"] = {"memory_bytes_per_s": peaks[0], "flops_per_s": peaks[1]}
-    document["provenance"] = {
-        "origin": "derived",
-        "sources": [f"profile {profile.name}", *told["sources"]],
-        "notes": [f"{profile.name}: {note}" for note in told["notes"]],
-        "environment": environment,
-    }
-    return document
-
-
 def _write_traces(
     there: Path, added: Mapping[str, tuple[str, tuple[int, ...]]], path: Path
 ) -> None:
@@ -515,21 +495,6 @@ def _by_name(texts: Sequence[str], option: str, names: Mapping[str, Any]) -> dic
         if not value.strip():
             raise InputError("An empty text was given; give a value or leave it out.", option)
     return said
-
-
-def _exit_layers(text: str) -> tuple[int, ...]:
-    """Exit layers from a text such as 8,16,24."""
-    try:
-        layers = [int(part) for part in text.split(",")]
-    except ValueError:
-        layers = []
-    if not layers or layers != sorted(set(layers)) or layers[0] < 1:
-        raise InputError(
-            f"{text!r} was given; allowed are whole numbers that ascend from 1 or more, such as "
-            "8,16,24.",
-            "--exits",
-        )
-    return tuple(layers)
 
 
 def _listed(layers: Sequence[int]) -> str:

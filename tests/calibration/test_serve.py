@@ -45,6 +45,7 @@ from helios_sim.exits import read_traces
 from helios_sim.policy import Controller, make_policy, read_snapshots
 from helios_sim.policy.contract import DECISION_NAMES
 from helios_sim.profiles.files import load_profile, save_profile
+from helios_sim.profiles.keep_exits import write_with_exits
 from helios_sim.runs.records import read_run, read_summary
 from tests.calibration.fake_nvml import FakeNvml
 from tests.calibration.serving import DOMAINS, family, first_exit_threshold, model_of, write_profile
@@ -685,6 +686,18 @@ def test_exits_that_a_checkpoint_does_not_name_itself_are_the_profiles(place, tm
     file.write_text(json.dumps(json.loads(file.read_text()) | chosen))
     settings = ServeSettings((tmp_path / "family",), device="cpu")
     assert prepare(place / "tiny.toml", settings).folders["small"] == file.parent
+
+
+def test_a_model_is_served_with_fewer_of_its_exits(place, tmp_path) -> None:
+    kept = {"large": (2, 6)}
+    write_with_exits(load_profile(place / "profile"), "fewer", kept, tmp_path / "fewer")
+    wait = '[[policy]]\nuse = "ee-single"\nmodel = "large"\nexit_mode = "wait"\n'
+    scenario = SCENARIO.format(policies=wait).replace('profile = "profile"', 'profile = "fewer"')
+    (tmp_path / "fewer.toml").write_text(scenario)
+    serve(tmp_path / "fewer.toml", tmp_path / "run", ServeSettings((place / "family",), limit=8))
+    assert read_traces(tmp_path / "run" / "exits.parquet").exit_layers["large"] == (2, 6)
+    left = set(pl.read_parquet(tmp_path / "run" / "tokens.parquet")["exit_level"])
+    assert left == {0, 1}
 
 
 def test_of_another_shape_what_differs_is_named(place, tmp_path) -> None:

@@ -173,6 +173,10 @@ def test_settled_confidence_is_stored_and_used(
     report = trace_checkpoints(folders, tmp_path, OPTIONS)
     assert {found["confidence"] for found in report["candidates"].values()} == {kind}
     assert traced_as_now(folders, tmp_path)
+    if kind.startswith("calibrated-"):
+        fewer = FittingOptions(256, 64, ("code",))
+        settle(folders, kind=kind, threshold=chosen["threshold"], options=fewer)
+        assert not traced_as_now(folders, tmp_path), "the maps are others"
     settle(folders, kind=kind, threshold=0.123)
     assert not traced_as_now(folders, tmp_path)
     (tmp_path / "trace.json").unlink()
