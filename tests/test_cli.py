@@ -123,6 +123,7 @@ def test_replications_come_with_intervals(
     assert replications["seeds"] == [1, 2, 3]
     ttft = replications["figures"]["mean_ttft_ms"]
     assert ttft["low"] <= ttft["mean"] <= ttft["high"]
+    assert ttft["least"] <= ttft["mean"] <= ttft["most"]
 
 
 def test_a_table_of_the_first_replication_says_where_the_others_are(

@@ -336,8 +336,9 @@ def _replications(summaries: Sequence[Summary]) -> str:
     body.append(markup.row("Saturation", [markup.cell(_counted_words(said)) for said in words]))
     return section(
         "Over all seeds",
-        f"Means over {seeds_said(seeds)} with their 95 % intervals (Student's t), none where all "
-        "are alike. All else on this page is the run of the first.",
+        f"Means over {seeds_said(seeds)} with their 95 % intervals (Student's t) and, below, from "
+        "the least run to the most; neither where all are alike. All else on this page is the run "
+        "of the first.",
         markup.table(_columns(len(summaries), "figures paired"), _labels(summaries), body),
     )
 
@@ -351,6 +352,8 @@ def _over_seeds(scale: float, digits: int, figure: Mapping[str, Any] | None, num
     if figure["low"] != figure["high"]:
         low, high = (number(scale * figure[end], digits) for end in ("low", "high"))
         notes.append(f"[{low}, {high}]")
+        least, most = (number(scale * figure[end], digits) for end in ("least", "most"))
+        notes.append(f"<br>{least} to {most}")
     if figure["num"] < num_seeds:
         notes.append(f"in {figure['num']} of {num_seeds}")
     return " ".join([said, *(f"<span class='unit'>{note}</span>" for note in notes)])

@@ -460,6 +460,7 @@ def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[s
         _refused_by_some(summaries, num_refused_by_all),
         *changed_requests(summaries),
         *idle_users(summaries),
+        *one_seed(summaries),
         _one_of_the_seeds(summaries),
     )
     return [remark for remark in said if remark is not None]
@@ -600,6 +601,50 @@ def idle_users(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         "and once none is left to be sent, so throughput and load are those of fewer users; give "
         "more requests (workload.num_requests)."
     ]
+
+
+def one_seed(summaries: Sequence[Summary]) -> list[str]:
+    """That runs of one seed are one of many where policies decided by what they evaluated."""
+    deciding = [
+        str(one["label"])
+        for one in summaries
+        if (one.get("num_evaluations") or 0) > 0 and not one.get("replications")
+    ]
+    if not deciding:
+        return []
+    verb = "decides" if len(deciding) == 1 else "decide"
+    return [
+        f"One seed: {listed(deciding)} {verb} by few evaluated requests, and other seeds may lead "
+        f"elsewhere. --set measure.replications={_SOME_SEEDS} shows how far."
+    ]
+
+
+def range_over_seeds(summaries: Sequence[Summary]) -> list[str]:
+    """How far throughput and response time lie apart between seeds, for each policy."""
+    seeds = seeds_of(summaries)
+    if seeds is None:
+        return []
+    told = []
+    for key, title, unit in (
+        ("output_throughput", "Tokens/s", ""),
+        ("median_e2el_ms", "Median E2E", " ms"),
+    ):
+        ranges = [_range(one["replications"]["figures"].get(key), unit) for one in summaries]
+        if any(ranges):
+            told.append(f"{title} over {seeds_said(seeds)}: {_by_label(ranges, summaries)}.")
+    return told
+
+
+def _range(figure: Mapping[str, float] | None, unit: str) -> str:
+    """From the least run to the most; nothing where no run has the figure."""
+    if figure is None:
+        return ""
+    ends = dict.fromkeys(number(figure[end]) for end in ("least", "most"))
+    return f"{' to '.join(ends)}{unit}"
+
+
+_SOME_SEEDS: Final = 8
+"""Seeds that tell roughly how far runs lie apart."""
 
 
 def _one_of_the_seeds(summaries: Sequence[Summary]) -> str | None:

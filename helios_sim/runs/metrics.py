@@ -522,7 +522,9 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean, deviation and 95 % t interval of every numeric figure over independent replications.
 
     Nested figures have dotted names. `num` counts the replications in which a figure is defined;
-    the interval is cut to the possible range, and None with fewer than two.
+    the interval is cut to the possible range, and None with fewer than two. `least` and `most` are
+    the ends of what was seen: a policy that decides by few tokens may have gone two ways, and a
+    mean is then what no run has.
     """
     if not summaries:
         raise InputError("There is nothing to aggregate: no summary was given.")
@@ -548,7 +550,10 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if std is not None:
             half = float(stdtrit(num - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(num)
             low, high = _cut(name, mean - half, mean + half)
-        figures[name] = {"mean": mean, "std": std, "low": low, "high": high, "num": num}
+        figures[name] = {
+            **{"mean": mean, "std": std, "low": low, "high": high},
+            **{"least": min(values), "most": max(values), "num": num},
+        }
     first = summaries[0]
     aggregated: dict[str, Any] = rounded_figures(
         {

@@ -43,6 +43,8 @@ from helios_sim.report.words import (
     large_batches,
     launch_bound,
     mean_batches,
+    one_seed,
+    range_over_seeds,
     remarks,
     serving,
     taken_otherwise,
@@ -190,9 +192,12 @@ def test_the_page_asks_nothing_of_the_network() -> None:
     assert "url(" not in html
 
 
-def figure_of(mean: float, low: float | None, high: float | None, num: int = 3) -> dict[str, Any]:
-    """A figure over replications, as `aggregate` gives it."""
-    return {"mean": mean, "low": low, "high": high, "std": 0.1, "num": num}
+def figure_of(
+    mean: float, low: float | None, high: float | None, num: int = 3, apart: float = 0.0
+) -> dict[str, Any]:
+    """A figure over replications, as `aggregate` gives it, runs `apart` to either side."""
+    ends = {"least": mean - apart, "most": mean + apart}
+    return {"mean": mean, "low": low, "high": high, "std": 0.1, **ends, "num": num}
 
 
 def test_all_seeds_are_shown_with_their_intervals() -> None:
@@ -202,7 +207,7 @@ def test_all_seeds_are_shown_with_their_intervals() -> None:
     assert "Over all seeds" not in render(runs, summaries)
     for place, summary in enumerate(summaries):
         figures = {
-            "slo_attainment": figure_of(0.9, 0.85, 0.95),
+            "slo_attainment": figure_of(0.9, 0.85, 0.95, apart=0.03),
             "num_refused": figure_of(0.0, 0.0, 0.0),
             "agreement": figure_of(0.99622, 0.99612, 0.99632),
             "perplexity": figure_of(3.5, None, None, num=1),
@@ -214,9 +219,12 @@ def test_all_seeds_are_shown_with_their_intervals() -> None:
     page = render(runs, summaries)
     section = page.split("<h2>Over all seeds</h2>")[1].split("</section>")[0]
     assert "Means over the 3 seeds 4 to 6" in section
-    assert "<td>\N{EN DASH}</td><td>90 <span class='unit'>[85, 95]</span></td>" in section
+    assert (
+        "<td>\N{EN DASH}</td><td>90 <span class='unit'>[85, 95]</span> "
+        "<span class='unit'><br>87 to 93</span></td>"
+    ) in section
     assert "<td>0</td><td>0</td>" in section
-    assert "<td>99.62 <span class='unit'>[99.61, 99.63]</span></td>" in section
+    assert "<td>99.62 <span class='unit'>[99.61, 99.63]</span> <span" in section
     assert "<td>3.500 <span class='unit'>in 1 of 3</span></td>" in section
     assert "<td>\N{EN DASH}</td><td>stable 2, backlogged 1</td>" in section
     assert "means over the 3 seeds 4 to 6 stand below" in page
@@ -233,6 +241,29 @@ def test_runs_of_other_seeds_have_no_table_of_all(seeds: list[int] | None) -> No
     page = render(runs, summaries)
     assert "Over all seeds" not in page
     assert "stand below" not in page
+
+
+def test_one_seed_of_a_policy_that_evaluates_is_said_to_be_one_of_many() -> None:
+    """Policies that evaluate nothing go the same way with every seed."""
+    fixed, deciding = summary("vanilla", 800.0, 70.0), summary("helios", 900.0, 60.0)
+    deciding["num_evaluations"] = 3
+    assert one_seed([fixed]) == []
+    (said,) = one_seed([fixed, deciding])
+    assert said.startswith("One seed: helios decides by few evaluated requests")
+    assert "--set measure.replications=8" in said
+    assert said in remarks([fixed, deciding])
+    deciding["replications"] = {"seeds": [1, 2], "figures": {"num_refused": figure_of(0, 0, 0)}}
+    assert one_seed([fixed, deciding]) == []
+
+
+def test_how_far_seeds_lie_apart_is_said_of_each_policy() -> None:
+    summaries = [summary("vanilla", 800.0, 70.0), summary("helios", 900.0, 60.0)]
+    for one, apart in zip(summaries, (0.0, 400.0), strict=True):
+        figures = {"output_throughput": figure_of(1000.0, 900.0, 1100.0, apart=apart)}
+        one["replications"] = {"seeds": [3, 4], "figures": figures}
+    assert range_over_seeds(summaries) == [
+        "Tokens/s over the 2 seeds 3 to 4: 1,000 (vanilla); 600 to 1,400 (helios)."
+    ]
 
 
 def test_text_of_users_is_escaped() -> None:

@@ -657,6 +657,7 @@ def test_aggregate_gives_student_intervals_over_seeds() -> None:
     ]
     figures = aggregate([*summaries, {**summaries[0], "seed": 9, "a": None}])["figures"]
     assert figures["a"]["mean"] == 2.0
+    assert (figures["a"]["least"], figures["a"]["most"]) == (1.0, 3.0)
     assert figures["a"]["num"] == 3
     assert figures["a"]["high"] == pytest.approx(2.0 + 4.302652729911 / math.sqrt(3))
     assert figures["b.c"]["num"] == 4
