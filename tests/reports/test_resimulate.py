@@ -53,7 +53,7 @@ def test_the_recorded_results_are_what_its_cases_amount_to() -> None:
 
 def test_the_recorded_study_is_what_this_program_simulates() -> None:
     """Its page would speak of another model otherwise."""
-    study = results(SATURATED, LIGHT, "ee-single-rebatch-light-bursty-stable")
+    study = results(SATURATED, LIGHT, "static-depth-70-steady-drifting")
     assert changes(study, simulated_anew(study, PROFILE)) == []
 
 
