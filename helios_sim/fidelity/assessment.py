@@ -147,5 +147,9 @@ def _attribution(attribution: Attribution | None) -> dict[str, Any] | None:
             }
             for swap in attribution.swaps
         ],
+        "chance": {
+            **asdict(attribution.chance),
+            "errors": {key: attribution.chance_errors(key) for key in attribution.chance.ends},
+        },
         "causes": [asdict(cause) for cause in attribution.causes],
     }

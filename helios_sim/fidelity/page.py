@@ -18,6 +18,7 @@ from helios_sim.fidelity.words import (
     remarks,
     sentence,
     signed_percent,
+    spanned_errors,
     spread_text,
 )
 from helios_sim.report import markup
@@ -151,6 +152,7 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
             (
                 cause.key if row is None else row.title,
                 *(signed_percent(attribution.error(one, cause.key)) for one in swaps),
+                spanned_errors(attribution.chance_errors(cause.key)),
                 cause.said,
             )
         )
@@ -164,7 +166,9 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
         "What the error comes from",
         "The scenario simulated again with one ingredient at a time taken from the real run "
         f"({attribution.repeat}). An error that goes away came from that ingredient; what is left "
-        f"with everything swapped is in none of them.{against}",
+        f"with everything swapped is in none of them.{against} By chance, the same requests "
+        f"have other text: from the least to the most error of {attribution.chance.num_texts} such "
+        "simulations and this one. A real figure among them is within chance.",
         add_figure(
             drawn,
             "attribution",
@@ -173,7 +177,7 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
             f"Errors are against {attribution.repeat}: the first bar as the simulation stands, the "
             "last with everything swapped. Errors within half a per cent are left out.",
         ),
-        _plain_table(("Figure", *(one.name for one in swaps), "Cause"), rows),
+        _plain_table(("Figure", *(one.name for one in swaps), "by chance", "Cause"), rows),
         markup.notes(said, "notes small"),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -41,7 +41,7 @@ from helios_sim.runs.metrics import summarise
 from helios_sim.runs.records import RunData, conformed
 from helios_sim.scenario import PolicySettings
 from helios_sim.steward import Steward
-from helios_sim.workload.requests import Requests
+from helios_sim.workload.requests import Requests, drawn_starts
 
 INGREDIENTS: Final[dict[str, str]] = {
     "arrivals": "recorded arrivals",
@@ -58,6 +58,9 @@ the median, `loads` the time of loads for which serving waited.
 """
 NOTHING: Final = "nothing"
 EVERYTHING: Final = "everything"
+
+OTHER_TEXTS: Final = 8
+"""Simulations on other text, which show what chance does."""
 
 HEADLINES: Final = (
     "output_throughput",
@@ -102,7 +105,8 @@ class Cause:
     """What explains the error of one figure best.
 
     Errors are relative. `ingredient` is None where the error is small or nothing takes away
-    enough of it; `remainder` is the error with everything swapped at once.
+    enough of it; `remainder` is the error with everything swapped at once. `by_chance` says that
+    the real figure lies within what the simulation gives on other text.
     """
 
     key: str
@@ -111,6 +115,24 @@ class Cause:
     error_without: float | None
     remainder: float | None
     said: str
+    by_chance: bool = False
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What the simulation gives where the same requests have other text of the profile's traces.
+
+    `ends` are the least and the most of each headline figure, on `num_texts` texts beside the
+    given one. A policy that decides by few tokens may go another way on each.
+    """
+
+    num_texts: int
+    ends: dict[str, tuple[float, float]]
+
+    def spans(self, key: str, value: float) -> bool:
+        """Whether a real figure lies within what texts give, where they make a difference."""
+        least, most = self.ends.get(key, (math.nan, math.nan))
+        return least <= value <= most and most - least > SMALL * abs(value)
 
 
 @dataclass(frozen=True)
@@ -122,6 +144,7 @@ class Attribution:
     swaps: tuple[Swap, ...]
     causes: tuple[Cause, ...]
     notes: tuple[str, ...]
+    chance: Chance = Chance(0, {})
 
     @property
     def telling(self) -> tuple[Swap, ...]:
@@ -148,7 +171,15 @@ class Attribution:
 
     def error(self, swap: Swap, key: str) -> float | None:
         """The relative error of a figure under a swap."""
-        ours, theirs = swap.figures.get(key), self.real.get(key)
+        return self._error_of(swap.figures.get(key), key)
+
+    def chance_errors(self, key: str) -> tuple[float | None, float | None]:
+        """The least and the most relative error of a figure on other text."""
+        least, most = self.chance.ends.get(key, (None, None))
+        return self._error_of(least, key), self._error_of(most, key)
+
+    def _error_of(self, ours: Value, key: str) -> float | None:
+        theirs = self.real.get(key)
         if not isinstance(ours, float) or not isinstance(theirs, float):
             return None
         return relative_error(ours, theirs)
@@ -209,9 +240,10 @@ def attribute(
     swaps: list[Swap] = []
     present: list[str] = []
     steps = (NOTHING, *INGREDIENTS, EVERYTHING)
+    num_steps = len(steps) + OTHER_TEXTS
     for place, name in enumerate(steps):
         if report is not None:
-            report("attribution", place / len(steps))
+            report("attribution", place / num_steps)
         why_not = _missing(name, found)
         title = INGREDIENTS.get(name, f"{name} swapped")
         if why_not is not None:
@@ -222,13 +254,29 @@ def attribute(
             present.append(name)
         figures = scene.play(frozenset(taken))
         swaps.append(Swap(name, title, {key: scaled(key, figures.get(key)) for key in HEADLINES}))
+    texts = [swaps[0].figures]
+    for text in range(1, OTHER_TEXTS + 1):
+        if report is not None:
+            report("attribution", (len(steps) + text - 1) / num_steps)
+        figures = scene.play(frozenset(), text)
+        texts.append({key: scaled(key, figures.get(key)) for key in HEADLINES})
     real = {key: scaled(key, side.summary.get(key)) for key in HEADLINES}
-    attribution = Attribution(side.path.name, real, tuple(swaps), (), ())
+    attribution = Attribution(side.path.name, real, tuple(swaps), (), (), _chance(texts))
     return replace(
         attribution,
         causes=tuple(_causes(attribution)),
         notes=tuple(_notes(attribution, sides)),
     )
+
+
+def _chance(texts: Sequence[Mapping[str, Value]]) -> Chance:
+    """The ends of each figure that the simulation has on every text."""
+    ends = {}
+    for key in HEADLINES:
+        values = [value for figures in texts if isinstance(value := figures.get(key), float)]
+        if len(values) == len(texts):
+            ends[key] = min(values), max(values)
+    return Chance(len(texts) - 1, ends)
 
 
 def _missing(name: str, found: Ingredients) -> str | None:
@@ -251,11 +299,13 @@ class _Scene:
     real: RunData
     found: Ingredients
 
-    def play(self, taken: frozenset[str]) -> dict[str, Any]:
-        """The figures with these ingredients."""
+    def play(self, taken: frozenset[str], text: int = 0) -> dict[str, Any]:
+        """The figures with these ingredients, on the given text of the traces or on another."""
         scenario, found = self.experiment.scenario, self.found
         setup = replace(self.experiment.setup, seed=self.seed)
         requests, _ = self.experiment.requests(self.seed)
+        if text > 0:
+            requests = replace(requests, trace_start=drawn_starts(self.seed + text, len(requests)))
         if "exits" in taken:
             assert found.exits is not None
             setup = replace(setup, traces=found.exits)
@@ -331,15 +381,20 @@ def _causes(attribution: Attribution) -> list[Cause]:
         remainder = attribution.error(everything, key)
         left = {one.name: attribution.error(one, key) for one in swaps}
         known = {name: one for name, one in left.items() if one is not None}
+        theirs = attribution.real[key]
+        by_chance = isinstance(theirs, float) and attribution.chance.spans(key, theirs)
         best = min(known, key=lambda name: abs(known[name]), default=None)
         if abs(error) <= SMALL:
             causes.append(Cause(key, error, None, None, remainder, "no error to speak of"))
-        elif best is None or abs(error) - abs(known[best]) < EXPLAINS * abs(error):
-            causes.append(Cause(key, error, None, None, remainder, _unexplained(error, remainder)))
+            continue
+        if best is None or abs(error) - abs(known[best]) < EXPLAINS * abs(error):
+            cause = Cause(key, error, None, None, remainder, _unexplained(error, remainder))
         else:
-            causes.append(
-                Cause(key, error, best, known[best], remainder, f"mostly {INGREDIENTS[best]}")
-            )
+            said = f"mostly {INGREDIENTS[best]}"
+            cause = Cause(key, error, best, known[best], remainder, said)
+        if by_chance:
+            cause = replace(cause, said=f"{cause.said}; within chance", by_chance=True)
+        causes.append(cause)
     return causes
 
 

@@ -11,7 +11,7 @@ from helios_sim.console.terminal import FittedTable
 from helios_sim.fidelity.assessment import Fidelity
 from helios_sim.fidelity.figures import FigureRow
 from helios_sim.fidelity.swaps import Attribution
-from helios_sim.fidelity.words import TOLD, signed_percent, spread_text
+from helios_sim.fidelity.words import TOLD, signed_percent, spanned_errors, spread_text
 from helios_sim.wording import number
 
 _STYLES: Final = {"within": "green", "same": "green", "above": "yellow", "below": "yellow"}
@@ -75,8 +75,10 @@ def attribution_table(fidelity: Fidelity, attribution: Attribution) -> FittedTab
         row = fidelity.row(cause.key)
         errors = (signed_percent(attribution.error(one, cause.key)) for one in swaps)
         name = cause.key if row is None else row.title
-        rows.append([Text(f"  {name}"), *(Text(error) for error in errors)])
-    return FittedTable(["error with this swapped", *(one.name for one in swaps)], rows)
+        told = (*errors, spanned_errors(attribution.chance_errors(cause.key)))
+        rows.append([Text(f"  {name}"), *(Text(error) for error in told)])
+    titles = ["error with this swapped", *(one.name for one in swaps), "by chance"]
+    return FittedTable(titles, rows)
 
 
 def _percent(share: float | None) -> str:

@@ -42,6 +42,11 @@ def signed_percent(share: float | None) -> str:
     return f"{'+' if share > 0 else chr(0x2212)}{shown} %"
 
 
+def spanned_errors(errors: tuple[float | None, float | None]) -> str:
+    """Relative errors as 'least to most', or as one where they read alike."""
+    return " to ".join(dict.fromkeys(map(signed_percent, errors)))
+
+
 def sentence(text: str) -> str:
     """The text with its first letter large, the others as they are."""
     return text[:1].upper() + text[1:]
@@ -127,6 +132,11 @@ def remarks(fidelity: Fidelity) -> list[str]:
             if row is not None:
                 by_cause.setdefault(cause.said, []).append(name_of(row))
         found += [f"Error in {listed(names)}: {said}." for said, names in by_cause.items()]
+        if any(cause.by_chance for cause in wrong):
+            found.append(
+                f"Within chance: among what {attribution.chance.num_texts} simulations of the same "
+                "requests on other text and this one give."
+            )
         found += [
             f"{sentence(swap.title)}: {swap.missing}."
             for swap in attribution.swaps

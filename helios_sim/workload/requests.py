@@ -663,9 +663,14 @@ def _domains(
 def _trace_starts(
     settings: WorkloadSettings, seed: int, num: int, trace: Trace | None
 ) -> NDArray[np.int32]:
-    """Where each request starts in its domain's exit trace, as a 31-bit hash of seed and row."""
+    """Where each request starts in its domain's exit trace."""
     if trace is not None and trace.trace_start is not None and settings.replays_arrivals:
         return trace.trace_start
+    return drawn_starts(seed, num)
+
+
+def drawn_starts(seed: int, num: int) -> NDArray[np.int32]:
+    """Where requests start in their domains' exit traces, as a 31-bit hash of seed and row."""
     key = stream(seed, "trace-start").integers(0, 2**64, dtype=np.uint64)
     # The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over a Weyl sequence.
     mixed = np.arange(1, num + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key

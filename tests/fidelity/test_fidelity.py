@@ -34,7 +34,7 @@ from helios_sim.fidelity.recordings import (
 )
 from helios_sim.fidelity.replayed import replayed_run
 from helios_sim.fidelity.sides import Side
-from helios_sim.fidelity.swaps import Attribution, Swap, attribute
+from helios_sim.fidelity.swaps import OTHER_TEXTS, Attribution, Chance, Swap, attribute
 from helios_sim.fidelity.timing import (
     Factors,
     factors,
@@ -397,6 +397,52 @@ def test_a_cause_takes_away_three_tenths_of_an_error(
     swapped = tuple(Swap(name, name, {"mean_tpot_ms": 100.0 + one}) for name, one in off.items())
     (cause,) = swaps._causes(Attribution("real", {"mean_tpot_ms": 100.0}, swapped, (), ()))
     assert (cause.ingredient, cause.said) == (ingredient, said)
+
+
+@pytest.mark.parametrize(
+    ("ends", "by_chance"),
+    [
+        ((95.0, 111.0), True),
+        ((100.0, 110.0), True),
+        ((101.0, 111.0), False),
+        ((99.9, 100.1), False),
+    ],
+)
+def test_a_real_figure_among_those_of_other_texts_is_within_chance(
+    ends: tuple[float, float], by_chance: bool
+) -> None:
+    """Texts that hardly differ make no chance of an error."""
+    off = {"nothing": 10.0, "times": 6.0, "everything": 6.0}
+    swapped = tuple(Swap(name, name, {"mean_tpot_ms": 100.0 + one}) for name, one in off.items())
+    chance = Chance(8, {"mean_tpot_ms": ends})
+    found = Attribution("real", {"mean_tpot_ms": 100.0}, swapped, (), (), chance)
+    (cause,) = swaps._causes(found)
+    assert (cause.by_chance, cause.ingredient) == (by_chance, "times")
+    assert cause.said == "mostly recorded iteration times" + ("; within chance" * by_chance)
+    assert found.chance_errors("mean_tpot_ms") == pytest.approx([one / 100 - 1 for one in ends])
+    assert found.chance_errors("total_gpu_energy") == (None, None)
+
+
+def test_chance_is_what_the_simulation_gives_on_other_texts(tmp_path: Path) -> None:
+    """Where all leave at one depth only quality hangs on the text; HELIOS may go another way."""
+    found = {}
+    for use in ("static-depth", "helios"):
+        sides = read_sides(
+            [simulate(tmp_path / f"{use}-real", use)],
+            simulate(tmp_path / use, use),
+            allow_simulated=True,
+        )
+        result = assess(sides, Path())
+        assert result.attribution is not None
+        found[use] = result.attribution.chance
+        ours = result.attribution.swaps[0].figures
+        for key, (least, most) in found[use].ends.items():
+            assert least <= ours[key] <= most
+        assert not any(cause.by_chance for cause in result.attribution.causes)
+    least, most = found["static-depth"].ends["mean_tpot_ms"]
+    assert (found["static-depth"].num_texts, least) == (OTHER_TEXTS, most)
+    least, most = found["helios"].ends["mean_tpot_ms"]
+    assert least < most
 
 
 def test_what_the_real_run_did_not_record_is_said(tmp_path: Path) -> None:
