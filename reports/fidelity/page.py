@@ -284,11 +284,12 @@ def _in_two_lines(name: str) -> str:
 
 
 def _causes(results: Mapping[str, Any]) -> str:
-    rows = []
+    rows, told = [], []
     for case in results["cases"]:
         attribution = case["attribution"]
         if attribution is None:
             continue
+        told += attribution["causes"]
         for cause in attribution["causes"]:
             if cause["key"] not in JUDGED or not cause["error"] or abs(cause["error"]) < 0.01:
                 continue
@@ -303,10 +304,16 @@ def _causes(results: Mapping[str, Any]) -> str:
                 )
             )
     titles = ("Case", "Figure", "Error", "Without it", "All swapped", "Cause")
+    chance = ""
+    if any(cause.get("by_chance") for cause in told):
+        chance = (
+            " Within chance are real figures among those of simulations of the same requests on "
+            "other texts of the traces."
+        )
     return section(
         "What the errors come from",
         "Errors of 1 % and more in the typical real run, with the one ingredient that takes most "
-        "of each away when it is taken from the real run.",
+        f"of each away when it is taken from the real run.{chance}",
         _table(titles, rows) if rows else "<p>No error is as large.</p>",
     )
 
