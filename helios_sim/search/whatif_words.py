@@ -33,6 +33,10 @@ from helios_sim.wording import counted, limits, listed, number
 MAX_NAMED: Final = 4
 """Cells that one clause names, at most."""
 
+_TOKENS: Final = "output_throughput"
+_FAR_APART: Final = 1.2
+"""Seeds lie far apart where the most tokens a second are so many times the least."""
+
 
 def whatif_answer(cells: Sequence[Cell], replications: int) -> list[str]:
     """Which cell is best in which figure, a sentence for each; the first is the headline.
@@ -92,6 +96,7 @@ def whatif_remarks(
         found.append(f"SLO: {limits(str(slo))}; a request that meets all of it is good.")
     found += [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
     able = [cell for cell in cells if cell.can_be]
+    found += _seeds_apart(able)
     found += _qualities(able, profiles)
     found += idle_users([{**cell.means, "label": cell.name} for cell in able])
     beyond = extrapolated([(cell.name, cell.beyond) for cell in cells])
@@ -113,6 +118,19 @@ def whatif_remarks(
     keys = {key for cell in cells for key in cell.values}
     assumed = assumed_words(profiles, candidates_of(scenario, varied), keys)
     return [*found, *grades, *assumed, *beyond]
+
+
+def _seeds_apart(able: Sequence[Cell]) -> list[str]:
+    """The cell whose seeds lie furthest apart: its mean may be what no run has."""
+    ends = []
+    for name, cell in zip(short_names(able), able, strict=True):
+        tokens = [one for run in cell.runs if (one := run.get(_TOKENS)) is not None]
+        if tokens and min(tokens) > 0.0:
+            ends.append((max(tokens) / min(tokens), min(tokens), max(tokens), name))
+    if not ends or max(ends)[0] < _FAR_APART:
+        return []
+    _, least, most, name = max(ends)
+    return [f"Seeds lie far apart with {name}: {number(least)} to {number(most)} tokens/s."]
 
 
 def _qualities(able: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:

@@ -94,6 +94,19 @@ def test_the_conclusion_names_the_best_cell_of_each_figure_and_who_is_level_with
     assert whatif_best(cells) == {(1, 4), (2, 4), (1, 6)}
 
 
+def test_seeds_of_a_cell_that_lie_far_apart_are_told(tmp_path: Path) -> None:
+    """Twice the tokens with another seed: the mean of 75 is what no run has."""
+    cells = [cell("static", [1.0, 1.0], 90.0), cell("chunked", [1.0, 1.0], 90.0)]
+    for place, tokens in enumerate(((100.0, 110.0), (50.0, 100.0))):
+        runs = zip(cells[place].runs, tokens, strict=True)
+        told = tuple({**run, "output_throughput": one} for run, one in runs)
+        cells[place] = replace(cells[place], runs=told)
+    asked = load_scenario(write(tmp_path))
+    said = whatif_remarks(asked, cells, 2, [])
+    assert "Seeds lie far apart with batching chunked: 50 to 100 tokens/s." in said
+    assert not any("far apart" in one for one in whatif_remarks(asked, cells[:1], 2, []))
+
+
 def test_cells_that_differ_by_no_more_than_their_intervals_are_said_not_to_differ(
     tmp_path: Path,
 ) -> None:
