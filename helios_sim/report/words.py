@@ -604,11 +604,13 @@ def idle_users(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def one_seed(summaries: Sequence[Summary]) -> list[str]:
-    """That runs of one seed are one of many where policies decided by what they evaluated."""
+    """That a simulation of one seed is one of many where a policy decided by what it evaluated."""
     deciding = [
         str(one["label"])
         for one in summaries
-        if (one.get("num_evaluations") or 0) > 0 and not one.get("replications")
+        if (one.get("num_evaluations") or 0) > 0
+        and one.get("origin") == "simulated"
+        and not one.get("replications")
     ]
     if not deciding:
         return []

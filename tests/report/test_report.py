@@ -246,8 +246,8 @@ def test_runs_of_other_seeds_have_no_table_of_all(seeds: list[int] | None) -> No
 def test_one_seed_of_a_policy_that_evaluates_is_said_to_be_one_of_many() -> None:
     """Policies that evaluate nothing go the same way with every seed."""
     fixed, deciding = summary("vanilla", 800.0, 70.0), summary("helios", 900.0, 60.0)
-    deciding["num_evaluations"] = 3
-    assert one_seed([fixed]) == []
+    deciding |= {"num_evaluations": 3, "origin": "simulated"}
+    assert one_seed([fixed]) == one_seed([{**deciding, "origin": "measured"}]) == []
     (said,) = one_seed([fixed, deciding])
     assert said.startswith("One seed: helios decides by few evaluated requests")
     assert "--set measure.replications=8" in said
