@@ -471,7 +471,7 @@ def derive(
     device = device_of(device_name if device_name is not None else own_name, amounts)
     given = load_profile(source)
     if keep_exits:
-        if wanted or device_name is not None or tells_a_device(device):
+        if wanted or device_name is not None or any(map(bool, amounts.values())):
             raise InputError(
                 "--keep-exits goes alone; derive from the new profile to change more.",
                 "--keep-exits",

@@ -94,7 +94,9 @@ def test_a_model_given_twice_is_refused() -> None:
         kept_of(["llama2-13b=20", "llama2-13b=24"], load_profile(A100))
 
 
-@pytest.mark.parametrize("more", [["--launch", "0.1ms"], ["--device-name", "other"]])
+@pytest.mark.parametrize(
+    "more", [["--launch", "0.1ms"], ["--device-name", "other"], ["--from-flops", "312TFLOP/s"]]
+)
 def test_fewer_exits_go_alone(
     more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
