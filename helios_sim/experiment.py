@@ -250,6 +250,7 @@ def run_policy(
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
         num_dropped, users = requests.num_dropped, (requests.num_users, requests.arrival_s)
+        replays_text = requests.replays_text
         # The world is as large as the records made of it, and nobody needs it any more.
         played.disband()
         del played, requests
@@ -261,6 +262,8 @@ def run_policy(
         beyond = _beyond_measured(experiment.setup.profile, run, scenario.serving.max_batch)
         if beyond:
             summary["beyond_measured"] = beyond
+        if replays_text:
+            summary["replays_text"] = True
         results.append(Result(run, summary))
         report(1.0)
     first = results[0]

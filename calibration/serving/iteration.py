@@ -62,8 +62,8 @@ class Outcome:
     again, `context_tokens` the KV tokens that the rows have, each its own new one included, and
     `longest_context_tokens` those of the longest row, to which a backend may pad the others;
     `prompt_pairs` the sum of n (n + 1) / 2 over prompts, `ghosts` the rows of a static batch that
-    are done and computed all the same, `overheads` the splits of a batch, `captured` the graphs
-    that were captured on the way.
+    are done and computed all the same, `overheads` how often the batch was split, `captured` the
+    graphs that were captured on the way.
     """
 
     emitted: tuple[Emitted, ...]

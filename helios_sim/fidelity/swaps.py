@@ -106,7 +106,7 @@ class Cause:
 
     Errors are relative. `ingredient` is None where the error is small or nothing takes away
     enough of it; `remainder` is the error with everything swapped at once. `by_chance` says that
-    the real figure lies within what the simulation gives on other text.
+    the real figure lies among what the simulation gives on the given text and others.
     """
 
     key: str
@@ -174,7 +174,7 @@ class Attribution:
         return self._error_of(swap.figures.get(key), key)
 
     def chance_errors(self, key: str) -> tuple[float | None, float | None]:
-        """The least and the most relative error of a figure on other text."""
+        """The least and the most relative error of a figure on the given text and others."""
         least, most = self.chance.ends.get(key, (None, None))
         return self._error_of(least, key), self._error_of(most, key)
 

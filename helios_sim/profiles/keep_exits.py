@@ -64,10 +64,12 @@ def document_with_exits(
     """The document of a profile whose models keep these exits of theirs, and no others."""
     check_name(name, profile)
     document = same_device_document(profile, name)
+    if facts := _facts_of(profile):
+        document["measurement"] = {"models": facts}
     notes = []
     for model, layers in kept.items():
         there = profile.models[model].model.exit_layers
-        told = f"of {_listed(there)} in {profile.name}, those given as {OPTION}"
+        told = f"of {_listed(there)} in {profile.name}, those to keep"
         entry = document["models"][model]
         _set(entry, "exit_layers", list(layers), told)
         if document["exits"]["kind"] == "markov":
@@ -78,8 +80,19 @@ def document_with_exits(
                 _set(shares, domain, summed, f"from {profile.name}, {how}", "exit_shares")
         notes.append(f"{model} has the exits after layers {_listed(layers)}, {told}.")
     document["provenance"]["notes"] = [*notes, *document["provenance"]["notes"]]
-    document["description"] = f"{document['description']} With fewer exits: {', '.join(kept)}."
+    before = str(document["description"]).rstrip(".")
+    document["description"] = f"{before}. With fewer exits: {', '.join(kept)}."
     return document
+
+
+def _facts_of(profile: Profile) -> dict[str, Any]:
+    """What serving compares with the models that were measured, which these are."""
+    models = profile.document.get("measurement", {}).get("models", {})
+    found = {
+        name: {key: node[key] for key in ("guard", "kernels") if key in node}
+        for name, node in models.items()
+    }
+    return {name: node for name, node in found.items() if node}
 
 
 def write_with_exits(

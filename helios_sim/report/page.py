@@ -352,8 +352,9 @@ def _over_seeds(scale: float, digits: int, figure: Mapping[str, Any] | None, num
     if figure["low"] != figure["high"]:
         low, high = (number(scale * figure[end], digits) for end in ("low", "high"))
         notes.append(f"[{low}, {high}]")
-        least, most = (number(scale * figure[end], digits) for end in ("least", "most"))
-        notes.append(f"<br>{least} to {most}")
+        if "least" in figure:
+            least, most = (number(scale * figure[end], digits) for end in ("least", "most"))
+            notes.append(f"<br>{least} to {most}")
     if figure["num"] < num_seeds:
         notes.append(f"in {figure['num']} of {num_seeds}")
     return " ".join([said, *(f"<span class='unit'>{note}</span>" for note in notes)])

@@ -610,6 +610,7 @@ def one_seed(summaries: Sequence[Summary]) -> list[str]:
         for one in summaries
         if (one.get("num_evaluations") or 0) > 0
         and one.get("origin") == "simulated"
+        and not one.get("replays_text")
         and not one.get("replications")
     ]
     if not deciding:

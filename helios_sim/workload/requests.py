@@ -51,7 +51,8 @@ class Requests:
     itself, when a run is replayed). `num_users` is there in a closed loop only: `arrival_s` is then
     when a user starts in the first `num_users` rows, one a user. The others are sent in their order
     by whichever user has been answered, and `arrival_s` is how long that user thinks before it.
-    `num_dropped` counts unusable trace rows.
+    `num_dropped` counts unusable trace rows. `replays_text` says that requests have the text that
+    they had in another run, whatever the seed.
     """
 
     arrival_s: Floats
@@ -62,6 +63,7 @@ class Requests:
     domains: tuple[str, ...]
     num_users: int | None = None
     num_dropped: int = 0
+    replays_text: bool = False
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -470,15 +472,17 @@ def generate(
         )
     prompt_tokens, output_tokens = _lengths(settings, seed, base_dir, arrival_s.size, trace)
     domain, domains = _domains(settings, seed, arrival_s, trace, available_domains)
+    given = trace.trace_start if trace is not None and settings.replays_arrivals else None
     return Requests(
         arrival_s=arrival_s,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
         domain=domain,
-        trace_start=_trace_starts(settings, seed, arrival_s.size, trace),
+        trace_start=drawn_starts(seed, arrival_s.size) if given is None else given,
         domains=domains,
         num_users=num_users,
         num_dropped=0 if trace is None else trace.num_dropped,
+        replays_text=given is not None,
     )
 
 
@@ -658,15 +662,6 @@ def _domains(
             picked += level >= reached
         domain = np.repeat(picked, block)[: arrival_s.size]
     return domain, names
-
-
-def _trace_starts(
-    settings: WorkloadSettings, seed: int, num: int, trace: Trace | None
-) -> NDArray[np.int32]:
-    """Where each request starts in its domain's exit trace."""
-    if trace is not None and trace.trace_start is not None and settings.replays_arrivals:
-        return trace.trace_start
-    return drawn_starts(seed, num)
 
 
 def drawn_starts(seed: int, num: int) -> NDArray[np.int32]:

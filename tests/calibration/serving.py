@@ -49,7 +49,7 @@ def model_of(
 def profile_for(*models: EarlyExitLM, threshold: float, overhead_s: float = 0.0) -> Profile:
     """A profile in memory that names these models, with round costs and plenty of memory.
 
-    A split costs `overhead_s` and no more: filling is free.
+    Going on from an exit costs `overhead_s`, and filling nothing.
     """
     costs = dict.fromkeys(COEFFICIENTS, 0.0) | SECONDS
     costs |= {"rebatch.overhead_s": overhead_s, "kv_fill.base_s_per_layer": 0.0}

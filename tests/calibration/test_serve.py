@@ -1085,3 +1085,18 @@ def test_what_a_short_period_is_told_lacks_nothing_that_was_drawn_since_the_last
     if len(watts) == 1:
         assert told_j == pytest.approx(drawn_j)
     assert sum(told_j) == pytest.approx(sum(drawn_j), rel=0.01)
+
+
+def test_fewer_exits_keep_what_tells_the_weights_that_were_measured(place, tmp_path) -> None:
+    """Other weights of the same shape are refused, as with the profile of all exits."""
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    paths = family(tmp_path / "family")
+    guard = json.loads((paths["large"] / "early_exit.json").read_text())["guard"]
+    other = guard | {"logits_sums": [one + 1e3 for one in guard["logits_sums"]]}
+    document["measurement"] = {"models": {"large": {"guard": other, "kernels": {}}}}
+    save_profile(document, tmp_path / "all", traces=place / "profile" / "exits.parquet")
+    whole = load_profile(tmp_path / "all")
+    fewer = write_with_exits(whole, "fewer", {"large": (2, 6)}, tmp_path / "fewer")
+    for profile in (whole, fewer):
+        with pytest.raises(InputError, match="not those of the weights of 'large'"):
+            check_checkpoint("large", open_checkpoint(paths["large"]), profile)
