@@ -145,17 +145,14 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
     against = ""
     if len(fidelity.sides.reals) > 1:
         against = " Errors here are against that one run, above against the median of all."
-    rows = []
+    causes, errors = [], []
     for cause in attribution.causes:
         row = fidelity.row(cause.key)
-        rows.append(
-            (
-                cause.key if row is None else row.title,
-                *(signed_percent(attribution.error(one, cause.key)) for one in swaps),
-                spanned_errors(attribution.chance_errors(cause.key)),
-                cause.said,
-            )
-        )
+        title = cause.key if row is None else row.title
+        chance = spanned_errors(attribution.chance_errors(cause.key))
+        causes.append((title, signed_percent(cause.error), chance, cause.said))
+        told = (signed_percent(attribution.error(one, cause.key)) for one in swaps)
+        errors.append((title, *told))
     said = [
         f"{sentence(one.title)}: {one.missing}."
         for one in attribution.swaps
@@ -177,7 +174,8 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
             f"Errors are against {attribution.repeat}: the first bar as the simulation stands, the "
             "last with everything swapped. Errors within half a per cent are left out.",
         ),
-        _plain_table(("Figure", *(one.name for one in swaps), "by chance", "Cause"), rows),
+        _plain_table(("Figure", "Error", "By chance", "Cause"), causes),
+        _plain_table(("Figure", *(one.name for one in swaps)), errors),
         markup.notes(said, "notes small"),
     )
 
