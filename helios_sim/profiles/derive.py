@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -303,6 +303,11 @@ def exit_layers_of(text: str, option: str) -> tuple[int, ...]:
             option,
         )
     return tuple(layers)
+
+
+def layers_said(layers: Sequence[int]) -> str:
+    """Exit layers in words: "8, 16, 24"."""
+    return ", ".join(map(str, layers))
 
 
 def check_name(name: str, profile: Profile) -> None:

@@ -34,6 +34,7 @@ from helios_sim.profiles.derive import (
     check_name,
     derive,
     exit_layers_of,
+    layers_said,
     part_of,
     peaks_of,
     same_device_document,
@@ -309,7 +310,7 @@ class _Derived:
 
     def note(self) -> str:
         """What a reader of the profile has to know of the model."""
-        here, there = _listed(self.model.exit_layers), _listed(self.there.exit_layers)
+        here, there = layers_said(self.model.exit_layers), layers_said(self.there.exit_layers)
         return (
             f"{self.name} is derived from its shape ({self.stated.source}) and the numbers of "
             f"{self.like}; nobody ran it. Its exits after the layers {here} are ASSUMED to be "
@@ -357,8 +358,8 @@ class _Derived:
             if list(found) != sorted(set(found)) or found[0] < 1:
                 raise InputError(
                     f"{self.name!r} has {depth} layers, too few for {len(there)} exits at the "
-                    f"relative depths of those of {self.like!r} ({_listed(there)}); give --exits, "
-                    "or another --like.",
+                    f"relative depths of those of {self.like!r} ({layers_said(there)}); give "
+                    "--exits, or another --like.",
                     "--model",
                 )
             return found
@@ -370,9 +371,9 @@ class _Derived:
         found = given if given[-1] == depth else (*given, depth)
         if len(found) != len(there):
             raise InputError(
-                f"{len(found)} exits were given with the full depth ({_listed(found)}), and the "
-                f"exits of {self.like!r}, which stand in for them, are {len(there)} "
-                f"({_listed(there)}); give as many, or another --like.",
+                f"{len(found)} exits were given with the full depth ({layers_said(found)}), and "
+                f"the exits of {self.like!r}, which stand in for them, are {len(there)} "
+                f"({layers_said(there)}); give as many, or another --like.",
                 "--exits",
             )
         return found
@@ -495,7 +496,3 @@ def _by_name(texts: Sequence[str], option: str, names: Mapping[str, Any]) -> dic
         if not value.strip():
             raise InputError("An empty text was given; give a value or leave it out.", option)
     return said
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(str(layer) for layer in layers)

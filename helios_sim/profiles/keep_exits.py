@@ -15,7 +15,12 @@ from typing import Any, Final
 from helios_sim.errors import InputError, did_you_mean
 from helios_sim.exits import ExitTraces, read_traces, write_traces
 from helios_sim.profile import GRADES, TRACES_FILE, Profile, TraceExits, quantity
-from helios_sim.profiles.derive import check_name, exit_layers_of, same_device_document
+from helios_sim.profiles.derive import (
+    check_name,
+    exit_layers_of,
+    layers_said,
+    same_device_document,
+)
 from helios_sim.profiles.files import save_profile
 
 OPTION: Final = "--keep-exits"
@@ -46,12 +51,12 @@ def kept_of(texts: Sequence[str], profile: Profile) -> dict[str, tuple[int, ...]
         if unknown := sorted(asked - {*there}):
             raise InputError(
                 f"{name!r} has no exit after layer {unknown[0]}; allowed are some of "
-                f"{_listed(there)}.",
+                f"{layers_said(there)}.",
                 OPTION,
             )
         if asked == {*there}:
             raise InputError(
-                f"{_listed(there)} are all exits of {name!r}; leave out those to be given up.",
+                f"{layers_said(there)} are all exits of {name!r}; leave out those to be given up.",
                 OPTION,
             )
         kept[name] = tuple(sorted(asked))
@@ -69,7 +74,7 @@ def document_with_exits(
     notes = []
     for model, layers in kept.items():
         there = profile.models[model].model.exit_layers
-        told = f"of {_listed(there)} in {profile.name}, those to keep"
+        told = f"of {layers_said(there)} in {profile.name}, those to keep"
         entry = document["models"][model]
         _set(entry, "exit_layers", list(layers), told)
         if document["exits"]["kind"] == "markov":
@@ -78,7 +83,7 @@ def document_with_exits(
                 summed = _summed(number["value"], there, layers)
                 how = "a token that left at an exit given up leaves at the next one kept"
                 _set(shares, domain, summed, f"from {profile.name}, {how}", "exit_shares")
-        notes.append(f"{model} has the exits after layers {_listed(layers)}, {told}.")
+        notes.append(f"{model} has the exits after layers {layers_said(layers)}, {told}.")
     document["provenance"]["notes"] = [*notes, *document["provenance"]["notes"]]
     before = str(document["description"]).rstrip(".")
     document["description"] = f"{before}. With fewer exits: {', '.join(kept)}."
@@ -145,7 +150,3 @@ def _set(table: dict[str, Any], key: str, value: Any, how: str, number: str | No
     """A number of the new model, graded `derived` or as it was where that is lower."""
     grade = max("derived", table[key]["grade"], key=GRADES.index)
     table[key] = quantity(number or key, value, grade, f"{how}; there: {table[key]['source']}")
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))

@@ -23,6 +23,10 @@ _TELLING: Final = (
     ("perplexity", "perplexity", "", 1.0),
 )
 """What tells runs apart that serve the same load: key, title, unit, factor to the unit."""
+
+_SOME_SEEDS: Final = 8
+"""Seeds that tell roughly how far runs lie apart."""
+
 _MOST_NAMED: Final = 3
 """Of more things than this their number is said."""
 
@@ -644,10 +648,6 @@ def _range(figure: Mapping[str, float] | None, unit: str) -> str:
         return ""
     ends = dict.fromkeys(number(figure[end]) for end in ("least", "most"))
     return f"{' to '.join(ends)}{unit}"
-
-
-_SOME_SEEDS: Final = 8
-"""Seeds that tell roughly how far runs lie apart."""
 
 
 def _one_of_the_seeds(summaries: Sequence[Summary]) -> str | None:
