@@ -32,6 +32,11 @@ def times(ratio: float | None) -> str:
     return f"{ratio:.{digits}f}\N{MULTIPLICATION SIGN}"
 
 
+def between(least: float, most: float, digits: int = 3) -> str:
+    """The ends of a range, such as 1.43 to 1.48; one number where they look alike."""
+    return " to ".join(dict.fromkeys(number(end, digits) for end in (least, most)))
+
+
 def span(seconds: float) -> str:
     """A duration in the unit that suits it."""
     if 0.0 < seconds < 1.0:

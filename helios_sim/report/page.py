@@ -29,6 +29,7 @@ from helios_sim.report.words import (
     limits_of,
     mean_batches,
     noun_of,
+    ratios_said,
     remarks,
     seeds_of,
     seeds_said,
@@ -45,6 +46,7 @@ from helios_sim.runs.comparison import (
     distinct_labels,
     gain,
     paired_differences,
+    seed_by_seed,
     shown_in,
 )
 from helios_sim.runs.latencies import columns_of
@@ -52,7 +54,7 @@ from helios_sim.runs.metrics import DEFINITIONS, figure_at
 from helios_sim.runs.records import RunData, flat_items
 from helios_sim.settings.slo import parse_slo
 from helios_sim.settings.toml_writer import toml_text
-from helios_sim.wording import counted, limits, listed, number, size, span, times
+from helios_sim.wording import between, counted, limits, listed, number, size, span, times
 
 Summary = Mapping[str, Any]
 
@@ -324,21 +326,31 @@ def _replications(summaries: Sequence[Summary]) -> str:
         return ""
     replicated = [summary["replications"] for summary in summaries]
     body = []
-    for key, title, usual, _, _ in COMPARED:
+    for key, title, usual, _, better in COMPARED:
         found = [one["figures"].get(key) for one in replicated]
         if not any(found):
             continue
         unit, scale = shown_in(key, usual, [one["mean"] for one in found if one])
         digits = _digits(key)
-        cells = [f"<td>{_over_seeds(scale, digits, one, len(seeds))}</td>" for one in found]
+        cells = [
+            f"<td>{_over_seeds(scale, digits, one, len(seeds))}"
+            f"{_ratios(key, summary, summaries[0]) if better and place else ''}</td>"
+            for place, (one, summary) in enumerate(zip(found, summaries, strict=True))
+        ]
         body.append(markup.row(title, cells, unit))
     words = [one.get("saturation") or () for one in replicated]
     body.append(markup.row("Saturation", [markup.cell(_counted_words(said)) for said in words]))
     return section(
         "Over all seeds",
         f"Means over {seeds_said(seeds)} with their 95 % intervals (Student's t) and, below, from "
-        "the least run to the most; neither where all are alike. All else on this page is the run "
-        "of the first.",
+        "the least run to the most; neither where all are alike. "
+        + (
+            f"Ratios are to the run of {summaries[0]['label']} under the same seed, from the least "
+            "to the largest. "
+            if len(summaries) > 1
+            else ""
+        )
+        + "All else on this page is the run of the first.",
         markup.table(_columns(len(summaries), "figures paired"), _labels(summaries), body),
     )
 
@@ -351,13 +363,19 @@ def _over_seeds(scale: float, digits: int, figure: Mapping[str, Any] | None, num
     notes = []
     if figure["low"] != figure["high"]:
         low, high = (number(scale * figure[end], digits) for end in ("low", "high"))
-        notes.append(f"[{low}, {high}]")
+        notes += [f"[{low}, {high}]"] if low != high else []
         if "least" in figure:
-            least, most = (number(scale * figure[end], digits) for end in ("least", "most"))
-            notes.append(f"<br>{least} to {most}")
+            ends = between(scale * figure["least"], scale * figure["most"], digits)
+            notes += [f"<br>{ends}"] if ends != said else []
     if figure["num"] < num_seeds:
         notes.append(f"in {figure['num']} of {num_seeds}")
     return " ".join([said, *(f"<span class='unit'>{note}</span>" for note in notes)])
+
+
+def _ratios(key: str, summary: Summary, first: Summary) -> str:
+    """A line with the ratios to the first policy, seed by seed; nothing where there are none."""
+    said = ratios_said(key, summary, first)
+    return f" <span class='unit'><br>{said}</span>" if said else ""
 
 
 def _counted_words(said: Sequence[str | None]) -> str:
@@ -383,6 +401,7 @@ def _signed(value: float) -> str:
 def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     """Published figures beside ours, with what explains the difference."""
     by_label = {summary["label"]: summary for summary in summaries}
+    seeds = seeds_of(summaries)
     rows = []
     for entry in runs[0].scenario.get("published", ()):
         own = _own_figure(entry, by_label)
@@ -395,6 +414,7 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         told = (
             f"{number(entry['published'])} {unit}",
             f"{number(own)} {unit}",
+            *([_own_over_seeds(entry, by_label)] if seeds else ()),
             number(_ratio(own, entry["published"])),
             entry["source"],
             entry.get("why", ""),
@@ -403,7 +423,8 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
     if not rows:
         return ""
     ours = runs[0].origin.capitalize()
-    titles = ("Figure", "Published", ours, "Ratio", "Source", "Why it differs")
+    others = (f"Seeds {seeds[0]} to {seeds[-1]}",) if seeds else ()
+    titles = ("Figure", "Published", ours, *others, "Ratio", "Source", "Why it differs")
     return section(
         "Beside the published figures",
         "Nothing is fitted to these figures; they are printed to show where the model stands.",
@@ -428,6 +449,18 @@ def _own_figure(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> fl
             return None
         values.append(value * float(entry.get("scale", 1.0)))
     return values[0] if len(values) == 1 else gain(entry["figure"], *values)
+
+
+def _own_over_seeds(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> str:
+    """Our value of a published figure over the seeds, from the least to the most."""
+    key, own = entry["figure"], by_label[entry["policy"]]
+    if entry.get("against"):
+        pairs = seed_by_seed(key, own, by_label[entry["against"]])
+        gains = [gain(key, *pair) for pair in pairs]
+        values = [value for value in gains if value is not None]
+    else:
+        values = [entry.get("scale", 1.0) * value for value, _ in seed_by_seed(key, own, own)]
+    return between(min(values), max(values)) if values else ""
 
 
 def _latencies(

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from helios_sim.profiles.files import ASSUMED
-from helios_sim.runs.comparison import carry_alike, counts_alike
+from helios_sim.runs.comparison import carry_alike, counts_alike, ratios_over_seeds
 from helios_sim.runs.metrics import figure_at
-from helios_sim.wording import counted, limits, listed, number, times
+from helios_sim.wording import between, counted, limits, listed, number, times
 
 Summary = Mapping[str, Any]
 
@@ -627,7 +627,10 @@ def one_seed(summaries: Sequence[Summary]) -> list[str]:
 
 
 def range_over_seeds(summaries: Sequence[Summary]) -> list[str]:
-    """How far throughput and response time lie apart between seeds, for each policy."""
+    """How far throughput and response time lie apart between seeds, for each policy.
+
+    Of several policies, also their ratios to the first one seed by seed.
+    """
     seeds = seeds_of(summaries)
     if seeds is None:
         return []
@@ -637,17 +640,28 @@ def range_over_seeds(summaries: Sequence[Summary]) -> list[str]:
         ("median_e2el_ms", "Median E2E", " ms"),
     ):
         ranges = [_range(one["replications"]["figures"].get(key), unit) for one in summaries]
-        if any(ranges):
-            told.append(f"{title} over {seeds_said(seeds)}: {_by_label(ranges, summaries)}.")
+        if not any(ranges):
+            continue
+        told.append(f"{title} over {seeds_said(seeds)}: {_by_label(ranges, summaries)}.")
+        first, *others = summaries
+        ratios = [ratios_said(key, one, first) for one in others]
+        if any(ratios):
+            compared = _by_label(ratios, others)
+            told[-1] += f" Ratios to {first['label']}, seed by seed: {compared}."
     return told
+
+
+def ratios_said(key: str, own: Summary, base: Summary) -> str:
+    """From the least ratio to a run of the same seed to the largest; nothing without any."""
+    ratios = ratios_over_seeds(key, own, base)
+    return " to ".join(dict.fromkeys(map(times, ratios))) if ratios else ""
 
 
 def _range(figure: Mapping[str, float] | None, unit: str) -> str:
     """From the least run to the most; nothing where no run has the figure."""
     if figure is None:
         return ""
-    ends = dict.fromkeys(number(figure[end]) for end in ("least", "most"))
-    return f"{' to '.join(ends)}{unit}"
+    return f"{between(figure['least'], figure['most'])}{unit}"
 
 
 def _one_of_the_seeds(summaries: Sequence[Summary]) -> str | None:

@@ -121,6 +121,31 @@ def gain(key: str, own: float, other: float) -> float | None:
     return above / below if below else None
 
 
+def seed_by_seed(
+    key: str, own: Mapping[str, Any], other: Mapping[str, Any]
+) -> list[tuple[float, float]]:
+    """A figure of two runs replicated over the same seeds, in pairs of one seed.
+
+    Seeds under which either lacks the figure have no pair.
+    """
+    columns = []
+    for summary in (own, other):
+        figure = (summary.get("replications") or {}).get("figures", {}).get(key) or {}
+        columns.append(figure.get("values", ()))
+    pairs = zip(*columns, strict=False)
+    return [(one, two) for one, two in pairs if one is not None and two is not None]
+
+
+def ratios_over_seeds(
+    key: str, own: Mapping[str, Any], base: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """The least and the largest ratio to another run of the same seed; None where there is none."""
+    if key in _OF_OTHER_WORK or not counts_alike(key, own, base):
+        return None
+    ratios = [one / two for one, two in seed_by_seed(key, own, base) if two]
+    return (min(ratios), max(ratios)) if ratios else None
+
+
 _AMOUNTS: Final = {
     "output_throughput": "total_output_tokens",
     "request_throughput": "completed",

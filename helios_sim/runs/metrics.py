@@ -521,10 +521,11 @@ def _cut(name: str, low: float, high: float) -> tuple[float, float]:
 def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean, deviation and 95 % t interval of every numeric figure over independent replications.
 
-    Nested figures have dotted names. `num` counts the replications in which a figure is defined;
-    the interval is cut to the possible range, and None with fewer than two. `least` and `most` are
-    the ends of what was seen: a policy that decides by few tokens may have gone two ways, and a
-    mean is then what no run has.
+    Nested figures have dotted names. `values` are those of the replications in the order of
+    `seeds`, None where a figure is undefined, and `num` counts the others; the interval is cut to
+    the possible range, and None with fewer than two. `least` and `most` are the ends of what was
+    seen: a policy that decides by few tokens may have gone two ways, and a mean is then what no run
+    has.
     """
     if not summaries:
         raise InputError("There is nothing to aggregate: no summary was given.")
@@ -536,13 +537,14 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"The replications have the seeds {seeds}; independent ones have different seeds."
         )
     skipped = {"schema_version", "seed", "intervals"}
-    collected: dict[str, list[float]] = {}
-    for summary in summaries:
+    collected: dict[str, list[float | None]] = {}
+    for place, summary in enumerate(summaries):
         kept = {key: value for key, value in summary.items() if key not in skipped}
         for name, value in _numeric_items(kept):
-            collected.setdefault(name, []).append(value)
+            collected.setdefault(name, [None] * len(summaries))[place] = value
     figures = {}
-    for name, values in collected.items():
+    for name, by_seed in collected.items():
+        values = [value for value in by_seed if value is not None]
         num = len(values)
         mean = sum(values) / num
         std = float(np.std(values, ddof=1)) if num > 1 else None
@@ -552,7 +554,7 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             low, high = _cut(name, mean - half, mean + half)
         figures[name] = {
             **{"mean": mean, "std": std, "low": low, "high": high},
-            **{"least": min(values), "most": max(values), "num": num},
+            **{"least": min(values), "most": max(values), "num": num, "values": by_seed},
         }
     first = summaries[0]
     aggregated: dict[str, Any] = rounded_figures(

@@ -50,6 +50,7 @@ from helios_sim.report.words import (
     taken_otherwise,
     worth,
 )
+from helios_sim.runs.comparison import ratios_over_seeds
 from helios_sim.runs.latencies import columns_of
 from helios_sim.runs.metrics import summarise
 from helios_sim.runs.records import REPORT_FILE, RunData, write_run
@@ -193,11 +194,17 @@ def test_the_page_asks_nothing_of_the_network() -> None:
 
 
 def figure_of(
-    mean: float, low: float | None, high: float | None, num: int = 3, apart: float = 0.0
+    mean: float,
+    low: float | None,
+    high: float | None,
+    num: int = 3,
+    apart: float = 0.0,
+    values: Sequence[float | None] = (),
 ) -> dict[str, Any]:
     """A figure over replications, as `aggregate` gives it, runs `apart` to either side."""
     ends = {"least": mean - apart, "most": mean + apart}
-    return {"mean": mean, "low": low, "high": high, "std": 0.1, **ends, "num": num}
+    known = {"mean": mean, "low": low, "high": high, "std": 0.1, **ends, "num": num}
+    return {**known, "values": list(values)}
 
 
 def test_all_seeds_are_shown_with_their_intervals() -> None:
@@ -266,6 +273,62 @@ def test_how_far_seeds_lie_apart_is_said_of_each_policy() -> None:
     assert range_over_seeds(summaries) == [
         "Tokens/s over the 2 seeds 3 to 4: 1,000 (vanilla); 600 to 1,400 (helios)."
     ]
+
+
+def test_a_published_figure_has_our_range_over_seeds_beside_it() -> None:
+    """A plain figure in its unit, and a gain that is worked out seed by seed."""
+    runs = make_runs()[:2]
+    first, second = (run.label for run in runs)
+    energy = {"figure": "energy_per_output_token", "policy": second, "published": 1.0}
+    entries = [
+        energy | {"source": "paper", "scale": 1e-3, "unit": "J"},
+        energy | {"source": "paper", "against": first},
+    ]
+    runs = [replace(run, scenario={**run.scenario, "published": entries}) for run in runs]
+    summaries = [summarise(run) for run in runs]
+    assert "Seeds " not in render(runs, summaries)
+    for one, values in zip(summaries, ((2000.0, 6000.0), (1000.0, 4000.0)), strict=True):
+        figure = figure_of(3000.0, 0.0, 9000.0, values=values)
+        one["replications"] = {"seeds": [4, 5], "figures": {"energy_per_output_token": figure}}
+    page = render(runs, summaries)
+    table = page.split("<h2>Beside the published figures</h2>")[1].split("</table>")[0]
+    assert "Seeds 4 to 5" in table
+    assert "<td>1 to 4</td>" in table
+    assert "<td>1.50 to 2</td>" in table
+
+
+def test_policies_are_compared_seed_by_seed() -> None:
+    """Means of 1.5 and 4.5 over two seeds: the ratios of one seed are 2 and 4, not 3."""
+    runs = make_runs()[:2]
+    summaries = [summarise(run) for run in runs]
+    for one, values in zip(summaries, ((1.0, 2.0, 5.0), (4.0, 4.0, None)), strict=True):
+        mean = sum(value for value in values if value) / 3
+        figure = figure_of(mean, 0.0, 9.0, values=values)
+        one["replications"] = {
+            "seeds": [4, 5, 6],
+            "saturation": ["stable"] * 3,
+            "figures": {"output_throughput": figure, "mean_batch_size": figure},
+        }
+    ratios = "2.00\N{MULTIPLICATION SIGN} to 4.00\N{MULTIPLICATION SIGN}"
+    said = range_over_seeds(summaries)[0]
+    assert said.endswith(f"Ratios to {summaries[0]['label']}, seed by seed: {ratios}.")
+    section = render(runs, summaries).split("<h2>Over all seeds</h2>")[1].split("</section>")[0]
+    assert "Ratios are to the run of vanilla under the same seed" in section
+    # A batch size is neither better nor worse, and the first policy is compared with nobody.
+    assert section.count(f"<br>{ratios}") == 1
+
+
+def test_ratios_over_seeds_need_a_base_and_one_tokenizer() -> None:
+    def replicated(values: Sequence[float | None], tokenizer: str = "bytes") -> dict[str, Any]:
+        figures = {"perplexity": {"values": values}, "switch_time_s": {"values": values}}
+        return {"tokenizers": [tokenizer], "replications": {"figures": figures}}
+
+    base = replicated([0.0, 2.0])
+    assert ratios_over_seeds("perplexity", replicated([1.0, 3.0]), base) == (1.5, 1.5)
+    assert ratios_over_seeds("perplexity", replicated([1.0, None]), base) is None
+    assert ratios_over_seeds("perplexity", replicated([1.0, 3.0], "words"), base) is None
+    assert ratios_over_seeds("switch_time_s", replicated([1.0, 3.0]), base) is None
+    assert ratios_over_seeds("perplexity", {}, base) is None
 
 
 def test_text_of_users_is_escaped() -> None:

@@ -659,6 +659,7 @@ def test_aggregate_gives_student_intervals_over_seeds() -> None:
     assert figures["a"]["mean"] == 2.0
     assert (figures["a"]["least"], figures["a"]["most"]) == (1.0, 3.0)
     assert figures["a"]["num"] == 3
+    assert figures["a"]["values"] == [1.0, 2.0, 3.0, None]
     assert figures["a"]["high"] == pytest.approx(2.0 + 4.302652729911 / math.sqrt(3))
     assert figures["b.c"]["num"] == 4
 
