@@ -22,6 +22,7 @@ from calibration.measuring.readings import (
     MOVED,
     POINTS_FILE,
     busy_machine,
+    usual_reference_s,
 )
 from helios_sim.errors import InputError
 
@@ -131,18 +132,38 @@ def sound(readings: pl.DataFrame) -> pl.DataFrame:
     return readings.filter(~pl.int_range(pl.len()).is_in(left_out.to_list()))
 
 
+def at_usual_pace(readings: pl.DataFrame) -> pl.DataFrame:
+    """Timed work as long as it would take at the usual pace of the arithmetic around it.
+
+    A processor's clock differs by the minute, and others who share the core slow both alike. Where
+    nobody looked, as on a GPU, times are as they were read; so are those of bytes that are moved,
+    which arithmetic tells nothing of.
+    """
+    usual_s = usual_reference_s(readings)
+    if usual_s is None:
+        return readings
+    timed = pl.col("reference_s").is_not_null() & ~pl.col("quantity").is_in(MOVED)
+    return readings.with_columns(
+        seconds=pl.when(timed)
+        .then(pl.col("seconds") * usual_s / pl.col("reference_s"))
+        .otherwise("seconds")
+    )
+
+
 def gather(readings: pl.DataFrame) -> pl.DataFrame:
     """One row a configuration: medians over its trials, `num_trials` and their `noise`.
 
-    Trials that lost more than a tenth of their time to other processes are left out where the
-    configuration has others, and so are those that took a quarter longer than its quickest.
-    `noise` is the median absolute deviation among the trials left over their median, null for a
-    single one. `cached` says that a load may have met the system's memory in place of the disk. A
-    configuration measured for both purposes counts as held out nowhere: it was fitted.
+    Times are those `at_usual_pace`. Trials that lost more than a tenth of their time to other
+    processes are left out where the configuration has others, and so are those that took a quarter
+    longer than its quickest. `noise` is the median absolute deviation among the trials left over
+    their median, null for a single one. `cached` says that a load may have met the system's memory
+    in place of the disk. A configuration measured for both purposes counts as held out nowhere: it
+    was fitted.
     """
     moved = pl.col("quantity").is_in(MOVED)
     deviation = (pl.col("seconds") - pl.col("seconds").median()).abs().median()
     metered = pl.col("joules").is_not_null() | pl.col("watts").is_not_null()
+    readings = at_usual_pace(readings)
     disturbed = (pl.col("idle_share") > MOST_LOST_SHARE).fill_null(False) & ~metered
     same = [*CONFIGURATION, "bytes"]
     quiet = readings.filter(~disturbed).select(*same).unique()

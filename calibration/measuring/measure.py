@@ -69,6 +69,7 @@ from calibration.measuring.readings import (
     Readings,
     alone_in,
     busy_machine,
+    usual_reference_s,
 )
 from calibration.measuring.sources import Source, find_sources, sample_tokens
 from calibration.measuring.timing import measure_pace, synchronise, timed, timer_for
@@ -309,6 +310,9 @@ class _Session:
                 quiet, earlier = self.paces.quiet, self._earlier_pace()
                 pace = quiet if earlier is None else quiet.quickest(earlier)
                 self.environment["pace"] = asdict(pace)
+            reference_s = usual_reference_s(self.readings.table())
+            if reference_s is not None:
+                self.environment["reference_s"] = reference_s
             self.environment["notes"] = [*self.environment.get("notes", []), *self.notes]
             self.readings.write_environment(self.environment)
             self.readings.export()

@@ -121,6 +121,7 @@ class Reading:
     of one repetition, None without a meter; `watts` is the mean over the window, `cross_watts`
     a second source's word on it. `short_window` marks an energy window below the meter's minimum.
     `idle_share` is the part of a window, or of a processor's samples, in which no work ran.
+    `reference_s` are the seconds that a processor's known arithmetic took around the samples.
     `bytes` are measured (memory) or moved (copies, loads); `predicted_bytes` is what the model
     arithmetic says of them.
     """
@@ -145,6 +146,7 @@ class Reading:
     cross_watts: float | None = None
     cross_meter: str | None = None
     idle_share: float | None = None
+    reference_s: float | None = None
     short_window: bool | None = None
     temperature_c: float | None = None
     sm_clock_mhz: float | None = None
@@ -161,6 +163,7 @@ class Reading:
             mad_s=timing.mad_s,
             repetitions=timing.repetitions * timing.samples,
             idle_share=timing.lost_share,
+            reference_s=timing.reference_s,
         )
 
     @property
@@ -185,6 +188,8 @@ _TYPES: Final[Mapping[str, Any]] = {
 }
 SCHEMA: Final = pl.Schema({field.name: _TYPES[str(field.type)] for field in fields(Reading)})
 """Columns of points.parquet."""
+_LATER: Final = ("reference_s",)
+"""Columns that the readings of earlier versions lack: unknown there."""
 
 
 @contextmanager
@@ -260,13 +265,16 @@ class Readings:
         self._readings.append(reading)
         self._keys.add(reading.key)
 
+    def table(self) -> pl.DataFrame:
+        """The readings as points.parquet has them."""
+        return pl.DataFrame([asdict(reading) for reading in self._readings], schema=SCHEMA)
+
     def export(self) -> Path:
         """Write points.parquet, whole or not at all."""
         target = self.folder / POINTS_FILE
-        rows = [asdict(reading) for reading in self._readings]
         try:
             with file_in_place(target) as partial:
-                write_table(pl.DataFrame(rows, schema=SCHEMA), partial)
+                write_table(self.table(), partial)
         except OSError as error:
             raise self.explained(error) from error
         return target
@@ -314,6 +322,9 @@ def read_points(folder: Path) -> pl.DataFrame:
         table = pl.read_parquet(points)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise InputError("It is no readable Parquet file.", str(points)) from error
+    table = table.with_columns(
+        pl.lit(None, SCHEMA[name]).alias(name) for name in _LATER if name not in table.columns
+    )
     missing = [name for name in SCHEMA.names() if name not in table.columns]
     if missing:
         raise InputError(f"Columns are missing: {', '.join(missing)}.", str(points))
@@ -339,6 +350,16 @@ def _read(file: Path, *, repair: bool = True) -> list[Reading]:
                 str(file),
             ) from error
     return readings
+
+
+def usual_reference_s(points: pl.DataFrame) -> float | None:
+    """What a processor's known arithmetic took around trials that nobody disturbed; None unknown.
+
+    It is the pace of what is fitted: slower than the quickest looks that a machine's pace is.
+    """
+    quiet = points.filter(pl.col("idle_share").fill_null(0.0) <= MOST_LOST_SHARE)
+    known = quiet["reference_s"].drop_nulls().to_list()
+    return statistics.median(known) if known else None
 
 
 def busy_machine(lost_shares: Sequence[float]) -> str | None:

@@ -56,10 +56,14 @@ _LOOK_HOLDS_S: Final = 0.0005
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of a sample, and the share of its time that was lost to others, as far as seen."""
+    """Seconds of a sample, and the share of its time that was lost to others, as far as seen.
+
+    `reference_s` are the seconds of a processor's known arithmetic around it.
+    """
 
     seconds: float
     lost_share: float = 0.0
+    reference_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,8 @@ class Timing:
     """Median seconds of one repetition, their median absolute deviation, and how they came about.
 
     `repetitions` were run in each of `samples` samples. `lost_share` is the mean share of the
-    samples' time that was lost to others, on a processor.
+    samples' time that was lost to others, and `reference_s` what known arithmetic took around them,
+    on a processor.
     """
 
     seconds: float
@@ -75,6 +80,7 @@ class Timing:
     repetitions: int
     samples: int
     lost_share: float
+    reference_s: float | None = None
 
 
 class Timer(Protocol):
@@ -121,22 +127,23 @@ class WallTimer:
         self._device = device
         self._reference = None if cuda else reference()
         self._looked_s = -math.inf
-        self._lost_share = 0.0
+        self._seen = 0.0, math.nan
 
     def sample(self, work: Work, repetitions: int) -> Sample:
         """Seconds from an idle device to an idle device."""
         if self._reference is None:
             return Sample(self._timed(work, repetitions)[0])
-        before = self._look(_LOOK_HOLDS_S)
+        before, core_before_s = self._look(_LOOK_HOLDS_S)
         seconds, running_s = self._settle(work)
         if repetitions > 1:
             seconds, running_s = self._timed(work, repetitions)
-        slowed = max(before, self._look())
+        after, core_after_s = self._look()
+        slowed = max(before, after)
         waited = 1.0 - running_s / seconds if seconds > 0.0 else 0.0
         if torch.get_num_threads() == 1:
             seconds = min(seconds, running_s)
         # Several threads run for more seconds than the clock counts: what they wait is not seen.
-        return Sample(seconds, max(waited, slowed))
+        return Sample(seconds, max(waited, slowed), (core_before_s + core_after_s) / 2)
 
     def sample_s(self, pass_s: float) -> float:
         """Seconds that a sample of repetitions this long takes, all in all."""
@@ -159,13 +166,13 @@ class WallTimer:
             before_s = own_s
         return seconds, running_s
 
-    def _look(self, holds_s: float = 0.0) -> float:
-        """What others cost the reference, now or within the last `holds_s`."""
+    def _look(self, holds_s: float = 0.0) -> tuple[float, float]:
+        """What others cost the reference, and its arithmetic, now or within the last `holds_s`."""
         assert self._reference is not None
         if time.perf_counter() - self._looked_s > holds_s:
-            self._lost_share = self._reference.lost_share()
+            self._seen = self._reference.lost_share(), self._reference.latest.core_s
             self._looked_s = time.perf_counter()
-        return self._lost_share
+        return self._seen
 
     def _timed(self, work: Work, repetitions: int) -> tuple[float, float]:
         """Seconds on the clock, and those in which this process ran."""
@@ -263,7 +270,9 @@ def _timing(found: Sequence[Sample], samples: int, repetitions: int) -> Timing:
     kept = sorted(found, key=lambda sample: sample.lost_share)[:samples]
     middle, spread = median_and_mad([sample.seconds / repetitions for sample in kept])
     waited = statistics.fmean(sample.lost_share for sample in kept)
-    return Timing(middle, spread, repetitions, len(kept), waited)
+    paces = [sample.reference_s for sample in kept if sample.reference_s is not None]
+    around_s = statistics.fmean(paces) if paces else None
+    return Timing(middle, spread, repetitions, len(kept), waited, around_s)
 
 
 def median_and_mad(values: Sequence[float]) -> tuple[float, float]:

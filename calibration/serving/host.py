@@ -114,7 +114,8 @@ DrawnJ = Callable[[Sequence[tuple[float, float]]], float | None]
 class Host(Replica):
     """One replica serving a workload under a policy until no work is left.
 
-    `drawn_j` asks a meter while the host plays. None: no meter.
+    `drawn_j` asks a meter while the host plays. None: no meter. `between` is done between
+    iterations, whose time it takes.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Host(Replica):
         timeline_interval_s: float,
         on_progress: Callable[[float], None] | None = None,
         drawn_j: DrawnJ | None = None,
+        between: Callable[[], None] | None = None,
     ) -> None:
         check_policy(policy, drawn_j is not None, policy.name)
         super().__init__(
@@ -143,6 +145,7 @@ class Host(Replica):
         self.weights = weights
         self.on_progress = on_progress
         self.drawn_j = drawn_j
+        self.between = between
         cards = tuple(candidate_card(room, name) for name in room.candidates)
         self.thresholds = confidence_thresholds(room, policy)
         self.steward = Steward(room, policy, cards, slo)
@@ -369,6 +372,8 @@ class Host(Replica):
     def run(self, plan: Prefill | Decode) -> None:
         """Carry an iteration out, see who came; now and then write a line of the timeline."""
         super().run(plan)
+        if self.between is not None:
+            self.between()
         self.enter_arrivals()
         if self.tally.booked_s >= self.tally.next_sample_s:
             self.sample(self.state())

@@ -33,7 +33,7 @@ from calibration.serving.prepared import (
     weight_settings,
 )
 from calibration.serving.record import run_data, write_extras
-from calibration.serving.slowdown import slowdown_facts, waited_s
+from calibration.serving.slowdown import Companion, slowdown_facts, waited_s
 from calibration.serving.weights import CheckpointWeights, KvChoice
 from helios_sim.cards import policy_slo
 from helios_sim.console.command import Interrupted
@@ -254,6 +254,8 @@ def serve_once(
     say(f"{chosen.name}: preparing", 0.0)
     weights.prepare()
     energy = RunEnergy(meter)
+    # A GPU's pace is not that of the processor beside it.
+    beside = Companion() if backend.is_this_machine and prepared.device.type == "cpu" else None
     host = backend.host_class(
         room=prepared.room,
         policy=prepared.policy(chosen),
@@ -264,8 +266,11 @@ def serve_once(
         timeline_interval_s=prepared.scenario.measure.timeline_interval_s,
         on_progress=lambda share: say(f"{chosen.name}: serving", share),
         drawn_j=energy.drawn_so_far_j if energy.measures else None,
+        between=None if beside is None else beside.between_iterations,
     )
     facts = _play(prepared, host, energy, clock, backend)
+    if beside is not None:
+        facts |= beside.facts(prepared.room.profile)
     say(f"{chosen.name}: reading the served text again", 0.0)
     weights.drop()
     judged = _reread_all(prepared, host, weights)

@@ -1,25 +1,61 @@
 """How much slower a machine is around and during a run than while its profile was measured.
 
-Three signs are read, none of which depends on what is served: a known piece of work right before
-the run, the same right after it, and how long the serving thread had to wait for a processor that
-others held. The first two see clocks and memory shared with others, the last what a short look
-between two turns of the scheduler does not.
+None of the signs depends on what is served. Around a run a known piece of work is timed right
+before and right after it, and the serving thread counts how long it had to wait for a processor
+that others held. During it, on a processor, a short piece of arithmetic is timed between
+iterations: that tells the pace at which the run was served, not just the worst moment seen.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from calibration.measuring.pace import Pace
+from calibration.measuring.pace import Pace, Reference, reference
 from helios_sim.profile import Profile
 
 _SCHEDULED: Final = Path("/proc/thread-self/schedstat")
 _NS: Final = 1e-9
 _MOST_WAITED: Final = 0.99
 """Share of its work for which a thread is taken to have waited at most."""
+
+EVERY_S: Final = 0.1
+"""Between two looks: one takes a four-hundredth of that."""
+
+
+class Companion:
+    """Looks at a processor's known arithmetic between iterations."""
+
+    def __init__(self, known: Reference | None = None) -> None:
+        self._reference = known or reference()
+        self._due_s = 0.0
+        self.looks_s: list[float] = []
+
+    def between_iterations(self) -> None:
+        """Take a look where the last one is long enough ago."""
+        now_s = time.perf_counter()
+        if now_s >= self._due_s:
+            self.looks_s.append(self._reference.core_look_s())
+            self._due_s = now_s + EVERY_S
+
+    def facts(self, profile: Profile) -> dict[str, Any]:
+        """What a run's record says of the looks; nothing without any.
+
+        `pace_factor` is their mean over what the same arithmetic took around the profile's
+        readings, where it tells.
+        """
+        if not self.looks_s:
+            return {}
+        mean_s = statistics.fmean(self.looks_s)
+        facts: dict[str, Any] = {"pace_during": {"core_s": mean_s, "looks": len(self.looks_s)}}
+        measured_s = profile.provenance.environment.get("reference_s")
+        if isinstance(measured_s, int | float) and measured_s > 0.0:
+            facts["pace_factor"] = mean_s / measured_s
+        return facts
 
 
 def waited_s() -> float | None:

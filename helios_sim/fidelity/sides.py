@@ -43,7 +43,18 @@ class Side:
     @property
     def slowdown(self) -> float | None:
         """How many times slower the machine was than its profile says; None where nobody looked."""
-        found = self.run.environment.get("slowdown")
+        return self._told("slowdown")
+
+    @property
+    def pace_factor(self) -> float | None:
+        """How many times longer known arithmetic took beside serving than beside measuring.
+
+        None where nobody looked during the run, or while the profile was measured.
+        """
+        return self._told("pace_factor")
+
+    def _told(self, name: str) -> float | None:
+        found = self.run.environment.get(name)
         return float(found) if isinstance(found, int | float) else None
 
 

@@ -30,6 +30,7 @@ from helios_sim.fidelity.timing import (
     Statistic,
     factors,
     loads,
+    paced,
     predict,
     reloaded,
     retimed,
@@ -46,6 +47,7 @@ from helios_sim.workload.requests import Requests, drawn_starts
 INGREDIENTS: Final[dict[str, str]] = {
     "arrivals": "recorded arrivals",
     "exits": "recorded exits",
+    "pace": "the machine's pace",
     "times": "recorded iteration times",
     "slow": "slow iterations",
     "loads": "recorded loading times",
@@ -53,8 +55,10 @@ INGREDIENTS: Final[dict[str, str]] = {
 }
 """What can be taken from the real run, in words.
 
-`times` are the median times of an iteration of its kind, `slow` is by how much the mean exceeds
-the median, `loads` the time of loads for which serving waited.
+`pace` is how much longer known arithmetic took beside the run than beside the profile's readings;
+all times of the profile are stretched by it, whatever iterations took. `times` are the median times
+of an iteration of its kind, `slow` is by how much the mean exceeds the median, `loads` the time of
+loads for which serving waited.
 """
 NOTHING: Final = "nothing"
 EVERYTHING: Final = "everything"
@@ -195,6 +199,7 @@ class Ingredients:
     iterations: Iterations | None
     predicted: Predicted | None
     load_factor: float | None
+    pace_factor: float | None
 
 
 def experiment_of(sides: Sides, base_dir: Path) -> Experiment:
@@ -226,6 +231,7 @@ def ingredients_of(side: Side, setup: Setup) -> Ingredients:
         if iterations is None
         else predict(iterations, setup.profile, setup.serving.max_batch),
         load_factor=loads(side.run, setup.profile),
+        pace_factor=side.pace_factor,
     )
 
 
@@ -282,6 +288,8 @@ def _chance(texts: Sequence[Mapping[str, Value]]) -> Chance:
 def _missing(name: str, found: Ingredients) -> str | None:
     if name == "exits" and found.exits is None:
         return f"not recorded: the real run has no {EXITS_FILE}"
+    if name == "pace" and found.pace_factor is None:
+        return "not recorded: nobody looked at the pace during the run, or beside the readings"
     if name in ("times", "slow") and found.iterations is None:
         return f"not recorded: the real run has no {ITERATIONS_FILE}, or an empty one"
     if name == "loads" and found.load_factor is None:
@@ -316,6 +324,8 @@ class _Scene:
         original = setup
         if taken & {"times", "slow"}:
             setup = replace(setup, profile=self._retimed(setup.profile, taken))
+        elif "pace" in taken and found.pace_factor is not None:
+            setup = replace(setup, profile=paced(setup.profile, found.pace_factor))
         if "loads" in taken and found.load_factor is not None:
             setup = replace(setup, profile=reloaded(setup.profile, found.load_factor))
 

@@ -252,6 +252,21 @@ def _retimed(model: ModelProfile, factors: Factors) -> ModelProfile:
     return replace(model, coefficients=coefficients, batch_residual=residual)
 
 
+def paced(profile: Profile, factor: float) -> Profile:
+    """The profile of a machine on which every iteration takes so many times as long."""
+    models = {
+        name: replace(
+            model,
+            coefficients={
+                key: value if value is None or not _is_time(key) else value * factor
+                for key, value in model.coefficients.items()
+            },
+        )
+        for name, model in profile.models.items()
+    }
+    return replace(profile, models=models)
+
+
 def _is_time(coefficient: str) -> bool:
     """Whether a coefficient is of seconds, not of joules or watts."""
     return unit_of(coefficient).split("/")[0] == "s"

@@ -120,6 +120,12 @@ def remarks(fidelity: Fidelity) -> list[str]:
             f"The machine was {spanned(slowed)} times as slow around the real runs as while the "
             "profile was measured."
         )
+    paced = [one for side in fidelity.sides.reals if (one := side.pace_factor) is not None]
+    if paced:
+        found.append(
+            f"Known arithmetic took {spanned(paced)} times as long between the iterations of the "
+            "real runs as around the profile's readings."
+        )
     unmeasured = [name_of(row) for row in fidelity.figures if row.verdict == "not measured"]
     if unmeasured:
         found.append(f"Not measured on both sides: {listed(unmeasured)}.")

@@ -17,13 +17,14 @@ from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.quality import BOUND
 from reports.fidelity.summary import (
-    TITLES,
+    CAUSES,
     WITHIN_BAR,
     equal_quality_said,
     group_of,
     measure_of,
     percent,
     summary_rows,
+    summary_titles,
 )
 
 _BEYOND: Final = ("above", "below", "differs")
@@ -131,12 +132,26 @@ def _pace_remarks(results: Mapping[str, Any]) -> list[str]:
             if beyond
             else f"No run was discarded: that would take more than {bound:g} times."
         )
-    return [said]
+    return [said, *_paced_remarks(results)]
+
+
+def _paced_remarks(results: Mapping[str, Any]) -> list[str]:
+    """How far off simulations at the pace of the runs are, where it was seen."""
+    told = [
+        f"{JUDGED[one['key']].said} {percent(one['paced']['median_error'])}"
+        for one in results["targets"]
+        if one.get("paced")
+    ]
+    if not told:
+        return []
+    return [f"At the pace of the runs, median absolute errors are {listed(told)}."]
 
 
 def _targets(results: Mapping[str, Any]) -> str:
     return section(
-        "Errors over all cases", measure_of(results), _table(TITLES, summary_rows(results))
+        "Errors over all cases",
+        measure_of(results),
+        _table(summary_titles(results), summary_rows(results)),
     )
 
 
@@ -416,7 +431,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _words(title: str) -> str:
     """Marks a column of words, which is set to the left and may wrap."""
-    words = ("Cause", TITLES[-1])
+    words = ("Cause", CAUSES)
     if title == "Saturation":
         return ' class="words"'
     return ' class="words" style="min-width:11rem"' if title in words else ""

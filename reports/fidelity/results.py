@@ -68,7 +68,7 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
 
     `within_twice` counts the cases whose error is within twice the run-to-run spread, `beyond`
     lists the others with their likely cause. `median_spread` is half the width of a spread over
-    the real figure.
+    the real figure. `paced` are the errors at the pace of the runs, None where nobody saw it.
     """
     found = []
     for key, figure in JUDGED.items():
@@ -90,6 +90,7 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
                 "median_error": median,
                 "worst_error": errors[-1],
                 "met": median <= target,
+                "paced": _paced(cases, key),
                 "median_spread": statistics.median(widths) if widths else None,
                 "num_judged": len(spreads),
                 "within": sum(1 for one in spreads if one is not None and one <= 1.0),
@@ -102,6 +103,23 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _paced(cases: Sequence[Data], key: str) -> dict[str, Any] | None:
+    """Absolute errors of simulations as slow as the machine was during the real runs."""
+    errors = []
+    for case in cases:
+        swaps = case["attribution"]["swaps"] if case["attribution"] else ()
+        told: Data = next((one["errors"] for one in swaps if one["name"] == "pace"), {})
+        if told.get(key) is not None:
+            errors.append(abs(told[key]))
+    if not errors:
+        return None
+    return {
+        "num_cases": len(errors),
+        "median_error": statistics.median(errors),
+        "worst_error": max(errors),
+    }
 
 
 def _found(case: Data, key: str) -> Data | None:

@@ -9,36 +9,41 @@ from typing import Any, Final
 from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import JUDGED
 
-TITLES: Final = (
-    "Figure",
-    "Bar of a GPU",
-    "Median error",
-    "Worst",
-    "Median spread",
-    "In spread",
-    "In twice",
-    "Beyond twice, likely from",
-)
+CAUSES: Final = "Beyond twice, likely from"
+_BEFORE: Final = ("Figure", "Bar of a GPU", "Median error", "Worst")
+_PACED: Final = "At the pace of the runs"
+_AFTER: Final = ("Median spread", "In spread", "In twice", CAUSES)
 WITHIN_BAR: Final = "within the bar of a GPU all the same"
 """Said of an error beyond twice the spread that a GPU may have."""
 _DASH: Final = "\N{EN DASH}"
 
 
+def summary_titles(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of the summary."""
+    return (*_BEFORE, *((_PACED,) if is_paced(results) else ()), *_AFTER)
+
+
+def is_paced(results: Mapping[str, Any]) -> bool:
+    """Whether the machine's pace during the runs is known, so that it can be left out."""
+    return any(one.get("paced") for one in results["targets"])
+
+
 def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row a figure, in words."""
-    return [_row(one) for one in results["targets"]]
+    return [_row(one, is_paced(results)) for one in results["targets"]]
 
 
-def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(one: Mapping[str, Any], paced: bool) -> tuple[str, ...]:
     name, bar = JUDGED[one["key"]].name, f"{100 * one['target']:g} %"
     if not one["num_cases"]:
-        return (name, bar, "not measured", *[_DASH] * 5)
+        return (name, bar, "not measured", *[_DASH] * (6 if paced else 5))
     judged = one["num_judged"]
     return (
         name,
         f"{bar}, {'met' if one['met'] else 'missed'}",
         percent(one["median_error"]),
         percent(one["worst_error"]),
+        *([_at_pace(one.get("paced"))] if paced else ()),
         _DASH
         if one["median_spread"] is None
         else f"\N{PLUS-MINUS SIGN}{percent(one['median_spread'])}",
@@ -46,6 +51,12 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
         f"{one['within_twice']} of {judged}" if judged else "unknown",
         causes(one["beyond"]) or (_DASH if judged else "unknown"),
     )
+
+
+def _at_pace(paced: Mapping[str, Any] | None) -> str:
+    if paced is None:
+        return _DASH
+    return f"{percent(paced['median_error'])}, worst {percent(paced['worst_error'])}"
 
 
 def causes(beyond: Sequence[Mapping[str, Any]]) -> str:
@@ -57,9 +68,16 @@ def causes(beyond: Sequence[Mapping[str, Any]]) -> str:
 def measure_of(results: Mapping[str, Any]) -> str:
     """What the errors are held to, by the kind of device."""
     if results["device_kind"] == "cpu":
-        return (
+        said = (
             "On a processor that others may use too the measure is twice the run-to-run spread of "
             "the real runs; the bars are those of a GPU. Spreads are half widths."
+        )
+        if not is_paced(results):
+            return said
+        return (
+            f"{said} At the pace of the runs: how far off simulations are whose times are "
+            "stretched by what known arithmetic took between the iterations of the typical real "
+            "run, over what it took around the profile's readings."
         )
     return (
         "Median errors are held to the bars; beside them the run-to-run spread of the real runs, "
@@ -134,8 +152,8 @@ def _options(tried: Mapping[str, Any]) -> str:
 
 def summary_text(results: Mapping[str, Any]) -> str:
     """The summary for a terminal, columns aligned."""
-    rows = [TITLES, *summary_rows(results)]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(TITLES))]
+    rows = [summary_titles(results), *summary_rows(results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows

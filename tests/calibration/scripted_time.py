@@ -83,6 +83,7 @@ class QuietReference:
     """A reference that nobody disturbs."""
 
     quiet = Pace(0.0005, 0.001)
+    latest = quiet
 
     def lost_share(self) -> float:
         return 0.0

@@ -25,7 +25,7 @@ from calibration.fitting.fit import fit_profile
 from calibration.fitting.fit_times import Number, model_profile
 from calibration.fitting.page import render
 from calibration.fitting.points import gather
-from calibration.measuring.readings import SCHEMA, Reading, busy_machine
+from calibration.measuring.readings import SCHEMA, Reading, busy_machine, usual_reference_s
 from helios_sim.cost import decode_joules, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.profile import ModelProfile, Profile
@@ -272,6 +272,26 @@ def test_disturbed_trials_give_way_to_quiet_ones_of_the_same_point() -> None:
     assert both["seconds"].to_list() == both["seconds_found"].to_list()
     only_disturbed = spoilt.filter(pl.col("trial") == 1)
     assert gather(only_disturbed).height == quiet.filter(pl.col("seconds").is_not_null()).height
+
+
+def test_trials_are_taken_to_the_pace_that_is_usual_around_them() -> None:
+    """Work that slows with the arithmetic beside it gives the times of a machine that never did."""
+    frame = planted.frame(Plan(energy=False, trials=3))
+    moved = ("copy_bandwidth", "load_disk", "load_host_pinned")
+    timed = (pl.col("seconds") > 0.0) & ~pl.col("quantity").is_in(moved)
+    factor = pl.lit(pl.Series([0.8, 1.0, 1.5])).gather(pl.col("trial") % 3)
+    slowed = frame.with_columns(
+        seconds=pl.when(timed).then(pl.col("seconds") * factor).otherwise("seconds"),
+        reference_s=pl.when(timed).then(2e-4 * factor),
+        idle_share=pl.when(factor > 1.0).then(0.3).otherwise(0.0),
+    )
+    usual_s = usual_reference_s(slowed)
+    assert usual_s == pytest.approx(1.8e-4)
+    found, quiet = gather(slowed), gather(frame)
+    scale = pl.when(timed).then(usual_s / 2e-4).otherwise(1.0)
+    expected = quiet.with_columns(seconds=pl.col("seconds") * scale)["seconds"]
+    assert found["seconds"].to_list() == pytest.approx(expected.to_list())
+    assert found.filter(timed)["noise"].drop_nulls().max() < 1e-9
 
 
 def test_trials_that_took_far_longer_than_the_quickest_are_left_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
@@ -16,6 +17,7 @@ from calibration.measuring.readings import (
     Readings,
     alone_in,
     read_points,
+    usual_reference_s,
 )
 from calibration.measuring.timing import Timing
 from helios_sim.errors import InputError
@@ -131,6 +133,30 @@ def test_a_timed_reading_counts_the_repetitions_of_all_samples() -> None:
         Timing(0.5, 0.01, repetitions=7, samples=3, lost_share=0.2)
     )
     assert (found.seconds, found.mad_s, found.repetitions, found.idle_share) == (0.5, 0.01, 21, 0.2)
+
+
+def test_the_usual_pace_is_that_around_trials_that_nobody_disturbed() -> None:
+    """On a GPU, and of what was read in earlier versions, nothing is known."""
+    trials = [(0.0, 2.0), (0.1, 4.0), (None, 3.0), (0.5, 9.0), (0.0, None)]
+    readings = [
+        Reading("head", batch=batch, idle_share=share, reference_s=seconds)
+        for batch, (share, seconds) in enumerate(trials, 1)
+    ]
+    table = pl.DataFrame([asdict(one) for one in readings], schema=SCHEMA)
+    assert usual_reference_s(table) == 3.0
+    assert usual_reference_s(table[3:]) is None
+
+
+def test_points_of_an_earlier_version_lack_what_nobody_looked_at(tmp_path: Path) -> None:
+    readings = Readings(tmp_path)
+    readings.append(decode())
+    readings.export()
+    file = tmp_path / POINTS_FILE
+    pl.read_parquet(file).drop("reference_s").write_parquet(file)
+    assert read_points(tmp_path)["reference_s"].to_list() == [None]
+    pl.read_parquet(file).drop("idle_share").write_parquet(file)
+    with pytest.raises(InputError, match="Columns are missing: idle_share"):
+        read_points(tmp_path)
 
 
 def test_points_of_a_resumed_run_that_was_killed_are_all_read(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from calibration.serving.host import Host
 from calibration.serving.prepared import ServeSettings, check_checkpoint, prepare, threads_of
 from calibration.serving.prompts import Prompts, read_prompts, tokenizer_of
 from calibration.serving.serve import line_of, other_kernels, places_of, serve
-from calibration.serving.slowdown import measured_pace, slowdown_facts, waited_s
+from calibration.serving.slowdown import Companion, measured_pace, slowdown_facts, waited_s
 from calibration.serving.weights import KvChoice
 from calibration.training.text import ByteTokenizer, corpus
 from helios_sim.errors import InputError
@@ -514,6 +514,35 @@ def test_the_slowdown_counts_what_the_thread_waited_for_a_processor_too(place) -
     told = replace(profile, provenance=replace(profile.provenance, environment=environment))
     assert slowdown_facts(told, quiet, quiet, 2.0, 10.0)["slowdown"] == 2.0
     assert waited_s() is None or waited_s() >= 0.0
+
+
+def test_a_run_keeps_the_pace_it_was_served_at(served) -> None:
+    """The profile of these tests was not measured, so that it has no pace to hold against it."""
+    environment = read_run(served).environment
+    assert environment["pace_during"]["looks"] >= 1
+    assert environment["pace_during"]["core_s"] > 0.0
+    assert "pace_factor" not in environment
+
+
+def test_looks_between_iterations_are_a_tenth_of_a_second_apart(monkeypatch) -> None:
+    class Known:
+        seconds = 2.0
+
+        def core_look_s(self) -> float:
+            self.seconds += 1.0
+            return self.seconds
+
+    now_s = iter([5.0, 5.05, 5.11, 5.2, 5.22])
+    monkeypatch.setattr("calibration.serving.slowdown.time.perf_counter", lambda: next(now_s))
+    companion = Companion(Known())
+    profile = load_profile("opt-a100-40gb")
+    assert companion.facts(profile) == {}
+    for _ in range(5):
+        companion.between_iterations()
+    assert companion.looks_s == [3.0, 4.0, 5.0]
+    assert companion.facts(profile) == {"pace_during": {"core_s": 4.0, "looks": 3}}
+    provenance = replace(profile.provenance, environment={"reference_s": 3.2})
+    assert companion.facts(replace(profile, provenance=provenance))["pace_factor"] == 1.25
 
 
 def test_a_package_without_a_version_is_missed_before_anything_is_served(

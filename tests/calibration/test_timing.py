@@ -312,7 +312,30 @@ def test_what_other_threads_of_the_process_ran_is_no_time_of_the_work(clock: Scr
 
 
 def test_work_that_takes_no_time_lost_none(clock: ScriptedTime) -> None:
-    assert WallTimer(CPU).sample(lambda: None, 1) == Sample(0.0)
+    found = WallTimer(CPU).sample(lambda: None, 1)
+    assert (found.seconds, found.lost_share) == (0.0, 0.0)
+
+
+def test_a_trial_tells_what_known_arithmetic_took_around_it(
+    clock: ScriptedTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks of 2, 4, 6, 8, ... around work that nobody disturbs: 3, 5 and 7 on average."""
+    seconds = iter(range(2, 100, 2))
+
+    class Slower(QuietReference):
+        def lost_share(self) -> float:
+            self.latest = Pace(float(next(seconds)), 1.0)
+            return 0.0
+
+    monkeypatch.setattr(timing, "reference", Slower)
+    timer = WallTimer(CPU)
+    found = [timer.sample(lambda: clock.work(0.06), 1).reference_s for _ in range(3)]
+    assert found == [3.0, 5.0, 7.0]
+    (whole,) = timed([lambda: clock.work(0.06)], timer, samples=3)
+    assert whole.reference_s is not None
+    assert whole.reference_s > 7.0
+    (unknown,) = timed([lambda: None], BusyTimer(), samples=3)
+    assert unknown.reference_s is None
 
 
 def test_work_settles_by_the_time_it_runs_however_long_it_is_kept_waiting(

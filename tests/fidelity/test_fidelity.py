@@ -39,6 +39,7 @@ from helios_sim.fidelity.timing import (
     Factors,
     factors,
     loads,
+    paced,
     predict,
     reloaded,
     retimed,
@@ -328,6 +329,33 @@ def test_an_error_goes_away_with_the_ingredient_it_came_from(
         assert sum(abs(kept[key]) for key in wrong) > 0.6 * sum(abs(before[key]) for key in wrong)
 
 
+@pytest.mark.parametrize("policy", ["static-depth", "ee-single", "helios"])
+def test_a_slower_machine_is_told_from_iterations_that_are_predicted_wrongly(
+    policy: str, tmp_path: Path
+) -> None:
+    """All takes 1.25 times as long, and so did known arithmetic: its pace removes the error."""
+    setup = experiment_for(policy).setup
+    real = serve(tmp_path / "real", policy, profile=paced(setup.profile, 1.25))
+    simulated = simulate(tmp_path / "simulated", policy)
+    unseen = attribution_of(real, simulated)
+    (missing,) = (one.missing for one in unseen.swaps if one.name == "pace")
+    assert missing is not None
+    assert "nobody looked at the pace" in missing
+    run = read_run(real)
+    environment = {**run.environment, "pace_factor": 1.25}
+    write_run(replace(run, environment=environment), summarise(run), tmp_path / "seen")
+    for name in (EXITS_FILE, ITERATIONS_FILE):
+        shutil.copy(real / name, tmp_path / "seen" / name)
+    found = attribution_of(tmp_path / "seen", simulated)
+    before = errors(found, "nothing")
+    assert sum(abs(error) > 0.02 for error in before.values()) >= 2
+    assert all(abs(error) <= 1e-9 for error in errors(found, "pace").values())
+    # Recorded times hold the pace already.
+    assert errors(found, "everything") == errors(unseen, "everything")
+    causes = {cause.ingredient for cause in found.causes if abs(cause.error or 0.0) > 0.02}
+    assert causes == {"pace"}
+
+
 def test_a_perfect_simulation_has_no_error_and_needs_no_cause(tmp_path: Path) -> None:
     """The same run on both sides: every figure is the same, every request, and so is the replay."""
     real = serve(tmp_path / "real", "helios")
@@ -358,6 +386,7 @@ def test_the_arrivals_of_a_closed_loop_are_those_of_the_order_of_time() -> None:
         iterations=None,
         predicted=None,
         load_factor=None,
+        pace_factor=None,
     )
     scene = swaps._Scene(closed, closed.scenario.policy[0], 7, result.run, found)
     as_it_was, swapped = (scene.play(frozenset(taken)) for taken in ((), ("arrivals",)))
@@ -454,7 +483,7 @@ def test_what_the_real_run_did_not_record_is_said(tmp_path: Path) -> None:
     found = assess(sides, Path())
     assert found.attribution is not None
     missing = {swap.name: swap.missing for swap in found.attribution.swaps if swap.missing}
-    assert set(missing) == {"exits", "times", "slow"}
+    assert set(missing) == {"exits", "pace", "times", "slow"}
     assert "loads" in {swap.name for swap in found.attribution.without_effect}
     assert missing["exits"] == "not recorded: the real run has no exits.parquet"
     assert found.timing == ()

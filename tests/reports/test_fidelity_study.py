@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -41,7 +42,7 @@ from reports.fidelity.cases import (
 from reports.fidelity.page import render
 from reports.fidelity.quality import BOUND, THRESHOLDS, choose
 from reports.fidelity.resimulate import changes, simulated_anew
-from reports.fidelity.summary import summary_text
+from reports.fidelity.summary import is_paced, summary_text
 from reports.forked import Nursery
 from tests.fidelity.test_fidelity import changed_profile, iterations_on
 from tests.report.test_report import Open, in_chromium, open_page, text_of
@@ -108,6 +109,22 @@ def test_rates_are_shares_of_simulated_capacity(ground: Ground) -> None:
     assert plans[0].num_requests / slowest <= 2.1 * ground.settings.seconds
 
 
+def check_pace(results: dict[str, Any]) -> None:
+    """Two of three cases know the pace of their runs: what is left of their errors at it."""
+    cases = copy.deepcopy(results["cases"])
+    for case, error in zip(cases, (-0.01, 0.04), strict=False):
+        (swap,) = (one for one in case["attribution"]["swaps"] if one["name"] == "pace")
+        swap["errors"] = {"mean_tpot_ms": error}
+    paced = {**results, "targets": judging.targets(cases), "device_kind": "cpu"}
+    by_key = {one["key"]: one for one in paced["targets"]}
+    assert by_key["output_throughput"]["paced"] is None
+    told = by_key["mean_tpot_ms"]["paced"]
+    assert told == {"num_cases": 2, "median_error": 0.025, "worst_error": 0.04}
+    assert "2.50 %, worst 4 %" in summary_text(paced)
+    said = text_of(render({**paced, "cases": [{**cases[0], "slowdowns": [1.2]}, *cases[1:]]}))
+    assert "At the pace of the runs, median absolute errors are mean TPOT 2.50 %." in said
+
+
 @pytest.mark.browser
 @in_chromium
 def test_the_study_serves_simulates_compares_and_writes_its_page(
@@ -154,6 +171,8 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
     assert "How slow the machine was around the real runs is unknown" in text
     assert "Median errors are held to the bars" in text
     assert "Beyond twice the spread" in text
+    assert not is_paced(results)
+    check_pace(results)
     summary = summary_text(results)
     assert "TPOT, mean" in summary
     assert "mostly recorded iteration times (3)" in summary
