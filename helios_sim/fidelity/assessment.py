@@ -131,6 +131,7 @@ def _identity(side: Side) -> dict[str, Any]:
         "seed": run.seed,
         "profile_hash": run.environment.get("profile_hash"),
         "slowdown": side.slowdown,
+        "pace_factor": side.pace_factor,
     }
 
 

@@ -200,6 +200,7 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
             f"{number(case['rate_per_s'])}/s",
             number(case["num_requests"]),
             ", ".join(map(number, case["slowdowns"])),
+            ", ".join(map(number, case.get("pace_factors", ()))),
             number(case["num_discarded"]),
         )
         for case in results["cases"]
@@ -207,8 +208,9 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
     return section(
         "Cases",
         "Error of the simulation in each case; a star marks one beyond the run-to-run spread. "
-        "Below, what was sent, how slow the machine was around each real run that counts, and how "
-        "many were discarded.",
+        "Below, what was sent, how slow the machine was around each real run that counts, at what "
+        "pace it was served (times that known arithmetic took as long as around the profile's "
+        "readings), and how many were discarded.",
         add_figure(
             drawn,
             "cases",
@@ -218,7 +220,7 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
             "beyond the axis.",
         ),
         _table(("Case", *names.values(), "Saturation"), rows),
-        _table(("Case", "Rate", "Requests", "Slowdowns", "Discarded"), sent),
+        _table(("Case", "Rate", "Requests", "Slowdowns", "Paces", "Discarded"), sent),
     )
 
 

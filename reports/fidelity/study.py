@@ -297,6 +297,7 @@ def case_data(outcome: Outcome) -> dict[str, Any]:
         "num_requests": plan.num_requests,
         "options": plan.options,
         "slowdowns": [side.slowdown for side in outcome.fidelity.sides.reals],
+        "pace_factors": [side.pace_factor for side in outcome.fidelity.sides.reals],
         "num_discarded": outcome.num_discarded,
         "figures": data["figures"],
         "requests": data["requests"],

@@ -580,17 +580,23 @@ def test_how_much_slower_the_machine_was_is_said_where_it_is_known(
 ) -> None:
     run = times_scaled(read_run(base / "simulated"), 1.1)
     for number, slowdown in enumerate((1.02, 1.1, None), 1):
-        known = {} if slowdown is None else {"slowdown": slowdown}
+        known = {} if slowdown is None else {"slowdown": slowdown, "pace_factor": slowdown - 0.01}
         one = replace(run, environment=run.environment | known)
         write_run(one, summarise(one), tmp_path / f"repeat-{number}")
     found = assess(read_sides([tmp_path], base / "simulated"), Path(), attribution=False)
     assert [one["slowdown"] for one in found.data()["real"]] == [1.02, 1.1, None]
+    assert [one["pace_factor"] for one in found.data()["real"]] == [1.01, 1.09, None]
     assert (
         "The machine was 1.02 to 1.10 times as slow around the real runs as while the profile was "
         "measured."
     ) in remarks(found)
+    assert (
+        "Known arithmetic took 1.01 to 1.09 times as long between the iterations of the real runs "
+        "as around the profile's readings."
+    ) in remarks(found)
     without = assess(read_sides([base / "real"], base / "simulated"), Path(), attribution=False)
     assert "as slow" not in " ".join(remarks(without))
+    assert "arithmetic" not in " ".join(remarks(without))
 
 
 def test_a_difference_beyond_the_spread_is_told_from_one_within(base: Path, tmp_path: Path) -> None:
