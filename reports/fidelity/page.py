@@ -21,6 +21,7 @@ from reports.fidelity.summary import (
     WITHIN_BAR,
     equal_quality_said,
     group_of,
+    is_paced,
     measure_of,
     percent,
     summary_rows,
@@ -144,7 +145,7 @@ def _paced_remarks(results: Mapping[str, Any]) -> list[str]:
     ]
     if not told:
         return []
-    return [f"At the pace of the runs, median absolute errors are {listed(told)}."]
+    return [f"At the runs' pace, median absolute errors are {listed(told)}."]
 
 
 def _targets(results: Mapping[str, Any]) -> str:
@@ -200,17 +201,23 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
             f"{number(case['rate_per_s'])}/s",
             number(case["num_requests"]),
             ", ".join(map(number, case["slowdowns"])),
-            ", ".join(map(number, case.get("pace_factors", ()))),
+            *([", ".join(map(number, case["pace_factors"]))] if is_paced(results) else ()),
             number(case["num_discarded"]),
         )
         for case in results["cases"]
     ]
+    told = ("Slowdowns", "Paces") if is_paced(results) else ("Slowdowns",)
+    pace = (
+        " at what pace it was served (times that known arithmetic took as long as around the "
+        "profile's readings),"
+        if is_paced(results)
+        else ""
+    )
     return section(
         "Cases",
         "Error of the simulation in each case; a star marks one beyond the run-to-run spread. "
-        "Below, what was sent, how slow the machine was around each real run that counts, at what "
-        "pace it was served (times that known arithmetic took as long as around the profile's "
-        "readings), and how many were discarded.",
+        f"Below, what was sent, how slow the machine was around each real run that counts,{pace} "
+        "and how many were discarded.",
         add_figure(
             drawn,
             "cases",
@@ -220,7 +227,7 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
             "beyond the axis.",
         ),
         _table(("Case", *names.values(), "Saturation"), rows),
-        _table(("Case", "Rate", "Requests", "Slowdowns", "Paces", "Discarded"), sent),
+        _table(("Case", "Rate", "Requests", *told, "Discarded"), sent),
     )
 
 

@@ -107,12 +107,7 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
 
 def _paced(cases: Sequence[Data], key: str) -> dict[str, Any] | None:
     """Absolute errors of simulations as slow as the machine was during the real runs."""
-    errors = []
-    for case in cases:
-        swaps = case["attribution"]["swaps"] if case["attribution"] else ()
-        told: Data = next((one["errors"] for one in swaps if one["name"] == "pace"), {})
-        if told.get(key) is not None:
-            errors.append(abs(told[key]))
+    errors = [abs(error) for case in cases if (error := _error_at_pace(case, key)) is not None]
     if not errors:
         return None
     return {
@@ -120,6 +115,14 @@ def _paced(cases: Sequence[Data], key: str) -> dict[str, Any] | None:
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
     }
+
+
+def _error_at_pace(case: Data, key: str) -> float | None:
+    """A figure's error with all times at the pace of the typical real run; None unknown."""
+    swaps = case["attribution"]["swaps"] if case["attribution"] else ()
+    told: Data = next((one["errors"] for one in swaps if one["name"] == "pace"), {})
+    error: float | None = told.get(key)
+    return error
 
 
 def _found(case: Data, key: str) -> Data | None:
@@ -297,10 +300,11 @@ def _table(results: Data) -> str:
     columns = ("real_median", "low", "high", "simulated", "error", "error_in_spreads", "verdict")
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(("case", "figure", "unit", *columns))
+    writer.writerow(("case", "figure", "unit", *columns, "error_at_pace"))
     for case in results["cases"]:
         for row in case["figures"]:
             real = row["median"] if row["median"] is not None else "/".join(map(str, row["real"]))
             values = [real, *(row[name] for name in columns[1:])]
+            values.append(_error_at_pace(case, row["key"]))
             writer.writerow((case["name"], row["key"], row["unit"], *values))
     return file.getvalue()

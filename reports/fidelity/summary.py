@@ -11,7 +11,7 @@ from reports.fidelity.figures import JUDGED
 
 CAUSES: Final = "Beyond twice, likely from"
 _BEFORE: Final = ("Figure", "Bar of a GPU", "Median error", "Worst")
-_PACED: Final = "At the pace of the runs"
+_PACED: Final = "At the runs' pace"
 _AFTER: Final = ("Median spread", "In spread", "In twice", CAUSES)
 WITHIN_BAR: Final = "within the bar of a GPU all the same"
 """Said of an error beyond twice the spread that a GPU may have."""
@@ -43,7 +43,7 @@ def _row(one: Mapping[str, Any], paced: bool) -> tuple[str, ...]:
         f"{bar}, {'met' if one['met'] else 'missed'}",
         percent(one["median_error"]),
         percent(one["worst_error"]),
-        *([_at_pace(one.get("paced"))] if paced else ()),
+        *([percent((one.get("paced") or {}).get("median_error"))] if paced else ()),
         _DASH
         if one["median_spread"] is None
         else f"\N{PLUS-MINUS SIGN}{percent(one['median_spread'])}",
@@ -51,12 +51,6 @@ def _row(one: Mapping[str, Any], paced: bool) -> tuple[str, ...]:
         f"{one['within_twice']} of {judged}" if judged else "unknown",
         causes(one["beyond"]) or (_DASH if judged else "unknown"),
     )
-
-
-def _at_pace(paced: Mapping[str, Any] | None) -> str:
-    if paced is None:
-        return _DASH
-    return f"{percent(paced['median_error'])}, worst {percent(paced['worst_error'])}"
 
 
 def causes(beyond: Sequence[Mapping[str, Any]]) -> str:
@@ -75,9 +69,9 @@ def measure_of(results: Mapping[str, Any]) -> str:
         if not is_paced(results):
             return said
         return (
-            f"{said} At the pace of the runs: how far off simulations are whose times are "
-            "stretched by what known arithmetic took between the iterations of the typical real "
-            "run, over what it took around the profile's readings."
+            f"{said} At the runs' pace: the median error of simulations whose times are stretched "
+            "by what known arithmetic took between the iterations of the typical real run, over "
+            "what it took around the profile's readings."
         )
     return (
         "Median errors are held to the bars; beside them the run-to-run spread of the real runs, "
