@@ -135,9 +135,9 @@ def sound(readings: pl.DataFrame) -> pl.DataFrame:
 def at_usual_pace(readings: pl.DataFrame) -> pl.DataFrame:
     """Timed work as long as it would take at the usual pace of the arithmetic around it.
 
-    A processor's clock differs by the minute, and others who share the core slow both alike. Where
-    nobody looked, as on a GPU, times are as they were read; so are those of bytes that are moved,
-    which arithmetic tells nothing of.
+    A processor's clock differs by the minute, and others who share the core slow both, the work a
+    little more where it needs memory. Where nobody looked, as on a GPU, times are as they were
+    read; so are those of bytes that are moved, which arithmetic tells nothing of.
     """
     usual_s = usual_reference_s(readings)
     if usual_s is None:
@@ -155,10 +155,10 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
 
     Times are those `at_usual_pace`. Trials that lost more than a tenth of their time to other
     processes are left out where the configuration has others, and so are those that took a quarter
-    longer than its quickest. `noise` is the median absolute deviation among the trials left over
-    their median, null for a single one. `cached` says that a load may have met the system's memory
-    in place of the disk. A configuration measured for both purposes counts as held out nowhere: it
-    was fitted.
+    longer than its quickest (where they were taken to another pace: than the middle one). `noise`
+    is the median absolute deviation among the trials left over their median, null for a single one.
+    `cached` says that a load may have met the system's memory in place of the disk. A configuration
+    measured for both purposes counts as held out nowhere: it was fitted.
     """
     moved = pl.col("quantity").is_in(MOVED)
     deviation = (pl.col("seconds") - pl.col("seconds").median()).abs().median()
@@ -173,8 +173,14 @@ def gather(readings: pl.DataFrame) -> pl.DataFrame:
             readings.filter(disturbed).join(quiet, on=same, how="anti", nulls_equal=True),
         ]
     )
+    # Taken to another pace, a trial may also be too short, so one alone sets no measure for others.
+    quickest = (
+        pl.when(pl.col("reference_s").is_null().any())
+        .then(pl.col("seconds").min())
+        .otherwise(pl.col("seconds").quantile(0.5, "lower"))
+    )
     # How long bytes take to move differs from trial to trial for reasons of its own.
-    lengthened = pl.col("seconds") > MOST_LENGTHENED * pl.col("seconds").min().over(same)
+    lengthened = pl.col("seconds") > MOST_LENGTHENED * quickest.over(same)
     # Of graphs alike each is captured once, and their times are no trials of one work.
     lengthened &= ~pl.col("quantity").is_in(CAPTURES)
     kept = kept.filter(~(lengthened & ~metered & ~moved).fill_null(False))

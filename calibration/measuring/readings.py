@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
 import polars as pl
 
 from helios_sim.errors import InputError
@@ -106,6 +107,9 @@ MEMORY_KINDS: Final = ("memory_weights", "memory_kv", "memory_workspace", "memor
 
 Key = tuple[object, ...]
 
+
+_ENOUGH_QUIET: Final = 10
+"""Undisturbed trials that tell a usual pace, at least."""
 
 MOST_LOST_SHARE: Final = 0.1
 """Of a trial's time that other processes may take before it counts as disturbed."""
@@ -355,11 +359,14 @@ def _read(file: Path, *, repair: bool = True) -> list[Reading]:
 def usual_reference_s(points: pl.DataFrame) -> float | None:
     """What a processor's known arithmetic took around trials that nobody disturbed; None unknown.
 
-    It is the pace of what is fitted: slower than the quickest looks that a machine's pace is.
+    It is the pace of what is fitted: slower than the quickest looks that a machine's pace is. With
+    hardly a trial that nobody disturbed, the quickest tenth of all stands in for them.
     """
-    quiet = points.filter(pl.col("idle_share").fill_null(0.0) <= MOST_LOST_SHARE)
-    known = quiet["reference_s"].drop_nulls().to_list()
-    return statistics.median(known) if known else None
+    known = points.filter(pl.col("reference_s").is_not_null())
+    quiet = known.filter(pl.col("idle_share").fill_null(0.0) <= MOST_LOST_SHARE)
+    if len(quiet) >= _ENOUGH_QUIET:
+        return float(np.median(quiet["reference_s"]))
+    return float(np.quantile(known["reference_s"], 0.1)) if len(known) else None
 
 
 def busy_machine(lost_shares: Sequence[float]) -> str | None:

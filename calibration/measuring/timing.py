@@ -143,7 +143,11 @@ class WallTimer:
         if torch.get_num_threads() == 1:
             seconds = min(seconds, running_s)
         # Several threads run for more seconds than the clock counts: what they wait is not seen.
-        return Sample(seconds, max(waited, slowed), (core_before_s + core_after_s) / 2)
+        return Sample(seconds, max(waited, slowed), self._around_s(core_before_s, core_after_s))
+
+    def _around_s(self, before_s: float, after_s: float) -> float | None:
+        """What known arithmetic took around a sample; threads that wait for others tell no pace."""
+        return (before_s + after_s) / 2 if torch.get_num_threads() == 1 else None
 
     def sample_s(self, pass_s: float) -> float:
         """Seconds that a sample of repetitions this long takes, all in all."""

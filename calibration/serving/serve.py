@@ -254,8 +254,9 @@ def serve_once(
     say(f"{chosen.name}: preparing", 0.0)
     weights.prepare()
     energy = RunEnergy(meter)
-    # A GPU's pace is not that of the processor beside it.
-    beside = Companion() if backend.is_this_machine and prepared.device.type == "cpu" else None
+    # A GPU's pace is not that of the processor beside it, nor that of threads one core's.
+    on_a_core = prepared.device.type == "cpu" and torch.get_num_threads() == 1
+    beside = Companion() if backend.is_this_machine and on_a_core else None
     host = backend.host_class(
         room=prepared.room,
         policy=prepared.policy(chosen),

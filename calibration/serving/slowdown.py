@@ -23,8 +23,8 @@ _NS: Final = 1e-9
 _MOST_WAITED: Final = 0.99
 """Share of its work for which a thread is taken to have waited at most."""
 
-EVERY_S: Final = 0.1
-"""Between two looks: one takes a four-hundredth of that."""
+_EVERY_S: Final = 0.1
+"""Between two looks: one takes about a four-hundredth of that."""
 
 
 class Companion:
@@ -40,13 +40,13 @@ class Companion:
         now_s = time.perf_counter()
         if now_s >= self._due_s:
             self.looks_s.append(self._reference.core_look_s())
-            self._due_s = now_s + EVERY_S
+            self._due_s = now_s + _EVERY_S
 
     def facts(self, profile: Profile) -> dict[str, Any]:
         """What a run's record says of the looks; nothing without any.
 
         `pace_factor` is their mean over what the same arithmetic took around the profile's
-        readings, where it tells.
+        readings, where it tells. The mean, since time spent at each pace adds up.
         """
         if not self.looks_s:
             return {}

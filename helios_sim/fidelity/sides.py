@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +44,13 @@ class Side:
     def slowdown(self) -> float | None:
         """How many times slower the machine was than its profile says; None where nobody looked."""
         return self._told("slowdown")
+
+    @property
+    def core_during_s(self) -> float | None:
+        """What known arithmetic took between iterations, on average; None where nobody looked."""
+        found = self.run.environment.get("pace_during")
+        seconds = found.get("core_s") if isinstance(found, Mapping) else None
+        return float(seconds) if isinstance(seconds, int | float) else None
 
     @property
     def pace_factor(self) -> float | None:

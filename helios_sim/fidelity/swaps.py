@@ -56,9 +56,9 @@ INGREDIENTS: Final[dict[str, str]] = {
 """What can be taken from the real run, in words.
 
 `pace` is how much longer known arithmetic took beside the run than beside the profile's readings;
-all times of the profile are stretched by it, whatever iterations took. `times` are the median times
-of an iteration of its kind, `slow` is by how much the mean exceeds the median, `loads` the time of
-loads for which serving waited.
+all but loading times of the profile are stretched by it, whatever iterations took. `times` are the
+median times of an iteration of its kind, `slow` is by how much the mean exceeds the median, `loads`
+the time of loads for which serving waited.
 """
 NOTHING: Final = "nothing"
 EVERYTHING: Final = "everything"
@@ -231,8 +231,19 @@ def ingredients_of(side: Side, setup: Setup) -> Ingredients:
         if iterations is None
         else predict(iterations, setup.profile, setup.serving.max_batch),
         load_factor=loads(side.run, setup.profile),
-        pace_factor=side.pace_factor,
+        pace_factor=_pace_factor(side, setup.profile),
     )
+
+
+def _pace_factor(side: Side, profile: Profile) -> float | None:
+    """How much longer known arithmetic took beside a run than beside a profile's readings.
+
+    The profile is the simulated one, which need not be the one that the run was served with.
+    """
+    usual_s = profile.provenance.environment.get("reference_s")
+    if side.core_during_s is None or not isinstance(usual_s, int | float) or usual_s <= 0.0:
+        return None
+    return side.core_during_s / usual_s
 
 
 def attribute(

@@ -343,7 +343,7 @@ def _replications(summaries: Sequence[Summary]) -> str:
     return section(
         "Over all seeds",
         f"Means over {seeds_said(seeds)} with their 95 % intervals (Student's t) and, below, from "
-        "the least run to the most; neither where all are alike. "
+        "the least run to the most; neither where all look alike. "
         + (
             f"Ratios are to the run of {summaries[0]['label']} under the same seed, from the least "
             "to the largest. "
@@ -414,7 +414,7 @@ def _published(runs: Sequence[RunData], summaries: Sequence[Summary]) -> str:
         told = (
             f"{number(entry['published'])} {unit}",
             f"{number(own)} {unit}",
-            *([_own_over_seeds(entry, by_label)] if seeds else ()),
+            *([_own_over_seeds(entry, by_label, len(seeds))] if seeds else ()),
             number(_ratio(own, entry["published"])),
             entry["source"],
             entry.get("why", ""),
@@ -440,27 +440,32 @@ def _ratio(own: float, published: float) -> float | None:
 
 def _own_figure(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> float | None:
     """Our value of a published figure, or None where these runs do not have it."""
-    values: list[float] = []
-    for label in (entry["policy"], entry.get("against")):
-        if label is None:
-            continue
-        value = figure_at(by_label.get(label), entry["figure"])
-        if value is None:
-            return None
-        values.append(value * float(entry.get("scale", 1.0)))
-    return values[0] if len(values) == 1 else gain(entry["figure"], *values)
+    labels = [label for label in (entry["policy"], entry.get("against")) if label is not None]
+    values = [figure_at(by_label.get(label), entry["figure"]) for label in labels]
+    known = [value for value in values if value is not None]
+    return _told(entry, *known) if len(known) == len(labels) else None
 
 
-def _own_over_seeds(entry: Mapping[str, Any], by_label: Mapping[str, Summary]) -> str:
-    """Our value of a published figure over the seeds, from the least to the most."""
+def _told(entry: Mapping[str, Any], own: float, other: float | None = None) -> float | None:
+    """A figure in the unit in which it is published, or the gain over another one's."""
+    if other is not None:
+        return gain(entry["figure"], own, other)
+    return own * float(entry.get("scale", 1.0))
+
+
+def _own_over_seeds(
+    entry: Mapping[str, Any], by_label: Mapping[str, Summary], num_seeds: int
+) -> str:
+    """Our value of a published figure over the seeds that have it, from the least to the most."""
     key, own = entry["figure"], by_label[entry["policy"]]
-    if entry.get("against"):
-        pairs = seed_by_seed(key, own, by_label[entry["against"]])
-        gains = [gain(key, *pair) for pair in pairs]
-        values = [value for value in gains if value is not None]
-    else:
-        values = [entry.get("scale", 1.0) * value for value, _ in seed_by_seed(key, own, own)]
-    return between(min(values), max(values)) if values else ""
+    against = entry.get("against")
+    pairs = seed_by_seed(key, own, by_label[against] if against else own)
+    told = [_told(entry, one, two if against else None) for one, two in pairs]
+    values = [value for value in told if value is not None and math.isfinite(value)]
+    if not values:
+        return ""
+    some = "" if len(values) == num_seeds else f" in {len(values)} of {num_seeds}"
+    return f"{between(min(values), max(values))}{some}"
 
 
 def _latencies(

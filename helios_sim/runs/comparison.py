@@ -139,11 +139,18 @@ def seed_by_seed(
 def ratios_over_seeds(
     key: str, own: Mapping[str, Any], base: Mapping[str, Any]
 ) -> tuple[float, float] | None:
-    """The least and the largest ratio to another run of the same seed; None where there is none."""
+    """The least and the largest ratio to another run of the same seed.
+
+    None unless there is one under every seed.
+    """
     if key in _OF_OTHER_WORK or not counts_alike(key, own, base):
         return None
-    ratios = [one / two for one, two in seed_by_seed(key, own, base) if two]
-    return (min(ratios), max(ratios)) if ratios else None
+    pairs = seed_by_seed(key, own, base)
+    num_seeds = len((own.get("replications") or {}).get("seeds", ()))
+    if not pairs or len(pairs) < num_seeds or not all(two for _, two in pairs):
+        return None
+    ratios = [one / two for one, two in pairs]
+    return (min(ratios), max(ratios)) if all(map(math.isfinite, ratios)) else None
 
 
 _AMOUNTS: Final = {

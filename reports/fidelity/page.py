@@ -17,15 +17,16 @@ from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.quality import BOUND
 from reports.fidelity.summary import (
-    CAUSES,
+    PACE_SAID,
+    PACE_TITLES,
+    TITLES,
     WITHIN_BAR,
     equal_quality_said,
     group_of,
-    is_paced,
     measure_of,
+    pace_rows,
     percent,
     summary_rows,
-    summary_titles,
 )
 
 _BEYOND: Final = ("above", "below", "differs")
@@ -137,22 +138,29 @@ def _pace_remarks(results: Mapping[str, Any]) -> list[str]:
 
 
 def _paced_remarks(results: Mapping[str, Any]) -> list[str]:
-    """How far off simulations at the pace of the runs are, where it was seen."""
+    """How far off simulations at the pace of the typical runs are, where it was seen."""
     told = [
-        f"{JUDGED[one['key']].said} {percent(one['paced']['median_error'])}"
+        f"{JUDGED[one['key']].said} {percent(paced['median_error'])} instead of "
+        f"{percent(paced['plain_median'])}"
         for one in results["targets"]
-        if one.get("paced")
+        if (paced := one.get("paced"))
     ]
     if not told:
         return []
-    return [f"At the runs' pace, median absolute errors are {listed(told)}."]
+    return [f"At the pace of the typical real runs, median absolute errors are {listed(told)}."]
 
 
 def _targets(results: Mapping[str, Any]) -> str:
+    paced = pace_rows(results)
     return section(
         "Errors over all cases",
         measure_of(results),
-        _table(summary_titles(results), summary_rows(results)),
+        _table(TITLES, summary_rows(results)),
+        *(
+            (f'<p class="small">{escape(PACE_SAID)}</p>', _table(PACE_TITLES, paced))
+            if paced
+            else ()
+        ),
     )
 
 
@@ -195,22 +203,23 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
         cells = [_cell(figures.get(key)) for key in names]
         verdict = ours if saturation.get("verdict") == "same" else f"{ours} (real: {real})"
         rows.append((case["name"], *cells, verdict))
+    paced = pace_rows(results)
     sent = [
         (
             case["name"],
             f"{number(case['rate_per_s'])}/s",
             number(case["num_requests"]),
             ", ".join(map(number, case["slowdowns"])),
-            *([", ".join(map(number, case["pace_factors"]))] if is_paced(results) else ()),
+            *([", ".join(map(number, case["pace_factors"]))] if paced else ()),
             number(case["num_discarded"]),
         )
         for case in results["cases"]
     ]
-    told = ("Slowdowns", "Paces") if is_paced(results) else ("Slowdowns",)
+    told = ("Slowdowns", "Paces") if paced else ("Slowdowns",)
     pace = (
         " at what pace it was served (times that known arithmetic took as long as around the "
         "profile's readings),"
-        if is_paced(results)
+        if paced
         else ""
     )
     return section(
@@ -440,7 +449,7 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _words(title: str) -> str:
     """Marks a column of words, which is set to the left and may wrap."""
-    words = ("Cause", CAUSES)
+    words = ("Cause", TITLES[-1])
     if title == "Saturation":
         return ' class="words"'
     return ' class="words" style="min-width:11rem"' if title in words else ""

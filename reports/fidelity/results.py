@@ -38,6 +38,9 @@ GAINS: Final = (
 )
 """Figures in which HELIOS is set against the baselines, and whether more is better."""
 
+_SWAPS: Final = ("nothing", "pace", "everything")
+"""What is taken from the typical real run for the further errors in the table."""
+
 _AGAINST_SPREAD: Final = ("within", "above", "below")
 """Verdicts of a figure whose run-to-run spread is known."""
 
@@ -106,21 +109,32 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
 
 
 def _paced(cases: Sequence[Data], key: str) -> dict[str, Any] | None:
-    """Absolute errors of simulations as slow as the machine was during the real runs."""
-    errors = [abs(error) for case in cases if (error := _error_at_pace(case, key)) is not None]
-    if not errors:
+    """Absolute errors against the typical real runs, as they are and at the pace of those runs.
+
+    Of cases whose pace was seen; None without any.
+    """
+    pairs = [
+        (abs(plain), abs(paced))
+        for case in cases
+        if (paced := _error_with("pace", case, key)) is not None
+        and (plain := _error_with("nothing", case, key)) is not None
+    ]
+    if not pairs:
         return None
+    plains, paceds = zip(*pairs, strict=True)
     return {
-        "num_cases": len(errors),
-        "median_error": statistics.median(errors),
-        "worst_error": max(errors),
+        "num_cases": len(pairs),
+        "plain_median": statistics.median(plains),
+        "plain_worst": max(plains),
+        "median_error": statistics.median(paceds),
+        "worst_error": max(paceds),
     }
 
 
-def _error_at_pace(case: Data, key: str) -> float | None:
-    """A figure's error with all times at the pace of the typical real run; None unknown."""
+def _error_with(swap: str, case: Data, key: str) -> float | None:
+    """A figure's error against the typical real run with an ingredient swapped; None unknown."""
     swaps = case["attribution"]["swaps"] if case["attribution"] else ()
-    told: Data = next((one["errors"] for one in swaps if one["name"] == "pace"), {})
+    told: Data = next((one["errors"] for one in swaps if one["name"] == swap), {})
     error: float | None = told.get(key)
     return error
 
@@ -300,11 +314,11 @@ def _table(results: Data) -> str:
     columns = ("real_median", "low", "high", "simulated", "error", "error_in_spreads", "verdict")
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(("case", "figure", "unit", *columns, "error_at_pace"))
+    writer.writerow(("case", "figure", "unit", *columns, *(f"error_with_{one}" for one in _SWAPS)))
     for case in results["cases"]:
         for row in case["figures"]:
             real = row["median"] if row["median"] is not None else "/".join(map(str, row["real"]))
             values = [real, *(row[name] for name in columns[1:])]
-            values.append(_error_at_pace(case, row["key"]))
+            values += [_error_with(one, case, row["key"]) for one in _SWAPS]
             writer.writerow((case["name"], row["key"], row["unit"], *values))
     return file.getvalue()

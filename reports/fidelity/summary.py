@@ -9,41 +9,42 @@ from typing import Any, Final
 from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import JUDGED
 
-CAUSES: Final = "Beyond twice, likely from"
-_BEFORE: Final = ("Figure", "Bar of a GPU", "Median error", "Worst")
-_PACED: Final = "At the runs' pace"
-_AFTER: Final = ("Median spread", "In spread", "In twice", CAUSES)
+TITLES: Final = (
+    "Figure",
+    "Bar of a GPU",
+    "Median error",
+    "Worst",
+    "Median spread",
+    "In spread",
+    "In twice",
+    "Beyond twice, likely from",
+)
+PACE_TITLES: Final = ("Figure", "Cases", "As it is", "Worst", "At its pace", "Worst at it")
+PACE_SAID: Final = (
+    "Errors against the typical real run of each case, the one that causes are told against, as "
+    "they are and at its pace: with all times but those of loading stretched by what known "
+    "arithmetic took between its iterations, over what it took around the profile's readings."
+)
 WITHIN_BAR: Final = "within the bar of a GPU all the same"
 """Said of an error beyond twice the spread that a GPU may have."""
 _DASH: Final = "\N{EN DASH}"
 
 
-def summary_titles(results: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns of the summary."""
-    return (*_BEFORE, *((_PACED,) if is_paced(results) else ()), *_AFTER)
-
-
-def is_paced(results: Mapping[str, Any]) -> bool:
-    """Whether the machine's pace during the runs is known, so that it can be left out."""
-    return any(one.get("paced") for one in results["targets"])
-
-
 def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row a figure, in words."""
-    return [_row(one, is_paced(results)) for one in results["targets"]]
+    return [_row(one) for one in results["targets"]]
 
 
-def _row(one: Mapping[str, Any], paced: bool) -> tuple[str, ...]:
+def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
     name, bar = JUDGED[one["key"]].name, f"{100 * one['target']:g} %"
     if not one["num_cases"]:
-        return (name, bar, "not measured", *[_DASH] * (6 if paced else 5))
+        return (name, bar, "not measured", *[_DASH] * 5)
     judged = one["num_judged"]
     return (
         name,
         f"{bar}, {'met' if one['met'] else 'missed'}",
         percent(one["median_error"]),
         percent(one["worst_error"]),
-        *([percent((one.get("paced") or {}).get("median_error"))] if paced else ()),
         _DASH
         if one["median_spread"] is None
         else f"\N{PLUS-MINUS SIGN}{percent(one['median_spread'])}",
@@ -51,6 +52,22 @@ def _row(one: Mapping[str, Any], paced: bool) -> tuple[str, ...]:
         f"{one['within_twice']} of {judged}" if judged else "unknown",
         causes(one["beyond"]) or (_DASH if judged else "unknown"),
     )
+
+
+def pace_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each figure of which errors are known at the pace of the runs; else none."""
+    return [
+        (
+            JUDGED[one["key"]].name,
+            f"{paced['num_cases']} of {one['num_cases']}",
+            percent(paced["plain_median"]),
+            percent(paced["plain_worst"]),
+            percent(paced["median_error"]),
+            percent(paced["worst_error"]),
+        )
+        for one in results["targets"]
+        if (paced := one.get("paced"))
+    ]
 
 
 def causes(beyond: Sequence[Mapping[str, Any]]) -> str:
@@ -62,16 +79,9 @@ def causes(beyond: Sequence[Mapping[str, Any]]) -> str:
 def measure_of(results: Mapping[str, Any]) -> str:
     """What the errors are held to, by the kind of device."""
     if results["device_kind"] == "cpu":
-        said = (
+        return (
             "On a processor that others may use too the measure is twice the run-to-run spread of "
             "the real runs; the bars are those of a GPU. Spreads are half widths."
-        )
-        if not is_paced(results):
-            return said
-        return (
-            f"{said} At the runs' pace: the median error of simulations whose times are stretched "
-            "by what known arithmetic took between the iterations of the typical real run, over "
-            "what it took around the profile's readings."
         )
     return (
         "Median errors are held to the bars; beside them the run-to-run spread of the real runs, "
@@ -146,11 +156,18 @@ def _options(tried: Mapping[str, Any]) -> str:
 
 def summary_text(results: Mapping[str, Any]) -> str:
     """The summary for a terminal, columns aligned."""
-    rows = [summary_titles(results), *summary_rows(results)]
+    lines = [*_aligned([TITLES, *summary_rows(results)]), measure_of(results)]
+    paced = pace_rows(results)
+    if paced:
+        lines += [*_aligned([PACE_TITLES, *paced]), PACE_SAID]
+    said = [equal_quality_said(one, results) for one in results["equal_quality"]]
+    return "\n".join([*lines, *said])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows as lines, columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
+    return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    said = [equal_quality_said(one, results) for one in results["equal_quality"]]
-    return "\n".join([*lines, measure_of(results), *said])

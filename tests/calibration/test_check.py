@@ -25,7 +25,13 @@ from calibration.fitting.fit import fit_profile
 from calibration.fitting.fit_times import Number, model_profile
 from calibration.fitting.page import render
 from calibration.fitting.points import gather
-from calibration.measuring.readings import SCHEMA, Reading, busy_machine, usual_reference_s
+from calibration.measuring.readings import (
+    CONFIGURATION,
+    SCHEMA,
+    Reading,
+    busy_machine,
+    usual_reference_s,
+)
 from helios_sim.cost import decode_joules, decode_seconds
 from helios_sim.errors import InputError
 from helios_sim.profile import ModelProfile, Profile
@@ -278,20 +284,39 @@ def test_trials_are_taken_to_the_pace_that_is_usual_around_them() -> None:
     """Work that slows with the arithmetic beside it gives the times of a machine that never did."""
     frame = planted.frame(Plan(energy=False, trials=3))
     moved = ("copy_bandwidth", "load_disk", "load_host_pinned")
-    timed = (pl.col("seconds") > 0.0) & ~pl.col("quantity").is_in(moved)
+    timed = ((pl.col("seconds") > 0.0) & ~pl.col("quantity").is_in(moved)).fill_null(False)
     factor = pl.lit(pl.Series([0.8, 1.0, 1.5])).gather(pl.col("trial") % 3)
     slowed = frame.with_columns(
         seconds=pl.when(timed).then(pl.col("seconds") * factor).otherwise("seconds"),
-        reference_s=pl.when(timed).then(2e-4 * factor),
-        idle_share=pl.when(factor > 1.0).then(0.3).otherwise(0.0),
+        # Of bytes that are moved arithmetic tells nothing, whatever it took around them.
+        reference_s=pl.when(timed).then(2e-4 * factor).otherwise(9e-4),
+        idle_share=pl.when((factor > 1.0) | ~timed).then(0.3).otherwise(0.0),
     )
     usual_s = usual_reference_s(slowed)
     assert usual_s == pytest.approx(1.8e-4)
-    found, quiet = gather(slowed), gather(frame)
+    both = gather(frame).join(
+        gather(slowed), on=[*CONFIGURATION, "bytes"], suffix="_found", nulls_equal=True
+    )
+    assert both.height == gather(frame).height
     scale = pl.when(timed).then(usual_s / 2e-4).otherwise(1.0)
-    expected = quiet.with_columns(seconds=pl.col("seconds") * scale)["seconds"]
-    assert found["seconds"].to_list() == pytest.approx(expected.to_list())
-    assert found.filter(timed)["noise"].drop_nulls().max() < 1e-9
+    expected = both.select(pl.col("seconds") * scale)["seconds"]
+    assert both["seconds_found"].to_list() == pytest.approx(expected.to_list())
+    assert both.filter(timed)["noise_found"].drop_nulls().max() < 1e-9
+
+
+def test_one_trial_that_is_taken_too_far_does_not_drive_out_the_others() -> None:
+    """Of three alike one was beside slow arithmetic: at a quarter of the time it stands alone."""
+    trials = [
+        Reading("head", "tiny", batch=1, trial=trial, seconds=1.0, idle_share=share, reference_s=s)
+        for trial, (share, s) in enumerate([(0.2, 2e-4), (0.2, 2e-4), (0.2, 8e-4)])
+    ]
+    quiet = [
+        Reading("check", "tiny", batch=batch, seconds=1.0, idle_share=0.0, reference_s=2e-4)
+        for batch in range(1, 13)
+    ]
+    frame = pl.DataFrame([asdict(one) for one in [*trials, *quiet]], schema=SCHEMA)
+    (found,) = gather(frame).filter(quantity="head").iter_rows(named=True)
+    assert (found["seconds"], found["num_trials"]) == (pytest.approx(1.0), 3)
 
 
 def test_trials_that_took_far_longer_than_the_quickest_are_left_out() -> None:

@@ -32,6 +32,7 @@ from calibration.measuring.readings import (
     READINGS_FILE,
     Reading,
     read_points,
+    usual_reference_s,
 )
 from calibration.measuring.served import TURNS, ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
@@ -189,6 +190,7 @@ def test_the_environment_says_where_readings_come_from(measured: Path) -> None:
     pace = Pace(**found["pace"])
     assert pace.core_s > 0.0
     assert pace.memory_s > 0.0
+    assert 0.0 < found["reference_s"] == usual_reference_s(read_points(measured))
 
 
 def iteration(batch: int, context: int, prompt: int | None = None, longest: int = 0) -> Job:

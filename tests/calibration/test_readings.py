@@ -135,16 +135,26 @@ def test_a_timed_reading_counts_the_repetitions_of_all_samples() -> None:
     assert (found.seconds, found.mad_s, found.repetitions, found.idle_share) == (0.5, 0.01, 21, 0.2)
 
 
+def paced(*trials: tuple[float | None, float | None]) -> pl.DataFrame:
+    """Readings by the share of their time that was lost and what known arithmetic took."""
+    readings = [
+        Reading("head", trial=trial, idle_share=share, reference_s=seconds)
+        for trial, (share, seconds) in enumerate(trials)
+    ]
+    return pl.DataFrame([asdict(one) for one in readings], schema=SCHEMA)
+
+
 def test_the_usual_pace_is_that_around_trials_that_nobody_disturbed() -> None:
     """On a GPU, and of what was read in earlier versions, nothing is known."""
-    trials = [(0.0, 2.0), (0.1, 4.0), (None, 3.0), (0.5, 9.0), (0.0, None)]
-    readings = [
-        Reading("head", batch=batch, idle_share=share, reference_s=seconds)
-        for batch, (share, seconds) in enumerate(trials, 1)
-    ]
-    table = pl.DataFrame([asdict(one) for one in readings], schema=SCHEMA)
-    assert usual_reference_s(table) == 3.0
-    assert usual_reference_s(table[3:]) is None
+    quiet = [(0.0, 2.0)] * 4 + [(0.1, 3.0)] * 3 + [(None, 4.0)] * 4
+    assert usual_reference_s(paced(*quiet, (0.5, 90.0), (0.9, 90.0), (0.0, None))) == 3.0
+    assert usual_reference_s(paced((0.0, None), (None, None))) is None
+
+
+def test_with_hardly_a_quiet_trial_the_usual_pace_is_that_of_the_quickest_tenth() -> None:
+    busy = [(0.5, float(seconds)) for seconds in range(10, 31)]
+    assert usual_reference_s(paced(*busy)) == 12.0
+    assert usual_reference_s(paced((0.0, 99.0), *busy)) == pytest.approx(12.1)
 
 
 def test_points_of_an_earlier_version_lack_what_nobody_looked_at(tmp_path: Path) -> None:

@@ -524,6 +524,26 @@ def test_a_run_keeps_the_pace_it_was_served_at(served) -> None:
     assert "pace_factor" not in environment
 
 
+def test_where_threads_share_the_work_nobody_looks_at_a_core(place, tmp_path) -> None:
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=2, threads=2)
+    (one,) = serve(place / "tiny.toml", tmp_path / "run", settings)
+    assert "pace_during" not in read_run(one.folder).environment
+
+
+def test_a_run_is_held_against_the_pace_that_its_profile_was_measured_at(
+    place, tmp_path, monkeypatch
+) -> None:
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    document["provenance"].setdefault("environment", {})["reference_s"] = 4.0
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    monkeypatch.setattr("calibration.measuring.pace.Reference.core_look_s", lambda self: 5.0)
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=2)
+    scenario = tmp_path / "tiny.toml"
+    scenario.write_text((place / "tiny.toml").read_text())
+    (one,) = serve(scenario, tmp_path / "run", settings)
+    assert read_run(one.folder).environment["pace_factor"] == 1.25
+
+
 def test_looks_between_iterations_are_a_tenth_of_a_second_apart(monkeypatch) -> None:
     class Known:
         seconds = 2.0

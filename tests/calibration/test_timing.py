@@ -188,12 +188,27 @@ def test_a_slower_core_and_slower_memory_both_show(monkeypatch: pytest.MonkeyPat
         assert known.lost_share() > 0.3
 
 
+def test_who_is_kept_waiting_once_sees_no_slow_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The middle of three parts counts thrice; a core that is slow throughout shows."""
+    known = Reference()
+    parts = iter([9.0, 1.0, 50.0, 1.0, 9.0, 2.0, 2.5, 2.0])
+    monkeypatch.setattr(known, "_compute_s", lambda times: next(parts))
+    assert known.core_look_s() == 3.0
+    assert known.core_look_s() == 6.0
+
+
+def test_several_threads_tell_no_pace(clock: ScriptedTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert WallTimer(CPU).sample(lambda: clock.work(0.06), 1).reference_s is not None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert WallTimer(CPU).sample(lambda: clock.work(0.06), 1).reference_s is None
+
+
 def test_a_single_lucky_look_does_not_make_all_others_disturbed_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of looks that take 1 s, one takes half; what counts is the quickest tenth."""
     looks = [0.5, 1.0]
-    monkeypatch.setattr(Reference, "_compute_s", lambda self, times: looks[0])
+    monkeypatch.setattr(Reference, "_compute_s", lambda self, times: looks[0] / 3)
     monkeypatch.setattr(Reference, "_read_s", lambda self, matrices: looks[0])
     known = Reference()
     assert known.quiet == Pace(0.5, 1.0)

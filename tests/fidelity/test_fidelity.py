@@ -34,12 +34,18 @@ from helios_sim.fidelity.recordings import (
 )
 from helios_sim.fidelity.replayed import replayed_run
 from helios_sim.fidelity.sides import Side
-from helios_sim.fidelity.swaps import OTHER_TEXTS, Attribution, Chance, Swap, attribute
+from helios_sim.fidelity.swaps import (
+    OTHER_TEXTS,
+    Attribution,
+    Chance,
+    Swap,
+    _pace_factor,
+    attribute,
+)
 from helios_sim.fidelity.timing import (
     Factors,
     factors,
     loads,
-    paced,
     predict,
     reloaded,
     retimed,
@@ -329,24 +335,30 @@ def test_an_error_goes_away_with_the_ingredient_it_came_from(
         assert sum(abs(kept[key]) for key in wrong) > 0.6 * sum(abs(before[key]) for key in wrong)
 
 
+def stretched(model: ModelProfile) -> ModelProfile:
+    """Every number of seconds a quarter longer, by the names that they have."""
+    coefficients = {
+        name: value * (1.25 if "s" in name.rpartition(".")[2].split("_") else 1.0)
+        for name, value in model.coefficients.items()
+        if value is not None
+    }
+    return replace(model, coefficients=coefficients)
+
+
 @pytest.mark.parametrize("policy", ["static-depth", "ee-single", "helios"])
 def test_a_slower_machine_is_told_from_iterations_that_are_predicted_wrongly(
-    policy: str, tmp_path: Path
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All takes 1.25 times as long, and so did known arithmetic: its pace removes the error."""
-    setup = experiment_for(policy).setup
-    real = serve(tmp_path / "real", policy, profile=paced(setup.profile, 1.25))
+    profile = changed_profile(experiment_for(policy).setup.profile, stretched)
+    real = serve(tmp_path / "real", policy, profile=profile)
     simulated = simulate(tmp_path / "simulated", policy)
     unseen = attribution_of(real, simulated)
     (missing,) = (one.missing for one in unseen.swaps if one.name == "pace")
     assert missing is not None
     assert "nobody looked at the pace" in missing
-    run = read_run(real)
-    environment = {**run.environment, "pace_factor": 1.25}
-    write_run(replace(run, environment=environment), summarise(run), tmp_path / "seen")
-    for name in (EXITS_FILE, ITERATIONS_FILE):
-        shutil.copy(real / name, tmp_path / "seen" / name)
-    found = attribution_of(tmp_path / "seen", simulated)
+    monkeypatch.setattr("helios_sim.fidelity.swaps._pace_factor", lambda side, profile: 1.25)
+    found = attribution_of(real, simulated)
     before = errors(found, "nothing")
     assert sum(abs(error) > 0.02 for error in before.values()) >= 2
     assert all(abs(error) <= 1e-9 for error in errors(found, "pace").values())
@@ -354,6 +366,19 @@ def test_a_slower_machine_is_told_from_iterations_that_are_predicted_wrongly(
     assert errors(found, "everything") == errors(unseen, "everything")
     causes = {cause.ingredient for cause in found.causes if abs(cause.error or 0.0) > 0.02}
     assert causes == {"pace"}
+
+
+def test_the_pace_is_held_against_the_profile_that_is_simulated(base: Path) -> None:
+    """A run may have been served with another one, whose own factor then says nothing."""
+    run = read_run(base / "real")
+    known = {"pace_during": {"core_s": 5.0, "looks": 9}, "pace_factor": 7.0}
+    seen = Side(base, replace(run, environment=run.environment | known), {})
+    profile = experiment_for("static-depth").setup.profile
+    told = {"reference_s": 4.0}
+    measured = replace(profile, provenance=replace(profile.provenance, environment=told))
+    assert _pace_factor(seen, measured) == 1.25
+    assert _pace_factor(seen, profile) is None
+    assert _pace_factor(Side(base, run, {}), measured) is None
 
 
 def test_a_perfect_simulation_has_no_error_and_needs_no_cause(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -295,18 +296,22 @@ def test_a_published_figure_has_our_range_over_seeds_beside_it() -> None:
     assert "Seeds 4 to 5" in table
     assert "<td>1 to 4</td>" in table
     assert "<td>1.50 to 2</td>" in table
+    for one, values in zip(summaries, ((2000.0, 1e308), (1000.0, 1e-308)), strict=True):
+        figure = figure_of(3000.0, 0.0, 9000.0, values=values)
+        one["replications"] = {"seeds": [4, 5], "figures": {"energy_per_output_token": figure}}
+    assert "<td>2 in 1 of 2</td>" in render(runs, summaries)
 
 
 def test_policies_are_compared_seed_by_seed() -> None:
-    """Means of 1.5 and 4.5 over two seeds: the ratios of one seed are 2 and 4, not 3."""
+    """Means of 1.5 and 4 over two seeds: the ratios of one seed are 4 and 2, not 2.67."""
     runs = make_runs()[:2]
     summaries = [summarise(run) for run in runs]
-    for one, values in zip(summaries, ((1.0, 2.0, 5.0), (4.0, 4.0, None)), strict=True):
-        mean = sum(value for value in values if value) / 3
+    for one, values in zip(summaries, ((1.0, 2.0), (4.0, 4.0)), strict=True):
+        mean = sum(values) / 2
         figure = figure_of(mean, 0.0, 9.0, values=values)
         one["replications"] = {
-            "seeds": [4, 5, 6],
-            "saturation": ["stable"] * 3,
+            "seeds": [4, 5],
+            "saturation": ["stable"] * 2,
             "figures": {"output_throughput": figure, "mean_batch_size": figure},
         }
     ratios = "2.00\N{MULTIPLICATION SIGN} to 4.00\N{MULTIPLICATION SIGN}"
@@ -321,11 +326,18 @@ def test_policies_are_compared_seed_by_seed() -> None:
 def test_ratios_over_seeds_need_a_base_and_one_tokenizer() -> None:
     def replicated(values: Sequence[float | None], tokenizer: str = "bytes") -> dict[str, Any]:
         figures = {"perplexity": {"values": values}, "switch_time_s": {"values": values}}
-        return {"tokenizers": [tokenizer], "replications": {"figures": figures}}
+        seeds = list(range(len(values)))
+        return {"tokenizers": [tokenizer], "replications": {"seeds": seeds, "figures": figures}}
 
     base = replicated([0.0, 2.0])
-    assert ratios_over_seeds("perplexity", replicated([1.0, 3.0]), base) == (1.5, 1.5)
-    assert ratios_over_seeds("perplexity", replicated([1.0, None]), base) is None
+    assert ratios_over_seeds("perplexity", replicated([3.0, 3.0]), replicated([2.0, 4.0])) == (
+        0.75,
+        1.5,
+    )
+    # A seed without a ratio may be the one that matters.
+    assert ratios_over_seeds("perplexity", replicated([1.0, 3.0]), base) is None
+    assert ratios_over_seeds("perplexity", replicated([1.0, None]), replicated([1.0, 2.0])) is None
+    assert ratios_over_seeds("perplexity", replicated([1.0, math.inf]), replicated([1, 2])) is None
     assert ratios_over_seeds("perplexity", replicated([1.0, 3.0], "words"), base) is None
     assert ratios_over_seeds("switch_time_s", replicated([1.0, 3.0]), base) is None
     assert ratios_over_seeds("perplexity", {}, base) is None
