@@ -71,7 +71,7 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
 
     `within_twice` counts the cases whose error is within twice the run-to-run spread, `beyond`
     lists the others with their likely cause. `median_spread` is half the width of a spread over
-    the real figure. `paced` are the errors at the pace of the runs, None where nobody saw it.
+    the real figure. `paced`, where the pace of runs is known, are the errors at it.
     """
     found = []
     for key, figure in JUDGED.items():
@@ -93,7 +93,7 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
                 "median_error": median,
                 "worst_error": errors[-1],
                 "met": median <= target,
-                "paced": _paced(cases, key),
+                **_paced(cases, key),
                 "median_spread": statistics.median(widths) if widths else None,
                 "num_judged": len(spreads),
                 "within": sum(1 for one in spreads if one is not None and one <= 1.0),
@@ -108,10 +108,10 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
     return found
 
 
-def _paced(cases: Sequence[Data], key: str) -> dict[str, Any] | None:
+def _paced(cases: Sequence[Data], key: str) -> dict[str, Any]:
     """Absolute errors against the typical real runs, as they are and at the pace of those runs.
 
-    Of cases whose pace was seen; None without any.
+    Of cases whose pace was seen; nothing without any.
     """
     pairs = [
         (abs(plain), abs(paced))
@@ -120,14 +120,16 @@ def _paced(cases: Sequence[Data], key: str) -> dict[str, Any] | None:
         and (plain := _error_with("nothing", case, key)) is not None
     ]
     if not pairs:
-        return None
+        return {}
     plains, paceds = zip(*pairs, strict=True)
     return {
-        "num_cases": len(pairs),
-        "plain_median": statistics.median(plains),
-        "plain_worst": max(plains),
-        "median_error": statistics.median(paceds),
-        "worst_error": max(paceds),
+        "paced": {
+            "num_cases": len(pairs),
+            "plain_median": statistics.median(plains),
+            "plain_worst": max(plains),
+            "median_error": statistics.median(paceds),
+            "worst_error": max(paceds),
+        }
     }
 
 

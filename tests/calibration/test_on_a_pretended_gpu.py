@@ -492,6 +492,11 @@ def test_a_run_says_where_graphs_could_not_be_had(
 
 
 @serves
+def test_the_pace_of_the_processor_beside_a_gpu_is_not_the_gpus(place: Path, gpu: Gpu) -> None:
+    assert "pace_during" not in read_run(served(place, "vanilla", "cuda")).environment
+
+
+@serves
 def test_prompts_of_one_token_are_prefilled_without_graphs(place: Path, gpu: Gpu) -> None:
     text = (
         (place / "tiny.toml")

@@ -125,7 +125,7 @@ def test_errors_at_the_pace_of_the_runs_stand_beside_those_of_the_same_runs(
     cases[1] |= {"pace_factors": [None]}
     paced = {**results, "cases": cases, "targets": judging.targets(cases), "device_kind": "cpu"}
     by_key = {one["key"]: one for one in paced["targets"]}
-    assert by_key["output_throughput"]["paced"] is None
+    assert "paced" not in by_key["output_throughput"]
     assert by_key["mean_tpot_ms"]["paced"] == {
         **{"num_cases": 1, "plain_median": plain, "plain_worst": plain},
         **{"median_error": 0.025, "worst_error": 0.025},
