@@ -343,6 +343,16 @@ class Profile:
             else {}
         )
 
+    def pace_factor(self, core_s: float) -> float | None:
+        """How many times longer known arithmetic took than around the readings; None unknown.
+
+        `core_s` are the seconds that it took elsewhere, such as beside a run.
+        """
+        usual_s = self.provenance.environment.get("reference_s")
+        if not isinstance(usual_s, int | float) or usual_s <= 0.0:
+            return None
+        return core_s / usual_s
+
     def grade_counts(self) -> dict[str, int]:
         """How many numbers stand at each grade; `unavailable` is named only where it occurs."""
         grades = [quantity.grade for quantity in self.quantities.values()]

@@ -52,10 +52,8 @@ class Companion:
             return {}
         mean_s = statistics.fmean(self.looks_s)
         facts: dict[str, Any] = {"pace_during": {"core_s": mean_s, "looks": len(self.looks_s)}}
-        measured_s = profile.provenance.environment.get("reference_s")
-        if isinstance(measured_s, int | float) and measured_s > 0.0:
-            facts["pace_factor"] = mean_s / measured_s
-        return facts
+        factor = profile.pace_factor(mean_s)
+        return facts if factor is None else facts | {"pace_factor": factor}
 
 
 def waited_s() -> float | None:

@@ -240,10 +240,7 @@ def _pace_factor(side: Side, profile: Profile) -> float | None:
 
     The profile is the simulated one, which need not be the one that the run was served with.
     """
-    usual_s = profile.provenance.environment.get("reference_s")
-    if side.core_during_s is None or not isinstance(usual_s, int | float) or usual_s <= 0.0:
-        return None
-    return side.core_during_s / usual_s
+    return None if side.core_during_s is None else profile.pace_factor(side.core_during_s)
 
 
 def attribute(
