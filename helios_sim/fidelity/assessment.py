@@ -151,6 +151,9 @@ def _attribution(attribution: Attribution | None) -> dict[str, Any] | None:
         "chance": {
             **asdict(attribution.chance),
             "errors": {key: attribution.chance_errors(key) for key in attribution.chance.ends},
+            "middle_errors": {
+                key: attribution.middle_error(key) for key in attribution.chance.middles
+            },
         },
         "causes": [asdict(cause) for cause in attribution.causes],
     }

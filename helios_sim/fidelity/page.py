@@ -150,7 +150,8 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
         row = fidelity.row(cause.key)
         title = cause.key if row is None else row.title
         chance = spanned_errors(attribution.chance_errors(cause.key))
-        causes.append((title, signed_percent(cause.error), chance, cause.said))
+        middle = signed_percent(attribution.middle_error(cause.key))
+        causes.append((title, signed_percent(cause.error), chance, middle, cause.said))
         told = (signed_percent(attribution.error(one, cause.key)) for one in swaps)
         errors.append((title, *told))
     said = [
@@ -165,7 +166,8 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
         f"({attribution.repeat}). An error that goes away came from that ingredient; what is left "
         f"with everything swapped is in none of them.{against} By chance, the same requests "
         f"have other text: from the least to the most error of {attribution.chance.num_texts} such "
-        "simulations and this one. A real figure among them is within chance.",
+        "simulations and this one, and that of the middle one, at the pace of the run where it was "
+        "seen. A real figure among them is within chance.",
         add_figure(
             drawn,
             "attribution",
@@ -174,7 +176,7 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
             f"Errors are against {attribution.repeat}: the first bar as the simulation stands, the "
             "last with everything swapped. Errors within half a per cent are left out.",
         ),
-        _plain_table(("Figure", "Error", "By chance", "Cause"), causes),
+        _plain_table(("Figure", "Error", "By chance", "Middle text", "Cause"), causes),
         _plain_table(("Figure", *(one.name for one in swaps)), errors),
         markup.notes(said, "notes small"),
     )

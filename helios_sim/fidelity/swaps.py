@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +61,8 @@ all but loading times of the profile are stretched by it, whatever iterations to
 median times of an iteration of its kind, `slow` is by how much the mean exceeds the median, `loads`
 the time of loads for which serving waited.
 """
+BY_CHANCE: Final = "; within chance"
+"""Said after a cause where the real figure lies among those of other texts."""
 NOTHING: Final = "nothing"
 EVERYTHING: Final = "everything"
 
@@ -126,12 +129,14 @@ class Cause:
 class Chance:
     """What the simulation gives where the same requests have other text of the profile's traces.
 
-    `ends` are the least and the most of each headline figure, on `num_texts` texts beside the
-    given one. A policy that decides by few tokens may go another way on each.
+    `ends` are the least and the most of each headline figure, `middles` the median, on `num_texts`
+    texts and the given one; all at the pace of the real run, where that is known. A policy that
+    decides by few tokens may go another way on each.
     """
 
     num_texts: int
     ends: dict[str, tuple[float, float]]
+    middles: dict[str, float] = field(default_factory=dict)
 
     def spans(self, key: str, value: float) -> bool:
         """Whether a real figure lies within what texts give, where they make a difference."""
@@ -181,6 +186,10 @@ class Attribution:
         """The least and the most relative error of a figure on the given text and others."""
         least, most = self.chance.ends.get(key, (None, None))
         return self._error_of(least, key), self._error_of(most, key)
+
+    def middle_error(self, key: str) -> float | None:
+        """The relative error of a figure's median over the given text and others."""
+        return self._error_of(self.chance.middles.get(key), key)
 
     def _error_of(self, ours: Value, key: str) -> float | None:
         theirs = self.real.get(key)
@@ -268,11 +277,12 @@ def attribute(
             present.append(name)
         figures = scene.play(frozenset(taken))
         swaps.append(Swap(name, title, {key: scaled(key, figures.get(key)) for key in HEADLINES}))
-    texts = [swaps[0].figures]
+    paces = frozenset(present) & {"pace"}
+    texts = [next(one.figures for one in swaps if one.name == ("pace" if paces else NOTHING))]
     for text in range(1, OTHER_TEXTS + 1):
         if report is not None:
             report("attribution", (len(steps) + text - 1) / num_steps)
-        figures = scene.play(frozenset(), text)
+        figures = scene.play(paces, text)
         texts.append({key: scaled(key, figures.get(key)) for key in HEADLINES})
     real = {key: scaled(key, side.summary.get(key)) for key in HEADLINES}
     attribution = Attribution(side.path.name, real, tuple(swaps), (), (), _chance(texts))
@@ -284,13 +294,14 @@ def attribute(
 
 
 def _chance(texts: Sequence[Mapping[str, Value]]) -> Chance:
-    """The ends of each figure that the simulation has on every text."""
-    ends = {}
+    """The ends and the middle of each figure that the simulation has on every text."""
+    ends, middles = {}, {}
     for key in HEADLINES:
         values = [value for figures in texts if isinstance(value := figures.get(key), float)]
         if len(values) == len(texts):
             ends[key] = min(values), max(values)
-    return Chance(len(texts) - 1, ends)
+            middles[key] = statistics.median(values)
+    return Chance(len(texts) - 1, ends, middles)
 
 
 def _missing(name: str, found: Ingredients) -> str | None:
@@ -411,7 +422,7 @@ def _causes(attribution: Attribution) -> list[Cause]:
             said = f"mostly {INGREDIENTS[best]}"
             cause = Cause(key, error, best, known[best], remainder, said)
         if by_chance:
-            cause = replace(cause, said=f"{cause.said}; within chance", by_chance=True)
+            cause = replace(cause, said=f"{cause.said}{BY_CHANCE}", by_chance=True)
         causes.append(cause)
     return causes
 

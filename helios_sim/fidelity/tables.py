@@ -75,9 +75,10 @@ def attribution_table(fidelity: Fidelity, attribution: Attribution) -> FittedTab
         row = fidelity.row(cause.key)
         errors = (signed_percent(attribution.error(one, cause.key)) for one in swaps)
         name = cause.key if row is None else row.title
-        told = (*errors, spanned_errors(attribution.chance_errors(cause.key)))
+        middle = signed_percent(attribution.middle_error(cause.key))
+        told = (*errors, spanned_errors(attribution.chance_errors(cause.key)), middle)
         rows.append([Text(f"  {name}"), *(Text(error) for error in told)])
-    titles = ["error with this swapped", *(one.name for one in swaps), "by chance"]
+    titles = ["error with this swapped", *(one.name for one in swaps), "by chance", "middle text"]
     return FittedTable(titles, rows)
 
 

@@ -17,16 +17,16 @@ from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.quality import BOUND
 from reports.fidelity.summary import (
-    PACE_SAID,
-    PACE_TITLES,
     TITLES,
+    TYPICAL_SAID,
+    TYPICAL_TITLES,
     WITHIN_BAR,
     equal_quality_said,
     group_of,
     measure_of,
-    pace_rows,
     percent,
     summary_rows,
+    typical_rows,
 )
 
 _BEYOND: Final = ("above", "below", "differs")
@@ -111,14 +111,15 @@ def _anew_remarks(results: Mapping[str, Any]) -> list[str]:
 
 
 def _pace_remarks(results: Mapping[str, Any]) -> list[str]:
-    """How slow the machine was around the runs that count, and how many were discarded for it."""
-    slowed = [one for case in results["cases"] for one in case["slowdowns"] if one is not None]
+    """How slow the machine was for the runs that count, and how many were discarded for it."""
+    slowed = [one for case in results["cases"] for one in _slowest(case) if one is not None]
     if not slowed:
         return ["How slow the machine was around the real runs is unknown."]
+    when = "around and during" if _has_paces(results) else "around"
     bound, num = results["max_slowdown"], results["num_discarded"]
     beyond = sum(1 for one in slowed if one > bound)
     said = (
-        f"The machine was {spanned(slowed)} times as slow around the real runs as while the "
+        f"The machine was {spanned(slowed)} times as slow {when} the real runs as while the "
         "profile was measured. "
     )
     if num:
@@ -130,35 +131,54 @@ def _pace_remarks(results: Mapping[str, Any]) -> list[str]:
         said += f"; of those kept {beyond} still are." if beyond else "."
     else:
         said += (
-            f"No run was discarded for it, though around {beyond} it was more than {bound:g} times."
+            f"No run was discarded for it, though {when} {beyond} it was more than {bound:g} times."
             if beyond
             else f"No run was discarded: that would take more than {bound:g} times."
         )
-    return [said, *_paced_remarks(results)]
+    return [said, *_typical_remarks(results)]
 
 
-def _paced_remarks(results: Mapping[str, Any]) -> list[str]:
-    """How far off simulations at the pace of the typical runs are, where it was seen."""
-    told = [
-        f"{JUDGED[one['key']].said} {percent(paced['median_error'])} instead of "
-        f"{percent(paced['plain_median'])}"
-        for one in results["targets"]
-        if (paced := one.get("paced"))
+def _has_paces(results: Mapping[str, Any]) -> bool:
+    """Whether the pace of some real run was seen."""
+    return any(one is not None for case in results["cases"] for one in case.get("pace_factors", ()))
+
+
+def _slowest(case: Mapping[str, Any]) -> list[float | None]:
+    """How slow the machine was for each real run of a case: around it or, where told, during it."""
+    paces = case.get("pace_factors") or [None] * len(case["slowdowns"])
+    return [
+        max((one for one in both if one is not None), default=None)
+        for both in zip(case["slowdowns"], paces, strict=True)
     ]
-    if not told:
-        return []
-    return [f"At the pace of the typical real runs, median absolute errors are {listed(told)}."]
+
+
+def _typical_remarks(results: Mapping[str, Any]) -> list[str]:
+    """How far off simulations at the pace of the typical runs, and of the middle text, are."""
+    found = []
+    for name, said in (
+        ("paced", "At the pace of the typical real runs"),
+        ("text", "Of the middle of several texts, at that pace where it was seen"),
+    ):
+        told = [
+            f"{JUDGED[one['key']].said} {percent(typical[f'{name}_median'])} instead of "
+            f"{percent(typical['plain_median'])}"
+            for one in results["targets"]
+            if f"{name}_median" in (typical := one.get("typical", {}))
+        ]
+        if told:
+            found.append(f"{said}, median absolute errors are {listed(told)}.")
+    return found
 
 
 def _targets(results: Mapping[str, Any]) -> str:
-    paced = pace_rows(results)
+    typical = typical_rows(results)
     return section(
         "Errors over all cases",
         measure_of(results),
         _table(TITLES, summary_rows(results)),
         *(
-            (f'<p class="small">{escape(PACE_SAID)}</p>', _table(PACE_TITLES, paced))
-            if paced
+            (f'<p class="small">{escape(TYPICAL_SAID)}</p>', _table(TYPICAL_TITLES, typical))
+            if typical
             else ()
         ),
     )
@@ -203,7 +223,7 @@ def _cases(results: Mapping[str, Any], drawn: dict[str, Figure]) -> str:
         cells = [_cell(figures.get(key)) for key in names]
         verdict = ours if saturation.get("verdict") == "same" else f"{ours} (real: {real})"
         rows.append((case["name"], *cells, verdict))
-    paced = pace_rows(results)
+    paced = _has_paces(results)
     sent = [
         (
             case["name"],

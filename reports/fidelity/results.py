@@ -71,7 +71,7 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
 
     `within_twice` counts the cases whose error is within twice the run-to-run spread, `beyond`
     lists the others with their likely cause. `median_spread` is half the width of a spread over
-    the real figure. `paced`, where the pace of runs is known, are the errors at it.
+    the real figure. `typical` holds errors against the typical real runs.
     """
     found = []
     for key, figure in JUDGED.items():
@@ -93,7 +93,7 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
                 "median_error": median,
                 "worst_error": errors[-1],
                 "met": median <= target,
-                **_paced(cases, key),
+                **_typical(cases, key),
                 "median_spread": statistics.median(widths) if widths else None,
                 "num_judged": len(spreads),
                 "within": sum(1 for one in spreads if one is not None and one <= 1.0),
@@ -108,29 +108,34 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
     return found
 
 
-def _paced(cases: Sequence[Data], key: str) -> dict[str, Any]:
-    """Absolute errors against the typical real runs, as they are and at the pace of those runs.
+def _typical(cases: Sequence[Data], key: str) -> dict[str, Any]:
+    """Absolute errors against the typical real runs: as they are, at their pace, of other texts.
 
-    Of cases whose pace was seen; nothing without any.
+    Of cases of which the pace and other texts are known, as far as any case has them; nothing
+    without either.
     """
-    pairs = [
-        (abs(plain), abs(paced))
-        for case in cases
-        if (paced := _error_with("pace", case, key)) is not None
-        and (plain := _error_with("nothing", case, key)) is not None
-    ]
-    if not pairs:
+    found: dict[str, dict[int, float]] = {name: {} for name in ("plain", "paced", "text")}
+    for place, case in enumerate(cases):
+        told = (_error_with("nothing", case, key), _error_with("pace", case, key))
+        for name, error in zip(found, (*told, _middle_error(case, key)), strict=True):
+            if error is not None:
+                found[name][place] = abs(error)
+    known = [name for name in found if found[name]]
+    places = set(range(len(cases))).intersection(*(found[name] for name in known))
+    if known in ([], ["plain"]) or not places:
         return {}
-    plains, paceds = zip(*pairs, strict=True)
-    return {
-        "paced": {
-            "num_cases": len(pairs),
-            "plain_median": statistics.median(plains),
-            "plain_worst": max(plains),
-            "median_error": statistics.median(paceds),
-            "worst_error": max(paceds),
-        }
-    }
+    typical: dict[str, Any] = {"num_cases": len(places)}
+    for name in known:
+        errors = [found[name][place] for place in places]
+        typical |= {f"{name}_median": statistics.median(errors), f"{name}_worst": max(errors)}
+    return {"typical": typical}
+
+
+def _middle_error(case: Data, key: str) -> float | None:
+    """A figure's error on the middle of the texts that were simulated; None unknown."""
+    chance = (case["attribution"] or {}).get("chance", {})
+    error: float | None = chance.get("middle_errors", {}).get(key)
+    return error
 
 
 def _error_with(swap: str, case: Data, key: str) -> float | None:
@@ -316,11 +321,13 @@ def _table(results: Data) -> str:
     columns = ("real_median", "low", "high", "simulated", "error", "error_in_spreads", "verdict")
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(("case", "figure", "unit", *columns, *(f"error_with_{one}" for one in _SWAPS)))
+    swapped = (*(f"error_with_{one}" for one in _SWAPS), "error_of_middle_text")
+    writer.writerow(("case", "figure", "unit", *columns, *swapped))
     for case in results["cases"]:
         for row in case["figures"]:
             real = row["median"] if row["median"] is not None else "/".join(map(str, row["real"]))
             values = [real, *(row[name] for name in columns[1:])]
             values += [_error_with(one, case, row["key"]) for one in _SWAPS]
+            values.append(_middle_error(case, row["key"]))
             writer.writerow((case["name"], row["key"], row["unit"], *values))
     return file.getvalue()

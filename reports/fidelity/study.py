@@ -40,7 +40,7 @@ Server = Callable[[Path, Path, int], None]
 Say = Callable[[str], None]
 
 MAX_SLOWDOWN: Final = 1.15
-"""A run around which the machine was slower than this, against the profile's, is served again."""
+"""A run around or during which the machine was this much slower is served again."""
 MAX_AGAIN: Final = 2
 """Times that a run is served again at most; the least slowed one is kept."""
 
@@ -213,8 +213,9 @@ def serve_until_quiet(
 ) -> None:
     """Serve a run again that a busy machine disturbed, and keep the one least slowed.
 
-    Only the machine's pace around a run counts, never what came of it. What is not kept goes into
-    `discarded`, so that nothing is lost and a study that is resumed does not try for ever.
+    Only the machine's pace around and during a run counts, never what came of it. What is not kept
+    goes into `discarded`, so that nothing is lost and a study that is resumed does not try for
+    ever.
     """
     for attempt in range(len(_earlier(discarded, run.name)) + 1, most_again + 1):
         before = slowdown_of(run)
@@ -244,10 +245,10 @@ def finish_exchange(real: Path, discarded: Path) -> None:
 
 
 def slowdown_of(run: Path) -> float | None:
-    """How much slower the machine was around a run; None where it is not known."""
+    """How much slower the machine was around or during a run; None where neither is known."""
     facts = json.loads((run / TOTALS_FILE).read_text(encoding="utf-8"))
-    found = facts["environment"].get("slowdown")
-    return float(found) if isinstance(found, int | float) else None
+    found = [facts["environment"].get(key) for key in ("slowdown", "pace_factor")]
+    return max((float(one) for one in found if isinstance(one, int | float)), default=None)
 
 
 def _earlier(discarded: Path, name: str = "*") -> list[Path]:

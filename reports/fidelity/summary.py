@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from helios_sim.fidelity.swaps import BY_CHANCE
 from helios_sim.wording import listed, number, times
 from reports.fidelity.figures import JUDGED
 
@@ -19,15 +20,28 @@ TITLES: Final = (
     "In twice",
     "Beyond twice, likely from",
 )
-PACE_TITLES: Final = ("Figure", "Cases", "As it is", "Worst", "At its pace", "Worst at it")
-PACE_SAID: Final = (
-    "Errors against the typical real run of each case, the one that causes are told against, as "
-    "they are and at its pace: with all times but those of loading stretched by what known "
-    "arithmetic took between its iterations, over what it took around the profile's readings."
+TYPICAL_TITLES: Final = (
+    "Figure",
+    "Cases",
+    "As it is",
+    "Worst",
+    "At its pace",
+    "Worst",
+    "Middle text",
+    "Worst",
+)
+TYPICAL_SAID: Final = (
+    "Errors against the typical real run of each case, the one that causes are told against: as "
+    "they are; at its pace, with all times but those of loading stretched by what known "
+    "arithmetic took between its iterations, over what it took around the profile's readings; and "
+    "of the middle of simulations of the same requests on the given text and others, at its pace "
+    "where that was seen. What a policy decides by few tokens hangs on the text, so that neither "
+    "one real run nor one simulated one is typical of it."
 )
 WITHIN_BAR: Final = "within the bar of a GPU all the same"
 """Said of an error beyond twice the spread that a GPU may have."""
 _DASH: Final = "\N{EN DASH}"
+_PARTS: Final = ("median", "worst")
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -54,25 +68,26 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def pace_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each figure of which errors are known at the pace of the runs; else none."""
+def typical_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A row for each figure of which errors at the pace or of other texts are known; else none."""
+    columns = [f"{name}_{part}" for name in ("plain", "paced", "text") for part in _PARTS]
     return [
         (
             JUDGED[one["key"]].name,
-            f"{paced['num_cases']} of {one['num_cases']}",
-            percent(paced["plain_median"]),
-            percent(paced["plain_worst"]),
-            percent(paced["median_error"]),
-            percent(paced["worst_error"]),
+            f"{typical['num_cases']} of {one['num_cases']}",
+            *(percent(typical.get(column)) for column in columns),
         )
         for one in results["targets"]
-        if (paced := one.get("paced"))
+        if (typical := one.get("typical"))
     ]
 
 
 def causes(beyond: Sequence[Mapping[str, Any]]) -> str:
-    """Likely causes with how many cases each has, the commonest first."""
-    told = Counter(str(one["cause"]) for one in beyond).most_common()
+    """Likely causes with how many cases each has, the commonest first.
+
+    Which of them are within chance stands in the list of the cases.
+    """
+    told = Counter(str(one["cause"]).removesuffix(BY_CHANCE) for one in beyond).most_common()
     return listed([f"{said} ({num})" for said, num in told])
 
 
@@ -157,9 +172,9 @@ def _options(tried: Mapping[str, Any]) -> str:
 def summary_text(results: Mapping[str, Any]) -> str:
     """The summary for a terminal, columns aligned."""
     lines = [*_aligned([TITLES, *summary_rows(results)]), measure_of(results)]
-    paced = pace_rows(results)
-    if paced:
-        lines += [*_aligned([PACE_TITLES, *paced]), PACE_SAID]
+    typical = typical_rows(results)
+    if typical:
+        lines += [*_aligned([TYPICAL_TITLES, *typical]), TYPICAL_SAID]
     said = [equal_quality_said(one, results) for one in results["equal_quality"]]
     return "\n".join([*lines, *said])
 
