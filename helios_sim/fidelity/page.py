@@ -166,8 +166,8 @@ def _attribution(fidelity: Fidelity, drawn: dict[str, Figure]) -> str:
         f"({attribution.repeat}). An error that goes away came from that ingredient; what is left "
         f"with everything swapped is in none of them.{against} By chance, the same requests "
         f"have other text: from the least to the most error of {attribution.chance.num_texts} such "
-        "simulations and this one, and that of the middle one, at the pace of the run where it was "
-        "seen. A real figure among them is within chance.",
+        "simulations and this one, and that of the middle one, all at the pace of the run where it "
+        "was seen. A real figure among them is within chance, unless its error is the pace's.",
         add_figure(
             drawn,
             "attribution",

@@ -113,7 +113,8 @@ class Cause:
 
     Errors are relative. `ingredient` is None where the error is small or nothing takes away
     enough of it; `remainder` is the error with everything swapped at once. `by_chance` says that
-    the real figure lies among what the simulation gives on the given text and others.
+    the real figure lies among what the simulation gives on the given text and others, at its pace,
+    and that the error is not that pace's.
     """
 
     key: str
@@ -183,12 +184,12 @@ class Attribution:
         return self._error_of(swap.figures.get(key), key)
 
     def chance_errors(self, key: str) -> tuple[float | None, float | None]:
-        """The least and the most relative error of a figure on the given text and others."""
+        """The least and the most relative error of a figure on all texts, at the pace if known."""
         least, most = self.chance.ends.get(key, (None, None))
         return self._error_of(least, key), self._error_of(most, key)
 
     def middle_error(self, key: str) -> float | None:
-        """The relative error of a figure's median over the given text and others."""
+        """The relative error of a figure's median over all texts, at the pace if known."""
         return self._error_of(self.chance.middles.get(key), key)
 
     def _error_of(self, ours: Value, key: str) -> float | None:
@@ -411,12 +412,16 @@ def _causes(attribution: Attribution) -> list[Cause]:
         left = {one.name: attribution.error(one, key) for one in swaps}
         known = {name: one for name, one in left.items() if one is not None}
         theirs = attribution.real[key]
-        by_chance = isinstance(theirs, float) and attribution.chance.spans(key, theirs)
+        by_chance = (
+            isinstance(theirs, float)
+            and attribution.chance.spans(key, theirs)
+            and not _takes_away(known.get("pace"), error)
+        )
         best = min(known, key=lambda name: abs(known[name]), default=None)
         if abs(error) <= SMALL:
             causes.append(Cause(key, error, None, None, remainder, "no error to speak of"))
             continue
-        if best is None or abs(error) - abs(known[best]) < EXPLAINS * abs(error):
+        if best is None or not _takes_away(known[best], error):
             cause = Cause(key, error, None, None, remainder, _unexplained(error, remainder))
         else:
             said = f"mostly {INGREDIENTS[best]}"
@@ -427,9 +432,14 @@ def _causes(attribution: Attribution) -> list[Cause]:
     return causes
 
 
+def _takes_away(left: float | None, error: float) -> bool:
+    """Whether what is left of an error is so much less that it was explained."""
+    return left is not None and abs(error) - abs(left) >= EXPLAINS * abs(error)
+
+
 def _unexplained(error: float, remainder: float | None) -> str:
     """What is said of an error that no single ingredient takes away."""
-    if remainder is not None and abs(error) - abs(remainder) >= EXPLAINS * abs(error):
+    if _takes_away(remainder, error):
         return "several ingredients together"
     return "no ingredient: physics that the model does not have, or noise"
 

@@ -141,7 +141,8 @@ def remarks(fidelity: Fidelity) -> list[str]:
         if any(cause.by_chance for cause in wrong):
             found.append(
                 f"Within chance: among what {attribution.chance.num_texts} simulations of the same "
-                "requests on other text and this one give."
+                "requests on other text and this one give, at the pace of the run where it was "
+                "seen."
             )
         found += [
             f"{sentence(swap.title)}: {swap.missing}."

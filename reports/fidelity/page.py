@@ -18,15 +18,14 @@ from reports.fidelity.figures import BESIDE, JUDGED
 from reports.fidelity.quality import BOUND
 from reports.fidelity.summary import (
     TITLES,
-    TYPICAL_SAID,
-    TYPICAL_TITLES,
     WITHIN_BAR,
     equal_quality_said,
     group_of,
     measure_of,
     percent,
     summary_rows,
-    typical_rows,
+    typical_said,
+    typical_table,
 )
 
 _BEYOND: Final = ("above", "below", "differs")
@@ -131,7 +130,7 @@ def _pace_remarks(results: Mapping[str, Any]) -> list[str]:
         said += f"; of those kept {beyond} still are." if beyond else "."
     else:
         said += (
-            f"No run was discarded for it, though {when} {beyond} it was more than {bound:g} times."
+            f"No run was discarded for it, though for {beyond} it was more than {bound:g} times."
             if beyond
             else f"No run was discarded: that would take more than {bound:g} times."
         )
@@ -157,7 +156,7 @@ def _typical_remarks(results: Mapping[str, Any]) -> list[str]:
     found = []
     for name, said in (
         ("paced", "At the pace of the typical real runs"),
-        ("text", "Of the middle of several texts, at that pace where it was seen"),
+        ("text", f"With the middle of several texts{', at that pace' * _has_paces(results)}"),
     ):
         told = [
             f"{JUDGED[one['key']].said} {percent(typical[f'{name}_median'])} instead of "
@@ -171,13 +170,16 @@ def _typical_remarks(results: Mapping[str, Any]) -> list[str]:
 
 
 def _targets(results: Mapping[str, Any]) -> str:
-    typical = typical_rows(results)
+    typical = typical_table(results)
     return section(
         "Errors over all cases",
         measure_of(results),
         _table(TITLES, summary_rows(results)),
         *(
-            (f'<p class="small">{escape(TYPICAL_SAID)}</p>', _table(TYPICAL_TITLES, typical))
+            (
+                f'<p class="small">{escape(typical_said(results))}</p>',
+                _table(typical[0], typical[1:]),
+            )
             if typical
             else ()
         ),
@@ -361,7 +363,7 @@ def _causes(results: Mapping[str, Any]) -> str:
     if any(cause.get("by_chance") for cause in told):
         chance = (
             " Within chance are real figures among those of simulations of the same requests on "
-            "other texts of the traces."
+            "other texts of the traces, at the pace of the run where it was seen."
         )
     return section(
         "What the errors come from",

@@ -111,8 +111,8 @@ def targets(cases: Sequence[Data]) -> list[dict[str, Any]]:
 def _typical(cases: Sequence[Data], key: str) -> dict[str, Any]:
     """Absolute errors against the typical real runs: as they are, at their pace, of other texts.
 
-    Of cases of which the pace and other texts are known, as far as any case has them; nothing
-    without either.
+    Only of cases of which all is known that any case has, so that the kinds compare; nothing where
+    no case has more than the first.
     """
     found: dict[str, dict[int, float]] = {name: {} for name in ("plain", "paced", "text")}
     for place, case in enumerate(cases):

@@ -213,7 +213,7 @@ def serve_until_quiet(
 ) -> None:
     """Serve a run again that a busy machine disturbed, and keep the one least slowed.
 
-    Only the machine's pace around and during a run counts, never what came of it. What is not kept
+    Only the machine's pace around and during a run counts, never its figures. What is not kept
     goes into `discarded`, so that nothing is lost and a study that is resumed does not try for
     ever.
     """
@@ -253,7 +253,7 @@ def slowdown_of(run: Path) -> float | None:
 
 def _earlier(discarded: Path, name: str = "*") -> list[Path]:
     """Runs that were discarded, of one repeat or of all."""
-    return [one for one in discarded.glob(f"{name}-[0-9]") if (one / TOTALS_FILE).is_file()]
+    return [one for one in discarded.glob(f"{name}-[0-9]*") if (one / TOTALS_FILE).is_file()]
 
 
 def _is_whole(real: Path, repeats: int) -> bool:

@@ -20,28 +20,24 @@ TITLES: Final = (
     "In twice",
     "Beyond twice, likely from",
 )
-TYPICAL_TITLES: Final = (
-    "Figure",
-    "Cases",
-    "As it is",
-    "Worst",
-    "At its pace",
-    "Worst",
-    "Middle text",
-    "Worst",
-)
-TYPICAL_SAID: Final = (
-    "Errors against the typical real run of each case, the one that causes are told against: as "
-    "they are; at its pace, with all times but those of loading stretched by what known "
-    "arithmetic took between its iterations, over what it took around the profile's readings; and "
-    "of the middle of simulations of the same requests on the given text and others, at its pace "
-    "where that was seen. What a policy decides by few tokens hangs on the text, so that neither "
-    "one real run nor one simulated one is typical of it."
-)
+TYPICAL: Final = {
+    "plain": ("As it is", "as they are"),
+    "paced": (
+        "At its pace",
+        "at its pace, with all times but those of loading stretched by what known arithmetic took "
+        "between its iterations, over what it took around the profile's readings",
+    ),
+    "text": (
+        "Middle text",
+        "of the middle of simulations of the same requests on the given text and others, at its "
+        "pace where that was seen: what a policy decides by few tokens hangs on the text, so that "
+        "neither one real run nor one simulated one is typical of it",
+    ),
+}
+"""Kinds of errors against the typical real runs: the title of each, and what is said of it."""
 WITHIN_BAR: Final = "within the bar of a GPU all the same"
 """Said of an error beyond twice the spread that a GPU may have."""
 _DASH: Final = "\N{EN DASH}"
-_PARTS: Final = ("median", "worst")
 
 
 def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -68,18 +64,37 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def typical_rows(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A row for each figure of which errors at the pace or of other texts are known; else none."""
-    columns = [f"{name}_{part}" for name in ("plain", "paced", "text") for part in _PARTS]
-    return [
+def typical_table(results: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Titles, and a row for each figure whose errors are known in more ways than one; else none."""
+    told = [(one, typical) for one in results["targets"] if (typical := one.get("typical"))]
+    if not told:
+        return ()
+    kinds = _kinds(results)
+    titles = ("Figure", "Cases", *(word for kind in kinds for word in (TYPICAL[kind][0], "Worst")))
+    columns = [f"{kind}_{part}" for kind in kinds for part in ("median", "worst")]
+    rows = [
         (
             JUDGED[one["key"]].name,
             f"{typical['num_cases']} of {one['num_cases']}",
             *(percent(typical.get(column)) for column in columns),
         )
-        for one in results["targets"]
-        if (typical := one.get("typical"))
+        for one, typical in told
     ]
+    return (titles, *rows)
+
+
+def typical_said(results: Mapping[str, Any]) -> str:
+    """What the table of errors against the typical real runs shows."""
+    return (
+        "Errors against the typical real run of each case, the one that causes are told against: "
+        f"{'; '.join(TYPICAL[kind][1] for kind in _kinds(results))}."
+    )
+
+
+def _kinds(results: Mapping[str, Any]) -> list[str]:
+    """The kinds of errors against the typical real runs that some figure has."""
+    known = [one.get("typical", {}) for one in results["targets"]]
+    return [kind for kind in TYPICAL if any(f"{kind}_median" in one for one in known)]
 
 
 def causes(beyond: Sequence[Mapping[str, Any]]) -> str:
@@ -172,9 +187,9 @@ def _options(tried: Mapping[str, Any]) -> str:
 def summary_text(results: Mapping[str, Any]) -> str:
     """The summary for a terminal, columns aligned."""
     lines = [*_aligned([TITLES, *summary_rows(results)]), measure_of(results)]
-    typical = typical_rows(results)
+    typical = typical_table(results)
     if typical:
-        lines += [*_aligned([TYPICAL_TITLES, *typical]), TYPICAL_SAID]
+        lines += [*_aligned(typical), typical_said(results)]
     said = [equal_quality_said(one, results) for one in results["equal_quality"]]
     return "\n".join([*lines, *said])
 

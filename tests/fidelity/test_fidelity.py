@@ -369,6 +369,7 @@ def test_a_slower_machine_is_told_from_iterations_that_are_predicted_wrongly(
     if policy == "static-depth":
         # Times hang on no text here, and other texts are simulated at that pace too.
         assert found.middle_error("mean_tpot_ms") == pytest.approx(0.0, abs=1e-9)
+        assert len(set(found.chance.ends["mean_tpot_ms"])) == 1
         assert unseen.middle_error("mean_tpot_ms") == pytest.approx(before["mean_tpot_ms"])
 
 
@@ -481,6 +482,25 @@ def test_a_real_figure_among_those_of_other_texts_is_within_chance(
     assert found.chance_errors("total_gpu_energy") == (None, None)
     assert found.middle_error("mean_tpot_ms") == pytest.approx(0.03)
     assert found.middle_error("total_gpu_energy") is None
+
+
+def test_an_error_that_the_pace_takes_away_is_not_by_chance() -> None:
+    """Simulations on all texts lie around the real figure once they have its pace."""
+    chance = Chance(8, {"mean_tpot_ms": (95.0, 111.0)}, {"mean_tpot_ms": 103.0})
+    for left, by_chance in ((1.0, False), (9.0, True)):
+        off = {"nothing": 10.0, "pace": left, "times": 6.0, "everything": 6.0}
+        swapped = tuple(Swap(name, name, {"mean_tpot_ms": 100 + one}) for name, one in off.items())
+        real = {"mean_tpot_ms": 100.0}
+        (cause,) = swaps._causes(Attribution("real", real, swapped, (), (), chance))
+        assert cause.by_chance is by_chance
+
+
+def test_the_middle_text_is_the_median_of_all_texts() -> None:
+    """A figure that some text lacks has neither ends nor a middle."""
+    texts = [{"mean_tpot_ms": one, "perplexity": None} for one in (9.0, 1.0, 5.0, 4.0)]
+    found = swaps._chance([*texts, {"mean_tpot_ms": 2.0, "perplexity": 3.0}])
+    assert (found.num_texts, found.ends) == (4, {"mean_tpot_ms": (1.0, 9.0)})
+    assert found.middles == {"mean_tpot_ms": 4.0}
 
 
 def test_chance_is_what_the_simulation_gives_on_other_texts(tmp_path: Path) -> None:

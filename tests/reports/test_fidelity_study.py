@@ -43,7 +43,7 @@ from reports.fidelity.cases import (
 from reports.fidelity.page import render
 from reports.fidelity.quality import BOUND, THRESHOLDS, choose
 from reports.fidelity.resimulate import changes, simulated_anew
-from reports.fidelity.summary import summary_text, typical_rows
+from reports.fidelity.summary import causes, summary_text, typical_table
 from reports.forked import Nursery
 from tests.fidelity.test_fidelity import changed_profile, iterations_on
 from tests.report.test_report import Open, in_chromium, open_page, text_of
@@ -120,16 +120,18 @@ def test_errors_at_the_pace_of_the_runs_stand_beside_those_of_the_same_runs(
     done = study.run_study(ground, tmp_path, serve, cases=SOME[:2], say=lambda text: None)
     results = results_of(done, ground)
     cases = copy.deepcopy(results["cases"])
-    assert "typical" in results["targets"][0]
+    assert typical_table(results)[0] == (
+        *("Figure", "Cases", "As it is", "Worst", "Middle text", "Worst"),
+    )
     for case in cases:
         del case["attribution"]["chance"]["middle_errors"]
     unknown = {**results, "cases": cases, "targets": judging.targets(cases)}
-    assert typical_rows(unknown) == []
+    assert typical_table(unknown) == ()
     assert "instead of" not in text_of(render(unknown))
     errors = {one["name"]: one["errors"] for one in cases[0]["attribution"]["swaps"]}
     plain = abs(errors["nothing"]["mean_tpot_ms"])
     errors["pace"]["mean_tpot_ms"] = -0.025
-    cases[0] |= {"slowdowns": [1.2], "pace_factors": [1.15]}
+    cases[0] |= {"slowdowns": [1.2], "pace_factors": [1.25]}
     cases[1] |= {"slowdowns": [None], "pace_factors": [None]}
     for case in cases:
         case["attribution"]["chance"]["middle_errors"] = {"mean_tpot_ms": 0.0125}
@@ -147,7 +149,32 @@ def test_errors_at_the_pace_of_the_runs_stand_beside_those_of_the_same_runs(
     assert "At the pace of the typical real runs, median absolute errors are mean TPOT" in said
     assert f"mean TPOT 2.50 % {instead}" in said
     assert f"mean TPOT 1.25 % {instead}" in said
-    assert "1.15" in said
+    assert "The machine was 1.25 times as slow around and during the real runs" in said
+    assert "though for 1 it was more than 1.15 times" in said
+    judging.write_results(paced, "", tmp_path / "out")
+    with (tmp_path / "out" / "results.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["figure"] == "mean_tpot_ms"]
+    assert [(row["error_with_pace"], row["error_of_middle_text"]) for row in rows] == [
+        ("-0.025", "0.0125"),
+        ("", "0.0125"),
+    ]
+
+
+def test_a_cause_is_counted_once_whether_or_not_chance_could_be_it_too() -> None:
+    told = [{"cause": "mostly recorded exits; within chance"}, {"cause": "mostly recorded exits"}]
+    assert causes(told) == "mostly recorded exits (2)"
+
+
+def test_a_run_is_as_slow_as_the_worse_of_its_signs(tmp_path: Path) -> None:
+    for facts, slowest in (
+        ({"slowdown": 1.1, "pace_factor": 1.3}, 1.3),
+        ({"slowdown": 1.2, "pace_factor": 0.9}, 1.2),
+        ({"slowdown": 1.2}, 1.2),
+        ({"pace_factor": 1.3, "slowdown": None}, 1.3),
+        ({}, None),
+    ):
+        (tmp_path / "totals.json").write_text(json.dumps({"environment": facts}))
+        assert study.slowdown_of(tmp_path) == slowest
 
 
 @pytest.mark.browser
