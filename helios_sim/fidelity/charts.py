@@ -326,7 +326,7 @@ def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
     for cause in causes:
         row = fidelity.row(cause.key)
         names.append(escape(cause.key if row is None else row.title))
-    colours = ["@ink", "@c1", "@c3", "@c2", "@c5", "@c4", "@m1", "@c7"]
+    colours = ["@ink", "@c1", "@c3", "@c2", "@c5", "@c4", "@m1", "@c7", "@c6"]
     every = [
         abs(error)
         for swap in swaps
@@ -334,7 +334,8 @@ def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
         if (error := attribution.error(swap, cause.key)) is not None
     ]
     reach = min(100.0 * max(every, default=0.01) * 1.15 + 0.1, 120.0)
-    places = {swap.name: place for place, swap in enumerate(attribution.swaps)}
+    swapped = [swap.name for swap in attribution.swaps]
+    colour_of = dict(zip(swapped, colours, strict=True))
     data: list[Figure] = []
     for swap in swaps:
         errors = [attribution.error(swap, cause.key) for cause in causes]
@@ -343,7 +344,7 @@ def attribution_figure(fidelity: Fidelity, attribution: Attribution) -> Figure:
             bars(
                 rounded(x, 4),
                 names,
-                colours[places[swap.name] % len(colours)],
+                colour_of[swap.name],
                 name=escape(swap.title),
                 text=[signed_percent(one) for one in errors],
                 textposition="none",

@@ -378,25 +378,30 @@ def _gains(results: Mapping[str, Any]) -> str:
     if not gains:
         return ""
     names = list(dict.fromkeys(one["name"] for one in gains))
+    sides = {"real": "real", "simulated": "simulated"}
+    middle = ""
+    if any(one.get("middle_text") for one in gains):
+        sides["middle_text"] = "middle text"
+        middle = " The middle text is the median of simulations on several texts, as above."
     rows = []
     for group, against in dict.fromkeys((one["group"], one["against"]) for one in gains):
-        for side in ("real", "simulated"):
+        for side, said in sides.items():
             mine = {
-                one["name"]: one[side]
+                one["name"]: one.get(side)
                 for one in gains
                 if (one["group"], one["against"]) == (group, against)
             }
             rows.append(
                 (
-                    f"{against}, {_texts(results, group)}, {side}",
+                    f"{against}, {_texts(results, group)}, {said}",
                     *(times(mine.get(name)) or "\N{EN DASH}" for name in names),
                 )
             )
     return section(
         "What HELIOS gains",
         "HELIOS with its defaults over each baseline at saturation, on the same requests and the "
-        "same device; above 1 HELIOS is better. Real runs first, then what the simulation says. "
-        "More throughput at a higher perplexity is no gain yet: see below.",
+        "same device; above 1 HELIOS is better. Real runs first, then what the simulation says."
+        f"{middle} More throughput at a higher perplexity is no gain yet: see below.",
         _table(("Against", *names), rows),
     )
 

@@ -131,6 +131,13 @@ def _typical(cases: Sequence[Data], key: str) -> dict[str, Any]:
     return {"typical": typical}
 
 
+def _middle(case: Data, key: str) -> float | None:
+    """A figure's middle over the texts that were simulated; None unknown."""
+    chance = (case["attribution"] or {}).get("chance", {})
+    value: float | None = chance.get("middles", {}).get(key)
+    return value
+
+
 def _middle_error(case: Data, key: str) -> float | None:
     """A figure's error on the middle of the texts that were simulated; None unknown."""
     chance = (case["attribution"] or {}).get("chance", {})
@@ -188,7 +195,11 @@ def _beyond(case: Data, row: Data, target: float) -> dict[str, Any]:
 
 
 def gains(cases: Sequence[Data]) -> list[dict[str, Any]]:
-    """HELIOS against each baseline on the same requests, real and simulated; above 1 is better."""
+    """HELIOS against each baseline on the same requests; above 1 is better.
+
+    Real, simulated, and by the middle of several texts, at the pace of the runs where it was seen;
+    None where that is not known of a figure.
+    """
     found = []
     for group, members in _groups(cases):
         plain = [case for case in members if not case["equal_quality"]]
@@ -210,6 +221,7 @@ def gains(cases: Sequence[Data]) -> list[dict[str, Any]]:
                         "name": name,
                         "real": _gain(own["median"], base["median"], more),
                         "simulated": _gain(own["simulated"], base["simulated"], more),
+                        "middle_text": _gain(_middle(ours, key), _middle(other, key), more),
                     }
                 )
     return found

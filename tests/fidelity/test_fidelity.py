@@ -23,7 +23,7 @@ from helios_sim.engine import Run
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, write_traces
 from helios_sim.experiment import Experiment, prepare, run_policy
-from helios_sim.fidelity import assess, read_sides, run_folders, swaps
+from helios_sim.fidelity import assess, charts, read_sides, run_folders, swaps
 from helios_sim.fidelity.figures import figure_row, figure_rows, per_request, request_rows
 from helios_sim.fidelity.page import render
 from helios_sim.fidelity.recordings import (
@@ -519,6 +519,8 @@ def test_chance_is_what_the_simulation_gives_on_other_texts(tmp_path: Path) -> N
         for key, (least, most) in found[use].ends.items():
             assert least <= ours[key] <= most
         assert not any(cause.by_chance for cause in result.attribution.causes)
+        drawn = charts.attribution_figure(result, result.attribution)["data"]
+        assert len({one["marker"]["color"] for one in drawn}) == len(drawn)
     least, most = found["static-depth"].ends["mean_tpot_ms"]
     assert (found["static-depth"].num_texts, least) == (OTHER_TEXTS, most)
     least, most = found["helios"].ends["mean_tpot_ms"]

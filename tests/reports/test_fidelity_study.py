@@ -213,6 +213,15 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
     }
     assert "times" in causes
     assert {one["against"] for one in found["gains"]} == {"vanilla"}
+    (gain,) = (one for one in found["gains"] if one["key"] == "output_throughput")
+    ours, vanilla = (
+        next(case for case in found["cases"] if case["policy"] == policy and case["group"])
+        for policy in ("helios", "vanilla")
+    )
+    own, base = (
+        case["attribution"]["chance"]["middles"]["output_throughput"] for case in (ours, vanilla)
+    )
+    assert gain["middle_text"] == pytest.approx(own / base)
     with (tmp_path / "out" / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["case"] for row in rows} == {case.name for case in SOME}
