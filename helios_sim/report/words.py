@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,6 +27,12 @@ _TELLING: Final = (
 
 _SOME_SEEDS: Final = 8
 """Seeds that tell roughly how far runs lie apart."""
+
+_ENOUGH_SEEDS: Final = 3
+"""Seeds of which a median tells more than the least and the most."""
+
+_FAR_APART: Final = 1.1
+"""Ends of which the larger is so many times the smaller leave open what is usual."""
 
 _MOST_NAMED: Final = 3
 """Of more things than this their number is said."""
@@ -652,16 +659,34 @@ def range_over_seeds(summaries: Sequence[Summary]) -> list[str]:
 
 
 def ratios_said(key: str, own: Summary, base: Summary) -> str:
-    """From the least ratio to a run of the same seed to the largest; nothing without any."""
+    """From the least ratio to a run of the same seed to the largest; nothing without any.
+
+    With the median where the two lie far apart.
+    """
     ratios = ratios_over_seeds(key, own, base)
-    return " to ".join(dict.fromkeys(map(times, ratios))) if ratios else ""
+    if ratios is None:
+        return ""
+    least, middle, most = ratios
+    ends = list(dict.fromkeys(map(times, (least, most))))
+    if len(ends) > 1 and _needs_median(least, most, len(own["replications"]["seeds"])):
+        ends[-1] += f", median {times(middle)}"
+    return " to ".join(ends)
 
 
-def _range(figure: Mapping[str, float] | None, unit: str) -> str:
-    """From the least run to the most; nothing where no run has the figure."""
+def _needs_median(least: float, most: float, num_seeds: int) -> bool:
+    return num_seeds >= _ENOUGH_SEEDS and most > _FAR_APART * least
+
+
+def _range(figure: Mapping[str, Any] | None, unit: str) -> str:
+    """From the least run to the most, with the median where they lie far apart; "" without any."""
     if figure is None:
         return ""
-    return f"{between(figure['least'], figure['most'])}{unit}"
+    least, most = figure["least"], figure["most"]
+    said = f"{between(least, most)}{unit}"
+    values = [value for value in figure.get("values", ()) if value is not None]
+    if _needs_median(least, most, len(values)):
+        said += f", median {number(statistics.median(values))}"
+    return said
 
 
 def _one_of_the_seeds(summaries: Sequence[Summary]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -138,8 +139,8 @@ def seed_by_seed(
 
 def ratios_over_seeds(
     key: str, own: Mapping[str, Any], base: Mapping[str, Any]
-) -> tuple[float, float] | None:
-    """The least and the largest ratio to another run of the same seed.
+) -> tuple[float, float, float] | None:
+    """The least, the median and the largest ratio to another run of the same seed.
 
     None unless there is one under every seed.
     """
@@ -150,7 +151,9 @@ def ratios_over_seeds(
     if not pairs or len(pairs) < num_seeds or not all(two for _, two in pairs):
         return None
     ratios = [one / two for one, two in pairs]
-    return (min(ratios), max(ratios)) if all(map(math.isfinite, ratios)) else None
+    if not all(map(math.isfinite, ratios)):
+        return None
+    return min(ratios), statistics.median(ratios), max(ratios)
 
 
 _AMOUNTS: Final = {

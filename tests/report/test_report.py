@@ -323,6 +323,24 @@ def test_policies_are_compared_seed_by_seed() -> None:
     assert section.count(f"<br>{ratios}") == 1
 
 
+def test_the_median_of_several_seeds_stands_beside_their_ends() -> None:
+    """Of the ratios of one seed 4, 2 and 3; of seeds that are level nothing but their level."""
+    runs = make_runs()[:2]
+    summaries = [summarise(run) for run in runs]
+    for one, values in zip(summaries, ((1.0, 1.0, 1.0), (4.0, 2.0, 3.0)), strict=True):
+        ends = {"least": min(values), "most": max(values)}
+        figure = figure_of(2.0, 0.0, 9.0, values=values) | ends
+        figures = {"output_throughput": figure}
+        one["replications"] = {"seeds": [4, 5, 6], "figures": figures}
+    first, second = (run.label for run in runs)
+    times_sign = "\N{MULTIPLICATION SIGN}"
+    assert range_over_seeds(summaries) == [
+        f"Tokens/s over the 3 seeds 4 to 6: 1 ({first}); 2 to 4, median 3 ({second}). "
+        f"Ratios to {first}, seed by seed: "
+        f"2.00{times_sign} to 4.00{times_sign}, median 3.00{times_sign}."
+    ]
+
+
 def test_ratios_over_seeds_need_a_base_and_one_tokenizer() -> None:
     def replicated(values: Sequence[float | None], tokenizer: str = "bytes") -> dict[str, Any]:
         figures = {"perplexity": {"values": values}, "switch_time_s": {"values": values}}
@@ -332,6 +350,7 @@ def test_ratios_over_seeds_need_a_base_and_one_tokenizer() -> None:
     base = replicated([0.0, 2.0])
     assert ratios_over_seeds("perplexity", replicated([3.0, 3.0]), replicated([2.0, 4.0])) == (
         0.75,
+        1.125,
         1.5,
     )
     # A seed without a ratio may be the one that matters.
