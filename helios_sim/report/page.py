@@ -346,7 +346,7 @@ def _replications(summaries: Sequence[Summary]) -> str:
         "the least run to the most; neither where all look alike. "
         + (
             f"Ratios are to the run of {summaries[0]['label']} under the same seed, from the least "
-            "to the largest. "
+            "to the largest, with the median where they lie far apart. "
             if len(summaries) > 1
             else ""
         )
