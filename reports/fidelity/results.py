@@ -41,6 +41,9 @@ GAINS: Final = (
 _SWAPS: Final = ("nothing", "pace", "everything")
 """What is taken from the typical real run for the further errors in the table."""
 
+_MIDDLE_ERRORS: Final = "middle_errors"
+"""Where a case keeps the errors of the middle of several texts."""
+
 _AGAINST_SPREAD: Final = ("within", "above", "below")
 """Verdicts of a figure whose run-to-run spread is known."""
 
@@ -117,7 +120,7 @@ def _typical(cases: Sequence[Data], key: str) -> dict[str, Any]:
     found: dict[str, dict[int, float]] = {name: {} for name in ("plain", "paced", "text")}
     for place, case in enumerate(cases):
         told = (_error_with("nothing", case, key), _error_with("pace", case, key))
-        for name, error in zip(found, (*told, _middle_error(case, key)), strict=True):
+        for name, error in zip(found, (*told, _by_chance(_MIDDLE_ERRORS, case, key)), strict=True):
             if error is not None:
                 found[name][place] = abs(error)
     known = [name for name in found if found[name]]
@@ -131,18 +134,11 @@ def _typical(cases: Sequence[Data], key: str) -> dict[str, Any]:
     return {"typical": typical}
 
 
-def _middle(case: Data, key: str) -> float | None:
-    """A figure's middle over the texts that were simulated; None unknown."""
+def _by_chance(told: str, case: Data, key: str) -> float | None:
+    """What a case's simulations on several texts tell of a figure; None unknown."""
     chance = (case["attribution"] or {}).get("chance", {})
-    value: float | None = chance.get("middles", {}).get(key)
-    return value
-
-
-def _middle_error(case: Data, key: str) -> float | None:
-    """A figure's error on the middle of the texts that were simulated; None unknown."""
-    chance = (case["attribution"] or {}).get("chance", {})
-    error: float | None = chance.get("middle_errors", {}).get(key)
-    return error
+    found: float | None = chance.get(told, {}).get(key)
+    return found
 
 
 def _error_with(swap: str, case: Data, key: str) -> float | None:
@@ -213,6 +209,7 @@ def gains(cases: Sequence[Data]) -> list[dict[str, Any]]:
                 own, base = _found(ours, key), _found(other, key)
                 if own is None or base is None:
                     continue
+                middles = [_by_chance("middles", case, key) for case in (ours, other)]
                 found.append(
                     {
                         "group": group,
@@ -221,7 +218,7 @@ def gains(cases: Sequence[Data]) -> list[dict[str, Any]]:
                         "name": name,
                         "real": _gain(own["median"], base["median"], more),
                         "simulated": _gain(own["simulated"], base["simulated"], more),
-                        "middle_text": _gain(_middle(ours, key), _middle(other, key), more),
+                        "middle_text": _gain(middles[0], middles[1], more),
                     }
                 )
     return found
@@ -340,6 +337,6 @@ def _table(results: Data) -> str:
             real = row["median"] if row["median"] is not None else "/".join(map(str, row["real"]))
             values = [real, *(row[name] for name in columns[1:])]
             values += [_error_with(one, case, row["key"]) for one in _SWAPS]
-            values.append(_middle_error(case, row["key"]))
+            values.append(_by_chance(_MIDDLE_ERRORS, case, row["key"]))
             writer.writerow((case["name"], row["key"], row["unit"], *values))
     return file.getvalue()

@@ -20,7 +20,7 @@ TITLES: Final = (
     "In twice",
     "Beyond twice, likely from",
 )
-TYPICAL: Final = {
+_TYPICAL: Final = {
     "plain": ("As it is", "as they are"),
     "paced": (
         "At its pace",
@@ -70,7 +70,7 @@ def typical_table(results: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
     if not told:
         return ()
     kinds = _kinds(results)
-    titles = ("Figure", "Cases", *(word for kind in kinds for word in (TYPICAL[kind][0], "Worst")))
+    titles = ("Figure", "Cases", *(word for kind in kinds for word in (_TYPICAL[kind][0], "Worst")))
     columns = [f"{kind}_{part}" for kind in kinds for part in ("median", "worst")]
     rows = [
         (
@@ -87,14 +87,14 @@ def typical_said(results: Mapping[str, Any]) -> str:
     """What the table of errors against the typical real runs shows."""
     return (
         "Errors against the typical real run of each case, the one that causes are told against: "
-        f"{'; '.join(TYPICAL[kind][1] for kind in _kinds(results))}."
+        f"{'; '.join(_TYPICAL[kind][1] for kind in _kinds(results))}."
     )
 
 
 def _kinds(results: Mapping[str, Any]) -> list[str]:
     """The kinds of errors against the typical real runs that some figure has."""
     known = [one.get("typical", {}) for one in results["targets"]]
-    return [kind for kind in TYPICAL if any(f"{kind}_median" in one for one in known)]
+    return [kind for kind in _TYPICAL if any(f"{kind}_median" in one for one in known)]
 
 
 def causes(beyond: Sequence[Mapping[str, Any]]) -> str:

@@ -42,6 +42,7 @@ from helios_sim.fidelity.swaps import (
     _pace_factor,
     attribute,
 )
+from helios_sim.fidelity.tables import attribution_table
 from helios_sim.fidelity.timing import (
     Factors,
     factors,
@@ -71,7 +72,7 @@ from tests.engine.factories import (
     profile_of,
     thumbnail,
 )
-from tests.report.test_report import Open, in_chromium, open_page
+from tests.report.test_report import Open, in_chromium, open_page, text_of
 
 __all__ = ["open_page"]
 
@@ -525,6 +526,24 @@ def test_chance_is_what_the_simulation_gives_on_other_texts(tmp_path: Path) -> N
     assert (found["static-depth"].num_texts, least) == (OTHER_TEXTS, most)
     least, most = found["helios"].ends["mean_tpot_ms"]
     assert least < most
+
+
+def test_the_page_and_the_terminal_tell_the_error_of_the_middle_text(tmp_path: Path) -> None:
+    sides = read_sides(
+        [simulate(tmp_path / "real", "helios")],
+        simulate(tmp_path / "simulated", "helios"),
+        allow_simulated=True,
+    )
+    found = assess(sides, Path())
+    assert found.attribution is not None
+    real = found.attribution.real["mean_tpot_ms"]
+    assert isinstance(real, float)
+    chance = replace(found.attribution.chance, middles={"mean_tpot_ms": 1.4321 * real})
+    attribution = replace(found.attribution, chance=chance)
+    assert "+43.2 %" in text_of(render(replace(found, attribution=attribution)))
+    lines = "\n".join(one.plain for one in attribution_table(found, attribution).lines(200))
+    assert "middle text" in lines
+    assert "+43.2 %" in lines
 
 
 def test_what_the_real_run_did_not_record_is_said(tmp_path: Path) -> None:
