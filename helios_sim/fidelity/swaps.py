@@ -132,7 +132,7 @@ class Chance:
 
     `ends` are the least and the most of each headline figure, `middles` the median, on `num_texts`
     texts and the given one; all at the pace of the real run, where that is known. A policy that
-    decides by few tokens may go another way on each.
+    decides on few tokens may decide differently on each.
     """
 
     num_texts: int

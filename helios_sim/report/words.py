@@ -628,7 +628,7 @@ def one_seed(summaries: Sequence[Summary]) -> list[str]:
         return []
     verb = "decides" if len(deciding) == 1 else "decide"
     return [
-        f"One seed: {listed(deciding)} {verb} by few evaluated requests, and other seeds may lead "
+        f"One seed: {listed(deciding)} {verb} on few evaluated requests, and other seeds may lead "
         f"elsewhere. --set measure.replications={_SOME_SEEDS} shows how far."
     ]
 

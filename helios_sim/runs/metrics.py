@@ -25,7 +25,9 @@ DEFINITIONS: Final[dict[str, str]] = {
     "schema_version": "version of the run's files",
     "label": "name of the run",
     "policy": "policy that was asked",
-    "objective": "service level objective the policy optimises for",
+    "objective": (
+        "what the policy optimises for, such as throughput; none for a policy that does not choose"
+    ),
     "origin": "simulated, or measured on a real backend",
     "seed": "seed of the run's random numbers",
     "num_replicas": "replicas that served",
@@ -524,7 +526,7 @@ def aggregate(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Nested figures have dotted names. `values` are those of the replications in the order of
     `seeds`, None where a figure is undefined, and `num` counts the others; the interval is cut to
     the possible range, and None with fewer than two. `least` and `most` are the ends of what was
-    seen: a policy that decides by few tokens may have gone two ways, and a mean is then what no run
+    seen: a policy that decides on few tokens may have gone two ways, and a mean is then what no run
     has.
     """
     if not summaries:

@@ -194,7 +194,7 @@ def alone(scenario: Scenario, policy: str | None, where: str) -> Scenario:
 
 
 _NO_SETTINGS: Final = {
-    "fleet.assume": "nobody chooses what is assumed; helios whatif --vary shows what hangs on it",
+    "fleet.assume": "nobody chooses what is assumed; helios whatif --vary shows what depends on it",
     "workload.first_trace_row": "it chooses the traffic, which samples do",
 }
 

@@ -30,8 +30,8 @@ _TYPICAL: Final = {
     "text": (
         "Middle text",
         "of the middle of simulations of the same requests on the given text and others, at its "
-        "pace where that was seen: what a policy decides by few tokens hangs on the text, so that "
-        "neither one real run nor one simulated one is typical of it",
+        "pace where that was seen: what a policy decides on few tokens depends on the text, so "
+        "that neither one real run nor one simulated one is typical of it",
     ),
 }
 """Kinds of errors against the typical real runs: the title of each, and what is said of it."""

@@ -259,7 +259,7 @@ def test_one_seed_of_a_policy_that_evaluates_is_said_to_be_one_of_many() -> None
     assert one_seed([fixed]) == one_seed([{**deciding, "origin": "measured"}]) == []
     assert one_seed([{**deciding, "replays_text": True}]) == []
     (said,) = one_seed([fixed, deciding])
-    assert said.startswith("One seed: helios decides by few evaluated requests")
+    assert said.startswith("One seed: helios decides on few evaluated requests")
     assert "--set measure.replications=8" in said
     assert said in remarks([fixed, deciding])
     deciding["replications"] = {"seeds": [1, 2], "figures": {"num_refused": figure_of(0, 0, 0)}}
