@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from helios_sim.errors import InputError
 from helios_sim.experiment import prepare, run_policy
-from helios_sim.fidelity import Fidelity, assess, read_sides, run_folders
+from helios_sim.fidelity import Fidelity, assess, read_sides
 from helios_sim.fidelity.assessment import FIDELITY_FILE, json_text
 from helios_sim.fidelity.page import render
 from helios_sim.publish import write_comparison
@@ -180,32 +180,63 @@ def run_case(
     path = work / "scenarios" / f"{plan.case.name}.toml"
     folder = work / plan.case.name
     text = toml_text(data)
-    same = path.is_file() and path.read_text(encoding="utf-8") == text
-    path.parent.mkdir(parents=True, exist_ok=True)
     real, discarded = folder / "real", folder / "discarded"
-    if fresh or not same:
+    if fresh:
         # What was discarded goes first, since it may lend a run to a folder that misses one.
         shutil.rmtree(discarded, ignore_errors=True)
         shutil.rmtree(real, ignore_errors=True)
-    if not same:
-        path.write_text(text, encoding="utf-8")
+    elif path.is_file() and path.read_text(encoding="utf-8") != text:
+        place = put_aside(folder, path)
+        if place is not None:
+            say(f"{plan.case.name}: its scenario has changed; what was served before is in {place}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
     finish_exchange(real, discarded)
-    if real.exists() and not _is_whole(real, repeats):
-        shutil.rmtree(real)
-    if not real.exists():
-        shutil.rmtree(discarded, ignore_errors=True)
-        server(path, real, repeats)
-    for run in run_folders(real):
+    runs = served(real, path, repeats, server)
+    for run in runs:
         serve_until_quiet(run, path, discarded, server, most_again, say)
     simulated = folder / "simulated"
     scenario = load_scenario(path)
     experiment = prepare(scenario, path.parent, str(path))
     result = run_policy(experiment, scenario.policy[0])
     write_run(result.run, result.summary, simulated)
-    sides = read_sides([real], simulated, allow_simulated=allow_simulated, base_dir=path.parent)
+    sides = read_sides(runs, simulated, allow_simulated=allow_simulated, base_dir=path.parent)
     fidelity = assess(sides, path.parent)
     write_comparison(render(fidelity), json_text(fidelity), folder / "fidelity", FIDELITY_FILE)
     return Outcome(plan, fidelity, len(_earlier(discarded)))
+
+
+def served(real: Path, scenario: Path, repeats: int, server: Server) -> list[Path]:
+    """The repeats of a case, of which only those are served that are missing.
+
+    Those of an earlier study with more repeats stay, and are not used.
+    """
+    places = [real / f"repeat-{number}" for number in range(1, repeats + 1)]
+    missing = [place for place in places if not (place / TOTALS_FILE).is_file()]
+    if missing == places and repeats > 1:
+        # One process serves them all, so that kernels and checkpoints are loaded once.
+        shutil.rmtree(real, ignore_errors=True)
+        server(scenario, real, repeats)
+        return places
+    for place in missing:
+        shutil.rmtree(place, ignore_errors=True)
+        server(scenario, place, 1)
+    return places
+
+
+def put_aside(folder: Path, scenario: Path) -> Path | None:
+    """Move a case's runs of another scenario into a folder of their own; None if there are none."""
+    found = [one for name in ("discarded", "real") if (one := folder / name).exists()]
+    if not found:
+        return None
+    number = 1 + sum(1 for _ in folder.glob("earlier-*"))
+    place = folder / f"earlier-{number}"
+    place.mkdir()
+    shutil.copy2(scenario, place / scenario.name)
+    # What was discarded goes first, since it may lend a run to a folder that misses one.
+    for one in found:
+        one.rename(place / one.name)
+    return place
 
 
 def serve_until_quiet(
@@ -238,8 +269,7 @@ def finish_exchange(real: Path, discarded: Path) -> None:
     """Put what was served again in its run's place, where a kill came between the two renames."""
     again = discarded / "again"
     for place in _earlier(discarded):
-        name = place.name.rpartition("-")[0]
-        run = real if name == real.name else real / name
+        run = real / place.name.rpartition("-")[0]
         if not run.exists() and (again / TOTALS_FILE).is_file():
             again.rename(run)
 
@@ -254,12 +284,6 @@ def slowdown_of(run: Path) -> float | None:
 def _earlier(discarded: Path, name: str = "*") -> list[Path]:
     """Runs that were discarded, of one repeat or of all."""
     return [one for one in discarded.glob(f"{name}-[0-9]*") if (one / TOTALS_FILE).is_file()]
-
-
-def _is_whole(real: Path, repeats: int) -> bool:
-    """Whether a folder holds all repeats of a case."""
-    found = [folder for folder in run_folders(real) if (folder / TOTALS_FILE).is_file()]
-    return len(found) == repeats
 
 
 def facts_of(study: Study, ground: Ground, command: str) -> dict[str, Any]:

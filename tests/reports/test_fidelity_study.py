@@ -389,7 +389,7 @@ def test_a_study_that_is_killed_as_it_puts_a_run_in_its_place_serves_nothing_aga
     quiet: dict[str, Any] = {"cases": (run,), "say": lambda text: None}
     assert study.run_study(one, tmp_path, server, **quiet).interrupted
     monkeypatch.undo()
-    asked = [("real", num_repeats), ("again", 1)]
+    asked = [("real", 2) if num_repeats == 2 else ("repeat-1", 1), ("again", 1)]
     assert server.asked == asked
     (outcome,) = study.run_study(one, tmp_path, server, **quiet).outcomes
     assert server.asked == asked
@@ -403,13 +403,62 @@ def test_a_run_alone_is_served_again_in_its_place(ground: Ground, tmp_path: Path
     server = Paced(1.3, 1.01)
     run = Case("static-depth", "70 %", "steady", "stable")
     done = study.run_study(one, tmp_path, server, cases=(run,), say=lambda text: None)
-    assert server.asked == [("real", 1), ("again", 1)]
+    assert server.asked == [("repeat-1", 1), ("again", 1)]
     assert [side.slowdown for side in done.outcomes[0].fidelity.sides.reals] == [1.01]
     assert done.outcomes[0].num_discarded == 1
     hurried = study.run_study(
         one, tmp_path / "hurried", Paced(1.3), cases=(run,), most_again=0, say=lambda text: None
     )
     assert [side.slowdown for side in hurried.outcomes[0].fidelity.sides.reals] == [1.3]
+
+
+def test_a_study_with_other_repeats_serves_what_is_missing_and_removes_nothing(
+    ground: Ground, tmp_path: Path
+) -> None:
+    """One repeat more is one run more; one less leaves a run unused; one that broke is replaced."""
+    server = Paced(*[None] * 5)
+    run = Case("static-depth", "70 %", "steady", "stable")
+
+    def repeats_of(repeats: int) -> list[str]:
+        settings = replace(ground.settings, repeats=repeats, seconds=5.0)
+        one = replace(ground, settings=settings)
+        done = study.run_study(one, tmp_path, server, cases=(run,), say=lambda text: None)
+        return [side.path.name for side in done.outcomes[0].fidelity.sides.reals]
+
+    assert repeats_of(1) == ["repeat-1"]
+    assert repeats_of(3) == ["repeat-1", "repeat-2", "repeat-3"]
+    assert repeats_of(2) == ["repeat-1", "repeat-2"]
+    assert server.asked == [("repeat-1", 1), ("repeat-2", 1), ("repeat-3", 1)]
+    real = tmp_path / run.name / "real"
+    assert sorted(one.name for one in real.iterdir()) == ["repeat-1", "repeat-2", "repeat-3"]
+    (real / "repeat-2" / "totals.json").unlink()
+    assert repeats_of(3) == ["repeat-1", "repeat-2", "repeat-3"]
+    assert server.asked[3:] == [("repeat-2", 1)]
+
+
+def test_runs_of_another_scenario_are_put_aside_and_not_removed(
+    ground: Ground, tmp_path: Path
+) -> None:
+    """A profile fitted anew or a longer run gives another scenario; only --fresh removes runs."""
+    run = Case("static-depth", "70 %", "steady", "stable")
+    said: list[str] = []
+
+    def studied(seconds: float, fresh: bool = False) -> None:
+        one = replace(ground, settings=replace(ground.settings, repeats=1, seconds=seconds))
+        study.run_study(one, tmp_path, serve, cases=(run,), fresh=fresh, say=said.append)
+
+    studied(5.0)
+    folder = tmp_path / run.name
+    before = (tmp_path / "scenarios" / f"{run.name}.toml").read_text()
+    kept = (folder / "real" / "repeat-1" / "totals.json").read_bytes()
+    studied(6.0)
+    earlier = folder / "earlier-1"
+    assert (earlier / "real" / "repeat-1" / "totals.json").read_bytes() == kept
+    assert (earlier / f"{run.name}.toml").read_text() == before
+    assert f"its scenario has changed; what was served before is in {earlier}" in said[-1]
+    studied(5.0)
+    studied(7.0, fresh=True)
+    assert sorted(one.name for one in folder.glob("earlier-*")) == ["earlier-1", "earlier-2"]
 
 
 def test_equal_quality_takes_each_variants_smallest_threshold_and_then_the_fastest() -> None:
