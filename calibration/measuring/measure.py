@@ -661,8 +661,16 @@ class _Session:
                 f"{bench.name}: {counted(lost, 'trial')} of the plan cannot be taken: they need "
                 "CUDA graphs, and there are none this time; earlier readings are kept"
             )
+        if isinstance(self.meter, NoMeter) and (windows := [*filter(_is_window, possible)]):
+            self.left_out += len(windows)
+            possible = [job for job in possible if not _is_window(job)]
+            self._note(
+                f"{bench.name}: {counted(len(windows), 'window')} of energy of the plan cannot be "
+                f"taken: {self.meter.reason}"
+            )
         left = [(job, self._least_s(bench, probe, job)) for job in possible]
         left_s = sum(least_s for _, least_s in left)
+        silent: set[Job] = set()
         with self._progress(bench.name, len(left)) as advance:
             while left:
                 now_s = self._now_s()
@@ -677,10 +685,22 @@ class _Session:
                     self._look_at_pace()
                 job, least_s = left.pop(0)
                 share_s = least_s / left_s * USED_SHARE * (until_s - now_s)
-                self._run_job(bench, job, min(share_s, MOST_PLANNED_AGAIN * least_s))
+                why = self._run_job(bench, job, min(share_s, MOST_PLANNED_AGAIN * least_s))
                 left_s -= least_s
-                advance()
-        timings = [job for job in possible if not job.quantity.endswith("_energy")]
+                if why is None:
+                    advance()
+                elif job not in silent:
+                    # A meter that fell silent once may answer at the end.
+                    silent.add(job)
+                    left.append((job, least_s))
+                    left_s += least_s
+                else:
+                    self.left_out += 1
+                    self._note(
+                        f"{bench.name}: a window of energy was lost twice ({why}); --resume takes "
+                        "it"
+                    )
+        timings = [job for job in possible if not _is_window(job)]
         for _ in range(MOST_FURTHER_TRIALS):
             if not self._take_again(bench, probe, timings, until_s):
                 break
@@ -715,21 +735,33 @@ class _Session:
 
     def _least_s(self, bench: Bench, probe: Probe, job: Job) -> float:
         """Seconds of a trial that nobody disturbs."""
-        if job.quantity.endswith("_energy"):
+        if _is_window(job):
             return self._energy_trial_s()
         return bench.estimate_s(job, probe)
 
     def _energy_trial_s(self) -> float:
         return self._window_s() + STEADY_S + self._cool_down_s()
 
-    def _run_job(self, bench: Bench, job: Job, patience_s: float) -> None:
-        state, started_at = self.board.state(), _now()
-        if job.quantity.endswith("_energy"):
-            self._keep(bench.energy(job, self.meter, self._window_s()), state, started_at)
+    def _run_job(self, bench: Bench, job: Job, patience_s: float) -> str | None:
+        """Take a trial and keep its readings; why not, where a meter gave no joules.
+
+        The board is asked right after the work: before it, it tells of the trial before.
+        """
+        started_at = _now()
+        if _is_window(job):
+            found = bench.energy(job, self.meter, self._window_s())
+            state = self.board.state()
             time.sleep(self._cool_down_s())
-            return
-        for reading in bench.time(job, patience_s):
+            if found.joules is None:
+                # A reading without joules would count as taken, and a fit needs every window.
+                return found.note
+            self._keep(found, state, started_at)
+            return None
+        taken = list(bench.time(job, patience_s))
+        state = self.board.state()
+        for reading in taken:
             self._keep(reading, state, started_at)
+        return None
 
     def _trace(self) -> None:
         """Exit traces of the checkpoints, beside the readings; their time is not the budget's."""
@@ -768,7 +800,7 @@ class _Session:
     def _keep(
         self, reading: Reading, state: BoardState | None = None, started_at: str | None = None
     ) -> None:
-        """Put a reading on disk with the device's state when it began."""
+        """Put a reading on disk with the device's state as it was taken."""
         state = state or self.board.state()
         reasons = state.throttle_reasons
         self.readings.append(
@@ -879,6 +911,10 @@ class _Session:
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(name, total=count)
             yield lambda: progress.advance(task)
+
+
+def _is_window(job: Job) -> bool:
+    return job.quantity.endswith("_energy")
 
 
 def _now() -> str:

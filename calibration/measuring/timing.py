@@ -27,8 +27,9 @@ from helios_sim.garbage import uncollected
 
 Work = Callable[[], object]
 
-CUDA_SAMPLE_S: Final = 0.01
-"""Work in one sample on a GPU: far above the event timer's resolution of about a microsecond."""
+CUDA_SAMPLE_S: Final = 0.02
+"""Work in one sample on a GPU: far above the event timer's resolution of about a microsecond, and
+long enough for clocks to follow the load."""
 
 CPU_SAMPLE_S: Final = 0.03
 """On a processor: caches shared between cores fill over many passes, and serving never lets go of
@@ -275,7 +276,7 @@ def _timing(found: Sequence[Sample], samples: int, repetitions: int) -> Timing:
     middle, spread = median_and_mad([sample.seconds / repetitions for sample in kept])
     waited = statistics.fmean(sample.lost_share for sample in kept)
     paces = [sample.reference_s for sample in kept if sample.reference_s is not None]
-    around_s = statistics.fmean(paces) if paces else None
+    around_s = statistics.median(paces) if paces else None
     return Timing(middle, spread, repetitions, len(kept), waited, around_s)
 
 

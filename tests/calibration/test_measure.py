@@ -22,6 +22,7 @@ from calibration.cli import main
 from calibration.measuring import load_trials, timing
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
+from calibration.measuring.board import BoardState
 from calibration.measuring.grid import RICHNESS, SAMPLES, WARMUPS, Job, Probe
 from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
@@ -545,6 +546,95 @@ def test_with_a_meter_idle_power_and_energy_are_measured(
     decode = points.filter(pl.col("quantity") == "decode_energy")
     assert decode.height >= 4
     assert (decode["joules"] / decode["seconds"]).to_list() == pytest.approx([20.0] * decode.height)
+
+
+class Forgetful(TwentyWatts):
+    """A meter that falls silent in some of its windows, counted from the first."""
+
+    def __init__(self, *silent: int) -> None:
+        self.silent = silent
+        self.opened = 0
+
+    def open(self, sparing: bool = False) -> Any:
+        self.opened += 1
+        return SilentWindow() if self.opened in self.silent else TwentyWattsWindow()
+
+
+class SilentWindow(TwentyWattsWindow):
+    def close(self, busy_s: float | None = None) -> Any:
+        return Absence("made-up", "the counter stopped answering")
+
+
+def test_a_window_in_which_the_meter_fell_silent_is_taken_again_at_the_end(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first window is of idle power; the next two are a model's first."""
+    monkeypatch.setattr(measuring, "best_meter", lambda *_: Forgetful(2, 3))
+    out = tmp_path / "out"
+    done = measure(settings(checkpoint, out))
+    assert done.left_out == 0
+    windows = planned_windows(out)
+    points = read_points(out).filter(pl.col("quantity").is_in({job["quantity"] for job in windows}))
+    assert points.height == len(windows) >= 4
+    assert points["joules"].null_count() == 0
+
+
+def test_a_window_that_is_lost_twice_is_no_reading_and_resuming_takes_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "best_meter", lambda *_: Forgetful(*range(2, 1000)))
+    out = tmp_path / "out"
+    done = measure(settings(checkpoint, out))
+    windows = planned_windows(out)
+    assert done.left_out == len(windows) >= 4
+    lost = "tiny-4l: a window of energy was lost twice (the counter stopped answering); "
+    assert sum(note.startswith(lost) for note in done.notes) == len(windows)
+    energies = pl.col("quantity").str.ends_with("_energy")
+    assert read_points(out).filter(energies).height == 0
+    monkeypatch.setattr(measuring, "best_meter", lambda *_: measuring.NoMeter("no driver answers"))
+    without = measure(settings(checkpoint, out, resume=True))
+    assert without.left_out == len(windows)
+    assert f"{len(windows)} windows of energy of the plan cannot be taken: no driver answers" in (
+        " ".join(without.notes)
+    )
+    monkeypatch.setattr(measuring, "best_meter", lambda *_: TwentyWatts())
+    again = measure(settings(checkpoint, out, resume=True))
+    assert again.left_out == 0
+    assert read_points(out).filter(energies)["joules"].drop_nulls().len() == len(windows)
+
+
+def planned_windows(out: Path) -> list[dict[str, Any]]:
+    """The windows of energy that a plan has."""
+    jobs = json.loads((out / PLAN_FILE).read_text())["models"]["tiny-4l"]["jobs"]
+    return [job for job in jobs if job["quantity"].endswith("_energy")]
+
+
+def test_a_trial_has_the_clocks_that_it_left_and_not_those_that_it_found(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The board is at the clock of the depth that ran last: 1,000 MHz and the trial's rows."""
+    clock = [1.0]
+
+    class Board:
+        reason = "made up"
+
+        def state(self) -> BoardState:
+            return BoardState(sm_clock_mhz=clock[0])
+
+        def driver(self) -> str:
+            return "made up"
+
+    def made_up(bench: Bench, job: Job, patience_s: float) -> Iterator[Reading]:
+        clock[0] = 1000.0 + (job.batch or 0)
+        for depth in job.depths or (None,):
+            yield job.reading(depth, seconds=1e-3)
+
+    monkeypatch.setattr(Bench, "time", made_up)
+    monkeypatch.setattr(measuring, "board_of", lambda *_: Board())
+    measure(settings(checkpoint, tmp_path / "out"))
+    points = read_points(tmp_path / "out").filter(quantity="decode_layers")
+    assert points["batch"].n_unique() > 1
+    assert points["sm_clock_mhz"].to_list() == [1000.0 + rows for rows in points["batch"]]
 
 
 def test_what_others_disturbed_every_time_is_taken_again_until_it_is_not(
