@@ -55,7 +55,8 @@ def time_checkpoint(
     """Load a checkpoint's first `depth` layers from disk and from host memory, and let go.
 
     Disk counts what was waited for reading; host memory the whole load with everything that a
-    load does beside copying. Raises what loading raises.
+    switch does beside copying, the weights before that are let go included. Raises what loading
+    raises.
     """
     files = sorted(folder.glob("*.safetensors"))
     note = "" if forget(files) else CACHED
@@ -79,10 +80,11 @@ def time_checkpoint(
             host_copy=True,
             pinned=pinned,
         )
-        model.unload()
+        let_go_s = model.unload()
         report = model.grow(depth)
         copy = model.host_copy
-        yield StageTime(quantity, report.seconds, report.bytes, "" if copy is None else copy.note)
+        note = "" if copy is None else copy.note
+        yield StageTime(quantity, let_go_s + report.seconds, report.bytes, note)
         model.unload()
         del model
 
@@ -132,7 +134,13 @@ class PartsFile:
     def _to_device(
         self, quantity: str, copy: HostCopy, count: int, device: torch.device
     ) -> StageTime:
-        seconds = _seconds(lambda: _copied(copy, count, device))
+        before = _copied(copy, count, device)
+
+        def switch() -> None:
+            _let_go(before, device)
+            _copied(copy, count, device)
+
+        seconds = _seconds(switch)
         return StageTime(quantity, seconds, self.num_bytes, copy.note)
 
 

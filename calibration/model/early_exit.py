@@ -429,7 +429,8 @@ class EarlyExitLM:
         """Let go of the weights of the layers beyond `depth`."""
         self.backbone.set_layers(list(self.backbone.layers)[:depth])
         for index, shell in self._shells.items():
-            if index >= depth:
+            # To assign what is not there takes longer than loading a shallow model.
+            if index >= depth and not next(shell.parameters()).is_meta:
                 shapes = self._layer_layout.shapes
                 assign(shell, {n: torch.empty(s, device="meta") for n, s in shapes.items()})
 

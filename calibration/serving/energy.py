@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
 
 from calibration.measuring.meters import Absence, Measurement, Meter, NoMeter, Window
 
@@ -16,6 +16,11 @@ _LEAST_MARGIN_S: Final = 0.03
 """A counter that ticks faster is not read at every tick."""
 _RECENT_READINGS: Final = 2
 """Joules go on after the last reading as they did over so many before it."""
+_BLURRED_TICKS: Final = 2
+"""A span shorter than that has, in a straight line between ticks, joules of what lies around it."""
+
+Spans: TypeAlias = Sequence[tuple[float, float]]
+"""Stretches of a run's time, from and to, in seconds."""
 
 
 class RunEnergy:
@@ -58,12 +63,13 @@ class RunEnergy:
         self._curve = [] if isinstance(self.outcome, Absence) else self._window.curve()
         return self.outcome
 
-    def drawn_so_far_j(self, spans: Sequence[tuple[float, float]]) -> float | None:
-        """Joules within spans of the run's time, from and to, while a meter is read.
+    def drawn_so_far_j(self, spans: Spans, most_w: float | None = None) -> float | None:
+        """Joules within spans of the run's time, while a meter is read.
 
         None where there is no reading, as of a meter that has stopped answering. Between readings
         they run in a straight line, and after the last one on at the rate of the latest: a span
-        that ends now would miss up to a tick, and no later one would make up for it.
+        that ends now would miss up to a tick, and no later one would make up for it. `most_w` are
+        the watts that short spans draw at most, as in `within_j`.
         """
         assert self.measures and self._window is not None
         curve = self._window.curve()
@@ -77,13 +83,34 @@ class RunEnergy:
             at_s = self.start_s + time_s
             return _between(curve, at_s) + watts * max(0.0, at_s - last_s)
 
-        return math.fsum(joules_at(stop_s) - joules_at(start_s) for start_s, stop_s in spans)
+        return self._within_j(joules_at, spans, most_w)
 
     def at(self, time_s: float) -> float:
         """Joules up to a time of the run, between readings in a straight line; NaN if unknown."""
         if len(self._curve) < 2:
             return math.nan
         return _between(self._curve, self.start_s + time_s)
+
+    def within_j(self, spans: Spans, most_w: float | None = None) -> float:
+        """Joules within spans of a run that is over; NaN if unknown.
+
+        A span shorter than the counter's ticks draws `most_w` at most where that is known: a
+        straight line over a tick spreads what is drawn around a pause into the pause.
+        """
+        return math.nan if len(self._curve) < 2 else self._within_j(self.at, spans, most_w)
+
+    def _within_j(
+        self, joules_at: Callable[[float], float], spans: Spans, most_w: float | None
+    ) -> float:
+        blurred_s = 0.0 if most_w is None else _BLURRED_TICKS * (self.meter.tick_s or 0.0)
+
+        def joules(start_s: float, stop_s: float) -> float:
+            in_line_j = joules_at(stop_s) - joules_at(start_s)
+            if most_w is None or stop_s - start_s >= blurred_s:
+                return in_line_j
+            return min(in_line_j, most_w * (stop_s - start_s))
+
+        return math.fsum(joules(start_s, stop_s) for start_s, stop_s in spans)
 
     def _wait(self) -> None:
         if self.measures:

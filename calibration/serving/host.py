@@ -107,8 +107,11 @@ class DecisionEntry:
     ready_s: float | None = None
 
 
-DrawnJ = Callable[[Sequence[tuple[float, float]]], float | None]
-"""Joules that a meter counted within spans of the run's time, from and to; None if unknown."""
+DrawnJ = Callable[[Sequence[tuple[float, float]], float | None], float | None]
+"""Joules that a meter counted within spans of the run's time, from and to; None if unknown.
+
+The second argument are watts that short spans draw at most, where these are known.
+"""
 
 
 class Host(Replica):
@@ -184,10 +187,11 @@ class Host(Replica):
         """Show the policy a snapshot and log what it decides."""
         now_s, energy_j, idle_energy_j = self.tally.booked_s, None, None
         if self.drawn_j is not None:
-            energy_j = self.drawn_j([(self.period_s, now_s)])
+            energy_j = self.drawn_j([(self.period_s, now_s)], None)
             spans = self.tally.spans[self.period_spans :]
             idle = [(start_s, stop_s) for spent, start_s, stop_s in spans if spent == "idle"]
-            idle_energy_j = self.drawn_j(idle)
+            # Watts that nobody measured are 0.
+            idle_energy_j = self.drawn_j(idle, self.room.profile.device.idle_w or None)
         decision, assignment, snapshot = self.steward.ask(
             event,
             self.view(),

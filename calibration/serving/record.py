@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host
 from calibration.serving.tally import gap_counts
 from helios_sim.loop.state import NLL_UNITS_PER_NAT, itl_edges
@@ -25,9 +26,6 @@ from helios_sim.workload.requests import Requests
 
 ITERATIONS_FILE: Final = "iterations.parquet"
 TOKENS_FILE: Final = "tokens.parquet"
-
-EnergyAt = Callable[[float], float]
-"""Joules drawn from the start of the run up to a time; NaN where no meter is."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def run_data(
     host: Host,
     requests: Requests,
     judgement: Judgement,
-    energy_at: EnergyAt,
+    energy: RunEnergy,
     *,
     label: str,
     policy: str,
@@ -71,8 +69,8 @@ def run_data(
         environment=dict(environment),
         requests=requests_table(host, requests, judgement),
         decisions=decisions_table(host),
-        timeline=timeline_table(host, energy_at),
-        totals=totals(host, requests, energy_at),
+        timeline=timeline_table(host, energy),
+        totals=totals(host, requests, energy),
         origin=origin,
         closed_loop=requests.num_users is not None,
     )
@@ -142,7 +140,7 @@ def decisions_table(host: Host) -> pl.DataFrame:
     )
 
 
-def timeline_table(host: Host, energy_at: EnergyAt) -> pl.DataFrame:
+def timeline_table(host: Host, energy: RunEnergy) -> pl.DataFrame:
     """One row an interval; running sums become means and counts over it."""
     lines = [line for line in host.tally.samples if line.time_s > 0.0]
     # Of several lines at one instant the last holds all that happened until then.
@@ -153,7 +151,7 @@ def timeline_table(host: Host, energy_at: EnergyAt) -> pl.DataFrame:
     ]
     times_s = np.array([0.0, *(line.time_s for line in lines)])
     interval_s = np.diff(times_s)
-    joules = np.array([energy_at(float(time_s)) for time_s in times_s])
+    joules = np.array([energy.at(float(time_s)) for time_s in times_s])
     power_w = np.diff(joules) / interval_s
 
     def counted(values: Sequence[float]) -> NDArray[np.float64]:
@@ -180,10 +178,10 @@ def timeline_table(host: Host, energy_at: EnergyAt) -> pl.DataFrame:
     )
 
 
-def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:
+def totals(host: Host, requests: Requests, energy: RunEnergy) -> RunTotals:
     """Sums of the run; the regimes of layer times are the simulator's notion and stay empty."""
     tally, room, steward = host.tally, host.room, host.steward
-    held = steward.depth_seconds
+    held, device = steward.depth_seconds, room.profile.device
     model, depth = held_by(max(held, key=lambda name: held[name]))
     per_request = requests.mean_prompt_tokens + requests.mean_output_tokens
     pool_seconds = 0.0
@@ -193,10 +191,10 @@ def totals(host: Host, requests: Requests, energy_at: EnergyAt) -> RunTotals:
     return RunTotals(
         end_s=host.end_s,
         num_replicas=1,
-        num_gpus=room.profile.device.num_gpus,
-        energy_j=energy_at(host.end_s) - energy_at(0.0),
-        energy_idle_j=_drawn(host, "idle", energy_at),
-        energy_load_j=_drawn(host, "load", energy_at),
+        num_gpus=device.num_gpus,
+        energy_j=energy.at(host.end_s) - energy.at(0.0),
+        energy_idle_j=_drawn_j(host, energy, "idle", device.idle_w),
+        energy_load_j=_drawn_j(host, energy, "load", device.load_w),
         busy_s=tally.spent_s["busy"],
         idle_s=tally.spent_s["idle"],
         load_s=tally.spent_s["load"],
@@ -338,14 +336,7 @@ def write_extras(host: Host, judgement: Judgement, folder: Path) -> None:
         write_table(frame, folder / name, compression="zstd")
 
 
-def _drawn(host: Host, spent: str, energy_at: EnergyAt) -> float:
-    """Joules drawn while time was spent in one way."""
-    return (
-        math.fsum(
-            energy_at(stop_s) - energy_at(start_s)
-            for kind, start_s, stop_s in host.tally.spans
-            if kind == spent
-        )
-        if not math.isnan(energy_at(0.0))
-        else math.nan
-    )
+def _drawn_j(host: Host, energy: RunEnergy, spent: str, usual_w: float) -> float:
+    """Joules drawn while time was spent in one way, at usual watts, which are 0 if unknown."""
+    spans = [(start_s, stop_s) for kind, start_s, stop_s in host.tally.spans if kind == spent]
+    return energy.within_j(spans, usual_w or None)

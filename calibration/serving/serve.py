@@ -293,7 +293,7 @@ def serve_once(
         host,
         prepared.requests,
         judgement,
-        energy.at,
+        energy,
         label=chosen.name,
         policy=chosen.use,
         seed=scenario.seed,

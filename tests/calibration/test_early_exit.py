@@ -72,6 +72,28 @@ def test_measured_bytes_are_planned_bytes_at_every_depth(folder, device):
     assert model.loaded_bytes == 0
 
 
+def test_layers_that_hold_no_weights_are_not_let_go_again(folder, monkeypatch):
+    """A switch to a shallow model would wait for its deep layers, which it never loaded."""
+    model = load(folder)
+    layers = [id(layer) for layer in model.backbone.layers]
+    model.shrink(2)
+    touched = []
+    assign = early_exit.assign
+
+    def assigned(module, weights):
+        touched.append(id(module))
+        assign(module, weights)
+
+    monkeypatch.setattr(early_exit, "assign", assigned)
+    model.unload()
+    assert [one for one in layers if one in touched] == layers[:2]
+    model.grow(1)
+    touched.clear()
+    model.unload()
+    assert [one for one in layers if one in touched] == layers[:1]
+    assert model.loaded_bytes == 0
+
+
 def test_auxiliary_heads_count_where_the_whole_model_comes_in(tmp_path, monkeypatch):
     stock = tiny.stock_model("llama")
     heads = new_exit_heads(from_stock(stock, (1, 2, 4)).backbone, (1, 2, 4))

@@ -9,7 +9,9 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from calibration.measuring.meters import NoMeter
 from calibration.serving.batching import HotRules
+from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host, NoRoomBeside, lives_of
 from calibration.serving.iteration import split_pays
 from calibration.serving.record import totals
@@ -246,7 +248,7 @@ def test_a_model_may_have_an_at_sign_in_its_name() -> None:
     setup, requests = drifting_setup(profile=profile), drifting_requests(60)
     host = serve_by_clockwork(setup, setup.traces, requests, policy_of("always"))
     _, ours = play(setup, requests, "always")
-    told = totals(host, requests, lambda at_s: 0.0)
+    told = totals(host, requests, RunEnergy(NoMeter("none")))
     assert told.max_batch_size_supported == ours.totals.max_batch_size_supported
     assert told.depth_seconds == ours.totals.depth_seconds
 
@@ -264,7 +266,7 @@ def test_both_add_a_run_up_alike(use, options, serving) -> None:
     setup, requests = drifting_setup(**serving), drifting_requests(120, rate_per_s=3.0)
     host = serve_by_clockwork(setup, setup.traces, requests, policy_of(use, **options))
     _, data = play(setup, requests, use, **options)
-    told, ours = asdict(totals(host, requests, lambda at_s: 0.0)), asdict(data.totals)
+    told, ours = asdict(totals(host, requests, RunEnergy(NoMeter("none")))), asdict(data.totals)
     for name in ("energy_j", "energy_idle_j", "energy_load_j", "regime_s"):
         del told[name], ours[name]
     assert 0.0 < ours["mean_kv_use"] < 1.0
@@ -620,7 +622,7 @@ def test_a_choice_by_energy_is_refused_without_a_meter_and_reads_it_otherwise() 
     by_energy = policy_of("helios", objective="energy")
     with pytest.raises(InputError, match="no energy meter"):
         host_of(by_energy)
-    host = host_of(by_energy, drawn_j=lambda spans: 5.0 * len(spans))
+    host = host_of(by_energy, drawn_j=lambda spans, most_w: 5.0 * len(spans))
     host.play()
     told = [one.snapshot.telemetry for one in host.decisions if one.snapshot.telemetry]
     assert told
@@ -628,7 +630,7 @@ def test_a_choice_by_energy_is_refused_without_a_meter_and_reads_it_otherwise() 
 
 
 def test_a_choice_by_energy_goes_by_the_cards_where_the_meter_stops_answering() -> None:
-    host = host_of(policy_of("helios", objective="energy"), drawn_j=lambda spans: None)
+    host = host_of(policy_of("helios", objective="energy"), drawn_j=lambda spans, most_w: None)
     host.play()
     told = [one.snapshot.telemetry for one in host.decisions if one.snapshot.telemetry]
     assert told
@@ -644,7 +646,7 @@ def test_both_tell_alike_what_was_drawn_while_no_request_was_there() -> None:
         setup.traces,
         requests,
         policy_of("helios", reassess_requests=20),
-        drawn_j=lambda spans: 50.0 * sum(stop_s - start_s for start_s, stop_s in spans),
+        drawn_j=lambda spans, most_w: 50.0 * sum(stop_s - start_s for start_s, stop_s in spans),
     )
     assert setup.profile.device.idle_w == 50.0
     told = [

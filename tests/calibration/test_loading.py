@@ -294,12 +294,16 @@ def test_each_stage_of_a_checkpoint_has_its_own_seconds_and_its_own_word_on_the_
     def grown(model: EarlyExitLM, depth: int) -> Any:
         return replace(grow(model, depth), read_s=1.0, seconds=2.0)
 
+    unload = EarlyExitLM.unload
     monkeypatch.setattr(EarlyExitLM, "grow", grown)
+    monkeypatch.setattr(EarlyExitLM, "unload", lambda model: 0.0 * unload(model) + 0.5)
     monkeypatch.setattr(loading, "forget", lambda files: next(gone))
     stages = time_checkpoint(folder, 2, exits=(2, 4), device=CPU, dtype=torch.float32)
     found = {stage.quantity: stage for stage in stages}
     assert next(gone, None) is None
-    assert (found["load_disk"].seconds, found["load_host"].seconds) == (1.0, 2.0)
+    # A switch lets the weights before go, and so does a load from host memory here.
+    assert (found["load_disk"].seconds, found["load_host"].seconds) == (1.0, 2.5)
+    assert found["unload"].seconds == 0.5
     assert (found["load_open"].note, found["load_disk"].note) == (CACHED, "")
 
 

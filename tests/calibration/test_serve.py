@@ -1136,6 +1136,54 @@ def test_what_a_short_period_is_told_lacks_nothing_that_was_drawn_since_the_last
     assert sum(told_j) == pytest.approx(sum(drawn_j), rel=0.01)
 
 
+class WorkingByTurns(Ticking):
+    """20 ms at 300 W, then 30 ms at 120 W, over and over."""
+
+    def joules(self, at_s: float) -> float:
+        turns = int(at_s / 0.05 + 1e-9)
+        since_s = at_s - 0.05 * turns
+        return 9.6 * turns + 300.0 * min(since_s, 0.02) + 120.0 * max(0.0, since_s - 0.02)
+
+
+def test_pauses_shorter_than_a_tick_are_told_the_joules_of_a_device_at_rest() -> None:
+    """20 ms of work at 300 W and 30 ms of rest at 120 W by turns, counted every 100 ms.
+
+    A straight line between ticks has 192 W throughout: rest would have 60 % more joules than it
+    draws, and a policy would believe that much of its work for nothing.
+    """
+    meter = WorkingByTurns()
+    energy = RunEnergy(meter)
+    energy.open()
+    energy.started(1.0)
+    meter.now_s = 12.0
+    rests = [(0.05 * k + 0.02, 0.05 * k + 0.05) for k in range(200)]
+    assert energy.drawn_so_far_j(rests) == pytest.approx(192.0 * 6.0, rel=0.02)
+    assert energy.drawn_so_far_j(rests, 120.0) == pytest.approx(120.0 * 6.0, rel=0.02)
+    assert energy.drawn_so_far_j([(0.0, 10.0)], 120.0) == pytest.approx(1920.0, rel=0.02)
+    # What is longer than two ticks is the counter's, and no more is told than was counted.
+    assert energy.drawn_so_far_j([(0.0, 0.21)], 1.0) == pytest.approx(192.0 * 0.21, rel=0.05)
+    assert energy.drawn_so_far_j(rests, 500.0) == energy.drawn_so_far_j(rests)
+
+
+class Slower(Steady):
+    tick_s = 0.05
+
+
+def test_a_run_tells_the_joules_of_its_pauses_as_its_policy_was_told_them() -> None:
+    energy = RunEnergy(Slower())
+    energy.open()
+    energy.started(101.0)
+    energy.close(1.0)
+    assert energy.within_j([(0.0, 0.5), (1.0, 2.0)]) == pytest.approx(15.0)
+    blurred = [(0.0, 0.001), (1.0, 1.001)]
+    assert energy.within_j(blurred, 4.0) == pytest.approx(0.008)
+    assert energy.within_j(blurred, None) == pytest.approx(0.02)
+    without = RunEnergy(NoMeter("none here"))
+    without.open()
+    without.close(1.0)
+    assert math.isnan(without.within_j([(0.0, 1.0)]))
+
+
 def test_fewer_exits_keep_what_tells_the_weights_that_were_measured(place, tmp_path) -> None:
     """Other weights of the same shape are refused, as with the profile of all exits."""
     document = json.loads((place / "profile" / "profile.json").read_text())
