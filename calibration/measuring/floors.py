@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,7 +83,9 @@ def launch_chain(length: int, device: torch.device) -> Work:
     return chain
 
 
-def time_launch(device: torch.device, timer: Timer, mode: str, samples: int) -> Timing | str:
+def time_launch(
+    device: torch.device, timer: Timer, mode: str, samples: int, patience_s: float = math.inf
+) -> Timing | str:
     """Time one launch of a long chain, eager or from a graph; a reason where that cannot be."""
     chain = launch_chain(CHAIN_LAUNCHES, device)
     if mode == "graph":
@@ -90,24 +93,35 @@ def time_launch(device: torch.device, timer: Timer, mode: str, samples: int) -> 
         if not isinstance(captured, Captured):
             return captured.reason
         chain = captured.replay
-    found = timed([chain], timer, samples=samples)[0]
+    found = timed([chain], timer, samples=samples, patience_s=patience_s)[0]
     each = found.seconds / CHAIN_LAUNCHES, found.mad_s / CHAIN_LAUNCHES
     return replace(found, seconds=each[0], mad_s=each[1])
 
 
-def time_read(num_bytes: int, device: torch.device, timer: Timer, samples: int) -> Timing:
+def time_read(
+    num_bytes: int,
+    device: torch.device,
+    timer: Timer,
+    samples: int,
+    patience_s: float = math.inf,
+) -> Timing:
     """Time reading so many bytes of the device's memory once, as a sum."""
     source = torch.randn(num_bytes // 4, device=device)
     work: Callable[[], object] = lambda: torch.sum(source)  # noqa: E731
-    return timed([work], timer, samples=samples)[0]
+    return timed([work], timer, samples=samples, patience_s=patience_s)[0]
 
 
 def time_copy(
-    num_bytes: int, device: torch.device, timer: Timer, samples: int
+    num_bytes: int,
+    device: torch.device,
+    timer: Timer,
+    samples: int,
+    patience_s: float = math.inf,
 ) -> tuple[Timing, int]:
     """Time one copy within the device's memory; also the bytes it moves, read and written."""
     count = num_bytes // 4
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)
     work: Callable[[], object] = lambda: target.copy_(source)  # noqa: E731
-    return timed([work], timer, samples=samples)[0], 2 * 4 * count
+    found = timed([work], timer, samples=samples, patience_s=patience_s)[0]
+    return found, 2 * 4 * count

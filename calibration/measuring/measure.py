@@ -85,6 +85,8 @@ from helios_sim.wording import counted
 
 _LEAST_BUDGET_S: Final = 5.0
 _COPY_TRIALS: Final = 3
+_FLOOR_SHARE: Final = 0.005
+"""Of the budget for each reading of a floor, beyond which disturbed samples will do."""
 _LINK_BYTES: Final = 2**28
 _LOAD_BYTES: Final = {"cpu": (2**24, 2**28), "cuda": (2**28, 2**31)}
 """Least and largest size of a stand-in file, where no checkpoint is loaded."""
@@ -350,15 +352,16 @@ class _Session:
 
     def _copies(self) -> None:
         """Copies within the device's memory, reading it, and copies to a GPU from the host."""
-        num_bytes = COPY_BYTES[self.device.type]
+        num_bytes, timer = COPY_BYTES[self.device.type], timer_for(self.device)
+        patience_s = _FLOOR_SHARE * self.settings.budget_s
         for trial in range(_COPY_TRIALS):
             reading = Reading("copy_bandwidth", bytes=2 * num_bytes, trial=trial)
             if reading.key not in self.readings:
-                timing, _ = time_copy(num_bytes, self.device, timer_for(self.device), SAMPLES)
+                timing, _ = time_copy(num_bytes, self.device, timer, SAMPLES, patience_s)
                 self._keep(reading.timed(timing))
             reading = Reading("copy_bandwidth", mode=READ, bytes=num_bytes, trial=trial)
             if reading.key not in self.readings:
-                timing = time_read(num_bytes, self.device, timer_for(self.device), SAMPLES)
+                timing = time_read(num_bytes, self.device, timer, SAMPLES, patience_s)
                 self._keep(reading.timed(timing))
         linked = [
             Reading("copy_bandwidth", mode=LINK, bytes=_LINK_BYTES, trial=trial)
@@ -371,7 +374,7 @@ class _Session:
                 self._note(f"no copies over the link: {copying}")
                 return
             for reading in missing:
-                (timing,) = timed([copying], timer_for(self.device), samples=SAMPLES)
+                (timing,) = timed([copying], timer, samples=SAMPLES, patience_s=patience_s)
                 self._keep(reading.timed(timing))
 
     def _loading(self) -> None:
@@ -602,7 +605,8 @@ class _Session:
             reading = Reading("launch_floor", bench.name, mode, layers=1, note=f"{count} launches")
             if reading.key in self.readings:
                 continue
-            found = time_launch(self.device, bench.timer, mode, SAMPLES)
+            patience_s = _FLOOR_SHARE * self.settings.budget_s
+            found = time_launch(self.device, bench.timer, mode, SAMPLES, patience_s)
             if isinstance(found, str):
                 self._note(f"{bench.name}: no launch floor from a graph: {found}")
             else:

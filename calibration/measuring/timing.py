@@ -51,6 +51,9 @@ _LONG_S: Final = 0.05
 _USUAL_SETTLING: Final = 4
 """Repetitions that settling usually takes."""
 
+_PACE_REPETITIONS: Final = 8
+"""Products and copies of one look at a GPU's pace."""
+
 _LOOK_HOLDS_S: Final = 0.0005
 """A look at the reference tells of what begins within this time too."""
 
@@ -106,11 +109,13 @@ def measure_pace(device: torch.device) -> Pace:
     source = torch.ones(2**24, device=device)
     target = torch.empty_like(source)
     timer = CudaTimer()
+
+    def seconds(work: Work) -> float:
+        # Of one alone, the launch from an idle stream would be a good part.
+        return timer.sample(work, _PACE_REPETITIONS).seconds / _PACE_REPETITIONS
+
     looks = [
-        Pace(
-            timer.sample(lambda: torch.mm(matrix, matrix), 1).seconds,
-            timer.sample(lambda: target.copy_(source), 1).seconds,
-        )
+        Pace(seconds(lambda: torch.mm(matrix, matrix)), seconds(lambda: target.copy_(source)))
         for _ in range(20)
     ]
     return functools.reduce(Pace.quickest, looks)

@@ -147,7 +147,8 @@ def figure_row(
     low, high = min(min(known), median - double), max(max(known), median + double)
     slack = _EQUAL * max(abs(low), abs(high))
     side: Verdict = "below" if ours < low - slack else "above" if ours > high + slack else "within"
-    half = (high - low) / 2
+    # Repeats that lie to one side widen the spread there alone.
+    half = median - low if ours < median else high - median
     spreads = abs(ours - median) / half if half > slack else (0.0 if side == "within" else None)
     return replace(row, low=low, high=high, error_in_spreads=spreads, verdict=side)
 

@@ -214,6 +214,25 @@ def test_as_many_bytes_are_read_as_were_asked_for(monkeypatch: pytest.MonkeyPatc
     assert read == {4096}
 
 
+def test_floors_take_disturbed_samples_where_their_time_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A short budget would else be spent on them, where others never rest."""
+    asked: list[float] = []
+    take = timed
+
+    def watched(works: Any, timer: Any, **given: Any) -> list[Timing]:
+        asked.append(given["patience_s"])
+        return take(works, timer, **given)
+
+    monkeypatch.setattr(floors, "timed", watched)
+    timer = WallTimer(CPU, 0.001)
+    time_copy(2**16, CPU, timer, 1, 1.5)
+    time_read(2**16, CPU, timer, 1, 2.5)
+    time_launch(CPU, timer, "eager", 1, 3.5)
+    assert asked == [1.5, 2.5, 3.5]
+
+
 def test_a_copy_counts_bytes_read_and_written() -> None:
     timing, moved = time_copy(2**22, CPU, WallTimer(CPU, 0.002), 3)
     assert moved == 2**23

@@ -662,6 +662,26 @@ def test_what_others_disturbed_every_time_is_taken_again_until_it_is_not(
     assert set(checks["trial"]) == {max(2, rounds - 1)}
 
 
+def test_floors_may_take_a_two_hundredth_of_the_budget_each(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    launch, copy, read = measuring.time_launch, measuring.time_copy, measuring.time_read
+
+    def watched(take: Any) -> Any:
+        def taken(*given: Any) -> Any:
+            asked.append(given[-1])
+            return take(*given)
+
+        return taken
+
+    monkeypatch.setattr(measuring, "time_launch", watched(launch))
+    monkeypatch.setattr(measuring, "time_copy", watched(copy))
+    monkeypatch.setattr(measuring, "time_read", watched(read))
+    measure(replace(settings(checkpoint, tmp_path / "out"), budget_s=8.0))
+    assert asked == pytest.approx([0.04] * 7)
+
+
 def test_what_others_go_on_disturbing_is_given_up(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

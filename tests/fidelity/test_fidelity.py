@@ -1300,3 +1300,20 @@ def repeats_of_helios(folder: Path) -> Path:
     for number in (1, 2):
         perturbed(folder / f"repeat-{number}", "helios", "times")
     return folder
+
+
+def test_a_figure_is_within_its_spread_by_the_verdict_and_by_the_distance_alike() -> None:
+    """Four repeats at 100 and one at 130: the spread ends 27 below the median and 30 above it."""
+    real = (100.0, 100.0, 100.0, 100.0, 130.0)
+    ends = figure_row("duration", "Duration", "s", "Load", real, 100.0)
+    assert (ends.low, ends.high) == pytest.approx((100.0 - 26.83, 130.0), abs=0.01)
+    for simulated, verdict in (
+        (72.5, "below"),
+        (74.0, "within"),
+        (128.5, "within"),
+        (131.0, "above"),
+    ):
+        row = figure_row("duration", "Duration", "s", "Load", real, simulated)
+        assert row.verdict == verdict
+        assert row.error_in_spreads is not None
+        assert (row.error_in_spreads <= 1.0) == (verdict == "within")
