@@ -131,13 +131,15 @@ class Chance:
     """What the simulation gives where the same requests have other text of the profile's traces.
 
     `ends` are the least and the most of each headline figure, `middles` the median, on `num_texts`
-    texts and the given one; all at the pace of the real run, where that is known. A policy that
+    texts and the given one; both at the pace of the real run, where that is known. `foreseen` are
+    the medians without it, as anybody could have predicted them before the run. A policy that
     decides on few tokens may decide differently on each.
     """
 
     num_texts: int
     ends: dict[str, tuple[float, float]]
     middles: dict[str, float] = field(default_factory=dict)
+    foreseen: dict[str, float] = field(default_factory=dict)
 
     def spans(self, key: str, value: float) -> bool:
         """Whether a real figure lies within what texts give, where they make a difference."""
@@ -278,15 +280,19 @@ def attribute(
             present.append(name)
         figures = scene.play(frozenset(taken))
         swaps.append(Swap(name, title, {key: scaled(key, figures.get(key)) for key in HEADLINES}))
-    paces = frozenset(present) & {"pace"}
-    texts = [next(one.figures for one in swaps if one.name == ("pace" if paces else NOTHING))]
+    told = {one.name: one.figures for one in swaps}
+    paced = ("pace",) if "pace" in present else ()
+    on_texts = {name: [told[name]] for name in (NOTHING, *paced)}
     for text in range(1, OTHER_TEXTS + 1):
         if report is not None:
             report("attribution", (len(steps) + text - 1) / num_steps)
-        figures = scene.play(paces, text)
-        texts.append({key: scaled(key, figures.get(key)) for key in HEADLINES})
+        for name, texts in on_texts.items():
+            figures = scene.play(frozenset({name} & {*paced}), text)
+            texts.append({key: scaled(key, figures.get(key)) for key in HEADLINES})
+    foreseen = _middles(on_texts[NOTHING])
+    chance = _chance(on_texts["pace" if paced else NOTHING], foreseen)
     real = {key: scaled(key, side.summary.get(key)) for key in HEADLINES}
-    attribution = Attribution(side.path.name, real, tuple(swaps), (), (), _chance(texts))
+    attribution = Attribution(side.path.name, real, tuple(swaps), (), (), chance)
     return replace(
         attribution,
         causes=tuple(_causes(attribution)),
@@ -294,15 +300,25 @@ def attribute(
     )
 
 
-def _chance(texts: Sequence[Mapping[str, Value]]) -> Chance:
+def _chance(texts: Sequence[Mapping[str, Value]], foreseen: dict[str, float]) -> Chance:
     """The ends and the middle of each figure that the simulation has on every text."""
-    ends, middles = {}, {}
-    for key in HEADLINES:
-        values = [value for figures in texts if isinstance(value := figures.get(key), float)]
-        if len(values) == len(texts):
-            ends[key] = min(values), max(values)
-            middles[key] = statistics.median(values)
-    return Chance(len(texts) - 1, ends, middles)
+    found = _on_every(texts)
+    ends = {key: (min(values), max(values)) for key, values in found.items()}
+    return Chance(len(texts) - 1, ends, _middles(texts), foreseen)
+
+
+def _middles(texts: Sequence[Mapping[str, Value]]) -> dict[str, float]:
+    """The median over texts of each figure that all of them have."""
+    return {key: statistics.median(values) for key, values in _on_every(texts).items()}
+
+
+def _on_every(texts: Sequence[Mapping[str, Value]]) -> dict[str, list[float]]:
+    """The values of each headline figure that every text has."""
+    found = {
+        key: [value for figures in texts if isinstance(value := figures.get(key), float)]
+        for key in HEADLINES
+    }
+    return {key: values for key, values in found.items() if len(values) == len(texts)}
 
 
 def _missing(name: str, found: Ingredients) -> str | None:

@@ -382,7 +382,14 @@ def _gains(results: Mapping[str, Any]) -> str:
     middle = ""
     if any(one.get("middle_text") for one in gains):
         sides["middle_text"] = "middle text"
-        middle = " The middle text is the median of simulations on several texts, as above."
+        middle = (
+            " The middle text is the median of simulations on several texts, without the paces of "
+            "the runs, which nobody knows before"
+        )
+        if _has_paces(results):
+            sides["middle_text_at_pace"] = "middle text, at the paces"
+            middle += ", and at them"
+        middle += "."
     rows = []
     for group, against in dict.fromkeys((one["group"], one["against"]) for one in gains):
         for side, said in sides.items():

@@ -193,8 +193,8 @@ def _beyond(case: Data, row: Data, target: float) -> dict[str, Any]:
 def gains(cases: Sequence[Data]) -> list[dict[str, Any]]:
     """HELIOS against each baseline on the same requests; above 1 is better.
 
-    Real, simulated, and by the middle of several texts, at the pace of the runs where it was seen;
-    None where that is not known of a figure.
+    Real, simulated, and by the middle of several texts, as it could be foreseen and at the paces of
+    the runs; None where that is not known of a figure.
     """
     found = []
     for group, members in _groups(cases):
@@ -209,7 +209,10 @@ def gains(cases: Sequence[Data]) -> list[dict[str, Any]]:
                 own, base = _found(ours, key), _found(other, key)
                 if own is None or base is None:
                     continue
-                middles = [_by_chance("middles", case, key) for case in (ours, other)]
+                foreseen, middles = (
+                    [_by_chance(told, case, key) for case in (ours, other)]
+                    for told in ("foreseen", "middles")
+                )
                 found.append(
                     {
                         "group": group,
@@ -218,7 +221,8 @@ def gains(cases: Sequence[Data]) -> list[dict[str, Any]]:
                         "name": name,
                         "real": _gain(own["median"], base["median"], more),
                         "simulated": _gain(own["simulated"], base["simulated"], more),
-                        "middle_text": _gain(middles[0], middles[1], more),
+                        "middle_text": _gain(foreseen[0], foreseen[1], more),
+                        "middle_text_at_pace": _gain(middles[0], middles[1], more),
                     }
                 )
     return found

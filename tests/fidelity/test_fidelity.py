@@ -372,6 +372,10 @@ def test_a_slower_machine_is_told_from_iterations_that_are_predicted_wrongly(
         assert found.middle_error("mean_tpot_ms") == pytest.approx(0.0, abs=1e-9)
         assert len(set(found.chance.ends["mean_tpot_ms"])) == 1
         assert unseen.middle_error("mean_tpot_ms") == pytest.approx(before["mean_tpot_ms"])
+    # Without the pace a middle is what could be foreseen, whether the pace was seen or not.
+    assert found.chance.foreseen == unseen.chance.foreseen == unseen.chance.middles
+    faster = found.chance.middles["mean_tpot_ms"] / found.chance.foreseen["mean_tpot_ms"]
+    assert faster == pytest.approx(1.25, rel=0.2)
 
 
 def test_the_pace_is_held_against_the_profile_that_is_simulated(base: Path) -> None:
@@ -499,7 +503,7 @@ def test_an_error_that_the_pace_takes_away_is_not_by_chance() -> None:
 def test_the_middle_text_is_the_median_of_all_texts() -> None:
     """A figure that some text lacks has neither ends nor a middle."""
     texts = [{"mean_tpot_ms": one, "perplexity": None} for one in (9.0, 1.0, 5.0, 4.0)]
-    found = swaps._chance([*texts, {"mean_tpot_ms": 2.0, "perplexity": 3.0}])
+    found = swaps._chance([*texts, {"mean_tpot_ms": 2.0, "perplexity": 3.0}], {})
     assert (found.num_texts, found.ends) == (4, {"mean_tpot_ms": (1.0, 9.0)})
     assert found.middles == {"mean_tpot_ms": 4.0}
 

@@ -218,10 +218,11 @@ def test_the_study_serves_simulates_compares_and_writes_its_page(
         next(case for case in found["cases"] if case["policy"] == policy and case["group"])
         for policy in ("helios", "vanilla")
     )
-    own, base = (
-        case["attribution"]["chance"]["middles"]["output_throughput"] for case in (ours, vanilla)
-    )
-    assert gain["middle_text"] == pytest.approx(own / base)
+    for told, name in (("foreseen", "middle_text"), ("middles", "middle_text_at_pace")):
+        own, base = (
+            case["attribution"]["chance"][told]["output_throughput"] for case in (ours, vanilla)
+        )
+        assert gain[name] == pytest.approx(own / base)
     with (tmp_path / "out" / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert {row["case"] for row in rows} == {case.name for case in SOME}
