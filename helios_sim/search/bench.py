@@ -31,6 +31,8 @@ SAMPLE_ANSWERS: Final = 20.0
 A sample begins empty, and a fleet is full only once the first answers end: a shorter sample shows
 it on the way there. A tenth of the sample, two answers, is not measured.
 """
+_MOST_HALVINGS: Final = 6
+"""Halvings of a rate in search of one that keeps the constraints."""
 LONGER: Final = 4
 """How many times as long a sample has to agree with an answer before it is given.
 
@@ -86,7 +88,10 @@ class FleetAnswer:
     smallest number that carries it does at the target, and `is_too_small` says that there is none;
     without one `planned` is the load at the capacity. `loads` are all that was measured. `figures`
     are of a run of the planned scenario, or means over samples where `is_one_run` is False, in
-    which `models` served; `broken` are the constraints that they break.
+    which `models` served; `broken` are the constraints that they break, or that samples do where a
+    policy decides on what it evaluated: `num_breaking` of `num_judged` such samples break some.
+    `for_slo` is the planned load under the SLO alone, where constraints took more replicas or
+    allowed a lower rate.
     """
 
     fleet: Fleet
@@ -102,6 +107,9 @@ class FleetAnswer:
     is_one_run: bool = False
     models: tuple[str, ...] = ()
     broken: tuple[Broken, ...] = ()
+    num_breaking: int = 0
+    num_judged: int = 0
+    for_slo: Load | None = None
 
     @property
     def agreement(self) -> float | None:
@@ -154,7 +162,24 @@ def planned_scenario(question: PlanQuestion, fleet: Fleet, planned: Load) -> Sce
     return at_rate(scenario, question.traffic, planned.rate_per_s)
 
 
+@dataclass(frozen=True)
+class Served:
+    """What the planned scenario does, and the constraints that it breaks."""
+
+    load: Load
+    figures: list[Figures]
+    broken: tuple[Broken, ...]
+    num_breaking: int = 0
+    num_judged: int = 0
+
+    @property
+    def violation(self) -> float:
+        """By how much constraints are broken, in all; 0 where all are kept."""
+        return math.fsum(one.violation for one in self.broken)
+
+
 Measured = Generator[Sequence[Point], list[Outcome], Load]
+Judged = Generator[Sequence[Point], list[Outcome], Served]
 
 
 class _Bench:
@@ -194,7 +219,7 @@ class _Bench:
                 if wanted <= lengthened:
                     break
                 lengthened, figures = wanted, []
-            if verdict.is_sure:
+            if verdict.is_sure and not self._decides_once(figures):
                 break
         sample_s = lengthened * self.question.traffic.sample_s(rate_per_s, num_replicas)
         load = Load(
@@ -234,6 +259,13 @@ class _Bench:
         for_rounds = FEW_ROUNDS / self._rounds(num_replicas, rate_per_s * sample_s)
         wanted = math.ceil(max(1.0, for_answers, for_rounds))
         return min(wanted, traffic.most_lengthened(num_replicas))
+
+    def _decides_once(self, figures: Sequence[Figures]) -> bool:
+        """Whether each sample holds one decision, made on what was evaluated at its start.
+
+        Three that agree by chance have no spread, and say nothing of how often others would not.
+        """
+        return self.reassess_requests is None and _evaluates(figures)
 
     def _rounds(self, num_replicas: int, num_requests: float) -> float:
         """Rounds of reassessment of each replica in a sample of so many requests.
@@ -348,6 +380,71 @@ class _Bench:
             )
         return figures_of((yield points))
 
+    def judged(self, planned: Load) -> Judged:
+        """A run of the planned scenario, and the constraints that it breaks.
+
+        One run of a policy that decides on what it evaluated is one of many: there samples are
+        judged too.
+        """
+        question, settings = self.question, self.question.settings
+        figures = yield from self.as_served(planned)
+        served = Served(planned, figures, question.judge.broken(figures))
+        if len(figures) > 1 or not str(question.constraints) or not _evaluates(figures):
+            return served
+        limits = question.constraints.limits or str(question.slo)
+        indices = range(settings.max_replications)
+        points = self._samples(
+            planned.num_replicas, planned.rate_per_s, indices, planned.lengthened, limits
+        )
+        samples = figures_of((yield points))
+        num_breaking = sum(1 for one in samples if question.judge.broken([one]))
+        broken = served.broken or question.judge.broken(samples)
+        return replace(served, broken=broken, num_breaking=num_breaking, num_judged=len(samples))
+
+    def with_more(self, served: Served) -> Judged:
+        """The fewest replicas that keep the constraints too; as it was where more do not help."""
+        low, rate_per_s = served, served.load.rate_per_s
+        step, most = 1, self.question.settings.max_replicas
+        while low.load.num_replicas < most:
+            num = min(low.load.num_replicas + step, most)
+            tried = yield from self._judged_at(num, rate_per_s, served)
+            if not tried.broken:
+                break
+            if tried.violation >= low.violation:
+                return served
+            low, step = tried, 2 * step
+        else:
+            return served
+        high = tried
+        while high.load.num_replicas - low.load.num_replicas > 1:
+            middle = (high.load.num_replicas + low.load.num_replicas) // 2
+            tried = yield from self._judged_at(middle, rate_per_s, served)
+            low, high = (tried, high) if tried.broken else (low, tried)
+        return high
+
+    def with_less(self, served: Served) -> Judged:
+        """The highest rate that keeps the constraints too; as it was where less does not help."""
+        num, high = served.load.num_replicas, served
+        for _ in range(_MOST_HALVINGS):
+            tried = yield from self._judged_at(num, high.load.rate_per_s / 2, served)
+            if not tried.broken:
+                break
+            if tried.violation >= high.violation:
+                return served
+            high = tried
+        else:
+            return served
+        low = tried
+        while high.load.rate_per_s > (1.0 + self.question.settings.precision) * low.load.rate_per_s:
+            middle = math.sqrt(high.load.rate_per_s * low.load.rate_per_s)
+            tried = yield from self._judged_at(num, middle, served)
+            low, high = (low, tried) if tried.broken else (tried, high)
+        return low
+
+    def _judged_at(self, num_replicas: int, rate_per_s: float, served: Served) -> Judged:
+        load = yield from self.measure(num_replicas, rate_per_s, served.load.longer)
+        return (yield from self.judged(load))
+
     def bottleneck(self, num_replicas: int, capacity: Capacity) -> Bottleneck | None:
         """What gives way at the first rate that is missed."""
         if capacity.outcome == "all carried":
@@ -381,6 +478,11 @@ def _follow(
         return found
 
 
+def _evaluates(figures: Sequence[Figures]) -> bool:
+    """Whether a policy evaluated candidates in some of the runs."""
+    return any(one["summary"]["num_evaluations"] for one in figures)
+
+
 def _answer_s(figures: Sequence[Figures]) -> float:
     """How long answers take in the slowest of some runs; 0 where none finished."""
     return max((one["answer_s"] or 0.0 for one in figures), default=0.0)
@@ -405,19 +507,45 @@ def _fleet_steps(question: PlanQuestion, fleet: Fleet) -> Steps[FleetAnswer]:
             sized = None if size is None else bench.loads[size, target]
             answer = replace(answer, planned=sized, is_too_small=size is None)
         if answer.planned is not None:
-            served = yield from bench.as_served(answer.planned)
+            under_slo = yield from bench.judged(answer.planned)
+            served = under_slo
+            if served.broken:
+                keeping = bench.with_less if target is None else bench.with_more
+                served = yield from keeping(served)
+            if served is not under_slo:
+                answer = replace(
+                    answer,
+                    planned=served.load,
+                    for_slo=under_slo.load,
+                    capacity=_within(answer.capacity, served.load) if target is None else capacity,
+                )
             answer = replace(
                 answer,
-                figures=mean_figures(served),
-                is_one_run=len(served) == 1,
-                models=models_served(served),
-                broken=question.judge.broken(served),
+                figures=mean_figures(served.figures),
+                is_one_run=len(served.figures) == 1,
+                models=models_served(served.figures),
+                broken=served.broken,
+                num_breaking=served.num_breaking,
+                num_judged=served.num_judged,
             )
     except InputError as error:
         # What was found on the way is no plan: nobody has judged it by the constraints.
         loads = tuple(bench.loads.values())
         return replace(answer, planned=None, figures={}, refusal=error, loads=loads)
     return _priced(question, replace(answer, loads=tuple(bench.loads.values())))
+
+
+def _within(capacity: Capacity | None, planned: Load) -> Capacity:
+    """A capacity that constraints limit to the rate of a load."""
+    assert capacity is not None
+    rate_per_s = planned.rate_per_s
+    low_per_s = rate_per_s if planned.verdict.surely_carried else capacity.low_per_s
+    return replace(
+        capacity,
+        rate_per_s=rate_per_s,
+        low_per_s=min(low_per_s, rate_per_s),
+        high_per_s=max(rate_per_s, min(capacity.high_per_s, capacity.rate_per_s)),
+    )
 
 
 def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:

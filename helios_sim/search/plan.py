@@ -12,7 +12,7 @@ from helios_sim.scenario import Scenario
 from helios_sim.search.bench import FleetAnswer, Load, planned_scenario
 from helios_sim.search.fleets import PlanQuestion
 from helios_sim.search.goals import in_words
-from helios_sim.wording import counted
+from helios_sim.wording import counted, number
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,17 @@ def check_answerable(question: PlanQuestion, answers: Sequence[FleetAnswer]) -> 
         )
     missed = [one for one in answers if one.capacity is not None and one.capacity.probes]
     nearest = min(missed, key=lambda one: _lowest(one).verdict.worst.shortfall)
+    refused = share_refused(_lowest(nearest))
+    remedy = "Give a looser limit, or models and devices that answer sooner."
+    if refused > 1.0 - _lowest(nearest).verdict.worst.target:
+        remedy = (
+            'No limit mends that: give models with a longer context, or over_context = "truncate" '
+            "or more memory, so that fewer requests are refused."
+        )
     raise InputError(
         f"The SLO is met by none of {len(answers)} fleet{'s' if len(answers) != 1 else ''}, even "
         f"at the lowest rate. {nearest.fleet.name!r} comes nearest: {miss_in_words(nearest)}. "
-        "Give a looser limit, or models and devices that answer sooner.",
+        f"{remedy}",
         f"{question.where}, slo",
     )
 
@@ -113,6 +120,12 @@ def _no_fleet(question: PlanQuestion, refusals: Sequence[InputError]) -> InputEr
 
 def _lowest(answer: FleetAnswer) -> Load:
     return min(answer.loads, key=lambda load: load.rate_per_s)
+
+
+def share_refused(load: Load) -> float:
+    """The share of a load's requests that are refused, since they can never fit."""
+    refused, of = load.means.get("num_refused"), load.means.get("num_requests")
+    return refused / of if refused and of else 0.0
 
 
 def miss_in_words(answer: FleetAnswer) -> str:
@@ -135,6 +148,8 @@ def miss_in_words(answer: FleetAnswer) -> str:
             f" (that percentile is {worst.value_ms:.4g} ms, "
             f"{100 * over:.0f} % over {worst.limit_ms:g} ms)"
         )
+    if refused := share_refused(load):
+        text += f"; {number(100 * refused)} % are refused, since they can never fit"
     return text
 
 

@@ -56,7 +56,8 @@ def plan_headline(plan: Plan) -> str:
     if target is None:
         return (
             f"{fleet_words(best)} carries {number(best.capacity.rate_per_s, 4)} requests/s under "
-            f"the SLO ({bracket(best.capacity)}){quality}."
+            f"the SLO{' and the constraints' * (best.for_slo is not None)} "
+            f"({bracket(best.capacity)}){quality}."
         )
     return f"{number(target, 4)} requests/s take {_sized(plan, best)}{quality}."
 
@@ -226,11 +227,39 @@ def _constraints(plan: Plan) -> list[str]:
         return []
     kept = "" if plan.why_none else "; kept by what is recommended"
     found = [f"Constraints: {constraints}{kept}."]
+    if not plan.why_none:
+        found += [*_taken_by_constraints(plan), *_kept_by_chance(plan.best)]
     for one in plan.answers:
         if one.broken:
             what = listed([in_words(each) for each in one.broken])
             found.append(f"Not recommended: {one.fleet.name}, which breaks {what}.")
     return found
+
+
+def _taken_by_constraints(plan: Plan) -> list[str]:
+    """What the SLO alone would take, or allow, where the constraints take more or allow less."""
+    load, planned = plan.best.for_slo, plan.best.planned
+    if load is None or planned is None:
+        return []
+    if plan.question.target_per_s is None:
+        return [
+            f"The SLO alone allows {number(load.rate_per_s, 4)} requests/s; the constraints lower "
+            f"that to {number(planned.rate_per_s, 4)}."
+        ]
+    return [
+        f"The SLO alone takes {counted(load.num_replicas, 'replica')}; the constraints take "
+        f"{planned.num_replicas}."
+    ]
+
+
+def _kept_by_chance(best: FleetAnswer) -> list[str]:
+    """That constraints are kept on average and broken in some samples, where chance decides."""
+    if not best.num_breaking:
+        return []
+    return [
+        f"{best.fleet.name} decides on few evaluated requests: it keeps the constraints on "
+        f"average, and breaks them in {best.num_breaking} of {counted(best.num_judged, 'sample')}."
+    ]
 
 
 def _energy(plan: Plan) -> list[str]:

@@ -717,8 +717,10 @@ def _rounds(question: TuneQuestion, values: Values, met: Trial) -> float:
         # The value goes together with others alone.
         return math.inf
     made = make_policy(policy.use, policy.options, search_path=question.base_dir)
-    measured, num_replicas = met.means["num_measured"], met.means["num_replicas"]
-    assert measured is not None and num_replicas is not None
+    measured, num_replicas = met.means.get("num_measured"), met.means.get("num_replicas")
+    if measured is None or num_replicas is None:
+        # A trial that could not be run met no sample.
+        return math.inf
     return rounds_in_sample(measured, num_replicas, made.watching.reassess_requests)
 
 

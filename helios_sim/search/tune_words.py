@@ -242,6 +242,20 @@ def tune_remarks(tuned: Tuned) -> list[str]:
             "On held-out traffic the winner breaks "
             f"{listed([in_words(one) for one in held.tuned_broken])}."
         )
+    return [*found, *_at_other_rates(tuned)]
+
+
+def _at_other_rates(tuned: Tuned) -> list[str]:
+    """Which held-out rates other than the scenario's own the winner does not bear."""
+    found = []
+    for held in tuned.held_out:
+        if held.rate_scale == 1.0 or not held.tuned_broken:
+            continue
+        too = ", as the scenario as it stands does" * bool(held.base_broken)
+        found.append(
+            f"At {held.rate_scale:g} times the rate the winner breaks "
+            f"{listed([in_words(one) for one in held.tuned_broken])} on held-out traffic{too}."
+        )
     return found
 
 

@@ -13,12 +13,20 @@ from helios_sim.errors import InputError
 from helios_sim.policy.registry import policy_options
 from helios_sim.scenario import parse_scenario
 from helios_sim.search.drawings import against_energy, tune_frontiers
+from helios_sim.search.goals import Broken
 from helios_sim.search.page import tune_page
 from helios_sim.search.points import Point
 from helios_sim.search.samplers import Listed, Sampler
 from helios_sim.search.space import Space
 from helios_sim.search.tables import setting_rows, trial_records, trial_rows, tune_front
-from helios_sim.search.tune import Trial, Tuned, read_tune, recommended, tune_study
+from helios_sim.search.tune import (
+    Trial,
+    Tuned,
+    few_rounds,
+    read_tune,
+    recommended,
+    tune_study,
+)
 from helios_sim.search.tune_words import tune_headline, tune_remarks
 
 BATCHES = (8, 16, 32, 64)
@@ -410,3 +418,30 @@ def test_without_an_energy_the_page_says_so_and_leaves_its_panel_out() -> None:
     blind = replace(found, base=unread(found.base), trials=trials, winner=trials[0])
     assert "on the tuning traffic. Energy is not known." in tune_page(blind, recommended(blind))
     assert tune_frontiers(blind)["layout"]["xaxis"]["title"]["text"] == "tokens/s per user"
+
+
+def test_a_winner_that_breaks_a_constraint_at_another_held_out_rate_is_said_to() -> None:
+    """Settings are judged at the scenario's own rate; what a busier hour brings is told."""
+    found = tuned(lambda batch, sample: (joules(batch, sample), 0.95, 1.0))
+    broken = (Broken("ttft:p95<=2000ms", 10256.0, 4.1),)
+    assert found.own_rate is not None
+    busier = replace(found.own_rate, rate_scale=1.2, tuned_broken=broken)
+    said = " ".join(tune_remarks(replace(found, held_out=(found.own_rate, busier))))
+    assert "At 1.2 times the rate the winner breaks ttft:p95<=2000ms (reached 10,256" in said
+    assert "on held-out traffic." in said
+    both = replace(busier, base_broken=broken)
+    said = " ".join(tune_remarks(replace(found, held_out=(found.own_rate, both))))
+    assert "on held-out traffic, as the scenario as it stands does." in said
+    assert "times the rate the winner" not in " ".join(tune_remarks(found))
+
+
+def test_a_scenario_that_cannot_be_run_as_it_stands_met_no_sample_of_few_rounds() -> None:
+    """Whoever has no figures has no rounds to count; the search ends all the same."""
+    found = tuned(lambda batch, sample: (joules(batch, sample), 0.95, 1.0))
+    ranges = {"serving.max_batch": [8, 16], "policy.reassess_requests": [20, 400]}
+    searched = tuned(lambda batch, sample: (joules(batch, sample), 0.95, 1.0), ranges=ranges)
+    names = [name for name, _ in few_rounds(searched)]
+    assert "policy.reassess_requests = 400" in names
+    impossible = replace(searched, base=replace(searched.base, means={}))
+    assert "policy.reassess_requests = 400" not in [name for name, _ in few_rounds(impossible)]
+    assert found.verdict == "better"

@@ -20,7 +20,7 @@ from helios_sim.search.fleets import PlanQuestion, fleet_scenario, read_plan
 from helios_sim.search.goals import Broken
 from helios_sim.search.means import mean_figures
 from helios_sim.search.plan import make_plan, ranked
-from helios_sim.search.plan_words import plan_remarks
+from helios_sim.search.plan_words import _constraints, plan_remarks
 from helios_sim.search.prices import Cost
 from helios_sim.search.verdict import Verdict
 from helios_sim.settings.toml_writer import toml_text
@@ -343,3 +343,16 @@ def test_a_fleet_whose_whole_run_is_refused_plans_nothing(
     assert answer.planned is None
     assert answer.capacity is not None and answer.capacity.rate_per_s > 0.0
     assert not answer.figures and answer.cost is None and answer.loads
+
+
+def test_constraints_that_some_samples_break_are_said_to_be_kept_on_average(tmp_path: Path) -> None:
+    question = question_of(tmp_path, target_rate_per_s=30.0, constraints="agreement>=0.9")
+    best = replace(answer_of(question, 4), num_breaking=2, num_judged=10)
+
+    def said(best: FleetAnswer) -> str:
+        told = replace(make_plan(question, [best], best), hours=())
+        return " ".join(_constraints(told))
+
+    assert "mine decides on few evaluated requests" in said(best)
+    assert "breaks them in 2 of 10 samples" in said(best)
+    assert "decides" not in said(replace(best, num_breaking=0))

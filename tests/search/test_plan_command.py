@@ -639,3 +639,89 @@ def test_a_changing_workload_of_millions_is_refused_before_anything_is_played(
     )
     with pytest.raises(InputError, match=r"holds 20,\d{3},\d{3} requests; .* at most 2,000,000"):
         plan(path, [], inline(tmp_path / "out"))
+
+
+ONE_MODEL = {"fleet": {"candidates": ["opt-6.7b"]}, "policy": [{"use": "vanilla"}]}
+
+
+def test_a_latency_constraint_takes_more_replicas_than_the_slo(tmp_path: Path) -> None:
+    """Four replicas keep a generous SLO and break the constraint; one more keeps both."""
+    asked = {"target_rate_per_s": 40.0, "constraints": "ttft:p95<100ms"}
+    path = write(
+        tmp_path,
+        **ONE_MODEL,
+        workload={"num_requests": 6000},
+        slo={"text": "ttft:5000"},
+        serving={"max_batch": 16},
+        plan=asked,
+    )
+    said = plan(path, [], inline(tmp_path / "out"))
+    (taken,) = (one for one in said.sentences if one.startswith("The SLO alone takes"))
+    found = re.fullmatch(
+        r"The SLO alone takes (\d+) replicas?; the constraints take (\d+)\.", taken
+    )
+    assert found is not None
+    few, more = map(int, found.groups())
+    assert few < more
+    assert said.sentences[0].startswith(f"40 requests/s take {more} GPUs: {more} {TIMES} vanilla")
+    recommended = load_scenario(tmp_path / "out" / "scenario.toml")
+    assert recommended.fleet.num_replicas == more
+
+    def slowest_ms(num_replicas: int) -> float:
+        fleet = recommended.fleet.model_copy(update={"num_replicas": num_replicas})
+        scenario = recommended.model_copy(update={"fleet": fleet})
+        (judged,) = run_point(point_of(scenario, tmp_path, "ttft:p95<100ms"))["judged"]
+        return float(judged["value_ms"])
+
+    assert slowest_ms(more) <= 100.0 < slowest_ms(more - 1)
+
+
+def test_without_a_target_a_latency_constraint_lowers_the_rate(tmp_path: Path) -> None:
+    asked = {"constraints": "ttft:p95<100ms"}
+    path = write(tmp_path, **ONE_MODEL, slo={"text": "ttft:5000"}, plan=asked)
+    said = plan(path, [], inline(tmp_path / "out"))
+    assert "under the SLO and the constraints (" in said.sentences[0]
+    (lowered,) = (one for one in said.sentences if one.startswith("The SLO alone allows"))
+    found = re.search(
+        r"allows ([\d.]+) requests/s; the constraints lower that to ([\d.]+)\.$", lowered
+    )
+    assert found is not None
+    alone, kept = map(float, found.groups())
+    assert kept < alone
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet").filter(pl.col("planned"))
+    assert frame["rate_per_s"].to_list() == pytest.approx([kept], rel=1e-3)
+
+
+def test_what_more_replicas_do_not_mend_is_refused_after_one_more(tmp_path: Path) -> None:
+    """Tokens agree as little in a large fleet as in a small one."""
+    path = write(
+        tmp_path,
+        fleet={"candidates": ["opt-6.7b"]},
+        policy=[{"use": "static-depth"}],
+        slo={"text": "ttft:5000"},
+        plan={"target_rate_per_s": 20.0, "constraints": "agreement>=0.999"},
+    )
+    with pytest.raises(InputError, match=r"keeps the constraints agreement>=0\.999"):
+        plan(path, [], inline(tmp_path / "out"))
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet")
+    sizes = sorted(set(frame.filter(rate_per_s=20.0)["num_replicas"]))
+    assert sizes[-1] - frame.filter(pl.col("planned"))["num_replicas"][0] <= 1
+
+
+def test_samples_that_hold_one_decision_are_as_many_as_may_be(tmp_path: Path) -> None:
+    """A policy that evaluates once and never again: samples that agree by chance are no proof."""
+    helios = {"use": "helios", "reassess_requests": "off"}
+    asked = {"replications": 2, "max_replications": 4, "num_requests": 60}
+    path = write(tmp_path, policy=[helios], plan=asked)
+    plan(path, [], inline(tmp_path / "out"))
+    frame = pl.read_parquet(tmp_path / "out" / "results.parquet")
+    assert set(frame["num_replications"]) == {4}
+    path = write(tmp_path, policy=[{"use": "vanilla"}], plan=asked)
+    plan(path, [], inline(tmp_path / "other"))
+    assert 2 in set(pl.read_parquet(tmp_path / "other" / "results.parquet")["num_replications"])
+
+
+def test_requests_that_never_fit_are_named_as_what_breaks_the_slo(tmp_path: Path) -> None:
+    path = write(tmp_path, **ONE_MODEL, workload={"prompt": {"kind": "constant", "tokens": 3000}})
+    with pytest.raises(InputError, match=r"100 % are refused, since they can never fit.*No limit"):
+        plan(path, [], inline(tmp_path / "out"))
