@@ -672,6 +672,7 @@ def _show(results: Sequence[Result]) -> None:
         large_batches,
         launch_bound,
         mean_batches,
+        none_alone,
         one_seed,
         range_over_seeds,
         standing_in,
@@ -697,7 +698,7 @@ def _show(results: Sequence[Result]) -> None:
             f"These are the runs of seed {first}; means and 95 % intervals over the seeds {first} "
             f"to {last} are on the page and under replications in the summary.json of each run."
         )
-    for text in [*one_seed(summaries), *range_over_seeds(summaries)]:
+    for text in [*none_alone(summaries), *one_seed(summaries), *range_over_seeds(summaries)]:
         _say(text)
     _say_changed(summaries)
     _say_extrapolated([str(summary["label"]) for summary in summaries], summaries)

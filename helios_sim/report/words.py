@@ -206,10 +206,17 @@ def standing_in(likes: Mapping[str, str]) -> str:
 
 def _models(summary: Summary) -> str:
     """The models that served, and of how many candidates where those are more; empty if unknown."""
-    served = {place.rpartition("@")[0] for place in summary.get("depth_share") or {}}
+    served = set(_served(summary))
     candidates = list(summary.get("exit_histogram") or sorted(served))
     of_all = f" of {len(candidates)} candidates" if len(served) < len(candidates) else ""
     return f"{listed([name for name in candidates if name in served])}{of_all}" if served else ""
+
+
+def _served(summary: Summary) -> list[str]:
+    """The models that served, if that is known."""
+    return list(
+        dict.fromkeys(place.rpartition("@")[0] for place in summary.get("depth_share") or {})
+    )
 
 
 def _by_label(texts: Sequence[str], summaries: Sequence[Summary]) -> str:
@@ -471,6 +478,7 @@ def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[s
         _refused_by_some(summaries, num_refused_by_all),
         *changed_requests(summaries),
         *idle_users(summaries),
+        *none_alone(summaries),
         *one_seed(summaries),
         _one_of_the_seeds(summaries),
     )
@@ -611,6 +619,23 @@ def idle_users(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Active on average: {_by_label(told, summaries)}. Users rest before their first request "
         "and once none is left to be sent, so throughput and load are those of fewer users; give "
         "more requests (workload.num_requests)."
+    ]
+
+
+def none_alone(summaries: Sequence[Summary]) -> list[str]:
+    """Which models a policy chose that no other policy serves: its gain may be theirs alone."""
+    choosing = [one for one in summaries if (one.get("num_evaluations") or 0) > 0]
+    others = [one for one in summaries if not one.get("num_evaluations")]
+    if not choosing or not others:
+        return []
+    alone = {name for one in others for name in _served(one)}
+    chosen = dict.fromkeys(name for one in choosing for name in _served(one) if name not in alone)
+    if not chosen:
+        return []
+    labels = listed([str(one["label"]) for one in choosing if not alone.issuperset(_served(one))])
+    return [
+        f"No other policy here serves {listed(list(chosen))}, as {labels} may: what is gained may "
+        f'be these models\' own. vanilla with model = "{next(iter(chosen))}" shows one alone.'
     ]
 
 

@@ -44,6 +44,7 @@ from helios_sim.report.words import (
     large_batches,
     launch_bound,
     mean_batches,
+    none_alone,
     one_seed,
     range_over_seeds,
     remarks,
@@ -250,6 +251,24 @@ def test_runs_of_other_seeds_have_no_table_of_all(seeds: list[int] | None) -> No
     page = render(runs, summaries)
     assert "Over all seeds" not in page
     assert "stand below" not in page
+
+
+def test_models_that_only_a_choosing_policy_serves_are_named() -> None:
+    """What it gains over policies of the large model may be what the small one gives alone."""
+    large = {"label": "vanilla", "num_evaluations": 0, "depth_share": {"large@8": 1.0}}
+    small = {"label": "small", "num_evaluations": 0, "depth_share": {"small@4": 1.0}}
+    choosing = {
+        "label": "helios",
+        "num_evaluations": 3,
+        "depth_share": {"large@4": 0.5, "small@2": 0.3, "small@4": 0.2},
+    }
+    (said,) = none_alone([large, choosing])
+    assert said.startswith("No other policy here serves small, as helios may: ")
+    assert said.endswith('vanilla with model = "small" shows one alone.')
+    assert none_alone([large, small, choosing]) == []
+    # Alone on a page nothing is gained over others, and without it nothing is chosen.
+    assert none_alone([choosing]) == none_alone([large, small]) == []
+    assert none_alone([large, {**choosing, "depth_share": {"large@8": 1.0}}]) == []
 
 
 def test_one_seed_of_a_policy_that_evaluates_is_said_to_be_one_of_many() -> None:
