@@ -15,25 +15,33 @@ from calibration.model.confidence import KINDS, Kind, confidence_of
 from calibration.model.early_exit import EarlyExitLM
 from helios_sim.errors import InputError
 
+PIECES: Final = 16
+"""Of a text that confidence is fitted on or exits are traced of: documents differ, and a piece has
+to be long enough for exits to bunch as they do."""
+
 MAX_LOGITS: Final = 32_000_000
 """Logits held at once: 128 MB in single precision."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Contiguous positions of a text, each seen with context.
+    """Positions of a text in order, each seen with context.
 
-    Row i of the scores predicts token `first + i + 1` of the text from what stands before it,
-    in windows of `window_tokens` of which the last `traced_tokens` count, so that every position
-    has at least window - traced tokens of context.
+    Row i of the scores predicts the token after position i from what stands before it, in windows
+    of `window_tokens` of which the last `traced_tokens` count, so that every position has at least
+    window - traced tokens of context. Positions are contiguous within each of up to `pieces` pieces
+    of about equal length, which lie at even distances over the whole text: its beginning alone
+    would be a few documents.
     """
 
     window_tokens: int
     traced_tokens: int
     num_positions: int
+    pieces: int = 1
 
     def __post_init__(self) -> None:
-        if not 1 <= self.traced_tokens <= self.window_tokens or self.num_positions < 1:
+        least = min(self.traced_tokens, self.num_positions, self.pieces)
+        if least < 1 or self.traced_tokens > self.window_tokens:
             raise InputError(
                 f"Windows of {self.window_tokens} tokens with {self.traced_tokens} scored for "
                 f"{self.num_positions} positions were asked for; the scored part must be at "
@@ -62,8 +70,12 @@ class Windows:
                 f"The text has {len(tokens):,} tokens; {self.num_positions:,} positions with "
                 f"their context need {self.needed_tokens:,}. Ask for fewer positions."
             )
-        text = torch.from_numpy(np.ascontiguousarray(tokens[: self.needed_tokens]))
-        return text.unfold(0, self.window_tokens + 1, self.traced_tokens)[: self.num_windows]
+        pieces = min(self.pieces, self.num_windows)
+        gap = (len(tokens) - self.needed_tokens) // max(1, pieces - 1)
+        windows = np.arange(self.num_windows)
+        starts = windows * self.traced_tokens + windows * pieces // self.num_windows * gap
+        places = starts[:, None] + np.arange(self.window_tokens + 1)
+        return torch.from_numpy(tokens[places])
 
 
 @dataclass(frozen=True)
@@ -122,10 +134,9 @@ def score(
         joined: NDArray[np.float32] = torch.cat(batches)[:num].cpu().numpy()
         return joined
 
-    first_target = windows.min_context_tokens
     return Scores(
         exit_layers=model.exit_layers,
-        target=tokens[first_target : first_target + num],
+        target=cut[:, -windows.traced_tokens :].reshape(-1)[:num].numpy(),
         predicted=column(0).astype(np.int64),
         # A likelihood of one may come out a rounding error above one.
         nll_nats=np.maximum(column(1), 0.0),

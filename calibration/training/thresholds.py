@@ -16,7 +16,7 @@ from calibration.model.checkpoint import SETTINGS_FILE, open_checkpoint, update_
 from calibration.model.confidence import ALL_DOMAINS, KINDS, Confidence, Kind, PiecewiseLinear
 from calibration.model.early_exit import EarlyExitLM, load
 from calibration.serving.prompts import tokenizer_of
-from calibration.training.scoring import Scores, Windows, score
+from calibration.training.scoring import PIECES, Scores, Windows, score
 from calibration.training.text import DOMAINS, corpus
 from helios_sim.errors import InputError
 from helios_sim.folders import check_writable
@@ -167,10 +167,10 @@ def fitting_scores(
     """A model's scores on the calibration text of each domain."""
     tokenizer = tokenizer_of(model.spec.tokenizer, folder, model.spec.shape.vocab)
     window = min(options.window_tokens, model.spec.shape.max_positions)
-    windows = Windows(window, max(1, window // 2), options.num_positions)
+    windows = Windows(window, max(1, window // 2), options.num_positions, PIECES)
     found = {}
     for domain in options.domains:
-        text = corpus(domain, "calibration", max_bytes=16 * windows.needed_tokens)
+        text = corpus(domain, "calibration")
         found[domain] = score(model, text.tokens(tokenizer), windows, kinds)
     return found
 

@@ -34,7 +34,7 @@ from calibration.training.exit_quality import (
     early_of_deep,
     expected_calibration_error,
 )
-from calibration.training.scoring import Scores, Windows, score
+from calibration.training.scoring import PIECES, Scores, Windows, score
 from calibration.training.text import DOMAINS, corpus
 from calibration.training.thresholds import (
     TARGET_AGREEMENT,
@@ -145,11 +145,8 @@ def trace_checkpoints(
             f"{max_positions}.",
             "--window",
         )
-    windows = Windows(window, max(1, window // 2), chosen.num_positions)
-    texts = {
-        domain: corpus(domain, "trace", max_bytes=16 * windows.needed_tokens)
-        for domain in chosen.domains
-    }
+    windows = Windows(window, max(1, window // 2), chosen.num_positions, PIECES)
+    texts = {domain: corpus(domain, "trace") for domain in chosen.domains}
     encoder = shared_tokenizer(opened)
     tokens = {domain: text.tokens(encoder) for domain, text in texts.items()}
     candidates = [_score(folder, tokens, windows, chosen, where, dtype) for folder in folders]

@@ -18,7 +18,7 @@ from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
 from calibration.training import thresholds, trace
 from calibration.training.exit_quality import expected_calibration_error
-from calibration.training.scoring import Windows, score
+from calibration.training.scoring import PIECES, Windows, score
 from calibration.training.small_family import FamilyOptions, train_family
 from calibration.training.text import Corpus, corpus
 from calibration.training.thresholds import (
@@ -73,6 +73,27 @@ def test_windows_cover_every_position_once_with_context() -> None:
     assert windows.needed_tokens == 15
     with pytest.raises(InputError, match="Ask for fewer positions"):
         windows.cut(np.arange(14))
+
+
+def test_pieces_lie_at_even_distances_over_the_whole_text_and_share_no_position() -> None:
+    """Ten windows of four tokens, two of them scored, in three pieces of a text of 101 tokens."""
+    windows = Windows(4, 2, 20, 3)
+    cut = windows.cut(np.arange(101))
+    gap = (101 - windows.needed_tokens) // 2
+    places = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    piece = [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
+    starts = [2 * place + gap * which for place, which in zip(places, piece, strict=True)]
+    assert cut[:, 0].tolist() == starts
+    assert cut[-1, -1] <= 100 < cut[-1, -1] + 3
+    scored = cut[:, 1:][:, -2:].flatten().tolist()
+    assert len(set(scored)) == 20 and scored == sorted(scored)
+    assert (cut.diff(dim=1) == 1).all()
+    # Of a text that is just long enough there are no gaps, and of one window no pieces.
+    short = windows.cut(np.arange(windows.needed_tokens))
+    assert torch.equal(short, Windows(4, 2, 20).cut(np.arange(101)))
+    assert Windows(4, 2, 1, 3).cut(np.arange(50)).tolist() == [[0, 1, 2, 3, 4]]
+    with pytest.raises(InputError, match="one position is needed"):
+        Windows(4, 2, 20, 0)
 
 
 def test_scores_are_those_of_the_stock_model_at_full_depth() -> None:
@@ -256,7 +277,7 @@ def test_a_tokenizer_of_more_ids_than_a_candidate_has_is_refused_before_it_is_lo
     for name, vocab in (("large", 256), ("small", 100)):
         stock = stock_model("llama", vocab_size=vocab)
         save(from_stock(stock, (2, 4), name=name, tokenizer="bytes"), tmp_path / name)
-    said = "'bytes' gives the id 1.. and the model knows 100; use the tokenizer that belongs"
+    said = r"'bytes' gives the id \d+ and the model knows 100; use the tokenizer that belongs"
     with pytest.raises(InputError, match=said):
         settle([tmp_path / "small"], options=OPTIONS.fitting)
     monkeypatch.setattr(trace, "load", None)
@@ -427,8 +448,8 @@ def test_pairs_are_those_that_the_scores_of_the_traced_text_tell(
     traced: Any, folders: list[Path]
 ) -> None:
     out, report = traced
-    windows = Windows(64, 32, 512)
-    text = corpus("code", "trace", max_bytes=16 * windows.needed_tokens).tokens()
+    windows = Windows(64, 32, 512, PIECES)
+    text = corpus("code", "trace").tokens()
     found = report["complementarity"]["raw"]
     scores, levels = {}, {}
     for folder in folders:
