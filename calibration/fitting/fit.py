@@ -29,6 +29,7 @@ from calibration.fitting.points import (
     sound,
 )
 from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE, READ
+from calibration.training.trace_report import REPORT_FILE, is_of
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError, listed
 from helios_sim.exits import load_traces
@@ -45,9 +46,6 @@ from helios_sim.profiles.files import check_target, load_profile, save_profile
 from helios_sim.profiles.parsing import CONFIDENCE_KINDS, FAMILIES, SCHEMA_VERSION
 from helios_sim.runs.columns import write_table
 from helios_sim.wording import counted
-
-TRACE_REPORT_FILE: Final = "trace.json"
-"""Written by `calibration.training.trace` beside exits.parquet; importing it needs torch."""
 
 MODES: Final = ("auto", "graph", "eager")
 _ASSUMED_RATE_BYTES_PER_S: Final = 3e9
@@ -769,14 +767,24 @@ def _with_borrowed(
 
 def _trace_report(traces: Path | None) -> dict[str, Any] | None:
     """What tracing wrote down about its texts and qualities, where it lies beside the traces."""
-    path = None if traces is None else traces.parent / TRACE_REPORT_FILE
-    if path is None or not path.is_file():
+    if traces is None:
+        return None
+    path = traces.parent / REPORT_FILE
+    if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"The report on the traces cannot be read: {error}.", str(path)) from error
-    return dict(found) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    if not is_of(found, traces):
+        raise InputError(
+            f"The report is of other traces than {traces.name}, as where tracing was interrupted; "
+            "trace again with helios-calibrate trace, or measure --resume for those of readings.",
+            str(path),
+        )
+    return found
 
 
 def _traced(document: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,12 @@ from calibration.model.early_exit import EarlyExitLM
 from calibration.model.graphs import CaptureError
 from calibration.model.memory import TooLittleMemory, available_bytes, require
 from calibration.options import parse_budget, parse_exits
-from calibration.training.trace import check_traceable, trace_checkpoints, traced_as_now
+from calibration.training.trace import (
+    check_target,
+    check_traceable,
+    trace_checkpoints,
+    traced_as_now,
+)
 from helios_sim.console.command import Interrupted
 from helios_sim.errors import InputError
 from helios_sim.wording import counted
@@ -794,6 +799,7 @@ class _Session:
         folders = self._to_trace()
         if not folders or self.settings.exits is not None:
             return
+        check_target(self.settings.out)
         try:
             check_traceable(folders)
         except InputError as error:

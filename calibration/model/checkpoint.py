@@ -27,6 +27,7 @@ from calibration.model.family import check_supported, unsupported
 from helios_sim.errors import InputError
 from helios_sim.folders import write_whole
 
+CONFIG_FILE: Final = "config.json"
 SETTINGS_FILE: Final = "early_exit.json"
 HEADS_FILE: Final = "exit_heads.safetensors"
 WEIGHTS_FILE: Final = "model.safetensors"
@@ -535,10 +536,10 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError("There is no such folder; give local checkpoint folders.", str(folder))
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG_FILE).is_file():
         return [folder]
     # Hidden ones are drafts of a command that was killed.
-    inside = sorted(path.parent for path in folder.glob("[!.]*/config.json"))
+    inside = sorted(path.parent for path in folder.glob(f"[!.]*/{CONFIG_FILE}"))
     if not inside:
         raise InputError(
             "Neither this folder nor one within it holds a config.json; give the folder of a "
@@ -626,7 +627,7 @@ def _sharded(path: Path, index: Path) -> dict[str, Entry]:
 
 
 def _config(path: Path) -> Config:
-    file = path / "config.json"
+    file = path / CONFIG_FILE
     document = _json(file)
     named = document.get("architectures") if isinstance(document, dict) else None
     kind = document.get("model_type") if isinstance(document, dict) else None

@@ -622,7 +622,7 @@ def _write(model: EarlyExitLM, path: Path, settings: EarlyExitSettings | None) -
         save_tensors(head_weights(model.exit_heads), path / files.HEADS_FILE)
     config = backbone.config.to_dict()
     config["architectures"] = [type(backbone.model).__name__]
-    files.write_json(path / "config.json", config)
+    files.write_json(path / files.CONFIG_FILE, config)
     base = settings or EarlyExitSettings(
         model.name, model.exit_layers, tokenizer=model.spec.tokenizer, confidence=model.confidence
     )

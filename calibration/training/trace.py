@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from calibration.device import dtype_name
 from calibration.model.checkpoint import (
+    CONFIG_FILE,
     Checkpoint,
     open_checkpoint,
     write_json,
@@ -48,14 +49,22 @@ from calibration.training.thresholds import (
     name_of,
     own_domains,
 )
+from calibration.training.trace_report import REPORT_FILE, TRACES_SHA256, is_of, sha256_of
 from helios_sim.errors import InputError
 from helios_sim.exits import ExitTraces, stickiness_of, write_traces
 from helios_sim.folders import check_writable, file_in_place, write_whole
 from helios_sim.loop.state import NLL_UNITS_PER_NAT
-from helios_sim.profile import TRACES_FILE
+from helios_sim.profile import PROFILE_FILE, TRACES_FILE
+from helios_sim.runs.records import TOTALS_FILE
 
-REPORT_FILE: Final = "trace.json"
 PAGE_FILE: Final = "trace.md"
+
+_OF_OTHERS: Final[Mapping[str, str]] = {
+    PROFILE_FILE: "a profile",
+    TOTALS_FILE: "a run",
+    CONFIG_FILE: "a checkpoint",
+}
+"""Files that tell a folder in which traces would replace what is there, or mix with it."""
 
 DEFINITIONS: Final[Mapping[str, str]] = {
     "right": "the exit's most likely token is the text's own next token",
@@ -131,9 +140,11 @@ def trace_checkpoints(
 
     They compute in `dtype`, by default what is usual on the device. Confidence is what each
     checkpoint's early_exit.json says. Raises `InputError` where the
-    candidates do not share a tokenizer or a name is there twice. Returns the report.
+    candidates do not share a tokenizer or a name is there twice, and for a folder that is a
+    profile, a run or a checkpoint. Returns the report.
     """
     chosen = options or TraceOptions()
+    check_target(out)
     check_writable(out / REPORT_FILE)
     where = device or torch.device("cpu")
     opened = _check_alike(folders)
@@ -151,7 +162,7 @@ def trace_checkpoints(
     tokens = {domain: text.tokens(encoder) for domain, text in texts.items()}
     candidates = [_score(folder, tokens, windows, chosen, where, dtype) for folder in folders]
     traces = _traces(candidates, chosen)
-    report = {
+    report: dict[str, Any] = {
         "positions_by_domain": chosen.num_positions,
         "dtype": candidates[0].dtype,
         "window_tokens": window,
@@ -166,8 +177,10 @@ def trace_checkpoints(
         out.mkdir(parents=True, exist_ok=True)
         with file_in_place(out / TRACES_FILE) as partial:
             write_traces(traces, partial)
-            write_json(out / REPORT_FILE, report)
-            write_whole(out / PAGE_FILE, trace_page(report).encode())
+            report[TRACES_SHA256] = sha256_of(partial)
+        write_whole(out / PAGE_FILE, trace_page(report).encode())
+        # The last one, so that a report never stands beside traces older than itself.
+        write_json(out / REPORT_FILE, report)
     except OSError as error:
         raise InputError(f"The traces cannot be written: {error.strerror}.", str(out)) from error
     return report
@@ -176,15 +189,17 @@ def trace_checkpoints(
 def traced_as_now(folders: Sequence[Path], out: Path) -> bool:
     """Whether a folder holds traces of these checkpoints' confidence as they have it now.
 
-    Traces without a report on them are taken for theirs.
+    Traces without a report on them are taken for theirs; those beside a report on others are not.
     """
     if not (out / TRACES_FILE).is_file():
         return False
     try:
-        report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))["candidates"]
+        report = json.loads((out / REPORT_FILE).read_text(encoding="utf-8"))
+        if not is_of(report, out / TRACES_FILE):
+            return False
         traced = {
             name: (said["confidence"], said["threshold"], said.get("maps_sha256"))
-            for name, said in report.items()
+            for name, said in report["candidates"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True
@@ -194,6 +209,17 @@ def traced_as_now(folders: Sequence[Path], out: Path) -> bool:
         if traced.get(found.name, own) != own:
             return False
     return True
+
+
+def check_target(out: Path) -> None:
+    """Raise `InputError` for a folder that is a profile, a run or a checkpoint."""
+    for name, what in _OF_OTHERS.items():
+        if (out / name).exists():
+            raise InputError(
+                f"It holds {name}, so it is {what}, and traces would mix with what belongs to it; "
+                "give a folder of their own, or one of readings.",
+                str(out),
+            )
 
 
 def check_traceable(folders: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
 import subprocess
@@ -971,6 +972,21 @@ def test_traces_of_another_confidence_than_the_models_have_are_refused(tmp_path:
     (folder / "trace.json").write_text(json.dumps(report), encoding="utf-8")
     with pytest.raises(InputError, match="traced with the confidence entropy, and it has max-soft"):
         fit_profile(folder, tmp_path / "profile")
+
+
+def test_a_report_on_other_traces_than_those_beside_it_is_refused(tmp_path: Path) -> None:
+    """As an interrupted tracing leaves it; the profile would tell the figures of other exits."""
+    folder = planted.folder(tmp_path / "points", Plan(leaving=False))
+    held = hashlib.sha256((folder / "exits.parquet").read_bytes()).hexdigest()
+    for told in (held, "0" * 64):
+        (folder / "trace.json").write_text(json.dumps({"traces_sha256": told}), encoding="utf-8")
+        if told == held:
+            profile = fit_profile(folder, tmp_path / "profile")
+            assert profile.document["measurement"]["exit_traces"] == {"traces_sha256": held}
+            continue
+        with pytest.raises(InputError, match=r"of other traces than exits\.parquet.*trace again"):
+            fit_profile(folder, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_few_long_windows_do_not_push_out_the_short_ones(tmp_path: Path) -> None:

@@ -961,6 +961,9 @@ def test_checkpoints_that_cannot_be_traced_are_refused_before_anything_is_measur
         measure(replace(settings(checkpoint, out, traces=True), models=both))
     with pytest.raises(InputError, match=r"'unknown' .* no tokenizer\.json.*--no-traces"):
         measure(settings(tmp_path / "bare", out, traces=True))
+    with pytest.raises(InputError, match=r"It holds config\.json, so it is a checkpoint"):
+        measure(settings(checkpoint, tmp_path / "bare", traces=True))
+    assert not (tmp_path / "bare" / "readings.jsonl").exists()
     assert not out.exists()
     monkeypatch.setattr(measuring._Session, "_model_readings", lambda *_: None)
     measure(settings(tmp_path / "bare", out, traces=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +253,64 @@ def test_where_nothing_can_be_written_nothing_is_traced(
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(InputError, match="Nothing can be written to"):
         trace_checkpoints(folders, tmp_path / "out", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("file", "what"),
+    [("profile.json", "profile"), ("totals.json", "run"), ("config.json", "checkpoint")],
+)
+def test_traces_replace_none_of_a_profile_a_run_or_a_checkpoint(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, what: str
+) -> None:
+    """Refused before anything is computed."""
+    monkeypatch.setattr(trace, "load", None)
+    (tmp_path / file).write_text("{}")
+    (tmp_path / "exits.parquet").write_text("theirs")
+    with pytest.raises(InputError, match=f"It holds {file}, so it is a {what}, and traces would"):
+        trace_checkpoints(folders, tmp_path, OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("exits.parquet", file))
+    assert (tmp_path / "exits.parquet").read_text() == "theirs"
+
+
+def test_readings_and_earlier_traces_may_be_where_traces_go(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "tiny")
+    (tmp_path / "points.parquet").write_text("readings")
+    for num_positions in (64, 128):
+        trace_checkpoints([folder], tmp_path, replace(OPTIONS, num_positions=num_positions))
+        assert read_traces(tmp_path / "exits.parquet").num_positions == num_positions
+    assert (tmp_path / "points.parquet").read_text() == "readings"
+
+
+@pytest.mark.parametrize("failing", ["write_json", "write_whole", "file_in_place"])
+def test_an_earlier_report_is_not_believed_of_traces_that_were_written_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Nor does a new one stand beside the traces before it, wherever the writing ends."""
+    folder, out = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out"
+    trace_checkpoints([folder], out, OPTIONS)
+    report, traces = (out / "trace.json").read_bytes(), (out / "exits.parquet").read_bytes()
+    assert traced_as_now([folder], out)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(trace, failing, full)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        trace_checkpoints([folder], out, replace(OPTIONS, num_positions=64))
+    is_moved = failing != "file_in_place"
+    assert (out / "trace.json").read_bytes() == report
+    assert ((out / "exits.parquet").read_bytes() != traces) == is_moved
+    assert traced_as_now([folder], out) != is_moved
+
+
+def test_a_report_without_a_hash_is_believed(tmp_path: Path) -> None:
+    """As tracing wrote it before it told one."""
+    folder, out = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out"
+    report = trace_checkpoints([folder], out, OPTIONS)
+    held = hashlib.sha256((out / "exits.parquet").read_bytes()).hexdigest()
+    assert report.pop("traces_sha256") == held
+    (out / "trace.json").write_text(json.dumps(report))
+    assert traced_as_now([folder], out)
 
 
 def test_candidates_of_several_tokenizers_or_one_name_are_refused(
