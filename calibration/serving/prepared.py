@@ -194,7 +194,28 @@ def check_checkpoint(name: str, found: Checkpoint, profile: Profile) -> None:
                 "measure this one.",
                 str(found.folder),
             )
+    _check_same_maps(name, found, confidence, profile)
     _check_weights(name, found, profile)
+
+
+def _check_same_maps(
+    name: str, found: Checkpoint, confidence: Confidence, profile: Profile
+) -> None:
+    """Refuse maps other than those that the profile's exits were traced with, where it tells."""
+    held = confidence.maps_sha256
+    traces = profile.document.get("measurement", {}).get("exit_traces")
+    candidates = traces.get("candidates") if isinstance(traces, Mapping) else None
+    said = candidates.get(name) if isinstance(candidates, Mapping) else None
+    traced = said.get("maps_sha256") if isinstance(said, Mapping) else None
+    if held is None or traced is None or held == traced:
+        return
+    raise InputError(
+        f"The calibration maps of the checkpoint's confidence are not those that the exits of "
+        f"{name!r} in profile {profile.name!r} were traced with, so it leaves elsewhere; trace it "
+        "again and fit the profile from these traces, or give the checkpoint the early_exit.json "
+        "that was traced.",
+        str(found.folder),
+    )
 
 
 def _check_weights(name: str, found: Checkpoint, profile: Profile) -> None:

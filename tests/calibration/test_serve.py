@@ -29,7 +29,8 @@ from calibration.measuring.meters import (
 )
 from calibration.measuring.pace import Pace
 from calibration.model import checkpoint
-from calibration.model.checkpoint import open_checkpoint
+from calibration.model.checkpoint import open_checkpoint, update_settings
+from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.early_exit import EarlyExitLM, from_stock, save
 from calibration.serving.batching import Row
 from calibration.serving.energy import RunEnergy
@@ -894,6 +895,27 @@ def test_weights_that_are_not_those_measured_are_refused(place, tmp_path, kept, 
     document["measurement"] = {"models": {"small": {"guard": guard}}}
     save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
     with nullcontext() if said is None else pytest.raises(InputError, match=said):
+        check_checkpoint("small", found, load_profile(tmp_path / "profile"))
+
+
+@pytest.mark.parametrize("told", ["the same", "others", "none", "no candidate", "no traces"])
+def test_maps_that_are_not_those_traced_are_refused_where_the_profile_tells_them(
+    place, tmp_path, told
+) -> None:
+    path = family(tmp_path / "family")["small"]
+    maps = {"all": {2: PiecewiseLinear((0.0, 1.0), (0.25, 0.75))}}
+    confidence = Confidence("max-softmax", 0.5, maps)
+    update_settings(path, confidence=confidence)
+    found = open_checkpoint(path)
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    document["models"]["small"]["confidence"]["kind"] = "calibrated-max-softmax"
+    hashes = {"the same": confidence.maps_sha256, "others": "0" * 64, "none": None}
+    said = {"small": {"maps_sha256": hashes[told]}} if told in hashes else {}
+    traces = {} if told == "no traces" else {"exit_traces": {"candidates": said}}
+    document["measurement"] = traces
+    save_profile(document, tmp_path / "profile", traces=place / "profile" / "exits.parquet")
+    refused = pytest.raises(InputError, match=r"maps .*'small' in profile .* trace it again")
+    with refused if told == "others" else nullcontext():
         check_checkpoint("small", found, load_profile(tmp_path / "profile"))
 
 
