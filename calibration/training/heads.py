@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,14 +29,17 @@ from calibration.model.checkpoint import (
     EarlyExitSettings,
     check_exits,
     open_checkpoint,
+    read_settings,
     write_json,
     write_settings,
 )
+from calibration.model.confidence import Confidence
 from calibration.model.early_exit import EarlyExitLM, load, save_tensors
 from calibration.model.exit_heads import ExitHead, head_weights, new_exit_heads
 from calibration.serving.prompts import tokenizer_of
 from calibration.training.scoring import Windows, score
 from calibration.training.text import DOMAINS, ByteTokenizer, Tokenizer, corpus
+from calibration.training.thresholds import name_of
 from helios_sim.errors import InputError
 from helios_sim.folders import check_writable, folder_in_place
 
@@ -87,9 +90,10 @@ def train_heads(
     """Train a head for every exit before the full depth and write them beside the weights.
 
     Writes `exit_heads.safetensors` and `early_exit.json` into the checkpoint's folder, or into a
-    copy of it at `out`. The full depth is added to `exit_layers` if it is missing. Raises
-    `InputError` for exits that the model does not have, a checkpoint that has auxiliary heads
-    already, and a tokenizer that cannot be read.
+    copy of it at `out`. The full depth is added to `exit_layers` if it is missing. Calibration maps
+    go, since they are of other heads, and with them the threshold that was chosen for what they
+    say; the report tells what is replaced. Raises `InputError` for exits that the model does not
+    have, heads that are there already, and a tokenizer that cannot be read.
     """
     where = device or torch.device("cpu")
     opened = open_checkpoint(checkpoint)
@@ -104,6 +108,12 @@ def train_heads(
         raise InputError(
             f"The checkpoint has auxiliary heads for {list(opened.settings.exit_layers)} already; "
             f"remove {HEADS_FILE} and {SETTINGS_FILE} to train others.",
+            str(checkpoint),
+        )
+    if out is None and (checkpoint / HEADS_FILE).exists():
+        raise InputError(
+            f"The folder holds {HEADS_FILE} already, though {SETTINGS_FILE} does not name its "
+            "heads as in use; remove the file, or give --out FOLDER for a copy with new heads.",
             str(checkpoint),
         )
     if out is not None and out.exists():
@@ -135,19 +145,41 @@ def train_heads(
         "held_out_nll_nats": _held_out(model, tokenizer, options),
         "held_out_nll_nats_shared_head": shared,
     }
-    known = {} if opened.settings is None else opened.settings.corpus or {}
+    confidence = _without_maps(model.confidence)
+    before = opened.settings
+    report["replaced"] = {
+        "exit_layers": None if before is None else list(before.exit_layers),
+        "confidence": None if before is None else _told(before.confidence),
+    }
+    report["confidence"] = _told(confidence)
+    known = {} if before is None else before.corpus or {}
     settings = EarlyExitSettings(
         name=model.name,
         exit_layers=exits,
         heads="auxiliary",
         tokenizer=tokenizer.name,
-        confidence=model.confidence if not model.confidence.is_calibrated else
-        replace(model.confidence, maps={}),
+        confidence=confidence,
         guard=model.new_guard(),
         corpus={**known, "heads": report["text"]},
-    )  # fmt: skip
+    )
     _write(checkpoint, out, model.exit_heads, settings, report)
     return report
+
+
+def _without_maps(confidence: Confidence) -> Confidence:
+    """Raw confidence of the same kind; a threshold on what maps say means nothing without them."""
+    if not confidence.is_calibrated:
+        return confidence
+    return Confidence(confidence.kind)
+
+
+def _told(confidence: Confidence) -> dict[str, Any]:
+    """Confidence as the report tells it."""
+    return {
+        "kind": name_of(confidence),
+        "threshold": confidence.threshold,
+        "maps_sha256": confidence.maps_sha256,
+    }
 
 
 def _tokenizer(model: EarlyExitLM, folder: Path) -> Tokenizer:
@@ -233,9 +265,14 @@ def _write(
                 shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
                 # A copy takes the mode of what it copies, which may not be written to.
                 folder.chmod(mode)
-            save_tensors(head_weights(heads), folder / HEADS_FILE)
-            write_settings(folder, settings)
-            write_json(folder / REPORT_FILE, report)
+            try:
+                save_tensors(head_weights(heads), folder / HEADS_FILE)
+                write_json(folder / REPORT_FILE, report)
+                # The last one: what it names is there, and heads that it does not name are unused.
+                write_settings(folder, settings)
+            except BaseException:
+                _take_back(folder)
+                raise
     except shutil.Error as error:
         # Copying goes on after a failure: (from, to, why) of each, of which the first tells enough.
         source, _, why = error.args[0][0]
@@ -246,6 +283,20 @@ def _write(
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"The heads cannot be written: {why}.", str(out or checkpoint)) from error
+
+
+def _take_back(folder: Path) -> None:
+    """Remove heads that are not in effect, so that they can be trained again."""
+    if not are_in_effect(folder):
+        for name in (HEADS_FILE, REPORT_FILE):
+            with suppress(OSError):
+                (folder / name).unlink(missing_ok=True)
+
+
+def are_in_effect(folder: Path) -> bool:
+    """Whether a checkpoint's exits go through heads of their own."""
+    settings = read_settings(folder)
+    return settings is not None and settings.heads == "auxiliary"
 
 
 def _short(why: str) -> str:

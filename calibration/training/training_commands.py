@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import typer
 
 from calibration.device import device_of, dtype_of
-from calibration.model.checkpoint import find_checkpoints
+from calibration.model.checkpoint import SETTINGS_FILE, find_checkpoints
 from calibration.options import parse_budget, parse_exits
-from calibration.training.heads import HeadOptions, train_heads
+from calibration.training.heads import HeadOptions, are_in_effect, train_heads
 from calibration.training.presets import preset_of
 from calibration.training.small_family import PAGE_FILE as FAMILY_PAGE
 from calibration.training.small_family import FamilyOptions, train_family
@@ -114,7 +114,14 @@ def heads(
         raise InputError("Name the exits that get a head, such as --exits 6,12.", "--exits")
     layers = parse_exits(exits)
     options = HeadOptions(domains=tuple(domains) or DOMAINS, seed=seed, iterations=iterations)
-    report = train_heads(checkpoint, layers, options, out=out, device=device_of(device))
+    where = out or checkpoint
+    was_in_effect = where.is_dir() and are_in_effect(where)
+    try:
+        report = train_heads(checkpoint, layers, options, out=out, device=device_of(device))
+    except KeyboardInterrupt:
+        if was_in_effect or not (where.is_dir() and are_in_effect(where)):
+            raise Interrupted(f"no new heads are in effect in {where}") from None
+        raise Interrupted(f"the heads were trained and are in effect in {where}") from None
     for domain, losses in report["held_out_nll_nats"].items():
         shared = report["held_out_nll_nats_shared_head"][domain]
         told = ", ".join(
@@ -122,7 +129,34 @@ def heads(
             for layer, own, other in zip(report["exit_layers"], losses, shared, strict=True)
         )
         typer.echo(f"Held-out {domain}, nats a token: {told}")
-    typer.echo(f"Heads: {out or checkpoint}")
+    typer.echo(_replaced(report))
+    typer.echo(
+        f"Confidence was not fitted to these heads: run helios-calibrate confidence {where}, and "
+        "trace and measure after it."
+    )
+    typer.echo(f"Heads: {where}")
+
+
+def _replaced(report: Mapping[str, Any]) -> str:
+    """What of a checkpoint's settings its new heads replaced."""
+    exits, before = report["replaced"]["exit_layers"], report["replaced"]["confidence"]
+    now = report["confidence"]
+    if exits is None:
+        return (
+            f"{SETTINGS_FILE} was not there and is now: exits {report['exit_layers']}, confidence "
+            f"{_named(now)}."
+        )
+    told = f"{SETTINGS_FILE}: exits {exits} are now {report['exit_layers']}, "
+    if before == now:
+        return f"{told}confidence is {_named(now)} as before."
+    return (
+        f"{told}confidence {_named(before)} is now {_named(now)}; its calibration maps are gone, "
+        "since they were of other heads, and so is the threshold chosen for them."
+    )
+
+
+def _named(confidence: Mapping[str, Any]) -> str:
+    return f"{confidence['kind']} with threshold {confidence['threshold']:g}"
 
 
 def confidence(

@@ -6,6 +6,8 @@ import errno
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from calibration.cli import main
-from calibration.model.checkpoint import open_checkpoint, write_settings
+from calibration.model.checkpoint import open_checkpoint, update_settings, write_settings
 from calibration.model.confidence import Confidence, PiecewiseLinear
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
@@ -27,6 +29,7 @@ from calibration.training.text import DOMAINS, Corpus, corpus
 from calibration.training.thresholds import own_domains
 from calibration.training.trace import TraceOptions, trace_checkpoints
 from helios_sim.errors import InputError
+from helios_sim.folders import folder_in_place
 from tests.calibration.tiny import stock_model
 
 OPTIONS = HeadOptions(
@@ -199,6 +202,99 @@ def test_a_checkpoint_with_heads_is_not_trained_again(tmp_path: Path) -> None:
         train_heads(folder, (1,), OPTIONS)
 
 
+def test_heads_that_are_there_without_being_used_are_not_overwritten(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", settings=True)
+    (folder / "exit_heads.safetensors").write_text("of someone")
+    options = replace(OPTIONS, iterations=1)
+    with pytest.raises(InputError, match=r"holds exit_heads\.safetensors already.*or give --out"):
+        train_heads(folder, (2,), options)
+    train_heads(folder, (2,), options, out=tmp_path / "copy")
+    assert (folder / "exit_heads.safetensors").read_text() == "of someone"
+    assert load(tmp_path / "copy").heads_kind == "auxiliary"
+
+
+@pytest.mark.parametrize("failing", ["save_tensors", "write_json", "write_settings"])
+def test_a_disk_that_fills_leaves_the_checkpoint_without_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Whichever file it is that has no room; the same command then trains again."""
+    folder = checkpoint(tmp_path / "model", settings=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    options = HeadOptions(("code",), iterations=1, text_bytes=20_000)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(heads, failing, full)
+        with pytest.raises(InputError, match="The heads cannot be written: No space left"):
+            train_heads(folder, (2,), options)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    train_heads(folder, (2,), options)
+    assert load(folder).heads_kind == "auxiliary"
+
+
+@pytest.mark.parametrize("is_copied", [False, True])
+@pytest.mark.parametrize("is_written", [False, True])
+def test_an_interruption_says_whether_the_heads_are_in_effect(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_copied: bool,
+    is_written: bool,
+) -> None:
+    folder, out = checkpoint(tmp_path / "model", settings=True), tmp_path / "copy"
+
+    @contextmanager
+    def interrupted(target: Path) -> Iterator[Path]:
+        with folder_in_place(target) as draft:
+            yield draft
+        raise KeyboardInterrupt
+
+    def stopped(*given: Any) -> None:
+        if is_written:
+            write_settings(*given)
+        raise KeyboardInterrupt
+
+    if is_copied and is_written:
+        monkeypatch.setattr(heads, "folder_in_place", interrupted)
+    else:
+        monkeypatch.setattr(heads, "write_settings", stopped)
+    more = ["--out", str(out)] if is_copied else []
+    command = ["train", "--heads-for", str(folder), "--exits", "2", "--domain", "code"]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--iterations", "1", "--device", "cpu", *more])
+    assert end.value.code == 130
+    where = out if is_copied else folder
+    told = "the heads were trained and are in effect" if is_written else "no new heads are in"
+    said = capsys.readouterr().err
+    assert f"interrupted; {told}" in said and str(where) in said
+    assert load(folder).heads_kind == ("auxiliary" if is_written and not is_copied else "shared")
+    assert out.exists() == (is_copied and is_written)
+    assert (folder / "exit_heads.safetensors").exists() == (is_written and not is_copied)
+
+
+def test_the_command_says_what_the_heads_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    raw, bare = checkpoint(tmp_path / "raw", settings=True), checkpoint(tmp_path / "bare")
+    for folder in (calibrated(tmp_path / "maps"), raw, bare):
+        command = ["train", "--heads-for", str(folder), "--exits", "1", "--domain", "code"]
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--iterations", "1", "--device", "cpu"])
+        assert not end.value.code
+        said.append(capsys.readouterr().out)
+        assert f"run helios-calibrate confidence {folder}" in said[-1]
+    assert (
+        "exits [2, 4] are now [1, 4], confidence calibrated-max-softmax with threshold 0.3 is"
+        in (said[0])
+    )
+    assert "is now max-softmax with threshold 0.5; its calibration maps are gone" in said[0]
+    assert "are now [1, 4], confidence is max-softmax with threshold 0.5 as before." in said[1]
+    assert "early_exit.json was not there and is now: exits [1, 4], confidence max-s" in said[2]
+
+
 def test_a_disk_that_fills_is_said_and_leaves_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,14 +373,30 @@ def test_heads_learn_from_other_text_than_they_are_judged_on(
     assert code == ["calibration", "train", "calibration"]
 
 
-def test_a_map_that_was_fitted_to_other_exits_goes_when_heads_are_trained(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
+def calibrated(folder: Path) -> Path:
+    """A tiny model's folder whose confidence is calibrated."""
     model = from_stock(stock_model("llama"), (2, 4), name="stock", tokenizer="bytes")
     maps = {"all": {2: PiecewiseLinear((0.0, 1.0), (0.0, 0.5))}}
     model.confidence = Confidence("max-softmax", 0.3, maps)
     save(model, folder)
+    return folder
+
+
+def test_raw_confidence_and_its_threshold_stay_when_heads_are_trained(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", settings=True)
+    update_settings(folder, confidence=Confidence("entropy", 0.3))
     train_heads(folder, (2,), replace(OPTIONS, iterations=1))
-    assert load(folder).confidence == Confidence("max-softmax", 0.3)
+    assert load(folder).confidence == Confidence("entropy", 0.3)
+
+
+def test_a_threshold_on_what_maps_say_goes_with_them(tmp_path: Path) -> None:
+    folder = calibrated(tmp_path / "model")
+    report = train_heads(folder, (2,), replace(OPTIONS, iterations=1))
+    assert load(folder).confidence == Confidence("max-softmax")
+    before, now = report["replaced"]["confidence"], report["confidence"]
+    assert (before["kind"], before["threshold"]) == ("calibrated-max-softmax", 0.3)
+    assert len(before["maps_sha256"]) == 64
+    assert now == {"kind": "max-softmax", "threshold": 0.5, "maps_sha256": None}
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
