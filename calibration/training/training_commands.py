@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import typer
 
 from calibration.device import device_of, dtype_of
-from calibration.model.checkpoint import SETTINGS_FILE, find_checkpoints
+from calibration.model.checkpoint import (
+    SETTINGS_FILE,
+    Checkpoint,
+    EarlyExitSettings,
+    find_checkpoints,
+    read_settings,
+)
+from calibration.model.confidence import Confidence
 from calibration.options import parse_budget, parse_exits
 from calibration.training.heads import HeadOptions, are_in_effect, train_heads
 from calibration.training.presets import preset_of
@@ -20,9 +28,10 @@ from calibration.training.text import DOMAINS
 from calibration.training.thresholds import settle
 from calibration.training.trace import PAGE_FILE as TRACE_PAGE
 from calibration.training.trace import TraceOptions, trace_checkpoints
+from calibration.training.trace_report import REPORT_FILE as TRACE_REPORT
 from calibration.training.train import Reading
 from helios_sim.console.command import Interrupted
-from helios_sim.errors import InputError
+from helios_sim.errors import InputError, listed
 from helios_sim.profile import TRACES_FILE
 
 _TOLD_EVERY_S: Final = 10.0
@@ -75,12 +84,9 @@ def train(
         target_agreement=target_agreement,
     )
     chosen_preset = preset_of(preset)
-    try:
+    kept = f"models that were finished are kept in {out}, and the same command does the rest"
+    with _saying(lambda: kept):
         report = train_family(chosen_preset, out, options, _teller())
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"models that were finished are kept in {out}, and the same command trains the others"
-        ) from None
     for name, model in report["models"].items():
         exits = model["settings"]["plan"]["exit_layers"]
         if model["ended_by"] == "budget":
@@ -115,13 +121,15 @@ def heads(
     layers = parse_exits(exits)
     options = HeadOptions(domains=tuple(domains) or DOMAINS, seed=seed, iterations=iterations)
     where = out or checkpoint
-    was_in_effect = where.is_dir() and are_in_effect(where)
-    try:
+    had_heads = where.is_dir() and are_in_effect(where)
+
+    def kept() -> str:
+        if had_heads or not (where.is_dir() and are_in_effect(where)):
+            return f"no new heads are in effect in {where}"
+        return f"the heads were trained and are in effect in {where}"
+
+    with _saying(kept):
         report = train_heads(checkpoint, layers, options, out=out, device=device_of(device))
-    except KeyboardInterrupt:
-        if was_in_effect or not (where.is_dir() and are_in_effect(where)):
-            raise Interrupted(f"no new heads are in effect in {where}") from None
-        raise Interrupted(f"the heads were trained and are in effect in {where}") from None
     for domain, losses in report["held_out_nll_nats"].items():
         shared = report["held_out_nll_nats_shared_head"][domain]
         told = ", ".join(
@@ -168,17 +176,41 @@ def confidence(
     device: str,
 ) -> None:
     """Fit confidence of checkpoints and say what was chosen."""
-    chosen = settle(
-        _folders(folders),
-        kind=kind,
-        threshold=threshold,
-        target_agreement=target_agreement,
-        device=device_of(device),
-    )
+    found = find_checkpoints(folders)
+    with _saying(lambda: _stored(found)):
+        chosen = settle(
+            [opened.folder for opened in found.values()],
+            kind=kind,
+            threshold=threshold,
+            target_agreement=target_agreement,
+            device=device_of(device),
+        )
     typer.echo(f"Confidence: {chosen['kind']}, threshold {chosen['threshold']:g}")
     for name, share in chosen["early_share"].items():
         agreement = chosen["early_agreement"][name]
         typer.echo(f"{name}: {share:.1%} of tokens leave early, {agreement:.1%} of them agree")
+
+
+def _stored(found: Mapping[str, Checkpoint]) -> str:
+    """Which of these checkpoints hold another confidence by now than when they were opened."""
+
+    def of(settings: EarlyExitSettings | None) -> Confidence:
+        return Confidence() if settings is None else settings.confidence
+
+    changed = [
+        name
+        for name, opened in found.items()
+        if of(read_settings(opened.folder)) != of(opened.settings)
+    ]
+    if not changed:
+        return "no checkpoint's confidence was changed"
+    others = [name for name in found if name not in changed]
+    if not others:
+        return f"the confidence of {listed(changed)} was stored, so of every checkpoint"
+    return (
+        f"the confidence of {listed(changed)} was stored and that of {listed(others)} is as it "
+        "was, and the same command stores all"
+    )
 
 
 def trace(
@@ -195,7 +227,22 @@ def trace(
     """Trace checkpoints and say what the traces show."""
     options = TraceOptions(positions, window, tuple(domains) or DOMAINS)
     where = device_of(device)
-    report = trace_checkpoints(_folders(folders), out, options, where, dtype_of(dtype, where))
+    found = [opened.folder for opened in find_checkpoints(folders).values()]
+    files = out / TRACES_FILE, out / TRACE_REPORT
+    before = [_stamp(path) for path in files]
+
+    def kept() -> str:
+        is_new = [_stamp(path) != stamp for path, stamp in zip(files, before, strict=True)]
+        if all(is_new):
+            return f"the traces and their report are in {out}"
+        if any(is_new):
+            return (
+                f"the traces are in {files[0]} without their report; the same command writes both"
+            )
+        return "no traces were written"
+
+    with _saying(kept):
+        report = trace_checkpoints(found, out, options, where, dtype_of(dtype, where))
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
@@ -211,8 +258,22 @@ def trace(
     typer.echo(f"Traces: {out / TRACES_FILE}\nReport: {out / TRACE_PAGE}")
 
 
-def _folders(given: Sequence[Path]) -> list[Path]:
-    return [opened.folder for opened in find_checkpoints(given).values()]
+@contextmanager
+def _saying(kept: Callable[[], str]) -> Iterator[None]:
+    """An interruption from within ends the command with what is there by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(kept()) from None
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a file from one that took its place; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _teller() -> Callable[[Reading], None]:

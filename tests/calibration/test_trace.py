@@ -14,7 +14,12 @@ import pytest
 import torch
 
 from calibration.cli import main
-from calibration.model.checkpoint import EarlyExitSettings, open_checkpoint, update_settings
+from calibration.model.checkpoint import (
+    EarlyExitSettings,
+    open_checkpoint,
+    update_settings,
+    write_json,
+)
 from calibration.model.confidence import Confidence, confidence_of
 from calibration.model.early_exit import from_stock, load, save
 from calibration.model.exit_heads import new_exit_heads
@@ -409,12 +414,91 @@ def asked_of(monkeypatch: pytest.MonkeyPatch, module: Any) -> set[tuple[str, str
     return asked
 
 
-def tiny_checkpoint(folder: Path) -> Path:
+def tiny_checkpoint(folder: Path, name: str = "tiny") -> Path:
     """An untrained model's folder that says it was trained on code."""
-    model = from_stock(stock_model("llama"), (2, 4), name="tiny", tokenizer="bytes")
+    model = from_stock(stock_model("llama"), (2, 4), name=name, tokenizer="bytes")
     facts = {"train": {"code": {"sha256": "0"}}}
-    save(model, folder, EarlyExitSettings("tiny", (2, 4), tokenizer="bytes", corpus=facts))
+    save(model, folder, EarlyExitSettings(name, (2, 4), tokenizer="bytes", corpus=facts))
     return folder
+
+
+def ended(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What an interrupted command says."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 130
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_stored", [0, 1, 2])
+def test_an_interruption_names_the_checkpoints_whose_confidence_was_stored(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_stored: int,
+) -> None:
+    for name in ("one", "two"):
+        tiny_checkpoint(tmp_path / name, name)
+    stored: list[Path] = []
+
+    def interrupted(folder: Path, **changed: Any) -> None:
+        if len(stored) < num_stored:
+            update_settings(folder, **changed)
+            stored.append(folder)
+        if len(stored) == num_stored:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(thresholds, "update_settings", interrupted)
+    said = ended(
+        ["confidence", str(tmp_path), "--kind", "entropy", "--threshold", "0.3", "--device", "cpu"],
+        capsys,
+    )
+    told = (
+        "interrupted; no checkpoint's confidence was changed.",
+        "the confidence of 'one' was stored and that of 'two' is as it was, and the same command",
+        "the confidence of 'one', 'two' was stored, so of every checkpoint",
+    )
+    assert told[num_stored] in said
+    held = [open_checkpoint(tmp_path / name).settings for name in ("one", "two")]
+    kinds = [settings and settings.confidence.kind for settings in held]
+    assert kinds == ["entropy"] * num_stored + ["max-softmax"] * (2 - num_stored)
+
+
+@pytest.mark.parametrize(
+    ("interrupted", "told"),
+    [
+        ("_traces", "no traces were written"),
+        ("trace_page", "without their report; the same command writes both"),
+        ("write_json", "the traces and their report are in"),
+    ],
+)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_interruption_says_which_traces_are_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    interrupted: str,
+    told: str,
+    is_there: bool,
+) -> None:
+    """Whether or not there were some before."""
+    folder, out = tiny_checkpoint(tmp_path / "tiny"), tmp_path / "out"
+    if is_there:
+        trace_checkpoints([folder], out, OPTIONS)
+
+    def stopped(*given: Any) -> None:
+        if interrupted == "write_json":
+            write_json(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trace, interrupted, stopped)
+    said = ended(
+        ["trace", str(folder), "--out", str(out), "--positions", "64", "--device", "cpu"], capsys
+    )
+    assert told in said
+    assert "nothing was written" not in said
+    assert (out / "exits.parquet").exists() == (is_there or interrupted != "_traces")
+    assert (out / "trace.json").exists() == (is_there or interrupted == "write_json")
 
 
 def test_confidence_is_fitted_on_other_text_than_is_traced(
