@@ -127,9 +127,7 @@ def measure(
     )
 
 
-Target = Annotated[
-    float, typer.Option(help="Share of early tokens to equal the full model's; sets the threshold.")
-]
+TARGET_HELP = "Share of early tokens to equal the full model's; sets the threshold."
 Threshold = Annotated[
     float | None,
     typer.Option(help="One threshold for all models.", show_default="chosen on held-out text"),
@@ -167,9 +165,13 @@ def train(
         int | None,
         typer.Option(min=1, help="Models side by side.", show_default="cores; one on a GPU"),
     ] = None,
-    confidence: Annotated[str, typer.Option(help=KIND_HELP)] = "max-softmax",
+    confidence: Annotated[
+        str | None, typer.Option(help=KIND_HELP, show_default="max-softmax")
+    ] = None,
     threshold: Threshold = None,
-    target_agreement: Target = 0.9,
+    target_agreement: Annotated[
+        float | None, typer.Option(help=TARGET_HELP, show_default="0.9")
+    ] = None,
     heads_for: Annotated[
         Path | None,
         typer.Option(
@@ -217,7 +219,7 @@ def confidence(
     checkpoints: CheckpointFolders,
     kind: Annotated[str, typer.Option(help=KIND_HELP)] = "max-softmax",
     threshold: Threshold = None,
-    target_agreement: Target = 0.9,
+    target_agreement: Annotated[float, typer.Option(help=TARGET_HELP)] = 0.9,
     device: Device = "auto",
 ) -> None:
     """Choose what counts as confident, fit it on held-out text and store it in the checkpoints."""

@@ -37,6 +37,9 @@ from helios_sim.folders import write_whole
 REPORT_FILE: Final = "training.json"
 PAGE_FILE: Final = "training.md"
 READINGS_FOLDER: Final = "readings"
+DEFAULT_KIND: Final = "max-softmax"
+"""The kind of confidence that a family gets unless another is asked for."""
+
 _POLL_S: Final = 0.5
 
 OnReading = Callable[[Reading], None]
@@ -47,17 +50,18 @@ class FamilyOptions:
     """How a family is trained beyond its preset; None leaves the choice to the preset.
 
     `device` is "auto", "cpu" or "cuda". `num_processes` train models side by side, one thread
-    each, on a CPU; a GPU trains one after another. `confidence` is a profile's kind; a threshold
-    that is not given is chosen for `target_agreement` (`calibration.training.thresholds.settle`).
+    each, on a CPU; a GPU trains one after another. `confidence` is a profile's kind, max-softmax
+    unless given; a threshold that is not given is chosen for `target_agreement`
+    (`calibration.training.thresholds.settle`).
     """
 
     seed: int = 0
     device: str = "auto"
     budget_s: float | None = None
     num_processes: int | None = None
-    confidence: str = "max-softmax"
+    confidence: str | None = None
     threshold: float | None = None
-    target_agreement: float = TARGET_AGREEMENT
+    target_agreement: float | None = None
 
     def __post_init__(self) -> None:
         if self.budget_s is not None and not 1.0 <= self.budget_s <= 1e6:
@@ -70,20 +74,41 @@ class FamilyOptions:
                 f"{self.num_processes} processes were asked for; at least 1 is needed.",
                 "--processes",
             )
-        kind_of(self.confidence, "--confidence")
-        check_choice(self.threshold, self.target_agreement)
+        kind_of(self.kind, "--confidence")
+        check_choice(self.threshold, self.agreement)
         if self.seed < 0:
             raise InputError(f"The seed {self.seed} was given; it must be 0 or more.", "--seed")
 
+    @property
+    def kind(self) -> str:
+        """The kind of confidence, given or not."""
+        return DEFAULT_KIND if self.confidence is None else self.confidence
+
+    @property
+    def agreement(self) -> float:
+        """The target agreement, given or not."""
+        return TARGET_AGREEMENT if self.target_agreement is None else self.target_agreement
+
+    @property
+    def asks_for_confidence(self) -> bool:
+        """Whether anything of confidence was given."""
+        given = self.confidence, self.threshold, self.target_agreement
+        return any(one is not None for one in given)
+
 
 def train_family(
-    preset: Preset, out: Path, options: FamilyOptions, on_reading: OnReading | None = None
+    preset: Preset,
+    out: Path,
+    options: FamilyOptions,
+    on_reading: OnReading | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train the models of a preset into `out/<name>` and write the report beside them.
 
     Models that are there already and were trained alike are kept, so an interrupted call can be
-    made again; readings are appended to `out/readings/<name>.jsonl` as they are taken. Returns
-    what `out/training.json` says.
+    made again; readings are appended to `out/readings/<name>.jsonl` as they are taken. A family
+    that the report tells whole is left as it is, with the confidence that it has by now, unless
+    the options ask for one; `tell` then gets a sentence. Returns what `out/training.json` says.
     """
     device = device_of(options.device)
     _check_target(out)
@@ -97,14 +122,23 @@ def train_family(
         )
         for plan in sorted(preset.models, key=lambda plan: -plan.share)
     ]
-    tell = on_reading or (lambda reading: None)
-    documents = _side_by_side(jobs, processes, tell) if processes > 1 else _in_turn(jobs, tell)
+    heard = on_reading or (lambda reading: None)
+    documents = _side_by_side(jobs, processes, heard) if processes > 1 else _in_turn(jobs, heard)
+    earlier = _finished(out, documents)
+    if earlier is not None and not options.asks_for_confidence:
+        if tell is not None:
+            tell(
+                f"Every model of {out} was trained before, so nothing is changed, confidence "
+                "included; to choose it anew give --confidence, --threshold or "
+                "--target-agreement, or use helios-calibrate confidence."
+            )
+        return earlier
     positions = preset.held_out_tokens // 2
     confidence = settle(
         [out / plan.name for plan in preset.models],
-        kind=options.confidence,
+        kind=options.kind,
         threshold=options.threshold,
-        target_agreement=options.target_agreement,
+        target_agreement=options.agreement,
         device=device,
         options=FittingOptions(positions, min(256, preset.long_window_tokens)),
     )
@@ -122,14 +156,29 @@ def train_family(
         "models": {plan.name: documents[plan.name] for plan in preset.models},
     }
     try:
-        write_json(out / REPORT_FILE, report)
         write_whole(out / PAGE_FILE, family_page(report).encode())
+        # The last one: a later call takes it for the end of this one.
+        write_json(out / REPORT_FILE, report)
     except OSError as error:
         raise InputError(
             f"The report cannot be written: {error.strerror}. The models are there; free some "
             "space and call again.",
             str(out),
         ) from error
+    return report
+
+
+def _finished(out: Path, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The report of an earlier call that trained these very models and came to its end.
+
+    Confidence is settled before the report is written, so without one it may not be.
+    """
+    try:
+        report: Any = json.loads((out / REPORT_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(report, dict) or report.get("models") != documents:
+        return None
     return report
 
 

@@ -67,9 +67,9 @@ def train(
     device: str,
     budget: str | None,
     processes: int | None,
-    confidence: str,
+    confidence: str | None,
     threshold: float | None,
-    target_agreement: float,
+    target_agreement: float | None,
 ) -> None:
     """Train a family and say how it went."""
     if out is None:
@@ -85,8 +85,9 @@ def train(
     )
     chosen_preset = preset_of(preset)
     kept = f"models that were finished are kept in {out}, and the same command does the rest"
+    unchanged: list[str] = []
     with _saying(lambda: kept):
-        report = train_family(chosen_preset, out, options, _teller())
+        report = train_family(chosen_preset, out, options, _teller(), unchanged.append)
     for name, model in report["models"].items():
         exits = model["settings"]["plan"]["exit_layers"]
         if model["ended_by"] == "budget":
@@ -101,7 +102,10 @@ def train(
             )
             typer.echo(f"{name} on held-out {domain}, nats a byte: {losses}")
     chosen = report["confidence"]
-    typer.echo(f"Confidence: {chosen['kind']}, threshold {chosen['threshold']:g}")
+    fitted = f"Confidence: {chosen['kind']}, threshold {chosen['threshold']:g}"
+    # What the report says of confidence may have been replaced since it was written.
+    for told in unchanged or [fitted]:
+        typer.echo(told)
     typer.echo(f"Report: {out / FAMILY_PAGE}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from torch import nn
 
 from calibration.cli import main
 from calibration.device import device_of, dtype_of
+from calibration.model.checkpoint import update_settings
+from calibration.model.confidence import Confidence
 from calibration.model.early_exit import from_stock, load
-from calibration.training import train
+from calibration.training import small_family, train, training_commands
 from calibration.training.optimiser import Optimiser, orthogonalised
 from calibration.training.presets import PRESETS, ModelPlan, preset_of
 from calibration.training.small_family import FamilyOptions, train_family
@@ -90,6 +93,65 @@ def test_a_second_call_keeps_what_is_there(family: Any) -> None:
     assert again["models"] == report["models"]
 
 
+@pytest.mark.parametrize(
+    "asked", [{}, {"confidence": "max-softmax"}, {"threshold": 0.4}, {"target_agreement": 0.9}]
+)
+def test_a_second_call_leaves_confidence_that_was_fitted_since_unless_one_is_asked_for(
+    tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    options = FamilyOptions(device="cpu", num_processes=1)
+    report = train_family(ONE, tmp_path, options)
+    model = tmp_path / "code-2l"
+    fitted = Confidence("entropy", 0.123)
+    update_settings(model, confidence=fitted)
+    before = (tmp_path / "training.json").read_bytes()
+    told: list[str] = []
+    again = train_family(ONE, tmp_path, replace(options, **asked), tell=told.append)
+    assert (load(model).confidence == fitted) == (not asked)
+    assert ((tmp_path / "training.json").read_bytes() == before) == (not asked)
+    assert len(told) == (not asked)
+    if not asked:
+        assert again == report
+        assert "nothing is changed, confidence included" in told[0]
+
+
+def test_confidence_is_settled_where_an_earlier_call_did_not_come_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = FamilyOptions(device="cpu", num_processes=1)
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(small_family, "settle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_family(ONE, tmp_path, options)
+    report = train_family(ONE, tmp_path, options)
+    threshold = report["confidence"]["threshold"]
+    assert load(tmp_path / "code-2l").confidence == Confidence("max-softmax", threshold)
+    # A model that is trained again is settled again: the family has one threshold.
+    shutil.rmtree(tmp_path / "code-2l")
+    told: list[str] = []
+    train_family(ONE, tmp_path, options, tell=told.append)
+    assert load(tmp_path / "code-2l").confidence == Confidence("max-softmax", threshold)
+    assert not told
+
+
+def test_the_command_says_that_nothing_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training_commands, "preset_of", lambda _: ONE)
+    said = []
+    for more in ((), (), ("--confidence", "max-softmax"), ("--target-agreement", "0.9")):
+        with pytest.raises(SystemExit) as end:
+            main(["train", "--out", str(tmp_path), "--device", "cpu", *more])
+        assert not end.value.code
+        said.append(capsys.readouterr().out)
+    assert ["nothing is changed" in one for one in said] == [False, True, False, False]
+    assert ["Confidence: max-softmax" in one for one in said] == [True, False, True, True]
+
+
 def test_a_folder_of_other_settings_is_not_overwritten(family: Any) -> None:
     out, _, _ = family
     with pytest.raises(InputError, match="not made by a training with these settings"):
@@ -111,6 +173,7 @@ def test_what_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="A reading cannot be written"):
         train_family(ONE, tmp_path / "full", options)
     train_family(ONE, tmp_path / "family", options)
+    options = replace(options, confidence="max-softmax")
     for place, said in (
         (f"code-2l/.early_exit.json.{os.getpid()}.partial", "The confidence cannot be stored"),
         (f".training.json.{os.getpid()}.partial", "The report cannot be written"),
