@@ -70,7 +70,7 @@ def document_with_exits(
     check_name(name, profile)
     document = same_device_document(profile, name)
     if facts := _facts_of(profile):
-        document["measurement"] = {"models": facts}
+        document["measurement"] = facts
     notes = []
     for model, layers in kept.items():
         there = profile.models[model].model.exit_layers
@@ -92,10 +92,19 @@ def document_with_exits(
 
 def _facts_of(profile: Profile) -> dict[str, Any]:
     """What serving compares with the models that were measured, which these are."""
-    models = profile.document.get("measurement", {}).get("models", {})
+    measurement = profile.document.get("measurement", {})
+    traced = measurement.get("exit_traces", {}).get("candidates", {})
+    models = _only(("guard", "kernels"), measurement.get("models", {}))
+    candidates = _only(("maps_sha256",), traced)
+    facts = {"models": models} if models else {}
+    return facts | ({"exit_traces": {"candidates": candidates}} if candidates else {})
+
+
+def _only(keys: tuple[str, ...], nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """Objects by name with these of their keys alone; without any they are left out."""
     found = {
-        name: {key: node[key] for key in ("guard", "kernels") if key in node}
-        for name, node in models.items()
+        name: {key: node[key] for key in keys if node.get(key) is not None}
+        for name, node in nodes.items()
     }
     return {name: node for name, node in found.items() if node}
 

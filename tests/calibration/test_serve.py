@@ -1219,3 +1219,22 @@ def test_fewer_exits_keep_what_tells_the_weights_that_were_measured(place, tmp_p
     for profile in (whole, fewer):
         with pytest.raises(InputError, match="not those of the weights of 'large'"):
             check_checkpoint("large", open_checkpoint(paths["large"]), profile)
+
+
+def test_fewer_exits_keep_what_tells_the_maps_that_were_traced(place, tmp_path) -> None:
+    document = json.loads((place / "profile" / "profile.json").read_text())
+    paths = family(tmp_path / "family")
+    confidence = Confidence("max-softmax", 0.5, {"all": {2: PiecewiseLinear((0.5,), (0.75,))}})
+    update_settings(paths["large"], confidence=confidence)
+    document["models"]["large"]["confidence"]["kind"] = "calibrated-max-softmax"
+    told = {"maps_sha256": "0" * 64, "threshold": 0.5}
+    document["measurement"] = {"exit_traces": {"candidates": {"large": told, "small": {}}}}
+    save_profile(document, tmp_path / "all", traces=place / "profile" / "exits.parquet")
+    whole = load_profile(tmp_path / "all")
+    fewer = write_with_exits(whole, "fewer", {"large": (2, 6)}, tmp_path / "fewer")
+    assert fewer.document["measurement"] == {
+        "exit_traces": {"candidates": {"large": {"maps_sha256": "0" * 64}}}
+    }
+    for profile in (whole, fewer):
+        with pytest.raises(InputError, match="maps of the checkpoint's confidence are not those"):
+            check_checkpoint("large", open_checkpoint(paths["large"]), profile)
