@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Final
 
 from helios_sim.report import markup
@@ -19,6 +20,23 @@ CONTENT_POLICY: Final = (
 )
 """Forbids the page every request to the network, so that it provably stands alone."""
 
+_HEAD: Final = (
+    "<!doctype html>",
+    '<html lang="en">',
+    "<head>",
+    f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
+)
+"""How every page begins, and as good as no page of others."""
+
+
+def is_own_page(path: Path) -> bool:
+    """Whether a file is a page of this program, so that another may take its place."""
+    if not path.is_file():
+        return False
+    head = "\n".join(_HEAD).encode()
+    with path.open("rb") as file:
+        return file.read(len(head)) == head
+
 
 def document(title: str, sections: Sequence[str], drawn: Mapping[str, Figure]) -> str:
     """A whole page of sections, and the figures that they have places for."""
@@ -27,10 +45,7 @@ def document(title: str, sections: Sequence[str], drawn: Mapping[str, Figure]) -
     )
     return "\n".join(
         (
-            "<!doctype html>",
-            '<html lang="en">',
-            "<head>",
-            f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">',
+            *_HEAD,
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',

@@ -29,13 +29,14 @@ from helios_sim.search.results import (
     PARETO,
     RESULTS,
     SCENARIO,
+    check_folder,
     csv_bytes,
     open_folder,
     parquet_bytes,
     scenario_bytes,
     write_results,
 )
-from helios_sim.search.store import Store
+from helios_sim.search.store import POINTS, Store, kept_in
 from helios_sim.search.studies import OnPoint, Standing, Steps, Study, carry_out
 from helios_sim.search.tables import (
     Cells,
@@ -243,20 +244,24 @@ def _session(running: Running, scenario: Scenario, path: Path, kind: str) -> Ite
     """Workers, the store of the folder, and a bar; an interrupt says what is kept."""
     out = running.out or Path("runs") / f"{folder_name(scenario.name)}-{kind}"
     resume = running.resume or running.part is not None
-    store = open_folder(out, resume, scenario, path.parent)
+    check_folder(out, resume, scenario, path.parent)
+    is_begun = False
     try:
-        with (
-            _bar() as on_point,
-            open_workers(running.num_processes, running.scheduler) as workers,
-        ):
-            yield _Session(out, store, workers, on_point)
+        # The folder is left as it is until there is somebody to run points.
+        with open_workers(running.num_processes, running.scheduler) as workers:
+            is_begun = True
+            store = open_folder(out, resume)
+            with _bar() as on_point:
+                yield _Session(out, store, workers, on_point)
     except KeyboardInterrupt:
-        kept = store.kept()
+        if not is_begun:
+            raise
+        kept = kept_in(out / POINTS)
         raise Interrupted(f"{kept[0].lower()}{kept[1:]} Go on with --resume") from None
     except OSError as error:
         raise InputError(
-            f"The search cannot go on: {error.strerror or error}. {store.kept()} Run the command "
-            "again with --resume.",
+            f"The search cannot go on: {error.strerror or error}. {kept_in(out / POINTS)} Run the "
+            "command again with --resume.",
             str(out),
         ) from error
 

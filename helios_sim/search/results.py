@@ -6,7 +6,8 @@ import io
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,11 +16,12 @@ import polars as pl
 from helios_sim.errors import InputError
 from helios_sim.folders import write_whole
 from helios_sim.profiles.files import is_shipped, load_profile
+from helios_sim.report.document import is_own_page
 from helios_sim.runs.metrics import rounded_figures
 from helios_sim.runs.records import REPORT_FILE
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.search.points import named_files
-from helios_sim.search.store import POINTS, Store
+from helios_sim.search.store import EARLIER, POINTS, Store, finished_points, own_files
 from helios_sim.settings.toml_writer import toml_text
 
 RESULTS: Final = "results.parquet"
@@ -27,17 +29,16 @@ PARETO: Final = "pareto.csv"
 SCENARIO: Final = "scenario.toml"
 JOURNAL: Final = "study.journal"
 _log = logging.getLogger(__name__)
-_OURS: Final = (RESULTS, PARETO, SCENARIO, REPORT_FILE, JOURNAL, f"{JOURNAL}.lock", POINTS)
+_MADE: Final = (SCENARIO, PARETO, REPORT_FILE, JOURNAL, f"{JOURNAL}.lock")
+"""What a search makes beside its points and its table, in the order that it is put aside in."""
 
 
-def open_folder(out: Path, resume: bool, scenario: Scenario, base_dir: Path) -> Store:
-    """The store of the folder of a scenario's search.
+def check_folder(out: Path, resume: bool, scenario: Scenario, base_dir: Path) -> None:
+    """Raise `InputError` unless a scenario's search may have the folder; it is left as it is.
 
-    Only a folder with points or with the table is a search's: names that searches use are a user's
-    own elsewhere, and so is everything where the scenario itself lies.
-    Results of a finished search are replaced: all of them go before anything runs, so that no
-    answer stands beside points of another question. Points of an unfinished one are used with
-    `resume` and never thrown away without a word.
+    Only a folder with finished points or with the table is a search's: names that searches use are
+    a user's own elsewhere, and so is everything where the scenario itself lies. Points of an
+    unfinished search are used with `resume` and never thrown away without a word.
     """
     if out.exists() and not out.is_dir():
         raise InputError("It is a file; allowed is a new folder.", str(out))
@@ -46,48 +47,102 @@ def open_folder(out: Path, resume: bool, scenario: Scenario, base_dir: Path) -> 
             "The scenario lies there, and results would take its place; give another --out.",
             str(out),
         )
-    if out.is_dir():
-        is_search = (out / POINTS).is_dir() or (out / RESULTS).is_file()
-        ours = {*_OURS, *(part for part, *_ in _own_modules(scenario))} if is_search else set()
-        endings = (".partial", ".py") if is_search else (".partial",)
-        foreign = [
-            one.name
-            for one in sorted(out.iterdir())
-            if one.name not in ours and not one.name.endswith(endings)
-        ]
-        if foreign:
-            raise InputError(
-                f"The folder holds {foreign[0]!r}, which is no part of a search; allowed is a new "
-                "folder, an empty one, or that of an earlier search.",
-                str(out),
-            )
-        points = out / POINTS
-        num_points = sum(1 for _ in points.glob("*.json")) if points.is_dir() else 0
-        if num_points and not resume:
-            if not (out / RESULTS).is_file():
-                raise InputError(
-                    f"The folder holds {num_points:,} finished points of a search that was not "
-                    "ended; go on with --resume, or give another --out.",
-                    str(out),
-                )
-            _log.info(
-                "The results of an earlier search in %s are replaced; --resume uses its points.",
-                out,
-            )
-        if points.is_dir() or (out / RESULTS).is_file():
-            for name in (PARETO, SCENARIO, REPORT_FILE, JOURNAL, f"{JOURNAL}.lock"):
-                (out / name).unlink(missing_ok=True)
-            if num_points and not resume:
-                shutil.rmtree(points)
-            # The table goes last: until then the folder is that of a finished search.
-            (out / RESULTS).unlink(missing_ok=True)
+    if not out.is_dir():
+        return
+    foreign = next(_foreign(out, scenario), None)
+    if foreign is not None:
+        raise InputError(
+            f"The folder holds {foreign!r}, which is no part of a search; allowed is a new "
+            "folder, an empty one, or that of an earlier search.",
+            str(out),
+        )
+    num_points = len(finished_points(out / POINTS))
+    if num_points and not resume and not _is_finished(out):
+        raise InputError(
+            f"The folder holds {num_points:,} finished points of a search that was not "
+            "ended; go on with --resume, or give another --out.",
+            str(out),
+        )
+
+
+def open_folder(out: Path, resume: bool) -> Store:
+    """The store of a folder that `check_folder` allows, without results of an earlier search.
+
+    They are put aside before anything runs, so that no answer stands beside points of another
+    question, and removed once there are new ones. With `resume` the points stay where they are.
+    """
+    earlier = out / EARLIER
+    # Asked in this order, since another shard may be putting the table aside.
+    if _is_finished(earlier) and _is_finished(out):
+        _forget(earlier)
+    if _is_finished(out):
+        _log.info(
+            "The results of an earlier search in %s are put aside in its %s until there are new "
+            "ones; %s.",
+            out,
+            EARLIER,
+            "its points are used" if resume else "with --resume its points would be used",
+        )
+        earlier.mkdir(exist_ok=True)
+        # The table goes last: until then the folder is that of a finished search.
+        for name in (*_MADE, *(() if resume else (POINTS,)), RESULTS):
+            with suppress(FileNotFoundError):
+                (out / name).replace(earlier / name)
+    else:
+        # A search that was killed before its table makes them again from its points.
+        for name in _MADE:
+            (out / name).unlink(missing_ok=True)
     return Store(out / POINTS)
+
+
+def _is_finished(folder: Path) -> bool:
+    """Whether a search in a folder has come to its end."""
+    return (folder / RESULTS).is_file()
+
+
+def _foreign(out: Path, scenario: Scenario) -> Iterator[str]:
+    """What a folder holds that no search has written, as paths from it."""
+    found = {one.name: one for one in sorted(out.iterdir())}
+    ours: set[str] = set()
+    endings: tuple[str, ...] = (".partial",)
+    if found.keys() & {POINTS, EARLIER, RESULTS}:
+        ours |= {JOURNAL, f"{JOURNAL}.lock"}
+    if finished_points(out / POINTS) or _is_finished(out):
+        ours |= {RESULTS, PARETO, *(part for part, *_ in _own_modules(scenario))}
+        endings = (".partial", ".py")
+        # A scenario is written after the front and put aside before it: alone it is a user's.
+        if PARETO in found:
+            ours.add(SCENARIO)
+        if is_own_page(out / REPORT_FILE):
+            ours.add(REPORT_FILE)
+    for name, one in found.items():
+        if name == POINTS and one.is_dir():
+            own = set(own_files(one))
+            yield from (f"{name}/{inner.name}" for inner in one.iterdir() if inner not in own)
+        elif name == EARLIER and one.is_dir():
+            known = (*_MADE, RESULTS, POINTS)
+            yield from (
+                f"{name}/{inner.name}" for inner in one.iterdir() if inner.name not in known
+            )
+        elif name not in ours and not name.endswith(endings):
+            yield name
+
+
+def _forget(earlier: Path) -> None:
+    """Remove what searches have written of results put aside, and the folder if that is all."""
+    points = earlier / POINTS
+    # The table goes last: until then they are those of a finished search.
+    for one in (*own_files(points), *(earlier / name for name in (*_MADE, RESULTS))):
+        one.unlink(missing_ok=True)
+    for folder in (points, earlier):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_results(out: Path, store: Store, files: Mapping[str, bytes]) -> None:
     """Write result files one by one, each moved into place; the table comes last.
 
-    A folder with the table is that of a finished search.
+    A folder with the table is that of a finished search, which needs no results of an earlier one.
     """
     order = sorted(files, key=lambda name: name == RESULTS)
     for name in order:
@@ -99,6 +154,9 @@ def write_results(out: Path, store: Store, files: Mapping[str, bytes]) -> None:
                 "the command again with --resume.",
                 str(out),
             ) from error
+    # What cannot be removed now is when the folder is next used.
+    with suppress(OSError):
+        _forget(out / EARLIER)
 
 
 def parquet_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:

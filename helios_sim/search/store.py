@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +12,28 @@ from helios_sim.folders import write_whole
 from helios_sim.search.points import POINT_SCHEMA, Figures
 
 POINTS: Final = "points"
+EARLIER: Final = "earlier-until-done"
+"""Where the results of an earlier search in the folder are until there are new ones."""
+_OWN: Final = re.compile(r"[0-9a-f]{64}\.json|\..*\.partial")
+"""Names that a store gives to files: finished points, and those that a kill leaves half written."""
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files that stores have written of a folder of points; none where it is not there."""
+    return [one for one in folder.glob("*") if _OWN.fullmatch(one.name)]
+
+
+def finished_points(folder: Path) -> list[Path]:
+    """The files of the finished points of a folder."""
+    return [one for one in own_files(folder) if one.suffix == ".json"]
+
+
+def kept_in(folder: Path) -> str:
+    """What a later run will find beside and in a folder of points, as sentences."""
+    num = len(finished_points(folder))
+    said = f"{num:,} finished point{'s are' if num != 1 else ' is'} kept."
+    earlier = folder.parent / EARLIER
+    return f"{said} Results of an earlier search are in {earlier}." if earlier.is_dir() else said
 
 
 class Store:
@@ -57,11 +80,10 @@ class Store:
         return kept
 
     def kept(self) -> str:
-        """How many points a later run will find, as a sentence."""
+        """What a later run will find, as sentences."""
         if self.folder is None:
             return "No points were kept, since no folder was given."
-        num = sum(1 for _ in self.folder.glob("[0-9a-f]*.json"))
-        return f"{num:,} finished point{'s are' if num != 1 else ' is'} kept."
+        return kept_in(self.folder)
 
 
 def _read(path: Path, key: str) -> Figures | None:

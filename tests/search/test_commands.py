@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import logging
 import random
 import re
 import shutil
@@ -25,6 +26,7 @@ from helios_sim.experiment import prepare
 from helios_sim.profiles.files import load_profile, save_profile
 from helios_sim.scenario import load_scenario
 from helios_sim.search.commands import Running, plan, tune, whatif
+from helios_sim.search.store import EARLIER
 from helios_sim.search.tune import read_tune, samples_of
 from tests.search.asking import A100, H100, inline, results, write
 
@@ -482,22 +484,132 @@ def test_an_unfinished_search_is_not_thrown_away_without_a_word(tmp_path: Path) 
     assert results(out) == before
 
 
+VARIED: list[Any] = [["serving.max_batch=8,64"], [], 1]
+"""A grid of two cells, each run once: the smallest search there is."""
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("resume", [False, True])
-def test_no_result_of_an_earlier_search_outlives_the_start_of_the_next(
+def test_results_of_an_earlier_search_are_put_aside_until_there_are_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
 ) -> None:
     """The next one is killed before its first point; what it left is no finished search."""
     path, out = write(tmp_path), tmp_path / "out"
     plan(path, [], inline(out))
+    before = results(out)
+    with monkeypatch.context() as patched:
+        patched.setattr("helios_sim.search.commands.carry_out", killed)
+        with pytest.raises(Interrupted) as end:
+            plan(path, ["plan.precision=0.2"], inline(out, resume=resume))
+    assert sorted(file.name for file in out.iterdir()) == [EARLIER, "points"]
+    assert bool(list((out / "points").iterdir())) is resume
+    assert f"Results of an earlier search are in {out / EARLIER}. Go on" in end.value.kept
+    points = {name for name in before if name.startswith("points/")}
+    aside = before.keys() - points if resume else before.keys()
+    assert results(out / EARLIER) == {name: before[name] for name in aside}
+    plan(path, ["plan.precision=0.2"], inline(out, resume=resume))
+    plan(path, ["plan.precision=0.2"], inline(tmp_path / "alone"))
+    there, alone = results(out), results(tmp_path / "alone")
+    assert {name: there[name] for name in alone} == alone
+    assert there.keys() - alone.keys() <= points
 
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
 
+def test_without_workers_a_search_leaves_an_earlier_one_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where no scheduler answers, and where a user gives up waiting for one."""
+    path, out = write(tmp_path), tmp_path / "out"
+    whatif(path, [], *VARIED, inline(out))
+    before = results(out)
+    monkeypatch.setattr("helios_sim.search.executors.CONNECT_S", 1)
+    with pytest.raises(InputError, match="No scheduler of a cluster answers"):
+        whatif(path, [], *VARIED, Running(out, scheduler="tcp://127.0.0.1:9"))
+    assert results(out) == before
+    monkeypatch.setattr("helios_sim.search.commands.open_workers", killed)
+    with pytest.raises(SystemExit):
+        main(["whatif", str(path), "--vary", "serving.max_batch=8,64", "--out", str(out)])
+    assert "helios: interrupted; nothing was written." in capsys.readouterr().err
+    assert results(out) == before
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"shard": "1/2"}, {}])
+def test_putting_an_earlier_search_aside_is_never_silent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: dict[str, Any]
+) -> None:
+    """Whichever options a search over a finished one is given; a shard leaves the old answer."""
+    path, out = write(tmp_path), tmp_path / "out"
+    whatif(path, [], *VARIED, inline(out))
+    before = results(out)
+    caplog.set_level(logging.INFO)
+    said = whatif(path, ["seed=5"], *VARIED, inline(out, **how))
+    (told,) = [one for one in caplog.messages if "earlier search" in one]
+    used = "its points are used" if how else "with --resume its points would be used"
+    assert told.endswith(f"put aside in its {EARLIER} until there are new ones; {used}.")
+    if "shard" in how:
+        assert str(out / EARLIER) in said.sentences[0]
+        for name in ("report.html", "results.parquet"):
+            assert (out / EARLIER / name).read_bytes() == before[name]
+        whatif(path, ["seed=5"], *VARIED, inline(out, resume=True))
+    assert not (out / EARLIER).exists()
+    assert (out / "results.parquet").read_bytes() != before["results.parquet"]
+
+
+def test_a_kill_while_results_are_put_aside_or_removed_mixes_no_two_searches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the table is put aside the rest follows it; beside a newer table it is out of date."""
+    path, out = write(tmp_path), tmp_path / "out"
+    plan(path, [], inline(out))
+    before = results(out)
+    (out / EARLIER).mkdir()
+    for name in ("scenario.toml", "pareto.csv"):
+        (out / name).rename(out / EARLIER / name)
     monkeypatch.setattr("helios_sim.search.commands.carry_out", killed)
     with pytest.raises(Interrupted):
-        plan(path, ["plan.precision=0.2"], inline(out, resume=resume))
-    assert [file.name for file in out.iterdir()] == ["points"]
-    assert bool(list((out / "points").iterdir())) is resume
+        plan(path, [], inline(out))
+    assert results(out / EARLIER) == before
+    for name in ("report.html", "results.parquet"):
+        shutil.copyfile(out / EARLIER / name, out / name)
+    (out / "points" / f"{'0' * 64}.json").write_text("{}")
+    with pytest.raises(Interrupted):
+        plan(path, [], inline(out))
+    assert results(out / EARLIER).keys() == {
+        "report.html",
+        "results.parquet",
+        f"points/{'0' * 64}.json",
+    }
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["points/mine.json", f"{EARLIER}/thesis.tex", "scenario.toml"])
+def test_what_a_user_put_among_the_files_of_a_search_is_left_alone(
+    tmp_path: Path, name: str, resume: bool
+) -> None:
+    """Also in its folders; whatif recommends no scenario, so that one beside it is a user's."""
+    path, out = write(tmp_path), tmp_path / "out"
+    whatif(path, [], *VARIED, inline(out))
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("ten years of work")
+    before = results(out)
+    with pytest.raises(InputError, match=f"'{re.escape(name)}', which is no part of a search"):
+        whatif(path, [], *VARIED, inline(out, resume=resume))
+    assert results(out) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("names", [("points/a.json", "scenario.toml"), ("scenario.toml",)])
+def test_a_folder_called_points_makes_no_search(
+    tmp_path: Path, names: tuple[str, ...], resume: bool
+) -> None:
+    (tmp_path / "out" / "points").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "out" / name).write_text("ten years of work")
+    with pytest.raises(InputError, match=f"'{names[0]}', which is no part of a search"):
+        whatif(write(tmp_path), [], *VARIED, inline(tmp_path / "out", resume=resume))
+    assert results(tmp_path / "out") == dict.fromkeys(names, b"ten years of work")
 
 
 def test_a_folder_that_holds_anything_else_is_left_alone(tmp_path: Path) -> None:
