@@ -370,6 +370,9 @@ def serve(
             show_default="as the profile was measured",
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace runs that were served before.")
+    ] = False,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
@@ -392,6 +395,7 @@ def serve(
         graphs=graphs,
         free_running=free_running,
         threads=threads,
+        overwrite=overwrite,
     )
 
 

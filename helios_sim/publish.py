@@ -12,26 +12,33 @@ from helios_sim.experiment import Result
 from helios_sim.folder_names import folder_names
 from helios_sim.folders import folder_in_place, write_whole
 from helios_sim.report import render
+from helios_sim.report.document import is_own_page
 from helios_sim.runs.records import (
     REPORT_FILE,
     RUN_FILES,
     TOTALS_FILE,
     RunData,
+    check_computed,
     write_run,
 )
 
 
 def check_results_target(out_dir: Path) -> None:
-    """Raise `InputError` unless results may be written here: nothing, or results to replace."""
+    """Raise `InputError` unless results may be written here: nothing, or results to replace.
+
+    Runs that were served for real are not replaced, since they cannot be computed again.
+    """
     check_writable(out_dir)
     if not out_dir.exists():
         return
     if not out_dir.is_dir():
         raise InputError("It is a file; allowed is a new folder.", str(out_dir))
-    for entry in out_dir.iterdir():
+    found = sorted(out_dir.iterdir())
+    check_computed([out_dir, *found], "give another --out, or remove it by hand", out_dir)
+    for entry in found:
         names = {file.name for file in entry.iterdir()} if entry.is_dir() else set()
         is_run = TOTALS_FILE in names and names <= {*RUN_FILES, REPORT_FILE}
-        if not is_run and entry.name != REPORT_FILE:
+        if not is_run and not (entry.name == REPORT_FILE and is_own_page(entry)):
             raise InputError(
                 f"The folder holds {entry.name!r}, which is no run of ours; allowed is a new "
                 "folder, an empty one, or earlier results to replace.",

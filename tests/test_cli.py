@@ -217,6 +217,26 @@ def test_results_are_replaced_but_a_strangers_folder_is_not(
     assert (tmp_path / "mine" / "first" / "scenario.toml").read_text(encoding="utf-8") == "kept"
 
 
+def test_a_run_that_was_served_for_real_is_never_simulated_over(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among the runs of a folder or as the folder itself: it cannot be computed again."""
+    out = tmp_path / "out"
+    command = ("simulate", scenario, "--policy", "vanilla", "--out")
+    assert run(*command, out) == 0
+    totals = out / "vanilla" / "totals.json"
+    totals.write_text(totals.read_text().replace('"origin": "simulated"', '"origin": "measured"'))
+    served = totals.read_bytes()
+    for target in (out, out / "vanilla"):
+        capsys.readouterr()
+        assert run(*command, target) == 2
+        assert (
+            f"It would replace what was served for real and cannot be computed again: "
+            f"{out / 'vanilla'}; give another --out, or remove it by hand."
+        ) in capsys.readouterr().err
+        assert totals.read_bytes() == served
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -41,7 +41,8 @@ class ServeSettings:
 
     `checkpoints` are checkpoint folders, or folders of several. `limit` and `duration_s` cut the
     workload to its first requests. `repeat` serves each policy so often. Without `threads` a
-    processor gets as many as the profile was measured with.
+    processor gets as many as the profile was measured with. With `overwrite` runs that were served
+    for real may be replaced.
     """
 
     checkpoints: tuple[Path, ...]
@@ -54,6 +55,7 @@ class ServeSettings:
     duration_s: float | None = None
     repeat: int = 1
     threads: int | None = None
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,15 @@ from helios_sim.profiles.files import assumed_in
 from helios_sim.report import render
 from helios_sim.runs.laws import check_run
 from helios_sim.runs.metrics import summarise, user_figures
-from helios_sim.runs.records import REPORT_FILE, TOKENIZERS, TOTALS_FILE, check_target, write_run
+from helios_sim.runs.records import (
+    MEASURED,
+    REPORT_FILE,
+    TOKENIZERS,
+    TOTALS_FILE,
+    check_computed,
+    check_target,
+    write_run,
+)
 from helios_sim.scenario import PolicySettings, of_one_policy
 from helios_sim.wording import counted
 
@@ -102,7 +110,7 @@ class Backend:
     A made-up device overrides what it has of its own, and the origin that its runs are to name.
     """
 
-    origin = "measured"
+    origin: str = MEASURED
     host_class: type[Host] = Host
     is_this_machine = True
     """Whether how fast this machine is bears on the run."""
@@ -132,7 +140,8 @@ def serve(
 ) -> list[Served]:
     """Serve a scenario's policies and write their runs; `on_served` hears of each at once.
 
-    `tell` hears in sentences what the user did not ask for and should know.
+    `tell` hears in sentences what the user did not ask for and should know. A run that was served
+    for real is replaced only if the settings say so.
 
     One policy served once is written to `out` itself. Otherwise `out` gets a folder a policy, and
     with `repeat` above 1 folders repeat-1, repeat-2, ... within. A run is whole or absent.
@@ -151,6 +160,8 @@ def serve(
         )
     for place in places:
         check_target(place)
+    if not settings.overwrite:
+        check_computed(places, "give another --out, or --overwrite to replace it", out)
     threads_before = torch.get_num_threads()
     threads, why = threads_of(settings, prepared.room.profile, prepared.device)
     for said in (why, prepared.kv_said):
@@ -324,7 +335,7 @@ def serve_once(
         (folder / REPORT_FILE).write_text(render([run], [summary]), encoding="utf-8", newline="\n")
 
     return Served(
-        write_run(run, summary, out, finish),
+        write_run(run, summary, out, finish, prepared.settings.overwrite),
         summary,
         facts.get("slowdown"),
         tuple(other_kernels(prepared.room.profile, weights.kernels)),

@@ -18,11 +18,17 @@ from helios_sim.policy.registry import settled_options
 from helios_sim.profiles.files import ASSUMED
 from helios_sim.runs.latencies import columns_of
 from helios_sim.runs.metrics import summarise
-from helios_sim.runs.records import SCENARIO_FILE, TOTALS_FILE, RunData, flat_items, read_run
+from helios_sim.runs.records import (
+    MEASURED,
+    SCENARIO_FILE,
+    TOTALS_FILE,
+    RunData,
+    flat_items,
+    read_run,
+)
 from helios_sim.scenario import PolicySettings, Scenario, of_a_run
 from helios_sim.settings.strict import first_flaw
 
-MEASURED: Final = "measured"
 SIMULATED: Final = "simulated"
 REPEAT: Final = re.compile(r"repeat-(\d+)")
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_type_hints
@@ -31,6 +31,8 @@ from helios_sim.settings.toml import read_toml
 from helios_sim.settings.toml_writer import toml_text
 
 SCHEMA_VERSION = 1
+MEASURED: Final = "measured"
+"""The origin of a run that was served for real."""
 
 Kind = Literal["text", "whole", "number", "flag", "list", "numbers", "tables", "wholes", "object"]
 
@@ -220,16 +222,19 @@ def write_run(
     summary: Mapping[str, Any],
     out_dir: Path,
     finish: Callable[[Path], None] | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a run's folder, whole or not at all; returns its path.
 
     Everything is written under a temporary name beside the target; `finish` may add the report
     there; then the folder is moved into place. A run that is already there is put aside first
-    and removed after, or put back if the move fails; anything else there is refused. The same
-    run gives the same bytes.
+    and removed after, or put back if the move fails; anything else there is refused, and so is a
+    run that was served for real unless asked to `overwrite`. The same run gives the same bytes.
     """
     target = out_dir.resolve()
     check_target(target)
+    if not overwrite:
+        check_computed([target], "give another folder, or remove it by hand", target)
     with folder_in_place(target) as draft:
         _write_files(run, summary, draft)
         if finish is not None:
@@ -254,6 +259,28 @@ def check_target(out_dir: Path) -> None:
             "a run to replace.",
             str(out_dir),
         )
+
+
+def check_computed(folders: Sequence[Path], remedy: str, where: Path) -> None:
+    """Raise `InputError` with a remedy where one of the folders is a run that was served for real.
+
+    Served again it would take its time anew, and have other figures.
+    """
+    served = [str(folder) for folder in folders if _is_measured(folder / TOTALS_FILE)]
+    if served:
+        raise InputError(
+            "It would replace what was served for real and cannot be computed again: "
+            f"{', '.join(served)}; {remedy}.",
+            str(where),
+        )
+
+
+def _is_measured(totals: Path) -> bool:
+    """Whether a file holds the totals of a run that was served for real."""
+    try:
+        return _read_json(totals).get("origin") == MEASURED
+    except InputError:
+        return False
 
 
 def _write_files(run: RunData, summary: Mapping[str, Any], folder: Path) -> None:

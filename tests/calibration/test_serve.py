@@ -584,6 +584,28 @@ def test_several_runs_are_not_written_into_a_run(place, served) -> None:
         serve(place / "tiny.toml", served, settings)
 
 
+def test_a_run_that_was_served_is_replaced_only_where_asked_to(
+    place, tmp_path, capsys, monkeypatch
+) -> None:
+    """Without --overwrite all of them are named before anything is served."""
+    out = tmp_path / "runs"
+    command = (str(place / "tiny.toml"), "--checkpoints", str(place / "family"), "--out", str(out))
+    command += ("--policy", "helios", "--limit", "2", "--device", "cpu", "--repeat", "2")
+    assert told(capsys, *command)[0] == 0
+    before = [(out / name / "totals.json").read_bytes() for name in ("repeat-1", "repeat-2")]
+    with monkeypatch.context() as patched:
+        patched.setattr("calibration.serving.serve.serve_once", None)
+        code, said = told(capsys, *command)
+    assert code == 2
+    named = f"{out / 'repeat-1'}, {out / 'repeat-2'}; give another --out, or --overwrite to replace"
+    assert named in said
+    assert [
+        (out / name / "totals.json").read_bytes() for name in ("repeat-1", "repeat-2")
+    ] == before
+    assert told(capsys, *command, "--overwrite")[0] == 0
+    assert (out / "repeat-1" / "totals.json").read_bytes() != before[0]
+
+
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_a_folder_that_cannot_be_made_is_missed_before_anything_is_served(
     place, tmp_path, monkeypatch, repeat

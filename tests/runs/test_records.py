@@ -18,6 +18,7 @@ from helios_sim.errors import InputError
 from helios_sim.runs.laws import IntegrityError, check_run, run_violations
 from helios_sim.runs.metrics import summarise
 from helios_sim.runs.records import (
+    MEASURED,
     RUN_FILES,
     SUMMARY_KINDS,
     RunData,
@@ -57,6 +58,20 @@ def test_a_run_comes_back_as_it_was(policy: str, tmp_path: Path) -> None:
     assert_same_run(read_run(folder), run)
     assert read_summary(folder) == SUMMARY
     assert names_in(tmp_path / "out") == {"run"}
+
+
+def test_a_run_that_was_served_for_real_is_replaced_only_where_asked_to(tmp_path: Path) -> None:
+    """One that was simulated is, since it can be computed again."""
+    run = make_run()
+    real = replace(run, origin=MEASURED)
+    write_run(run, SUMMARY, tmp_path / "run")
+    folder = write_run(real, SUMMARY, tmp_path / "run")
+    for next_one in (run, real):
+        with pytest.raises(InputError, match=r"served for real.*run; give another folder"):
+            write_run(next_one, SUMMARY, tmp_path / "run")
+    assert read_run(folder).origin == MEASURED
+    write_run(run, SUMMARY, tmp_path / "run", overwrite=True)
+    assert read_run(folder).origin == "simulated"
 
 
 def test_energy_that_no_meter_saw_stays_unknown(tmp_path: Path) -> None:
