@@ -36,9 +36,12 @@ def check_results_target(out_dir: Path) -> None:
     found = sorted(out_dir.iterdir())
     check_computed([out_dir, *found], "give another --out, or remove it by hand", out_dir)
     for entry in found:
+        if entry.name == REPORT_FILE:
+            check_own(entry)
+            continue
         names = {file.name for file in entry.iterdir()} if entry.is_dir() else set()
         is_run = TOTALS_FILE in names and names <= {*RUN_FILES, REPORT_FILE}
-        if not is_run and not (entry.name == REPORT_FILE and is_own_page(entry)):
+        if not is_run:
             raise InputError(
                 f"The folder holds {entry.name!r}, which is no run of ours; allowed is a new "
                 "folder, an empty one, or earlier results to replace.",
@@ -118,6 +121,7 @@ def check_comparison_target(target: Path, figures_file: str = COMPARISON_FILE) -
             "folder, an empty one, or an earlier comparison to replace.",
             str(target),
         )
+    check_own(target / REPORT_FILE)
 
 
 def write_comparison(
@@ -138,13 +142,28 @@ def write_comparison(
 
 
 def check_page_target(target: Path) -> None:
-    """Raise `InputError` unless a page may be written here: a new .html file, or one to replace."""
+    """Raise `InputError` unless a page may be written here: a new .html file, or one of ours."""
     if not is_page(target):
         raise InputError("A page's name ends in .html.", str(target))
     if not target.parent.is_dir():
         raise InputError("There is no such folder to write the page to.", str(target.parent))
     if target.is_dir():
         raise InputError("It is a folder; allowed is a file.", str(target))
+    check_own(target)
+
+
+def check_own(page: Path) -> None:
+    """Raise `InputError` where a file is there that is no page of ours, nor empty."""
+    if (
+        page.exists()
+        and not is_own_page(page)
+        and not (page.is_file() and page.stat().st_size == 0)
+    ):
+        raise InputError(
+            "It is no page of this program, so it is not replaced; give another name, or remove "
+            "it by hand.",
+            str(page),
+        )
 
 
 def _page_of(result: Result) -> Callable[[Path], None]:

@@ -237,6 +237,32 @@ def test_a_run_that_was_served_for_real_is_never_simulated_over(
         assert totals.read_bytes() == served
 
 
+def test_a_page_takes_the_place_only_of_a_page_of_this_program(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever command writes it and whatever the file is called; an empty one is nobody's."""
+    out, own = tmp_path / "out", tmp_path / "own.html"
+    assert run("simulate", scenario, "--out", out) == 0
+    runs = (out / "vanilla", out / "helios")
+    own.touch()
+    for _ in range(2):
+        assert run("compare", *runs, "--out", own) == 0
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    commands: dict[Path, list[tuple[object, ...]]] = {
+        tmp_path / "mine.html": [("compare", *runs), ("report", runs[0])],
+        folder / "report.html": [("compare", *runs), ("simulate", scenario)],
+    }
+    for page, several in commands.items():
+        page.write_text("<!doctype html><html><body>ten years of work</body></html>")
+        before = page.read_bytes()
+        for command in several:
+            capsys.readouterr()
+            assert run(*command, "--out", folder if page.parent == folder else page) == 2
+            assert f"{page}: It is no page of this program, so it is not" in capsys.readouterr().err
+            assert page.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
