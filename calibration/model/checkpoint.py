@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, OPTConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calibration.model.confidence import Confidence, confidence_from_json
 from calibration.model.family import check_supported, unsupported
@@ -637,6 +638,16 @@ def _config(path: Path) -> Config:
     classes: dict[str, Any] = {"LlamaForCausalLM": LlamaConfig, "OPTForCausalLM": OPTConfig}
     if architecture not in classes:
         raise unsupported(architecture, str(file))
+    if kind is not None and by_kind.get(str(kind)) != architecture:
+        allowed = next(one for one, name in by_kind.items() if name == architecture)
+        raise InputError(
+            f"model_type is {kind!r} and architectures says {architecture}, whose model_type is "
+            f"{allowed!r}: they describe different models. Use the config.json that belongs to "
+            "the weights.",
+            str(file),
+        )
+    _check_unquantised(document, str(file))
+    _check_full_attention(document, str(file))
     try:
         config: Config = classes[architecture].from_dict(document)
     except Exception as error:  # Validation differs between versions of transformers.
@@ -645,23 +656,90 @@ def _config(path: Path) -> Config:
     _check_counts(config, str(file))
     _check_names_known(config, str(file))
     check_supported(config, str(file))
+    if isinstance(config, LlamaConfig):
+        _check_rotary(config, str(file))
     return config
 
 
+def _check_unquantised(document: Mapping[str, Any], where: str) -> None:
+    """Raise `InputError` for weights that are codes of others."""
+    said = document.get("quantization_config")
+    if not said:
+        return
+    method = said.get("quant_method") if isinstance(said, dict) else said
+    raise InputError(
+        f"quantization_config says that the weights are quantised (quant_method {method!r}), which "
+        "no adapter reads; use a checkpoint of the weights that they were made from, in 16 or 32 "
+        "bits and without a quantization_config.",
+        where,
+    )
+
+
+def _check_full_attention(document: Mapping[str, Any], where: str) -> None:
+    """Raise `InputError` for layers whose tokens do not attend to all tokens before them.
+
+    A stock layer of these families passes over such settings and computes other logits.
+    """
+    uses, window = document.get("use_sliding_window"), document.get("sliding_window")
+    kinds = document.get("layer_types")
+    rope = document.get("rope_parameters")
+    ropes = list(rope.values()) if isinstance(rope, dict) else []
+    for key, value, is_full, allowed in (
+        ("use_sliding_window", uses, not uses, "false"),
+        # A window that is said not to be used takes nothing away.
+        ("sliding_window", window, window is None or uses is False, "null"),
+        (
+            "layer_types",
+            kinds,
+            kinds is None
+            or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)),
+            "full_attention for every layer",
+        ),
+        (
+            "rope_parameters",
+            rope,
+            not any(isinstance(one, dict) for one in ropes),
+            "one rotary embedding for all layers",
+        ),
+    ):
+        if not is_full:
+            raise InputError(
+                f"{key} is {value!r}; allowed is {allowed}, since every layer here attends to all "
+                "tokens before. Use a checkpoint of a model that does.",
+                where,
+            )
+
+
 def _check_counts(config: Config, where: str) -> None:
-    """Raise `InputError` for a model without layers, tokens, positions or width."""
-    ffn = "intermediate_size" if isinstance(config, LlamaConfig) else "ffn_dim"
+    """Raise `InputError` for a model without layers, tokens, positions, width or whole heads."""
+    is_llama = isinstance(config, LlamaConfig)
     for key in (
         "num_hidden_layers",
         "vocab_size",
         "hidden_size",
-        ffn,
+        *(("intermediate_size", "num_key_value_heads", "head_dim") if is_llama else ("ffn_dim",)),
         "num_attention_heads",
         "max_position_embeddings",
     ):
         value = getattr(config, key)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{key} is {value!r}; it must be a whole number of 1 or more.", where)
+    shared = ("num_key_value_heads", "num_attention_heads")
+    for part, whole in (shared,) if is_llama else (("num_attention_heads", "hidden_size"),):
+        if getattr(config, whole) % getattr(config, part):
+            raise InputError(
+                f"{part} is {getattr(config, part)}; allowed are divisors of {whole}, which is "
+                f"{getattr(config, whole)}.",
+                where,
+            )
+    vocab, pad = int(config.vocab_size or 0), config.pad_token_id
+    # As an index: a negative one counts from the end, as the -1 of Llama's first release does.
+    if pad is not None and not -vocab <= pad < vocab:
+        raise InputError(
+            f"pad_token_id is {pad}; allowed are null and {-vocab} to {vocab - 1}, since "
+            f"vocab_size is {vocab}.",
+            where,
+        )
 
 
 def _check_names_known(config: Config, where: str) -> None:
@@ -680,6 +758,31 @@ def _check_names_known(config: Config, where: str) -> None:
             raise InputError(
                 f"{key} is {value!r}; transformers has {', '.join(sorted(known))}.", where
             )
+
+
+def _check_rotary(config: LlamaConfig, where: str) -> None:
+    """Raise `InputError` for a rotary embedding that cannot be made, or not of whole heads."""
+    rope = config.rope_parameters or {}
+    share = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))
+    if share not in (None, 1):
+        raise InputError(
+            f"partial_rotary_factor is {share!r}; allowed are 1 and none, since Llama's layers "
+            "rotate whole heads. Use a checkpoint of a model that does.",
+            where,
+        )
+    try:
+        made = LlamaRotaryEmbedding(config).inv_freq
+        faults = "" if bool(made.isfinite().all()) else "its frequencies are not finite"
+        if 2 * len(made) != config.head_dim:
+            faults = f"it rotates {2 * len(made)} numbers of heads with head_dim {config.head_dim}"
+    except Exception as error:  # Each kind of embedding fails in its own way.
+        faults = " ".join(str(error).split()).rstrip(".")
+    if faults:
+        raise InputError(
+            f"rope_parameters is {dict(rope)!r}, of which no rotary embedding can be made: "
+            f"{faults}. Use the config.json that belongs to the weights.",
+            where,
+        )
 
 
 def _check_tied(entries: Mapping[str, Entry], config: Config, where: str) -> None:

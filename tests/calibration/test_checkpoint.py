@@ -236,6 +236,10 @@ def test_an_unsupported_architecture_is_named(folder):
         load(folder)
 
 
+OPT = {"architectures": ["OPTForCausalLM"], "model_type": "opt"}
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -243,11 +247,24 @@ def test_an_unsupported_architecture_is_named(folder):
         ({"rope_parameters": {"rope_type": "hope"}}, "rope_type is 'hope'; transformers has"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "changes with the length"),
         ({"architectures": 5}, "'5' has no adapter"),
-        ({"architectures": ["OPTForCausalLM"], "word_embed_proj_dim": 32}, "width 32 to 64"),
+        (OPT | {"word_embed_proj_dim": 32}, "width 32 to 64"),
         ({"num_hidden_layers": "x"}, r"^[^\n]*not accepted[^\n]*$"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a whole number of 1"),
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"max_position_embeddings": None}, "max_position_embeddings|not accepted"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be a whole number of 1"),
+        ({"num_key_value_heads": 3}, "is 3; allowed are divisors of num_attention_heads, .* is 4"),
+        ({"head_dim": 0}, "head_dim is 0; it must be a whole number of 1"),
+        (OPT | {"num_attention_heads": 5}, "is 5; allowed are divisors of hidden_size, .* is 64"),
+        ({"pad_token_id": 256}, "pad_token_id is 256; allowed are null and -256 to 255"),
+        (OPT | {"pad_token_id": -257}, "pad_token_id is -257; allowed are null and -256 to 255"),
+        (
+            {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; allowed are 1 and none"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters is .* are not finite"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "of which no rotary embedding can be made"),
     ],
 )
 def test_a_configuration_that_no_layer_can_be_built_of_is_named(folder, change, message):
@@ -255,6 +272,52 @@ def test_a_configuration_that_no_layer_can_be_built_of_is_named(folder, change, 
     with pytest.raises(InputError, match=message) as caught:
         open_checkpoint(folder)
     assert caught.value.where == str(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mistral"}, "'mistral' and architectures says Llama.* is 'llama'"),
+        ({"model_type": "opt"}, "'opt' and architectures says LlamaForCausalLM"),
+        ({"sliding_window": 8}, "sliding_window is 8; allowed is null"),
+        ({"sliding_window": 8, "use_sliding_window": True}, "use_sliding_window is True; allowed"),
+        ({"layer_types": [*["full_attention"] * 3, "sliding_attention"]}, "layer_types is .*full"),
+        ({"layer_types": 5}, "layer_types is 5; allowed is full_attention for every layer"),
+        ({"rope_parameters": {"full_attention": YARN}}, "allowed is one rotary embedding for all"),
+    ],
+)
+def test_a_model_that_stock_layers_would_compute_otherwise_is_refused(folder, change, message):
+    """The layers pass over what they do not know, and logits would be wrong without a word."""
+    edit(folder / "config.json", lambda c: c.update(change))
+    with pytest.raises(InputError, match=message) as caught:
+        open_checkpoint(folder)
+    assert caught.value.where == str(folder / "config.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": None},
+        {"layer_types": ["full_attention"] * 4},
+        {"sliding_window": None, "use_sliding_window": False},
+        {"sliding_window": 8, "use_sliding_window": False},
+        {"quantization_config": None},
+        {"pad_token_id": -1},
+        {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    ],
+)
+def test_fields_that_change_nothing_are_no_matter(folder, change):
+    edit(folder / "config.json", lambda c: c.update(change))
+    assert load(folder).guard_note == "the logits agree with the stored guard"
+
+
+@pytest.mark.parametrize(
+    ("said", "named"), [({"quant_method": "gptq"}, "'gptq'"), ({"a": 1}, "None")]
+)
+def test_quantised_weights_are_refused_with_their_method_and_the_remedy(folder, said, named):
+    edit(folder / "config.json", lambda c: c.update(quantization_config=said))
+    with pytest.raises(InputError, match=rf"quant_method {named}\).* weights that they were made"):
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
