@@ -181,8 +181,11 @@ class _FolderTokenizer:
         return self._name
 
     def encode(self, text: bytes) -> Ids:
-        """Token ids of UTF-8 text, shape [tokens]."""
+        """Token ids of UTF-8 text, shape [tokens], none of them a control token's."""
         plain = text.decode("utf-8", errors="replace").replace("\0", "\n\n")
-        # Quietly: a text longer than the model's context is cut into windows later.
-        found = self._stock.encode(plain, add_special_tokens=False, verbose=False)
+        # Text about models says "</s>" and means the characters, not the end of a text. Quietly: a
+        # text longer than the model's context is cut into windows later.
+        found = self._stock.encode(
+            plain, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )
         return np.asarray(found, dtype=np.int64)

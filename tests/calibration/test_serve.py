@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import tokenizers
 import torch
 
 from calibration.cli import main
@@ -1013,6 +1014,33 @@ def test_candidates_of_several_tokenizers_meet_no_common_text(place, tmp_path) -
 def test_a_tokenizer_whose_files_are_missing_is_named(tmp_path) -> None:
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
         tokenizer_of("llama", tmp_path, vocab=256)
+
+
+CONTROLS = ("<s>", "</s>", "<unk>")
+
+
+@pytest.mark.parametrize("is_one_file", [True, False])
+def test_control_tokens_that_a_text_spells_out_are_characters(tmp_path, is_one_file) -> None:
+    """A prompt that speaks of the end of a text does not end there."""
+    stock = tokenizers.Tokenizer(tokenizers.models.BPE())
+    stock.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=list(CONTROLS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    stock.train_from_iterator(["the end"], trainer)
+    if is_one_file:
+        stock.save(str(tmp_path / "tokenizer.json"))
+    else:
+        stock.model.save(str(tmp_path))
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    spelt = "<s>the</s><unk>"
+    ids = tokenizer_of("words", tmp_path, vocab=300).encode(spelt.encode()).tolist()
+    assert not {stock.token_to_id(name) for name in CONTROLS} & set(ids)
+    assert "".join(stock.id_to_token(number) for number in ids) == spelt
 
 
 class Steady:
