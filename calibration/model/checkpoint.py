@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from calibration.model.confidence import Confidence, confidence_from_json
 from calibration.model.family import check_supported, unsupported
+from calibration.model.projection import NUM_SUMS, distance
 from helios_sim.errors import InputError
 from helios_sim.folders import write_whole
 
@@ -178,35 +179,78 @@ def read_into(entry: Entry, target: Tensor) -> None:
 ROUGH_TOLERANCE: Final = 2e-2
 """Relative tolerance of a guard's sums where weights are held in 16 bits."""
 
+SIGNED_LEEWAY: Final = 10.0
+"""Times the tolerance that signed sums may differ by: errors that cancel in a sum stay in them."""
+
+
+class LogitsSums(NamedTuple):
+    """What logits add up to in float64: without their signs, and under the signs of `projection`.
+
+    The first hardly depends on rounding; the others tell which logit belongs to which entry.
+    """
+
+    magnitude: float
+    signed: tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class Guard:
     """What the logits of fixed tokens add up to at every exit: proof that weights are the ones.
 
-    `sums` are sums of |logits| in float64, one an exit, None where no load has reached it yet;
-    `tolerance` is relative.
+    `sums` are those of |logits|, one an exit, `signed_sums` a projection for each, both None where
+    no load has reached the exit yet. A guard may have no signed sums at all, and is then compared
+    by the others alone. `tolerance` is relative.
     """
 
     token_ids: tuple[int, ...]
     sums: tuple[float | None, ...]
     tolerance: float = 1e-3
+    signed_sums: tuple[tuple[float, ...] | None, ...] | None = None
+
+    @classmethod
+    def unknown(cls, token_ids: Sequence[int], num_exits: int, tolerance: float) -> Guard:
+        """A guard that no load has reached an exit of."""
+        nothing = (None,) * num_exits
+        return cls(tuple(token_ids), nothing, tolerance, nothing)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a file."""
-        return {
+        document: dict[str, Any] = {
             "token_ids": list(self.token_ids),
             "logits_sums": list(self.sums),
             "tolerance": self.tolerance,
         }
+        if self.signed_sums is not None:
+            document["signed_sums"] = [one and list(one) for one in self.signed_sums]
+        return document
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Guard:
         """What `to_json` wrote; of anything else a KeyError, TypeError, ValueError or overflow."""
-        return cls(
+        signed = document.get("signed_sums")
+        read = cls(
             tuple(int(token) for token in document["token_ids"]),
             tuple(map(known_sum, document["logits_sums"])),
             float(document["tolerance"]),
+            None if signed is None else tuple(map(known_signed, signed)),
         )
+        if read.signed_sums is not None and len(read.signed_sums) != len(read.sums):
+            raise ValueError("a guard has signed sums for each exit or none at all")
+        return read
+
+    def completed(self, found: Sequence[LogitsSums | None]) -> Guard:
+        """With sums that were found in the place of those unknown, one an exit."""
+        sums = tuple(
+            stored if one is None or stored is not None else known_sum(one.magnitude)
+            for stored, one in zip(self.sums, found, strict=True)
+        )
+        signed = self.signed_sums
+        if signed is not None:
+            signed = tuple(
+                stored if one is None or stored is not None else known_signed(one.signed)
+                for stored, one in zip(signed, found, strict=True)
+            )
+        return replace(self, sums=sums, signed_sums=signed)
 
     def contradicts(self, other: Guard) -> bool:
         """Whether sums of the same tokens differ, so that the weights of both are not the same.
@@ -215,9 +259,16 @@ class Guard:
         """
         if self.token_ids != other.token_ids or len(self.sums) != len(other.sums):
             return False
-        return any(
+        if any(
             one is not None and another is not None and not is_close(one, another, ROUGH_TOLERANCE)
             for one, another in zip(self.sums, other.sums, strict=True)
+        ):
+            return True
+        # Of which either may have none.
+        signed = zip(self.signed_sums or (), other.signed_sums or (), strict=False)
+        return any(
+            one is not None and another is not None and not is_alike(one, another, ROUGH_TOLERANCE)
+            for one, another in signed
         )
 
 
@@ -315,8 +366,8 @@ def settings_from_json(document: Any, where: str) -> EarlyExitSettings:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            "name, exit_layers (a list of layers) and guard (token_ids, logits_sums, tolerance) "
-            "must be there and of their kinds.",
+            "name, exit_layers (a list of layers) and guard (token_ids, logits_sums, tolerance, "
+            f"and {NUM_SUMS} signed_sums an exit or none) must be there and of their kinds.",
             where,
         ) from error
 
@@ -326,9 +377,24 @@ def known_sum(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(float(value)) else float(value)
 
 
+def known_signed(values: Sequence[float] | None) -> tuple[float, ...] | None:
+    """A guard's signed sums, None where they are unknown or logits cannot be compared with them."""
+    if values is None:
+        return None
+    known = tuple(map(float, values))
+    if len(known) != NUM_SUMS:
+        raise ValueError(f"a guard has {NUM_SUMS} signed sums for an exit")
+    return known if all(map(math.isfinite, known)) else None
+
+
 def is_close(stored: float, found: float, tolerance: float) -> bool:
     """Whether a sum is the stored one, within a relative tolerance."""
     return abs(stored - found) <= tolerance * abs(stored)
+
+
+def is_alike(stored: Sequence[float], found: Sequence[float], tolerance: float) -> bool:
+    """Whether signed sums are the stored ones, within the tolerance of a guard's sums."""
+    return distance(stored, found) <= SIGNED_LEEWAY * tolerance
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:
@@ -504,7 +570,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         check_exits(settings.exit_layers, int(config.num_hidden_layers), str(settings_path))
         if settings.guard and len(settings.guard.sums) != len(settings.exit_layers):
             raise InputError("The guard needs one sum for each exit layer.", str(settings_path))
-        _check_guard_tokens(settings, int(config.vocab_size or 0), str(settings_path))
+        _check_guard_tokens(settings, config, str(settings_path))
     heads: dict[str, Entry] = {}
     if settings is not None and settings.heads == "auxiliary":
         if not (path / HEADS_FILE).exists():
@@ -518,11 +584,18 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(path, config, _stock_names(entries, config), heads, settings)
 
 
-def _check_guard_tokens(settings: EarlyExitSettings, vocab: int, where: str) -> None:
-    """Raise `InputError` for a guard of tokens that the model does not have."""
+def _check_guard_tokens(settings: EarlyExitSettings, config: Config, where: str) -> None:
+    """Raise `InputError` for a guard of tokens, or of more of them, than the model has."""
     if settings.guard is None:
         return
     ids = settings.guard.token_ids
+    vocab, positions = int(config.vocab_size or 0), int(config.max_position_embeddings)
+    if len(ids) > positions:
+        raise InputError(
+            f"The guard has {len(ids)} token_ids and max_position_embeddings is {positions}; set "
+            "guard to null, and the next load makes one.",
+            where,
+        )
     strange = [token for token in ids if not 0 <= token < vocab]
     if strange or not ids:
         raise InputError(

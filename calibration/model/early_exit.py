@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from calibration.model import checkpoint as files
 from calibration.model import fused, launches
-from calibration.model.checkpoint import Checkpoint, EarlyExitSettings, Guard, Heads
+from calibration.model.checkpoint import (
+    Checkpoint,
+    EarlyExitSettings,
+    Guard,
+    Heads,
+    LogitsSums,
+)
 from calibration.model.confidence import Confidence
 from calibration.model.exit_heads import ExitHead, head_shapes, head_weights, one_head_shapes
 from calibration.model.family import Backbone, LlamaBackbone, backbone_of, empty_backbone, shape_of
@@ -37,11 +43,15 @@ from calibration.model.loading import (
     layout_of,
 )
 from calibration.model.memory import require
+from calibration.model.projection import NUM_SUMS, distance, project
 from helios_sim.errors import InputError
 from helios_sim.folders import file_in_place
 from helios_sim.model import EarlyExitModel, ModelShape
 
-GUARD_TOKENS: Final = 16
+GUARD_TOKENS: Final = 64
+"""Tokens of a new guard: each covers its row of the embedding."""
+GUARD_PIECE: Final = 16
+"""Tokens whose logits are summed at once, so that large vocabularies take little memory."""
 
 
 class Decision(NamedTuple):
@@ -326,35 +336,46 @@ class EarlyExitLM:
         nats = decided.nll(targets)
         return torch.stack([decided.tokens.double(), decided.confidence.double(), nats.double()])
 
-    def logits_sums(self, token_ids: Sequence[int], layers: Iterable[int]) -> list[float | None]:
-        """Sums of |logits| in float64 at exit layers; None for those that are not loaded."""
+    def logits_sums(
+        self, token_ids: Sequence[int], layers: Iterable[int]
+    ) -> list[LogitsSums | None]:
+        """What logits add up to at exit layers; None for those that are not loaded."""
         with torch.no_grad():
             ids = torch.tensor([list(token_ids)], device=self.device)
             states = self.backbone.forward_dense(ids)
-            found: list[float | None] = []
-            for layer in layers:
-                if layer > self.depth:
-                    found.append(None)
-                    continue
-                head = self.exit_heads.get(layer)
-                state = states[layer - 1][0]
-                logits = self.backbone.head(self.backbone.final_norm(state))
-                if head is not None:
-                    logits = head(state)
-                found.append(float(logits.double().abs().sum()))
-        return found
+            return [
+                None if layer > self.depth else self._sums(states[layer - 1][0], layer)
+                for layer in layers
+            ]
+
+    def _sums(self, states: Tensor, layer: int) -> LogitsSums:
+        """What the logits of states [N, hidden] after an exit layer add up to."""
+        head = self.exit_heads.get(layer)
+        magnitude = torch.zeros((), dtype=torch.float64, device=self.device)
+        signed = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.device)
+        for first in range(0, len(states), GUARD_PIECE):
+            piece = states[first : first + GUARD_PIECE]
+            if head is not None:
+                logits = head(piece).double()
+            else:
+                logits = self.backbone.head(self.backbone.final_norm(piece)).double()
+            magnitude += logits.abs().sum()
+            signed += project(logits, first)
+        return LogitsSums(float(magnitude), tuple(signed.tolist()))
 
     def new_guard(self) -> Guard:
         """A guard of the model as it is loaded, over tokens spread through the vocabulary."""
+        guard = self._unknown_guard(self.exit_layers)
+        return guard.completed(self.logits_sums(guard.token_ids, self.exit_layers))
+
+    def _unknown_guard(self, layers: Sequence[int]) -> Guard:
+        """A guard of exit layers that holds no sums yet."""
         vocab = self.spec.shape.vocab
-        ids = tuple((7 + 977 * place) % vocab for place in range(GUARD_TOKENS))
-        sums = tuple(map(files.known_sum, self.logits_sums(ids, self.exit_layers)))
+        count = min(GUARD_TOKENS, vocab, self.backbone.max_positions)
+        ids = [place * vocab // count for place in range(count)]
         # Sums that 16 bits gave are no closer than that where another device or type checks them.
-        return (
-            Guard(ids, sums, tolerance=files.ROUGH_TOLERANCE)
-            if self._is_rough
-            else Guard(ids, sums)
-        )
+        tolerance = files.ROUGH_TOLERANCE if self._is_rough else Guard.tolerance
+        return Guard.unknown(ids, len(layers), tolerance)
 
     def _is_held(self, before: int, depth: int, was_resident: bool) -> bool:
         """Whether all that a load brings is in the copy in host memory."""
@@ -373,7 +394,7 @@ class EarlyExitLM:
             return
         layers = opened.settings.exit_layers
         if guard is None:
-            guard = replace(self.new_guard(), sums=(None,) * len(layers))
+            guard = self._unknown_guard(layers)
         # An auxiliary head of an exit that was not asked for is not there to be compared.
         told = layers if self.heads_kind == "shared" else self.exit_layers
         new = [
@@ -382,28 +403,35 @@ class EarlyExitLM:
         ]
         sums = self.logits_sums(guard.token_ids, new)
         tolerance = max(guard.tolerance, files.ROUGH_TOLERANCE if self._is_rough else 0.0)
-        for layer, stored, found in zip(layers, guard.sums, sums, strict=True):
-            if found is None or (stored is not None and files.is_close(stored, found, tolerance)):
+        file, signed = files.SETTINGS_FILE, guard.signed_sums or (None,) * len(layers)
+        for layer, stored, pattern, found in zip(layers, guard.sums, signed, sums, strict=True):
+            if found is None:
                 continue
-            if not math.isfinite(found):
+            total = found.magnitude
+            if not math.isfinite(total):
                 raise InputError(
-                    f"The logits at exit layer {layer} add up to {found} in "
+                    f"The logits at exit layer {layer} add up to {total} in "
                     f"{str(self.dtype).removeprefix('torch.')}: the weights are corrupt, or too "
                     "large for that type. Load them in bfloat16 or float32, or download or train "
                     "the checkpoint again.",
                     opened.where,
                 )
-            if stored is not None:
+            differs = ""
+            if stored is not None and not files.is_close(stored, total, tolerance):
+                differs = f"add up to {total:.6g} and the guard in {file} says {stored:.6g}"
+            elif pattern is not None and not files.is_alike(pattern, found.signed, tolerance):
+                off = distance(pattern, found.signed)
+                differs = f"lie {off:.2g} of their size away from those of the guard in {file}"
+            if differs:
                 raise InputError(
-                    f"The logits at exit layer {layer} add up to {found:.6g} and the guard in "
-                    f"{files.SETTINGS_FILE} says {stored:.6g}: "
+                    f"The logits at exit layer {layer} {differs}: "
                     "these are not the weights the guard was made of. Download or train the "
                     "checkpoint again, or remove the guard if the weights were changed on purpose.",
                     opened.where,
                 )
-        known = tuple(s if s is not None else f for s, f in zip(guard.sums, sums, strict=True))
-        if known != guard.sums:
-            guard = replace(guard, sums=known)
+        known = guard.completed(sums)
+        if known != guard:
+            guard = known
             self.guard_note = (
                 f"the guard was stored in {files.SETTINGS_FILE}"
                 if opened.store_guard(guard)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 
 import pytest
 import torch
@@ -361,6 +362,13 @@ GUARD = {"token_ids": [1], "logits_sums": [1.0] * 3, "tolerance": 0.1}
         ({"guard": {"token_ids": [1], "logits_sums": [1.0], "tolerance": 0.1}}, "one sum for each"),
         ({"guard": GUARD | {"token_ids": [1, 999]}}, r"\[1, 999\]; they must be some of 0 to"),
         ({"guard": GUARD | {"token_ids": []}}, "they must be some of 0 to"),
+        (
+            {"guard": GUARD | {"token_ids": [1] * 129}},
+            "has 129 token_ids and max_pos.* is 128; set",
+        ),
+        ({"guard": GUARD | {"signed_sums": [[1.0] * 16]}}, "16 signed_sums an exit or none"),
+        ({"guard": GUARD | {"signed_sums": [[1.0]] * 3}}, "16 signed_sums an exit or none"),
+        ({"guard": GUARD | {"signed_sums": 5}}, "16 signed_sums an exit or none"),
         ({"exit_layers": [float("inf")]}, "must be there and of their kinds"),
         ({"corpus": ["code"]}, "corpus must be an object"),
         ({"corpus": {"train": ["code"]}}, "map domains to facts"),
@@ -387,6 +395,100 @@ def test_the_guard_notices_other_weights(folder):
     with pytest.raises(InputError, match="exit layer 4"):
         model.grow(4)
     assert model.depth == 2
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def negate(tensors):
+    tensors[HEAD].neg_()
+
+
+def permute(tensors):
+    tensors[HEAD] = tensors[HEAD].roll(1, 0).contiguous()
+
+
+def swap_two_halves(tensors):
+    tensors[HEAD] = tensors[HEAD].roll(128, 0).contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [negate, permute, swap_two_halves])
+def test_the_guard_notices_logits_of_the_same_size_in_other_places(folder, change, dtype):
+    resave(folder, change)
+    with pytest.raises(InputError, match=r"exit layer 1 lie .* of their size away .* not the weig"):
+        load(folder, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_guard_notices_an_embedding_of_which_few_rows_are_left(folder, dtype):
+    def spoil(tensors):
+        """All rows but a sixteenth, which lie as a guard of few tokens might have chosen them."""
+        rows = tensors[EMBEDDING]
+        spoilt = torch.ones(len(rows), dtype=torch.bool)
+        spoilt[[(7 + 977 * place) % len(rows) for place in range(16)]] = False
+        rows[spoilt] = rows.std() * torch.randn_like(rows[spoilt])
+
+    resave(folder, spoil)
+    with pytest.raises(InputError, match="not the weights the guard was made of"):
+        load(folder, dtype=dtype)
+
+
+def without_signs(settings):
+    settings["guard"].pop("signed_sums")
+
+
+def test_a_guard_without_signed_sums_is_compared_as_it_is_and_stays_so(folder):
+    edit(folder / SETTINGS_FILE, without_signs)
+    edit(folder / SETTINGS_FILE, lambda s: s["guard"]["logits_sums"].__setitem__(2, None))
+    model = load(folder)
+    assert model.guard_note == f"the guard was stored in {SETTINGS_FILE}"
+    guard = json.loads((folder / SETTINGS_FILE).read_text())["guard"]
+    assert set(guard) == {"token_ids", "logits_sums", "tolerance"}
+    assert None not in guard["logits_sums"]
+    # It says nothing of signs.
+    resave(folder, negate)
+    assert load(folder).guard_note == "the logits agree with the stored guard"
+    resave(folder, lambda tensors: tensors[HEAD].mul_(1.01))
+    with pytest.raises(InputError, match=r"exit layer 1 add up to .* not the weights the guard"):
+        load(folder)
+
+
+def test_signed_sums_are_filled_in_as_exits_are_reached(folder):
+    whole = json.loads((folder / SETTINGS_FILE).read_text())["guard"]
+    edit(folder / SETTINGS_FILE, lambda s: s.update(guard=None))
+    model = load(folder, depth=2)
+    known = json.loads((folder / SETTINGS_FILE).read_text())["guard"]["signed_sums"]
+    assert [one is None for one in known] == [False, False, True]
+    model.grow(4)
+    grown = json.loads((folder / SETTINGS_FILE).read_text())["guard"]
+    assert grown["token_ids"] == whole["token_ids"]
+    for one, other in zip(grown["signed_sums"], whole["signed_sums"], strict=True):
+        assert one == pytest.approx(other)
+
+
+def test_guards_contradict_each_other_by_signs_where_both_have_them(folder):
+    own = load(folder).guard
+    assert own is not None and own.signed_sums is not None
+    turned = tuple(one and tuple(-value for value in one) for one in own.signed_sums)
+    assert own.contradicts(replace(own, signed_sums=turned))
+    assert not own.contradicts(replace(own, signed_sums=None))
+    assert not replace(own, signed_sums=None).contradicts(replace(own, signed_sums=turned))
+    assert not own.contradicts(replace(own, signed_sums=(None,) * 3))
+    assert not own.contradicts(replace(own, signed_sums=turned, token_ids=own.token_ids[::-1]))
+    near = tuple(one and tuple(1.1 * value for value in one) for one in own.signed_sums)
+    assert not own.contradicts(replace(own, signed_sums=near))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("positions", [1, 9])
+def test_a_model_of_few_positions_has_a_guard_of_as_many_tokens(family, positions, tmp_path):
+    stock = tiny.stock_model(family, max_position_embeddings=positions)
+    save(from_stock(stock, (2, 4)), tmp_path)
+    model = load(tmp_path)
+    assert model.guard_note == "the logits agree with the stored guard"
+    assert model.guard is not None
+    assert len(set(model.guard.token_ids)) == positions
 
 
 def test_a_copy_in_host_memory_is_checked_once_and_a_file_at_every_load(folder, monkeypatch):
@@ -496,7 +598,9 @@ def test_a_sum_that_is_no_number_is_none_that_weights_agree_with(folder):
     model = load(folder)
     assert model.guard_note == f"the guard was stored in {SETTINGS_FILE}"
     assert model.guard is not None
-    assert model.guard.sums[2] == pytest.approx(model.logits_sums(model.guard.token_ids, [4])[0])
+    (found,) = model.logits_sums(model.guard.token_ids, [4])
+    assert found is not None
+    assert model.guard.sums[2] == pytest.approx(found.magnitude)
     with torch.no_grad():
         model.backbone.head_weight.fill_(torch.inf)
     save(model, folder)
