@@ -30,6 +30,7 @@ from calibration.model.checkpoint import (
 from calibration.model.confidence import Confidence
 from calibration.model.exit_heads import ExitHead, head_shapes, head_weights, one_head_shapes
 from calibration.model.family import Backbone, LlamaBackbone, backbone_of, empty_backbone, shape_of
+from calibration.model.graphs import CAPTURING
 from calibration.model.host_copy import HostCopy
 from calibration.model.kv import KvDims
 from calibration.model.loading import (
@@ -491,12 +492,15 @@ class EarlyExitLM:
     def _wait(self) -> None:
         """Let the device finish with weights that are about to go."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            # A load that fails lets go of its weights while another thread serves.
+            with CAPTURING:
+                torch.cuda.synchronize(self.device)
 
     def _give_back(self) -> None:
         """Return memory that nothing holds any more to the device."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with CAPTURING:
+                torch.cuda.empty_cache()
 
 
 def load(

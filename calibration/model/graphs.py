@@ -10,6 +10,7 @@ decided on the host between two replays.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 SMALLEST_CONTEXT_TOKENS: Final = 256
 WARM_UPS: Final = 2
 """Runs before capturing, so that libraries have made their workspaces."""
+
+CAPTURING: Final = threading.Lock()
+"""Held while a graph is captured, and by what no thread may do then: CUDA lets none wait for a
+device of which a stream is being captured, nor give its memory back."""
 
 
 DecodeAttends = Callable[[Tensor, Tensor, Tensor | None, int], Attend]
@@ -108,7 +113,8 @@ class CudaRecorder:
 
         `torch.cuda.graph` would wait for the device and give all cached memory back before each
         of hundreds of captures. Weights may arrive in another thread meanwhile, which is why
-        only this thread must keep to what may be captured.
+        only this thread must keep to what may be captured; what that thread may not do either
+        waits for `CAPTURING`.
         """
         serving = torch.cuda.current_stream(self.device)
         graph = torch.cuda.CUDAGraph()
@@ -132,11 +138,12 @@ class CudaRecorder:
         with torch.cuda.stream(stream):
             for _ in range(warm_ups):
                 body()
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                return body()
-            finally:
-                graph.capture_end()
+            with CAPTURING:
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    return body()
+                finally:
+                    graph.capture_end()
 
 
 def end_allocating(device: torch.device, pool: Any) -> None:

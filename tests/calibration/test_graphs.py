@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ import torch
 from calibration.model.decode import Decoder, generate, paged_pool, slot_pool
 from calibration.model.early_exit import from_stock
 from calibration.model.graphs import (
+    CAPTURING,
     WARM_UPS,
     CaptureError,
     CudaRecorder,
@@ -453,6 +455,39 @@ def test_a_capture_that_fails_gives_the_stream_back_and_says_why_in_a_line(monke
         CudaRecorder(torch.device("cuda")).record(cuda.body, 0)
     assert cuda.current is cuda.serving
     assert cuda.ended == [(0, "pool")]
+
+
+def test_weights_that_another_thread_lets_go_of_wait_for_the_end_of_a_capture(monkeypatch):
+    """A load beside serving that fails would otherwise take the capture down with it."""
+    cuda, did, reached = FakeCuda(monkeypatch), [], threading.Event()
+    model = from_stock(tiny.stock_model("opt"), (2, 4))
+    model.device = torch.device("cuda")
+
+    def forbidden(what):
+        did.append(what)
+        reached.set()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: forbidden("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: forbidden("give back"))
+    other = threading.Thread(target=model.unload)
+
+    def body():
+        other.start()
+        assert not reached.wait(0.3)
+        did.append("capture")
+        return torch.zeros(1)
+
+    CudaRecorder(torch.device("cuda")).record(body, 0)
+    other.join(10.0)
+    assert did == ["capture", "wait", "give back"]
+    assert cuda.ended == []
+
+
+def test_a_capture_that_fails_keeps_nobody_waiting(monkeypatch):
+    cuda = FakeCuda(monkeypatch, fails=True)
+    with pytest.raises(CaptureError):
+        CudaRecorder(torch.device("cuda")).record(cuda.body, 0)
+    assert not CAPTURING.locked()
 
 
 @pytest.mark.cuda
