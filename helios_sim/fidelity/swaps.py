@@ -281,16 +281,17 @@ def attribute(
         figures = scene.play(frozenset(taken))
         swaps.append(Swap(name, title, {key: scaled(key, figures.get(key)) for key in HEADLINES}))
     told = {one.name: one.figures for one in swaps}
-    paced = ("pace",) if "pace" in present else ()
-    on_texts = {name: [told[name]] for name in (NOTHING, *paced)}
+    paces: dict[str, frozenset[str]] = {NOTHING: frozenset()}
+    if "pace" in present:
+        paces["pace"] = frozenset({"pace"})
+    on_texts = {name: [told[name]] for name in paces}
     for text in range(1, OTHER_TEXTS + 1):
         if report is not None:
             report("attribution", (len(steps) + text - 1) / num_steps)
-        for name, texts in on_texts.items():
-            figures = scene.play(frozenset({name} & {*paced}), text)
-            texts.append({key: scaled(key, figures.get(key)) for key in HEADLINES})
-    foreseen = _middles(on_texts[NOTHING])
-    chance = _chance(on_texts["pace" if paced else NOTHING], foreseen)
+        for name, swapped in paces.items():
+            figures = scene.play(swapped, text)
+            on_texts[name].append({key: scaled(key, figures.get(key)) for key in HEADLINES})
+    chance = _chance(on_texts.get("pace", on_texts[NOTHING]), _middles(on_texts[NOTHING]))
     real = {key: scaled(key, side.summary.get(key)) for key in HEADLINES}
     attribution = Attribution(side.path.name, real, tuple(swaps), (), (), chance)
     return replace(

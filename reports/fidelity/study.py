@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -213,13 +214,13 @@ def served(real: Path, scenario: Path, repeats: int, server: Server) -> list[Pat
     """
     places = [real / f"repeat-{number}" for number in range(1, repeats + 1)]
     missing = [place for place in places if not (place / TOTALS_FILE).is_file()]
+    for place in missing:
+        shutil.rmtree(place, ignore_errors=True)
     if missing == places and repeats > 1:
         # One process serves them all, so that kernels and checkpoints are loaded once.
-        shutil.rmtree(real, ignore_errors=True)
         server(scenario, real, repeats)
         return places
     for place in missing:
-        shutil.rmtree(place, ignore_errors=True)
         server(scenario, place, 1)
     return places
 
@@ -229,8 +230,8 @@ def put_aside(folder: Path, scenario: Path) -> Path | None:
     found = [one for name in ("discarded", "real") if (one := folder / name).exists()]
     if not found:
         return None
-    number = 1 + sum(1 for _ in folder.glob("earlier-*"))
-    place = folder / f"earlier-{number}"
+    names = (folder / f"earlier-{number}" for number in itertools.count(1))
+    place = next(one for one in names if not one.exists())
     place.mkdir()
     shutil.copy2(scenario, place / scenario.name)
     # What was discarded goes first, since it may lend a run to a folder that misses one.
