@@ -122,9 +122,11 @@ def train_family(
         )
         for plan in sorted(preset.models, key=lambda plan: -plan.share)
     ]
+    # A model's folder is whole or absent. Trained anew a model may be described as it was before.
+    were_there = all((out / plan.name).is_dir() for plan in preset.models)
     heard = on_reading or (lambda reading: None)
     documents = _side_by_side(jobs, processes, heard) if processes > 1 else _in_turn(jobs, heard)
-    earlier = _finished(out, documents)
+    earlier = _finished(out, documents) if were_there else None
     if earlier is not None and not options.asks_for_confidence:
         if tell is not None:
             tell(
