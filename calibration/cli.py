@@ -286,7 +286,9 @@ def fit(
     from calibration.fitting.check import check_text
     from calibration.fitting.fit import FitSettings, fit_profile
     from calibration.fitting.page import page_path, write_page
+    from helios_sim.report.page_files import check_own
 
+    check_own(page_path(out))
     settings = FitSettings(name, mode, tuple(model or ()), exits, overwrite)
     profile = fit_profile(points, out, settings)
     typer.echo(check_text(profile))
@@ -306,7 +308,10 @@ def check(
     from helios_sim.exits import load_traces
     from helios_sim.profile import MarkovExits
     from helios_sim.profiles.files import load_profile
+    from helios_sim.report.page_files import check_page_target
 
+    if page is not None:
+        check_page_target(page)
     loaded = load_profile(profile)
     typer.echo(f"{loaded.name}: {loaded.description}")
     gpus = "" if loaded.is_of_processor else f", {loaded.device.num_gpus} GPU(s)"

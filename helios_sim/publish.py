@@ -10,9 +10,9 @@ from typing import Any, Final
 from helios_sim.errors import InputError
 from helios_sim.experiment import Result
 from helios_sim.folder_names import folder_names
-from helios_sim.folders import folder_in_place, write_whole
+from helios_sim.folders import folder_in_place
 from helios_sim.report import render
-from helios_sim.report.document import is_own_page
+from helios_sim.report.page_files import check_own, check_page_target, is_page, write_page_text
 from helios_sim.runs.records import (
     REPORT_FILE,
     RUN_FILES,
@@ -81,22 +81,7 @@ def write_page(
     write_page_text(render(runs, summaries), target)
 
 
-def write_page_text(text: str, target: Path) -> None:
-    """Write a page under a temporary name and move it into place."""
-    check_page_target(target)
-    try:
-        write_whole(target, text.encode())
-    except OSError as error:
-        raise InputError(f"The page cannot be written: {error.strerror}.", str(target)) from error
-
-
 COMPARISON_FILE: Final = "comparison.json"
-PAGES: Final = (".html", ".htm")
-
-
-def is_page(target: Path) -> bool:
-    """Whether a name is that of a page; any other is a folder's."""
-    return target.suffix.lower() in PAGES
 
 
 def check_comparison_target(target: Path, figures_file: str = COMPARISON_FILE) -> None:
@@ -139,31 +124,6 @@ def write_comparison(
         for name, text in ((REPORT_FILE, page), (figures_file, figures)):
             (draft / name).write_text(text, encoding="utf-8", newline="\n")
     return target / REPORT_FILE
-
-
-def check_page_target(target: Path) -> None:
-    """Raise `InputError` unless a page may be written here: a new .html file, or one of ours."""
-    if not is_page(target):
-        raise InputError("A page's name ends in .html.", str(target))
-    if not target.parent.is_dir():
-        raise InputError("There is no such folder to write the page to.", str(target.parent))
-    if target.is_dir():
-        raise InputError("It is a folder; allowed is a file.", str(target))
-    check_own(target)
-
-
-def check_own(page: Path) -> None:
-    """Raise `InputError` where a file is there that is no page of ours, nor empty."""
-    if (
-        page.exists()
-        and not is_own_page(page)
-        and not (page.is_file() and page.stat().st_size == 0)
-    ):
-        raise InputError(
-            "It is no page of this program, so it is not replaced; give another name, or remove "
-            "it by hand.",
-            str(page),
-        )
 
 
 def _page_of(result: Result) -> Callable[[Path], None]:

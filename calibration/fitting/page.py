@@ -53,6 +53,7 @@ from helios_sim.profile import Profile, TraceExits
 from helios_sim.profiles.roofline import REFERENCE_CONTEXT_TOKENS
 from helios_sim.report import markup
 from helios_sim.report.document import add_figure, document, opening, section
+from helios_sim.report.page_files import write_page_text
 from helios_sim.report.plotting import Figure
 from helios_sim.runs.records import flat_items
 from helios_sim.wording import listed, number, size, span
@@ -68,12 +69,10 @@ def page_path(profile_folder: Path) -> Path:
 def write_page(profile: Profile, path: Path, points: Path | None = None) -> Path:
     """Draw the page of a profile with readings, and return where it lies.
 
-    `points` is the folder the readings came from, whose name the page states.
+    `points` is the folder the readings came from, whose name the page states. Raises `InputError`
+    where no page may be written.
     """
-    try:
-        path.write_text(render(profile, points), encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise InputError(f"The page cannot be written: {error.strerror}.", str(path)) from error
+    write_page_text(render(profile, points), path)
     return path
 
 

@@ -24,6 +24,9 @@ SHARE_OF_CAPACITY: Final[Mapping[Load, float]] = {"light": 0.25, "70 %": 0.7, "s
 """Arrival rates, as shares of what the simulated policy can carry."""
 
 POLICIES: Final = ("vanilla", "ee-single wait", "ee-single rebatch", "static-depth", "helios")
+SMALLEST: Final = "vanilla smallest"
+"""The smallest candidate at full depth: what a policy that chooses among models has to beat too."""
+
 BURSTY_CV: Final = 2.5
 CAPACITY_REQUESTS: Final = 300
 MOST_SECONDS: Final = 86_400.0
@@ -35,7 +38,8 @@ class Case:
 
     Cases of one `group` share their requests, so that their policies can be compared; their rate is
     relative to the policy that carries most. With `equal_quality` the policy gets settings that
-    keep vanilla's quality on these requests, as far as a simulation tells.
+    keep vanilla's quality on these requests, as far as a simulation tells. A policy of one model
+    takes the largest, `SMALLEST` the smallest.
     """
 
     policy: str
@@ -70,11 +74,14 @@ CASES: Final[tuple[Case, ...]] = (
     Case("helios", "saturating", "bursty", "drifting", "drift", equal_quality=True),
     Case("helios", "saturating", "steady", "stable", "gain", equal_quality=True),
     Case("ee-single", "saturating", "steady", "stable", "gain", equal_quality=True),
+    Case(SMALLEST, "saturating", "steady", "stable", "gain"),
+    Case(SMALLEST, "saturating", "bursty", "drifting", "drift"),
 )
 """All five policies at saturation on the same requests, and each of them elsewhere.
 
 What HELIOS gains is read twice: on a mix of all texts, which no specialist knows, and on one kind
-that gives way to another. Cases of equal quality whose policy cannot keep it are not served.
+that gives way to another; each time over the largest model and over the smallest alone. Cases of
+equal quality whose policy cannot keep it are not served.
 """
 
 
@@ -126,7 +133,11 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class Ground:
-    """What all cases share: the profile, its models and texts, and typical lengths."""
+    """What all cases share: the profile, its models and texts, and typical lengths.
+
+    `small` and `large` are the candidates with the least and the most weights; of several as small
+    it is the one that knows the texts best.
+    """
 
     settings: StudySettings
     profile: Profile
@@ -134,6 +145,7 @@ class Ground:
     domains: tuple[str, ...]
     prompt: tuple[int, int]
     output: tuple[int, int]
+    small: str
     large: str
     middle_depth: int
 
@@ -150,12 +162,17 @@ def read_ground(settings: StudySettings) -> Ground:
     probe = parse_scenario(_probe(settings, candidates), "study", Path())
     room = room_of(probe, Path(), "study")
     context = room.context_tokens
-    large = max(
-        candidates,
-        key=lambda name: profile.model(name).model.weight_bytes(
-            profile.model(name).model.shape.layers
-        ),
-    )
+    traces = load_traces(profile, candidates)
+
+    def weight_bytes(name: str) -> int:
+        model = profile.model(name).model
+        return model.weight_bytes(model.shape.layers)
+
+    def full_depth_nats(name: str) -> float:
+        return float(traces.nll_nats[name][:, :, -1].mean())
+
+    small = min(candidates, key=lambda name: (weight_bytes(name), full_depth_nats(name)))
+    large = max(candidates, key=weight_bytes)
     exits = profile.model(large).model.exit_layers
     if len(exits) < 2:
         raise InputError(
@@ -170,9 +187,10 @@ def read_ground(settings: StudySettings) -> Ground:
         settings=settings,
         profile=profile,
         candidates=candidates,
-        domains=load_traces(profile, candidates).domains,
+        domains=traces.domains,
         prompt=(max(1, longest_prompt // 4), longest_prompt),
         output=(max(1, longest_output // 4), longest_output),
+        small=small,
         large=large,
         middle_depth=exits[len(exits) // 2 if len(exits) > 2 else 0],
     )
@@ -259,15 +277,15 @@ def _domains(case: Case, ground: Ground, span_s: float) -> list[dict[str, Any]]:
 
 
 def policy_of(name: str, ground: Ground, num_requests: int) -> dict[str, Any]:
-    """A policy of the study with its options; those of one model take the largest."""
+    """A policy of the study with its options."""
     use, _, mode = name.partition(" ")
     options: dict[str, Any] = {"use": use}
     if use == "helios":
         # Several rounds in a short run, and the paper's interval in a long one.
         options["reassess_requests"] = max(20, min(150, num_requests // 4))
         return options
-    options["model"] = ground.large
-    if mode:
+    options["model"] = ground.small if name == SMALLEST else ground.large
+    if use == "ee-single" and mode:
         options["exit_mode"] = mode
     if use == "static-depth":
         options["depth"] = ground.middle_depth

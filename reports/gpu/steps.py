@@ -47,6 +47,7 @@ CASES: Final = (
     "ee-single-wait-70-bursty-drifting",
     "helios-saturating-bursty-drifting",
     "vanilla-saturating-bursty-drifting",
+    "vanilla-smallest-saturating-steady-stable",
     "ee-single-rebatch-saturating-steady-stable",
     "static-depth-saturating-steady-stable",
 )

@@ -137,6 +137,25 @@ def test_the_check_draws_the_page_where_asked(profile: Profile, tmp_path: Path) 
     assert (tmp_path / "page.html").stat().st_size > 100_000
 
 
+def test_neither_the_check_nor_the_fit_draws_over_what_is_no_page_of_ours(
+    profile: Profile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "notes.html"
+    taken.write_text("<p>My notes.</p>")
+    with pytest.raises(SystemExit) as end:
+        main(["check", str(profile.folder), "--page", str(taken)])
+    assert end.value.code == 2
+    assert "no page of this program" in capsys.readouterr().err
+    taken = page_path(tmp_path / "profile")
+    taken.write_text("<p>My notes.</p>")
+    with pytest.raises(SystemExit) as end:
+        main(["fit", str(profile.folder), "--out", str(tmp_path / "profile")])
+    assert end.value.code == 2
+    assert "no page of this program" in capsys.readouterr().err
+    assert taken.read_text() == "<p>My notes.</p>"
+    assert not (tmp_path / "profile").exists()
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no Chromium on the PATH")
 def test_a_browser_draws_every_figure_without_an_error(profile: Profile, tmp_path: Path) -> None:

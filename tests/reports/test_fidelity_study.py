@@ -17,7 +17,7 @@ import pytest
 
 from helios_sim.engine import Run
 from helios_sim.errors import InputError
-from helios_sim.exits import write_traces
+from helios_sim.exits import load_traces, write_traces
 from helios_sim.experiment import prepare
 from helios_sim.fidelity.recordings import EXITS_FILE, ITERATIONS_FILE
 from helios_sim.outcome import run_data
@@ -33,10 +33,12 @@ from reports.fidelity.cases import (
     CASES,
     POLICIES,
     SHARE_OF_CAPACITY,
+    SMALLEST,
     Case,
     Ground,
     StudySettings,
     planned,
+    policy_of,
     read_ground,
     without_drift,
 )
@@ -86,28 +88,40 @@ def test_the_cases_cross_policies_loads_arrivals_and_texts() -> None:
     """At least eight cases, every level of every factor, and all policies on shared requests."""
     assert len(CASES) >= 8
     plain = [case for case in CASES if not case.equal_quality]
-    assert {case.policy for case in plain} == set(POLICIES)
+    assert {case.policy for case in plain} == {*POLICIES, SMALLEST}
     assert {case.load for case in CASES} == set(SHARE_OF_CAPACITY)
     for policy in POLICIES:
         assert len({case.load for case in CASES if case.policy == policy}) >= 2
     assert {case.arrivals for case in CASES} == {"steady", "bursty"}
     assert {case.texts for case in CASES} == {"stable", "drifting"}
-    assert {case.policy for case in plain if case.group == "gain"} == set(POLICIES)
+    assert {case.policy for case in plain if case.group == "gain"} == {*POLICIES, SMALLEST}
     assert len({case.name for case in CASES}) == len(CASES)
     assert len({without_drift(case).name for case in CASES}) == len(CASES)
 
 
 def test_rates_are_shares_of_simulated_capacity(ground: Ground) -> None:
     """A case alone takes its own policy's capacity, a group that of its fastest policy."""
-    alone, group = CASES[6], CASES[:5]
-    plans = planned((*group, alone), ground)
-    fastest = max(plan.capacity_per_s for plan in plans[:5])
-    assert len({plan.rate_per_s for plan in plans[:5]}) == 1
+    alone = CASES[6]
+    group = [case for case in CASES if case.group == "gain" and not case.equal_quality]
+    *plans, plan = planned((*group, alone), ground)
+    fastest = max(plan.capacity_per_s for plan in plans)
+    assert len({plan.rate_per_s for plan in plans}) == 1
     assert plans[0].rate_per_s == pytest.approx(1.25 * fastest, rel=1e-3)
-    assert len({plan.num_requests for plan in plans[:5]}) == 1
-    assert plans[5].rate_per_s == pytest.approx(0.7 * plans[5].capacity_per_s, rel=1e-3)
-    slowest = min(plan.capacity_per_s for plan in plans[:5])
+    assert len({plan.num_requests for plan in plans}) == 1
+    assert plan.rate_per_s == pytest.approx(0.7 * plan.capacity_per_s, rel=1e-3)
+    slowest = min(plan.capacity_per_s for plan in plans)
     assert plans[0].num_requests / slowest <= 2.1 * ground.settings.seconds
+
+
+def test_a_policy_of_one_model_takes_the_largest_and_one_case_the_smallest(ground: Ground) -> None:
+    """Of two as small it is the one that knows the texts better."""
+    assert policy_of("vanilla", ground, 80) == {"use": "vanilla", "model": "opt-6.7b"}
+    assert policy_of(SMALLEST, ground, 80) == {"use": "vanilla", "model": "opt-1.3b"}
+    family = read_ground(StudySettings(Path("small-family-cpu")))
+    traces = load_traces(family.profile)
+    nats = {name: traces.nll_nats[name][:, :, -1].mean() for name in ("code-8l", "prose-8l")}
+    assert family.large == "general-12l"
+    assert family.small == min(nats, key=lambda name: nats[name])
 
 
 def test_errors_at_the_pace_of_the_runs_stand_beside_those_of_the_same_runs(
