@@ -705,11 +705,12 @@ def _show(results: Sequence[Result]) -> None:
 
 
 def _say_changed(summaries: Sequence[Mapping[str, Any]]) -> None:
-    """Say below a table how many requests were not sent, or users not there, as asked for."""
-    from helios_sim.report.words import changed_requests, idle_users
+    """Say below a table which SLO was missed, and which requests or users were not as usual."""
+    from helios_sim.report.words import changed_requests, idle_users, slo_verdicts, waited_for_start
 
-    for text in [*changed_requests(summaries), *idle_users(summaries)]:
-        _say(text)
+    for said in (slo_verdicts, waited_for_start, changed_requests, idle_users):
+        for text in said(summaries):
+            _say(text)
 
 
 def _say_serving(

@@ -20,7 +20,7 @@ from helios_sim.policy.contract import Policy
 from helios_sim.policy.registry import make_policy
 from helios_sim.profile import Profile
 from helios_sim.runs.laws import check_run
-from helios_sim.runs.metrics import aggregate, summarise, user_figures
+from helios_sim.runs.metrics import aggregate, start_figures, summarise, user_figures
 from helios_sim.runs.records import SUMMARY_KINDS, TOKENIZERS, RunData
 from helios_sim.scenario import (
     EXPECTED_LENGTHS,
@@ -258,6 +258,7 @@ def run_policy(
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
         summary |= {"num_dropped": num_dropped, "num_shortened": num_shortened}
         summary[TOKENIZERS] = _tokenizers(experiment.setup.profile, run)
+        summary |= start_figures(run, measure.warmup_s, measure.warmup_requests)
         summary |= user_figures(run, *users)
         beyond = _beyond_measured(experiment.setup.profile, run, scenario.serving.max_batch)
         if beyond:

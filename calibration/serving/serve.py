@@ -45,7 +45,7 @@ from helios_sim.profile import TRACES_FILE, Profile
 from helios_sim.profiles.files import assumed_in
 from helios_sim.report import render
 from helios_sim.runs.laws import check_run
-from helios_sim.runs.metrics import summarise, user_figures
+from helios_sim.runs.metrics import start_figures, summarise, user_figures
 from helios_sim.runs.records import (
     MEASURED,
     REPORT_FILE,
@@ -319,6 +319,7 @@ def serve_once(
         "num_dropped": prepared.requests.num_dropped,
         "num_shortened": prepared.num_shortened,
         TOKENIZERS: [prepared.prompts.tokenizer],
+        **start_figures(run, measure.warmup_s, measure.warmup_requests),
         **user_figures(run, prepared.requests.num_users, prepared.requests.arrival_s),
     }
     traces = served_traces(

@@ -43,6 +43,9 @@ LARGE_BATCH: Final = 64.0
 REQUEST_COST: Final = "coefficients.decode.fixed_s_per_row"
 """Where a profile says what each request of a decode costs the host."""
 
+_MANY_BEFORE_START: Final = 0.005
+"""Share of the requests from which on those that found nothing serving yet are told."""
+
 ENOUGH_ACTIVE: Final = 0.95
 """Share of a closed loop's users that are active on average, below which a run is not theirs."""
 
@@ -242,6 +245,25 @@ def headline(
     """
     if len(summaries) == 1:
         return _single(summaries[0], offered_tokens_per_s)
+    answer = _compared(summaries, offered_tokens_per_s, num_refused_by_all)
+    missed = _miss_the_slo(summaries)
+    return f"{answer.removesuffix('.')}; {missed}." if missed else answer
+
+
+def _miss_the_slo(summaries: Sequence[Summary]) -> str:
+    """Which of the runs that carry the load miss a percentile of their SLO all the same."""
+    missing = [one for one in summaries if one.get("slo_passed") is False and _carries(one)]
+    if not missing:
+        return ""
+    if len(missing) < len(summaries):
+        return f"{_labels(missing)} miss{'es' if len(missing) == 1 else ''} the SLO"
+    return f"{'both' if len(missing) == 2 else f'all {len(missing)}'} miss the SLO"
+
+
+def _compared(
+    summaries: Sequence[Summary], offered_tokens_per_s: float | None, num_refused_by_all: int
+) -> str:
+    """The answer of several runs, whatever percentiles an SLO asks for."""
     key, noun, unit = _load_figure(summaries)
     values = [summary[key] or 0.0 for summary in summaries]
     if all(carry_alike(key, summaries[0], other) for other in summaries[1:]):
@@ -470,6 +492,8 @@ def remarks(summaries: Sequence[Summary], num_refused_by_all: int = 0) -> list[s
     said = (
         _latencies(pair),
         _slo_met(pair),
+        *slo_verdicts(summaries),
+        *waited_for_start(summaries),
         _energy(pair),
         _quality(pair),
         *beyond_measured([str(one["label"]) for one in summaries], summaries),
@@ -604,6 +628,56 @@ def changed_requests(summaries: Sequence[Summary]) -> list[str]:
             "tokens or without an arrival is no request (num_dropped)."
         )
     return said
+
+
+def slo_verdicts(summaries: Sequence[Summary]) -> list[str]:
+    """Which runs miss or pass an SLO that asks for percentiles, with the limits they miss."""
+    judged = [one for one in summaries if one.get("slo_passed") is not None]
+    missed = [f"{one['label']} ({_missed_limits(one)})" for one in judged if not one["slo_passed"]]
+    passed = [str(one["label"]) for one in judged if one["slo_passed"]]
+    said = [f"missed by {listed(missed)}"] if missed else []
+    said += [f"passed by {listed(passed)}"] if passed else []
+    return [f"SLO {'; '.join(said)}."] if said else []
+
+
+def _missed_limits(summary: Summary) -> str:
+    missed = [one for one in summary["slo_limits"] if one["passed"] is False]
+    return listed([_missed_limit(one) for one in missed])
+
+
+def _missed_limit(limit: Mapping[str, Any]) -> str:
+    # A percentile of gaps is of all gaps together, while the attainment counts requests.
+    if limit["metric"] == "itl":
+        return limits(limit["limit"])
+    return f"{limits(limit['limit'])}: met by {number(100.0 * limit['attainment'], 4)} %"
+
+
+def waited_for_start(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That many requests came before anything served, and so tell of the start, not of the load.
+
+    Where most of them came at once there is nothing else to measure.
+    """
+    told, until_s, ends_s = [], 0.0, math.inf
+    for one in summaries:
+        num, measured = one.get("num_before_start"), one.get("num_measured")
+        is_told = (
+            num is not None
+            and measured
+            and max(2, _MANY_BEFORE_START * measured) <= num <= 0.5 * measured
+        )
+        told.append(f"{number(num)} of {number(measured)} requests" if is_told else "")
+        if is_told:
+            until_s, ends_s = max(until_s, one["start_s"]), min(ends_s, one["duration"])
+    if not any(told):
+        return []
+    warmup_s = math.ceil(2.0 * until_s)
+    remedy = f"measure.warmup_s = {warmup_s} leaves the start out"
+    if warmup_s > 0.5 * ends_s:
+        remedy = "a longer run makes less of it, and measure.warmup_s leaves the start out"
+    return [
+        f"Start: {_by_label(told, summaries)} came in the first {number(until_s)} s while "
+        f"weights were on their way; their wait counts in every latency, and {remedy}."
+    ]
 
 
 def idle_users(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -798,7 +872,8 @@ def _single(summary: Summary, offered_tokens_per_s: float | None) -> str:
         sentence += f" at a median {listed(latencies)}"
     if summary.get("slo_attainment") is not None:
         met = number(100 * summary["slo_attainment"])
-        sentence += f"; {met} % of the requests sent meet the SLO"
+        missed = ", which is missed" if summary.get("slo_passed") is False else ""
+        sentence += f"; {met} % of the requests sent meet the SLO{missed}"
     sentence += f"; the system is {summary['saturation']}"
     if summary["saturation"] == "overloaded" and offered_tokens_per_s is not None:
         sentence += f" by the {number(offered_tokens_per_s)} tokens/s offered"

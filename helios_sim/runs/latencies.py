@@ -19,9 +19,13 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Columns:
-    """A run's request columns as numpy arrays, in order of arrival, times NaN where null."""
+    """A run's request columns as numpy arrays, in order of arrival.
+
+    Times are NaN where null; the replica is -1 where none took the request.
+    """
 
     request_id: npt.NDArray[np.int64]
+    replica: npt.NDArray[np.int64]
     arrival_s: Floats
     admitted_s: Floats
     first_token_s: Floats
@@ -86,6 +90,7 @@ def columns_of(run: RunData, warmup_s: float = 0.0, warmup_requests: int = 0) ->
     ttft_s = first_s - arrival_s
     return Columns(
         request_id=requests["request_id"].cast(pl.Int64).to_numpy(),
+        replica=requests["replica"].cast(pl.Int64).fill_null(-1).to_numpy(),
         arrival_s=arrival_s,
         admitted_s=admitted_s,
         first_token_s=first_s,

@@ -240,6 +240,24 @@ def summarise(
     return rounded
 
 
+def start_figures(run: RunData, warmup_s: float, warmup_requests: int) -> dict[str, Any]:
+    """How many measured requests found their replica not serving yet, and until when that was.
+
+    A replica starts when it first admits a request: before that its weights are on their way, and
+    who arrives waits for them. `start_s` is when the last of these replicas started.
+    """
+    columns = columns_of(run, warmup_s, warmup_requests)
+    started = ~np.isnan(columns.admitted_s) & (columns.replica >= 0)
+    starts_s = np.full(int(columns.replica.max(initial=0)) + 1, math.inf)
+    np.minimum.at(starts_s, columns.replica[started], columns.admitted_s[started])
+    waited = columns.measured & started & (columns.arrival_s < starts_s[columns.replica])
+    until_s = float(starts_s[columns.replica[waited]].max(initial=0.0))
+    found: dict[str, Any] = rounded_figures(
+        {"num_before_start": int(waited.sum()), "start_s": until_s}
+    )
+    return found
+
+
 def user_figures(run: RunData, num_users: int | None, think_s: Floats) -> dict[str, Any]:
     """How many users a closed loop has, and how many are active on average over the whole run.
 

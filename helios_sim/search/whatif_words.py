@@ -13,6 +13,7 @@ from helios_sim.report.words import (
     large_batches,
     launch_bound,
     mean_batches,
+    waited_for_start,
     worth,
 )
 from helios_sim.scenario import Scenario
@@ -98,12 +99,12 @@ def whatif_remarks(
     able = [cell for cell in cells if cell.can_be]
     found += _seeds_apart(able)
     found += _qualities(able, profiles)
-    found += idle_users([{**cell.means, "label": cell.name} for cell in able])
+    played = [{**cell.means, "label": cell.name} for cell in able]
+    found += [*waited_for_start(played), *idle_users(played)]
     beyond = extrapolated([(cell.name, cell.beyond) for cell in cells])
     grades = []
     if profiles:
         counts = grades_by_name(profiles)
-        played = [{**cell.means, "label": cell.name} for cell in able]
         free = [
             one
             for one, cell in zip(played, able, strict=True)

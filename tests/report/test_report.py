@@ -49,7 +49,9 @@ from helios_sim.report.words import (
     range_over_seeds,
     remarks,
     serving,
+    slo_verdicts,
     taken_otherwise,
+    waited_for_start,
     worth,
 )
 from helios_sim.runs.comparison import ratios_over_seeds
@@ -984,6 +986,52 @@ def test_remarks_say_how_many_requests_were_shortened_or_left_out_and_why() -> N
     ) in said
     assert f"Shortened: {both} (helios){why}" in remarks([plain, cut])
     assert not [one for one in remarks([plain]) if "Shortened" in one or "Left out" in one]
+
+
+def missing(percent: float) -> dict[str, Any]:
+    """What a summary has of an SLO of which one limit is missed and one passed."""
+    limits = [
+        {"limit": "tpot:p99<=43ms", "metric": "tpot", "percentile": 99, "passed": False},
+        {"limit": "ttft:p90<=1000ms", "metric": "ttft", "percentile": 90, "passed": True},
+        {"limit": "itl:p99<=90ms", "metric": "itl", "percentile": 99, "passed": False},
+    ]
+    judged = [limit | {"attainment": percent / 100.0} for limit in limits]
+    return {"slo": "tpot:p99<43ms", "slo_passed": False, "slo_limits": judged}
+
+
+def test_a_percentile_that_is_missed_is_part_of_the_answer() -> None:
+    """A run that carries its load may miss its SLO; an overloaded one says so already."""
+    most = "\N{LESS-THAN OR EQUAL TO}"
+    missed = summary("vanilla", 100.0, 20.0, **missing(98.97))
+    passed = summary("helios", 101.0, 20.0, slo="tpot:p99<43ms", slo_passed=True)
+    assert slo_verdicts([missed, passed]) == [
+        f"SLO missed by vanilla (TPOT p99 {most} 43 ms: met by 98.97 % and ITL p99 {most} 90 ms); "
+        "passed by helios."
+    ]
+    assert slo_verdicts([passed]) == ["SLO passed by helios."]
+    assert slo_verdicts([summary("never", 100.0, 20.0)]) == []
+    assert headline([passed, missed]).endswith("; vanilla misses the SLO.")
+    assert headline([missed, missed | {"label": "again"}]).endswith("; both miss the SLO.")
+    drowned = missed | {"saturation": "overloaded"}
+    assert "SLO" not in headline([passed, drowned])
+    assert "SLO" not in headline([passed, passed])
+    alone = headline([missed | {"slo_attainment": 0.977}])
+    assert "; 97.7 % of the requests sent meet the SLO, which is missed; " in alone
+
+
+def test_a_start_that_many_requests_waited_for_is_told_with_the_remedy() -> None:
+    """From one in 200 on, up to half; the warm-up that is named fits into the run."""
+    met = {"num_measured": 400, "start_s": 9.8, "duration": 100.0}
+    one = summary("vanilla", 100.0, 20.0, num_before_start=2, **met)
+    few = summary("helios", 100.0, 20.0, num_before_start=1, **met)
+    (said,) = waited_for_start([one, few, summary("never", 100.0, 20.0)])
+    assert said == (
+        "Start: 2 of 400 requests (vanilla) came in the first 9.80 s while weights were on their "
+        "way; their wait counts in every latency, and measure.warmup_s = 20 leaves the start out."
+    )
+    assert waited_for_start([few]) == waited_for_start([one | {"num_before_start": 201}]) == []
+    (said,) = waited_for_start([one | {"duration": 39.0}])
+    assert "a longer run makes less of it" in said
 
 
 def test_remarks_say_that_users_rest_for_a_part_of_a_closed_loop() -> None:

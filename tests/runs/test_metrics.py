@@ -23,6 +23,7 @@ from helios_sim.runs.metrics import (
     gap_percentile_s,
     gap_share_met,
     rounded_figures,
+    start_figures,
     summarise,
     user_figures,
 )
@@ -85,6 +86,21 @@ def test_a_user_of_a_closed_loop_is_active_from_its_first_request_until_its_last
     cut_run = conformed(replace(run, requests=cut))
     assert user_figures(cut_run, 2, times_s) == {"num_users": 2, "mean_active_users": 1.2}
     assert user_figures(run, None, times_s) == {}
+
+
+def test_requests_that_came_before_their_replica_served_are_counted() -> None:
+    """Replica 0 admits first at 3 s: two measured ones came before; replica 1 serves at once.
+
+    A refused request waits for nothing, and what lies in the warm-up is not counted.
+    """
+    run = pencil_run()
+    late = run.requests.with_columns(
+        pl.Series("admitted_s", [3.0, 3.5, None, 2.0]), pl.Series("replica", [0, 0, 0, 1])
+    )
+    started = conformed(replace(run, requests=late))
+    assert start_figures(started, 0.0, 0) == {"num_before_start": 2, "start_s": 3.0}
+    assert start_figures(started, 0.1, 0) == {"num_before_start": 1, "start_s": 3.0}
+    assert start_figures(started, 0.0, 2) == {"num_before_start": 0, "start_s": 0.0}
 
 
 def test_every_figure_of_the_pencil_run() -> None:
