@@ -99,7 +99,10 @@ def chosen(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> l
 
 
 class Campaign:
-    """One call: what earlier calls left in the folder, the time, and what comes of each step."""
+    """One call: what earlier calls left in the folder, the time, and what comes of each step.
+
+    `after_each` is done after every step that was run.
+    """
 
     def __init__(
         self,
@@ -112,10 +115,12 @@ class Campaign:
         grace_s: float = GRACE_S,
         say: Callable[[str], None] = print,
         forks: bool = True,
+        after_each: Callable[[], None] = lambda: None,
     ) -> None:
         self.steps, self.out, self.budget_s = steps, out.resolve(), budget_s
         self.ends_s = (time.monotonic() if began_s is None else began_s) + budget_s - margin_s
         self.grace_s, self.say, self.forks = grace_s, say, forks
+        self.after_each = after_each
         self.order = [step.name for step in steps]
         self.tries = self._earlier_tries()
         self.results: list[Try] = []
@@ -265,6 +270,7 @@ class Campaign:
         told = (reason, words, rc, seconds, round(limit_s, 1), began_at, where)
         self._keep(Try(step.name, verdict, *told))  # type: ignore[arg-type]
         self.say(f"{step.name}: {verdict} after {seconds:.0f} s{reason and f', {reason}'}.")
+        self.after_each()
 
     def _waited(self, process: Process, seconds: float, interruptions: int) -> bool:
         """Whether a command has ended within a time, and before so many interruptions."""

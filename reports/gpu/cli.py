@@ -74,8 +74,20 @@ def campaign(
         raise InputError(f"No campaign can be kept there: {error.strerror}.", str(out)) from error
     if not forks:
         typer.echo("Steps begin on their own: a child of this process cannot use the GPU.")
+
+    def pack_so_far() -> None:
+        """Let what was taken come home even if this command is killed before its end."""
+        # With less time than that, all that follows is the end.
+        if pack_into is not None and run.left_s > PACKING_S:
+            try:
+                pack(out, pack_into)
+            except OSError as error:
+                typer.echo(f"Nothing could be packed yet: {error}.")
+
     times = {"began_s": float(context.obj), "margin_s": margin_s}
-    run = Campaign(steps, out, budget_s, **times, say=typer.echo, forks=forks)
+    run = Campaign(
+        steps, out, budget_s, **times, say=typer.echo, forks=forks, after_each=pack_so_far
+    )
     interrupted = False
     try:
         run.run(wanted)

@@ -61,8 +61,6 @@ def pack(
     stay behind. The same files give the same bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("part-[0-9].tar.gz"):
-        old.unlink()
     parts: list[list[Piece]] = [[] for _ in range(MOST_FILES - 1)]
     room = [most_bytes - _HEADERS] * len(parts)
     left_out: list[str] = []
@@ -77,10 +75,15 @@ def pack(
         room = free
         for place, piece in zip(places, pieces, strict=True):
             parts[place].append(piece)
+    # Whoever is killed while they are made leaves those of an earlier call as they were.
+    made = {
+        f"part-{number}.tar.gz": _archive(pieces)
+        for number, pieces in enumerate(filter(None, parts), 1)
+    }
+    for old in folder.glob("part-[0-9].tar.gz"):
+        old.unlink()
     files = {}
-    for number, pieces in enumerate(filter(None, parts), 1):
-        data = _archive(pieces)
-        name = f"part-{number}.tar.gz"
+    for name, data in made.items():
         (folder / name).write_bytes(data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     told = {"schema_version": 1, "files": files, "left_out": left_out}

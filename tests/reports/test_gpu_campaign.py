@@ -522,6 +522,49 @@ def test_repeats_beyond_the_first_are_packed_last_and_left_out_first(tmp_path: P
     assert pack(tmp_path, tmp_path / "packed", most_together=55_000) == found[3:]
 
 
+def test_what_a_step_took_is_packed_before_the_next_one_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that is killed at its limit comes to no end at which it could pack."""
+    packed = tmp_path / "packed"
+    looks = f"import os; raise SystemExit(not os.path.exists({str(packed / MANIFEST)!r}))"
+    steps = [leaving("first"), fake("second", looks)]
+    monkeypatch.setattr(cli, "steps_of", lambda device, preset: steps)
+    monkeypatch.setattr(cli, "import_ahead", lambda names: None)
+    words = ["--out", str(tmp_path), "--device", "cpu", "--pack", str(packed)]
+    assert cli.app(words, standalone_mode=False, obj=time.monotonic()) == 0
+    assert [one["verdict"] for one in on_disk(tmp_path)] == ["done", "done"]
+
+
+def test_a_folder_that_takes_no_archive_ends_no_campaign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "steps_of", lambda device, preset: [fake("one", ""), fake("two", "")])
+    monkeypatch.setattr(cli, "import_ahead", lambda names: None)
+    (tmp_path / "packed").write_text("")
+    words = ["--out", str(tmp_path), "--device", "cpu", "--pack", str(tmp_path / "packed")]
+    with pytest.raises(OSError, match="packed"):
+        cli.app(words, standalone_mode=False, obj=time.monotonic())
+    assert [one["verdict"] for one in on_disk(tmp_path)] == ["done", "done"]
+    assert capsys.readouterr().out.count("Nothing could be packed yet") == 2
+
+
+def test_archives_of_an_earlier_call_stay_until_new_ones_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, packed = filled(tmp_path / "out"), tmp_path / "packed"
+    pack(out, packed)
+    before = {file.name: file.read_bytes() for file in packed.iterdir()}
+
+    def killed(pieces: object) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reports.gpu.packing._archive", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pack(out, packed)
+    assert {file.name: file.read_bytes() for file in packed.iterdir()} == before
+
+
 def planted(folder: Path, member: str, name: str = "part-1.tar.gz") -> Path:
     """A folder whose archive has one member of this name."""
     folder.mkdir()
