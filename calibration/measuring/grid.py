@@ -253,7 +253,8 @@ def in_turn(energy: Sequence[Job], latency: Sequence[Job], seed: int) -> tuple[J
     """All trials round by round, the energy windows of the first round before all others.
 
     A fit of seconds bears that a few loads are missing where time runs out, though not all of one
-    quantity; one of joules needs most of its few windows.
+    quantity; one of joules needs most of its few windows. Decodes that are timed eagerly beside
+    graphs come last, since neither a fit nor its check needs them.
     """
     first = [job for job in energy if job.trial == 0 and job.purpose == "fit"]
     others = [job for job in energy if job not in first]
@@ -265,7 +266,11 @@ def _each_quantity_early(jobs: Sequence[Job]) -> list[Job]:
     """Let the first round begin with one job of each quantity, go on with another of each, ..."""
     seen: Counter[str] = Counter()
     places = []
+    replayed = any(job.mode == "graph" for job in jobs)
     for job in jobs:
+        if replayed and job.mode == "eager" and not job.prompt_tokens:
+            places.append(len(jobs) + 1)
+            continue
         later = job.trial > 0 or job.purpose != "fit"
         places.append(len(jobs) if later else seen[job.quantity])
         seen[job.quantity] += not later

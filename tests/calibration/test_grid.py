@@ -268,6 +268,16 @@ def test_a_first_round_that_is_cut_short_has_every_quantity() -> None:
             assert fitted[: (turn + 1) * len(kinds)].count(quantity) >= wanted
 
 
+@pytest.mark.parametrize("allowed_s", [0.01, 300.0])
+def test_decodes_that_are_timed_eagerly_beside_graphs_come_last(allowed_s: float) -> None:
+    """What is held out comes before them: without it nobody knows whether a fit keeps its bars."""
+    planned = in_turn((), latency(allowed_s), 0)
+    eager = [job for job in planned if decodes_eagerly(job)]
+    assert eager and planned[-len(eager) :] == tuple(eager)
+    alone = in_turn((), latency(0.01, replace(BOUNDS, modes=("eager",))), 0)
+    assert alone[-1].purpose == "held-out"
+
+
 @pytest.mark.parametrize("max_batch", [1, 2, 4, 64])
 def test_splits_have_three_batches_where_there_are_as_many(max_batch: int) -> None:
     bounds = replace(BOUNDS, max_batch=max_batch, pool_tokens=max_batch * 1024)
