@@ -200,7 +200,8 @@ def steps_of(device: str, preset: str) -> list[Step]:
         Step(
             "train",
             train,
-            extra_s=120 if gpu else 40,
+            # Reading the text takes a slow host a minute and a half, and confidence is fitted last.
+            extra_s=160 if gpu else 40,
             least_s=45,
             share=size.train_share,
             leaves="family/*/model.safetensors",
@@ -247,7 +248,7 @@ def steps_of(device: str, preset: str) -> list[Step]:
         Step(
             "kernels",
             lambda call: _python("reports.gpu.kernels"),
-            extra_s=90,
+            extra_s=120,
             least_s=40,
             unsuited="" if gpu else "kernels are a GPU's",
         ),
