@@ -177,8 +177,11 @@ def measure(settings: MeasureSettings, console: Console | None = None) -> Outcom
     Raises `InputError` for what cannot be measured, on a full disk, and for a folder that another
     process measures into.
     """
-    session = _Session(settings, console or Console(quiet=True))
+    began_s = time.monotonic()
+    asked = _asked(settings)
+    # Nobody else adds to what is read of an earlier run.
     with alone_in(settings.out):
+        session = _Session(settings, asked, console or Console(quiet=True), began_s)
         try:
             session.run()
         except BaseException:
@@ -246,31 +249,73 @@ def command(
     )
 
 
-class _Session:
-    """One run of `measure`: the clock, the meter, the plan and the readings."""
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be measured on which device: checked, while the folder is left as it is."""
 
-    def __init__(self, settings: MeasureSettings, console: Console) -> None:
+    device: torch.device
+    dtype: torch.dtype
+    sources: tuple[Source, ...]
+
+
+def _asked(settings: MeasureSettings) -> _Asked:
+    """What settings ask for; raises `InputError` for what cannot be measured."""
+    device = device_of(settings.device)
+    dtype = dtype_of(settings.dtype, device)
+    sources = find_sources(settings.models, settings.exits)
+    for source in sources:
+        if source.shape.max_positions < LEAST_CONTEXT:
+            raise InputError(
+                f"{source.name} has {counted(source.shape.max_positions, 'position')}; "
+                f"{LEAST_CONTEXT} are the least that a decode can be measured with."
+            )
+        shallowest = source.exit_layers[0]
+        require(
+            device,
+            source.weight_bytes(shallowest, dtype),
+            f"{source.name} with its first {shallowest} layers",
+            "choose a smaller model, or earlier exits with --exits",
+        )
+    _check_traceable(settings, sources)
+    return _Asked(device, dtype, sources)
+
+
+def _to_trace(settings: MeasureSettings, sources: Sequence[Source]) -> list[Path]:
+    """Checkpoints without traces of their confidence, where traces are asked for."""
+    folders = [source.folder for source in sources if source.folder is not None]
+    if not settings.traces or traced_as_now(folders, settings.out):
+        return []
+    return folders
+
+
+def _check_traceable(settings: MeasureSettings, sources: Sequence[Source]) -> None:
+    """Refuse checkpoints that cannot be traced together, before time is spent on them."""
+    folders = _to_trace(settings, sources)
+    if not folders or settings.exits is not None:
+        return
+    check_target(settings.out)
+    try:
+        check_traceable(folders)
+    except InputError as error:
+        raise InputError(
+            f"{error.message} Or measure without exit traces: --no-traces.", error.where
+        ) from error
+
+
+class _Session:
+    """One run of `measure`: the clock, the meter, the plan and the readings.
+
+    Its clock stands at 0 at `began_s` of `time.monotonic`.
+    """
+
+    def __init__(
+        self, settings: MeasureSettings, asked: _Asked, console: Console, began_s: float
+    ) -> None:
         self.settings = settings
         self.console = console
-        self.began_s = time.monotonic()
+        self.began_s = began_s
         self.began_at = _now()
-        self.device = device_of(settings.device)
-        self.dtype = dtype_of(settings.dtype, self.device)
-        self.sources = find_sources(settings.models, settings.exits)
-        for source in self.sources:
-            if source.shape.max_positions < LEAST_CONTEXT:
-                raise InputError(
-                    f"{source.name} has {counted(source.shape.max_positions, 'position')}; "
-                    f"{LEAST_CONTEXT} are the least that a decode can be measured with."
-                )
-            shallowest = source.exit_layers[0]
-            require(
-                self.device,
-                source.weight_bytes(shallowest, self.dtype),
-                f"{source.name} with its first {shallowest} layers",
-                "choose a smaller model, or earlier exits with --exits",
-            )
-        self._check_traceable()
+        self.device, self.dtype, self.sources = asked.device, asked.dtype, asked.sources
         self.readings = Readings(settings.out)
         self.num_before = len(self.readings)
         if self.num_before and not settings.resume:
@@ -774,7 +819,7 @@ class _Session:
 
     def _trace(self) -> None:
         """Exit traces of the checkpoints, beside the readings; their time is not the budget's."""
-        folders = self._to_trace()
+        folders = _to_trace(self.settings, self.sources)
         if folders and self.settings.exits is not None:
             self._note("No exits are traced: the models were given other exits than their own")
             return
@@ -786,26 +831,6 @@ class _Session:
             trace_checkpoints(folders, out, device=device, dtype=dtype)
         except InputError as error:
             self._note(f"No exits are traced: {error}")
-
-    def _to_trace(self) -> list[Path]:
-        """Checkpoints without traces of their confidence, where traces are asked for."""
-        folders = [source.folder for source in self.sources if source.folder is not None]
-        if not self.settings.traces or traced_as_now(folders, self.settings.out):
-            return []
-        return folders
-
-    def _check_traceable(self) -> None:
-        """Refuse checkpoints that cannot be traced together, before time is spent on them."""
-        folders = self._to_trace()
-        if not folders or self.settings.exits is not None:
-            return
-        check_target(self.settings.out)
-        try:
-            check_traceable(folders)
-        except InputError as error:
-            raise InputError(
-                f"{error.message} Or measure without exit traces: --no-traces.", error.where
-            ) from error
 
     def _keep(
         self, reading: Reading, state: BoardState | None = None, started_at: str | None = None

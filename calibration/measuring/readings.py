@@ -198,10 +198,15 @@ _LATER: Final = ("reference_s",)
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another process measures into; the lock ends with its process.
+    """Make a folder, or refuse one that another process measures into.
 
-    Where the system or its disk has no such locks, nothing is refused.
+    The lock ends with its process. Where the system or its disk has no such locks, nothing is
+    refused.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     if fcntl is None:
         yield
         return
@@ -220,20 +225,24 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(f"Readings cannot be written there: {error.strerror}.", str(folder))
+
+
 class Readings:
-    """The readings of one folder: those of earlier runs, and every new one flushed at once."""
+    """The readings of one folder: those of earlier runs, and every new one flushed at once.
+
+    Who adds to them is alone in the folder: what another process adds meanwhile is not seen.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file = folder / READINGS_FILE
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             self._readings = _read(self._file)
             self._file.touch()
         except OSError as error:
-            raise InputError(
-                f"Readings cannot be written there: {error.strerror}.", str(folder)
-            ) from error
+            raise _unwritable(folder, error) from error
         self._keys = {reading.key for reading in self._readings}
 
     def __len__(self) -> int:

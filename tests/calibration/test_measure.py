@@ -32,6 +32,7 @@ from calibration.measuring.readings import (
     ENVIRONMENT_FILE,
     READINGS_FILE,
     Reading,
+    alone_in,
     read_points,
     usual_reference_s,
 )
@@ -918,6 +919,17 @@ def test_an_interruption_keeps_the_readings_and_says_where(
     assert "nothing was written" not in said
     assert read_points(out).height > 3
     assert (out / "points.parquet").is_file()
+
+
+def test_a_folder_that_is_measured_into_is_left_as_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with alone_in(out):
+        # The other process is in the middle of a line.
+        (out / READINGS_FILE).write_text('{"quantity": "he')
+        with pytest.raises(InputError, match="Another process measures into this folder"):
+            measure(settings(checkpoint, out, resume=True))
+        assert (out / READINGS_FILE).read_text() == '{"quantity": "he'
+        assert [entry.name for entry in out.iterdir()] == [READINGS_FILE]
 
 
 def test_a_disk_that_fills_ends_the_run_in_words(
