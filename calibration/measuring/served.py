@@ -23,9 +23,6 @@ from helios_sim.policy.contract import Assignment, ExitMode
 from helios_sim.policy.registry import make_policy
 from helios_sim.scenario import ServingSettings
 
-TURNS: Final = 2 * REACH + 1
-"""Iterations in which contexts grow before they are set back; odd, so that one has the mean."""
-
 _BLOCK_TOKENS: Final = 16
 
 Text = Callable[[int, int], list[int]]
@@ -116,6 +113,7 @@ class ServedLoad:
         starts = [max(1, length - reach - 1) for length in lengths]
         rows = self._rows(starts)
         self.replica.batch.rows = list(rows)
+        # An odd number of iterations until contexts are set back, so that one has the mean.
         turns = cycle(range(2 * reach + 1))
         level = self.stepper.level if leaves_at is None else leaves_at
         splits = self.replica.batch.rebatches

@@ -23,7 +23,7 @@ from calibration.measuring import load_trials, timing
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
 from calibration.measuring.board import BoardState
-from calibration.measuring.grid import RICHNESS, SAMPLES, WARMUPS, Job, Probe
+from calibration.measuring.grid import REACH, RICHNESS, SAMPLES, WARMUPS, Job, Probe
 from calibration.measuring.measure import MeasureSettings, measure
 from calibration.measuring.meters import Absence, Measurement, Replayed, to_json
 from calibration.measuring.pace import Pace
@@ -36,7 +36,7 @@ from calibration.measuring.readings import (
     read_points,
     usual_reference_s,
 )
-from calibration.measuring.served import TURNS, ServedLoad
+from calibration.measuring.served import ServedLoad
 from calibration.measuring.sources import find_sources, sample_tokens
 from calibration.model.checkpoint import SETTINGS_FILE, WEIGHTS_FILE
 from calibration.model.decode import Decoder
@@ -57,6 +57,9 @@ from tests.shared_machine import undisturbed
 
 BUDGET_S = 600.0
 """More than is used, so that a busy machine leaves nothing out: the coarsest grid is soon done."""
+
+TURNS = 2 * REACH + 1
+"""Iterations in which contexts grow before they are set back, where rows have room to grow."""
 
 
 @pytest.fixture(scope="module", autouse=True)
