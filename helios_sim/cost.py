@@ -234,18 +234,16 @@ def told_seconds(c: Any, rows: float) -> float:
 
 
 @compilable
-def fixed_seconds(c: Any, decode_rows: float, has_prefill: bool, prompts: float) -> float:
-    """Seconds an iteration takes beside its layers, head and checks.
+def fixed_seconds(c: Any, decode_rows: float, prompts: float) -> float:
+    """Seconds that an iteration of `prompts` takes beside its layers, head and checks.
 
-    `prompts` are those that have tokens in it. Beside one another rows and prompts take the longer
-    of their times.
+    Prompts count that have tokens in it. Beside one another rows and prompts take the longer of
+    their times.
     """
     fixed = 0.0
     if decode_rows > 0.0:
         fixed = begin_seconds(c) + told_seconds(c, decode_rows)
-    if has_prefill:
-        fixed = max(fixed, c[PREFILL_FIXED_S] + c[PREFILL_FIXED_S_PER_PROMPT] * prompts)
-    return fixed
+    return max(fixed, c[PREFILL_FIXED_S] + c[PREFILL_FIXED_S_PER_PROMPT] * prompts)
 
 
 @compilable
@@ -345,9 +343,7 @@ def decode_seconds(
     graph pads what its device computes, and what a row adds there is its host's.
     """
     layer_s, regime = layer_seconds(c, rows, context, padded_context, 0.0, 0.0, 0.0)
-    seconds = (
-        c[DECODE_FIXED_S] + c[DECODE_FIXED_S_PER_ROW] * asked_rows + layers * (layer_s * residual)
-    )
+    seconds = begin_seconds(c) + told_seconds(c, asked_rows) + layers * (layer_s * residual)
     seconds = seconds + num_checks * check_seconds(c, asked_rows)
     seconds = seconds + num_heads * head_seconds(c, asked_rows)
     seconds = seconds + kv_fill_seconds(c, fill_rows, filled_layers)
@@ -398,7 +394,7 @@ def mixed_seconds(
     layer_s, regime = layer_seconds(
         c, rows, context, padded_context, prefill_tokens, prefill_context, prefill_pairs
     )
-    seconds = fixed_seconds(c, rows, True, prompts) + layers * (layer_s * residual)
+    seconds = fixed_seconds(c, rows, prompts) + layers * (layer_s * residual)
     if rows > 0.0:
         seconds = seconds + num_checks * check_seconds(c, rows)
     if head_rows > 0.0:

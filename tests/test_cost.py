@@ -99,11 +99,9 @@ def test_the_fixed_part_grows_with_rows_or_with_prompts_whichever_takes_longer()
         prefill_fixed_s=2.0,
         prefill_fixed_s_per_prompt=0.25,
     )
-    assert cost.fixed_seconds(c, 0.0, False, 0.0) == 0.0
-    assert cost.fixed_seconds(c, 4.0, False, 0.0) == 3.0
-    assert cost.fixed_seconds(c, 0.0, True, 4.0) == 3.0
-    assert cost.fixed_seconds(c, 1.0, True, 4.0) == 3.0
-    assert cost.fixed_seconds(c, 8.0, True, 4.0) == 5.0
+    assert cost.fixed_seconds(c, 0.0, 4.0) == 3.0
+    assert cost.fixed_seconds(c, 1.0, 4.0) == 3.0
+    assert cost.fixed_seconds(c, 8.0, 4.0) == 5.0
 
 
 def test_a_decode_pays_its_fixed_part_by_the_rows_that_emit_not_by_those_fed_again() -> None:
@@ -159,7 +157,7 @@ def test_joules_of_padding_are_drawn_by_decode_rows_alone() -> None:
 def test_what_a_decode_begins_with_and_what_its_rows_add_are_its_fixed_part() -> None:
     """A split batch begins twice, and every row is told its token once."""
     c = coefficients(decode_fixed_s=1.0, decode_fixed_s_per_row=0.5)
-    whole = cost.fixed_seconds(c, 8.0, False, 0.0)
+    whole, _ = cost.decode_seconds(c, 8.0, 9.0, 9.0, 4.0, 0.0, 1.0, 0.0, 8.0, 8.0, 1.0)
     assert whole == cost.begin_seconds(c) + cost.told_seconds(c, 8.0)
     passes = [cost.begin_seconds(c) + cost.told_seconds(c, rows) for rows in (3.0, 5.0)]
     assert sum(passes) - whole == cost.begin_seconds(c)

@@ -143,7 +143,7 @@ def _prefill(
     )
     prompts = float(its.rows[i])
     head = cost.head_seconds(c, prompts)
-    return float(its.layers[i]) * layer_s + cost.fixed_seconds(c, 0.0, True, prompts), head
+    return float(its.layers[i]) * layer_s + cost.fixed_seconds(c, 0.0, prompts), head
 
 
 def factors(
