@@ -211,32 +211,35 @@ def timeline_table(run: Run) -> pl.DataFrame:
         # Of several lines at one instant the last holds all that happened until then.
         lasts = np.append(lines["time_s"][1:] > lines["time_s"][:-1], True)
         lines = lines[lasts & (lines["time_s"] > 0.0)]
-        interval_s = np.diff(np.concatenate([[0.0], lines["time_s"]]))
-
-        def per_interval(name: str, lines: Any = lines) -> Any:
-            return np.diff(np.concatenate([[0], lines[name]]))
-
+        interval_s = _per_interval(lines, "time_s")
         parts.append(
             pl.DataFrame(
                 {
                     "replica": np.full(len(lines), replica.index),
                     "time_s": np.ascontiguousarray(lines["time_s"]),
                     "interval_s": interval_s,
-                    "mean_running": per_interval("batch_seconds") / interval_s,
+                    "mean_running": _per_interval(lines, "batch_seconds") / interval_s,
                     "waiting": np.ascontiguousarray(lines["waiting"]),
                     "kv_blocks_used": np.ascontiguousarray(lines["used_blocks"]),
                     "kv_blocks": np.ascontiguousarray(lines["pool_blocks"]),
                     "model": names[lines["model"]],
                     "depth": np.ascontiguousarray(lines["depth"]),
                     "state": np.array(STATE_NAMES)[lines["state"]],
-                    "power_w": per_interval("energy_j") / interval_s if run.has_energy else None,
-                    "tokens": per_interval("tokens"),
-                    "breaches": per_interval("breaches"),
+                    "power_w": _per_interval(lines, "energy_j") / interval_s
+                    if run.has_energy
+                    else None,
+                    "tokens": _per_interval(lines, "tokens"),
+                    "breaches": _per_interval(lines, "breaches"),
                 }
             )
         )
     # Without layers nothing is loaded, whatever model the replica's record starts with.
     return pl.concat(parts).with_columns(model=pl.when(pl.col("depth") > 0).then("model"))
+
+
+def _per_interval(lines: Any, name: str) -> Any:
+    """What a running sum grew by from each line of a timeline to the next, from 0 on."""
+    return np.diff(np.concatenate([[0], lines[name]]))
 
 
 def totals(run: Run) -> RunTotals:

@@ -176,9 +176,9 @@ def parts_file(folder: Path, num_bytes: int, dtype: torch.dtype) -> Iterator[Par
         path.unlink(missing_ok=True)
 
 
-def load_sizes(largest_bytes: int, count: int = 4) -> tuple[int, ...]:
-    """Sizes to load at: `largest_bytes` and fourths of it, the smallest last."""
-    return tuple(max(4096, largest_bytes >> (2 * place)) for place in range(count))
+def load_sizes(largest_bytes: int) -> tuple[int, ...]:
+    """Four sizes to load at: `largest_bytes` and fourths of it, the smallest last."""
+    return tuple(max(4096, largest_bytes >> (2 * place)) for place in range(4))
 
 
 def _copied(copy: HostCopy, count: int, device: torch.device) -> list[Tensor]:

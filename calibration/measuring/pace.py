@@ -147,10 +147,10 @@ class Reference:
         memory = 1.0 - _MEMORY_JITTER * quiet.memory_s / now.memory_s
         return max(0.0, core, memory)
 
-    def pace(self, seconds: float = _PACE_S) -> Pace:
+    def pace(self) -> Pace:
         """The best of looks over some time, whatever was seen before."""
         found = self.look()
-        until_s = time.perf_counter() + seconds
+        until_s = time.perf_counter() + _PACE_S
         while time.perf_counter() < until_s:
             found = found.quickest(self.look())
         return found

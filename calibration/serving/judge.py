@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from calibration.serving.tally import TokenEntry
 from calibration.training.scoring import MAX_LOGITS
 from helios_sim.exits import ExitTraces
 from helios_sim.policy.rules import leaves_here
+
+_BATCH_TOKENS: Final = 4096
+"""Tokens of requests that are read again together, short ones' padding included."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,7 @@ def sequence(life: Life, free_running: bool) -> list[int]:
 
 
 @torch.inference_mode()
-def reread(
-    model: EarlyExitLM, lives: Sequence[Life], free_running: bool, batch_tokens: int = 4096
-) -> Reread:
+def reread(model: EarlyExitLM, lives: Sequence[Life], free_running: bool) -> Reread:
     """Read what was served again with a whole model, several requests of like length at once.
 
     A model says nothing of requests beyond its context, which it would refuse: zeros stay. Heads
@@ -66,7 +68,7 @@ def reread(
         if life.generated
         and life.prompt_tokens + life.output_tokens <= model.backbone.max_positions
     }
-    for group in _groups(texts, batch_tokens):
+    for group in _groups(texts):
         width = max(len(texts[name]) for name in group)
         ids = torch.zeros((len(group), width), dtype=torch.int64)
         for place, name in enumerate(group):
@@ -182,11 +184,11 @@ def served_traces(
     )
 
 
-def _groups(texts: Mapping[int, list[int]], batch_tokens: int) -> Iterator[list[int]]:
+def _groups(texts: Mapping[int, list[int]]) -> Iterator[list[int]]:
     """Requests by length, as many at once as the tokens allow."""
     group: list[int] = []
     for name in sorted(texts, key=lambda one: (len(texts[one]), one)):
-        if group and (len(group) + 1) * len(texts[name]) > batch_tokens:
+        if group and (len(group) + 1) * len(texts[name]) > _BATCH_TOKENS:
             yield group
             group = []
         group.append(name)

@@ -90,7 +90,7 @@ class Vanilla:
     confidence_threshold = None
 
     def __post_init__(self) -> None:
-        check_model_name("model", self.model)
+        check_model_name(self.model)
 
     def decide(self, snapshot: Snapshot) -> Decision:
         """Serve the model at full depth."""
@@ -115,7 +115,7 @@ class EeSingle:
     watching = Watching()
 
     def __post_init__(self) -> None:
-        check_model_name("model", self.model)
+        check_model_name(self.model)
         allowed = (ExitMode.SOLO, ExitMode.WAIT, ExitMode.REBATCH)
         mode = as_exit_mode("exit_mode", self.exit_mode, allowed)
         object.__setattr__(self, "exit_mode", mode)
@@ -151,7 +151,7 @@ class StaticDepth:
     watching = Watching()
 
     def __post_init__(self) -> None:
-        check_model_name("model", self.model)
+        check_model_name(self.model)
         check_whole_number("depth", self.depth, 1, unset_means="the shallowest exit")
         check_threshold(self.confidence_threshold)
 

@@ -87,10 +87,10 @@ def check_flag(name: str, value: object) -> None:
         raise unfit(name, value, "true or false")
 
 
-def check_model_name(name: str, value: object) -> None:
+def check_model_name(value: object) -> None:
     """Refuse anything but a model's name or None."""
     if value is not None and (not isinstance(value, str) or not value):
-        raise unfit(name, value, "the name of a candidate model")
+        raise unfit("model", value, "the name of a candidate model")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
