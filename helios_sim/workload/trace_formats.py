@@ -53,6 +53,28 @@ _HELIOS = {
 def recognise(path: Path, settings: TraceSettings) -> tuple[str, bytes]:
     """The format by content, checked against the one asked for, with a text file's bytes."""
     asked = "csv" if settings.columns else settings.format
+    raw = _content(path)
+    if raw[:4] != b"PAR1":
+        found = _text_format(raw, asked)
+    elif settings.columns is not None:
+        return "csv", as_csv(path, settings.columns)
+    else:
+        found = _parquet_format(path)
+    if found and asked in ("auto", found):
+        return found, raw
+    allowed = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
+    if asked == "auto":
+        raise InputError(f"The trace's format is unknown; allowed are: {allowed}.", str(path))
+    seen = f"looks like {found}" if found else "is of no known format"
+    raise InputError(
+        f"The trace was named {asked} ({FORMATS[asked]}) but its content {seen}; "
+        f"allowed are: {allowed}.",
+        where=str(path),
+    )
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file that holds something: unpacked, without a byte order mark."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -67,47 +89,33 @@ def recognise(path: Path, settings: TraceSettings) -> tuple[str, bytes]:
     raw = raw.removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         raise InputError("The trace file is empty; it must hold at least one request.", str(path))
-    if b"\n" not in raw:
-        # Lines may end with a carriage return alone.
-        raw = raw.replace(b"\r", b"\n")
-    if raw[:4] == b"PAR1" and settings.columns is not None:
-        return "csv", as_csv(path, settings.columns)
-    if raw[:4] == b"PAR1":
-        columns = set(parquet_table(path, {}).columns)
-        if "rate_rps" in columns:
-            found = "servegen"
-        elif "arrival_s" in columns:
-            found = "helios"
-        else:
-            found = ""
-    else:
-        head, names = header_of(raw[:4096])
-        if asked == "csv" and not head.startswith("{"):
-            found = "csv"
-        elif head.startswith("{"):
-            found = "mooncake"
-        elif "ContextTokens" in names:
-            found = "azure"
-        elif "Request tokens" in names:
-            found = "burstgpt"
-        else:
-            found = ""
-    if asked in ("auto", found) and found:
-        return found, raw
-    if raw[:4] == b"PAR1" and not found:
-        raise InputError(
-            "This is a Parquet file that is neither of ServeGen nor of a run; its columns are "
-            f"{', '.join(sorted(columns))}. Name those of arrivals, prompt and output in "
-            "trace.columns.",
-            where=str(path),
-        )
-    allowed = "; ".join(f"{name} ({what})" for name, what in FORMATS.items())
-    if asked == "auto":
-        raise InputError(f"The trace's format is unknown; allowed are: {allowed}.", str(path))
-    seen = f"looks like {found}" if found else "is of no known format"
+    # Lines may end with a carriage return alone.
+    return raw if b"\n" in raw else raw.replace(b"\r", b"\n")
+
+
+def _text_format(raw: bytes, asked: str) -> str:
+    """The format that a text looks like, empty where it is none; any table may be a CSV."""
+    head, names = header_of(raw[:4096])
+    if head.startswith("{"):
+        return "mooncake"
+    if asked == "csv":
+        return "csv"
+    if "ContextTokens" in names:
+        return "azure"
+    return "burstgpt" if "Request tokens" in names else ""
+
+
+def _parquet_format(path: Path) -> str:
+    """The format that the columns of a Parquet file are of; others have to be named."""
+    columns = set(parquet_table(path, {}).columns)
+    if "rate_rps" in columns:
+        return "servegen"
+    if "arrival_s" in columns:
+        return "helios"
     raise InputError(
-        f"The trace was named {asked} ({FORMATS[asked]}) but its content {seen}; "
-        f"allowed are: {allowed}.",
+        "This is a Parquet file that is neither of ServeGen nor of a run; its columns are "
+        f"{', '.join(sorted(columns))}. Name those of arrivals, prompt and output in "
+        "trace.columns.",
         where=str(path),
     )
 
