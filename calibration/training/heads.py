@@ -26,6 +26,7 @@ from calibration.model.checkpoint import (
     HEADS_FILE,
     SETTINGS_FILE,
     UNKNOWN,
+    Checkpoint,
     EarlyExitSettings,
     check_exits,
     open_checkpoint,
@@ -99,9 +100,56 @@ def train_heads(
     opened = open_checkpoint(checkpoint)
     layers = int(opened.config.num_hidden_layers)
     exits = check_exits(sorted({*exit_layers, layers}), layers, str(checkpoint))
+    _check_target(checkpoint, opened, exits, out)
+    # Exits of an earlier early_exit.json are replaced; its guard knows the full depth still.
+    model = load(checkpoint, exits=exits, device=where, dtype=torch.float32)
+    tokenizer = _tokenizer(model, checkpoint)
+    began_s = time.perf_counter()
+    heads = new_exit_heads(model.backbone, exits)
+    shared = _held_out(model, tokenizer, options)
+    text = {name: corpus(name, "train", max_bytes=options.text_bytes) for name in options.domains}
+    tokens = [text[name].tokens(tokenizer) for name in options.domains]
+    _train(model, heads, tokens, options)
+    model.exit_heads = {layer: head.requires_grad_(False) for layer, head in heads.items()}
+    model.heads_kind = "auxiliary"
+    before = opened.settings
+    confidence = _without_maps(model.confidence)
+    report: dict[str, Any] = {
+        "exit_layers": list(exits),
+        "domains": list(options.domains),
+        "iterations": options.iterations,
+        "seed": options.seed,
+        "seconds": round(time.perf_counter() - began_s, 3),
+        "text": {name: found.facts() for name, found in text.items()},
+        "held_out_nll_nats": _held_out(model, tokenizer, options),
+        "held_out_nll_nats_shared_head": shared,
+        "replaced": {
+            "exit_layers": None if before is None else list(before.exit_layers),
+            "confidence": None if before is None else _told(before.confidence),
+        },
+        "confidence": _told(confidence),
+    }
+    known = {} if before is None else before.corpus or {}
+    settings = EarlyExitSettings(
+        name=model.name,
+        exit_layers=exits,
+        heads="auxiliary",
+        tokenizer=tokenizer.name,
+        confidence=confidence,
+        guard=model.new_guard(),
+        corpus={**known, "heads": report["text"]},
+    )
+    _write(checkpoint, out, model.exit_heads, settings, report)
+    return report
+
+
+def _check_target(
+    checkpoint: Path, opened: Checkpoint, exits: Sequence[int], out: Path | None
+) -> None:
+    """Raise `InputError` unless heads of these exits may be written, before they are trained."""
     if len(exits) == 1:
         raise InputError(
-            f"Only the full depth of {layers} layers was named; name an exit before it.",
+            f"Only the full depth of {exits[-1]} layers was named; name an exit before it.",
             "--exits",
         )
     if opened.settings is not None and opened.settings.heads == "auxiliary":
@@ -124,46 +172,6 @@ def train_heads(
             str(out),
         )
     check_writable(out or checkpoint / HEADS_FILE)
-    # Exits of an earlier early_exit.json are replaced; its guard knows the full depth still.
-    model = load(checkpoint, exits=exits, device=where, dtype=torch.float32)
-    tokenizer = _tokenizer(model, checkpoint)
-    began_s = time.perf_counter()
-    heads = new_exit_heads(model.backbone, exits)
-    shared = _held_out(model, tokenizer, options)
-    text = {name: corpus(name, "train", max_bytes=options.text_bytes) for name in options.domains}
-    tokens = [text[name].tokens(tokenizer) for name in options.domains]
-    _train(model, heads, tokens, options)
-    model.exit_heads = {layer: head.requires_grad_(False) for layer, head in heads.items()}
-    model.heads_kind = "auxiliary"
-    report: dict[str, Any] = {
-        "exit_layers": list(exits),
-        "domains": list(options.domains),
-        "iterations": options.iterations,
-        "seed": options.seed,
-        "seconds": round(time.perf_counter() - began_s, 3),
-        "text": {name: found.facts() for name, found in text.items()},
-        "held_out_nll_nats": _held_out(model, tokenizer, options),
-        "held_out_nll_nats_shared_head": shared,
-    }
-    confidence = _without_maps(model.confidence)
-    before = opened.settings
-    report["replaced"] = {
-        "exit_layers": None if before is None else list(before.exit_layers),
-        "confidence": None if before is None else _told(before.confidence),
-    }
-    report["confidence"] = _told(confidence)
-    known = {} if before is None else before.corpus or {}
-    settings = EarlyExitSettings(
-        name=model.name,
-        exit_layers=exits,
-        heads="auxiliary",
-        tokenizer=tokenizer.name,
-        confidence=confidence,
-        guard=model.new_guard(),
-        corpus={**known, "heads": report["text"]},
-    )
-    _write(checkpoint, out, model.exit_heads, settings, report)
-    return report
 
 
 def _without_maps(confidence: Confidence) -> Confidence:
