@@ -11,9 +11,10 @@ import functools
 import hashlib
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, cast
 
@@ -57,7 +58,20 @@ def _cache_dir() -> Path:
             return folder
     except OSError:
         pass
-    return Path(tempfile.gettempdir()) / f"helios-sim-{os.getuid()}" / source_hash()
+    return _own_temporary_folder() / source_hash()
+
+
+def _own_temporary_folder() -> Path:
+    """A folder among the temporary ones: this user's, since what is in a cache is run."""
+    user = os.getuid()
+    usual = Path(tempfile.gettempdir()) / f"helios-sim-{user}"
+    with suppress(OSError):
+        usual.mkdir(mode=0o700, exist_ok=True)
+        found = usual.lstat()
+        others_write = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == user and not others_write:
+            return usual
+    return Path(tempfile.mkdtemp(prefix="helios-sim-"))
 
 
 numba.config.CACHE_DIR = str(_cache_dir())  # type: ignore[attr-defined]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
 
 from helios_sim.loop import compiled
 
@@ -40,6 +44,21 @@ def test_compiling_is_announced_once_and_loading_what_is_cached_is_not(tmp_path:
     ]
     assert said[0].count("compiled for this machine") == 1
     assert said[1] == ""
+
+
+def test_a_temporary_cache_is_in_no_folder_that_another_user_may_write_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HELIOS_CACHE_DIR", str(Path(__file__)))
+    own = tmp_path / f"helios-sim-{os.getuid()}"
+    for _ in range(2):
+        assert compiled._cache_dir().parent == own
+        assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    other = compiled._cache_dir().parent
+    assert other != own
+    assert other.stat().st_mode & 0o777 == 0o700
 
 
 def test_every_module_with_compiled_functions_takes_part_in_the_name_of_the_cache() -> None:
