@@ -470,6 +470,8 @@ def derive(
     amounts = {key: context.params[key] for key in OPTIONS}
     device = device_of(device_name if device_name is not None else own_name, amounts)
     given = load_profile(source)
+    tables: list[Any] = []
+    texts: list[str] = []
     if keep_exits:
         if wanted or device_name is not None or any(map(bool, amounts.values())):
             raise InputError(
@@ -478,37 +480,30 @@ def derive(
             )
         kept = kept_of(keep_exits, given)
         derived = write_with_exits(given, own_name, kept, out, overwrite=overwrite)
-        _console().print(profiles_table([derived.summary()]))
-        _say(f"Profile: {out}")
-        return
-    if not wanted:
+    elif wanted:
+        if device_name is None and not tells_a_device(device):
+            device = replace(device, name=given.device.name)
+        derived = write_with_models(
+            given, own_name, device, wanted, out, overwrite=overwrite, replacing=replacing
+        )
+        likes = {one.name: derived.stand_ins[one.name] for one in wanted}
+        figures = figures_of(derived, list(dict.fromkeys([*likes, *likes.values()])))
+        tables = [model_figures_table(figures)]
+        texts = changes(given, derived, device) if tells_a_device(device) else []
+        texts += [
+            f"{one.name} is like {likes[one.name]}, whose layers are nearest in bytes; --like "
+            "names another."
+            for one in wanted
+            if one.like is None
+        ]
+        texts.append(standing_in(likes))
+    else:
         derived = write_derived(given, own_name, device, out, overwrite)
-        _console().print(profiles_table([derived.summary()]))
-        for text in changes(given, derived, device):
-            _say(text)
-        _say(f"Profile: {out}")
-        return
-    if device_name is None and not tells_a_device(device):
-        device = replace(device, name=given.device.name)
-    derived = write_with_models(
-        given, own_name, device, wanted, out, overwrite=overwrite, replacing=replacing
-    )
-    _console().print(profiles_table([derived.summary()]))
-    names = [one.name for one in wanted]
-    likes = {one: derived.stand_ins[one] for one in names}
-    figures = figures_of(derived, list(dict.fromkeys([*names, *likes.values()])))
-    _console().print(model_figures_table(figures))
-    if tells_a_device(device):
-        for text in changes(given, derived, device):
-            _say(text)
-    for one in wanted:
-        if one.like is None:
-            _say(
-                f"{one.name} is like {likes[one.name]}, whose layers are nearest in bytes; --like "
-                "names another."
-            )
-    _say(standing_in(likes))
-    _say(f"Profile: {out}")
+        texts = changes(given, derived, device)
+    for table in (profiles_table([derived.summary()]), *tables):
+        _console().print(table)
+    for text in (*texts, f"Profile: {out}"):
+        _say(text)
 
 
 @scenario_app.command("check")
