@@ -404,32 +404,10 @@ class EarlyExitLM:
         ]
         sums = self.logits_sums(guard.token_ids, new)
         tolerance = max(guard.tolerance, files.ROUGH_TOLERANCE if self._is_rough else 0.0)
-        file, signed = files.SETTINGS_FILE, guard.signed_sums or (None,) * len(layers)
+        signed = guard.signed_sums or (None,) * len(layers)
         for layer, stored, pattern, found in zip(layers, guard.sums, signed, sums, strict=True):
-            if found is None:
-                continue
-            total = found.magnitude
-            if not math.isfinite(total):
-                raise InputError(
-                    f"The logits at exit layer {layer} add up to {total} in "
-                    f"{str(self.dtype).removeprefix('torch.')}: the weights are corrupt, or too "
-                    "large for that type. Load them in bfloat16 or float32, or download or train "
-                    "the checkpoint again.",
-                    opened.where,
-                )
-            differs = ""
-            if stored is not None and not files.is_close(stored, total, tolerance):
-                differs = f"add up to {total:.6g} and the guard in {file} says {stored:.6g}"
-            elif pattern is not None and not files.is_alike(pattern, found.signed, tolerance):
-                off = distance(pattern, found.signed)
-                differs = f"lie {off:.2g} of their size away from those of the guard in {file}"
-            if differs:
-                raise InputError(
-                    f"The logits at exit layer {layer} {differs}: "
-                    "these are not the weights the guard was made of. Download or train the "
-                    "checkpoint again, or remove the guard if the weights were changed on purpose.",
-                    opened.where,
-                )
+            if found is not None:
+                self._check_sums(layer, found, stored, pattern, tolerance)
         known = guard.completed(sums)
         if known != guard:
             guard = known
@@ -442,6 +420,40 @@ class EarlyExitLM:
         else:
             self.guard_note = "the logits agree with the stored guard"
         self.guard = guard
+
+    def _check_sums(
+        self,
+        layer: int,
+        found: LogitsSums,
+        stored: float | None,
+        pattern: Sequence[float] | None,
+        tolerance: float,
+    ) -> None:
+        """Refuse logits of an exit that are no numbers, or not those that the guard knows."""
+        assert self.opened is not None
+        total = found.magnitude
+        if not math.isfinite(total):
+            raise InputError(
+                f"The logits at exit layer {layer} add up to {total} in "
+                f"{str(self.dtype).removeprefix('torch.')}: the weights are corrupt, or too "
+                "large for that type. Load them in bfloat16 or float32, or download or train "
+                "the checkpoint again.",
+                self.opened.where,
+            )
+        file = files.SETTINGS_FILE
+        if stored is not None and not files.is_close(stored, total, tolerance):
+            differs = f"add up to {total:.6g} and the guard in {file} says {stored:.6g}"
+        elif pattern is not None and not files.is_alike(pattern, found.signed, tolerance):
+            off = distance(pattern, found.signed)
+            differs = f"lie {off:.2g} of their size away from those of the guard in {file}"
+        else:
+            return
+        raise InputError(
+            f"The logits at exit layer {layer} {differs}: "
+            "these are not the weights the guard was made of. Download or train the "
+            "checkpoint again, or remove the guard if the weights were changed on purpose.",
+            self.opened.where,
+        )
 
     @property
     def _is_rough(self) -> bool:
