@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, OPTForCausalLM
 
+from calibration.device import dtype_name
 from calibration.measuring.bench import Bench
 from calibration.measuring.board import board_of
 from calibration.measuring.floors import COPY_BYTES, time_copy, time_launch, time_read
@@ -128,7 +129,7 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "products", _products
     for dtype in ALLOWED:
         for family in SHAPES:
-            name = f"{family} in {str(dtype).removeprefix('torch.')}"
+            name = f"{family} in {dtype_name(dtype)}"
             yield f"{name}, layer by layer", _on(_layers, family, dtype)
             yield f"{name}, pages", _on(_pages, family, dtype)
             yield f"{name}, graphs", _on(_graphs, family, dtype)
@@ -181,7 +182,7 @@ def _products(device: torch.device) -> str:
         a, b = (torch.randn(192, 192, generator=generator).to(dtype) for _ in range(2))
         found = (a.to(device) @ b.to(device)).double().cpu()
         off = _distance(found, a.double() @ b.double())
-        said.append(f"{str(dtype).removeprefix('torch.')} off by {_within(off, allowed)}")
+        said.append(f"{dtype_name(dtype)} off by {_within(off, allowed)}")
     return ", ".join(said)
 
 

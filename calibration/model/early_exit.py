@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from calibration.device import dtype_name
 from calibration.model import checkpoint as files
 from calibration.model import fused, launches
 from calibration.model.checkpoint import (
@@ -435,9 +436,8 @@ class EarlyExitLM:
         if not math.isfinite(total):
             raise InputError(
                 f"The logits at exit layer {layer} add up to {total} in "
-                f"{str(self.dtype).removeprefix('torch.')}: the weights are corrupt, or too "
-                "large for that type. Load them in bfloat16 or float32, or download or train "
-                "the checkpoint again.",
+                f"{dtype_name(self.dtype)}: the weights are corrupt, or too large for that type. "
+                "Load them in bfloat16 or float32, or download or train the checkpoint again.",
                 self.opened.where,
             )
         file = files.SETTINGS_FILE
