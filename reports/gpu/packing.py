@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import platform
 import re
 import tarfile
 import zlib
@@ -160,6 +161,11 @@ def unpack(folder: Path, target: Path) -> tuple[int, list[str]]:
     them: their other pieces wait for these in `target`. Raises `InputError` for a changed archive,
     and for a member that would leave `target`.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise InputError(
+            f"This is Python {platform.python_version()}, which cannot keep members of an archive "
+            "within a folder; unpack with Python 3.11.4 or later."
+        )
     manifest = folder / MANIFEST
     try:
         told = dict(json.loads(manifest.read_text(encoding="utf-8"))["files"])

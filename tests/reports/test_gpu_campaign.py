@@ -598,6 +598,15 @@ def test_unpacking_refuses_paths_outside_and_changed_archives(tmp_path: Path) ->
         unpack(changed, tmp_path / "target")
 
 
+def test_unpacking_where_python_cannot_keep_paths_inside_says_which_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(InputError, match=r"unpack with Python 3\.11\.4 or later"):
+        unpack(planted(tmp_path / "a", "inside"), tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
 def test_steps_so_far_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / STEPS_FILE).write_text("[{]")
     with pytest.raises(InputError, match=STEPS_FILE):
