@@ -19,7 +19,7 @@ import torch
 
 from calibration.device import device_name, dtype_name
 from calibration.measuring.board import board_of
-from calibration.measuring.meters import Absence, Meter, NoMeter, best_meter
+from calibration.measuring.meters import Absence, Measurement, Meter, NoMeter, best_meter
 from calibration.measuring.timing import measure_pace
 from calibration.serving.energy import RunEnergy
 from calibration.serving.host import Host, check_policy, lives_of
@@ -146,6 +146,7 @@ def serve(
     One policy served once is written to `out` itself. Otherwise `out` gets a folder a policy, and
     with `repeat` above 1 folders repeat-1, repeat-2, ... within. A run is whole or absent.
     """
+    say = tell or _unheard
     prepared = prepare(scenario_path, settings, changes)
     chosen = chosen_policies(prepared.scenario, settings.policies)
     meter = best_meter(prepared.device.type, board_of(prepared.device))
@@ -166,7 +167,7 @@ def serve(
     threads, why = threads_of(settings, prepared.room.profile, prepared.device)
     for said in (why, prepared.kv_said):
         if said:
-            (tell or _unheard)(said)
+            say(said)
     if threads is not None:
         torch.set_num_threads(threads)
     served = []
@@ -178,7 +179,7 @@ def serve(
             if on_served is not None:
                 on_served(one)
             for said in one.other_kernels:
-                (tell or _unheard)(f"Warning: {said}")
+                say(f"Warning: {said}")
     finally:
         torch.set_num_threads(threads_before)
     return served
@@ -447,15 +448,14 @@ def places_of(out: Path, labels: Sequence[str], repeat: int) -> list[Path]:
     return [folder / f"repeat-{k}" for folder in folders for k in range(1, repeat + 1)]
 
 
-def _said(outcome: Any) -> dict[str, Any]:
+def _said(outcome: Measurement | Absence) -> dict[str, Any]:
     """What the meter's window came to, as plain data."""
     if isinstance(outcome, Absence):
         return {"absent": outcome.reason}
-    fields = {name: value for name, value in vars(outcome).items() if value is not None}
     return {
         name: value
-        for name, value in fields.items()
-        if not (isinstance(value, float) and math.isnan(value))
+        for name, value in vars(outcome).items()
+        if value is not None and not (isinstance(value, float) and math.isnan(value))
     }
 
 
