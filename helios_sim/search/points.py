@@ -107,6 +107,20 @@ def point_of(scenario: Scenario, base_dir: Path, limits: str = "") -> Point:
     return Point(scenario.model_copy(update=changes), base_dir.resolve(), limits)
 
 
+class OtherCode(Exception):
+    """A worker has other code than the command that it works for."""
+
+
+def run_for(code: str, point: Point) -> Figures:
+    """Play a point for a command whose code has this hash, which is part of the point's key.
+
+    Raises `OtherCode` where this process has other code, as a cluster's worker may.
+    """
+    if code_hash() != code:
+        raise OtherCode
+    return run_point(point)
+
+
 def run_point(point: Point) -> Figures:
     """Play a point; what it gives is plain data."""
     experiment = prepare(point.scenario, point.base_dir, "scenario")

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from helios_sim.errors import InputError
 from helios_sim.search.executors import Workers, is_death
-from helios_sim.search.points import Figures, Point, run_point
+from helios_sim.search.points import Figures, OtherCode, Point, code_hash, run_for
 from helios_sim.search.store import Store
 
 T = TypeVar("T")
@@ -204,7 +204,7 @@ def carry_out(
 
 def _submit(workers: Workers, point: Point, store: Store) -> Future[Figures]:
     try:
-        return workers.executor.submit(run_point, point)
+        return workers.executor.submit(run_for, code_hash(), point)
     except Exception as error:
         if is_death(error):
             raise _worker_died(store, error) from error
@@ -216,6 +216,13 @@ def _outcome(future: Future[Figures], key: str, store: Store) -> Outcome:
         figures = future.result()
     except InputError as error:
         return error
+    except OtherCode as error:
+        raise InputError(
+            "A worker runs another version of this program than the command, so that its figures "
+            f"may be others. {store.kept()} Begin the workers anew with this version, and run the "
+            "command again with --resume.",
+            "search",
+        ) from error
     except Exception as error:
         if is_death(error):
             raise _worker_died(store, error) from error

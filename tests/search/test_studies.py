@@ -249,6 +249,28 @@ def test_a_worker_that_dies_ends_clearly_and_keeps_what_is_finished(tmp_path: Pa
         carry_out([asking(points, 3)], Workers(Dying(1), 1), store)
 
 
+class OtherVersion(InlineExecutor):
+    """A worker of which the second point meets a program that has been changed."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.num_asked += 1
+        code, *rest = args
+        return super().submit(fn, code if self.num_asked == 1 else "another", *rest, **kwargs)
+
+
+def test_figures_of_a_worker_with_other_code_are_not_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path / "points")
+    points = points_of(tmp_path, [2.0, 4.0])
+    with pytest.raises(
+        InputError, match=r"another version of this program.*1 finished point is kept.*--resume"
+    ):
+        carry_out([asking(points, 2)], Workers(OtherVersion(), 1), store)
+    assert [store.get(point.key) is None for point in points] == [False, True]
+
+
 def test_limits_are_judged_over_the_requests_sent(tmp_path: Path) -> None:
     """One in fifty requests can never fit: infinitely late, so p99 is unknown and p90 is not."""
     base = scenario(tmp_path, fleet={"profile": "opt-a100-40gb", "candidates": ["opt-1.3b"]})
