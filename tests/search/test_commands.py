@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import logging
+import os
 import random
 import re
 import shutil
@@ -379,6 +380,8 @@ def test_a_dask_cluster_of_two_workers_gives_the_bytes_of_processes(
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     (tmp_path / "elsewhere").mkdir()
     quiet["cwd"] = tmp_path / "elsewhere"
+    # Whatever is installed, workers are of the tree under test.
+    quiet["env"] = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     scheduler = subprocess.Popen(
         [
             sys.executable,
