@@ -105,9 +105,11 @@ def serving_command(
 
 
 def _ran_beside(words: Sequence[str]) -> tuple[int, str]:
-    """Run `helios-calibrate` in a process of its own: its exit code and its last error."""
-    beside = Path(sys.executable).with_name("helios-calibrate")
-    program = [str(beside)] if beside.is_file() else [sys.executable, "-m", "calibration"]
+    """Run `helios-calibrate` in a process of its own: its exit code and its last error.
+
+    As a module, it is of the tree that this study is of; the command is of what is installed.
+    """
+    program = [sys.executable, "-m", "calibration"]
     done = subprocess.run([*program, *words], stderr=subprocess.PIPE, text=True, check=False)
     return done.returncode, (done.stderr.strip().splitlines() or [""])[-1]
 
