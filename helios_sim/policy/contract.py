@@ -164,11 +164,6 @@ class Telemetry:
             return None
         return max(0.0, self.energy_j - (self.idle_energy_j or 0.0))
 
-    @property
-    def breach_rate(self) -> float:
-        """Breaches per emitted token; 0 without tokens."""
-        return self.num_breaches / self.num_tokens if self.num_tokens else 0.0
-
 
 @dataclass(frozen=True)
 class Snapshot:
