@@ -218,12 +218,10 @@ def choose_policies(scenario: Scenario, names: Sequence[str]) -> tuple[PolicySet
         return scenario.policy
     chosen: list[PolicySettings] = []
     for name in names:
-        matching = [policy for policy in scenario.policy if policy.name == name]
-        if not matching:
-            matching = [policy for policy in scenario.policy if policy.use == name]
+        matching = scenario.policies_called(name)
         if not matching:
             make_policy(name, {}, where=f"--policy {name}")
-            matching = [PolicySettings(use=name)]
+            matching = (PolicySettings(use=name),)
         chosen += [policy for policy in matching if policy not in chosen]
     return tuple(chosen)
 

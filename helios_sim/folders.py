@@ -89,8 +89,8 @@ def move_into_place(partial: Path, target: Path) -> None:
 @contextmanager
 def file_in_place(target: Path) -> Iterator[Path]:
     """A name beside `target` to write a file under, which is then moved into place, or is gone."""
-    # The process is in the name, so that two commands that write one file do not mix their bytes.
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # Two commands that write one file do not mix their bytes, on whichever machines they run.
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         partial.replace(target)

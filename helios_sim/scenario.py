@@ -185,6 +185,11 @@ class Scenario(StrictSettings):
         """The service level objectives, parsed; None without a table, or with an empty one."""
         return slo_from_table(self.slo, "slo") if self.slo else None
 
+    def policies_called(self, name: str) -> tuple[PolicySettings, ...]:
+        """The listed policies of this label, or else those of this kind; none where none is."""
+        labelled = tuple(policy for policy in self.policy if policy.name == name)
+        return labelled or tuple(policy for policy in self.policy if policy.use == name)
+
 
 def load_scenario(path: Path, changes: Iterable[str] = ()) -> Scenario:
     """Read a scenario file, with `dotted.key=value` changes applied (values in TOML syntax).

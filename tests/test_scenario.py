@@ -667,6 +667,8 @@ def test_policies_are_chosen_by_label_or_name_and_unlisted_ones_get_defaults(fil
         ("one", {"exit_mode": "solo"}),
         ("vanilla", {}),
     ]
+    assert [one.name for one in scenario.policies_called("ee-single")] == ["one"]
+    assert scenario.policies_called("clairvoyant") == ()
     assert choose_policies(scenario, []) == scenario.policy
     with pytest.raises(InputError, match="--policy vanila: Policy 'vanila' is not known"):
         choose_policies(scenario, ["vanila"])

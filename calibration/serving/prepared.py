@@ -333,17 +333,17 @@ def _folder_of(name: str, folders: Mapping[str, Path]) -> Path:
 
 
 def chosen_policies(scenario: Scenario, names: Sequence[str]) -> list[PolicySettings]:
-    """The scenario's policies of these labels, all without any."""
+    """The scenario's policies of these labels or kinds, all without any."""
     if not names:
         return list(scenario.policy)
-    known = {policy.name: policy for policy in scenario.policy}
+    chosen: list[PolicySettings] = []
     for name in names:
-        if name not in known:
-            raise InputError(
-                f"The scenario has no policy {name!r}; it has {', '.join(map(repr, known))}.",
-                "--policy",
-            )
-    return [known[name] for name in names]
+        matching = scenario.policies_called(name)
+        if not matching:
+            known = ", ".join(repr(policy.name) for policy in scenario.policy)
+            raise InputError(f"The scenario has no policy {name!r}; it has {known}.", "--policy")
+        chosen += [policy for policy in matching if policy not in chosen]
+    return chosen
 
 
 def _dtype(room: Room) -> torch.dtype:

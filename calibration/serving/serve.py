@@ -149,9 +149,6 @@ def serve(
     say = tell or _unheard
     prepared = prepare(scenario_path, settings, changes)
     chosen = chosen_policies(prepared.scenario, settings.policies)
-    meter = best_meter(prepared.device.type, board_of(prepared.device))
-    for policy in chosen:
-        check_policy(prepared.policy(policy), not isinstance(meter, NoMeter), policy.name)
     places = places_of(out, [policy.name for policy in chosen], settings.repeat)
     if places != [out] and (out / TOTALS_FILE).exists():
         raise InputError(
@@ -163,6 +160,9 @@ def serve(
         check_target(place)
     if not settings.overwrite:
         check_computed(places, "give another --out, or --overwrite to replace it", out)
+    meter = best_meter(prepared.device.type, board_of(prepared.device))
+    for policy in chosen:
+        check_policy(prepared.policy(policy), not isinstance(meter, NoMeter), policy.name)
     threads_before = torch.get_num_threads()
     threads, why = threads_of(settings, prepared.room.profile, prepared.device)
     for said in (why, prepared.kv_said):

@@ -230,7 +230,7 @@ def _sent_s(columns: Columns, limit: SloLimit) -> Floats:
 
 def _files_of(data: Mapping[str, Any], base_dir: Path) -> Iterator[tuple[str, str]]:
     """Every file that a scenario names, with the hash of its content."""
-    yield "profile", _profile_hash(data["fleet"]["profile"], base_dir)
+    yield "profile", load_profile(data["fleet"]["profile"], base_dir).hash
     for name in sorted({name for _, name in named_files(data["workload"])}):
         yield name, content_hash(base_dir / name)
         beside = name.removesuffix("_trace.parquet")
@@ -246,11 +246,6 @@ def _files_of(data: Mapping[str, Any], base_dir: Path) -> Iterator[tuple[str, st
             source = beside_it if beside_it.is_file() else policy_source(use)
             if source is not None:
                 yield module, content_hash(source)
-
-
-@cache
-def _profile_hash(name: str, base_dir: Path) -> str:
-    return load_profile(name, base_dir).hash
 
 
 def named_files(node: Any) -> Iterator[tuple[dict[str, Any], str]]:

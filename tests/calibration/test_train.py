@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -169,7 +169,9 @@ def test_a_folder_whose_facts_are_none_of_ours_is_not_overwritten(tmp_path: Path
         train_one(tmp_path)
 
 
-def test_what_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_said_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = FamilyOptions(device="cpu", num_processes=1)
     readings = tmp_path / "full" / "readings" / "code-2l.jsonl"
     readings.mkdir(parents=True)
@@ -177,9 +179,10 @@ def test_what_cannot_be_written_is_said_in_words(tmp_path: Path) -> None:
         train_family(ONE, tmp_path / "full", options)
     train_family(ONE, tmp_path / "family", options)
     options = replace(options, confidence="max-softmax")
+    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "taken")
     for place, said in (
-        (f"code-2l/.early_exit.json.{os.getpid()}.partial", "The confidence cannot be stored"),
-        (f".training.json.{os.getpid()}.partial", "The report cannot be written"),
+        ("code-2l/.early_exit.json.taken.partial", "The confidence cannot be stored"),
+        (".training.json.taken.partial", "The report cannot be written"),
     ):
         # A folder stands where the file would be written.
         (tmp_path / "family" / place).mkdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -1213,7 +1213,7 @@ def test_the_command_tells_sides_by_their_origin(
 
 
 def test_the_command_refuses_what_it_cannot_take(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, simulated = str(base / "real"), str(base / "simulated")
     again = tmp_path / "again"
@@ -1228,7 +1228,8 @@ def test_the_command_refuses_what_it_cannot_take(
     assert run_cli("compare", real, simulated, "--out", str(tmp_path / "file" / "found")) == 2
     said = capsys.readouterr()
     assert "No results can be written there" in said.err and not said.out
-    (tmp_path / f".page.html.{os.getpid()}.partial").mkdir()
+    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "taken")
+    (tmp_path / ".page.html.taken.partial").mkdir()
     page = ("--no-attribution", "--out", str(tmp_path / "page.html"))
     assert run_cli("compare", real, simulated, *page) == 2
     assert "The page cannot be written" in capsys.readouterr().err
