@@ -397,9 +397,9 @@ class _Bench:
             planned.num_replicas, planned.rate_per_s, indices, planned.lengthened, limits
         )
         samples = figures_of((yield points))
-        num_breaking = sum(1 for one in samples if question.judge.broken([one]))
+        num_breaking, num_judged = question.judge.breaking(samples)
         broken = served.broken or question.judge.broken(samples)
-        return replace(served, broken=broken, num_breaking=num_breaking, num_judged=len(samples))
+        return replace(served, broken=broken, num_breaking=num_breaking, num_judged=num_judged)
 
     def with_more(self, served: Served) -> Judged:
         """The fewest replicas that keep the constraints too; as it was where more do not help."""

@@ -15,7 +15,7 @@ from helios_sim.runs.metrics import LATENCIES, PERCENTILES
 from helios_sim.search.points import Figures
 from helios_sim.search.prices import Prices, cost_of
 from helios_sim.settings.slo import SloLimit, SloSpec, parse_slo
-from helios_sim.wording import number
+from helios_sim.wording import counted, number
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class Broken:
     constraint: str
     reached: float
     violation: float
+
+
+Breaking = tuple[int, int]
+"""In how many samples some constraint is broken, and of how many."""
 
 
 def parse_goal(text: str, where: str) -> Goal:
@@ -269,11 +273,21 @@ class Judge:
                 found.append(Broken(str(bound), value, over / bound.limit))
         return tuple(sorted(found, key=lambda one: -one.violation))
 
+    def breaking(self, figures: Sequence[Figures]) -> Breaking:
+        """In how many of the replications alone a constraint does not hold."""
+        return sum(1 for one in figures if self.broken([one])), len(figures)
+
 
 def limit_words(limit: SloLimit) -> str:
     """A latency limit's figure: 'TPOT p90', and of one that holds for each request the worst."""
     at = "max" if limit.percentile is None else f"p{limit.percentile:g}"
     return f"{limit.metric.upper()} {at}"
+
+
+def in_samples(breaking: Breaking) -> str:
+    """Where constraints are broken, as a clause; empty where they are in no sample."""
+    num, of = breaking
+    return f"in {num} of {counted(of, 'sample')}" if num else ""
 
 
 def in_words(broken: Broken) -> str:

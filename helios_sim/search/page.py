@@ -15,7 +15,7 @@ from helios_sim.scenario import Scenario, resolved
 from helios_sim.search import drawings
 from helios_sim.search.bench import LONGER, SAMPLE_ANSWERS, FleetAnswer
 from helios_sim.search.fleets import PlanQuestion
-from helios_sim.search.goals import in_words
+from helios_sim.search.goals import Breaking, in_samples, in_words
 from helios_sim.search.plan import Plan
 from helios_sim.search.plan_words import plan_headline, plan_remarks
 from helios_sim.search.prices import words_of
@@ -412,14 +412,14 @@ def _held_out(tuned: Tuned) -> str:
                 difference = f"{signed(sign * gain)} [{signed(ends[0])}, {signed(ends[1])}]"
             row += [number(held.base[place], 4), number(held.tuned[place], 4), difference]
         broken = [in_words(one) for one in held.tuned_broken]
-        row.append("breaks " + ", ".join(broken) if broken else "kept")
+        row.append("breaks " + ", ".join(broken) if broken else _kept(held.tuned_breaking))
         rows.append(row)
     if tuned.winner is not None and tuned.winner.scores is not None and tuned.base.scores:
         row = ["tuned on, rate \N{MULTIPLICATION SIGN} 1"]
         for place in range(len(judge.goals)):
             mine, own = tuned.winner.scores[place], tuned.base.scores[place]
             row += [number(own, 4), number(mine, 4), signed(mine - own)]
-        rows.append([*row, "kept"])
+        rows.append([*row, _kept(tuned.winner.breaking)])
     settings = tuned.question.settings
     return section(
         "On traffic it was not tuned on",
@@ -428,6 +428,12 @@ def _held_out(tuned: Tuned) -> str:
         "sample.",
         _table((titles, rows)),
     )
+
+
+def _kept(breaking: Breaking) -> str:
+    """That constraints are kept, and in how many samples they are not."""
+    where = in_samples(breaking)
+    return f"kept on average, broken {where}" if where else "kept"
 
 
 def _samples(traffic: Traffic) -> str:

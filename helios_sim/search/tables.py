@@ -11,7 +11,7 @@ from rich.text import Text
 from helios_sim.console.terminal import FittedTable
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.search.bench import FleetAnswer, Load
-from helios_sim.search.goals import in_words, limit_words
+from helios_sim.search.goals import in_samples, in_words, limit_words
 from helios_sim.search.means import Means, gpu_rate, joules, user_rate
 from helios_sim.search.pareto import front
 from helios_sim.search.plan import Plan
@@ -146,7 +146,9 @@ def trial_rows(tuned: Tuned, most: int = 10, with_settings: bool = False) -> Cel
                 f"{trial.number}" if trial.number >= 0 else "as it stands",
                 *(_told(value(trial), scale, digits) for _, value, scale, digits in columns),
                 *("default" if one is None else _setting(one) for one in own),
-                "; ".join(in_words(one) for one in trial.broken) or "nothing",
+                "; ".join(in_words(one) for one in trial.broken)
+                or in_samples(trial.breaking)
+                or "nothing",
             ]
         )
     return ["Trial", *(title for title, *_ in columns), *keys, "breaks"], rows
@@ -213,6 +215,7 @@ def finalist_rows(tuned: Tuned) -> Cells:
             row.append(number((one.trial.scores or (None,) * len(goals))[place], 4))
             row.append(number(None if one.scores is None else one.scores[place], 4))
         broken = "; ".join(in_words(part) for part in one.broken)
+        broken = broken or in_samples(one.breaking)
         rows.append([*row, broken or ("nothing" if one.keeps else "cannot be told")])
     return [*titles, "breaks there"], rows
 
@@ -382,6 +385,8 @@ def _trial_record(tuned: Tuned, trial: Trial) -> dict[str, Any]:
         **{goal.name: score for goal, score in zip(goals, scores, strict=True)},
         "violation": sum(one.violation for one in trial.broken),
         "broken": "; ".join(in_words(one) for one in trial.broken),
+        "num_breaking": trial.breaking[0],
+        "num_samples": trial.breaking[1],
         "why_impossible": trial.why,
         **{f"setting {key}": value for key, value in (trial.values or own).items()},
         "tokens_per_s_per_user": user_rate(trial.means),

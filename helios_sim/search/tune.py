@@ -16,6 +16,7 @@ from helios_sim.profiles.files import load_profile
 from helios_sim.report.words import device_of_all
 from helios_sim.scenario import Scenario
 from helios_sim.search.goals import (
+    Breaking,
     Broken,
     Goal,
     Judge,
@@ -77,6 +78,8 @@ class Trial:
     """What each constraint bounds, as it is judged: latency limits in ms, then other bounds."""
     models: tuple[str, ...] = ()
     """The models that served."""
+    breaking: Breaking = (0, 0)
+    """The mean may keep constraints that single samples break."""
 
     @property
     def is_feasible(self) -> bool:
@@ -94,6 +97,7 @@ class Finalist:
     trial: Trial
     scores: tuple[float, ...] | None
     broken: tuple[Broken, ...] = ()
+    breaking: Breaking = (0, 0)
 
     @property
     def keeps(self) -> bool:
@@ -140,6 +144,7 @@ class HeldOut:
     worth: Interval | None = None
     """The gains as shares of what the scenario has, added up over the objectives, in the same way;
     None where one of them is."""
+    tuned_breaking: Breaking = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -494,6 +499,7 @@ def _trial(
         beyond=clauses_beyond(figures),
         reached=_reached(judge, figures),
         models=models_served(figures),
+        breaking=judge.breaking(figures),
     )
 
 
@@ -585,7 +591,8 @@ def _finals(
             found.append(Finalist(trial, None))
             continue
         figures = figures_of(mine)
-        found.append(Finalist(trial, _known(judge.scores(figures)), judge.broken(figures)))
+        scores = _known(judge.scores(figures))
+        found.append(Finalist(trial, scores, judge.broken(figures), judge.breaking(figures)))
     return tuple(found)
 
 
@@ -624,6 +631,7 @@ def _hold_out(
         judge.broken(won),
         tuple(None if paired is None else _interval(paired) for paired in gains),
         worth,
+        judge.breaking(won),
     )
 
 

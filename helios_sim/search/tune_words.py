@@ -12,7 +12,7 @@ from helios_sim.report.words import (
     mean_batches,
     worth,
 )
-from helios_sim.search.goals import in_words
+from helios_sim.search.goals import in_samples, in_words
 from helios_sim.search.quality import winner_pays
 from helios_sim.search.traffic import FEW_ROUNDS
 from helios_sim.search.tune import Finalist, HeldOut, Tuned, TuneQuestion, few_rounds, nearest_miss
@@ -60,6 +60,7 @@ def tune_headline(tuned: Tuned) -> str:
     )
     change = f"{was} to {now} {goal.unit}".strip()
     own = listed([in_words(one) for one in held.base_broken])
+    apart = in_samples(held.tuned_breaking)
     if tuned.verdict == "no better":
         stays = "The scenario stays as it is."
         if own:
@@ -83,11 +84,16 @@ def tune_headline(tuned: Tuned) -> str:
             f"{_nearer(tuned.winner.number, held)}"
         )
     if own:
+        keeps, but = "keeps the constraints", ""
+        if apart:
+            keeps, but = "keeps the constraints on average", f" (it breaks them {apart})"
         return (
-            f"Trial {tuned.winner.number} keeps the constraints on traffic not tuned on, where the "
+            f"Trial {tuned.winner.number} {keeps} on traffic not tuned on{but}, where the "
             f"scenario as it stands breaks {own}; {goal.name} goes from {change}."
         )
     said = f"Trial {tuned.winner.number} takes {goal.name} from {change}, on traffic not tuned on"
+    if apart:
+        said += f" (it breaks the constraints {apart})"
     return f"{said}{_unshown(tuned) if tuned.verdict == 'unsure' else '.'}"
 
 
@@ -170,7 +176,30 @@ def _finals(tuned: Tuned) -> list[str]:
     keep = f"{kept} of them keep{'s' if kept == 1 else ''}"
     if kept == len(tuned.finalists):
         keep = "all keep"
-    return [f"{said}, where {keep} the constraints; trial {tuned.winner.number} is the best there."]
+    means = " on average" * any(one.keeps and one.breaking[0] for one in tuned.finalists)
+    return [
+        f"{said}, where {keep} the constraints{means}; trial {tuned.winner.number} is the best "
+        "there."
+    ]
+
+
+def _samples_apart(tuned: Tuned) -> list[str]:
+    """In how many samples the winner breaks constraints, which are judged on the mean of all."""
+    if tuned.winner is None:
+        return []
+    met = [(tuned.winner.breaking, "tuned on")]
+    met += [(one.breaking, "chosen on") for one in tuned.finalists if one.trial is tuned.winner]
+    met += [(one.tuned_breaking, "held out") for one in tuned.held_out if one is tuned.own_rate]
+    for held in tuned.held_out:
+        if held is not tuned.own_rate and held.tuned_breaking[0]:
+            met.append((held.tuned_breaking, f"held out at {held.rate_scale:g} times the rate"))
+    if not any(num for (num, _), _ in met):
+        return []
+    each = [f"{num} of {of} {what}" for (num, of), what in met]
+    return [
+        f"Constraints are judged on the mean over samples: of these, trial {tuned.winner.number} "
+        f"breaks them in {listed(each)}."
+    ]
 
 
 def tune_remarks(tuned: Tuned) -> list[str]:
@@ -187,6 +216,7 @@ def tune_remarks(tuned: Tuned) -> list[str]:
         kept = sum(one.is_feasible for one in tuned.trials)
         keep = f"{counted(kept, 'trial')} keep{'s' * (kept == 1)}"
         found.append(f"Constraints: {judge.constraints}; {keep} them.")
+        found += _samples_apart(tuned)
     if tuned.base.broken:
         broken = listed([in_words(one) for one in tuned.base.broken])
         found.append(f"The scenario as it stands breaks {broken}.")
