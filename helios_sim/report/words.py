@@ -459,14 +459,15 @@ def _is_level(value: float, best: float) -> bool:
 
 
 def _leaders(summaries: Sequence[Summary], key: str) -> list[int]:
-    """The places of who serves most, and of who is level with it."""
+    """The places of who serves most, and of who is level with it or serves more than who is."""
     best = max(summaries, key=lambda one: one[key] or 0.0)
-    most = best[key] or 0.0
-    return [
-        place
-        for place, one in enumerate(summaries)
-        if _is_level(one[key] or 0.0, most) or carry_alike(key, one, best)
-    ]
+    values = [one[key] or 0.0 for one in summaries]
+    least = min(
+        value
+        for value, one in zip(values, summaries, strict=True)
+        if _is_level(value, max(values)) or carry_alike(key, one, best)
+    )
+    return [place for place, value in enumerate(values) if value >= least]
 
 
 def _most_apart(summaries: Sequence[Summary]) -> str:

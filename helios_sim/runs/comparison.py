@@ -114,6 +114,10 @@ Of figures that stand neither here nor there, latencies aside, more counts as th
 """
 
 
+_NEARLY: Final = 1e-3
+"""Share of a figure by which two values may differ and still be level."""
+
+
 def gain(key: str, own: float, other: float) -> float | None:
     """How many times better a figure is than another one's; None over nothing."""
     better = next((one[4] for one in COMPARED if one[0] == key), None)
@@ -247,23 +251,30 @@ def _best(
 ) -> tuple[int, ...]:
     """Positions of the best value and of those level with it; none where all are.
 
-    Level is what is within 0.1 %, and a rate that only the last answers tell from the best.
+    Level is what is within 0.1 %, a rate that only the last answers tell from the best, and
+    whatever lies between these and the best.
     """
     known = [value for value in values if value is not None]
     if better is None or len(known) < 2:
         return ()
     best = max(known) if better == "higher" else min(known)
     leader = summaries[values.index(best)]
+    furthest = max(
+        abs(value - best)
+        for value, summary in zip(values, summaries, strict=True)
+        if value is not None and (nearly_equal(value, best) or carry_alike(key, summary, leader))
+    )
     places = tuple(
         place
         for place, value in enumerate(values)
-        if value is not None and (_level(value, best) or carry_alike(key, summaries[place], leader))
+        if value is not None and abs(value - best) <= furthest
     )
     return () if len(places) == len(known) else places
 
 
-def _level(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-3)
+def nearly_equal(a: float, b: float) -> bool:
+    """Whether two values of a figure are within 0.1 % of each other."""
+    return math.isclose(a, b, rel_tol=_NEARLY)
 
 
 def carry_alike(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -290,8 +301,8 @@ def carry_alike(key: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> b
         spans_s.append(duration_s - drain_s)
         durations_s.append(duration_s)
     least, most = min(amounts), max(amounts)
-    by_drain = most * min(durations_s) <= least * max(durations_s)
-    return _level(*spans_s) and by_drain and 0 < most <= 1.02 * least
+    by_drain = most * min(durations_s) <= (1.0 + _NEARLY) * least * max(durations_s)
+    return nearly_equal(*spans_s) and by_drain and 0 < most <= 1.02 * least
 
 
 def compare(

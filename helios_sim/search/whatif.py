@@ -13,7 +13,7 @@ from helios_sim.errors import InputError, UnknownOption, did_you_mean
 from helios_sim.policy.registry import policy_names, policy_options
 from helios_sim.profile import Profile
 from helios_sim.profiles.files import load_profile
-from helios_sim.runs.comparison import carry_alike
+from helios_sim.runs.comparison import carry_alike, nearly_equal
 from helios_sim.scenario import PolicySettings, Scenario
 from helios_sim.search.goals import Goal
 from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
@@ -252,7 +252,9 @@ def short_names(cells: Sequence[Cell]) -> list[str]:
     names = []
     for cell in cells:
         parts = [cell.policy] if has_policies else []
-        parts += [f"{words[key]} {cell.values[key]}" for key in differing if key in cell.values]
+        parts += [
+            f"{words[key]} {in_short(cell.values[key])}" for key in differing if key in cell.values
+        ]
         names.append(" / ".join(parts) or cell.name)
     return names
 
@@ -266,20 +268,18 @@ def compared_by(cells: Sequence[Cell]) -> list[Goal]:
 def leaders(cells: Sequence[Cell], goal: Goal) -> list[int]:
     """The places of the best cell by a figure and, behind it, of those level with it.
 
-    Level is who differs from the best by no more than the 95 % interval of the differences seed by
-    seed; of one run alone, who has the same figure. Behind one that is not, nobody is, but for
-    cells that carry the same load as the best.
+    Level is who is within 0.1 % of the best, or differs from it by no more than the 95 % interval
+    of the differences seed by seed. Behind one that is not, nobody is, but for cells that carry the
+    same load as the best and those before them: who beats a level cell is level.
     """
     known = [(place, cell.means.get(goal.key)) for place, cell in enumerate(cells)]
     costs = {place: goal.cost(mean) for place, mean in known if mean is not None}
     if not costs:
         return []
     best, *others = sorted(costs, key=lambda place: costs[place])
-    level = set(takewhile(lambda one: _is_level(cells[one], cells[best], goal), others))
-    return [
-        best,
-        *(one for one in others if one in level or carries_as(cells[one], cells[best], goal)),
-    ]
+    num = sum(1 for _ in takewhile(lambda one: _is_level(cells[one], cells[best], goal), others))
+    carrying = [at for at, one in enumerate(others, 1) if carries_as(cells[one], cells[best], goal)]
+    return [best, *others[: max([num, *carrying])]]
 
 
 def carries_as(one: Cell, other: Cell, goal: Goal) -> bool:
@@ -289,8 +289,9 @@ def carries_as(one: Cell, other: Cell, goal: Goal) -> bool:
 
 
 def _is_level(other: Cell, best: Cell, goal: Goal) -> bool:
+    mean, least = other.means.get(goal.key), best.means.get(goal.key)
+    if mean is not None and least is not None and nearly_equal(mean, least):
+        return True
     pairs = [(one[goal.key], own[goal.key]) for one, own in zip(other.runs, best.runs, strict=True)]
     gaps = [goal.cost(one) - goal.cost(own) for one, own in pairs if None not in (one, own)]  # type: ignore[arg-type]
-    if len(gaps) < 2:
-        return not any(gaps)
-    return fmean(gaps) <= half_width(gaps, 0.975)
+    return len(gaps) > 1 and fmean(gaps) <= half_width(gaps, 0.975)

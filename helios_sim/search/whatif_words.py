@@ -59,8 +59,10 @@ def whatif_answer(cells: Sequence[Cell], replications: int) -> list[str]:
     for goal in goals:
         best, *others = leaders(able, goal)
         figure = f"{goal.name} ({_best_value(able[best], goal)})"
-        if any(carries_as(able[one], able[best], goal) for one in others):
-            figure = f"{goal.name} (up to {_best_value(able[best], goal)}, of the same load)"
+        carrying = [carries_as(able[one], able[best], goal) for one in others]
+        if any(carrying):
+            same = ", of the same load" * all(carrying)
+            figure = f"{goal.name} (up to {_best_value(able[best], goal)}{same})"
         told.setdefault(tuple(sorted([best, *others])), []).append(figure)
     intervals = " beyond their 95 % intervals" if replications > 1 else ""
     sentences = []

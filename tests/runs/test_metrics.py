@@ -964,6 +964,14 @@ def test_runs_of_the_same_load_share_the_best_rate_beside_one_that_falls_short()
     assert best["request_throughput"] == (1, 2)
 
 
+def test_whatever_is_better_than_a_rate_of_the_same_load_is_level_too() -> None:
+    """As long a run with 1.5 % fewer tokens serves 9.66 a second, one with 6 s of drain 9.43."""
+    fewer = drained(2.0, total_output_tokens=985, output_throughput=985 / 102)
+    short = drained(60.0, saturation="overloaded")
+    rows = comparison_rows([drained(6.0), fewer, drained(2.0), short])
+    assert {row.key: row.best for row in rows}["output_throughput"] == (0, 1, 2)
+
+
 def test_equal_labels_are_numbered() -> None:
     """A label met before gets the first number that makes it one of its own."""
     assert distinct_labels(["a", "b"]) == ["a", "b"]

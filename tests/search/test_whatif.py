@@ -138,6 +138,23 @@ def test_cells_that_carry_the_same_load_are_level_in_goodput_though_one_drains_f
     assert not whatif_best(cells)
 
 
+def test_whoever_is_better_than_a_cell_that_is_level_is_level_too() -> None:
+    """Within 60 s all are good; the third answers the last late, the second not 2 % of them."""
+    cells = []
+    for goodput, good, drain_s in ((1.0, 1.0, 0.0), (0.98, 0.98, 0.0), (0.9, 1.0, 6.6)):
+        given = cell("static", [goodput], 20.0)
+        carried = {"duration": 60.0 + drain_s, "drain_after_arrivals_s": drain_s}
+        means = {**given.means, **carried, "slo_attainment": good}
+        cells.append(replace(given, means=means))
+    assert leaders(cells, GOODPUT) == [0, 1, 2]
+    assert leaders(cells[:2], GOODPUT) == [0]
+    told = {**cells[1].means, "request_goodput": 0.9995}
+    assert leaders([cells[0], replace(cells[1], means=told)], GOODPUT) == [0, 1]
+    assert whatif_answer(cells, 1)[0].startswith(
+        "The 3 cells do not differ in goodput (up to 1 req"
+    )
+
+
 def test_cells_of_one_run_are_ranked_by_it_and_a_remark_says_that_it_may_be_chance(
     tmp_path: Path,
 ) -> None:
