@@ -1,4 +1,4 @@
-"""Searches become figures: attainment against rate, frontiers, importance, sensitivity, the day."""
+"""Searches become figures: attainment against rate, frontiers, sensitivity, the day."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any, Final, TypeAlias
 from helios_sim.report.plotting import (
     Figure,
     axes_of,
-    bars,
     base_layout,
     line,
     line_at,
@@ -22,7 +21,6 @@ from helios_sim.report.plotting import (
     plain_axis,
     policy_colour,
     rounded,
-    text_beside,
     ticks,
     top_legend,
 )
@@ -300,34 +298,6 @@ def _settings(trial: Trial) -> str:
     return f"<b>trial {trial.number}</b><br>{rows}"
 
 
-def importance_figure(tuned: Tuned) -> Figure:
-    """What mattered, the most important setting on top."""
-    found = sorted(tuned.importance.items(), key=lambda pair: -pair[1])
-    return {
-        "data": [
-            bars(
-                rounded([share for _, share in found], 4),
-                [escape(key) for key, _ in found],
-                "@c1",
-                hover="%{y}: %{x:.1%}",
-                **text_beside([f"{100 * share:.0f} %" for _, share in found]),
-            )
-        ],
-        "layout": base_layout(
-            70 + 27 * max(1, len(found)),
-            bargap=0.35,
-            margin={"l": 60, "r": 56, "t": 28, "b": 44},
-            xaxis=plain_axis("share of what told good trials from the rest", tickformat=".0%"),
-            yaxis=plain_axis(
-                autorange="reversed",
-                type="category",
-                showgrid=False,
-                tickfont={"color": "@ink", "size": 12.5},
-            ),
-        ),
-    }
-
-
 def sensitivity_figure(parts: Sequence[Sensitivity], unit: str) -> Figure:
     """One small panel a setting: the objective as it alone varies around the winner."""
     columns = 3
@@ -361,12 +331,14 @@ def sensitivity_figure(parts: Sequence[Sensitivity], unit: str) -> Figure:
         layout["annotations"].append(panel_title(place, escape(part.key), 12))
         shown = list(part.values) if numeric else [escape(str(one)) for one in part.values]
         chosen = part.values.index(part.chosen) if part.chosen in part.values else -1
+        plain = ["@c2" if breaks else "@c1" for breaks in part.breaks]
         data.append(
             marks(
                 shown,
                 rounded(part.scores),
-                ["@c3" if at == chosen else "@c1" for at in range(len(shown))],
+                ["@c3" if at == chosen else colour for at, colour in enumerate(plain)],
                 [11 if at == chosen else 6 for at in range(len(shown))],
+                ["x-thin-open" if breaks else "circle" for breaks in part.breaks],
                 mode="lines+markers" if numeric else "markers",
                 line={"color": "@c1", "width": 1.6},
                 hover=f"{escape(part.key)} = %{{x}}: %{{y:.4~g}} {escape(unit)}",

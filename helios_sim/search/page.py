@@ -138,7 +138,8 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
         _opening(question.scenario, tune_headline(tuned), tune_remarks(tuned)),
         section(
             "Settings",
-            "What the scenario says, and what the winner says instead.",
+            "What the scenario says, what the winner says instead, and what each setting changes "
+            "as it alone varies around the winner.",
             _table(setting_rows(tuned)),
         )
         if tuned.winner is not None
@@ -148,22 +149,6 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
         _trials(tuned),
         _tune_frontier(tuned, drawn),
     ]
-    if tuned.importance:
-        sections.append(
-            section(
-                "What mattered",
-                f"Which settings tell the best tenth of the trials from the rest, by {goal.name}.",
-                add_figure(
-                    drawn,
-                    "importance",
-                    drawings.importance_figure(tuned),
-                    "Importance of each setting",
-                    "PED-ANOVA (Watanabe et al., 2023) over all trials, on the first sample of "
-                    "traffic, whether or not they keep the constraints. Over so few trials small "
-                    "shares are noise.",
-                ),
-            )
-        )
     if tuned.sensitivity:
         sections.append(
             section(
@@ -174,9 +159,9 @@ def tune_page(tuned: Tuned, scenario: Scenario) -> str:
                     "sensitivity",
                     drawings.sensitivity_figure(tuned.sensitivity, goal.unit),
                     f"{goal.name} as each setting varies alone",
-                    f"{goal.name} ({goal.unit or 'no unit'}) on the tuning traffic; a gap is a "
-                    "combination that cannot be. A flat line says that the setting does not "
-                    "matter here.",
+                    f"{goal.name} ({goal.unit or 'no unit'}) on the tuning traffic; a cross breaks "
+                    "a constraint, and a gap is a combination that cannot be. A flat line says "
+                    "that the setting does not matter here.",
                 ),
             )
         )

@@ -141,30 +141,6 @@ def sobol_shares(num_dimensions: int, num: int, seed: int) -> list[Sequence[floa
     return shares
 
 
-def importances(
-    space: Space, trials: Sequence[tuple[Mapping[str, Any], float]], better: str
-) -> dict[str, float]:
-    """What mattered: the share of each setting in telling the best tenth of trials from the rest.
-
-    PED-ANOVA (Watanabe et al., 2023). Empty where there are too few trials to tell.
-    """
-    if len(trials) < 20 or len({score for _, score in trials}) < 2:
-        return {}
-    optuna = _optuna()
-    with _quietly():
-        distributions = {one.key: _told_distribution(one) for one in space.ranges}
-        study = optuna.create_study(direction="maximize" if better == "higher" else "minimize")
-        for values, score in trials:
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params=_params(space, values), distributions=distributions, value=score
-                )
-            )
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    return {key: float(f"{share:.6g}") for key, share in found.items()}
-
-
 def _violations(trial: FrozenTrial) -> Sequence[float]:
     given: Sequence[float] = trial.user_attrs.get(VIOLATIONS, [0.0])
     return given
@@ -185,17 +161,6 @@ def _distribution(one: Range) -> BaseDistribution:
     return found
 
 
-def _told_distribution(one: Range) -> BaseDistribution:
-    """What a value of a range was drawn from, whoever drew it.
-
-    Places stand for the values of a grid of any numbers, whose sums Optuna rounds in its own way.
-    """
-    if one.step is None or one.is_whole or one.choices:
-        return _distribution(one)
-    found: BaseDistribution = _optuna().distributions.IntDistribution(0, one.num_steps - 1)
-    return found
-
-
 def _values(space: Space, params: Mapping[str, Any]) -> Values:
     found: Values = {}
     for one in space.ranges:
@@ -207,22 +172,8 @@ def _values(space: Space, params: Mapping[str, Any]) -> Values:
     return found
 
 
-def _params(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for one in space.ranges:
-        value = values[one.key]
-        if one.choices:
-            found[one.key] = one.choices.index(value)
-        elif one.step is not None and not one.is_whole:
-            found[one.key] = one.step_of(value)
-        else:
-            found[one.key] = value
-    return found
-
-
 def _optuna() -> Any:
     import optuna
-    import optuna.importance
     import optuna.storages.journal
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -19,7 +19,7 @@ from helios_sim.search.plan_words import bracket
 from helios_sim.search.quality import fleet_perplexities, trial_perplexities
 from helios_sim.search.tune import Trial, Tuned, by_violation, mean_at, reached_at, score_at
 from helios_sim.search.whatif import Cell, compared_by, in_short, leaders, short_keys
-from helios_sim.wording import number
+from helios_sim.wording import between, number
 
 Cells: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
 """Titles and rows; the first column names the row."""
@@ -96,21 +96,26 @@ def _capacity_cells(answer: FleetAnswer, target: bool) -> list[str]:
 
 
 def setting_rows(tuned: Tuned) -> Cells:
-    """The winner's settings beside the scenario's own, with what each mattered."""
+    """The winner's settings beside the scenario's own, with what each alone changes.
+
+    That is the first objective as the setting varies around the winner, and at which values
+    constraints break.
+    """
     assert tuned.winner is not None
-    rows = []
+    judge, rows = tuned.question.judge, []
+    varied = {one.key: one for one in tuned.sensitivity}
     for one in tuned.question.space.ranges:
         own = _as_it_stands(tuned, one.key)
-        share = tuned.importance.get(one.key)
-        rows.append(
-            [
-                one.key,
-                "default" if own is None else str(own),
-                str(tuned.winner.values[one.key]),
-                _DASH if share is None else f"{100 * share:.0f} %",
-            ]
-        )
-    return ["Setting", "as it stands", "winner", "importance"], rows
+        row = [one.key, "default" if own is None else str(own), str(tuned.winner.values[one.key])]
+        part = varied[one.key]
+        known = [score for score in part.scores if score is not None]
+        row.append(between(min(known), max(known), 4) if known else _DASH)
+        broken = [at for at, breaks in zip(part.values, part.breaks, strict=True) if breaks]
+        rows.append([*row, ", ".join(_setting(at) for at in broken) or "none"])
+    titles = ["Setting", "as it stands", "winner", f"{judge.goals[0].name} as it varies"]
+    if str(judge.constraints):
+        return [*titles, "breaks at"], rows
+    return titles, [row[:-1] for row in rows]
 
 
 def _as_it_stands(tuned: Tuned, key: str) -> Any:

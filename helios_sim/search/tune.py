@@ -29,7 +29,7 @@ from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_
 from helios_sim.search.pareto import best_first, ranks
 from helios_sim.search.points import Figures, Point, point_of
 from helios_sim.search.prices import check_prices, load_prices
-from helios_sim.search.samplers import Sampler, Values, importances, make_sampler
+from helios_sim.search.samplers import Sampler, Values, make_sampler
 from helios_sim.search.space import Space, read_space, with_settings
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
 from helios_sim.search.traffic import FEW_ROUNDS, Traffic, at_rate, rounds_in_sample
@@ -149,12 +149,16 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One setting varied around the winner's others: its values, and the first objective's."""
+    """One setting varied around the winner's others: its values, and the first objective's.
+
+    `breaks` says which values break constraints; a score is None where a value cannot be.
+    """
 
     key: str
     chosen: Any
     values: tuple[Any, ...]
     scores: tuple[float | None, ...]
+    breaks: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,6 @@ class Tuned:
     winner: Trial | None
     held_out: tuple[HeldOut, ...]
     sensitivity: tuple[Sensitivity, ...]
-    importance: Mapping[str, float]
     finalists: tuple[Finalist, ...] = ()
 
     @property
@@ -417,8 +420,6 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         for scale in settings.held_out_rates:
             held_out.append((yield from _hold_out(question, winner, scale)))
         sensitivity = yield from _vary(question, winner)
-    told = [(one.values, one.first.scores[0]) for one in trials if one.first is not None]
-    importance = importances(question.space, told, judge.goals[0].better)
     return Tuned(
         question=question,
         base=base,
@@ -426,7 +427,6 @@ def _tune_steps(question: TuneQuestion, sampler: Sampler, num_trials: int) -> St
         winner=winner,
         held_out=tuple(held_out),
         sensitivity=tuple(sensitivity),
-        importance=importance,
         finalists=finalists,
     )
 
@@ -678,22 +678,19 @@ def _vary(
             plan.append((one.key, value, len(asked)))
             asked += samples_of(question, scenario, samples)
     outcomes = (yield asked) if asked else []
-    found: dict[str, list[tuple[Any, float | None]]] = {}
+    found: dict[str, list[tuple[Any, float | None, bool]]] = {}
     for key, value, at in plan:
-        score = None
+        score, breaks = None, False
         if at is not None:
             mine = outcomes[at : at + len(samples)]
             if not any(isinstance(outcome, InputError) for outcome in mine):
-                score = judge.value(judge.goals[0], figures_of(mine))
-        found.setdefault(key, []).append((value, score))
+                figures = figures_of(mine)
+                score = judge.value(judge.goals[0], figures)
+                breaks = bool(judge.broken(figures))
+        found.setdefault(key, []).append((value, score, breaks))
     return [
-        Sensitivity(
-            key,
-            winner.values[key],
-            tuple(value for value, _ in pairs),
-            tuple(score for _, score in pairs),
-        )
-        for key, pairs in found.items()
+        Sensitivity(key, winner.values[key], *zip(*parts, strict=True))
+        for key, parts in found.items()
     ]
 
 

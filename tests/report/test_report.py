@@ -1271,7 +1271,9 @@ def test_panels_beside_one_another_come_in_one_column_where_the_page_is_narrow(
     width: int, columns: int, open_page: Open
 ) -> None:
     """Of three latencies, which share a y axis, and of four settings, which do not."""
-    varied = [Sensitivity(name, 2, (1, 2), (0.5, 0.7)) for name in ("a", "b", "c", "d")]
+    varied = [
+        Sensitivity(name, 2, (1, 2), (0.5, 0.7), (False, True)) for name in ("a", "b", "c", "d")
+    ]
     columns_each = [columns_of(run, 0.0, 20) for run in make_runs()[:2]]
     shared = latency_figure(columns_each, ["one", "two"], SLO)
     own = sensitivity_figure(varied, "J")

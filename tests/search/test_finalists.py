@@ -423,6 +423,27 @@ def test_the_scenario_as_it_stands_has_the_defaults_of_the_policy_in_every_table
     assert trial_records(found)[0][f"setting {key}"] == default
 
 
+def test_each_setting_is_told_with_what_it_alone_changes_and_where_constraints_break() -> None:
+    """Batches take 1.05 to 1.08 J on the two samples, 32 agrees too little; rounds change nothing.
+
+    Combinations of rounds with what breaks a constraint do not count.
+    """
+
+    def answer(batch: int, sample: int) -> tuple[float, float, float]:
+        return joules(batch, sample), 0.8 if batch == 32 else 0.95, 1.0
+
+    key = "policy.reassess_requests"
+    ranges = {"serving.max_batch": list(BATCHES), key: [100, 200]}
+    titles, rows = setting_rows(tuned(answer, ranges=ranges))
+    assert list(titles) == ["Setting", "as it stands", "winner", "energy as it varies", "breaks at"]
+    assert rows == [
+        ["serving.max_batch", "256", "8", "1.050 to 1.080", "32"],
+        [key, "150", "100", "1.050", "none"],
+    ]
+    titles, rows = setting_rows(tuned(answer, ranges=ranges, constraints=""))
+    assert (titles[-1], rows[1][-1]) == ("energy as it varies", "1.050")
+
+
 def test_trials_show_what_is_bounded_and_no_figure_twice() -> None:
     def answer(batch: int, sample: int) -> tuple[float, float, float]:
         return joules(batch, sample), 0.95, 40.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helios_sim.search.samplers import importances, make_sampler
+from helios_sim.search.samplers import make_sampler
 from helios_sim.search.space import Range, Space
 from tests.search.test_space_and_goals import scenario
 
@@ -45,9 +45,6 @@ def test_proposals_lie_in_the_range_and_on_its_grid_and_are_told_apart(
             assert places == pytest.approx(round(places), abs=1e-6)
     assert len(set(proposed)) >= min(20 if one.step is None else 2, len(one.grid()))
     sampler.learn([[value] for value in proposed], [0.0] * len(proposed))
-    trials = [({"k": value}, float(place)) for place, value in enumerate(proposed)]
-    share = importances(space, trials, "higher")
-    assert share in ({}, {"k": 1.0}, {"k": 0.0})
 
 
 def test_numbers_have_no_more_digits_than_tell_them_apart() -> None:

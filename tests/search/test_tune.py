@@ -129,7 +129,7 @@ def tuned(held: HeldOut | None) -> Tuned:
     nothing: Any = None
     first = trial(0, (1.0, 1.0))
     others = () if held is None else (replace(held, rate_scale=2.0), held)
-    return Tuned(nothing, first, (first,), first, others, (), {})
+    return Tuned(nothing, first, (first,), first, others, ())
 
 
 def held_out(mean: float, half: float, **changes: Any) -> HeldOut:
@@ -216,5 +216,5 @@ def test_the_nearest_miss_is_the_trial_whose_violations_add_up_to_least() -> Non
         near,
         trial(3, (1.0, 1.0), 0.1),
     )
-    said = nearest_miss(Tuned(nothing, two, trials, None, (), (), {}))
+    said = nearest_miss(Tuned(nothing, two, trials, None, (), ()))
     assert said.startswith("trial 2 comes nearest and breaks ttft<=1ms (reached 2, 30 % off)")
