@@ -63,6 +63,15 @@ def clauses_beyond(figures: Sequence[Figures]) -> tuple[str, ...]:
     return tuple(found.values())
 
 
+def mix_of(figures: Sequence[Figures]) -> dict[str, float]:
+    """The share of the requests that each domain of text has, over replications."""
+    mixes = [one.get("domains") or {} for one in figures]
+    return {
+        name: fmean(mix.get(name, 0.0) for mix in mixes)
+        for name in dict.fromkeys(name for mix in mixes for name in mix)
+    }
+
+
 def models_served(figures: Sequence[Figures]) -> tuple[str, ...]:
     """The models that served in any of some runs, in the order of the candidates."""
     summaries = [one["summary"] for one in figures]

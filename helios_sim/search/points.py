@@ -24,7 +24,7 @@ from helios_sim.runs.records import SCHEMA_VERSION, RunData
 from helios_sim.scenario import Scenario, resolved
 from helios_sim.settings.slo import SloLimit, SloSpec, needed, parse_slo
 
-POINT_SCHEMA: Final = 3
+POINT_SCHEMA: Final = 4
 """Version of a point's file."""
 
 _PACKAGE: Final = Path(__file__).parent.parent
@@ -56,7 +56,8 @@ Figures = dict[str, Any]
 """What a point gave: `summary` and the `device` it is of, for each judged limit its share and its
 percentile in `judged`, and in `together` the share of the requests that meets all limits without a
 percentile; None without any. `answer_s` is how long answers take from admission to their last
-token, the 99th percentile of those that finished; None where none did.
+token, the 99th percentile of those that finished; None where none did. `domains` has the share of
+the requests that each domain of text has.
 """
 
 
@@ -129,12 +130,16 @@ def run_point(point: Point) -> Figures:
     measure = point.scenario.measure
     columns = columns_of(result.run, measure.warmup_s, measure.warmup_requests)
     answers_s = (columns.finished_s - columns.admitted_s)[columns.measured & columns.finished]
+    domains = result.run.requests["domain"]
     figures: Figures = {
         "summary": result.summary,
         "device": device,
         "judged": [],
         "together": None,
         "answer_s": rounded_figures(np.quantile(answers_s, 0.99)) if answers_s.size else None,
+        "domains": {
+            name: float((domains == name).mean() or 0.0) for name in sorted(domains.unique())
+        },
     }
     if point.limits:
         slo = parse_slo(point.limits)

@@ -16,7 +16,7 @@ from helios_sim.profiles.files import load_profile
 from helios_sim.runs.comparison import carry_alike, nearly_equal
 from helios_sim.scenario import PolicySettings, Scenario
 from helios_sim.search.goals import Goal
-from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
+from helios_sim.search.means import Means, clauses_beyond, mean_figures, mix_of, models_served
 from helios_sim.search.points import Point, point_of
 from helios_sim.search.space import with_settings
 from helios_sim.search.studies import Outcome, Study, figures_of
@@ -40,7 +40,8 @@ class Cell:
     """Settings, a policy, and what they give.
 
     `why` says what cannot be, `beyond` what the profile can only extrapolate. `runs` are the main
-    figures of each seed, which is the same in every cell; `models` served in them.
+    figures of each seed, which is the same in every cell; `models` served in them. `mix` has
+    the share of the requests that each domain of text has.
     """
 
     values: dict[str, Any]
@@ -51,6 +52,7 @@ class Cell:
     beyond: tuple[str, ...] = ()
     runs: tuple[Means, ...] = ()
     models: tuple[str, ...] = ()
+    mix: dict[str, float] = field(default_factory=dict)
 
     @property
     def can_be(self) -> bool:
@@ -227,6 +229,7 @@ def _steps(
         beyond=clauses_beyond(figures),
         runs=tuple({goal.key: one["summary"].get(goal.key) for goal in MAIN} for one in figures),
         models=models_served(figures),
+        mix=mix_of(figures),
     )
 
 

@@ -37,6 +37,9 @@ MAX_NAMED: Final = 4
 _TOKENS: Final = "output_throughput"
 _FAR_APART: Final = 1.2
 """Seeds lie far apart where the most tokens a second are so many times the least."""
+_DOMAINS: Final = "workload.domains"
+_OTHER_TEXTS: Final = 0.05
+"""Cells meet other texts where a domain's shares of the requests differ by so much."""
 
 
 def whatif_answer(cells: Sequence[Cell], replications: int) -> list[str]:
@@ -100,6 +103,7 @@ def whatif_remarks(
     found += [f"{cell.name} cannot be run: {cell.why}" for cell in cells if cell.why]
     able = [cell for cell in cells if cell.can_be]
     found += _seeds_apart(able)
+    found += _other_texts(scenario, able)
     found += _qualities(able, profiles)
     played = [{**cell.means, "label": cell.name} for cell in able]
     found += [*waited_for_start(played), *idle_users(played)]
@@ -134,6 +138,30 @@ def _seeds_apart(able: Sequence[Cell]) -> list[str]:
         return []
     _, least, most, name = max(ends)
     return [f"Seeds lie far apart with {name}: {number(least)} to {number(most)} tokens/s."]
+
+
+def _other_texts(scenario: Scenario, able: Sequence[Cell]) -> list[str]:
+    """That cells meet other texts, where it is not the texts that are varied."""
+    if not able or any(key.startswith(_DOMAINS) for cell in able for key in cell.values):
+        return []
+    names, apart = short_names(able), []
+    for domain in dict.fromkeys(domain for cell in able for domain in cell.mix):
+        shares = [cell.mix.get(domain, 0.0) for cell in able]
+        apart.append((max(shares) - min(shares), domain, min(shares), max(shares), shares))
+    if not apart or max(apart)[0] < _OTHER_TEXTS:
+        return []
+    _, domain, low, high, shares = max(apart)
+    said = (
+        f"Texts differ: {domain} has {number(100 * low)} % of the requests with "
+        f"{names[shares.index(low)]} and {number(100 * high)} % with {names[shares.index(high)]}, "
+        "so quality, and what exits save, differ for that too."
+    )
+    if any(one.shares is not None for one in scenario.workload.domains):
+        said += (
+            f" Shares over time are in seconds of the run: give {_DOMAINS} fixed shares, or "
+            "simulate each rate alone, with their times divided by how much faster it is."
+        )
+    return [said]
 
 
 def _qualities(able: Sequence[Cell], profiles: Sequence[Profile]) -> list[str]:

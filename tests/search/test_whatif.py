@@ -274,6 +274,33 @@ def test_cells_of_models_that_share_a_tokenizer_are_said_to_differ_in_perplexity
         assert any("Quality" in one for one in remarks) is is_said
 
 
+def test_cells_that_meet_other_texts_are_told_though_only_the_rate_varies(tmp_path: Path) -> None:
+    """Chat gives way to code after 10 s; at four times the rate the 20 s of a run are 5."""
+    drifting = [
+        {"name": "chat", "shares": [[10, 1.0], [10.05, 0.0]]},
+        {"name": "code", "shares": [[10, 0.0], [10.05, 1.0]]},
+    ]
+    workload = {"num_requests": 200, "arrivals": {"kind": "constant", "rate_per_s": 10.0}}
+    path = write(tmp_path, workload={**workload, "domains": drifting})
+    asked, policies, out = load_scenario(path), ["vanilla"], inline(tmp_path / "out")
+
+    def texts(vary: str) -> list[str]:
+        said = whatif(path, [], [vary], policies, 1, out).sentences
+        return [one for one in said if one.startswith("Texts differ")]
+
+    (said,) = texts("workload.arrivals.rate_per_s=10.0,40.0")
+    assert (
+        "code has 0 % of the requests with rate per s 40.0 and 49.5 % with rate per s 10.0" in said
+    )
+    assert "Shares over time are in seconds of the run: give workload.domains fixed" in said
+    assert texts("serving.max_batch=8,16") == []
+    cells = [
+        Cell({"workload.domains": place}, "vanilla", {"agreement": 1.0}, mix={"code": 0.1 * place})
+        for place in range(2)
+    ]
+    assert not any("Texts" in one for one in whatif_remarks(asked, cells, 1, []))
+
+
 def test_cells_that_cannot_be_have_their_reasons_in_the_answer_and_on_the_page(
     tmp_path: Path,
 ) -> None:
