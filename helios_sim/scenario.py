@@ -24,6 +24,7 @@ from helios_sim.settings.questions import PlanSettings, Replicas, SearchSettings
 from helios_sim.settings.slo import SloSpec, slo_from_table
 from helios_sim.settings.strict import StrictSettings, as_tuple, first_flaw
 from helios_sim.settings.toml import read_toml, toml_value
+from helios_sim.workload.arrivals import ClosedArrivals
 from helios_sim.workload.requests import Requests, WorkloadSettings
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -31,6 +32,7 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Bytes = Annotated[int, Field(ge=0, le=10**15)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Router = Literal["round-robin", "random", "least-outstanding", "least-kv"]
+DEFAULT_ROUTER: Final = "round-robin"
 
 
 def _flat(given: Any) -> Any:
@@ -50,7 +52,7 @@ class FleetSettings(StrictSettings):
     candidates: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = ()
     num_replicas: Replicas = 1
     replicas_per_host: Count = 8
-    router: Router = "round-robin"
+    router: Router = DEFAULT_ROUTER
     memory_bytes: Annotated[int | None, Field(ge=1, le=10**15)] = None
     memory_utilisation: Share = 0.9
     reserve_bytes: Bytes = 0
@@ -164,6 +166,18 @@ class Scenario(StrictSettings):
     published: Annotated[tuple[PublishedFigure, ...], BeforeValidator(as_tuple)] = ()
     plan: PlanSettings | None = None
     search: SearchSettings | None = None
+
+    @model_validator(mode="after")
+    def _check_router(self) -> Self:
+        router = self.fleet.router
+        if isinstance(self.workload.arrivals, ClosedArrivals) and router != DEFAULT_ROUTER:
+            raise ValueError(
+                f"fleet.router is {router!r} with closed arrivals, where no router has an effect: "
+                f"user u stays on replica u modulo num_replicas. Allowed is {DEFAULT_ROUTER!r}, "
+                "the default. To compare routers, replay a run of it (workload.trace of format "
+                '"helios"), or give arrivals of another kind.'
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_policies(self) -> Self:

@@ -246,6 +246,14 @@ def test_an_unknown_kind_is_told_the_nearest_and_all(file: Path) -> None:
     assert (where, message) == (f"{file}, workload.prompt", "The key 'kind' is required.")
 
 
+def test_a_router_is_refused_where_users_stay_on_their_replicas(file: Path) -> None:
+    closed = ["workload.arrivals={kind='closed', num_users=8, think_s=1}", "fleet.num_replicas=2"]
+    assert load_scenario(file, [*closed, "fleet.router=round-robin"]).fleet.num_replicas == 2
+    for router in ("random", "least-outstanding", "least-kv"):
+        with pytest.raises(InputError, match=f"fleet.router is '{router}' with closed arrivals"):
+            load_scenario(file, [*closed, f"fleet.router={router}"])
+
+
 @pytest.mark.parametrize(
     ("without", "place", "key"),
     [
