@@ -18,7 +18,7 @@ from helios_sim.search.plan import Plan
 from helios_sim.search.plan_words import bracket
 from helios_sim.search.quality import fleet_perplexities, trial_perplexities
 from helios_sim.search.tune import Trial, Tuned, by_violation, mean_at, reached_at, score_at
-from helios_sim.search.whatif import Cell, compared_by, in_short, leaders, short_keys
+from helios_sim.search.whatif import Cell, compared_by, leaders, short_keys, values_in_short
 from helios_sim.wording import between, number
 
 Cells: TypeAlias = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -234,8 +234,8 @@ def whatif_rows(cells: Sequence[Cell]) -> Cells:
         titles += ["goodput req/s", "SLO met %"]
     titles += ["TTFT p99 ms", "TPOT p50 ms", "J/tok", "agree %", "load"]
     rows = []
-    for cell in cells:
-        row = [cell.policy, *(in_short(cell.values.get(key, _DASH)) for key in keys)]
+    for cell, told in zip(cells, values_in_short(cells), strict=True):
+        row = [cell.policy, *(told.get(key, _DASH) for key in keys)]
         if not cell.can_be:
             rows.append([*row, *[_DASH] * (len(titles) - len(row) - 1), "cannot be"])
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product, takewhile
 from pathlib import Path
@@ -68,11 +68,43 @@ class Cell:
         return f"{self.policy}: {settings}" if settings else self.policy
 
 
-def in_short(value: Any) -> str:
-    """A setting's value, a large float with an exponent where that tells all of it."""
+def in_short(value: Any, left_out: Collection[str] = ()) -> str:
+    """A setting's value as TOML has it, without quotes and some keys of a table.
+
+    A large float has an exponent where that tells all of it.
+    """
+    if isinstance(value, Mapping):
+        parts = (f"{key}={in_short(one)}" for key, one in value.items() if key not in left_out)
+        return f"{{{', '.join(parts)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(in_short, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float) and abs(value) >= 1e6 and float(f"{value:g}") == value:
         return f"{value:g}"
     return str(value)
+
+
+def values_in_short(cells: Sequence[Cell]) -> list[dict[str, str]]:
+    """The values of each cell in short, tables without what they have in common in all cells."""
+    found: list[dict[str, str]] = [{} for _ in cells]
+    for key in dict.fromkeys(key for cell in cells for key in cell.values):
+        values = [cell.values[key] for cell in cells if key in cell.values]
+        common: set[str] = set()
+        if all(isinstance(one, Mapping) for one in values):
+            common = {
+                part for part in values[0] if all(_has_same(values[0], one, part) for one in values)
+            }
+        if any(common.issuperset(one) for one in values if isinstance(one, Mapping)):
+            common = set()
+        for told, cell in zip(found, cells, strict=True):
+            if key in cell.values:
+                told[key] = in_short(cell.values[key], common)
+    return found
+
+
+def _has_same(one: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
+    return key in other and one[key] == other[key]
 
 
 def parse_vary(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -253,11 +285,9 @@ def short_names(cells: Sequence[Cell]) -> list[str]:
     words = short_keys(keys)
     has_policies = len({cell.policy for cell in cells}) > 1
     names = []
-    for cell in cells:
+    for cell, told in zip(cells, values_in_short(cells), strict=True):
         parts = [cell.policy] if has_policies else []
-        parts += [
-            f"{words[key]} {in_short(cell.values[key])}" for key in differing if key in cell.values
-        ]
+        parts += [f"{words[key]} {told[key]}" for key in differing if key in told]
         names.append(" / ".join(parts) or cell.name)
     return names
 

@@ -17,7 +17,7 @@ from helios_sim.search.drawings import MAX_LABELS, cells_figure
 from helios_sim.search.means import mean_figures
 from helios_sim.search.page import whatif_page
 from helios_sim.search.studies import Outcome
-from helios_sim.search.tables import whatif_best
+from helios_sim.search.tables import whatif_best, whatif_rows
 from helios_sim.search.whatif import (
     GOODPUT,
     Cell,
@@ -77,6 +77,23 @@ def test_a_setting_is_said_in_short_where_that_tells_all_of_it() -> None:
     values = (2e10, 123456789.0, 0.768448, 4, "filled")
     assert [in_short(one) for one in values] == ["2e+10", "123456789.0", "0.768448", "4", "filled"]
     assert Cell({"loading.host.bytes_per_s": 2e10}, "helios").name == "helios: bytes_per_s 2e+10"
+
+
+def test_values_that_are_tables_are_told_as_toml_by_what_differs() -> None:
+    values: list[object] = [
+        {"kind": "lognormal", "p50_tokens": 250, "max_tokens": 1800},
+        {"kind": "lognormal", "p50_tokens": 500, "max_tokens": 1800},
+    ]
+    key = "workload.prompt"
+    cells = [Cell({key: one}, "vanilla", {}) for one in values]
+    assert short_names(cells) == ["prompt {p50_tokens=250}", "prompt {p50_tokens=500}"]
+    assert [row[1] for row in whatif_rows(cells)[1]] == ["{p50_tokens=250}", "{p50_tokens=500}"]
+    # Neither a table with nothing of its own nor one alone is left empty.
+    cells = [*cells, Cell({key: {"kind": "lognormal", "max_tokens": 1800}}, "vanilla", {})]
+    assert short_names(cells)[2] == "prompt {kind=lognormal, max_tokens=1800}"
+    assert [row[1] for row in whatif_rows(cells[2:])[1]] == ["{kind=lognormal, max_tokens=1800}"]
+    assert cells[0].name == "vanilla: prompt {kind=lognormal, p50_tokens=250, max_tokens=1800}"
+    assert (in_short(["a", True]), in_short({"a": [1.5]})) == ("[a, true]", "{a=[1.5]}")
 
 
 def test_the_conclusion_names_the_best_cell_of_each_figure_and_who_is_level_with_it() -> None:
