@@ -337,7 +337,10 @@ def sensitivity_figure(parts: Sequence[Sensitivity], unit: str) -> Figure:
                 shown,
                 rounded(part.scores),
                 ["@c3" if at == chosen else colour for at, colour in enumerate(plain)],
-                [11 if at == chosen else 6 for at in range(len(shown))],
+                [
+                    11 if at == chosen else 9 if breaks else 6
+                    for at, breaks in enumerate(part.breaks)
+                ],
                 ["x-thin-open" if breaks else "circle" for breaks in part.breaks],
                 mode="lines+markers" if numeric else "markers",
                 line={"color": "@c1", "width": 1.6},
