@@ -380,8 +380,13 @@ def _unequal_load(summaries: Sequence[Summary], key: str, noun: str, unit: str) 
         )
     if len(leaders) > 1:
         level = [summaries[i] for i in leaders]
-        by_drain = not all(_is_level(values[i], most) for i in leaders)
-        what = "carry the load alike, at up to" if by_drain else "are level at"
+        what = "carry the load alike, at up to"
+        foremost = summaries[values.index(most)]
+        behind = [one for one in level if not _is_level(one[key] or 0.0, most)]
+        if not behind:
+            what = "are level at"
+        elif not all(carry_alike(key, one, foremost) for one in behind):
+            what = "are level at up to"
         said = f"{_labels(level)} {what} {number(most)} {unit}"
         if of_first:
             said += f" ({of_first})"

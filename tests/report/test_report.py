@@ -867,6 +867,21 @@ def test_those_who_carry_a_load_alike_share_the_lead_over_one_that_does_not() ->
     assert remarks(runs)[0].startswith("Latency of helios against vanilla: ")
 
 
+def test_who_serves_more_than_one_that_shares_the_lead_shares_it_too() -> None:
+    """The run in the middle is overloaded, so that the load is not carried by all alike."""
+    poor = {"saturation": "overloaded", "slo_attainment": 0.1, "request_goodput": 0.1}
+    middle = {"saturation": "overloaded", "slo_attainment": 0.95, "request_goodput": 0.9}
+    runs = [
+        drained("vanilla", 200.0, 40.0) | poor,
+        drained("static", 80.0, 20.0),
+        drained("switch-only", 80.0, 20.0) | middle,
+        drained("helios", 4.0, 10.0),
+    ]
+    assert headline(runs, 100.0).startswith(
+        "static, switch-only and helios are level at up to 0.98 requests/s within the SLO "
+    )
+
+
 def test_no_sentence_has_an_empty_value() -> None:
     """What a policy that refuses everything has no figure for is left out of the remarks."""
     nothing = {"median_ttft_ms": None, "median_tpot_ms": None, "num_refused": 400}
