@@ -121,11 +121,10 @@ def _parquet_format(path: Path) -> str:
 
 
 def azure(raw: bytes, path: Path) -> TraceRows:
-    """Azure LLM inference traces of 2023 and 2024: naive or UTC timestamps of up to 100 ns."""
+    """Azure LLM inference traces of 2023 and 2024: calendar times of up to 100 ns."""
     frame = csv_table(raw, path, _AZURE)
-    text = frame["TIMESTAMP"].str.strip_chars().str.strip_suffix("+00:00")
     return TraceRows(
-        time_s=calendar_s(frame, "TIMESTAMP", text, "times such as", path),
+        time_s=calendar_s(frame, "TIMESTAMP", path),
         prompt_tokens=count_column(frame, "ContextTokens", path),
         output_tokens=count_column(frame, "GeneratedTokens", path),
         line=frame[LINE].to_numpy(),
@@ -141,8 +140,7 @@ def any_csv(columns: TraceColumns) -> Callable[[bytes, Path], TraceRows]:
         text = frame[name].str.strip_chars()
         is_calendar = len(text) > 0 and "-" in (text[0] or "")[1:] and ":" in (text[0] or "")
         if is_calendar:
-            text = text.str.strip_suffix("Z").str.strip_suffix("+00:00").str.replace("T", " ")
-            time_s = calendar_s(frame, name, text, "naive or UTC times such as", path)
+            time_s = calendar_s(frame, name, path)
         else:
             expected = "seconds of at least 0, or of times such as 2023-11-16 18:15:46.680"
             time_s = plain_s(frame, name, expected, path)

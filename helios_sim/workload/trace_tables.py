@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import polars as pl
@@ -138,16 +138,47 @@ def count_column(frame: pl.DataFrame, name: str, path: Path) -> Ints:
     return column_of(frame, name, parsed, "whole numbers of tokens", path).to_numpy()
 
 
-def calendar_s(
-    frame: pl.DataFrame, name: str, text: pl.Series, expected: str, path: Path
-) -> Floats:
-    """Seconds from the first of the times, which are naive or UTC."""
+_OFFSET: Final = r"(Z|[+-](?:[01]\d|2[0-3])(?::?[0-5]\d)?)$"
+"""How a time ends that says how far its clock is ahead of UTC: Z, +02:00, -0530 or +02."""
+
+
+def calendar_s(frame: pl.DataFrame, name: str, path: Path) -> Floats:
+    """Seconds from the first of the times, which all have an offset from UTC or all have none."""
+    text = frame[name].str.strip_chars()
+    offset = text.str.extract(_OFFSET)
+    text = text.str.replace(_OFFSET, "").str.strip_chars_end().str.replace("T", " ")
     stamp = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="ns", strict=False)
-    stamp = column_of(frame, name, stamp, f"{expected} 2023-11-16 18:15:46.680", path)
-    ns = stamp.to_physical().to_numpy()
+    stamp = column_of(frame, name, stamp, "times such as 2023-11-16 18:15:46.680", path)
+    _check_offsets(frame, name, offset, path)
+    ns = stamp.to_physical().to_numpy() - _ahead_ns(offset)
     # Differences are taken in whole nanoseconds: seconds since 1970 would lose digits.
     seconds: Floats = (ns - (ns.min() if ns.size else 0)) / 1e9
     return seconds
+
+
+def _check_offsets(frame: pl.DataFrame, name: str, offset: pl.Series, path: Path) -> None:
+    """Refuse times of which some have an offset: nobody says on which clock the others are."""
+    has = offset.is_not_null()
+    if has.all() or not has.any():
+        return
+    row = int((has != has[0]).arg_true()[0])
+    with_it, without = (row, 0) if has[row] else (0, row)
+    raise InputError(
+        f"{name} is {frame[name][row]!r} here, but {frame[name][0]!r} in the first row; "
+        f"{frame[name][with_it]!r} has an offset from UTC and {frame[name][without]!r} has none: "
+        "give all times with an offset, or all without.",
+        where=at_line(path, int(frame[LINE][row])),
+    )
+
+
+def _ahead_ns(offset: pl.Series) -> Ints:
+    """Nanoseconds that clocks of these offsets are ahead of UTC; 0 without an offset."""
+    digits = offset.str.replace_all("[Z:+-]", "")
+    hours = digits.str.slice(0, 2).cast(pl.Int64, strict=False).fill_null(0)
+    minutes = digits.str.slice(2).cast(pl.Int64, strict=False).fill_null(0)
+    sign = pl.select(pl.when(offset.str.starts_with("-")).then(-1).otherwise(1)).to_series()
+    ahead: Ints = (sign * (hours * 60 + minutes) * 60_000_000_000).to_numpy()
+    return ahead
 
 
 def plain_s(frame: pl.DataFrame, name: str, expected: str, path: Path) -> Floats:

@@ -129,7 +129,8 @@ def test_further_columns_do_not_matter_whatever_they_are_called(tmp_path: Path, 
 
 def test_azure_times_with_a_utc_offset_are_read(tmp_path: Path) -> None:
     """The later data set writes +00:00 behind its times."""
-    text = AZURE_TEXT.replace("00,374", "00+00:00,374").replace("51,879", "51+00:00,879")
+    text = re.sub(r"(\d),(374|396|879)", r"\1+00:00,\2", AZURE_TEXT)
+    assert text.count("+00:00") == 3
     assert read(tmp_path / "a.csv", text).arrival_s.tolist() == [0.0, 4.314579, 4.31941]
 
 
@@ -156,6 +157,8 @@ OWN = {"arrival": "sent", "prompt": "in", "output": "out"}
         ("2024-02-29 23:59:58", "2024-02-29 23:59:59.5", "2024-03-01 00:01:58"),
         ("2024-02-29T23:59:58Z", "2024-02-29T23:59:59.500Z", "2024-03-01T00:01:58Z"),
         ("2024-02-29 23:59:58+00:00", "2024-02-29 23:59:59.5+00:00", "2024-03-01 00:01:58+00:00"),
+        ("2024-02-29T23:59:58+02:00", "2024-02-29T22:59:59.5 +0100", "2024-02-29T18:31:58-03:30"),
+        ("2024-02-29 23:59:58+02", "2024-02-29 21:59:59.5Z", "2024-03-01 00:01:58+02"),
         ("1709251198.0", "1709251199.5", "1709251318"),
     ],
 )
@@ -254,8 +257,17 @@ def test_columns_may_rename_those_of_a_known_format(tmp_path: Path) -> None:
             "sent,in,out\n1e-5,2,3\n2024-01-01 00:00:00,2,3\n",
             "line 3: sent is '2024-01-01 00:00:00'",
         ),
-        ("sent,in,out\n2024-01-01 00:00:00,2,3\n5,2,3\n", "line 3: sent is '5'; .* or UTC times"),
-        ("sent,in,out\n2024-01-01 00:00:00+02:00,2,3\n", "must hold naive or UTC times such"),
+        ("sent,in,out\n2024-01-01 00:00:00,2,3\n5,2,3\n", "line 3: sent is '5'; .* times such as"),
+        ("sent,in,out\n2024-01-01 00:00:00+25:00,2,3\n", "must hold times such as 2023-11-16"),
+        (
+            "sent,in,out\n2024-01-01 00:00:00,2,3\n2024-01-01 00:00:01+02:00,2,3\n",
+            r"line 3: sent is '.*1\+02:00' here, but '.*0' in the first row; '.*1\+02:00' has an "
+            "offset from UTC and '.*0' has none: give all times with an offset, or all without",
+        ),
+        (
+            "sent,in,out\n2024-01-01 00:00:00Z,2,3\n2024-01-01 00:00:01,2,3\n",
+            "line 3: .*0Z' has an offset from UTC and '.*1' has none",
+        ),
         ("sent,in,out\n1,2.5,3\n", "line 2: in is '2.5'; the column must hold whole numbers"),
         ("sent,in,out\n1,0,3\n", "line 2: The request has 0 prompt tokens"),
         ("sent,in,out\n2,5,3\n1,5,3\n", "line 3: The timestamp lies 1 s before"),
