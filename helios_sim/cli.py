@@ -511,6 +511,7 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
     """Read a scenario and everything it names, and say what it would run."""
     from helios_sim.experiment import prepare, rehearse
     from helios_sim.wording import counted, limits
+    from helios_sim.workload.trace_flaws import counts_said
 
     question = _load(scenario, changes or [])
     experiment = prepare(question, scenario.parent, str(scenario))
@@ -538,6 +539,8 @@ def check(scenario: ScenarioFile, changes: Changes = None) -> None:
             _say(doubt)
     if requests.num_dropped:
         _say(f"Rows of the trace left out because they hold no request: {requests.num_dropped:,}.")
+    if requests.skipped:
+        _say(f"Rows of the trace left out by skip_bad_rows: {counts_said(requests.skipped)}.")
     if shortened:
         _say(
             f"{shortened:,} of {len(requests):,} requests are shortened to "

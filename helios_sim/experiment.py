@@ -247,14 +247,14 @@ def run_policy(
         _check_fits(experiment, policy, requests)
         played = _play(experiment, policy, seed, requests, report)
         run = run_data(played, policy.name, policy.use, seed, plain | {"seed": seed})
-        num_dropped, users = requests.num_dropped, (requests.num_users, requests.arrival_s)
+        users, left_out = (requests.num_users, requests.arrival_s), requests.left_out
         replays_text = requests.replays_text
         # The world is as large as the records made of it, and nobody needs it any more.
         played.disband()
         del played, requests
         check_run(run)
         summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
-        summary |= {"num_dropped": num_dropped, "num_shortened": num_shortened}
+        summary |= {**left_out, "num_shortened": num_shortened}
         summary[TOKENIZERS] = _tokenizers(experiment.setup.profile, run)
         summary |= start_figures(run, measure.warmup_s, measure.warmup_requests)
         summary |= user_figures(run, *users)

@@ -713,6 +713,26 @@ def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(
     assert "left out" not in capsys.readouterr().out
 
 
+def test_rows_of_a_trace_that_cannot_be_used_are_skipped_where_asked_for_and_told(
+    scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "b.csv").write_text("at,in,out\n1,20,10\n2,-5,10\n3,20,10\n", encoding="utf-8")
+    columns = 'columns={arrival="at", prompt="in", output="out"}'
+    change = ("--set", f'workload={{trace={{file="b.csv", {columns}}}}}')
+    skipping = (*change, "--set", "workload.trace.skip_bad_rows=true")
+    assert run("scenario", "check", scenario, *change) == 2
+    assert "workload.trace.skip_bad_rows = true leaves it out" in capsys.readouterr().err
+    assert run("scenario", "check", scenario, *skipping) == 0
+    assert "left out by skip_bad_rows: prompt below 1 token: 1.\n" in capsys.readouterr().out
+    out = tmp_path / "skipped"
+    assert run("simulate", scenario, "--policy", "vanilla", *skipping, "--out", out) == 0
+    told = "Skipped rows of the trace: 1 row (prompt below 1 token 1), which cannot be used"
+    assert told in capsys.readouterr().out
+    assert told in (out / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((out / "vanilla" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["skipped_rows"] == {"prompt below 1 token": 1}
+
+
 def test_profiles_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("profiles", "--json") == 0
     names = {profile["name"] for profile in json.loads(capsys.readouterr().out)}

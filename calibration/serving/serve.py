@@ -317,7 +317,7 @@ def serve_once(
     measure = scenario.measure
     summary = summarise(run, scenario.slo_spec, measure.warmup_s, measure.warmup_requests)
     summary |= {
-        "num_dropped": prepared.requests.num_dropped,
+        **prepared.requests.left_out,
         "num_shortened": prepared.num_shortened,
         TOKENIZERS: [prepared.prompts.tokenizer],
         **start_figures(run, measure.warmup_s, measure.warmup_requests),

@@ -633,6 +633,12 @@ def changed_requests(summaries: Sequence[Summary]) -> list[str]:
             f"Left out of the trace: {_by_label(dropped, summaries)}, since a row without output "
             "tokens or without an arrival is no request (num_dropped)."
         )
+    skipped = [_skipped(one.get("skipped_rows")) for one in summaries]
+    if any(skipped):
+        said.append(
+            f"Skipped rows of the trace: {_by_label(skipped, summaries)}, which cannot be used "
+            "(workload.trace.skip_bad_rows)."
+        )
     return said
 
 
@@ -684,6 +690,14 @@ def waited_for_start(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Start: {_by_label(told, summaries)} came in the first {number(until_s)} s while "
         f"weights were on their way; their wait counts in every latency, and {remedy}."
     ]
+
+
+def _skipped(counts: Any) -> str:
+    """Rows of a trace that cannot be used, as '3 rows (empty output 2, ...)'; empty without any."""
+    if not isinstance(counts, Mapping) or not counts:
+        return ""
+    reasons = ", ".join(f"{reason} {number(num)}" for reason, num in counts.items())
+    return f"{counted(sum(counts.values()), 'row')} ({reasons})"
 
 
 def idle_users(summaries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,8 @@ class Requests:
     itself, when a run is replayed). `num_users` is there in a closed loop only: `arrival_s` is then
     when a user starts in the first `num_users` rows, one a user. The others are sent in their order
     by whichever user has been answered, and `arrival_s` is how long that user thinks before it.
-    `num_dropped` counts unusable trace rows. `replays_text` says that requests have the text that
+    `num_dropped` counts trace rows that are no requests, `skipped` those that cannot be used, by
+    what is wrong with them. `replays_text` says that requests have the text that
     they had in another run, whatever the seed.
     """
 
@@ -63,6 +65,7 @@ class Requests:
     domains: tuple[str, ...]
     num_users: int | None = None
     num_dropped: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
     replays_text: bool = False
 
     def __len__(self) -> int:
@@ -72,6 +75,12 @@ class Requests:
     def span_s(self) -> float:
         """Seconds from the run's start to the last arrival; 0 in a closed loop, which has none."""
         return float(self.arrival_s[-1]) if len(self) and self.num_users is None else 0.0
+
+    @property
+    def left_out(self) -> dict[str, Any]:
+        """What a summary says of the rows of a trace that are not among the requests."""
+        skipped = {"skipped_rows": dict(self.skipped)} if self.skipped else {}
+        return {"num_dropped": self.num_dropped, **skipped}
 
     @property
     def mean_prompt_tokens(self) -> float:
@@ -482,6 +491,7 @@ def generate(
         domains=domains,
         num_users=num_users,
         num_dropped=0 if trace is None else trace.num_dropped,
+        skipped={} if trace is None else trace.skipped,
         replays_text=given is not None,
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -61,6 +62,7 @@ class TraceSettings(StrictSettings):
     max_requests: Annotated[int | None, Field(ge=1, le=MAX_REQUESTS)] = None
     sort: bool = False
     spread: bool | None = None
+    skip_bad_rows: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -93,7 +95,8 @@ class Trace:
     """The requests of a trace, sorted by arrival.
 
     `domain` (an index into `domains`) and `trace_start` are there only for a run of our own;
-    `num_dropped` counts rows of the file that are no requests (an answer of no tokens).
+    `num_dropped` counts rows of the file that are no requests (an answer of no tokens), and
+    `skipped` those that cannot be used, by what is wrong with them.
     `latest` is the last time that a file of plain numbers gives, before its first is taken for 0.
     """
 
@@ -106,6 +109,7 @@ class Trace:
     domains: tuple[str, ...] = ()
     trace_start: NDArray[np.int32] | None = None
     num_dropped: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
     latest: float = 0.0
 
     def __len__(self) -> int:
@@ -121,17 +125,6 @@ class Trace:
             domain=None if self.domain is None else self.domain[rows],
             trace_start=None if self.trace_start is None else self.trace_start[rows],
         )
-
-
-@dataclass(frozen=True)
-class TraceRows:
-    """What a reader found: one row a request, in the order and with the lines of the file."""
-
-    time_s: Floats
-    prompt_tokens: Ints
-    output_tokens: Ints
-    line: Ints
-    num_dropped: int = 0
 
 
 def nothing_in_window(

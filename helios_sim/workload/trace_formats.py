@@ -6,34 +6,37 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
 from helios_sim.errors import InputError
-from helios_sim.streams import Floats
 from helios_sim.workload.trace import (
     FORMATS,
     MAX_ARRIVAL_S,
     MAX_TOKENS,
     Trace,
     TraceColumns,
-    TraceRows,
     TraceSettings,
 )
+from helios_sim.workload.trace_flaws import Flaw
+from helios_sim.workload.trace_rows import TraceRows
 from helios_sim.workload.trace_tables import (
     LINE,
+    Column,
     as_csv,
-    at_line,
     calendar_s,
     count_column,
     csv_table,
     first_bad,
     header_of,
+    is_calendar,
     json_number,
     parquet_table,
     plain_s,
+    readable,
 )
 
 _AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -123,12 +126,7 @@ def _parquet_format(path: Path) -> str:
 def azure(raw: bytes, path: Path) -> TraceRows:
     """Azure LLM inference traces of 2023 and 2024: calendar times of up to 100 ns."""
     frame = csv_table(raw, path, _AZURE)
-    return TraceRows(
-        time_s=calendar_s(frame, "TIMESTAMP", path),
-        prompt_tokens=count_column(frame, "ContextTokens", path),
-        output_tokens=count_column(frame, "GeneratedTokens", path),
-        line=frame[LINE].to_numpy(),
-    )
+    return _rows(frame, calendar_s(frame, "TIMESTAMP", path), _AZURE)
 
 
 def any_csv(columns: TraceColumns) -> Callable[[bytes, Path], TraceRows]:
@@ -137,14 +135,12 @@ def any_csv(columns: TraceColumns) -> Callable[[bytes, Path], TraceRows]:
     def read(raw: bytes, path: Path) -> TraceRows:
         frame = csv_table(raw, path, columns.names)
         name = columns.arrival
-        text = frame[name].str.strip_chars()
-        is_calendar = len(text) > 0 and "-" in (text[0] or "")[1:] and ":" in (text[0] or "")
-        if is_calendar:
+        if is_calendar(frame[name]):
             time_s = calendar_s(frame, name, path)
         else:
             expected = "seconds of at least 0, or of times such as 2023-11-16 18:15:46.680"
-            time_s = plain_s(frame, name, expected, path)
-        return _answered(frame, time_s, columns.names, path)
+            time_s = plain_s(frame, name, expected)
+        return _answered(_rows(frame, time_s, columns.names))
 
     return read
 
@@ -153,19 +149,27 @@ def _burstgpt(raw: bytes, path: Path) -> TraceRows:
     """BurstGPT: seconds; rows answered with no token are failures and are left out."""
     frame = csv_table(raw, path, _BURSTGPT)
     expected = "finite numbers of seconds of at least 0"
-    return _answered(frame, plain_s(frame, "Timestamp", expected, path), _BURSTGPT, path)
+    return _answered(_rows(frame, plain_s(frame, "Timestamp", expected), _BURSTGPT))
 
 
-def _answered(
-    frame: pl.DataFrame, time_s: Floats, names: tuple[str, str, str], path: Path
-) -> TraceRows:
+def _rows(frame: pl.DataFrame, time_s: Column, names: tuple[str, str, str]) -> TraceRows:
+    """The rows that can be read, and what is wrong with the others."""
+    prompt = count_column(frame, "prompt", names[1])
+    output = count_column(frame, "output", names[2])
+    good, flaws = readable(frame, (time_s, prompt, output))
+    return TraceRows(
+        time_s=time_s.values.filter(good).to_numpy(),
+        prompt_tokens=prompt.values.filter(good).to_numpy(),
+        output_tokens=output.values.filter(good).to_numpy(),
+        line=frame[LINE].filter(good).to_numpy(),
+        flaws=tuple(flaws),
+    )
+
+
+def _answered(rows: TraceRows) -> TraceRows:
     """The rows that were answered with a token or more; the others are counted."""
-    prompt = count_column(frame, names[1], path)
-    output = count_column(frame, names[2], path)
-    kept = output != 0
-    line = frame[LINE].to_numpy()
-    dropped = int((~kept).sum())
-    return TraceRows(time_s[kept], prompt[kept], output[kept], line[kept], dropped)
+    kept = rows.output_tokens != 0
+    return replace(rows.take(kept), num_dropped=int((~kept).sum()))
 
 
 def _mooncake(raw: bytes, path: Path) -> TraceRows:
@@ -174,22 +178,36 @@ def _mooncake(raw: bytes, path: Path) -> TraceRows:
     prompts: list[int] = []
     outputs: list[int] = []
     lines: list[int] = []
+    flaws: list[Flaw] = []
     for number, text in enumerate(raw.split(b"\n"), 1):
         if not text.strip():
             continue
         try:
             row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
+            time_s = json_number(row, "timestamp", (int, float), path, number) / 1000
+            prompt = int(json_number(row, "input_length", (int,), path, number))
+            output = int(json_number(row, "output_length", (int,), path, number))
+        except InputError as error:
+            flaws.append(Flaw("unreadable line", np.array([number]), error.message))
+            continue
+        except (ValueError, RecursionError):
+            said = (
                 f"The line {text[:80].decode('utf-8', errors='replace')!r} is no JSON object; "
-                f"the file must hold {FORMATS['mooncake']}.",
-                where=at_line(path, number),
-            ) from error
-        times.append(json_number(row, "timestamp", (int, float), path, number) / 1000)
-        prompts.append(int(json_number(row, "input_length", (int,), path, number)))
-        outputs.append(int(json_number(row, "output_length", (int,), path, number)))
+                f"the file must hold {FORMATS['mooncake']}."
+            )
+            flaws.append(Flaw("unreadable line", np.array([number]), said))
+            continue
+        times.append(time_s)
+        prompts.append(prompt)
+        outputs.append(output)
         lines.append(number)
-    return TraceRows(np.array(times), np.array(prompts), np.array(outputs), np.array(lines))
+    return TraceRows(
+        time_s=np.array(times, dtype=np.float64),
+        prompt_tokens=np.array(prompts, dtype=np.int64),
+        output_tokens=np.array(outputs, dtype=np.int64),
+        line=np.array(lines, dtype=np.int64),
+        flaws=tuple(flaws),
+    )
 
 
 TEXT_READERS: dict[str, Callable[[bytes, Path], TraceRows]] = {

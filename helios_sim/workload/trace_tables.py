@@ -5,24 +5,22 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from helios_sim.errors import InputError, did_you_mean, first_line
-from helios_sim.streams import Floats
-from helios_sim.workload.trace import Ints, TraceColumns
+from helios_sim.workload.trace import TraceColumns
+from helios_sim.workload.trace_flaws import Flaw, at_line
 
-# Where a table keeps the line of each row: no column of a file has such a name, since the names of
-# a header are stripped.
+# Where a table keeps the line of each row, and how far its clock is ahead: no column of a file has
+# such a name, since the names of a header are stripped.
 LINE = " line"
-
-
-def at_line(path: Path, line: int) -> str:
-    """Where a flaw is."""
-    return f"{path}, line {line}"
+_AHEAD = " offset"
 
 
 def header_of(raw: bytes) -> tuple[str, list[str]]:
@@ -51,16 +49,15 @@ def csv_table(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
             f"{', '.join(columns)} once.",
             where=at_line(path, header_line),
         )
-    blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series()
-    if blank.any():
-        # A line of commas alone is such a row too, but no blank line.
-        for number, text in enumerate(raw.splitlines(), 1):
-            if b"," in text and not text.strip(b', \t"'):
-                raise _malformed(text.decode(), len(frame.columns), path, number)
     # Polars keeps a blank line behind the header as a row of nulls.
+    blank = frame.select(pl.all_horizontal(pl.all().is_null())).to_series().to_numpy()
     wanted = pl.DataFrame([frame.to_series(names.index(name)).alias(name) for name in columns])
     lines = np.arange(frame.height, dtype=np.int64) + header_line + 1
     wanted = wanted.with_columns(pl.Series(LINE, lines))
+    if blank.any():
+        # A line of commas alone is such a row too, but no blank line.
+        kept = [number for number, text in enumerate(raw.splitlines(), 1) if b"," in text]
+        blank &= ~np.isin(lines, kept)
     return wanted.filter(~blank)
 
 
@@ -116,85 +113,124 @@ def _ragged(raw: bytes, path: Path, columns: tuple[str, ...], error: Exception) 
     return InputError(f"The file is not readable as CSV: {first_line(error)}.", where=str(path))
 
 
-def column_of(
-    frame: pl.DataFrame, name: str, parsed: pl.Series, expected: str, path: Path
-) -> pl.Series:
-    """`parsed`, or an error at the first line whose text could not be parsed."""
-    bad = parsed.is_null().arg_true()
-    if len(bad):
-        row = int(bad[0])
-        text = frame[name][row]
-        said = f"{text!r}" if text and text.strip() else "an empty cell"
-        raise InputError(
-            f"{name} is {said}; the column must hold {expected}.",
-            where=at_line(path, int(frame[LINE][row])),
-        )
-    return parsed
+@dataclass(frozen=True)
+class Column:
+    """A column as numbers, null where a row holds none; `what` it is and `expected` are words."""
+
+    what: str
+    name: str
+    values: pl.Series
+    expected: str
 
 
-def count_column(frame: pl.DataFrame, name: str, path: Path) -> Ints:
-    """A column of whole numbers of tokens."""
-    parsed = frame[name].str.strip_chars().cast(pl.Int64, strict=False)
-    return column_of(frame, name, parsed, "whole numbers of tokens", path).to_numpy()
+def readable(
+    frame: pl.DataFrame, columns: Sequence[Column]
+) -> tuple[NDArray[np.bool_], list[Flaw]]:
+    """Which rows hold a number in every column, and what is wrong with the others.
+
+    A row with several flaws counts to the first column's.
+    """
+    lines = frame[LINE].to_numpy()
+    good = np.ones(frame.height, dtype=np.bool_)
+    flaws = []
+    for column in columns:
+        bad = good & column.values.is_null().to_numpy()
+        if not bad.any():
+            continue
+        good &= ~bad
+        text = frame[column.name].fill_null("").str.strip_chars()
+        empty = (text == "").to_numpy()
+        must = f"the column must hold {column.expected}."
+        for reason, rows in (
+            (f"empty {column.what}", np.flatnonzero(bad & empty)),
+            (f"unreadable {column.what}", np.flatnonzero(bad & ~empty)),
+        ):
+            if rows.size:
+                cell = frame[column.name][int(rows[0])]
+                said = "an empty cell" if reason.startswith("empty") else repr(cell)
+                flaws.append(Flaw(reason, lines[rows], f"{column.name} is {said}; {must}"))
+    return good, flaws
+
+
+def count_column(frame: pl.DataFrame, what: str, name: str) -> Column:
+    """A column of whole numbers of tokens, which may be written as 812.0."""
+    text = frame[name].str.strip_chars()
+    counts = text.cast(pl.Int64, strict=False)
+    if counts.null_count():
+        number = text.cast(pl.Float64, strict=False)
+        # The bound leaves out what a float no longer holds exactly, infinities and NaN.
+        is_whole = ((number == number.floor()) & (number.abs() < 2.0**53)).fill_null(False)
+        counts = counts.fill_null(number.set(~is_whole, None).cast(pl.Int64))
+    return Column(what, name, counts, "whole numbers of tokens")
 
 
 _OFFSET: Final = r"(Z|[+-](?:[01]\d|2[0-3])(?::?[0-5]\d)?)$"
 """How a time ends that says how far its clock is ahead of UTC: Z, +02:00, -0530 or +02."""
 
 
-def calendar_s(frame: pl.DataFrame, name: str, path: Path) -> Floats:
+def calendar_s(frame: pl.DataFrame, name: str, path: Path) -> Column:
     """Seconds from the first of the times, which all have an offset from UTC or all have none."""
     text = frame[name].str.strip_chars()
     offset = text.str.extract(_OFFSET)
     text = text.str.replace(_OFFSET, "").str.strip_chars_end().str.replace("T", " ")
     stamp = text.str.to_datetime("%Y-%m-%d %H:%M:%S%.f", time_unit="ns", strict=False)
-    stamp = column_of(frame, name, stamp, "times such as 2023-11-16 18:15:46.680", path)
-    _check_offsets(frame, name, offset, path)
-    ns = stamp.to_physical().to_numpy() - _ahead_ns(offset)
+    _check_offsets(frame.with_columns(offset.alias(_AHEAD)).filter(stamp.is_not_null()), name, path)
+    ns = stamp.to_physical() - _ahead_ns(offset)
     # Differences are taken in whole nanoseconds: seconds since 1970 would lose digits.
-    seconds: Floats = (ns - (ns.min() if ns.size else 0)) / 1e9
-    return seconds
+    seconds = (ns - ns.min()) / 1e9
+    return Column("time", name, seconds, "times such as 2023-11-16 18:15:46.680")
 
 
-def _check_offsets(frame: pl.DataFrame, name: str, offset: pl.Series, path: Path) -> None:
+def _check_offsets(frame: pl.DataFrame, name: str, path: Path) -> None:
     """Refuse times of which some have an offset: nobody says on which clock the others are."""
-    has = offset.is_not_null()
+    has = frame[_AHEAD].is_not_null()
     if has.all() or not has.any():
         return
     row = int((has != has[0]).arg_true()[0])
     with_it, without = (row, 0) if has[row] else (0, row)
     raise InputError(
-        f"{name} is {frame[name][row]!r} here, but {frame[name][0]!r} in the first row; "
+        f"{name} is {frame[name][row]!r} here, but {frame[name][0]!r} in line {frame[LINE][0]}; "
         f"{frame[name][with_it]!r} has an offset from UTC and {frame[name][without]!r} has none: "
         "give all times with an offset, or all without.",
         where=at_line(path, int(frame[LINE][row])),
     )
 
 
-def _ahead_ns(offset: pl.Series) -> Ints:
+def _ahead_ns(offset: pl.Series) -> pl.Series | int:
     """Nanoseconds that clocks of these offsets are ahead of UTC; 0 without an offset."""
+    if offset.null_count() == len(offset):
+        return 0
     digits = offset.str.replace_all("[Z:+-]", "")
     hours = digits.str.slice(0, 2).cast(pl.Int64, strict=False).fill_null(0)
     minutes = digits.str.slice(2).cast(pl.Int64, strict=False).fill_null(0)
     sign = pl.select(pl.when(offset.str.starts_with("-")).then(-1).otherwise(1)).to_series()
-    ahead: Ints = (sign * (hours * 60 + minutes) * 60_000_000_000).to_numpy()
-    return ahead
+    return sign * (hours * 60 + minutes) * 60_000_000_000
 
 
-def plain_s(frame: pl.DataFrame, name: str, expected: str, path: Path) -> Floats:
+def plain_s(frame: pl.DataFrame, name: str, expected: str) -> Column:
     """Times given as numbers of seconds."""
     seconds = frame[name].str.strip_chars().cast(pl.Float64, strict=False)
     seconds = seconds.set(~(seconds.is_finite() & (seconds >= 0)).fill_null(False), None)
-    return column_of(frame, name, seconds, expected, path).to_numpy()
+    return Column("time", name, seconds, expected)
+
+
+def is_calendar(times: pl.Series) -> bool:
+    """Whether times are given by the calendar: the first that can be read either way tells."""
+    text = times.str.strip_chars()
+    looks = (text.str.contains(".-") & text.str.contains(":", literal=True)).fill_null(False)
+    told = (looks | text.cast(pl.Float64, strict=False).is_not_null()).arg_true()
+    return bool(looks[int(told[0])]) if len(told) else False
 
 
 def json_number(row: Any, key: str, types: tuple[type, ...], path: Path, line: int) -> int | float:
     """A number of a JSON line, of one of the types."""
     value: Any = row.get(key) if isinstance(row, dict) else None
     # The bound also shuts out infinities and NaN.
-    if type(value) in types and abs(value) < 2**53:
+    if type(value) in (int, float) and abs(value) < 2**53:
         number: int | float = value
-        return number
+        # A count may be written as 812.0.
+        if float in types or number == int(number):
+            return number
     what = "a whole number" if types == (int,) else "a finite number"
     raise InputError(f"{key} is {value!r}; it must be {what}.", where=at_line(path, line))
 

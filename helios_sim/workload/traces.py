@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -17,12 +18,12 @@ from helios_sim.workload.trace import (
     MAX_TOKENS,
     Ints,
     Trace,
-    TraceRows,
     TraceSettings,
     nothing_in_window,
 )
+from helios_sim.workload.trace_flaws import Flaw, at_line, by_reason, counts_said, refuse_flaws
 from helios_sim.workload.trace_formats import TEXT_READERS, any_csv, read_helios, recognise
-from helios_sim.workload.trace_tables import at_line
+from helios_sim.workload.trace_rows import TraceRows
 
 
 def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
@@ -105,16 +106,15 @@ def _locate(path: Path) -> Path:
 
 def _trace_of(name: str, path: Path, rows: TraceRows, settings: TraceSettings) -> Trace:
     """Check a text trace's rows and bring them in order, from 0 s on."""
-    if not len(rows.time_s):
-        dropped = f" ({rows.num_dropped} rows have no output)" if rows.num_dropped else ""
-        raise InputError(f"The trace holds no request{dropped}; one at least is needed.", str(path))
-    for what, tokens in (("prompt", rows.prompt_tokens), ("output", rows.output_tokens)):
-        bad = np.flatnonzero((tokens < 1) | (tokens > MAX_TOKENS))
-        if bad.size:
-            raise InputError(
-                f"The request has {tokens[bad[0]]} {what} tokens; allowed are 1 to {MAX_TOKENS}.",
-                where=at_line(path, int(rows.line[bad[0]])),
-            )
+    rows = _of_lengths_in_range(rows)
+    if not settings.skip_bad_rows:
+        refuse_flaws(rows.flaws, rows.num_in_file, path)
+    skipped = by_reason(rows.flaws)
+    if not len(rows):
+        left_out = [f"{rows.num_dropped} rows have no output"] if rows.num_dropped else []
+        left_out += [f"rows that cannot be used: {counts_said(skipped)}"] if skipped else []
+        why = f" ({'; '.join(left_out)})" if left_out else ""
+        raise InputError(f"The trace holds no request{why}; one at least is needed.", str(path))
     time_s = rows.time_s
     order = np.argsort(time_s, kind="stable")
     back = np.flatnonzero(np.diff(time_s) < 0)
@@ -141,8 +141,29 @@ def _trace_of(name: str, path: Path, rows: TraceRows, settings: TraceSettings) -
         prompt_tokens=rows.prompt_tokens[order].astype(np.int32),
         output_tokens=rows.output_tokens[order].astype(np.int32),
         num_dropped=rows.num_dropped,
+        skipped=skipped,
         latest=float(rows.time_s.max()),
     )
+
+
+def _of_lengths_in_range(rows: TraceRows) -> TraceRows:
+    """The rows whose lengths are some that a request may have; the others are flaws."""
+    good = np.ones(len(rows), dtype=np.bool_)
+    flaws = list(rows.flaws)
+    for what, tokens in (("prompt", rows.prompt_tokens), ("output", rows.output_tokens)):
+        for reason, out in (
+            (f"{what} below 1 token", tokens < 1),
+            (f"{what} above {MAX_TOKENS} tokens", tokens > MAX_TOKENS),
+        ):
+            bad = np.flatnonzero(good & out)
+            if bad.size:
+                said = (
+                    f"The request has {tokens[bad[0]]} {what} tokens; allowed are 1 to "
+                    f"{MAX_TOKENS}."
+                )
+                flaws.append(Flaw(reason, rows.line[bad], said))
+                good[bad] = False
+    return rows if good.all() else replace(rows.take(good), flaws=tuple(flaws))
 
 
 def spread_equal(time_s: Floats) -> Floats:

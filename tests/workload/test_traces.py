@@ -261,7 +261,7 @@ def test_columns_may_rename_those_of_a_known_format(tmp_path: Path) -> None:
         ("sent,in,out\n2024-01-01 00:00:00+25:00,2,3\n", "must hold times such as 2023-11-16"),
         (
             "sent,in,out\n2024-01-01 00:00:00,2,3\n2024-01-01 00:00:01+02:00,2,3\n",
-            r"line 3: sent is '.*1\+02:00' here, but '.*0' in the first row; '.*1\+02:00' has an "
+            r"line 3: sent is '.*1\+02:00' here, but '.*0' in line 2; '.*1\+02:00' has an "
             "offset from UTC and '.*0' has none: give all times with an offset, or all without",
         ),
         (
@@ -298,6 +298,95 @@ def test_a_flaw_of_a_csv_of_ones_own_is_named_with_its_line(
 ) -> None:
     with pytest.raises(InputError, match=message):
         read(tmp_path / "a.csv", text, columns=OWN)
+
+
+def test_whole_numbers_of_tokens_may_be_written_as_floats(tmp_path: Path) -> None:
+    """In CSV, JSON lines and Parquet; 2.5, and what a float does not hold exactly, are none."""
+    text = "sent,in,out\n1,812.0,3\n2,1e3,4.0\n"
+    assert read(tmp_path / "a.csv", text, columns=OWN).prompt_tokens.tolist() == [812, 1000]
+    assert read(tmp_path / "m.jsonl", MOONCAKE_TEXT.replace("316", "316.0")).output_tokens[3] == 316
+    frame = pl.DataFrame({"sent": [1.0], "in": [812.0], "out": [3.0]})
+    frame.write_parquet(tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", columns=OWN).prompt_tokens.tolist() == [812]
+    for wrong in ("2.5", "1e16", "nan", "inf"):
+        with pytest.raises(InputError, match=f"in is '{wrong}'; the column must hold whole"):
+            read(tmp_path / "a.csv", f"sent,in,out\n1,{wrong},3\n", columns=OWN)
+
+
+DIRTY = """sent,in,out
+,1,9
+1,2,9
+2,x,
+3,-5,9
+4,4,0
+5,5,
+,,
+6,6,2147483648
+7,7,-1
+8,8,9
+"""
+
+
+def test_the_first_row_that_cannot_be_used_is_refused_with_the_number_of_all(
+    tmp_path: Path,
+) -> None:
+    """A row counts once, to the first thing wrong with it; the option that skips them is named."""
+    told = (
+        r"line 2: sent is an empty cell; the column must hold seconds .*\. 7 of 10 rows cannot be "
+        r"used \(empty time: 2, unreadable prompt: 1, empty output: 1, prompt below 1 token: 1, "
+        r"output below 1 token: 1, output above 2147483647 tokens: 1\); "
+        r"workload\.trace\.skip_bad_rows = true leaves them out\.$"
+    )
+    with pytest.raises(InputError, match=told):
+        read(tmp_path / "a.csv", DIRTY, columns=OWN)
+    for text, told in (
+        ("sent,in,out\n1,x,3\n2,2,3\n", r"1 of 2 rows cannot be used; .* leaves it out\.$"),
+        ("sent,in,out\n1,x,3\n2,y,3\n", r"None of the 2 rows can be used\.$"),
+        ("sent,in,out\n1,x,3\n", r"whole numbers of tokens\.$"),
+    ):
+        with pytest.raises(InputError, match=told):
+            read(tmp_path / "a.csv", text, columns=OWN)
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_counted_where_one_asks_for_it(
+    tmp_path: Path,
+) -> None:
+    """Rows without an output are counted beside them, as without the option."""
+    trace = read(tmp_path / "a.csv", DIRTY, columns=OWN, skip_bad_rows=True)
+    assert trace.arrival_s.tolist() == [0.0, 7.0]
+    assert trace.prompt_tokens.tolist() == [2, 8]
+    assert trace.num_dropped == 1
+    assert trace.skipped == {
+        "empty time": 2,
+        "unreadable prompt": 1,
+        "empty output": 1,
+        "prompt below 1 token": 1,
+        "output below 1 token": 1,
+        "output above 2147483647 tokens": 1,
+    }
+    table = {"trace": {"file": "a.csv", "columns": OWN, "skip_bad_rows": True}}
+    requests = generate(WorkloadSettings.model_validate(table), 1, tmp_path, ("prose",))
+    assert requests.left_out == {"num_dropped": 1, "skipped_rows": trace.skipped}
+    with pytest.raises(InputError, match=r"no request \(1 rows .*; .* unreadable prompt: 1\); one"):
+        text = "sent,in,out\n1,x,3\n2,2,0\n"
+        read(tmp_path / "a.csv", text, columns=OWN, skip_bad_rows=True)
+
+
+def test_lines_of_json_that_cannot_be_used_are_left_out_too(tmp_path: Path) -> None:
+    text = MOONCAKE_TEXT.replace("316", '"?"').replace('{"timestamp": 3000, "input_length": 9', "9")
+    with pytest.raises(InputError, match=r"line 5: .*2 of 5 rows .*\(unreadable line: 2\); work"):
+        read(tmp_path / "m.jsonl", text)
+    trace = read(tmp_path / "m.jsonl", text, skip_bad_rows=True)
+    assert trace.prompt_tokens.tolist() == [6758, 7322, 7236]
+    assert trace.skipped == {"unreadable line": 2}
+
+
+def test_times_that_cannot_be_read_do_not_tell_how_time_is_given(tmp_path: Path) -> None:
+    """Nor whether times have an offset."""
+    text = "sent,in,out\nn/a,1,3\n2024-01-01 00:00:00Z,2,3\nlater,3,4\n2024-01-01 00:00:05Z,4,3\n"
+    trace = read(tmp_path / "a.csv", text, columns=OWN, skip_bad_rows=True)
+    assert trace.arrival_s.tolist() == [0.0, 5.0]
+    assert trace.skipped == {"unreadable time": 2}
 
 
 @pytest.mark.parametrize(
@@ -479,8 +568,13 @@ BAD_FILES = [
     ("short.csv", AZURE_TEXT.replace(",396,109", ""), "ContextTokens is an empty cell", 3),
     ("blank2.csv", AZURE_TEXT.replace("2023-11-16 18:15:51,879", "\n\nx,1"), "is 'x'", 6),
     ("latin.csv", AZURE_TEXT.encode().replace(b"396", b"\xff"), "0xff, which is no UTF-8", 3),
-    ("commas.csv", AZURE_TEXT.replace("\n2023-11-16 18:15:51", "\n\n,,\n2023"), "',,' is mal", 5),
-    ("lastcommas.csv", AZURE_TEXT + ",,\n", "',,' is malformed; 3 comma-separated", 5),
+    (
+        "commas.csv",
+        AZURE_TEXT.replace("\n2023-11-16 18:15:51", "\n\n,,\n2023"),
+        "TIMESTAMP is an em",
+        5,
+    ),
+    ("lastcommas.csv", AZURE_TEXT + ",,\n", "TIMESTAMP is an empty cell; .* 1 of 4 rows", 5),
     ("past.csv", BURSTGPT_TEXT.replace("\n5,", "\n-5,"), "Timestamp is '-5'; .*at least 0", 2),
     ("far.csv", BURSTGPT_TEXT.replace("118.5", "1e308"), "lies 1e.308 s after .*up to 1e.09 s", 4),
     ("column.csv", AZURE_TEXT.replace("GeneratedTokens", "Out"), "lacks GeneratedTokens", 1),
