@@ -33,6 +33,8 @@ MAX_ARRIVAL_S = 1e9
 
 Ints = NDArray[np.int64]
 
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
+
 ColumnName = Annotated[str, Field(min_length=1)]
 
 
@@ -57,7 +59,9 @@ class TraceSettings(StrictSettings):
     columns: TraceColumns | None = None
     start_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     end_s: Annotated[float | None, Field(gt=0, le=1e9)] = None
-    rate_scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    rate_scale: Scale = 1.0
+    prompt_scale: Scale = 1.0
+    output_scale: Scale = 1.0
     repeat: Annotated[int, Field(ge=1, le=100_000)] = 1
     max_requests: Annotated[int | None, Field(ge=1, le=MAX_REQUESTS)] = None
     sort: bool = False

@@ -8,6 +8,7 @@ from typing import Final
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from helios_sim.errors import InputError, first_line
 from helios_sim.streams import Floats, whole_ns
@@ -27,7 +28,7 @@ from helios_sim.workload.trace_rows import TraceRows
 
 
 def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
-    """The trace's requests after window, rate scale, repetition and cut.
+    """The trace's requests after window, scales of length and rate, repetition and cut.
 
     A relative path is looked up from `base_dir`. Times count from the trace's first request (from
     the start of a run or of a day for formats that have one), then from `start_s`. The seed
@@ -45,7 +46,7 @@ def read_trace(settings: TraceSettings, base_dir: Path, seed: int) -> Trace:
     else:
         read = any_csv(settings.columns) if settings.columns else TEXT_READERS[name]
         trace = _trace_of(name, path, read(raw, path), settings)
-    return _stretch(_cut(trace, settings), settings)
+    return _stretch(_lengthen(_cut(trace, settings), settings), settings)
 
 
 def is_drawn(settings: TraceSettings, base_dir: Path) -> bool:
@@ -189,6 +190,27 @@ def _cut(trace: Trace, settings: TraceSettings) -> Trace:
     if low >= high:
         raise nothing_in_window(trace.file, settings, float(times[0]), float(times[-1]))
     return trace.take(slice(low, high), times[low:high] - settings.start_s)
+
+
+def _lengthen(trace: Trace, settings: TraceSettings) -> Trace:
+    """Prompts and outputs of so many times their tokens, rounded to whole ones, at least 1."""
+    prompt = _scaled("prompt", trace.prompt_tokens, settings.prompt_scale, trace.file)
+    output = _scaled("output", trace.output_tokens, settings.output_scale, trace.file)
+    return replace(trace, prompt_tokens=prompt, output_tokens=output)
+
+
+def _scaled(what: str, tokens: NDArray[np.int32], scale: float, path: Path) -> NDArray[np.int32]:
+    """Lengths multiplied by a scale; of two nearest whole numbers the even one is taken."""
+    if scale == 1.0:
+        return tokens
+    longest = int(tokens.max()) * scale
+    if longest > MAX_TOKENS:
+        raise InputError(
+            f"The longest {what} has {tokens.max():,} tokens, {longest:,.0f} with {what}_scale = "
+            f"{scale:g}; at most {MAX_TOKENS} are allowed: give a lower scale.",
+            where=str(path),
+        )
+    return np.maximum(np.round(tokens * scale), 1.0).astype(np.int32)
 
 
 def _stretch(trace: Trace, settings: TraceSettings) -> Trace:

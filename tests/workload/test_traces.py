@@ -460,6 +460,32 @@ def test_rate_scale_compresses_time(tmp_path: Path) -> None:
     assert read(path, rate_scale=3.0, end_s=2.0).arrival_s.tolist() == [0, 0.333333333]
 
 
+def test_lengths_of_a_trace_are_scaled_to_whole_tokens_of_at_least_one(tmp_path: Path) -> None:
+    """Prompts and outputs apart, arrivals as they are, whichever arrivals take the lengths."""
+    text = "sent,in,out\n0,10,1\n1,3,200\n"
+    twice = read(tmp_path / "a.csv", text, columns=OWN, prompt_scale=2.0, output_scale=0.01)
+    assert twice.prompt_tokens.tolist() == [20, 6]
+    assert twice.output_tokens.tolist() == [1, 2]
+    assert twice.prompt_tokens.dtype == twice.output_tokens.dtype == np.int32
+    assert twice.arrival_s.tolist() == [0.0, 1.0]
+    table = {
+        "num_requests": 3,
+        "arrivals": {"kind": "constant", "rate_per_s": 1.0},
+        "trace": {"file": "a.csv", "columns": OWN, "prompt_scale": 1.5},
+    }
+    drawn = generate(WorkloadSettings.model_validate(table), 1, tmp_path, ("prose",))
+    assert drawn.prompt_tokens.tolist() == [15, 4, 15]
+    assert drawn.output_tokens.tolist() == [1, 200, 1]
+
+
+def test_lengths_scaled_beyond_what_a_column_holds_are_refused(tmp_path: Path) -> None:
+    text = "sent,in,out\n0,5000,1\n"
+    with pytest.raises(InputError, match=r"5,000 tokens, 5,000,000,000 with prompt_scale = 1e\+06"):
+        read(tmp_path / "a.csv", text, columns=OWN, prompt_scale=1e6)
+    with pytest.raises(ValidationError, match=r"greater than or equal to 0\.000001"):
+        TraceSettings(file="a.csv", output_scale=0.0)
+
+
 def test_repetition_is_back_to_back(tmp_path: Path) -> None:
     """A copy takes the window's length, or the trace and one mean interval, scaled alike."""
     path = steps(tmp_path / "m.jsonl", [0, 1, 2, 4, 8])
