@@ -370,10 +370,18 @@ class _Derived:
             )
         found = given if given[-1] == depth else (*given, depth)
         if len(found) != len(there):
+            way = "give as many, or another --like."
+            if len(found) < len(there):
+                kept = ",".join(map(str, _nearest_exits(found, there)))
+                way = (
+                    f"give as many, or derive in two steps: first with --keep-exits "
+                    f"{self.like}={kept} and --out alone, then --from the profile that this makes, "
+                    f"with --like {self.like} and the same --model and --exits."
+                )
             raise InputError(
                 f"{len(found)} exits were given with the full depth ({layers_said(found)}), and "
                 f"the exits of {self.like!r}, which stand in for them, are {len(there)} "
-                f"({layers_said(there)}); give as many, or another --like.",
+                f"({layers_said(there)}); {way}",
                 "--exits",
             )
         return found
@@ -430,6 +438,22 @@ class _Derived:
 
 _KEPT: Final = "unchanged (assumed)"
 _SAME: Final = "the same share of the peak assumed"
+
+
+def _nearest_exits(wanted: Sequence[int], there: Sequence[int]) -> list[int]:
+    """As many exits of another model, in order, each the nearest by relative depth that is left.
+
+    The last of both are their full depths.
+    """
+    kept: list[int] = []
+    begin = 0
+    for place, layer in enumerate(wanted):
+        end = len(there) - (len(wanted) - place - 1)
+        share = layer / wanted[-1]
+        at = min(range(begin, end), key=lambda one: abs(there[one] / there[-1] - share))
+        kept.append(there[at])
+        begin = at + 1
+    return kept
 
 
 def _write_traces(

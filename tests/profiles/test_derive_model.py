@@ -316,6 +316,27 @@ def test_a_model_that_no_profile_has_is_answered_with_the_way_to_add_it(
 
 
 @pytest.mark.parametrize(
+    ("exits", "kept"), [("8,16,24", "8,20,28,32"), ("20,24,26", "20,24,28,32"), ("28", "32")]
+)
+def test_fewer_exits_than_those_that_stand_in_are_answered_with_two_steps_that_work(
+    exits: str, kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The exits to keep are those of the nearest relative depths, with room for the others."""
+    file = written(tmp_path, QWEN2)
+    model = ("--model", f"q={file}", "--like", "llama3-8b", "--exits", exits)
+    out, step = tmp_path / "new", tmp_path / "step"
+    assert run("profiles", "derive", "--from", H100, "--out", out, *model) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    named = re.search(r"first with (--keep-exits) (llama3-8b=[\d,]+) and --out alone, then", said)
+    assert named is not None
+    assert run("profiles", "derive", "--from", H100, "--out", step, *named.groups()) == 0
+    assert run("profiles", "derive", "--from", step, "--out", out, *model) == 0
+    asked = (*(int(layer) for layer in exits.split(",")), 28)
+    assert load_profile(str(out)).models["q"].model.exit_layers == tuple(sorted({*asked}))
+    assert named[2] == f"llama3-8b={kept}"
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--model", "qwen2-7b"], "'qwen2-7b' was given; allowed is NAME=FILE"),
@@ -330,6 +351,10 @@ def test_a_model_that_no_profile_has_is_answered_with_the_way_to_add_it(
         (["--model", "q={file}", "--exits", "0,4"], "'0,4' was given; allowed are whole numbers"),
         (["--model", "q={file}", "--exits", "a"], "'a' was given; allowed are whole numbers"),
         (["--model", "q={file}", "--exits", "8,16,24"], "4 exits were given with the full depth"),
+        (
+            ["--model", "q={file}", "--exits", "2,4,6,8,10,12,16,24"],
+            "are 7 (8, 12, 16, 20, 24, 28, 32); give as many, or another --like.",
+        ),
         (
             ["--model", "q={file}", "--exits", "8,30"],
             "An exit after layer 30 was given; 'q' has 28",
