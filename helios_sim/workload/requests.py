@@ -428,6 +428,12 @@ class WorkloadSettings(StrictSettings):
 
     def _check_domains(self) -> None:
         names = [domain.name for domain in self.domains]
+        if names and self.trace is not None and self.trace.tells_domains:
+            raise ValueError(
+                f"domains gives shares of {', '.join(map(repr, names))}, and a column of the trace "
+                "(trace.columns.domain) says of each request which text it is of; leave one of "
+                "them out."
+            )
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"Domain {name!r} is given {names.count(name)} times; once only.")
@@ -479,8 +485,9 @@ def generate(
             f"{MAX_SPAN_S:g} s are allowed. Give fewer requests or a higher rate.",
             where="workload",
         )
-    prompt_tokens, output_tokens = _lengths(settings, seed, base_dir, arrival_s.size, trace)
-    domain, domains = _domains(settings, seed, arrival_s, trace, available_domains)
+    rows = _rows(settings, seed, arrival_s.size, trace)
+    prompt_tokens, output_tokens = _lengths(settings, seed, base_dir, arrival_s.size, trace, rows)
+    domain, domains = _domains(settings, seed, arrival_s, trace, rows, available_domains)
     given = trace.trace_start if trace is not None and settings.replays_arrivals else None
     return Requests(
         arrival_s=arrival_s,
@@ -592,8 +599,31 @@ def first_of(trace: Trace, settings: WorkloadSettings) -> Trace:
     return trace.take(slice(num), trace.arrival_s[:num])
 
 
+def _rows(
+    settings: WorkloadSettings, seed: int, num: int, trace: Trace | None
+) -> NDArray[np.int64] | None:
+    """The rows of a trace that requests of other arrivals take; None where they take none."""
+    if trace is None or settings.replays_arrivals:
+        return None
+    if settings.trace_rows == "random":
+        return stream(seed, "trace-rows").integers(0, len(trace), size=num)
+    first = settings.first_trace_row or 0
+    if first >= len(trace):
+        raise InputError(
+            f"first_trace_row is {first} but the trace holds {len(trace)} rows, counted from 0; "
+            "give a lower one.",
+            where="workload.first_trace_row",
+        )
+    return (first + np.arange(num)) % len(trace)
+
+
 def _lengths(
-    settings: WorkloadSettings, seed: int, base_dir: Path, num: int, trace: Trace | None
+    settings: WorkloadSettings,
+    seed: int,
+    base_dir: Path,
+    num: int,
+    trace: Trace | None,
+    rows: NDArray[np.int64] | None,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Prompt and output tokens of `num` requests."""
     if settings.total is not None:
@@ -602,19 +632,6 @@ def _lengths(
         share = np.round(total * (settings.prompt_share or 0.0))
         prompt_tokens = np.clip(share, 1, total - 1).astype(np.int32)
         return prompt_tokens, total - prompt_tokens
-    rows: NDArray[np.int64] | None = None
-    if trace is not None and not settings.replays_arrivals:
-        if settings.trace_rows == "random":
-            rows = stream(seed, "trace-rows").integers(0, len(trace), size=num)
-        else:
-            first = settings.first_trace_row or 0
-            if first >= len(trace):
-                raise InputError(
-                    f"first_trace_row is {first} but the trace holds {len(trace)} rows, counted "
-                    "from 0; give a lower one.",
-                    where="workload.first_trace_row",
-                )
-            rows = (first + np.arange(num)) % len(trace)
     columns = []
     for name, lengths in (
         ("prompt", settings.prompt_lengths),
@@ -635,11 +652,16 @@ def _domains(
     seed: int,
     arrival_s: Floats,
     trace: Trace | None,
+    rows: NDArray[np.int64] | None,
     available: tuple[str, ...],
 ) -> tuple[NDArray[np.int16], tuple[str, ...]]:
     """The domain of each request and the names it indexes."""
     if not available:
         raise InputError("The profile has no domain; at least one is needed to serve requests.")
+    if settings.trace is not None and settings.trace.tells_domains:
+        assert trace is not None and trace.domain is not None
+        _check_told(settings.trace, trace.domains, available)
+        return trace.domain if rows is None else trace.domain[rows], trace.domains
     replayed = None
     if trace is not None and settings.replays_arrivals and not settings.domains:
         replayed = trace.domain
@@ -672,6 +694,31 @@ def _domains(
             picked += level >= reached
         domain = np.repeat(picked, block)[: arrival_s.size]
     return domain, names
+
+
+def _check_told(
+    settings: TraceSettings, names: tuple[str, ...], available: tuple[str, ...]
+) -> None:
+    """Refuse names in a trace's column, or meant by them, that are no domains of the profile."""
+    unknown = [name for name in names if name not in available]
+    if not unknown:
+        return
+    meant = settings.domains or {}
+    wrong = [f"{own!r} = {name!r}" for own, name in meant.items() if name in unknown]
+    known = f"the profile has {', '.join(map(repr, available))}"
+    if wrong:
+        raise InputError(
+            f"domains says {wrong[0]}.{did_you_mean(unknown[0], available)} There is no such "
+            f"domain; {known}.",
+            where="workload.trace.domains",
+        )
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    raise InputError(
+        f"The trace's domains are not all known: {', '.join(map(repr, unknown[:5]))}{more}; "
+        f"{known}. Say which of them each is, such as "
+        f"workload.trace.domains = {{ {json.dumps(unknown[0])} = {json.dumps(available[0])} }}.",
+        where="workload.trace.columns.domain",
+    )
 
 
 def drawn_starts(seed: int, num: int) -> NDArray[np.int32]:

@@ -44,11 +44,13 @@ class TraceColumns(StrictSettings):
     arrival: ColumnName
     prompt: ColumnName
     output: ColumnName
+    domain: ColumnName | None = None
 
     @property
-    def names(self) -> tuple[str, str, str]:
-        """The three names."""
-        return self.arrival, self.prompt, self.output
+    def names(self) -> tuple[str, ...]:
+        """The names of arrival, prompt and output, and that of the domain where it is given."""
+        domain = () if self.domain is None else (self.domain,)
+        return self.arrival, self.prompt, self.output, *domain
 
 
 class TraceSettings(StrictSettings):
@@ -57,6 +59,7 @@ class TraceSettings(StrictSettings):
     file: Annotated[str, Field(min_length=1)]
     format: Literal["auto", "mooncake", "azure", "burstgpt", "csv", "servegen", "helios"] = "auto"
     columns: TraceColumns | None = None
+    domains: dict[ColumnName, ColumnName] | None = None
     start_s: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     end_s: Annotated[float | None, Field(gt=0, le=1e9)] = None
     rate_scale: Scale = 1.0
@@ -86,19 +89,30 @@ class TraceSettings(StrictSettings):
                     f"columns are given for a trace of format {self.format}, which has names of "
                     "its own; leave them out, or set format = 'csv'."
                 )
-            if len(set(self.columns.names)) < 3:
+            if len(set(self.columns.names)) < len(self.columns.names):
                 raise ValueError(
                     f"columns names {', '.join(map(repr, self.columns.names))}; arrival, prompt "
-                    "and output must be three columns."
+                    "and output must be three columns, and domain another."
                 )
+        if self.domains is not None and not self.tells_domains:
+            raise ValueError(
+                "domains says which of the profile's domains the names in a column are, and no "
+                "column is given: give columns.domain, or leave domains out."
+            )
         return self
+
+    @property
+    def tells_domains(self) -> bool:
+        """Whether a column says of each request which text it is of."""
+        return self.columns is not None and self.columns.domain is not None
 
 
 @dataclass(frozen=True)
 class Trace:
     """The requests of a trace, sorted by arrival.
 
-    `domain` (an index into `domains`) and `trace_start` are there only for a run of our own;
+    `domain` (an index into `domains`) is there for a run of our own and where a column tells it,
+    `trace_start` only for a run of our own;
     `num_dropped` counts rows of the file that are no requests (an answer of no tokens), and
     `skipped` those that cannot be used, by what is wrong with them.
     `latest` is the last time that a file of plain numbers gives, before its first is taken for 0.

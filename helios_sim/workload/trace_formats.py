@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from helios_sim.workload.trace_tables import (
     header_of,
     is_calendar,
     json_number,
+    name_column,
     parquet_table,
     plain_s,
     readable,
@@ -152,16 +153,21 @@ def _burstgpt(raw: bytes, path: Path) -> TraceRows:
     return _answered(_rows(frame, plain_s(frame, "Timestamp", expected), _BURSTGPT))
 
 
-def _rows(frame: pl.DataFrame, time_s: Column, names: tuple[str, str, str]) -> TraceRows:
-    """The rows that can be read, and what is wrong with the others."""
+def _rows(frame: pl.DataFrame, time_s: Column, names: Sequence[str]) -> TraceRows:
+    """The rows that can be read, and what is wrong with the others.
+
+    The names are those of arrival, prompt and output, and of the domain where a column tells it.
+    """
     prompt = count_column(frame, "prompt", names[1])
     output = count_column(frame, "output", names[2])
-    good, flaws = readable(frame, (time_s, prompt, output))
+    domains = [name_column(frame, "domain", name) for name in names[3:]]
+    good, flaws = readable(frame, (time_s, prompt, output, *domains))
     return TraceRows(
         time_s=time_s.values.filter(good).to_numpy(),
         prompt_tokens=prompt.values.filter(good).to_numpy(),
         output_tokens=output.values.filter(good).to_numpy(),
         line=frame[LINE].filter(good).to_numpy(),
+        domain=domains[0].values.filter(good) if domains else None,
         flaws=tuple(flaws),
     )
 

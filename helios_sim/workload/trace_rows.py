@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 from helios_sim.streams import Floats
@@ -16,13 +17,15 @@ from helios_sim.workload.trace_flaws import Flaw
 class TraceRows:
     """What a reader found: one row a request, in the order and with the lines of the file.
 
-    Rows of `flaws` are not among them, nor are the `num_dropped` that are no requests.
+    Rows of `flaws` are not among them, nor are the `num_dropped` that are no requests. `domain` is
+    the text's name in the file, where a column tells it.
     """
 
     time_s: Floats
     prompt_tokens: Ints
     output_tokens: Ints
     line: Ints
+    domain: pl.Series | None = None
     num_dropped: int = 0
     flaws: tuple[Flaw, ...] = ()
 
@@ -42,4 +45,5 @@ class TraceRows:
             prompt_tokens=self.prompt_tokens[kept],
             output_tokens=self.output_tokens[kept],
             line=self.line[kept],
+            domain=None if self.domain is None else self.domain.filter(kept),
         )

@@ -115,7 +115,7 @@ def _ragged(raw: bytes, path: Path, columns: tuple[str, ...], error: Exception) 
 
 @dataclass(frozen=True)
 class Column:
-    """A column as numbers, null where a row holds none; `what` it is and `expected` are words."""
+    """A column as what it must hold, null where it does not; `what` and `expected` are words."""
 
     what: str
     name: str
@@ -126,7 +126,7 @@ class Column:
 def readable(
     frame: pl.DataFrame, columns: Sequence[Column]
 ) -> tuple[NDArray[np.bool_], list[Flaw]]:
-    """Which rows hold a number in every column, and what is wrong with the others.
+    """Which rows hold what they must in every column, and what is wrong with the others.
 
     A row with several flaws counts to the first column's.
     """
@@ -162,6 +162,12 @@ def count_column(frame: pl.DataFrame, what: str, name: str) -> Column:
         is_whole = ((number == number.floor()) & (number.abs() < 2.0**53)).fill_null(False)
         counts = counts.fill_null(number.set(~is_whole, None).cast(pl.Int64))
     return Column(what, name, counts, "whole numbers of tokens")
+
+
+def name_column(frame: pl.DataFrame, what: str, name: str) -> Column:
+    """A column of names: whatever is no empty cell."""
+    text = frame[name].str.strip_chars()
+    return Column(what, name, text.set(text == "", None), "names")
 
 
 _OFFSET: Final = r"(Z|[+-](?:[01]\d|2[0-3])(?::?[0-5]\d)?)$"

@@ -133,6 +133,7 @@ def _trace_of(name: str, path: Path, rows: TraceRows, settings: TraceSettings) -
             "are allowed.",
             where=at_line(path, int(rows.line[order[-1]])),
         )
+    domain, domains = _domains_of(rows, order, settings, path)
     if settings.spread or (settings.spread is None and name == "mooncake"):
         time_s = spread_equal(time_s)
     return Trace(
@@ -141,10 +142,38 @@ def _trace_of(name: str, path: Path, rows: TraceRows, settings: TraceSettings) -
         arrival_s=whole_ns(time_s),
         prompt_tokens=rows.prompt_tokens[order].astype(np.int32),
         output_tokens=rows.output_tokens[order].astype(np.int32),
+        domain=domain,
+        domains=domains,
         num_dropped=rows.num_dropped,
         skipped=skipped,
         latest=float(rows.time_s.max()),
     )
+
+
+_MOST_DOMAINS: Final = 1000
+"""Names of domains in a trace; a column of more is one of something else, such as users."""
+
+
+def _domains_of(
+    rows: TraceRows, order: Ints, settings: TraceSettings, path: Path
+) -> tuple[NDArray[np.int16] | None, tuple[str, ...]]:
+    """Each request's domain, as an index into names that are the profile's where told so."""
+    if rows.domain is None:
+        return None, ()
+    given = rows.domain.gather(order)
+    own = given.unique(maintain_order=True).to_list()
+    if len(own) > _MOST_DOMAINS:
+        raise InputError(
+            f"The column {rows.domain.name} holds {len(own):,} names, such as {own[0]!r} and "
+            f"{own[1]!r}; allowed are {_MOST_DOMAINS:,}: columns.domain must be a column that "
+            "names domains of text.",
+            where=str(path),
+        )
+    meant = {name: (settings.domains or {}).get(name, name) for name in own}
+    domains = tuple(dict.fromkeys(meant.values()))
+    place = {name: domains.index(domain) for name, domain in meant.items()}
+    index = given.replace_strict(place, return_dtype=pl.Int16)
+    return index.to_numpy(writable=True), domains
 
 
 def _of_lengths_in_range(rows: TraceRows) -> TraceRows:
