@@ -119,18 +119,20 @@ def simulate(
         from helios_sim.publish import check_results_target, write_results
 
         check_results_target(target)
-    before = _entries(target)
+    before, unwritten = _entries(target), None
     with _progress(quiet=as_json) as progress:
         results = [run_policy(experiment, chosen, progress) for chosen in policies]
         if target is not None:
             progress("writing", 0.0)
-            write_results(results, target)
+            unwritten = write_results(results, target)
     if as_json:
         summaries = [result.summary for result in results]
         _print_json(summaries[0] if len(summaries) == 1 else summaries)
-        return
-    _show(results)
-    if target is not None:
+    else:
+        _show(results)
+    if unwritten is not None:
+        raise InputError(unwritten, str(target))
+    if target is not None and not as_json:
         _say(f"Page: {target / 'report.html'}{_replaced(before, _entries(target))}")
 
 

@@ -1,9 +1,10 @@
-"""Runs and their pages written where the user asked: whole, or not at all."""
+"""Runs and their pages written where the user asked: whole, or without pages, or not at all."""
 
 from __future__ import annotations
 
+import shlex
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +13,13 @@ from helios_sim.experiment import Result
 from helios_sim.folder_names import folder_names
 from helios_sim.folders import folder_in_place
 from helios_sim.report import render
-from helios_sim.report.page_files import check_own, check_page_target, is_page, write_page_text
+from helios_sim.report.page_files import (
+    UnwrittenPage,
+    check_own,
+    check_page_target,
+    is_page,
+    write_page_text,
+)
 from helios_sim.runs.records import (
     REPORT_FILE,
     RUN_FILES,
@@ -60,18 +67,41 @@ def check_writable(out_dir: Path) -> None:
         ) from error
 
 
-def write_results(results: Sequence[Result], out_dir: Path) -> None:
-    """Write one folder a policy and the page that compares them, and move all into place."""
+def write_results(results: Sequence[Result], out_dir: Path) -> str | None:
+    """Write one folder a policy and the page that compares them, and move all into place.
+
+    Pages come last and can be drawn again from the runs: where one cannot be written, the runs are
+    kept without it. Returns what is then to be said, or None where all is there.
+    """
     check_results_target(out_dir.resolve())
-    labels = [result.run.label for result in results]
+    names = folder_names([result.run.label for result in results])
     with folder_in_place(out_dir) as draft:
-        for result, name in zip(results, folder_names(labels), strict=True):
-            write_run(result.run, result.summary, draft / name, _page_of(result))
-        write_page(
-            [result.run for result in results],
-            [result.summary for result in results],
-            draft / REPORT_FILE,
+        for result, name in zip(results, names, strict=True):
+            write_run(result.run, result.summary, draft / name)
+        pages = {draft / name: [result] for result, name in zip(results, names, strict=True)}
+        try:
+            for folder, shown in {**pages, draft: results}.items():
+                runs = [result.run for result in shown]
+                write_page(runs, [result.summary for result in shown], folder / REPORT_FILE)
+        except UnwrittenPage as error:
+            return _drawn_later(error, [out_dir / name for name in names], out_dir / REPORT_FILE)
+    return None
+
+
+def _drawn_later(error: UnwrittenPage, runs: Sequence[Path], page: Path) -> str:
+    """Why pages are missing beside runs that are kept, and the commands that draw them."""
+    folders = [shlex.quote(str(run)) for run in runs]
+    target = shlex.quote(str(page))
+    if len(runs) == 1:
+        return (
+            f"{error.message} The tables of the run are kept; later, helios report {folders[0]} "
+            "draws its page from them."
         )
+    return (
+        f"{error.message} The tables of the runs are kept; later, helios report {folders[0]} "
+        f"draws a run's page from them, and helios compare {' '.join(folders)} --out {target} the "
+        "one that compares them."
+    )
 
 
 def write_page(
@@ -124,8 +154,3 @@ def write_comparison(
         for name, text in ((REPORT_FILE, page), (figures_file, figures)):
             (draft / name).write_text(text, encoding="utf-8", newline="\n")
     return target / REPORT_FILE
-
-
-def _page_of(result: Result) -> Callable[[Path], None]:
-    """What adds a run's own page to its folder."""
-    return lambda folder: write_page([result.run], [result.summary], folder / REPORT_FILE)

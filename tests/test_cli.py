@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -690,6 +691,40 @@ def test_models_of_other_tokenizers_stand_side_by_side_without_a_ratio_of_perple
     assert run("simulate", scenario, *asked, "--json") == 0
     told = [one["tokenizers"] for one in json.loads(_out(capsys))]
     assert told == [["llama2"], ["llama2"], ["llama3"]]
+
+
+@pytest.mark.parametrize("policies", [["vanilla"], ["vanilla", "helios"]])
+def test_runs_whose_pages_cannot_be_written_are_kept_and_drawn_later(
+    policies: list[str],
+    scenario: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The tables are there, standard output has what it always has, and the commands named work."""
+    asked = [word for policy in policies for word in ("--policy", policy)]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert run("simulate", scenario, "--out", whole, *asked) == 0
+    shown = capsys.readouterr().out.partition("Page: ")[0]
+
+    def too_large(target: Path, content: bytes) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("helios_sim.report.page_files.write_whole", too_large)
+        assert run("simulate", scenario, "--out", out, *asked) == 2
+    told = capsys.readouterr()
+    assert told.out == shown
+    assert f"{out}: The page cannot be written: File too large. The tables of" in told.err
+    pages = {path.relative_to(whole) for path in whole.rglob("report.html")}
+    files = {path.relative_to(whole) for path in whole.rglob("*")}
+    assert {path.relative_to(out) for path in out.rglob("*")} == files - pages
+    commands = re.findall(r"helios (report|compare) (.*?) (?:draws|the one)", told.err)
+    assert [name for name, _ in commands] == ["report", "compare"][: len(policies)]
+    for name, words in commands:
+        assert run(name, *words.split()) == 0
+    assert (out / "vanilla" / "report.html").is_file()
+    assert (out / "report.html").is_file() == (len(policies) == 2)
 
 
 def test_rows_of_a_trace_that_are_no_requests_are_told_and_counted(

@@ -17,13 +17,18 @@ def is_page(target: Path) -> bool:
     return target.suffix.lower() in SUFFIXES
 
 
+class UnwrittenPage(InputError):
+    """A page that the disk does not take; it can be drawn anew from its runs."""
+
+
 def write_page_text(text: str, target: Path) -> None:
     """Write a page under a temporary name and move it into place."""
     check_page_target(target)
     try:
         write_whole(target, text.encode())
     except OSError as error:
-        raise InputError(f"The page cannot be written: {error.strerror}.", str(target)) from error
+        said = f"The page cannot be written: {error.strerror}."
+        raise UnwrittenPage(said, str(target)) from error
 
 
 def check_page_target(target: Path) -> None:
