@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ from helios_sim.garbage import uncollected
 from helios_sim.profile import TRACES_FILE, Profile
 from helios_sim.profiles.files import assumed_in
 from helios_sim.report import render
+from helios_sim.report.page_files import UnwrittenPage, write_page_text
 from helios_sim.runs.laws import check_run
 from helios_sim.runs.metrics import start_figures, summarise, user_figures
 from helios_sim.runs.records import (
@@ -72,13 +74,15 @@ class Served:
     """A written run: its folder and its figures.
 
     `slowdown` says how many times slower the machine was than while the profile was measured, None
-    where nothing tells. `other_kernels` are sentences, as `other_kernels` finds them.
+    where nothing tells. `other_kernels` are sentences, as `other_kernels` finds them. `unwritten`
+    says why the run has no page, where the disk did not take it.
     """
 
     folder: Path
     summary: Mapping[str, Any]
     slowdown: float | None = None
     other_kernels: tuple[str, ...] = ()
+    unwritten: str | None = None
 
 
 class WallClock:
@@ -197,6 +201,7 @@ def command(
         raise InputError(f"{kv!r} was given; allowed are {allowed}.", "--kv")
     settings = ServeSettings(kv=cast(KvChoice, kv), **options)
     written: list[Path] = []
+    without_page: list[Served] = []
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -204,6 +209,8 @@ def command(
     def wrote(one: Served) -> None:
         written.append(one.folder)
         say(line_of(one))
+        if one.unwritten is not None:
+            without_page.append(one)
 
     try:
         serve(scenario_path, out, settings, changes, progress_line(), wrote, say)
@@ -213,6 +220,14 @@ def command(
         )
         kept = runs if written else "none was before"
         raise Interrupted(f"the run under way was not written, {kept}") from None
+    if without_page:
+        first = without_page[0]
+        raise InputError(
+            f"{first.unwritten} {counted(len(without_page), 'run')} of {len(written)} "
+            f"{'is' if len(without_page) == 1 else 'are'} kept without a page; later, helios "
+            f"report {shlex.quote(str(first.folder))} draws it.",
+            str(first.folder),
+        )
 
 
 def line_of(one: Served) -> str:
@@ -331,16 +346,23 @@ def serve_once(
         prepared.requests.domains,
     )
 
+    unwritten: list[str] = []
+
     def finish(folder: Path) -> None:
         write_extras(host, judgement, folder)
         write_traces(traces, folder / TRACES_FILE)
-        (folder / REPORT_FILE).write_text(render([run], [summary]), encoding="utf-8", newline="\n")
+        try:
+            write_page_text(render([run], [summary]), folder / REPORT_FILE)
+        except UnwrittenPage as error:
+            # A run that took its time to serve is not given up for a page that can be drawn again.
+            unwritten.append(error.message)
 
     return Served(
         write_run(run, summary, out, finish, prepared.settings.overwrite),
         summary,
         facts.get("slowdown"),
         tuple(other_kernels(prepared.room.profile, weights.kernels)),
+        unwritten[0] if unwritten else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import pkgutil
@@ -42,6 +43,7 @@ from calibration.serving.serve import line_of, other_kernels, places_of, serve
 from calibration.serving.slowdown import Companion, measured_pace, slowdown_facts, waited_s
 from calibration.serving.weights import KvChoice
 from calibration.training.text import ByteTokenizer, corpus
+from helios_sim.cli import main as simulator
 from helios_sim.errors import InputError
 from helios_sim.exits import read_traces
 from helios_sim.policy import Controller, make_policy, read_snapshots
@@ -605,6 +607,29 @@ def test_a_run_that_was_served_is_replaced_only_where_asked_to(
     ] == before
     assert told(capsys, *command, "--overwrite")[0] == 0
     assert (out / "repeat-1" / "totals.json").read_bytes() != before[0]
+
+
+def test_a_served_run_is_kept_where_its_page_cannot_be_written(
+    place, tmp_path, capsys, monkeypatch
+) -> None:
+    """The command that is named draws it."""
+
+    def too_large(target: Path, content: bytes) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    out = tmp_path / "run"
+    command = (str(place / "tiny.toml"), "--checkpoints", str(place / "family"), "--out", str(out))
+    with monkeypatch.context() as patched:
+        patched.setattr("helios_sim.report.page_files.write_whole", too_large)
+        code, said = told(capsys, *command, "--policy", "helios", "--limit", "2", "--device", "cpu")
+    assert code == 2
+    assert f"{out}: The page cannot be written: File too large. 1 run of 1 is kept without" in said
+    assert f"helios report {out} draws it" in said
+    assert read_run(out).requests.height == 2
+    assert not (out / "report.html").exists()
+    with pytest.raises(SystemExit):
+        simulator(["report", str(out)])
+    assert (out / "report.html").is_file()
 
 
 @pytest.mark.parametrize("repeat", [1, 2])
