@@ -609,6 +609,26 @@ def test_a_run_that_was_served_is_replaced_only_where_asked_to(
     assert (out / "repeat-1" / "totals.json").read_bytes() != before[0]
 
 
+def test_requests_of_a_log_are_served_with_text_of_the_domain_that_it_tells(
+    place, tmp_path
+) -> None:
+    """Also where fewer are served than the log holds."""
+    rows = [(0, "chat"), (1, "code"), (2, "chat"), (3, "code")]
+    text = "".join(f"{at},{10 + at},2,{use}\n" for at, use in rows)
+    (tmp_path / "log.csv").write_text(f"at,in,out,use\n{text}")
+    columns = '{ arrival = "at", prompt = "in", output = "out", domain = "use" }'
+    log = (
+        f'{{ file = "{tmp_path / "log.csv"}", columns = {columns}, domains = {{chat = "prose"}} }}'
+    )
+    settings = ServeSettings((place / "family",), ("helios",), device="cpu", limit=3)
+    prepared = prepare(place / "tiny.toml", settings, [f"workload={{ trace = {log} }}"])
+    found = prepared.requests
+    assert [found.domains[one] for one in found.domain.tolist()] == ["prose", "code", "prose"]
+    ids = {name: corpus(name, "validation").data for name in ("prose", "code")}
+    for piece, name in zip(prepared.texts, ("prose", "code", "prose"), strict=True):
+        assert bytes(piece) in bytes(ids[name])
+
+
 def test_a_served_run_is_kept_where_its_page_cannot_be_written(
     place, tmp_path, capsys, monkeypatch
 ) -> None:
