@@ -761,7 +761,7 @@ def test_rows_of_a_trace_that_cannot_be_used_are_skipped_where_asked_for_and_tol
     assert "left out by skip_bad_rows: prompt below 1 token: 1.\n" in capsys.readouterr().out
     out = tmp_path / "skipped"
     assert run("simulate", scenario, "--policy", "vanilla", *skipping, "--out", out) == 0
-    told = "Skipped rows of the trace: 1 row (prompt below 1 token 1), which cannot be used"
+    told = "Skipped rows of the trace: 1 row (prompt below 1 token: 1), which cannot be used"
     assert told in capsys.readouterr().out
     assert told in (out / "report.html").read_text(encoding="utf-8")
     summary = json.loads((out / "vanilla" / "summary.json").read_text(encoding="utf-8"))

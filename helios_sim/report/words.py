@@ -693,10 +693,12 @@ def waited_for_start(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _skipped(counts: Any) -> str:
-    """Rows of a trace that cannot be used, as '3 rows (empty output 2, ...)'; empty without any."""
+    """Rows of a trace that cannot be used: '2 rows (empty output: 2)'; empty without any."""
     if not isinstance(counts, Mapping) or not counts:
         return ""
-    reasons = ", ".join(f"{reason} {number(num)}" for reason, num in counts.items())
+    if not all(isinstance(num, int) for num in counts.values()):
+        return ""
+    reasons = ", ".join(f"{reason}: {number(num)}" for reason, num in counts.items())
     return f"{counted(sum(counts.values()), 'row')} ({reasons})"
 
 

@@ -56,8 +56,12 @@ def csv_table(raw: bytes, path: Path, columns: tuple[str, ...]) -> pl.DataFrame:
     wanted = wanted.with_columns(pl.Series(LINE, lines))
     if blank.any():
         # A line of commas alone is such a row too, but no blank line.
-        kept = [number for number, text in enumerate(raw.splitlines(), 1) if b"," in text]
-        blank &= ~np.isin(lines, kept)
+        commas = [
+            number
+            for number, text in enumerate(raw.splitlines(), 1)
+            if b"," in text and not text.strip(b', \t"')
+        ]
+        blank &= ~np.isin(lines, commas)
     return wanted.filter(~blank)
 
 

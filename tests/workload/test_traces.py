@@ -343,6 +343,10 @@ def test_the_first_row_that_cannot_be_used_is_refused_with_the_number_of_all(
         ("sent,in,out\n1,x,3\n2,2,3\n", r"1 of 2 rows cannot be used; .* leaves it out\.$"),
         ("sent,in,out\n1,x,3\n2,y,3\n", r"None of the 2 rows can be used\.$"),
         ("sent,in,out\n1,x,3\n", r"whole numbers of tokens\.$"),
+        (
+            "sent,in,out\n2024-13-01 00:00:00,2,3\n2024-13-01 00:00:00Z,2,3\n",
+            r"line 2: sent is '2024-13-01 00:00:00'; .* None of the 2 rows can be used\.$",
+        ),
     ):
         with pytest.raises(InputError, match=told):
             read(tmp_path / "a.csv", text, columns=OWN)
