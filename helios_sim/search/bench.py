@@ -157,9 +157,14 @@ def plan_studies(question: PlanQuestion) -> list[Study[FleetAnswer]]:
 
 
 def planned_scenario(question: PlanQuestion, fleet: Fleet, planned: Load) -> Scenario:
-    """The whole scenario with a fleet in place of its own, at the rate it is planned for."""
+    """The whole scenario with a fleet in place of its own, at the rate it is planned for.
+
+    It leaves out the share of its requests that samples leave out: a fleet that is cold at first
+    was not judged by those.
+    """
+    traffic, rate_per_s = question.traffic, planned.rate_per_s
     scenario = fleet_scenario(question, fleet, planned.num_replicas)
-    return at_rate(scenario, question.traffic, planned.rate_per_s)
+    return traffic.warmed(at_rate(scenario, traffic, rate_per_s), traffic.num_in_run(rate_per_s))
 
 
 @dataclass(frozen=True)

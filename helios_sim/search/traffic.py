@@ -341,6 +341,16 @@ class Traffic:
             }
         )
 
+    def warmed(self, scenario: Scenario, num_requests: int) -> Scenario:
+        """A whole scenario of so many requests that measures none of the first share of them.
+
+        A longer warm-up of its own is left as it is.
+        """
+        share = int(self.warmup_share * num_requests)
+        least = max(scenario.measure.warmup_requests, share)
+        measure = scenario.measure.model_copy(update={"warmup_requests": least})
+        return scenario.model_copy(update={"measure": measure})
+
     def _expecting(self, serving: ServingSettings) -> ServingSettings:
         """Settings that expect the lengths of all the traffic where they leave them open."""
         expected = {key: getattr(self._expected, key) for key in EXPECTED_LENGTHS}

@@ -732,14 +732,18 @@ def _rounds(question: TuneQuestion, values: Values, met: Trial) -> float:
 def recommended(tuned: Tuned) -> Scenario:
     """The scenario with the winner's settings, or as it stands where they are no better.
 
+    With the winner's settings it leaves out the share of its requests that samples leave out.
     Settings that are not shown to be better are still the best guess that there is.
     """
-    question = tuned.question
+    question, traffic = tuned.question, tuned.question.traffic
     scenario = base = question.space.base
     said = SAID[tuned.verdict]
     if tuned.winner is not None and tuned.verdict != "no better":
         values = tuned.winner.values
         scenario = with_settings(base, values, question.base_dir, question.where)
+        # No trial was judged by its first requests.
+        num = traffic.num_in_run(traffic.rate_per_s)
+        scenario = traffic.warmed(scenario, num)
         said += ": " + ", ".join(f"{key} = {value}" for key, value in values.items())
     return scenario.model_copy(
         update={"name": f"{base.name}_tuned", "notes": (*scenario.notes, f"{said}.")}

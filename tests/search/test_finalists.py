@@ -479,6 +479,19 @@ def test_without_an_energy_the_page_says_so_and_leaves_its_panel_out() -> None:
     assert tune_frontiers(blind)["layout"]["xaxis"]["title"]["text"] == "tokens/s per user"
 
 
+def test_the_winner_s_scenario_leaves_out_the_share_that_samples_do() -> None:
+    """A tenth of sixty requests; the scenario as it stands is left as it is."""
+
+    def answer(batch: int, sample: int) -> tuple[float, float, float]:
+        return joules(batch, sample), 0.95, 1.0
+
+    def worse(batch: int, sample: int) -> tuple[float, float, float]:
+        return 1.0 if batch == OWN else 2.0, 0.95, 1.0
+
+    assert recommended(tuned(answer)).measure.warmup_requests == 6
+    assert recommended(tuned(worse)).measure.warmup_requests == 0
+
+
 def test_a_winner_that_breaks_a_constraint_at_another_held_out_rate_is_said_to() -> None:
     """Settings are judged at the scenario's own rate; what a busier hour brings is told."""
     found = tuned(lambda batch, sample: (joules(batch, sample), 0.95, 1.0))

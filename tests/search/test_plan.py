@@ -311,6 +311,22 @@ def test_a_fleet_s_scenario_can_be_read_again_whatever_was_published(tmp_path: P
         assert load_scenario(file) == planned
 
 
+@pytest.mark.parametrize(
+    ("own", "left_out"),
+    [
+        pytest.param(0, 6, id="a tenth of sixty requests, as of samples"),
+        pytest.param(20, 20, id="what the scenario leaves out, where that is more"),
+    ],
+)
+def test_the_planned_run_leaves_out_the_share_that_samples_do(
+    tmp_path: Path, own: int, left_out: int
+) -> None:
+    path = write(tmp_path, measure={"warmup_requests": own})
+    question = read_plan(load_scenario(path), tmp_path, "small.toml")
+    scenario = planned_scenario(question, question.fleets[0], Load(2, 8.0, CARRIED, {}))
+    assert scenario.measure.warmup_requests == left_out
+
+
 def test_a_figure_that_one_run_lacks_has_no_mean() -> None:
     runs = [
         {"summary": {"p99_ttft_ms": 10.0, "energy": 4, "completed": None, "label": "a"}},

@@ -14,7 +14,7 @@ import pytest
 
 from helios_sim.cli import main
 from helios_sim.errors import InputError
-from helios_sim.scenario import load_scenario
+from helios_sim.scenario import MeasureSettings, load_scenario
 from helios_sim.search.commands import plan
 from helios_sim.search.points import point_of, run_point
 from helios_sim.search.words import TIMES
@@ -674,6 +674,26 @@ def test_a_latency_constraint_takes_more_replicas_than_the_slo(tmp_path: Path) -
         return float(judged["value_ms"])
 
     assert slowest_ms(more) <= 100.0 < slowest_ms(more - 1)
+
+
+def test_a_fleet_that_is_cold_at_first_keeps_what_it_keeps_once_warm(tmp_path: Path) -> None:
+    """The first requests wait seconds for weights, and count toward no limit of either kind."""
+    path = write(
+        tmp_path,
+        fleet={"candidates": ["opt-6.7b"], "weights_start": "disk"},
+        policy=[{"use": "vanilla"}],
+        workload={"num_requests": 600},
+        slo={"text": "ttft:p99<1000ms"},
+        plan={"target_rate_per_s": 4.0, "constraints": "ttft:p99<1000ms"},
+    )
+    said = plan(path, [], inline(tmp_path / "out"))
+    assert said.sentences[0] == f"4 requests/s take 1 GPU: 1 {TIMES} vanilla."
+    recommended = load_scenario(tmp_path / "out" / "scenario.toml")
+    (limit,) = run_point(point_of(recommended, tmp_path))["summary"]["slo_limits"]
+    assert limit["passed"]
+    cold = recommended.model_copy(update={"measure": MeasureSettings()})
+    (limit,) = run_point(point_of(cold, tmp_path))["summary"]["slo_limits"]
+    assert not limit["passed"]
 
 
 def test_without_a_target_a_latency_constraint_lowers_the_rate(tmp_path: Path) -> None:
