@@ -88,6 +88,11 @@ class PlanSettings(StrictSettings):
             raise ValueError(
                 "target_rate_per_s and users were both given; the target is one of them."
             )
+        if self.peak_factor != 1.0 and self.target is None:
+            raise ValueError(
+                f"peak_factor is {self.peak_factor:g} and multiplies a target, of which none was "
+                "given. Give target_rate_per_s, or users with requests_per_user_per_min."
+            )
         if self.hourly_weights:
             if len(self.hourly_weights) != 24:
                 raise ValueError(

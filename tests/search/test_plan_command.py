@@ -603,6 +603,7 @@ def test_prices_without_a_name_are_refused_in_a_sentence(tmp_path: Path, given: 
         ({"plan": {"constraints": "agreement<=0.9"}}, "bounds agreement from the wrong side"),
         ({"plan": {"constraints": "agreemnt>=0.9"}}, "Did you mean 'agreement'"),
         ({"plan": {"constraints": "cost<=1"}}, "plan.prices: cost needs a prices file"),
+        ({"plan": {"peak_factor": 1.5}}, "peak_factor is 1.5 and multiplies a target, of which"),
     ],
 )
 def test_a_plan_that_cannot_be_says_why(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
