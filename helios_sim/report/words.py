@@ -202,7 +202,8 @@ def standing_in(likes: Mapping[str, str]) -> str:
     said = listed([f"{name} leaves as {like} does" for name, like in likes.items()])
     sources = listed(list(dict.fromkeys(likes.values())))
     return (
-        f"Exits are assumed: {said}, exit by exit, and nobody observed it; the other numbers of "
+        f"Exits, perplexity and agreement are assumed: {said}, exit by exit, and nobody observed "
+        f"it; the other numbers of "
         f"{listed(list(likes))} are scaled from those of {sources}."
     )
 

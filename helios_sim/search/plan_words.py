@@ -225,7 +225,7 @@ def _constraints(plan: Plan) -> list[str]:
     constraints = plan.question.constraints
     if not str(constraints):
         return []
-    kept = "" if plan.why_none else "; kept by what is recommended"
+    kept = "" if plan.why_none else f"; kept by what is recommended{_kept_if(plan)}"
     found = [f"Constraints: {constraints}{kept}."]
     if not plan.why_none:
         found += [*_taken_by_constraints(plan), *_kept_by_chance(plan.best)]
@@ -234,6 +234,23 @@ def _constraints(plan: Plan) -> list[str]:
             what = listed([in_words(each) for each in one.broken])
             found.append(f"Not recommended: {one.fleet.name}, which breaks {what}.")
     return found
+
+
+def _kept_if(plan: Plan) -> str:
+    """Whose quality the constraints are kept with, where that of a model is another model's.
+
+    Tokens at full depth agree with themselves, whoever the model is.
+    """
+    best, bounds = plan.best, plan.question.constraints.bounds
+    rests = {"perplexity": True, "agreement": best.agreement != 1.0}
+    named = [bound.goal.name for bound in bounds if rests.get(bound.goal.name)]
+    stand_ins = plan.question.profiles[best.fleet.profile].stand_ins
+    models = [name for name in best.models or best.fleet.candidates if name in stand_ins]
+    if not named or not models:
+        return ""
+    what = listed(list(dict.fromkeys(named)))
+    each = listed([f"{name} has the {what} of {stand_ins[name]}" for name in models])
+    return f" if {each}, which nobody observed"
 
 
 def _taken_by_constraints(plan: Plan) -> list[str]:

@@ -256,17 +256,20 @@ def test_the_command_says_what_it_made_and_the_answers_say_what_is_assumed(
     assert run(*command) == 0
     said = capsys.readouterr().out
     assert "qwen2-7b is like llama3-8b, whose layers are nearest in bytes" in said
-    assert "Exits are assumed: qwen2-7b leaves as llama3-8b does, exit by exit" in said
+    assert "Exits, perplexity and agreement are assumed: qwen2-7b leaves as llama3-8b does" in said
     assert re.search(r"qwen2-7b +7 11 14 18 21 25 28 +14.2 GiB +57,344 +14.35 +4.23 ", said)
     (tmp_path / "s.toml").write_text(SCENARIO, encoding="utf-8")
     chosen = ("--set", f"fleet.profile={out}", "--set", 'fleet.candidates=["qwen2-7b"]')
     assert run("simulate", tmp_path / "s.toml", *chosen, "--out", tmp_path / "runs") == 0
-    assert "Exits are assumed: qwen2-7b leaves as llama3-8b does" in capsys.readouterr().out
+    assert (
+        "Exits, perplexity and agreement are assumed: qwen2-7b leaves as llama3-8b does"
+        in capsys.readouterr().out
+    )
     page = next((tmp_path / "runs").rglob("*.html")).read_text(encoding="utf-8")
-    assert "Exits are assumed: qwen2-7b leaves as llama3-8b does" in page
+    assert "Exits, perplexity and agreement are assumed: qwen2-7b leaves as llama3-8b does" in page
     chosen = ("--set", f"fleet.profile={out}", "--set", 'fleet.candidates=["llama3-8b"]')
     assert run("simulate", tmp_path / "s.toml", *chosen, "--out", tmp_path / "other") == 0
-    assert "Exits are assumed" not in capsys.readouterr().out
+    assert "are assumed: qwen2-7b" not in capsys.readouterr().out
 
 
 def test_the_worked_example_in_the_documentation_is_what_the_profile_says(

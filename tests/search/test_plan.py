@@ -372,3 +372,28 @@ def test_constraints_that_some_samples_break_are_said_to_be_kept_on_average(tmp_
     assert "mine decides on few evaluated requests" in said(best)
     assert "breaks them in 2 of 10 samples" in said(best)
     assert "decides" not in said(replace(best, num_breaking=0))
+
+
+@pytest.mark.parametrize(
+    ("asked", "agreement", "kept"),
+    [
+        ("perplexity<=99;agreement>=0.5", 0.9, "perplexity and agreement"),
+        ("perplexity<=99;agreement>=0.5", 1.0, "perplexity"),
+        ("agreement>=0.5", 1.0, None),
+        ("energy<=99", 0.9, None),
+    ],
+)
+def test_a_bound_on_another_model_s_quality_is_said_to_rest_on_it(
+    tmp_path: Path, asked: str, agreement: float, kept: str | None
+) -> None:
+    """Tokens at full depth agree with themselves, and joules are scaled."""
+    question = question_of(tmp_path, target_rate_per_s=30.0, constraints=asked)
+    best = answer_of(question, 4)
+    profile = question.profiles[best.fleet.profile]
+    like = {"stand_ins": {"opt-6.7b": "opt-1.3b"}}
+    lent = replace(profile, provenance=replace(profile.provenance, environment=like))
+    question = replace(question, profiles={profile.name: lent})
+    best = replace(best, models=("opt-6.7b",), figures={"agreement": agreement})
+    (said,) = _constraints(replace(make_plan(question, [best], best), hours=()))
+    rests = f" if opt-6.7b has the {kept} of opt-1.3b, which nobody observed" if kept else ""
+    assert said.endswith(f"; kept by what is recommended{rests}.")
