@@ -91,7 +91,8 @@ class FleetAnswer:
     which `models` served; `broken` are the constraints that they break, or that samples do where a
     policy decides on what it evaluated: `num_breaking` of `num_judged` such samples break some.
     `for_slo` is the planned load under the SLO alone, where constraints took more replicas or
-    allowed a lower rate.
+    allowed a lower rate. `whole` says whether the planned scenario, run once as it stands, meets
+    the SLO; None where it is not run.
     """
 
     fleet: Fleet
@@ -110,6 +111,7 @@ class FleetAnswer:
     num_breaking: int = 0
     num_judged: int = 0
     for_slo: Load | None = None
+    whole: Verdict | None = None
 
     @property
     def agreement(self) -> float | None:
@@ -406,6 +408,18 @@ class _Bench:
         broken = served.broken or question.judge.broken(samples)
         return replace(served, broken=broken, num_breaking=num_breaking, num_judged=num_judged)
 
+    def whole(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], Verdict | None]:
+        """Whether the planned scenario as it stands meets the SLO, its own peaks included.
+
+        None where it holds more requests than a sample may.
+        """
+        question, settings = self.question, self.question.settings
+        if question.traffic.num_in_run(planned.rate_per_s) > MAX_RUN_REQUESTS:
+            return None
+        scenario = planned_scenario(question, self.fleet, planned)
+        figures = figures_of((yield [point_of(scenario, question.base_dir, str(question.slo))]))
+        return judge(figures, question.slo, settings.attainment, settings.confidence)
+
     def with_more(self, served: Served) -> Judged:
         """The fewest replicas that keep the constraints too; as it was where more do not help."""
         low, rate_per_s = served, served.load.rate_per_s
@@ -569,13 +583,16 @@ def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:
 
 
 def headroom_study(question: PlanQuestion, best: FleetAnswer) -> Study[FleetAnswer]:
-    """The capacity of the recommended fleet itself: how much more than the target it carries."""
+    """The recommended fleet itself: its scenario as it stands, and how much more it carries."""
 
     def steps() -> Steps[FleetAnswer]:
         planned = best.planned
-        if planned is None or question.target_per_s is None:
+        if planned is None:
             return best
         bench = _Bench(question, best.fleet)
+        whole = yield from bench.whole(planned)
+        if question.target_per_s is None:
+            return replace(best, whole=whole)
         num = planned.num_replicas
         capacity = yield from bench.capacity(num, planned.rate_per_s)
         known = {(load.num_replicas, load.rate_per_s): load for load in best.loads} | bench.loads
@@ -585,7 +602,8 @@ def headroom_study(question: PlanQuestion, best: FleetAnswer) -> Study[FleetAnsw
             capacity_replicas=num,
             bottleneck=bench.bottleneck(num, capacity),
             loads=tuple(known.values()),
+            whole=whole,
         )
 
-    expected = 0 if question.target_per_s is None else 40
+    expected = 1 if question.target_per_s is None else 41
     return Study(steps(), expected)

@@ -13,6 +13,7 @@ from helios_sim.search.goals import in_words
 from helios_sim.search.plan import Plan, miss_in_words
 from helios_sim.search.prices import grades_of
 from helios_sim.search.quality import fleet_pays
+from helios_sim.search.verdict import Criterion
 from helios_sim.search.words import (
     ALIKE,
     FULL_AGREEMENT,
@@ -163,6 +164,42 @@ def _carried(plan: Plan) -> list[str]:
         f"The scenario's own rate is {number(question.traffic.rate_per_s, 4)} requests/s: "
         f"{headroom_words(plan.headroom)}."
     ]
+
+
+def _as_it_stands(plan: Plan) -> list[str]:
+    """That the recommended scenario, run once as it stands, misses the SLO, and what helps."""
+    question, planned, whole = plan.question, plan.best.planned, plan.best.whole
+    if planned is None or whole is None or whole.carried:
+        return []
+    at = number(planned.rate_per_s, 4)
+    what = f"that fleet misses {listed([_missed(one) for one in whole.broken])}"
+    if not question.traffic.replays:
+        return [
+            f"In one run of scenario.toml, at {at} requests/s, {what}; over samples it carries "
+            "that rate on average."
+        ]
+    factor, given = question.traffic.peak_factor, question.settings.peak_factor
+    why = ""
+    if factor >= 1.0 + ALIKE:
+        why = f": its busiest window has {factor:.2f} times that rate"
+        if question.target_per_s is not None and given < factor <= MAX_PEAK_FACTOR:
+            why += f"; plan.peak_factor = {_peak_asked(factor)} plans for it"
+    return [f"On the trace as it is, at {at} requests/s on average, {what}{why}."]
+
+
+def _missed(one: Criterion) -> str:
+    """A criterion that a run misses, and what it reaches."""
+    if not one.limit:
+        return one.words
+    reached = f"{number(100 * one.mean)} %"
+    if one.value_ms is not None:
+        reached = f"{number(one.value_ms, 4)} ms"
+    return f"{one.words} ({reached})"
+
+
+def _peak_asked(factor: float) -> str:
+    """A peak factor as a setting that is no less than it."""
+    return f"{math.ceil(100 * factor) / 100:g}"
 
 
 def _mean(plan: Plan) -> list[str]:
@@ -388,7 +425,7 @@ def _peak_missed(plan: Plan) -> list[str]:
     helps = ""
     if factor <= MAX_PEAK_FACTOR:
         asked = f"plan.target_rate_per_s = {mean:.4g} and " if target is None else ""
-        peak = f"plan.peak_factor = {math.ceil(100 * factor) / 100:g}"
+        peak = f"plan.peak_factor = {_peak_asked(factor)}"
         helps = f"; give {asked}{peak} for a fleet that carries that window too"
     return [
         f"{whose} {number(mean, 4)} requests/s, at which the busiest window of the trace has "
@@ -445,6 +482,7 @@ _PLAN_REMARKS: Final[tuple[Callable[[Plan], list[str]], ...]] = (
     _target,
     _objective,
     _carried,
+    _as_it_stands,
     _mean,
     _peak_missed,
     _breaks_first,

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ import pytest
 from helios_sim.cli import main
 from helios_sim.errors import InputError
 from helios_sim.scenario import MeasureSettings, load_scenario
+from helios_sim.search.bench import FleetAnswer, Load
 from helios_sim.search.commands import plan
+from helios_sim.search.fleets import read_plan
+from helios_sim.search.plan import Plan
+from helios_sim.search.plan_words import _as_it_stands
 from helios_sim.search.points import point_of, run_point
+from helios_sim.search.verdict import Criterion, Verdict
 from helios_sim.search.words import TIMES
 from helios_sim.settings.questions import PlanSettings
 from helios_sim.settings.toml_writer import toml_text
@@ -746,3 +752,40 @@ def test_requests_that_never_fit_are_named_as_what_breaks_the_slo(tmp_path: Path
     path = write(tmp_path, **ONE_MODEL, workload={"prompt": {"kind": "constant", "tokens": 3000}})
     with pytest.raises(InputError, match=r"100 % are refused, since they can never fit.*No limit"):
         plan(path, [], inline(tmp_path / "out"))
+
+
+def test_a_trace_that_misses_the_slo_as_it_is_says_so_and_what_plans_for_its_peak(
+    tmp_path: Path,
+) -> None:
+    """Windows at 4 requests/s each are carried; the trace has one at four times its mean."""
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4", 'slo.text="ttft:p95<100ms"']
+    changes += ["plan.target_rate_per_s=4", "serving.max_batch=1"]
+    path = bursty(tmp_path)
+    said = plan(path, changes, inline(tmp_path / "out"))
+    (told,) = [one for one in said.sentences if one.startswith("On the trace as it is")]
+    found = re.fullmatch(
+        r"On the trace as it is, at 4 requests/s on average, that fleet misses TTFT p95 . 100 ms "
+        r"\(([\d,.]+) ms\): its busiest window has 4\.0\d times that rate; "
+        r"plan\.peak_factor = \S+ plans for it\.",
+        told,
+    )
+    assert found is not None
+    assert told in html.unescape((tmp_path / "out" / "report.html").read_text())
+    assert said.sentences[said.sentences.index(told) - 1].startswith("That fleet carries")
+    recommended = load_scenario(tmp_path / "out" / "scenario.toml")
+    judged = run_point(point_of(recommended, tmp_path / "out", "ttft:p95<100ms"))["judged"]
+    assert judged[0]["value_ms"] == pytest.approx(float(found[1].replace(",", "")), rel=1e-3)
+
+
+def test_a_draw_that_misses_the_slo_is_said_to_be_one_run(tmp_path: Path) -> None:
+    question = read_plan(load_scenario(write(tmp_path)), tmp_path, "small.toml")
+    missed = Criterion("every limit", 0.9, 0.9, 0.9, 0.95, limit="ttft<=1s")
+    planned = Load(2, 8.0, Verdict((), 3), {})
+    best = FleetAnswer(question.fleets[0], 2, planned=planned, whole=Verdict((missed,), 1))
+    assert _as_it_stands(Plan(question, (best,), best, 0.0)) == [
+        "In one run of scenario.toml, at 8 requests/s, that fleet misses TTFT "
+        "\N{LESS-THAN OR EQUAL TO} 1 s for 95 % of the requests (90 %); over "
+        "samples it carries that rate on average."
+    ]
+    kept = replace(best, whole=Verdict((replace(missed, mean=0.95),), 1))
+    assert _as_it_stands(Plan(question, (kept,), kept, 0.0)) == []
