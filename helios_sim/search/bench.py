@@ -159,12 +159,13 @@ def plan_studies(question: PlanQuestion) -> list[Study[FleetAnswer]]:
 
 
 def planned_scenario(question: PlanQuestion, fleet: Fleet, planned: Load) -> Scenario:
-    """The whole scenario with a fleet in place of its own, at the rate it is planned for.
+    """The whole scenario with a fleet in place of its own, at the mean of what it is planned for.
 
-    It leaves out the share of its requests that samples leave out: a fleet that is cold at first
-    was not judged by those.
+    At the peak, a trace's own peaks would count twice, and tokens that nobody asks for would be
+    paid. It leaves out the share of its requests that samples leave out: a fleet that is cold at
+    first was not judged by those.
     """
-    traffic, rate_per_s = question.traffic, planned.rate_per_s
+    traffic, rate_per_s = question.traffic, question.mean_per_s(planned.rate_per_s)
     scenario = fleet_scenario(question, fleet, planned.num_replicas)
     return traffic.warmed(at_rate(scenario, traffic, rate_per_s), traffic.num_in_run(rate_per_s))
 
@@ -366,7 +367,7 @@ class _Bench:
                 self._forget(key, longer)
 
     def as_served(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], list[Figures]]:
-        """A run of the planned scenario as it stands, judged by the constraints.
+        """A run of the planned scenario as it stands, at its mean rate, judged by the constraints.
 
         Where other requests may be drawn, a run that is too short for its answers, or for its
         policy's rounds, tells less than samples do; so does one that would hold more requests than
@@ -374,8 +375,9 @@ class _Bench:
         """
         question, traffic = self.question, self.question.traffic
         limits = question.constraints.limits or str(question.slo)
-        num = traffic.num_in_run(planned.rate_per_s)
-        lasts_s = num / planned.rate_per_s
+        rate_per_s = question.mean_per_s(planned.rate_per_s)
+        num = traffic.num_in_run(rate_per_s)
+        lasts_s = num / rate_per_s
         is_long = traffic.replays or traffic.is_shaped or lasts_s >= planned.enough_s
         if num <= MAX_RUN_REQUESTS and is_long:
             scenario = planned_scenario(question, self.fleet, planned)
@@ -383,30 +385,48 @@ class _Bench:
         else:
             indices = range(question.settings.replications)
             points = self._samples(
-                planned.num_replicas, planned.rate_per_s, indices, planned.lengthened, limits
+                planned.num_replicas, rate_per_s, indices, planned.lengthened, limits
             )
         return figures_of((yield points))
 
     def judged(self, planned: Load) -> Judged:
-        """A run of the planned scenario, and the constraints that it breaks.
+        """A run of the planned scenario, and the constraints that it breaks, at its peak too.
 
         One run of a policy that decides on what it evaluated is one of many: there samples are
         judged too.
         """
         question, settings = self.question, self.question.settings
         figures = yield from self.as_served(planned)
-        served = Served(planned, figures, question.judge.broken(figures))
+        at_peak = yield from self._late_at_peak(planned)
+        broken = _worst_of((*question.judge.broken(figures), *at_peak))
+        served = Served(planned, figures, broken)
         if len(figures) > 1 or not str(question.constraints) or not _evaluates(figures):
             return served
         limits = question.constraints.limits or str(question.slo)
         indices = range(settings.max_replications)
+        rate_per_s = question.mean_per_s(planned.rate_per_s)
         points = self._samples(
-            planned.num_replicas, planned.rate_per_s, indices, planned.lengthened, limits
+            planned.num_replicas, rate_per_s, indices, planned.lengthened, limits
         )
         samples = figures_of((yield points))
         num_breaking, num_judged = question.judge.breaking(samples)
         broken = served.broken or question.judge.broken(samples)
         return replace(served, broken=broken, num_breaking=num_breaking, num_judged=num_judged)
+
+    def _late_at_peak(
+        self, planned: Load
+    ) -> Generator[Sequence[Point], list[Outcome], tuple[Broken, ...]]:
+        """The limits on latencies that samples at the peak break, where that is above the mean."""
+        question = self.question
+        limits = question.constraints.limits
+        if not limits or question.mean_per_s(planned.rate_per_s) == planned.rate_per_s:
+            return ()
+        indices = range(question.settings.replications)
+        points = self._samples(
+            planned.num_replicas, planned.rate_per_s, indices, planned.lengthened, limits
+        )
+        latencies = replace(question.constraints, bounds=())
+        return replace(question.judge, constraints=latencies).broken(figures_of((yield points)))
 
     def whole(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], Verdict | None]:
         """Whether the planned scenario as it stands meets the SLO, its own peaks included.
@@ -414,7 +434,8 @@ class _Bench:
         None where it holds more requests than a sample may.
         """
         question, settings = self.question, self.question.settings
-        if question.traffic.num_in_run(planned.rate_per_s) > MAX_RUN_REQUESTS:
+        mean_per_s = question.mean_per_s(planned.rate_per_s)
+        if question.traffic.num_in_run(mean_per_s) > MAX_RUN_REQUESTS:
             return None
         scenario = planned_scenario(question, self.fleet, planned)
         figures = figures_of((yield [point_of(scenario, question.base_dir, str(question.slo))]))
@@ -495,6 +516,14 @@ def _follow(
     except StopIteration as end:
         found: Found = end.value
         return found
+
+
+def _worst_of(broken: Sequence[Broken]) -> tuple[Broken, ...]:
+    """What is broken, each constraint once, where it is broken most; the worst first."""
+    worst: dict[str, Broken] = {}
+    for one in sorted(broken, key=lambda one: -one.violation):
+        worst.setdefault(one.constraint, one)
+    return tuple(worst.values())
 
 
 def _evaluates(figures: Sequence[Figures]) -> bool:

@@ -73,8 +73,13 @@ class PlanQuestion:
 
     @property
     def target_per_s(self) -> float | None:
-        """The rate to carry; None where the highest is asked."""
+        """The rate to carry, at the peak where one is given; None where the highest is asked."""
         return self.settings.target
+
+    def mean_per_s(self, rate_per_s: float) -> float:
+        """What users send on average where a fleet is planned for a rate: a peak lies above it."""
+        mean = self.settings.mean_target
+        return rate_per_s if mean is None or rate_per_s != self.target_per_s else mean
 
     @property
     def judge(self) -> Judge:

@@ -459,10 +459,13 @@ def _figures_of(plan: Plan) -> str:
     if all(one.planned is None for one in plan.answers):
         return ""
     alike = "Energy, agreement and cost of a fleet are those of"
+    rate = "planned rate"
+    if plan.question.settings.peak_factor != 1.0:
+        rate = "mean rate, of which the planned one is the peak"
     if all(one.is_one_run for one in plan.answers if one.planned is not None):
-        return f"{alike} one run of its whole scenario at the planned rate."
+        return f"{alike} one run of its whole scenario at the {rate}."
     return (
-        f"{alike} one run of its whole scenario at the planned rate, or means over samples where "
+        f"{alike} one run of its whole scenario at the {rate}, or means over samples where "
         "that run would be too short for its answers, or too large."
     )
 

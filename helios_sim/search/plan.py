@@ -205,10 +205,14 @@ def recommended(plan: Plan) -> Scenario:
     routed = scenario.fleet.model_copy(update={"router": best.fleet.router})
     scenario = scenario.model_copy(update={"fleet": routed})
     models = "+".join(best.fleet.candidates)
+    rate_per_s, mean_per_s = best.planned.rate_per_s, question.mean_per_s(best.planned.rate_per_s)
+    peak = ""
+    if mean_per_s != rate_per_s:
+        peak = f"; its rate is a mean of {mean_per_s:.4g}, planned for a peak of {rate_per_s:.4g}"
     said = (
         f"Recommended by helios plan: {best.planned.num_replicas} x {best.fleet.policy.name}, "
         f"{models} on {best.fleet.profile}; carries "
-        f"{plan.best.capacity.rate_per_s:.4g} requests/s in all."  # type: ignore[union-attr]
+        f"{plan.best.capacity.rate_per_s:.4g} requests/s in all{peak}."  # type: ignore[union-attr]
     )
     return scenario.model_copy(
         update={"name": f"{scenario.name}_plan", "notes": (*scenario.notes, said)}

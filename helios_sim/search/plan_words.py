@@ -60,7 +60,9 @@ def plan_headline(plan: Plan) -> str:
             f"the SLO{' and the constraints' * (best.for_slo is not None)} "
             f"({bracket(best.capacity)}){quality}."
         )
-    return f"{number(target, 4)} requests/s take {_sized(plan, best)}{quality}."
+    mean = plan.question.mean_per_s(target)
+    peak = f" on average, {number(target, 4)} at the peak," if mean != target else ""
+    return f"{number(mean, 4)} requests/s{peak} take {_sized(plan, best)}{quality}."
 
 
 def _sized(plan: Plan, answer: FleetAnswer) -> str:
@@ -127,7 +129,7 @@ def _target(plan: Plan) -> list[str]:
     settings, target = plan.question.settings, plan.question.target_per_s
     if target is None:
         return []
-    factor, mean = settings.peak_factor, target / settings.peak_factor
+    factor, mean = settings.peak_factor, plan.question.mean_per_s(target)
     times = f" times the peak factor of {factor:g}" if factor != 1.0 else ""
     if settings.users is not None and settings.requests_per_user_per_min is not None:
         num = settings.requests_per_user_per_min
@@ -139,7 +141,13 @@ def _target(plan: Plan) -> list[str]:
         said = f"Target: {number(mean, 4)} requests/s{times}"
     else:
         return []
-    return [f"{said}, which is {number(target, 4)} requests/s."]
+    said += f", which is {number(target, 4)} requests/s."
+    if times and not plan.why_none:
+        said += (
+            " Fleets are sized for that peak; scenario.toml, energy and cost are of the mean of "
+            f"{number(mean, 4)}."
+        )
+    return [said]
 
 
 def _objective(plan: Plan) -> list[str]:
@@ -171,7 +179,7 @@ def _as_it_stands(plan: Plan) -> list[str]:
     question, planned, whole = plan.question, plan.best.planned, plan.best.whole
     if planned is None or whole is None or whole.carried:
         return []
-    at = number(planned.rate_per_s, 4)
+    at = number(question.mean_per_s(planned.rate_per_s), 4)
     what = f"that fleet misses {listed([_missed(one) for one in whole.broken])}"
     if not question.traffic.replays:
         return [
@@ -322,7 +330,7 @@ def _energy(plan: Plan) -> list[str]:
     if energy is None:
         return []
     assert plan.best.planned is not None
-    at = number(plan.best.planned.rate_per_s, 4)
+    at = number(plan.question.mean_per_s(plan.best.planned.rate_per_s), 4)
     said = f"Energy at {at} requests/s: {number(1e-3 * energy)} J an output token"
     if agreement is not None:
         said += f"; {number(100 * agreement)} % of the tokens equal those of the {SAME_MODEL}"
@@ -335,11 +343,12 @@ def _cost(plan: Plan) -> list[str]:
     if cost is None or prices is None or planned is None:
         return []
     currency = prices.currency
+    at = number(plan.question.mean_per_s(planned.rate_per_s), 4)
     grades = listed(grades_of(prices, [plan.best.fleet.device]))
     found = [
-        f"Cost at {number(planned.rate_per_s, 4)} requests/s: {number(cost.per_hour)} {currency} "
-        f"an hour, {number(cost.per_million_tokens)} {currency} a million output tokens, at the "
-        f"{grades} prices of {plan.question.settings.prices}."
+        f"Cost at {at} requests/s: {number(cost.per_hour)} {currency} an hour, "
+        f"{number(cost.per_million_tokens)} {currency} a million output tokens, at the {grades} "
+        f"prices of {plan.question.settings.prices}."
     ]
     if plan.hours:
         day = sum(hour.cost_per_hour or 0.0 for hour in plan.hours)
@@ -416,8 +425,8 @@ def _peak_missed(plan: Plan) -> list[str]:
     assert capacity is not None
     if not question.traffic.replays:
         return []
-    target, settings = question.target_per_s, question.settings
-    mean = question.traffic.rate_per_s if target is None else target / settings.peak_factor
+    target = question.target_per_s
+    mean = question.traffic.rate_per_s if target is None else question.mean_per_s(target)
     factor = question.traffic.peak_factor
     if factor < 1.0 + ALIKE or mean * factor <= capacity.rate_per_s:
         return []

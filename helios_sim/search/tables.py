@@ -287,7 +287,7 @@ def plan_records(plan: Plan) -> Rows:
     rows: Rows = []
     for rank, answer in enumerate(plan.answers, 1):
         for load in sorted(answer.loads, key=lambda one: (one.num_replicas, one.rate_per_s)):
-            rows.append(_fleet_record(rank, answer) | _load_record(answer, load))
+            rows.append(_fleet_record(rank, answer) | _load_record(plan, answer, load))
         if not answer.loads:
             rows.append(
                 _fleet_record(rank, answer)
@@ -308,7 +308,7 @@ def _fleet_record(rank: int, answer: FleetAnswer) -> dict[str, Any]:
     }
 
 
-def _load_record(answer: FleetAnswer, load: Load) -> dict[str, Any]:
+def _load_record(plan: Plan, answer: FleetAnswer, load: Load) -> dict[str, Any]:
     planned = answer.planned
     is_planned = planned is not None and (planned.num_replicas, planned.rate_per_s) == (
         load.num_replicas,
@@ -316,7 +316,9 @@ def _load_record(answer: FleetAnswer, load: Load) -> dict[str, Any]:
     )
     worst = load.verdict.worst
     worst_low, worst_high = worst.bounds
-    means = answer.figures if is_planned else load.means
+    mean_per_s = plan.question.mean_per_s(load.rate_per_s) if is_planned else None
+    # Figures of the mean are no figures of the peak, at which the load was measured.
+    means = answer.figures if mean_per_s == load.rate_per_s else load.means
     return {
         "num_replicas": load.num_replicas,
         "num_gpus": load.num_replicas * answer.fleet.gpus_per_replica,
@@ -329,6 +331,7 @@ def _load_record(answer: FleetAnswer, load: Load) -> dict[str, Any]:
         "worst_share_low": worst_low,
         "worst_share_high": worst_high,
         "planned": is_planned,
+        "mean_rate_per_s": mean_per_s,
         "cost_per_hour": answer.cost.per_hour if is_planned and answer.cost else None,
         "cost_per_million_tokens": (
             answer.cost.per_million_tokens if is_planned and answer.cost else None

@@ -108,13 +108,17 @@ class PlanSettings(StrictSettings):
         return self
 
     @property
+    def mean_target(self) -> float | None:
+        """Requests per second that users send on average; None where none is asked."""
+        if self.users is not None and self.requests_per_user_per_min is not None:
+            return self.users * self.requests_per_user_per_min / 60.0
+        return self.target_rate_per_s
+
+    @property
     def target(self) -> float | None:
         """Requests per second that the fleet has to carry at its peak; None where none is asked."""
-        if self.users is not None and self.requests_per_user_per_min is not None:
-            return self.users * self.requests_per_user_per_min / 60.0 * self.peak_factor
-        if self.target_rate_per_s is not None:
-            return self.target_rate_per_s * self.peak_factor
-        return None
+        mean = self.mean_target
+        return None if mean is None else mean * self.peak_factor
 
 
 class SearchSettings(StrictSettings):

@@ -26,6 +26,7 @@ from helios_sim.search.verdict import Criterion, Verdict
 from helios_sim.search.words import TIMES
 from helios_sim.settings.questions import PlanSettings
 from helios_sim.settings.toml_writer import toml_text
+from helios_sim.workload.arrivals import PoissonArrivals
 from tests.search.asking import A100, H100, inline, write
 
 
@@ -269,11 +270,13 @@ def test_a_plan_names_the_device_and_the_models_that_all_its_fleets_have(tmp_pat
     target = {"users": 120, "requests_per_user_per_min": 1.5, "peak_factor": 2, **ROUGH}
     path, out = write(tmp_path, policy=policies, plan=target), tmp_path / "out"
     said = plan(path, [], inline(out))
+    assert said.sentences[0].startswith("3 requests/s on average, 6 at the peak, take ")
     assert said.sentences[1:4] == [
         f"Device: {A100}, profile opt-a100-40gb.",
         "Serving: opt-1.3b of 2 candidates (static-depth); opt-6.7b of 2 candidates (vanilla).",
         "Target: 120 users with 1.5 requests a minute each, or 3 requests/s, times the peak "
-        "factor of 2, which is 6 requests/s.",
+        "factor of 2, which is 6 requests/s. Fleets are sized for that peak; scenario.toml, energy "
+        "and cost are of the mean of 3.",
     ]
     page = html.unescape((out / "report.html").read_text())
     assert all(one in page for one in said.sentences[1:4])
@@ -520,6 +523,11 @@ def test_a_peak_that_is_not_carried_at_the_mean_asked_for_is_said_with_what_carr
     assert told in (tmp_path / "out" / "report.html").read_text()
     said = plan(path, [*changes, f"{key}={factor}"], inline(tmp_path / "peak"))
     assert not any("not carried" in one for one in said.sentences)
+    # The written trace has its own peak: it is not multiplied once more.
+    recommended = load_scenario(tmp_path / "peak" / "scenario.toml")
+    assert recommended.workload.trace is not None
+    assert recommended.workload.trace.rate_scale == pytest.approx(target / 3.75, rel=0.01)
+    assert f"planned for a peak of {target * factor:.4g}" in recommended.notes[-1]
 
 
 @pytest.mark.parametrize("target", [None, 8.0])
@@ -681,6 +689,16 @@ def test_a_latency_constraint_takes_more_replicas_than_the_slo(tmp_path: Path) -
         return float(judged["value_ms"])
 
     assert slowest_ms(more) <= 100.0 < slowest_ms(more - 1)
+    # Half of it on average: the constraint holds at the peak, and the scenario is of the mean.
+    changes = ["plan.target_rate_per_s=20", "plan.peak_factor=2"]
+    said = plan(path, changes, inline(tmp_path / "peak"))
+    assert any(one.startswith("The SLO alone takes") for one in said.sentences)
+    (planned,) = [row for row in said.rows if row["planned"]]
+    assert (planned["rate_per_s"], planned["mean_rate_per_s"]) == (40.0, 20.0)
+    assert planned["num_replicas"] > few
+    arrivals = load_scenario(tmp_path / "peak" / "scenario.toml").workload.arrivals
+    assert isinstance(arrivals, PoissonArrivals)
+    assert arrivals.rate_per_s == 20.0
 
 
 def test_a_fleet_that_is_cold_at_first_keeps_what_it_keeps_once_warm(tmp_path: Path) -> None:
