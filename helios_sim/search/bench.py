@@ -17,7 +17,7 @@ from helios_sim.search.fleets import Fleet, PlanQuestion, fleet_scenario
 from helios_sim.search.goals import Broken
 from helios_sim.search.means import Means, clauses_beyond, mean_figures, models_served
 from helios_sim.search.points import Figures, Point, point_of
-from helios_sim.search.prices import Cost, cost_of
+from helios_sim.search.prices import Cost, cost_of, steadily
 from helios_sim.search.studies import Outcome, Steps, Study, figures_of
 from helios_sim.search.traffic import FEW_ROUNDS, MAX_RUN_REQUESTS, at_rate, rounds_in_sample
 from helios_sim.search.verdict import BACKLOG, Verdict, judge
@@ -367,27 +367,28 @@ class _Bench:
                 self._forget(key, longer)
 
     def as_served(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], list[Figures]]:
-        """A run of the planned scenario as it stands, at its mean rate, judged by the constraints.
+        """A run of the planned scenario at its mean rate, judged by the constraints.
 
-        Where other requests may be drawn, a run that is too short for its answers, or for its
-        policy's rounds, tells less than samples do; so does one that would hold more requests than
-        a sample may.
+        A run that is too short for its answers, or for its policy's rounds, begins and ends for
+        too much of its time: a trace is then played again and again, and where other requests may
+        be drawn, samples take its place. So they do where it would hold more requests than a
+        sample may.
         """
         question, traffic = self.question, self.question.traffic
         limits = question.constraints.limits or str(question.slo)
         rate_per_s = question.mean_per_s(planned.rate_per_s)
         num = traffic.num_in_run(rate_per_s)
-        lasts_s = num / rate_per_s
-        is_long = traffic.replays or traffic.is_shaped or lasts_s >= planned.enough_s
-        if num <= MAX_RUN_REQUESTS and is_long:
-            scenario = planned_scenario(question, self.fleet, planned)
-            points = [point_of(scenario, question.base_dir, limits)]
-        else:
+        is_long = num >= rate_per_s * planned.enough_s
+        if num > MAX_RUN_REQUESTS or not (is_long or traffic.replays or traffic.is_shaped):
             indices = range(question.settings.replications)
             points = self._samples(
                 planned.num_replicas, rate_per_s, indices, planned.lengthened, limits
             )
-        return figures_of((yield points))
+            return figures_of((yield points))
+        scenario = planned_scenario(question, self.fleet, planned)
+        if traffic.replays and not is_long:
+            scenario = traffic.again(scenario, math.ceil(rate_per_s * planned.enough_s))
+        return figures_of((yield [point_of(scenario, question.base_dir, limits)]))
 
     def judged(self, planned: Load) -> Judged:
         """A run of the planned scenario, and the constraints that it breaks, at its peak too.
@@ -398,19 +399,20 @@ class _Bench:
         question, settings = self.question, self.question.settings
         figures = yield from self.as_served(planned)
         at_peak = yield from self._late_at_peak(planned)
-        broken = _worst_of((*question.judge.broken(figures), *at_peak))
+        rate_per_s = question.mean_per_s(planned.rate_per_s)
+        judge = question.judge(rate_per_s)
+        broken = _worst_of((*judge.broken(figures), *at_peak))
         served = Served(planned, figures, broken)
         if len(figures) > 1 or not str(question.constraints) or not _evaluates(figures):
             return served
         limits = question.constraints.limits or str(question.slo)
         indices = range(settings.max_replications)
-        rate_per_s = question.mean_per_s(planned.rate_per_s)
         points = self._samples(
             planned.num_replicas, rate_per_s, indices, planned.lengthened, limits
         )
         samples = figures_of((yield points))
-        num_breaking, num_judged = question.judge.breaking(samples)
-        broken = served.broken or question.judge.broken(samples)
+        num_breaking, num_judged = judge.breaking(samples)
+        broken = served.broken or judge.broken(samples)
         return replace(served, broken=broken, num_breaking=num_breaking, num_judged=num_judged)
 
     def _late_at_peak(
@@ -426,7 +428,8 @@ class _Bench:
             planned.num_replicas, planned.rate_per_s, indices, planned.lengthened, limits
         )
         latencies = replace(question.constraints, bounds=())
-        return replace(question.judge, constraints=latencies).broken(figures_of((yield points)))
+        judge = replace(question.judge(planned.rate_per_s), constraints=latencies)
+        return judge.broken(figures_of((yield points)))
 
     def whole(self, planned: Load) -> Generator[Sequence[Point], list[Outcome], Verdict | None]:
         """Whether the planned scenario as it stands meets the SLO, its own peaks included.
@@ -597,15 +600,14 @@ def _within(capacity: Capacity | None, planned: Load) -> Capacity:
 
 
 def _priced(question: PlanQuestion, answer: FleetAnswer) -> FleetAnswer:
-    gpus = answer.num_gpus
-    if question.prices is None or gpus is None:
+    gpus, planned = answer.num_gpus, answer.planned
+    if question.prices is None or gpus is None or planned is None:
         return answer
     cost = cost_of(
         question.prices,
         answer.fleet.device,
         gpus,
-        answer.figures.get("average_gpu_power"),
-        answer.figures.get("output_throughput"),
+        *steadily(answer.figures, question.mean_per_s(planned.rate_per_s)),
         f"{question.where}, plan.prices",
     )
     return replace(answer, cost=cost)

@@ -81,10 +81,10 @@ class PlanQuestion:
         mean = self.settings.mean_target
         return rate_per_s if mean is None or rate_per_s != self.target_per_s else mean
 
-    @property
-    def judge(self) -> Judge:
-        """What says which constraints figures break."""
-        return Judge((), self.constraints, self.prices, f"{self.where}, plan.prices")
+    def judge(self, rate_per_s: float) -> Judge:
+        """What says which constraints figures break that are of so many requests per second."""
+        where = f"{self.where}, plan.prices"
+        return Judge((), self.constraints, self.prices, where, rate_per_s)
 
     @property
     def has_floor(self) -> bool:

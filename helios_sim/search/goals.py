@@ -13,7 +13,7 @@ from helios_sim.errors import InputError, did_you_mean
 from helios_sim.runs.comparison import Better
 from helios_sim.runs.metrics import LATENCIES, PERCENTILES
 from helios_sim.search.points import Figures
-from helios_sim.search.prices import Prices, cost_of
+from helios_sim.search.prices import Prices, cost_of, steadily
 from helios_sim.settings.slo import SloLimit, SloSpec, parse_slo
 from helios_sim.wording import counted, number
 
@@ -201,12 +201,17 @@ def _bound(match: re.Match[str], clause: str, where: str) -> Bound:
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores runs by the objectives and says which constraints they break."""
+    """Scores runs by the objectives and says which constraints they break.
+
+    Cost is that of a run as long as it lasts, or of a fleet that is never empty where requests
+    arrive at `rate_per_s`.
+    """
 
     goals: tuple[Goal, ...]
     constraints: Constraints
     prices: Prices | None
     where: str
+    rate_per_s: float | None = None
 
     def value(self, goal: Goal, figures: Sequence[Figures]) -> float | None:
         """A goal's mean over replications; None where one of them has none."""
@@ -222,14 +227,10 @@ class Judge:
         summary = figures["summary"]
         if goal.name == "cost":
             assert self.prices is not None
-            cost = cost_of(
-                self.prices,
-                figures["device"],
-                summary["num_gpus"],
-                summary["average_gpu_power"],
-                summary["output_throughput"],
-                self.where,
-            )
+            given = summary["average_gpu_power"], summary["output_throughput"]
+            if self.rate_per_s is not None:
+                given = steadily(summary, self.rate_per_s)
+            cost = cost_of(self.prices, figures["device"], summary["num_gpus"], *given, self.where)
             return None if cost is None else cost.per_million_tokens
         value = summary[goal.key]
         return None if value is None else goal.scale * float(value)

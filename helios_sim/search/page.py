@@ -462,10 +462,13 @@ def _figures_of(plan: Plan) -> str:
     rate = "planned rate"
     if plan.question.settings.peak_factor != 1.0:
         rate = "mean rate, of which the planned one is the peak"
+    again = ""
+    if plan.question.traffic.replays:
+        again = ", the trace played again and again where it is shorter than a sample has to be"
     if all(one.is_one_run for one in plan.answers if one.planned is not None):
-        return f"{alike} one run of its whole scenario at the {rate}."
+        return f"{alike} one run of its whole scenario at the {rate}{again}."
     return (
-        f"{alike} one run of its whole scenario at the {rate}, or means over samples where "
+        f"{alike} one run of its whole scenario at the {rate}{again}, or means over samples where "
         "that run would be too short for its answers, or too large."
     )
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -118,6 +118,22 @@ def cost_of(
     if not tokens_per_s:
         return Cost(per_hour, None)
     return Cost(per_hour, per_hour / (tokens_per_s * 3600.0) * 1e6)
+
+
+def steadily(summary: Mapping[str, Any], rate_per_s: float) -> tuple[float | None, float | None]:
+    """Watts of all devices and output tokens per second while so many requests arrive a second.
+
+    A run lasts until its last answer, and the shorter it is the more of it is spent on few of
+    them: its own means are less than what a fleet gives that is never empty. A refused request
+    gives no token.
+    """
+    num = summary.get("num_requests")
+    energy_j, tokens = summary.get("total_gpu_energy"), summary.get("total_output_tokens")
+    each_s = rate_per_s / num if num else 0.0
+    return (
+        None if energy_j is None else energy_j * each_s,
+        None if tokens is None else tokens * each_s,
+    )
 
 
 def grades_of(prices: Prices, devices: Iterable[str]) -> list[str]:

@@ -322,7 +322,8 @@ class Traffic:
                 f"{self.where}, {self.table}.windows",
             )
         if self.replays:
-            update, num = self._window(base, index, rate_per_s, num_replicas)
+            part = self.windows[index]
+            update, num = self._window(base, part, rate_per_s, num_replicas)
         else:
             update, num = self._drawn(base, rate_per_s, num_replicas)
             if self.num_rows is not None and base.workload.takes_rows_in_order:
@@ -351,6 +352,19 @@ class Traffic:
         measure = scenario.measure.model_copy(update={"warmup_requests": least})
         return scenario.model_copy(update={"measure": measure})
 
+    def again(self, scenario: Scenario, num_requests: int) -> Scenario:
+        """A whole scenario that replays a trace, over and over until so many requests are in it.
+
+        It keeps its rate and its peaks, and has no more requests than a sample may.
+        """
+        parts = self.stretches
+        num = sum(part.num_requests for part in parts)
+        whole = Stretch(parts[0].start_s, parts[-1].end_s, num)
+        num_times = min(math.ceil(num_requests / num), max(1, MAX_RUN_REQUESTS // num))
+        update, num = self._window(scenario, whole, None, num_times)
+        workload = scenario.workload.model_copy(update=update)
+        return self.warmed(scenario.model_copy(update={"workload": workload}), num)
+
     def _expecting(self, serving: ServingSettings) -> ServingSettings:
         """Settings that expect the lengths of all the traffic where they leave them open."""
         expected = {key: getattr(self._expected, key) for key in EXPECTED_LENGTHS}
@@ -363,9 +377,8 @@ class Traffic:
         return expected_serving(self.scenario, self.base_dir, self.where)
 
     def _window(
-        self, base: Scenario, index: int, rate_per_s: float | None, num_replicas: int
+        self, base: Scenario, part: Stretch, rate_per_s: float | None, num_replicas: int
     ) -> tuple[dict[str, Any], int]:
-        part = self.windows[index]
         trace = base.workload.trace
         assert trace is not None
         scale = trace.rate_scale if rate_per_s is None else rate_per_s / part.rate_per_s

@@ -14,14 +14,14 @@ from helios_sim.errors import InputError
 from helios_sim.experiment import prepare
 from helios_sim.scenario import load_scenario, resolved
 from helios_sim.search import commands
-from helios_sim.search.bench import FleetAnswer, Load, planned_scenario
+from helios_sim.search.bench import FleetAnswer, Load, _Bench, planned_scenario
 from helios_sim.search.capacity import Capacity
 from helios_sim.search.fleets import PlanQuestion, fleet_scenario, read_plan
 from helios_sim.search.goals import Broken
 from helios_sim.search.means import mean_figures
 from helios_sim.search.plan import make_plan, ranked
 from helios_sim.search.plan_words import _constraints, plan_remarks
-from helios_sim.search.prices import Cost
+from helios_sim.search.prices import Cost, steadily
 from helios_sim.search.verdict import Verdict
 from helios_sim.settings.toml_writer import toml_text
 from tests.search.asking import inline, write
@@ -325,6 +325,45 @@ def test_the_planned_run_leaves_out_the_share_that_samples_do(
     question = read_plan(load_scenario(path), tmp_path, "small.toml")
     scenario = planned_scenario(question, question.fleets[0], Load(2, 8.0, CARRIED, {}))
     assert scenario.measure.warmup_requests == left_out
+
+
+ANSWER_S = {"short": 1.0, "long": 20.0}
+"""Of a run of 100 s at the rate of a load, 20 answers are a fifth, or four times as much."""
+
+
+@pytest.mark.parametrize(("answer", "num_times", "left_out"), [("short", 1, 40), ("long", 4, 160)])
+def test_a_trace_that_is_short_for_its_answers_is_played_again_for_its_figures(
+    tmp_path: Path, answer: str, num_times: int, left_out: int
+) -> None:
+    """400 requests at 4 a second, a tenth of them warm-up."""
+    lines = [f'{{"timestamp":{500 * i},"input_length":50,"output_length":20}}' for i in range(400)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    scenario = load_scenario(write(tmp_path), ['workload={trace={file="t.jsonl"}}'])
+    question = read_plan(scenario, tmp_path, "small.toml")
+    load = Load(1, 4.0, CARRIED, {}, sample_s=1e4, answer_s=ANSWER_S[answer])
+    (point,) = next(_Bench(question, question.fleets[0]).as_served(load))
+    trace = point.scenario.workload.trace
+    assert trace is not None
+    assert (trace.repeat, point.scenario.measure.warmup_requests) == (num_times, left_out)
+    assert trace.rate_scale == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("answer", "num_points"), [("short", 1), ("long", 3)])
+def test_samples_take_the_place_of_a_draw_that_is_short_for_its_answers(
+    tmp_path: Path, answer: str, num_points: int
+) -> None:
+    scenario = load_scenario(write(tmp_path), ["workload.num_requests=400"])
+    question = read_plan(scenario, tmp_path, "small.toml")
+    load = Load(1, 4.0, CARRIED, {}, sample_s=1e4, answer_s=ANSWER_S[answer])
+    points = next(_Bench(question, question.fleets[0]).as_served(load))
+    assert len(points) == num_points
+
+
+def test_cost_is_of_a_fleet_that_is_never_empty() -> None:
+    """100 requests with 20 tokens and 50 J each, ten a second: 200 tokens/s and 500 W."""
+    summary = {"num_requests": 100, "total_output_tokens": 2000, "total_gpu_energy": 5000.0}
+    assert steadily(summary, 10.0) == (500.0, 200.0)
+    assert steadily({**summary, "total_gpu_energy": None}, 10.0) == (None, 200.0)
 
 
 def test_a_figure_that_one_run_lacks_has_no_mean() -> None:

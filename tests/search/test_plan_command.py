@@ -446,7 +446,23 @@ def test_figures_of_a_plan_are_those_of_its_recommended_scenario(tmp_path: Path)
     (planned,) = [row for row in said.rows if row["planned"] and row["rank"] == 1]
     for key in ("energy_per_output_token", "output_throughput", "request_goodput", "agreement"):
         assert planned[key] == figures[key]
-    assert planned["cost_per_million_tokens"] == pytest.approx(1e3 / figures["output_throughput"])
+    tokens_per_s = planned["rate_per_s"] * figures["total_output_tokens"] / figures["num_requests"]
+    assert planned["cost_per_million_tokens"] == pytest.approx(1e3 / tokens_per_s)
+
+
+def test_tokens_of_a_short_trace_cost_what_the_fleet_does_over_what_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    """20 requests a second of 20 tokens each, for 3.60 USD an hour and GPU: 2.50 USD a GPU."""
+    (tmp_path / "prices.toml").write_text(
+        '[gpu."NVIDIA A100-SXM4-40GB"]\nper_gpu_hour = 3.6\ngrade = "assumed"\n'
+    )
+    changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4", "plan.prices=prices.toml"]
+    changes += ["plan.target_rate_per_s=20", "plan.constraints=cost<100"]
+    said = plan(bursty(tmp_path), changes, inline(tmp_path / "out"))
+    (planned,) = [row for row in said.rows if row["planned"]]
+    each = planned["cost_per_million_tokens"] / planned["num_gpus"]
+    assert each == pytest.approx(2.5, rel=1e-6)
 
 
 def test_windows_whose_lengths_are_not_the_trace_s_are_shown_beside_it(tmp_path: Path) -> None:
