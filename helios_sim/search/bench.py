@@ -33,6 +33,8 @@ it on the way there. A tenth of the sample, two answers, is not measured.
 """
 _MOST_HALVINGS: Final = 6
 """Halvings of a rate in search of one that keeps the constraints."""
+_FEW_MORE: Final = 4
+"""Replicas that are added, at most, in search of a fleet that carries a trace as it is."""
 LONGER: Final = 4
 """How many times as long a sample has to agree with an answer before it is given.
 
@@ -92,7 +94,8 @@ class FleetAnswer:
     policy decides on what it evaluated: `num_breaking` of `num_judged` such samples break some.
     `for_slo` is the planned load under the SLO alone, where constraints took more replicas or
     allowed a lower rate. `whole` says whether the planned scenario, run once as it stands, meets
-    the SLO; None where it is not run.
+    the SLO; None where it is not run. `num_for_whole` is with how many replicas a trace does, where
+    it does not and a few more are enough.
     """
 
     fleet: Fleet
@@ -112,6 +115,7 @@ class FleetAnswer:
     num_judged: int = 0
     for_slo: Load | None = None
     whole: Verdict | None = None
+    num_for_whole: int | None = None
 
     @property
     def agreement(self) -> float | None:
@@ -444,6 +448,18 @@ class _Bench:
         figures = figures_of((yield [point_of(scenario, question.base_dir, str(question.slo))]))
         return judge(figures, question.slo, settings.attainment, settings.confidence)
 
+    def more_for_whole(
+        self, planned: Load
+    ) -> Generator[Sequence[Point], list[Outcome], int | None]:
+        """The fewest replicas, of a few more, with which the scenario itself meets the SLO."""
+        few = planned.num_replicas
+        most = min(few + _FEW_MORE, self.question.settings.max_replicas)
+        for num in range(few + 1, most + 1):
+            verdict = yield from self.whole(replace(planned, num_replicas=num))
+            if verdict is not None and verdict.carried:
+                return num
+        return None
+
     def with_more(self, served: Served) -> Judged:
         """The fewest replicas that keep the constraints too; as it was where more do not help."""
         low, rate_per_s = served, served.load.rate_per_s
@@ -624,6 +640,9 @@ def headroom_study(question: PlanQuestion, best: FleetAnswer) -> Study[FleetAnsw
         whole = yield from bench.whole(planned)
         if question.target_per_s is None:
             return replace(best, whole=whole)
+        num_for_whole = None
+        if question.traffic.replays and whole is not None and not whole.carried:
+            num_for_whole = yield from bench.more_for_whole(planned)
         num = planned.num_replicas
         capacity = yield from bench.capacity(num, planned.rate_per_s)
         known = {(load.num_replicas, load.rate_per_s): load for load in best.loads} | bench.loads
@@ -634,6 +653,7 @@ def headroom_study(question: PlanQuestion, best: FleetAnswer) -> Study[FleetAnsw
             bottleneck=bench.bottleneck(num, capacity),
             loads=tuple(known.values()),
             whole=whole,
+            num_for_whole=num_for_whole,
         )
 
     expected = 1 if question.target_per_s is None else 41

@@ -192,7 +192,10 @@ def _as_it_stands(plan: Plan) -> list[str]:
         why = f": its busiest window has {factor:.2f} times that rate"
         if question.target_per_s is not None and given < factor <= MAX_PEAK_FACTOR:
             why += f"; plan.peak_factor = {_peak_asked(factor)} plans for it"
-    return [f"On the trace as it is, at {at} requests/s on average, {what}{why}."]
+    said = f"On the trace as it is, at {at} requests/s on average, {what}{why}."
+    if (num := plan.best.num_for_whole) is not None:
+        said += f" {counted(num, 'replica')} meet the SLO there."
+    return [said]
 
 
 def _missed(one: Criterion) -> str:

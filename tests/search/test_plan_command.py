@@ -793,22 +793,31 @@ def test_a_trace_that_misses_the_slo_as_it_is_says_so_and_what_plans_for_its_pea
 ) -> None:
     """Windows at 4 requests/s each are carried; the trace has one at four times its mean."""
     changes = ['workload={trace={file="t.jsonl"}}', "plan.windows=4", 'slo.text="ttft:p95<100ms"']
-    changes += ["plan.target_rate_per_s=4", "serving.max_batch=1"]
+    changes += ["plan.target_rate_per_s=4", "serving.max_batch=2"]
     path = bursty(tmp_path)
     said = plan(path, changes, inline(tmp_path / "out"))
     (told,) = [one for one in said.sentences if one.startswith("On the trace as it is")]
     found = re.fullmatch(
         r"On the trace as it is, at 4 requests/s on average, that fleet misses TTFT p95 . 100 ms "
         r"\(([\d,.]+) ms\): its busiest window has 4\.0\d times that rate; "
-        r"plan\.peak_factor = \S+ plans for it\.",
+        r"plan\.peak_factor = \S+ plans for it\. (\d+) replicas meet the SLO there\.",
         told,
     )
     assert found is not None
     assert told in html.unescape((tmp_path / "out" / "report.html").read_text())
     assert said.sentences[said.sentences.index(told) - 1].startswith("That fleet carries")
     recommended = load_scenario(tmp_path / "out" / "scenario.toml")
-    judged = run_point(point_of(recommended, tmp_path / "out", "ttft:p95<100ms"))["judged"]
-    assert judged[0]["value_ms"] == pytest.approx(float(found[1].replace(",", "")), rel=1e-3)
+
+    def slowest_ms(num_replicas: int) -> float:
+        fleet = recommended.fleet.model_copy(update={"num_replicas": num_replicas})
+        scenario = recommended.model_copy(update={"fleet": fleet})
+        point = point_of(scenario, tmp_path / "out", "ttft:p95<100ms")
+        return float(run_point(point)["judged"][0]["value_ms"])
+
+    reached = slowest_ms(recommended.fleet.num_replicas)
+    assert reached == pytest.approx(float(found[1].replace(",", "")), rel=1e-3)
+    enough = int(found[2])
+    assert slowest_ms(enough) <= 100.0 < slowest_ms(enough - 1)
 
 
 def test_a_draw_that_misses_the_slo_is_said_to_be_one_run(tmp_path: Path) -> None:
