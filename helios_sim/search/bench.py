@@ -171,7 +171,8 @@ def planned_scenario(question: PlanQuestion, fleet: Fleet, planned: Load) -> Sce
     """
     traffic, rate_per_s = question.traffic, question.mean_per_s(planned.rate_per_s)
     scenario = fleet_scenario(question, fleet, planned.num_replicas)
-    return traffic.warmed(at_rate(scenario, traffic, rate_per_s), traffic.num_in_run(rate_per_s))
+    num = traffic.num_in_run(rate_per_s)
+    return traffic.warmed(at_rate(scenario, traffic, rate_per_s), num, rate_per_s)
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,8 @@ class _Bench:
             return figures_of((yield points))
         scenario = planned_scenario(question, self.fleet, planned)
         if traffic.replays and not is_long:
-            scenario = traffic.again(scenario, math.ceil(rate_per_s * planned.enough_s))
+            wanted = math.ceil(rate_per_s * planned.enough_s)
+            scenario = traffic.again(scenario, wanted, rate_per_s)
         return figures_of((yield [point_of(scenario, question.base_dir, limits)]))
 
     def judged(self, planned: Load) -> Judged:

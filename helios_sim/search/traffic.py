@@ -31,6 +31,8 @@ MAX_RUN_REQUESTS: Final = 200_000
 """Requests of one run of a large fleet; beyond, each replica sees fewer."""
 
 
+_MOST_WARMUP: Final = 0.9
+"""Share of a run, at most, that the scenario's own seconds of warm-up may take at another rate."""
 FEW_ROUNDS: Final = 5
 """Rounds of reassessment in a sample, below which what they cost or buy is measured on few."""
 
@@ -342,20 +344,25 @@ class Traffic:
             }
         )
 
-    def warmed(self, scenario: Scenario, num_requests: int) -> Scenario:
+    def warmed(self, scenario: Scenario, num_requests: int, rate_per_s: float) -> Scenario:
         """A whole scenario of so many requests that measures none of the first share of them.
 
-        A longer warm-up of its own is left as it is.
+        A longer warm-up of its own is left as it is, unless the run is over by then: one at
+        another rate may have fewer requests or last for less time.
         """
+        measure, lasts_s = scenario.measure, num_requests / rate_per_s
         share = int(self.warmup_share * num_requests)
-        least = max(scenario.measure.warmup_requests, share)
-        measure = scenario.measure.model_copy(update={"warmup_requests": least})
+        requests, seconds = max(measure.warmup_requests, share), measure.warmup_s
+        if rate_per_s != self.rate_per_s:
+            requests = requests if requests < num_requests else share
+            seconds = seconds if seconds < _MOST_WARMUP * lasts_s else 0.0
+        measure = measure.model_copy(update={"warmup_requests": requests, "warmup_s": seconds})
         return scenario.model_copy(update={"measure": measure})
 
-    def again(self, scenario: Scenario, num_requests: int) -> Scenario:
+    def again(self, scenario: Scenario, num_requests: int, rate_per_s: float) -> Scenario:
         """A whole scenario that replays a trace, over and over until so many requests are in it.
 
-        It keeps its rate and its peaks, and has no more requests than a sample may.
+        It keeps its mean rate and its peaks, and has no more requests than a sample may.
         """
         parts = self.stretches
         num = sum(part.num_requests for part in parts)
@@ -363,7 +370,8 @@ class Traffic:
         num_times = min(math.ceil(num_requests / num), max(1, MAX_RUN_REQUESTS // num))
         update, num = self._window(scenario, whole, None, num_times)
         workload = scenario.workload.model_copy(update=update)
-        return self.warmed(scenario.model_copy(update={"workload": workload}), num)
+        scenario = scenario.model_copy(update={"workload": workload})
+        return self.warmed(scenario, num, rate_per_s)
 
     def _expecting(self, serving: ServingSettings) -> ServingSettings:
         """Settings that expect the lengths of all the traffic where they leave them open."""

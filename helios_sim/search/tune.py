@@ -742,8 +742,8 @@ def recommended(tuned: Tuned) -> Scenario:
         values = tuned.winner.values
         scenario = with_settings(base, values, question.base_dir, question.where)
         # No trial was judged by its first requests.
-        num = traffic.num_in_run(traffic.rate_per_s)
-        scenario = traffic.warmed(scenario, num)
+        rate_per_s = traffic.rate_per_s
+        scenario = traffic.warmed(scenario, traffic.num_in_run(rate_per_s), rate_per_s)
         said += ": " + ", ".join(f"{key} = {value}" for key, value in values.items())
     return scenario.model_copy(
         update={"name": f"{base.name}_tuned", "notes": (*scenario.notes, f"{said}.")}

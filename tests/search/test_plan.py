@@ -21,6 +21,7 @@ from helios_sim.search.goals import Broken
 from helios_sim.search.means import mean_figures
 from helios_sim.search.plan import make_plan, ranked
 from helios_sim.search.plan_words import _constraints, plan_remarks
+from helios_sim.search.points import point_of, run_point
 from helios_sim.search.prices import Cost, steadily
 from helios_sim.search.verdict import Verdict
 from helios_sim.settings.toml_writer import toml_text
@@ -325,6 +326,17 @@ def test_the_planned_run_leaves_out_the_share_that_samples_do(
     question = read_plan(load_scenario(path), tmp_path, "small.toml")
     scenario = planned_scenario(question, question.fleets[0], Load(2, 8.0, CARRIED, {}))
     assert scenario.measure.warmup_requests == left_out
+
+
+def test_seconds_of_warm_up_that_outlast_the_planned_run_are_dropped(tmp_path: Path) -> None:
+    """60 requests take 15 s at 4 a second and 1.5 s at 40, of which ten are all warm-up."""
+    scenario = load_scenario(write(tmp_path, measure={"warmup_s": 10.0}))
+    question = read_plan(scenario, tmp_path, "small.toml")
+    fleet = question.fleets[0]
+    own, fast = (planned_scenario(question, fleet, Load(1, at, CARRIED, {})) for at in (4.0, 40.0))
+    assert (own.measure.warmup_s, own.measure.warmup_requests) == (10.0, 6)
+    assert (fast.measure.warmup_s, fast.measure.warmup_requests) == (0.0, 6)
+    run_point(point_of(fast, tmp_path))
 
 
 ANSWER_S = {"short": 1.0, "long": 20.0}
