@@ -190,7 +190,8 @@ def _as_it_stands(plan: Plan) -> list[str]:
     why = ""
     if factor >= 1.0 + ALIKE:
         why = f": its busiest window has {factor:.2f} times that rate"
-        if question.target_per_s is not None and given < factor <= MAX_PEAK_FACTOR:
+        helps = question.target_per_s is not None and given < factor <= MAX_PEAK_FACTOR
+        if helps and not _peak_missed(plan):
             why += f"; plan.peak_factor = {_peak_asked(factor)} plans for it"
     said = f"On the trace as it is, at {at} requests/s on average, {what}{why}."
     if (num := plan.best.num_for_whole) is not None:
