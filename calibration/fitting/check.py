@@ -23,7 +23,7 @@ from calibration.fitting.points import (
     sound,
 )
 from calibration.fitting.predict import predictor_of
-from calibration.measuring.readings import POINTS_FILE
+from calibration.measuring.readings import POINTS_FILE, held_back_readings
 from helios_sim.errors import InputError
 from helios_sim.profile import PROFILE_FILE, Profile
 from helios_sim.wording import number
@@ -282,8 +282,8 @@ def check_text(profile: Profile) -> str:
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     ]
-    busy = neighbours(read_points(profile.folder))
-    said = [] if busy is None else [f"{busy}."]
+    readings = read_points(profile.folder)
+    said = [f"{one}." for one in (held_back_readings(readings), neighbours(readings)) if one]
     beside = anchor_lines(beside_anchors(profile))
     return "\n".join((*lines, verdict(rows, on_cuda(profile)), *said, *beside))
 

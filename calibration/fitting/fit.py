@@ -28,7 +28,13 @@ from calibration.fitting.points import (
     read_points,
     sound,
 )
-from calibration.measuring.readings import ENVIRONMENT_FILE, MEMORY_KINDS, POINTS_FILE, READ
+from calibration.measuring.readings import (
+    ENVIRONMENT_FILE,
+    MEMORY_KINDS,
+    POINTS_FILE,
+    READ,
+    held_back_readings,
+)
 from calibration.training.trace_report import REPORT_FILE, is_of
 from helios_sim.cost import COEFFICIENTS
 from helios_sim.errors import InputError, listed
@@ -251,7 +257,9 @@ def _document(
             "origin": "measured",
             "sources": [f"readings of {device['name']}"],
             "notes": [
-                *_notes(times, energy, left_out, neighbours(readings)),
+                *_notes(
+                    times, energy, left_out, neighbours(readings), held_back_readings(readings)
+                ),
                 *_cached_note(link_record["disk"]),
             ],
             "environment": {key: node for key, node in environment.items() if key != "models"},
@@ -329,6 +337,7 @@ def _notes(
     energy: Mapping[str, EnergyFit],
     left_out: Mapping[str, int],
     busy: str | None,
+    held_back: str | None,
 ) -> list[str]:
     modes = sorted(
         {fit.modes["decode_layers"] or "the one mode measured" for fit in times.values()}
@@ -348,8 +357,7 @@ def _notes(
         for name in energy
         if left_out[name]
     ]
-    if busy:
-        notes.append(f"{busy}.")
+    notes += [f"{said}." for said in (held_back, busy) if said]
     return notes
 
 

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from calibration.device import device_name, device_of, dtype_name, dtype_of
 from calibration.measuring.bench import STEADY_S, Bench, power_columns
 from calibration.measuring.board import BoardState, board_of
+from calibration.measuring.clocks import WAITING_SHARE, Clocks
 from calibration.measuring.describe import (
     describe_device,
     describe_meter,
@@ -329,6 +330,7 @@ class _Session:
         self.plan = self._earlier_plan()
         self.environment = self._earlier_environment()
         self.board = board_of(self.device)
+        self.clocks = Clocks(self.board, WAITING_SHARE * settings.budget_s)
         self.meter: Meter = best_meter(self.device.type, self.board)
         self.notes: list[str] = []
         self.left_out = 0
@@ -352,6 +354,8 @@ class _Session:
         lost = [one.idle_share for one in self.readings.all if one.joules is one.watts is None]
         if busy := busy_machine([share for share in lost if share is not None]):
             self._note(busy)
+        if waited := self.clocks.said():
+            self._note(waited)
         self._trace()
 
     def finish(self) -> None:
@@ -801,6 +805,9 @@ class _Session:
 
         The board is asked right after the work: before it, it tells of the trial before.
         """
+        if not _is_window(job):
+            # A window is long, and begins after a pause of its own.
+            self.clocks.settle()
         started_at = _now()
         if _is_window(job):
             found = bench.energy(job, self.meter, self._window_s())

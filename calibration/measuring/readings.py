@@ -17,6 +17,7 @@ import polars as pl
 from helios_sim.errors import InputError
 from helios_sim.folders import FULL, file_in_place, write_whole
 from helios_sim.runs.columns import write_table
+from helios_sim.wording import counted
 
 try:
     import fcntl
@@ -110,6 +111,15 @@ Key = tuple[object, ...]
 
 _ENOUGH_QUIET: Final = 10
 """Undisturbed trials that tell a usual pace, at least."""
+
+SLOWING: Final = (
+    "software-power-cap",
+    "hardware-slowdown",
+    "software-thermal",
+    "hardware-thermal",
+    "hardware-power-brake",
+)
+"""Reasons to lower clocks that come and go with load and heat; others are settings, or idleness."""
 
 MOST_LOST_SHARE: Final = 0.1
 """Of a trial's time that other processes may take before it counts as disturbed."""
@@ -391,4 +401,28 @@ def busy_machine(lost_shares: Sequence[float]) -> str | None:
         f"Others disturbed {len(disturbed)} of {len(lost_shares)} timed trials, half of them by "
         f"more than {statistics.median(disturbed):.0%} of their time: what is fitted to them "
         "describes a busy machine, so measure again on a quieter one"
+    )
+
+
+def held_back_readings(readings: pl.DataFrame) -> str | None:
+    """How many timed readings were taken at clocks held back, as a sentence without its full stop.
+
+    None where there is none, or no board told.
+    """
+    timed = readings.filter(
+        pl.col("seconds").is_not_null() & pl.col("joules").is_null() & pl.col("watts").is_null()
+    )
+    reasons = pl.col("throttle_reasons").str.split("+").list.set_intersection(list(SLOWING))
+    held = timed.filter(reasons.list.len() > 0).with_columns(reason=reasons)
+    if held.is_empty():
+        return None
+    names = ", ".join(sorted(held["reason"].explode().unique().to_list()))
+    clocks = ""
+    if lowest := min(held["sm_clock_mhz"].drop_nulls().to_list(), default=0.0):
+        highest = max(readings["sm_clock_mhz"].drop_nulls().to_list())
+        clocks = f", at the lowest {lowest:,.0f} of {highest:,.0f} MHz"
+    return (
+        f"{held.height} of {counted(timed.height, 'timed reading')} ended at clocks that the board "
+        f"held back ({names}{clocks}): large loads meet that in serving too, others only beside "
+        "large ones"
     )

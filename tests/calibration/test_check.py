@@ -367,6 +367,37 @@ def test_a_profile_of_a_busy_machine_says_so(profile: Profile, tmp_path: Path) -
     assert "Others disturbed" not in check_text(profile)
 
 
+def test_a_profile_tells_how_many_readings_were_taken_at_clocks_held_back(
+    profile: Profile, tmp_path: Path
+) -> None:
+    """Two heads of all readings; at 1,700 and 1,900 of 2,000 MHz."""
+    plan = Plan(energy=False)
+    folder = planted.folder(tmp_path / "points", plan)
+    heads = pl.col("quantity") == "head"
+    trial = heads.cast(pl.Int64).cum_sum()
+    is_slow = heads & (trial == 1)
+    is_hot = heads & (trial == 2)
+    frame = planted.frame(plan).with_columns(
+        sm_clock_mhz=pl.when(is_slow).then(1700.0).when(is_hot).then(1900.0).otherwise(2000.0),
+        throttle_reasons=pl.when(is_slow)
+        .then(pl.lit("software-power-cap+other-0x400"))
+        .when(is_hot)
+        .then(pl.lit("software-thermal"))
+        .otherwise(pl.lit("application-clocks")),
+    )
+    frame.write_parquet(folder / "points.parquet")
+    timed = frame["seconds"].drop_nulls().len()
+    held_back = fit_profile(folder, tmp_path / "profile")
+    said = (
+        f"2 of {timed} timed readings ended at clocks that the board held back (software-power-cap,"
+        " software-thermal, at the lowest 1,700 of 2,000 MHz): large loads meet that in serving "
+        "too, others only beside large ones."
+    )
+    assert held_back.provenance.notes[-1] == said
+    assert check_text(held_back).splitlines()[-1] == said
+    assert "held back" not in check_text(profile)
+
+
 def of_trials(quantity: str, **values: Any) -> list[Reading]:
     """Three trials, each twice as long as the one before."""
     return [

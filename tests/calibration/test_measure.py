@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.cli import main
-from calibration.measuring import load_trials, timing
+from calibration.measuring import clocks, load_trials, timing
 from calibration.measuring import measure as measuring
 from calibration.measuring.bench import Bench
 from calibration.measuring.board import BoardState
@@ -639,6 +639,40 @@ def test_a_trial_has_the_clocks_that_it_left_and_not_those_that_it_found(
     points = read_points(tmp_path / "out").filter(quantity="decode_layers")
     assert points["batch"].n_unique() > 1
     assert points["sm_clock_mhz"].to_list() == [1000.0 + rows for rows in points["batch"]]
+
+
+def test_trials_begin_at_full_clocks_and_the_notes_say_that_they_waited(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial leaves the board slow for two looks: the trial's own, and the next one's first."""
+    slow_looks = [0]
+    found: list[int] = []
+
+    class Board:
+        reason = "made up"
+
+        def state(self) -> BoardState:
+            slow_looks[0] -= 1
+            return BoardState(sm_clock_mhz=2000.0 if slow_looks[0] < 0 else 1000.0)
+
+        def driver(self) -> str:
+            return "made up"
+
+    def made_up(bench: Bench, job: Job, patience_s: float) -> Iterator[Reading]:
+        found.append(slow_looks[0])
+        for depth in job.depths or (None,):
+            yield job.reading(depth, seconds=1e-3)
+        slow_looks[0] = 2
+
+    monkeypatch.setattr(Bench, "time", made_up)
+    monkeypatch.setattr(measuring, "board_of", lambda *_: Board())
+    monkeypatch.setattr(clocks, "_LOOK_EVERY_S", 0.0)
+    done = measure(settings(checkpoint, tmp_path / "out"))
+    assert len(found) > 10
+    assert max(found) < 0
+    assert f"{len(found) - 1} trials waited for the board's clocks" in done.notes[-1]
+    slow = read_points(tmp_path / "out").filter(quantity="head")["sm_clock_mhz"]
+    assert slow.to_list() == [1000.0] * len(slow)
 
 
 def test_what_others_disturbed_every_time_is_taken_again_until_it_is_not(
