@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
+from operator import add
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
@@ -145,15 +146,15 @@ class Decoder:
                 f"Rows {list(rows)}, starts {list(starts)} and counts {new} must be equally many, "
                 "at least one, without a row twice, and every row needs a new token."
             )
-        longest = max(start + count for start, count in zip(starts, new, strict=True))
+        ends = list(map(add, starts, new))
+        longest = max(ends)
         if longest > self.model.backbone.max_positions:
             raise InputError(
                 f"A row would hold {longest} tokens; the model allows "
                 f"{self.model.backbone.max_positions} positions. Give shorter prompts or ask for "
                 "fewer tokens."
             )
-        for row, start, count in zip(rows, starts, new, strict=True):
-            self.pool.reserve(row, start + count)
+        self.pool.reserve_each(rows, ends)
         following = None if targets is None else tuple(targets)
         where = (tuple(rows), tuple(starts), tuple(new), following)
         key = (*where, self.pool.edition, self.pool.generation)

@@ -149,16 +149,25 @@ class Pool(ABC):
 
     def reserve(self, row: int, num_tokens: int) -> None:
         """Make place for a row's first `num_tokens` tokens; what it holds stays."""
-        self._known(row)
-        if num_tokens <= self.lengths[row]:
-            return
-        if num_tokens > self.max_tokens:
-            raise PoolExhausted(
-                f"A row was asked to hold {num_tokens} tokens; the pool allows {self.max_tokens}."
-            )
-        self._take(row, num_tokens)
-        self.edition += 1
-        self.lengths[row] = num_tokens
+        self.reserve_each((row,), (num_tokens,))
+
+    def reserve_each(self, rows: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Make place for so many tokens of each of some rows, one after the other.
+
+        Every iteration does it for all rows, so it takes as little of the host's time as it can.
+        """
+        for row in (min(rows), max(rows)):
+            self._known(row)
+        lengths, most, take = self.lengths, self.max_tokens, self._take
+        for row, tokens in zip(rows, num_tokens, strict=True):
+            if tokens > lengths[row]:
+                if tokens > most:
+                    raise PoolExhausted(
+                        f"A row was asked to hold {tokens} tokens; the pool allows {most}."
+                    )
+                take(row, tokens)
+                self.edition += 1
+                lengths[row] = tokens
 
     def vacate(self, row: int) -> None:
         """Give a row's tokens back; its number stays in use, for another row or until released."""

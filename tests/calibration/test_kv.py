@@ -106,6 +106,21 @@ def test_rows_keep_their_tokens_through_any_coming_and_going(make, data):
                 assert torch.equal(value[0].transpose(0, 1), -held)
 
 
+@pytest.mark.parametrize("pool", pools(), ids=["slots", "paged"])
+def test_rows_that_find_no_place_leave_those_before_them_theirs(pool):
+    """Rows of 3, 11 and 7 tokens: 2 are there already, 12 fit, and 21 are more than a row holds."""
+    for length in (3, 11, 7):
+        pool.admit(length)
+    with pytest.raises(PoolExhausted, match="asked to hold 21 tokens; the pool allows 20"):
+        pool.reserve_each([0, 1, 2], [2, 12, 21])
+    assert pool.lengths == [3, 12, 7]
+    for row in (-1, 3):
+        with pytest.raises(ValueError, match=f"Row {row} is not in use"):
+            pool.reserve_each([0, row], [20, 1])
+    assert pool.lengths == [3, 12, 7]
+    pool.check()
+
+
 def test_blocks_go_out_and_come_back():
     pool = PagedPool(DIMS, 1, 5, 4)
     pool.admit(9)
