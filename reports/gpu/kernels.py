@@ -1,4 +1,4 @@
-"""Where a decode layer's microseconds go on a GPU: `python -m reports.gpu.kernels`, a minute.
+"""Where a decode layer's microseconds go: `python -m reports.gpu.kernels`, 90 s on a GPU.
 
 Five tables: layers of real widths, from the stock modules and in few launches, beside the larger of
 their launches and their bytes, with the kernels of ours by time; a layer's products beside reading
@@ -42,6 +42,7 @@ from calibration.model.launches import splits_for
 from calibration.model.shapes import random_model
 from calibration.training.presets import preset_of
 from helios_sim.model import PUBLIC_SHAPES, ModelShape
+from helios_sim.wording import counted
 from reports.gpu import products
 
 LAYERS: Final = 4
@@ -54,8 +55,11 @@ CACHE_BYTES: Final = 2e8
 ATTENDING: Final = ((32, 4), (128, 4), (64, 8), (128, 8))
 """Tokens that a program of our attention reads at once, and its warps, beside those in use."""
 
-TILES: Final = ((32, 256), (16, 512), (32, 128))
-"""Outputs and inputs of a program of our products, beside those in use."""
+TILES: Final = {1: ((32, 256), (16, 512), (32, 128)), 8: ((32, 256), (32, 128))}
+"""Outputs and inputs of a program of our products, beside those in use, by rows.
+
+With 8 rows each program reads half as many bytes of inputs as of weights for 16 outputs.
+"""
 
 TRIED_AT: Final = ((1, 2048), (64, 1024))
 """Loads at which these are tried: each is compiled first."""
@@ -253,9 +257,10 @@ def multiplying(bench: Bench) -> Iterator[str]:
 
 
 def candidates(bench: Bench) -> Iterator[str]:
-    """Products of one row by a kernel that begins early: one that no GPU has run comes last."""
+    """Products of few rows by a kernel that begins early: one that no GPU has run comes last."""
     for title, wide, deep in product_sizes():
-        yield f"{title}: {candidate_at(bench, wide, deep)}"
+        for rows in TILES:
+            yield f"{title} {counted(rows, 'row')}: {candidate_at(bench, wide, deep, rows)}"
 
 
 def product_sizes() -> Iterator[tuple[str, int, int]]:
@@ -287,10 +292,10 @@ def product_at(bench: Bench, wide: int, deep: int, rows: int) -> str:
     return f"{', '.join(cells)}; bytes {2e6 * wide * deep / bench.bytes_per_s:.1f}"
 
 
-def candidate_at(bench: Bench, wide: int, deep: int) -> str:
-    """One product of one row by torch and by the kernel that is tried, in microseconds."""
+def candidate_at(bench: Bench, wide: int, deep: int, rows: int) -> str:
+    """One product of few rows by torch and by the kernel that is tried, in microseconds."""
     weights, times = weights_in_turns(bench, wide, deep)
-    given = drawn(bench, 1, deep)
+    given = drawn(bench, rows, deep)
     if why := products.why_not(given, next(weights)):
         return why
     early = partial(_ours, given, weights, early=True)
@@ -299,7 +304,7 @@ def candidate_at(bench: Bench, wide: int, deep: int) -> str:
         "ours": partial(_ours, given, weights),
         "early": early,
     }
-    for outs, at_once in TILES:
+    for outs, at_once in TILES[rows]:
         ways[f"{outs} by {at_once} early"] = partial(
             under, early, products, OUTS=outs, DEEP=at_once
         )

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
+from reports.gpu import products
+from reports.gpu.kernels import TILES, under
 from reports.gpu.products import DEEP, MOST_ROWS, OUTS, product
 
 interpreted = pytest.mark.skipif(
@@ -24,6 +26,19 @@ def test_it_gives_torchs_product(rows: int) -> None:
     right = given.float() @ weight.float().t()
     found = product(given, weight)
     assert found.shape == right.shape
+    assert (found.float() - right).norm() <= 1e-3 * right.norm()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "outs", "at_once"),
+    [(rows, *tile) for rows, tiles in TILES.items() for tile in tiles],
+)
+def test_it_gives_it_in_every_tile_that_is_tried(rows: int, outs: int, at_once: int) -> None:
+    given = torch.randn(rows, 2 * at_once, dtype=torch.float16)
+    weight = torch.randn(3 * outs, 2 * at_once, dtype=torch.float16)
+    right = given.float() @ weight.float().t()
+    found = under(lambda: product(given, weight), products, OUTS=outs, DEEP=at_once)
     assert (found.float() - right).norm() <= 1e-3 * right.norm()
 
 

@@ -153,7 +153,9 @@ def test_where_a_layer_spends_its_time_is_told(gpu: Gpu, monkeypatch: pytest.Mon
     assert "masked " in attended and "ours in 32* " in attended
     found = list(kernels.multiplying(bench))
     assert len(found) == 8 and all("then added" in line for line in found)
-    assert len(list(kernels.candidates(bench))) == 4
+    candidates = [line.partition(":")[0] for line in kernels.candidates(bench)]
+    assert candidates[:2] == ["small qkv 1 row", "small qkv 8 rows"]
+    assert len(candidates) == 2 * 4
 
 
 def test_without_it_there_is_no_gpu() -> None:
