@@ -19,6 +19,7 @@ from typing import Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.training.workers import processes_for, workers_for
 from helios_sim.errors import InputError
 
 Split = Literal["train", "calibration", "trace", "validation"]
@@ -46,6 +47,13 @@ _MIN_DOCUMENT_BYTES: Final = 200
 _CODE_POINTS_PER_TABLE: Final = 128
 _LONG_LINE_CHARS: Final = 40
 """A line of so many characters that two texts have was taken from one of them."""
+
+_FILES_AT_ONCE: Final = 256
+_LEAST_FILES: Final = 3000
+"""Files that processes of their own read sooner than this one: as many as large packages have."""
+
+_SEPARATED: Final[dict[Path, tuple[str, str]]] = {}
+"""Files' (code, prose); kept, since parsing takes a minute where packages join the text."""
 
 # Scripts whose names are a number or a syllable: tens of thousands of rows that say nothing.
 _NUMBERED_NAMES: Final = (
@@ -243,10 +251,20 @@ def _documents(domain: str, split: Split, packages: tuple[str, ...]) -> Iterator
     names = [entry for entry in names if split_of(entry[0]) == split and entry[0] not in left_out]
     for package in packages:
         names += _sources_of(package) if domain != "tables" else ()
-    for name, path in sorted(names, key=lambda entry: _digest(f"order/{entry[0]}")):
-        text = _read(domain, name, path)
-        if len(text) >= _MIN_DOCUMENT_BYTES:
-            yield text
+    names.sort(key=lambda entry: _digest(f"order/{entry[0]}"))
+    unread = sum(path is not None and path not in _SEPARATED for _, path in names)
+    processes = processes_for(unread, _LEAST_FILES)
+    # Whoever has enough text reads no further, so that files are not parsed long before their turn.
+    at_once = 1 if processes == 1 else _FILES_AT_ONCE
+    with workers_for(_separate_file, processes) as separate_all:
+        for begin in range(0, len(names), at_once):
+            some = names[begin : begin + at_once]
+            new = [path for _, path in some if path is not None and path not in _SEPARATED]
+            _SEPARATED.update(zip(new, separate_all(new), strict=True))
+            for name, path in some:
+                text = _read(domain, name, path)
+                if len(text) >= _MIN_DOCUMENT_BYTES:
+                    yield text
 
 
 def _read(domain: str, name: str, path: Path | None) -> str:
@@ -255,13 +273,12 @@ def _read(domain: str, name: str, path: Path | None) -> str:
         return _table(int(name.rpartition("/")[2], 16))
     if path is None:
         return _topics()[name]
-    code, prose = _separated(path)
+    code, prose = _SEPARATED[path]
     return code if domain == "code" else prose
 
 
-@cache
-def _separated(path: Path) -> tuple[str, str]:
-    """A file's (code, prose); kept, since parsing takes minutes where packages join the text."""
+def _separate_file(path: Path) -> tuple[str, str]:
+    """A file's (code, prose); none where it cannot be read."""
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError):

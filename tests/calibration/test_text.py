@@ -124,6 +124,19 @@ def test_packages_add_to_training_text_and_never_to_held_out_text() -> None:
         corpus("code", "train", max_bytes=1000, packages=("no_such_package",))
 
 
+def test_text_is_the_same_whoever_parses_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed one by one here, and in two processes of their own."""
+    found = []
+    for processes in (1, 2):
+        monkeypatch.setattr(source, "_SEPARATED", {})
+        monkeypatch.setattr(source, "_FILES_AT_ONCE", 20)
+        monkeypatch.setattr(source, "processes_for", lambda *_, processes=processes: processes)
+        corpus.cache_clear()
+        found.append(corpus("prose", "train", max_bytes=100_000, packages=("typer",)))
+    corpus.cache_clear()
+    assert found[0] == found[1]
+
+
 def test_too_little_text_is_refused_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
